@@ -1,0 +1,1 @@
+"""Train an image classifier; stop at any instant; go on as if nothing had happened."""

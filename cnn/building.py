@@ -1,0 +1,118 @@
+"""From the settings to everything that a run is made of, in the order things depend on each other."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cnn.config import Config, DataConfig, to_dict
+from cnn.datasets import Data, build_data
+from cnn.datasets.loading import Loader
+from cnn.losses import build_loss
+from cnn.metrics import mode
+from cnn.models import build_model
+from cnn.optim import Schedule, build_optimizer
+from cnn.resuming import ResumePoint, restore
+from cnn.state import TrainingState
+from cnn.utils import environment as env
+from cnn.utils.checkpoint import FORMAT
+
+
+@dataclass(frozen=True)
+class Run:
+    data: Data
+    train_loader: Loader
+    val_loader: Loader
+    test_loader: Loader
+    steps_per_epoch: int
+    loss: nn.Module
+    autocast: Callable[[], torch.autocast]  # the arithmetic's precision, for a forward pass
+    state: TrainingState
+    environment: dict[str, Any]
+    about: dict[str, Any]  # what a checkpoint holds besides the state
+
+
+def build_run(cfg: Config, point: ResumePoint | None = None, max_batches: int | None = None) -> Run:
+    """Builds a run and, given a resume point, puts it there.
+
+    Args:
+        max_batches: use only so many batches of every split.
+
+    Raises:
+        Refused: something cannot be had or does not fit.
+    """
+    device = env.choose_device(cfg.device)
+    earlier = point.content["environment"]["precision"] if point else None
+    precision = env.choose_precision(cfg.train.precision, device, earlier)
+    if cfg.train.deterministic:
+        env.make_deterministic()
+    data = build_data(cfg.data, cfg.seed)
+    if max_batches is not None:
+        data = data.head(max_batches * cfg.data.batch_size)
+    pre = data.preprocessing
+    model = build_model(cfg.model, len(data.classes), pre.channels, pre.image_size, cfg.seed)
+    model = model.to(device)
+    loss = build_loss(cfg.loss, data.train.labels, data.classes).to(device)
+    train_loader = _loader(data, "train", cfg.data, device, cfg.seed, cfg.data.augment)
+    steps_per_epoch = -(-len(train_loader) // cfg.train.accumulate)
+    optimizer = build_optimizer(cfg.optim, model)
+    state = TrainingState(
+        model,
+        optimizer,
+        Schedule(
+            cfg.schedule, optimizer, steps_per_epoch, cfg.train.epochs, mode(cfg.checkpoint.monitor)
+        ),
+        torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        device,
+        ema_decay=cfg.train.ema_decay,
+        compile=cfg.train.compile,
+    )
+    environment = env.describe(device, precision)
+    if point is not None:
+        restore(state, point, data)
+    about = {
+        "format": FORMAT,
+        "started": point.content["started"] if point else env.timestamp(),
+        "config": to_dict(cfg),
+        "classes": data.classes,
+        "preprocessing": dataclasses.asdict(pre),
+        "data": data.fingerprint(),
+        "environment": environment,
+    }
+    return Run(
+        data=data,
+        train_loader=train_loader,
+        val_loader=_loader(data, "val", cfg.data, device, cfg.seed),
+        test_loader=_loader(data, "test", cfg.data, device, cfg.seed),
+        steps_per_epoch=steps_per_epoch,
+        loss=loss,
+        autocast=functools.partial(
+            torch.autocast, device.type, env.DTYPES[precision], enabled=precision != "fp32"
+        ),
+        state=state,
+        environment=environment,
+        about=about,
+    )
+
+
+def _loader(
+    data: Data,
+    split: str,
+    cfg: DataConfig,
+    device: torch.device,
+    seed: int,
+    augment: list[str] | None = None,
+) -> Loader:
+    return Loader(
+        getattr(data, split),
+        data.preprocessing,
+        cfg.batch_size,
+        device,
+        seed=seed,
+        augment=augment or [],
+        num_workers=cfg.num_workers,
+    )

@@ -1,0 +1,114 @@
+"""The command line of train.py, and how a run ends: exit status and the words before it."""
+
+import argparse
+import logging
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cnn import config
+from cnn.config import Config, Refused
+
+if TYPE_CHECKING:
+    from cnn.utils.logger import Log
+    from cnn.utils.signals import StopSignals
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CONFIG = Path("configs/config.yaml")
+DONE, FAILED, REFUSED = 0, 1, 2  # and 128 + N for signal N
+
+
+@dataclass(frozen=True)
+class Command:
+    """What was asked for on the command line."""
+
+    config: Path | None  # --config, where it was given
+    settings: list[str]  # key=value, as typed
+    resume: bool
+    checkpoint: Path | None  # the file after --resume
+    dry_run: bool
+    print_config: bool
+
+    def load_config(self, base: dict[str, Any] | None = None) -> tuple[Config, dict[str, str]]:
+        """Today's settings, checked, and where each was given.
+
+        Args:
+            base: a checkpoint's settings, which then stand in for the default file.
+        """
+        path = self.config or (DEFAULT_CONFIG if base is None else None)
+        return config.load_config(path, self.settings, base)
+
+    def typed(self) -> set[str]:
+        """The keys given on the command line."""
+        return {setting.partition("=")[0] for setting in self.settings}
+
+
+def parse(argv: list[str], description: str) -> Command:
+    """Reads the command line; ends with exit status 2 and the usage where it cannot be read."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--config", type=Path, metavar="FILE", help=f"settings (default {DEFAULT_CONFIG})")
+    add("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE, or the latest")
+    add("--dry-run", action="store_true", help="two batches of everything, in a scratch folder")
+    add("--print-config", action="store_true", help="print every setting with its meaning")
+    add("settings", nargs="*", metavar="key=value", help="change a setting: optim.lr=0.01")
+    args = parser.parse_intermixed_args(_separate(argv))
+    for word in args.settings:
+        if "=" not in word:
+            parser.error(
+                f"expected key=value, got {word!r} (a file goes after --config or --resume)"
+            )
+    return Command(
+        config=args.config,
+        settings=args.settings,
+        resume=args.resume is not None,
+        checkpoint=Path(args.resume) if args.resume else None,
+        dry_run=args.dry_run,
+        print_config=args.print_config,
+    )
+
+
+def _separate(argv: list[str]) -> list[str]:
+    """Keeps `--resume key=value` from taking the setting for a file."""
+    return [
+        "--resume=" if word == "--resume" and "=" in following else word
+        for word, following in zip(argv, [*argv[1:], ""])
+    ]
+
+
+def run(act: Callable[["Log", "StopSignals"], None]) -> int:
+    """Runs `act` with log and signals set up; turns how it ended into a message and a status."""
+    from cnn.saving import Failed
+    from cnn.utils.logger import Log
+    from cnn.utils.signals import Stopped, StopSignals
+
+    log, stop = Log(), StopSignals()
+    stop.install()
+    try:
+        act(log, stop)
+        return DONE
+    except Refused as refusal:
+        logger.error("%s", refusal)
+        return REFUSED
+    except Stopped as stopped:
+        logger.warning("stopped by %s", stopped)
+        return 128 + stopped.number
+    except Failed as failure:
+        logger.error("%s", failure)
+        return FAILED
+    except Exception:
+        logger.exception("failed")
+        return FAILED
+    finally:
+        for worker in multiprocessing.active_children():
+            worker.kill()  # loader processes ignore SIGTERM; nothing of theirs is to be saved
+        stop.uninstall()
+        log.close()

@@ -1,0 +1,161 @@
+"""What data there is: a table of names, and the way from a name to train, val and test."""
+
+import logging
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cnn.config import DataConfig, Refused, is_import_path
+from cnn.datasets import digits, folder, known, synthetic
+from cnn.datasets.images import Images, UserImages
+from cnn.utils import seeding
+from cnn.utils.importing import import_object
+
+logger = logging.getLogger(__name__)
+
+Splits = dict[str, Images]
+
+DATASETS: dict[str, Callable[[DataConfig], tuple[Splits, list[str]]]] = {
+    "digits": lambda cfg: digits.load(),
+    "synthetic": lambda cfg: synthetic.load(**cfg.args),
+    **{
+        name: lambda cfg, name=name: known.load(name, cfg.root, cfg.download)
+        for name in known.FILES
+    },
+    "folder": lambda cfg: folder.load_folder(cfg.root, cfg.on_bad_image),
+    "csv": lambda cfg: folder.load_csv(cfg.root, cfg.on_bad_image),
+}
+
+DEFAULT_IMAGE_SIZE = 224  # for images of several sizes, where the user names none
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What is done to every image before the model sees it; a checkpoint carries it."""
+
+    image_size: int
+    channels: int
+    mean: list[float]  # a channel, of values in 0..1
+    std: list[float]
+
+
+@dataclass(frozen=True)
+class Data:
+    train: Images
+    val: Images
+    test: Images
+    classes: list[str]
+    preprocessing: Preprocessing
+
+    def head(self, number: int) -> "Data":
+        """The first so many images of each split."""
+        parts = (self.train, self.val, self.test)
+        cut = [images.subset(np.arange(min(number, len(images)))) for images in parts]
+        return Data(*cut, self.classes, self.preprocessing)
+
+    def fingerprint(self) -> dict[str, int]:
+        """Number of images a split, and a checksum over which they are."""
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        checksum = 0
+        for images in parts.values():
+            names = "\0".join(
+                images.name(i).replace("\\", "/").rsplit("/", 1)[-1] for i in range(len(images))
+            )
+            checksum = zlib.crc32(names.encode(), zlib.crc32(images.labels.tobytes(), checksum))
+        return {name: len(images) for name, images in parts.items()} | {"checksum": checksum}
+
+
+def build_data(cfg: DataConfig, seed: int) -> Data:
+    """Reads the data and divides it.
+
+    Where there is no test set or no validation set, it is held out of the training images,
+    stratified, as a function of the seed. Mean and std are those of the training images.
+
+    Raises:
+        Refused: the data cannot be had or cannot be divided.
+    """
+    splits, classes = _load(cfg)
+    if "test" not in splits:
+        splits["train"], splits["test"] = _hold_out(
+            splits["train"], cfg.test_fraction, seed, "test"
+        )
+    if "val" not in splits:
+        splits["train"], splits["val"] = _hold_out(splits["train"], cfg.val_fraction, seed, "val")
+    train = splits["train"]
+    if cfg.limit is not None and cfg.limit < len(train):
+        chosen = _permutation(len(train), seed, "limit")[: cfg.limit]
+        train = train.subset(np.sort(chosen))
+    for split, images in {**splits, "train": train}.items():
+        absent = [
+            classes[i] for i in sorted(set(range(len(classes))) - set(images.labels.tolist()))
+        ]
+        if absent:
+            logger.warning("%s has no image of: %s", split, ", ".join(absent[:20]))
+    preprocessing = _preprocessing(cfg, train)
+    return Data(train, splits["val"], splits["test"], classes, preprocessing)
+
+
+def _load(cfg: DataConfig) -> tuple[Splits, list[str]]:
+    try:
+        if not is_import_path(cfg.name):
+            return DATASETS[cfg.name](cfg)
+        made = import_object(cfg.name, "data.name")(root=cfg.root, **cfg.args)
+    except TypeError as error:  # a keyword that the function does not take
+        raise Refused(f"data.args: {cfg.name}: {error}") from error
+    if not isinstance(made, dict) or "train" not in made or "classes" not in made:
+        raise Refused(
+            f"data.name: expected {cfg.name} to return a dict with train, classes and, if there"
+            f" are, val and test; got {type(made).__name__}"
+        )
+    classes = [str(name) for name in made["classes"]]
+    splits: dict[str, Any] = {
+        part: UserImages(made[part], f"{cfg.name} {part}")
+        for part in ("train", "val", "test")
+        if made.get(part) is not None
+    }
+    for part, images in splits.items():
+        if len(images) and not (0 <= images.labels.min() and images.labels.max() < len(classes)):
+            raise Refused(f"data.name: {part}: expected labels 0 to {len(classes) - 1}")
+    return splits, classes
+
+
+def _permutation(number: int, seed: int, use: str) -> np.ndarray:
+    key = seeding.mix(seed, seeding.SPLIT, zlib.crc32(use.encode()))
+    return np.random.default_rng(key).permutation(number)
+
+
+def _hold_out(images: Images, fraction: float, seed: int, use: str) -> tuple[Images, Images]:
+    """Takes a share of every class out, at least one image of each that has two."""
+    order = _permutation(len(images), seed, use)
+    held = np.zeros(len(images), bool)
+    for label in np.unique(images.labels):
+        of_class = order[images.labels[order] == label]
+        number = max(round(fraction * len(of_class)), 1) if len(of_class) > 1 else 0
+        held[of_class[: min(number, len(of_class) - 1)]] = True
+    if not held.any():
+        raise Refused(f"data: too few images to hold {use} out of {len(images)}; no class has two")
+    return images.subset(np.flatnonzero(~held)), images.subset(np.flatnonzero(held))
+
+
+def _preprocessing(cfg: DataConfig, train: Images) -> Preprocessing:
+    channels, smallest, largest = train.sizes()
+    if cfg.channels is not None and hasattr(train, "channels"):
+        channels = cfg.channels
+    elif cfg.channels not in (None, channels):
+        raise Refused(f"data.channels: {cfg.name} has {channels}, got {cfg.channels}")
+    image_size = cfg.image_size or (largest if smallest == largest else DEFAULT_IMAGE_SIZE)
+    if cfg.image_size is None and smallest != largest:
+        logger.info(
+            "images have sides of %d to %d pixels; resized and cropped to %d (data.image_size)",
+            smallest,
+            largest,
+            image_size,
+        )
+    number, sums, squares = train.pixel_sums()
+    mean = sums[:channels] / number / 255
+    std = np.sqrt(np.maximum(squares[:channels] / number / 255**2 - mean**2, 0))
+    std = np.where(std > 0, std, 1.0)  # images of one value: nothing to divide by
+    return Preprocessing(image_size, channels, mean.tolist(), std.tolist())

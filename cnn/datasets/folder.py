@@ -1,0 +1,143 @@
+"""The user's own images: a folder of class folders, or a CSV file of paths and labels."""
+
+import csv
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from cnn.config import Refused
+from cnn.datasets.decode import EXTENSIONS
+from cnn.datasets.images import FileImages
+from cnn.datasets.scan import scan
+
+logger = logging.getLogger(__name__)
+
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+MAX_NAMED = 20  # bad files named in a message
+
+LAYOUT = "ROOT/CLASS/*.jpg, or ROOT/train/CLASS/*.jpg with val/ and test/ beside train/"
+
+Listing = dict[str, list[tuple[Path, str]]]  # split: (file, class) for each
+
+
+def load_folder(root: str, on_bad_image: str) -> tuple[dict[str, FileImages], list[str]]:
+    """Reads ROOT/train|val|test/CLASS/* or ROOT/CLASS/*; the classes are the folders' names.
+
+    Raises:
+        Refused: no such folder, a class without images, files that do not decode.
+    """
+    top = Path(root)
+    if not top.is_dir():
+        raise Refused(f"data.root: expected a folder, {LAYOUT}; there is none at {top.resolve()}")
+    parts = {name: path for path in _folders(top) if (name := SPLITS.get(path.name.lower()))}
+    if "train" in parts:
+        listing = {split: _list_classes(path) for split, path in parts.items()}
+    else:
+        listing = {"train": _list_classes(top)}
+    return _read(top, listing, on_bad_image)
+
+
+def load_csv(root: str, on_bad_image: str) -> tuple[dict[str, FileImages], list[str]]:
+    """Reads a CSV file with a header and the columns path, label and, if there is one, split.
+
+    Paths are relative to the file's folder; split is train, val or test.
+
+    Raises:
+        Refused: no such file, a missing column, a line that says nothing, files that do not decode.
+    """
+    file = Path(root)
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+            columns = list(rows[0]) if rows else []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise Refused(
+            f"data.root: expected a CSV file (UTF-8) at {file.resolve()}: {error}"
+        ) from None
+    if not {"path", "label"} <= set(columns):
+        raise Refused(
+            f"{file}:1: expected the columns path,label[,split], got {','.join(map(str, columns))}"
+        )
+    listing: Listing = {}
+    for line, row in enumerate(rows, start=2):
+        split = SPLITS.get((row.get("split") or "train").lower())
+        if not row["path"] or not row["label"] or split is None:
+            raise Refused(f"{file}:{line}: expected path,label[,train|val|test], got {row}")
+        listing.setdefault(split, []).append((file.parent / row["path"], row["label"]))
+    if "train" not in listing:
+        raise Refused(f"{file}: no line is for train")
+    return _read(file, listing, on_bad_image)
+
+
+def _folders(path: Path) -> list[Path]:
+    """The folders in a folder, by name, without hidden ones."""
+    inner = (p for p in path.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+    return sorted(inner, key=lambda p: p.name)
+
+
+def _list_classes(path: Path) -> list[tuple[Path, str]]:
+    folders = _folders(path)
+    if not folders:
+        raise Refused(f"data.root: expected class folders, {LAYOUT}; there are none in {path}")
+    items = []
+    for folder in folders:
+        files = sorted(_image_files(folder))
+        if not files:
+            raise Refused(
+                f"data.root: the class folder {folder} has no images ({' '.join(EXTENSIONS)});"
+                f" put some there or remove the folder"
+            )
+        items += [(file, folder.name) for file in files]
+    return items
+
+
+def _image_files(folder: Path) -> Iterable[Path]:
+    for where, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                yield Path(where, name)
+
+
+def _read(
+    root: Path, listing: Listing, on_bad_image: str
+) -> tuple[dict[str, FileImages], list[str]]:
+    classes = sorted({label for _, label in listing["train"]})
+    for split, items in listing.items():
+        unknown = sorted({label for _, label in items} - set(classes))
+        if unknown:
+            raise Refused(
+                f"data.root: {split} has classes that train has not: {', '.join(unknown[:MAX_NAMED])}"
+            )
+    if len(classes) < 2:
+        raise Refused(f"data.root: expected at least two classes in {root}, got {classes}")
+    every = [path for items in listing.values() for path, _ in items]
+    rows, bad = scan(root, every)
+    if bad:
+        _tell_bad(bad, on_bad_image)
+    splits, begin = {}, 0
+    numbers = {label: number for number, label in enumerate(classes)}
+    for split, items in listing.items():
+        good = [i for i, (path, _) in enumerate(items) if path not in bad]
+        part = rows[begin : begin + len(items)][good]
+        splits[split] = FileImages(
+            [items[i][0] for i in good], [numbers[items[i][1]] for i in good], part
+        )
+        begin += len(items)
+        if not good:
+            raise Refused(f"data.root: no image of {split} decodes")
+    channels = max(images.channels for images in splits.values())
+    for images in splits.values():
+        images.channels = channels
+    return splits, classes
+
+
+def _tell_bad(bad: dict[Path, str], on_bad_image: str) -> None:
+    lines = [f"  {path}: {reason}" for path, reason in list(bad.items())[:MAX_NAMED]]
+    if len(bad) > MAX_NAMED:
+        lines.append(f"  and {len(bad) - MAX_NAMED} more")
+    files = f"{len(bad)} image file{'s do' if len(bad) > 1 else ' does'} not decode"
+    if on_bad_image == "stop":
+        what = "mend or remove them, or leave them out with data.on_bad_image=skip"
+        raise Refused("\n".join([f"data.root: {files}; {what}:", *lines]))
+    logger.warning("\n".join([f"{files}, left out:", *lines]))

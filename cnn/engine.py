@@ -1,0 +1,89 @@
+"""An epoch of training and a pass of evaluation: mathematics, nothing else."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import nn
+
+from cnn.metrics import Sums, loss_of
+from cnn.state import TrainingState
+from cnn.utils import seeding
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # images float (N, C, H, W), labels int64 (N)
+
+
+def train_one_epoch(
+    state: TrainingState,
+    batches: Iterable[Batch],
+    sizes: list[int],
+    loss_function: nn.Module,
+    autocast: Callable[[], torch.autocast],
+    *,
+    seed: int,
+    accumulate: int = 1,
+    clip_grad_norm: float | None = None,
+) -> Iterator[int]:
+    """Trains from where `state` stands to the epoch's end.
+
+    Args:
+        batches: those still to come, from `state.batch` on.
+        sizes: images in each of the epoch's batches, the ones done included.
+
+    Yields:
+        The number of batches of each optimizer step, after it. Between two steps `state` is whole, and may be
+        saved; nothing of a step is kept elsewhere.
+    """
+    model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    set_training(model)
+    batches = iter(batches)
+    while state.batch < len(sizes):
+        in_step = sizes[state.batch : state.batch + accumulate]
+        num_images = sum(in_step)
+        seeding.seed_step(state.device, seed, seeding.STEP, state.step)
+        for _ in in_step:
+            images, labels = next(batches)
+            with autocast():
+                logits = state.forward(images)
+            loss = loss_of(loss_function, logits, labels)
+            scaler.scale(loss * (len(labels) / num_images)).backward()
+            state.sums.add(loss, logits, labels)
+        if clip_grad_norm is not None:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if state.ema is not None:
+            state.ema.update_parameters(model)
+        state.end_step(len(in_step))
+        yield len(in_step)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    loss_function: nn.Module,
+    autocast: Callable[[], torch.autocast],
+    prefix: str,
+) -> dict[str, float]:
+    """Loss and accuracy of the model over all the batches, named PREFIXloss and PREFIXacc."""
+    was_training = model.training
+    model.eval()
+    sums = Sums(next(model.parameters()).device)
+    for images, labels in batches:
+        with autocast():
+            logits = model(images)
+        sums.add(loss_of(loss_function, logits, labels), logits, labels)
+    model.train(was_training)
+    return {prefix + name: value for name, value in sums.compute().items()}
+
+
+def set_training(model: nn.Module) -> None:
+    """Training mode, but for norms whose parameters are all frozen: these keep their statistics."""
+    model.train()
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and own:
+            module.train(any(parameter.requires_grad for parameter in own))

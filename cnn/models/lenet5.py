@@ -1,0 +1,32 @@
+"""LeNet-5 (LeCun et al., 1998), with ReLU and max pooling as it is built today."""
+
+import torch
+from torch import nn
+
+
+class LeNet5(nn.Module):
+    """Made for 28 x 28; larger images are pooled to the size that its linear layers want."""
+
+    def __init__(self, num_classes: int, in_channels: int, dropout: float = 0.0):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(in_channels, 6, 5, padding=2),  # N, 6, 28, 28
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),  # N, 6, 14, 14
+            nn.Conv2d(6, 16, 5),  # N, 16, 10, 10
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(2),  # N, 16, 5, 5
+            nn.AdaptiveAvgPool2d(5),
+        )
+        self.classifier = nn.Sequential(
+            nn.Linear(16 * 5 * 5, 120),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(120, 84),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(84, num_classes),
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W
+        return self.classifier(self.features(images).flatten(1))  # N, num_classes

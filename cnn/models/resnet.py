@@ -1,0 +1,96 @@
+"""Residual networks for small images: ResNet-9 and ResNet-20."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cnn.models.simple_cnn import block
+
+
+class ResNet9(nn.Module):
+    """The network of D. Page, "How to Train Your ResNet" (2018); any size from 16 x 16 on.
+
+    Args:
+        width: channels of the first layer; the deepest have eight times as many.
+        scale: factor on the logits, 0.125 in the source.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int, width: int = 64, scale: float = 0.125):
+        super().__init__()
+        self.scale = scale
+        self.stem = block(in_channels, width)
+        self.layer1 = nn.Sequential(
+            block(width, 2 * width), nn.MaxPool2d(2), Residual(2 * width)
+        )  # N, 2 width, H/2, W/2
+        self.layer2 = nn.Sequential(block(2 * width, 4 * width), nn.MaxPool2d(2))
+        self.layer3 = nn.Sequential(
+            block(4 * width, 8 * width), nn.MaxPool2d(2), Residual(8 * width)
+        )  # N, 8 width, H/8, W/8
+        self.pool = nn.AdaptiveMaxPool2d(1)
+        self.classifier = nn.Linear(8 * width, num_classes, bias=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W
+        features = self.layer3(self.layer2(self.layer1(self.stem(images))))
+        return self.classifier(self.pool(features).flatten(1)) * self.scale  # N, num_classes
+
+
+class Residual(nn.Module):
+    """Two blocks around which the input passes."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(block(channels, channels), block(channels, channels))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features + self.body(features)
+
+
+class ResNet20(nn.Module):
+    """The CIFAR network of He et al., "Deep Residual Learning" (2016), section 4.2.
+
+    Args:
+        blocks: residual blocks a stage; 3 gives 20 layers, 9 gives 56.
+        width: channels of the first stage, 16 in the source.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int, blocks: int = 3, width: int = 16):
+        super().__init__()
+        self.stem = block(in_channels, width)
+        stages = []
+        channels = width
+        for stage in range(3):
+            for number in range(blocks):
+                out_channels = width * 2**stage
+                stride = 2 if stage > 0 and number == 0 else 1
+                stages.append(BasicBlock(channels, out_channels, stride))
+                channels = out_channels
+        self.stages = nn.Sequential(*stages)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight)  # He et al. (2015), as in the source
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W
+        features = self.stages(self.stem(images))  # N, 4 width, H/4, W/4
+        return self.classifier(self.pool(features).flatten(1))  # N, num_classes
+
+
+class BasicBlock(nn.Module):
+    """Two convolutions; the way around them takes every second pixel and pads with zero channels
+    (option A of the source: no parameters)."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.stride, self.added = stride, out_channels - in_channels
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        out = F.relu(self.bn1(self.conv1(features)), inplace=True)
+        out = self.bn2(self.conv2(out))
+        around = features[:, :, :: self.stride, :: self.stride]
+        around = F.pad(around, (0, 0, 0, 0, 0, self.added))
+        return F.relu(out + around, inplace=True)

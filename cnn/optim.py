@@ -1,0 +1,157 @@
+"""The optimizer with its parameter groups, and the learning rate as a function of the step."""
+
+import logging
+import math
+import re
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+
+from cnn.config import OptimConfig, Refused, ScheduleConfig
+
+logger = logging.getLogger(__name__)
+
+OPTIMIZERS = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "rmsprop": torch.optim.RMSprop,
+    "adagrad": torch.optim.Adagrad,
+    "adamax": torch.optim.Adamax,
+}
+WITH_MOMENTUM = ("sgd", "rmsprop")
+
+ONECYCLE_RISE = 0.3  # share of the steps in which lr rises, from 1/25 (torch's OneCycleLR)
+ONECYCLE_FIRST = 1 / 25
+ONECYCLE_LAST = 1e-4 / 25
+
+
+def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """Groups the parameters by learning rate and weight decay, and builds the optimizer.
+
+    Biases and the parameters of norms (one dimension or none) have no weight decay. A group with
+    `lr_scale: 0` is frozen.
+
+    Raises:
+        Refused: a pattern that matches nothing, everything frozen, unknown `optim.args`.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    used = set()
+    for name, parameter in model.named_parameters():
+        scale = 1.0
+        for number, group in enumerate(cfg.groups):
+            if re.search(group.match, name):
+                scale = group.lr_scale
+                used.add(number)
+        if scale == 0:
+            parameter.requires_grad_(False)
+        if parameter.requires_grad:
+            groups.setdefault((scale, parameter.ndim > 1), []).append(parameter)
+    for number, group in enumerate(cfg.groups):
+        if number not in used:
+            names = ", ".join([name for name, _ in model.named_parameters()][-4:])
+            raise Refused(
+                f"optim.groups[{number}].match: no parameter's name matches {group.match!r};"
+                f" names are such as {names}"
+            )
+    if not groups:
+        raise Refused("optim.groups: every parameter is frozen; leave something to train")
+    options = dict(cfg.args)
+    if cfg.name in WITH_MOMENTUM:
+        options["momentum"] = cfg.momentum
+    try:
+        return OPTIMIZERS[cfg.name](
+            [
+                {
+                    "params": parameters,
+                    "lr": cfg.lr * scale,
+                    "weight_decay": cfg.weight_decay if decayed else 0.0,
+                }
+                for (scale, decayed), parameters in groups.items()
+            ],
+            lr=cfg.lr,
+            **options,
+        )
+    except (TypeError, ValueError) as error:
+        raise Refused(f"optim.args: {cfg.name}: {error}") from None
+
+
+class Schedule:
+    """The learning rate of every step; torch's schedulers underneath.
+
+    All but `plateau` are functions of the step alone (LambdaLR), so that there is nothing to
+    remember but the step. `plateau` warms up in the same way and then watches the monitored
+    metric at every epoch's end (ReduceLROnPlateau).
+    """
+
+    def __init__(
+        self,
+        cfg: ScheduleConfig,
+        optimizer: torch.optim.Optimizer,
+        steps_per_epoch: int,
+        epochs: int,
+        mode: str,
+    ):
+        self.warmup_steps = round(cfg.warmup_epochs * steps_per_epoch)
+        self.cfg, self.optimizer = cfg, optimizer
+        self.steps_per_epoch, self.steps = steps_per_epoch, epochs * steps_per_epoch
+        self.highest_lr = max(group["lr"] for group in optimizer.param_groups)
+        self.by_step = LambdaLR(optimizer, self._factor)
+        self.plateau = None
+        if cfg.name == "plateau":
+            self.plateau = ReduceLROnPlateau(
+                optimizer, mode, factor=cfg.gamma, patience=cfg.patience, min_lr=cfg.min_lr
+            )
+
+    def step(self) -> None:
+        """After every optimizer step."""
+        if self.plateau is None or self.by_step.last_epoch < self.warmup_steps:
+            self.by_step.step()
+
+    def end_epoch(self, metric: float) -> None:
+        """After every validation, with the monitored metric."""
+        if self.plateau is not None and self.by_step.last_epoch >= self.warmup_steps:
+            self.plateau.step(metric)
+
+    def state_dict(self) -> dict:
+        state = {"by_step": {"last_epoch": self.by_step.last_epoch}}
+        if self.plateau is not None:
+            state["plateau"] = self.plateau.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        self.by_step.last_epoch = step = state["by_step"]["last_epoch"]
+        if self.plateau is None or step < self.warmup_steps:
+            # Anew, not as it was saved: train.epochs may have changed, and with it the curve.
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * self._factor(step)
+        if self.plateau is not None and "plateau" in state:
+            self.plateau.load_state_dict(state["plateau"])
+
+    def _factor(self, step: int) -> float:
+        """The factor on every group's learning rate for the step that comes after `step` others."""
+        cfg, warmup = self.cfg, self.warmup_steps
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        epoch = step // self.steps_per_epoch
+        progress = min((step - warmup) / max(self.steps - warmup, 1), 1.0)
+        if cfg.name == "step":
+            return cfg.gamma ** (epoch // cfg.step_epochs)
+        if cfg.name == "multistep":
+            return cfg.gamma ** sum(epoch >= milestone for milestone in cfg.milestones)
+        if cfg.name == "cosine":  # Loshchilov and Hutter (2017), without restarts
+            least = min(cfg.min_lr / self.highest_lr, 1.0)
+            return least + (1 - least) * (1 + math.cos(math.pi * progress)) / 2
+        if cfg.name == "onecycle":  # Smith and Topin (2018)
+            if progress < ONECYCLE_RISE:
+                return _between(ONECYCLE_FIRST, 1.0, progress / ONECYCLE_RISE)
+            return _between(1.0, ONECYCLE_LAST, (progress - ONECYCLE_RISE) / (1 - ONECYCLE_RISE))
+        return 1.0
+
+
+def _between(start: float, end: float, share: float) -> float:
+    """From start to end along half a cosine."""
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2

@@ -1,0 +1,235 @@
+"""Going on with a run: which file, whether it fits what is asked now, and what has changed."""
+
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cnn import config
+from cnn.cli import Command
+from cnn.config import Config, Refused
+from cnn.datasets import Data
+from cnn.state import TrainingState
+from cnn.utils.checkpoint import load_checkpoint
+from cnn.utils.files import write_atomically
+from cnn.utils.run import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run goes on."""
+
+    path: Path
+    content: dict[str, Any]  # of the checkpoint
+    cfg: Config  # today's settings, found to fit it
+    changes: list[str]  # what of them is different, as `key then → now`
+
+    @classmethod
+    def read(cls, path: Path, cfg: Config) -> "ResumePoint":
+        """The point that a file holds, under settings that are known to fit."""
+        return cls(path, load_checkpoint(path), cfg, [])
+
+
+def find_resume_point(command: Command, cfg: Config) -> ResumePoint | None:
+    """Where `--resume` goes on, and with which settings: the checkpoint's, with those typed now.
+
+    Args:
+        cfg: the settings of today's file, which tell the run's folder; with `--config` they count.
+
+    Returns:
+        None where the run has nothing to go on from, so that it starts.
+
+    Raises:
+        Refused: no such file, a broken one, or settings that do not fit it.
+    """
+    if command.checkpoint is not None:
+        path, content = command.checkpoint, load_checkpoint(command.checkpoint)
+    else:
+        folder = RunFolder(cfg.run)
+        found = find_checkpoint(folder)
+        if found is None:
+            logger.info("nothing to go on from in %s; a new run starts", folder.checkpoints)
+            return None
+        path, content = found
+    base = None if command.config else content["config"]
+    cfg, places = command.load_config(base)
+    changes = check_settings(path, content["config"], cfg, command.typed(), places)
+    return ResumePoint(path, content, cfg, changes)
+
+
+def find_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
+    """The run's latest file that is whole: last.pth, else the furthest of the others.
+
+    Returns:
+        Path and content, or None where the run has no file yet.
+
+    Raises:
+        Refused: there are files and none can be read.
+    """
+    others = [folder.best, *sorted(folder.checkpoints.glob("epoch_*.pth"), reverse=True)]
+    existing = [path for path in (folder.last, *others) if path.exists()]
+    if not existing:
+        return None
+    if existing[0] == folder.last:
+        try:
+            return folder.last, load_checkpoint(folder.last)
+        except Refused as refusal:
+            logger.warning("%s", refusal)
+    readable = []
+    for path in existing:
+        if path != folder.last:
+            try:
+                readable.append((path, load_checkpoint(path)))
+            except Refused as refusal:
+                logger.warning("%s", refusal)
+    if not readable:
+        raise Refused(
+            f"{folder.checkpoints}: no file of this run can be read; without --resume a new run"
+            f" starts, and these are kept in {folder.checkpoints / 'archive'}"
+        )
+    path, content = max(readable, key=lambda item: item[1]["step"])
+    logger.warning("going on from %s instead", path)
+    return path, content
+
+
+def check_settings(
+    path: Path, saved: dict[str, Any], cfg: Config, typed: set[str], places: dict[str, str]
+) -> list[str]:
+    """Holds today's settings against the checkpoint's.
+
+    Args:
+        typed: keys given on the command line in this call.
+        places: where each key was given, for the message.
+
+    Returns:
+        What is different and taken, each as `key then → now`.
+
+    Raises:
+        Refused: what cannot change has changed, or what changes the mathematics was not typed.
+    """
+    then, now = config.flat(saved), config.flat(config.to_dict(cfg))
+    rules = config.resume_rules()
+    changed = [key for key in rules if key in then and then[key] != now[key]]
+    refused = [
+        key
+        for key in changed
+        if rules[key] == config.FIXED or (rules[key] == config.ASKED and key not in typed)
+    ]
+    if not refused:
+        return [f"{key} {_shown(then[key])} → {_shown(now[key])}" for key in changed]
+    rows = [("setting", "checkpoint", "now", "")]
+    for key in changed:
+        verdict = "taken"
+        if key in refused:
+            asked = f"type {key}={_shown(now[key])} on the command line to change it"
+            verdict = "cannot change" if rules[key] == config.FIXED else asked
+        rows.append((key, _shown(then[key]), _shown(now[key]), verdict))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0])) for row in rows]
+    place = places.get(refused[0], "")
+    raise Refused(
+        f"{place + ': ' if place else ''}{path} was made with other settings:\n"
+        + "\n".join("  " + line.rstrip() for line in table)
+        + "\n  without --config, a resume takes the checkpoint's settings; a new run is one without"
+        " --resume"
+    )
+
+
+def _shown(value: Any) -> str:
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
+
+
+def restore(state: TrainingState, point: ResumePoint, data: Data) -> None:
+    """Puts the run where the checkpoint was.
+
+    Raises:
+        Refused: the data or the model is another one.
+    """
+    path, content = point.path, point.content
+    if content["classes"] != data.classes:
+        raise Refused(
+            f"{path}: trained on the classes {', '.join(content['classes'][:10])}; the data now has"
+            f" {', '.join(data.classes[:10])}"
+        )
+    then, now = content["data"], data.fingerprint()
+    if then != now:
+        counts = ", ".join(
+            f"{part} {then[part]} → {now[part]}" for part in ("train", "val", "test")
+        )
+        raise Refused(
+            f"{path}: the data has changed since ({counts} images), so that the run could not go on"
+            f" as it was. To begin a new run from its weights: model.weights={path}"
+        )
+    try:
+        state.load_state_dict(content)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        lines = str(error).strip().splitlines()
+        reason = " ".join(line.strip() for line in lines[:3]) or type(error).__name__
+        raise Refused(
+            f"{path}: does not fit the model or optimizer as configured: {reason}"
+        ) from None
+    cfg = point.cfg.train
+    if not state.is_finished(cfg.epochs, cfg.early_stop_patience):
+        state.test = None  # there are more epochs now; it will be another best one's
+
+
+def make_ready(folder: RunFolder, point: ResumePoint | None) -> None:
+    """Sees to it that the run writes over nothing of another, nor of itself further on."""
+    if point is None or _is_of_another_run(folder, point):
+        where = folder.archive()
+        if where is not None:
+            logger.info("the earlier run is moved to %s", where)
+    if point is not None:
+        _keep_what_is_ahead(folder, point)
+        _bring_best_along(folder, point)
+
+
+def _is_of_another_run(folder: RunFolder, point: ResumePoint) -> bool:
+    """Whether the folder holds files of a run that the checkpoint does not belong to."""
+    for path in (folder.last, folder.best):
+        if path.exists():
+            try:
+                return load_checkpoint(path)["started"] != point.content["started"]
+            except Refused:
+                continue
+    return False
+
+
+def _keep_what_is_ahead(folder: RunFolder, point: ResumePoint) -> None:
+    """Going on from an earlier file than the run's latest: keeps copies of what is ahead of it."""
+    ahead = []
+    for path in (folder.last, folder.best, *folder.checkpoints.glob("epoch_*.pth")):
+        if path.exists() and not path.samefile(point.path if point.path.exists() else folder.logs):
+            try:
+                if load_checkpoint(path)["step"] > point.content["step"]:
+                    ahead.append(path)
+            except Refused:
+                ahead.append(path)
+    if folder.last in ahead:
+        logger.info(
+            "%s is further than %s (--resume without a file goes on from there); what is ahead is"
+            " kept in %s",
+            folder.last,
+            point.path,
+            folder.keep_copies(ahead),
+        )
+
+
+def _bring_best_along(folder: RunFolder, point: ResumePoint) -> None:
+    """Going on in another folder: the best epoch so far comes along."""
+    best = point.content["best"]
+    if best is None or folder.best.exists():
+        return
+    for path in (point.path.parent / "best.pth", point.path):
+        if path.exists():
+            content = load_checkpoint(path)
+            finished = content["unfinished_epoch"]["batch"] == 0
+            if content["epoch"] == best["epoch"] and finished:
+                with open(path, "rb") as source:
+                    write_atomically(folder.best, lambda file: shutil.copyfileobj(source, file))
+                return

@@ -1,0 +1,138 @@
+"""When a run is saved, and as what: between steps, at an epoch's end, when it is told to stop."""
+
+import copy
+import logging
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from torch import nn
+
+from cnn.config import CheckpointConfig
+from cnn.state import TrainingState
+from cnn.utils.checkpoint import CheckpointWriter, load_checkpoint
+from cnn.utils.run import RunFolder
+from cnn.utils.signals import Stopped, StopSignals
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Failed(RuntimeError):
+    """The run cannot go on; the message has all that the user needs."""
+
+
+class Saver:
+    """Saves the state of a run to last.pth, best.pth and epoch_NNN.pth.
+
+    As a context it sees how the run ends: stopped by a signal, it saves; in any case it waits for
+    the file under way, and says how to go on.
+
+    Args:
+        about: what does not change during a run and belongs into its checkpoints.
+    """
+
+    def __init__(
+        self,
+        cfg: CheckpointConfig,
+        state: TrainingState,
+        folder: RunFolder,
+        stop: StopSignals,
+        about: dict[str, Any],
+    ):
+        self.cfg, self.state, self.folder, self.stop, self.about = cfg, state, folder, stop, about
+        self.writer = CheckpointWriter()
+        self._saved_at = self._ticked_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self.stop.deferred = True  # from here on a signal waits for the end of the step
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, Stopped):
+            self.save()
+        self.writer.wait()
+        self.stop.deferred = False
+        if self.writer.failure is not None:
+            raise Failed(f"the latest state could not be saved: {self.writer.failure}") from error
+        if error is not None and self.folder.last.exists():
+            logger.warning("go on with: %s", self.resume_command())
+
+    def resume_command(self) -> str:
+        """The exact command that goes on with this run."""
+        return shlex.join(["python", sys.argv[0], "--resume", self.folder.last.as_posix()])
+
+    def seconds(self) -> float:
+        """Seconds since the last call of this kind, or since the run began."""
+        now = time.monotonic()
+        passed, self._ticked_at = now - self._ticked_at, now
+        return passed
+
+    def between_steps(self) -> None:
+        """After every step: saves where it is time to, and stops where a signal says so.
+
+        Raises:
+            Failed: the loss is no number any more; nothing is saved.
+            Stopped: a signal has come.
+        """
+        self.state.seconds += self.seconds()
+        if self.state.device.type == "cpu":  # elsewhere it would wait for the device
+            self.check_finite()
+        every = self.cfg.every_steps
+        due = every is not None and self.state.step % every == 0
+        minutes = (time.monotonic() - self._saved_at) / 60
+        if due or minutes >= (self.cfg.every_minutes or math.inf):
+            self.save()
+        self.stop.check()
+
+    def interruptible(self, batches: Iterable[T]) -> Iterator[T]:
+        """Passes batches on; between two of them a signal stops the run."""
+        for batch in batches:
+            yield batch
+            self.stop.check()
+
+    def end_epoch(self, improved: bool) -> None:
+        """Saves a completed epoch: last.pth, and what else it has earned."""
+        names = [self.folder.best] if improved else []
+        every = self.cfg.every_epochs
+        if every is not None and self.state.epoch % every == 0:
+            names.append(self.folder.checkpoints / f"epoch_{self.state.epoch:03}.pth")
+        self.save(tuple(names))
+
+    def save(self, also: tuple[Path, ...] = ()) -> None:
+        """Saves last.pth, and the same under further names, in the background."""
+        self.check_finite()
+        self.writer.save(self.state.state_dict() | self.about, self.folder.last, also)
+        self._saved_at = time.monotonic()
+
+    def check_finite(self) -> None:
+        """Raises Failed where the loss is no number any more; waits for the device."""
+        state = self.state
+        if not state.sums.is_finite():
+            raise Failed(
+                f"the loss is no longer a number: epoch {state.epoch + 1}, step {state.step},"
+                f" lr {state.lr:g}; the checkpoints are from before. A lower optim.lr, a warm-up"
+                f" (schedule.warmup_epochs) or train.clip_grad_norm may help"
+            )
+
+    def best_model(self) -> nn.Module:
+        """A copy of the model with the weights of best.pth."""
+        self.writer.wait()
+        model = copy.deepcopy(self.state.evaluated_model())
+        if self.folder.best.exists():
+            content = load_checkpoint(self.folder.best)
+            model.load_state_dict(content["ema_state_dict"] or content["model_state_dict"])
+        else:
+            logger.warning("there is no %s; testing the latest weights", self.folder.best)
+        return model

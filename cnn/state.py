@@ -1,0 +1,148 @@
+"""All that changes during a run, in one object, with its save and its load side by side."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from cnn.metrics import Sums, improves
+from cnn.optim import Schedule
+
+TIME_COLUMNS = ("images_per_second", "seconds")  # the last ones of history; differ between runs
+
+
+class TrainingState:
+    """Where a run stands.
+
+    Attributes:
+        epoch: epochs completed.
+        step: optimizer steps taken.
+        batch: batches done of the unfinished epoch; all of them means: to be validated.
+        sums: what the unfinished epoch's train metrics are made of.
+        seconds: spent on the unfinished epoch.
+        lr: of the latest step.
+        best: {"metric", "value", "epoch"} of the best epoch, or None.
+        waited: epochs since the best one.
+        history: a row for each completed epoch.
+        test: the final test's metrics, or None before it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        scaler: torch.amp.GradScaler,
+        device: torch.device,
+        *,
+        ema_decay: float | None = None,
+        compile: bool = False,
+    ):
+        self.model, self.optimizer, self.schedule, self.scaler = model, optimizer, schedule, scaler
+        self.device = device
+        self.ema = None
+        if ema_decay is not None:
+            average = get_ema_multi_avg_fn(ema_decay)
+            self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self.forward = torch.compile(model) if compile else model
+        self.epoch = self.step = self.batch = 0
+        self.sums = Sums(device)
+        self.seconds = 0.0
+        self.lr = 0.0
+        self.best: dict[str, Any] | None = None
+        self.waited = 0
+        self.history: list[dict[str, float]] = []
+        self.test: dict[str, float] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model_state_dict": self.model.state_dict(),
+            "optimizer_state_dict": self.optimizer.state_dict(),
+            "scheduler_state_dict": self.schedule.state_dict(),
+            "scaler_state_dict": self.scaler.state_dict(),
+            "ema_state_dict": self.ema.module.state_dict() if self.ema is not None else None,
+            "epoch": self.epoch,
+            "step": self.step,
+            "lr": self.lr,
+            "unfinished_epoch": {
+                "batch": self.batch,
+                "sums": self.sums.state_dict(),
+                "seconds": self.seconds,
+            },
+            "best": self.best,
+            "early_stop": {"waited": self.waited},
+            "history": [dict(row) for row in self.history],
+            "test": self.test,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.model.load_state_dict(saved["model_state_dict"])
+        self._load_optimizer(saved["optimizer_state_dict"])
+        self.schedule.load_state_dict(saved["scheduler_state_dict"])
+        if saved["scaler_state_dict"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler_state_dict"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(saved["ema_state_dict"] or saved["model_state_dict"])
+            self.ema.n_averaged.fill_(saved["step"])
+        self.epoch = saved["epoch"]
+        self.step = saved["step"]
+        self.lr = saved["lr"]
+        self.batch = saved["unfinished_epoch"]["batch"]
+        self.sums.load_state_dict(saved["unfinished_epoch"]["sums"])
+        self.seconds = saved["unfinished_epoch"]["seconds"]
+        self.best = saved["best"]
+        self.waited = saved["early_stop"]["waited"]
+        self.history = [dict(row) for row in saved["history"]]
+        self.test = saved["test"]
+
+    def _load_optimizer(self, saved: dict[str, Any]) -> None:
+        """Loads what the optimizer remembers, but keeps the settings that it was built with.
+
+        They equal the saved ones unless the user changed them for this resume. The learning rate
+        is the schedule's to say; plateau's, which it has lowered, keeps its ratio to the first.
+        """
+        built = [{**group, "params": None} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(saved)
+        for group, settings in zip(self.optimizer.param_groups, built):
+            lr = group["lr"] * (settings["initial_lr"] / group["initial_lr"])
+            group |= {key: value for key, value in settings.items() if key != "params"}
+            group["lr"] = lr
+
+    def evaluated_model(self) -> nn.Module:
+        """The weights that are validated and kept: the averaged ones where there are some."""
+        return self.ema.module if self.ema is not None else self.model
+
+    def end_step(self, num_batches: int) -> None:
+        """Counts an optimizer step over so many batches and moves the learning rate on."""
+        self.lr = max(group["lr"] for group in self.optimizer.param_groups)
+        self.schedule.step()
+        self.step += 1
+        self.batch += num_batches
+
+    def end_epoch(self, metrics: dict[str, float], monitor: str, val_seconds: float) -> bool:
+        """Completes the epoch with its validation; returns whether it is the best so far.
+
+        Args:
+            metrics: of the validation, each beginning with val_.
+            val_seconds: that the validation took.
+        """
+        train = {f"train_{name}": value for name, value in self.sums.compute().items()}
+        value = metrics[monitor]
+        times = (self.sums.count / max(self.seconds, 1e-9), self.seconds + val_seconds)
+        row = {"epoch": self.epoch + 1, "step": self.step, "lr": self.lr}
+        self.history.append(row | train | metrics | dict(zip(TIME_COLUMNS, times)))
+        self.epoch += 1
+        self.schedule.end_epoch(value)
+        self.batch, self.seconds, self.sums = 0, 0.0, Sums(self.device)
+        improved = improves(monitor, value, self.best and self.best["value"])
+        if improved:
+            self.best = {"metric": monitor, "value": value, "epoch": self.epoch}
+        self.waited = 0 if improved else self.waited + 1
+        return improved
+
+    def is_finished(self, epochs: int, patience: int | None) -> bool:
+        """Whether there is nothing left to train."""
+        return self.batch == 0 and (
+            self.epoch >= epochs or (patience is not None and self.waited >= patience)
+        )

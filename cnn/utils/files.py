@@ -1,0 +1,73 @@
+"""Files that are either the old one or the new one, whenever the power fails."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], None], also: tuple[Path, ...] = ()):
+    """Writes beside the file, syncs, renames over it, syncs the folder.
+
+    Args:
+        path: the file to replace.
+        write: is given the open temporary file.
+        also: further names in the same folder for the same content, put in place before `path`.
+
+    Raises:
+        OSError: the old files are as they were, and nothing is left over.
+    """
+    temporary = temporary_name(path)
+    links = [temporary_name(other) for other in also]
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        for other, link in zip(also, links):
+            link.unlink(missing_ok=True)
+            try:
+                os.link(temporary, link)
+            except OSError:  # a file system without hard links
+                _copy(temporary, link)
+            os.replace(link, other)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        for leftover in (temporary, *links):
+            leftover.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces the file by this text, UTF-8, durably."""
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a crash in the middle of a write has left in the folder."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in the folder durable; where folders cannot be opened (Windows), nothing."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with open(source, "rb") as old, open(target, "wb") as new:
+        while block := old.read(1 << 20):
+            new.write(block)
+        new.flush()
+        os.fsync(new.fileno())

@@ -1,0 +1,80 @@
+"""Logging to the console and logs/train.log, and history.csv."""
+
+import csv
+import io
+import logging
+import logging.handlers
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cnn.utils.files import write_text
+
+FILE_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+NAMES = (
+    "cnn",
+    "train",
+    "py.warnings",
+)  # whose messages are shown; libraries' below WARNING are not
+
+
+class _Console(logging.Handler):
+    """Writes past a tqdm bar, to stderr; plain lines, with the level where it is no INFO."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if record.levelno > logging.INFO:
+            message = f"{record.levelname.lower()}: {message}"
+        tqdm.write(message, file=sys.stderr)
+
+
+class Log:
+    """The log of one process: console at once; what it said is in the file from `open_file` on."""
+
+    def __init__(self) -> None:
+        self.root = logging.getLogger()
+        self._before = (self.root.level, list(self.root.handlers))
+        self._kept = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
+        self._file: logging.FileHandler | None = None
+        self.root.handlers = [_Console(), self._kept]
+        self.root.setLevel(logging.WARNING)
+        for name in NAMES:
+            logging.getLogger(name).setLevel(logging.INFO)
+        logging.captureWarnings(True)
+
+    def open_file(self, path: Path) -> None:
+        """Appends to the file, beginning with what was said so far."""
+        self.close_file()
+        self._file = logging.FileHandler(path, mode="a", encoding="utf-8")
+        self._file.setFormatter(logging.Formatter(FILE_FORMAT))
+        self._kept.setTarget(self._file)
+        self._kept.flush()
+        self.root.removeHandler(self._kept)
+        self.root.addHandler(self._file)
+
+    def close_file(self) -> None:
+        """Writes no more to the file; a next one begins with what is said from here on."""
+        if self._file is not None:
+            self.root.removeHandler(self._file)
+            self._file.close()
+            self._file = None
+            self.root.addHandler(self._kept)
+
+    def close(self) -> None:
+        logging.captureWarnings(False)
+        level, handlers = self._before
+        self.root.setLevel(level)
+        self.root.handlers = handlers
+        if self._file is not None:
+            self._file.close()
+
+
+def write_history(path: Path, history: list[dict[str, float]]) -> None:
+    """Writes history.csv as the history says, whole; so a resume leaves no gap and no double."""
+    text = io.StringIO()
+    if history:
+        writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+    write_text(path, text.getvalue())

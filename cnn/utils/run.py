@@ -1,0 +1,120 @@
+"""The folders of a run: one process writes them, and an earlier run's files are moved aside."""
+
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Self
+
+from filelock import FileLock, Timeout
+
+from cnn.config import Refused
+from cnn.utils.files import remove_leftovers
+
+# All that a run leaves, so that only that is ever moved.
+LOGS = ("train.log", "history.csv", "config.yaml", "model.txt", "tensorboard", "report.html")
+CHECKPOINTS = ("last.pth", "best.pth", "epoch_*.pth")
+
+OWNER = ".run.json"
+
+
+class RunFolder:
+    """logs/[NAME/] and checkpoints/[NAME/] below `root`."""
+
+    def __init__(self, name: str | None, root: Path = Path()):
+        self.logs = root / "logs" / (name or "")
+        self.checkpoints = root / "checkpoints" / (name or "")
+        self.last = self.checkpoints / "last.pth"
+        self.best = self.checkpoints / "best.pth"
+        self._lock: FileLock | None = None
+
+    def __enter__(self) -> Self:
+        self.lock()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unlock()
+
+    def lock(self) -> None:
+        """Makes the folders and this process their only writer.
+
+        Raises:
+            Refused: another process is, and which; or the folders cannot be written.
+        """
+        try:
+            for folder in (self.logs, self.checkpoints):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.checkpoints / ".run.lock")
+            self._lock.acquire(timeout=0)
+            owner = {
+                "process": os.getpid(),
+                "machine": platform.node(),
+                "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+                "command": " ".join(sys.argv),
+            }
+            (self.checkpoints / OWNER).write_text(json.dumps(owner), encoding="utf-8")
+            for folder in (self.logs, self.checkpoints):
+                remove_leftovers(folder)
+        except Timeout:
+            raise Refused(
+                f"{self.checkpoints}: {self._owner()} is training there; wait for it, or give this"
+                f" run a folder of its own with run=NAME"
+            ) from None
+        except OSError as error:
+            raise Refused(f"{error.filename}: cannot be written: {error.strerror}") from None
+
+    def unlock(self) -> None:
+        if self._lock is not None and self._lock.is_locked:
+            (self.checkpoints / OWNER).unlink(missing_ok=True)
+            self._lock.release()
+
+    def _owner(self) -> str:
+        try:
+            owner = json.loads((self.checkpoints / OWNER).read_text(encoding="utf-8"))
+            return (
+                f"process {owner['process']} on {owner['machine']}"
+                f" ({owner['command']}, since {owner['since']})"
+            )
+        except (OSError, ValueError, KeyError):
+            return "another process"
+
+    def archive(self) -> Path | None:
+        """Moves an earlier run's files to archive/<its start>/; returns where its logs went."""
+        logs = [path for name in LOGS for path in self.logs.glob(name)]
+        checkpoints = [path for name in CHECKPOINTS for path in self.checkpoints.glob(name)]
+        if not logs and not checkpoints:
+            return None
+        start = self._start_of_earlier(logs + checkpoints)
+        name, number = start, 1
+        while any((f / "archive" / name).exists() for f in (self.logs, self.checkpoints)):
+            number += 1
+            name = f"{start}-{number}"
+        for folder, paths in ((self.checkpoints, checkpoints), (self.logs, logs)):
+            target = folder / "archive" / name
+            for path in paths:
+                target.mkdir(parents=True, exist_ok=True)
+                shutil.move(path, target / path.name)
+        return self.logs / "archive" / name
+
+    def keep_copies(self, paths: list[Path]) -> Path:
+        """Copies files into checkpoints/archive/<now>/, before a resume may write over them."""
+        target = self.checkpoints / "archive" / time.strftime("%Y-%m-%d_%H-%M-%S")
+        target.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            shutil.copy2(path, target / path.name)
+        return target
+
+    def _start_of_earlier(self, paths: list[Path]) -> str:
+        try:
+            with open(self.logs / "train.log", encoding="utf-8") as file:
+                stamp = file.readline()[:19]
+        except (OSError, UnicodeDecodeError):
+            stamp = ""
+        if not re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", stamp):
+            oldest = min(path.stat().st_mtime for path in paths)
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(oldest))
+        return stamp.replace(" ", "_").replace(":", "-")

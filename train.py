@@ -1,0 +1,137 @@
+"""Trains an image classifier.
+
+python train.py                                    configs/config.yaml: digits, no download
+python train.py optim.lr=0.01 train.epochs=10      any setting changed
+python train.py --config configs/folder.yaml data.root=photos
+python train.py --resume checkpoints/best.pth      go on from a checkpoint
+python train.py --resume                           from the latest; where there is none, start
+"""
+
+import logging
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cnn import cli
+from cnn.config import Config, Refused, replaced, to_yaml
+
+if TYPE_CHECKING:
+    from cnn.resuming import ResumePoint
+    from cnn.utils.logger import Log
+    from cnn.utils.run import RunFolder
+    from cnn.utils.signals import StopSignals
+
+# torch is imported in the functions that use it: a typo is answered before, in a tenth of a second.
+
+logger = logging.getLogger("train")
+
+
+def main(argv: list[str] | None = None) -> int:
+    command = cli.parse(sys.argv[1:] if argv is None else argv, __doc__)
+    try:
+        cfg, _ = command.load_config()
+    except Refused as refusal:
+        sys.stderr.write(f"{refusal}\n")
+        return cli.REFUSED
+    if command.print_config:
+        sys.stdout.write(to_yaml(cfg))
+        return cli.DONE
+    act = dry_run if command.dry_run else start
+    return cli.run(lambda log, stop: act(cfg, command, log, stop))
+
+
+def start(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") -> None:
+    """Starts a run or goes on with one, as the command says."""
+    from cnn.resuming import find_resume_point
+    from cnn.utils.run import RunFolder
+
+    point = find_resume_point(command, cfg) if command.resume else None
+    cfg = point.cfg if point else cfg
+    with RunFolder(cfg.run) as folder:
+        train(cfg, folder, log, stop, point)
+
+
+def train(
+    cfg: Config,
+    folder: "RunFolder",
+    log: "Log",
+    stop: "StopSignals",
+    point: "ResumePoint | None" = None,
+    max_batches: int | None = None,
+) -> None:
+    """A run, from its settings to the test of its best epoch.
+
+    Args:
+        point: where to go on from; None begins.
+        max_batches: of every split and epoch, for a dry run.
+    """
+    from cnn import summary
+    from cnn.building import build_run
+    from cnn.engine import evaluate, train_one_epoch
+    from cnn.resuming import make_ready
+    from cnn.saving import Saver
+    from cnn.utils.logger import write_history
+    from cnn.utils.progress import follow
+
+    run = build_run(cfg, point, max_batches)
+    state, epochs = run.state, cfg.train.epochs
+    make_ready(folder, point)
+    log.open_file(folder.logs / "train.log")
+    summary.write(cfg, folder.logs, run, point)
+    write_history(folder.logs / "history.csv", state.history)
+
+    with Saver(cfg.checkpoint, state, folder, stop, run.about) as saver:
+        while not state.is_finished(epochs, cfg.train.early_stop_patience):
+            steps = train_one_epoch(
+                state,
+                run.train_loader.train_batches(state.epoch + 1, start=state.batch),
+                run.train_loader.sizes,
+                run.loss,
+                run.autocast,
+                seed=cfg.seed,
+                accumulate=cfg.train.accumulate,
+                clip_grad_norm=cfg.train.clip_grad_norm,
+            )
+            done, total = state.batch // cfg.train.accumulate, run.steps_per_epoch
+            label = f"epoch {state.epoch + 1}/{epochs}"
+            for _ in follow(steps, label, total, done, cfg.log.every_seconds):
+                saver.between_steps()
+
+            batches = saver.interruptible(run.val_loader.batches())
+            batches = follow(batches, f"{label} val", len(run.val_loader), 0, cfg.log.every_seconds)
+            metrics = evaluate(state.evaluated_model(), batches, run.loss, run.autocast, "val_")
+            improved = state.end_epoch(metrics, cfg.checkpoint.monitor, saver.seconds())
+            saver.end_epoch(improved)
+            write_history(folder.logs / "history.csv", state.history)
+            summary.log_epoch(state, epochs)
+
+        if state.test is None:
+            logger.info("testing the best epoch, once")
+            model = saver.best_model()
+            batches = saver.interruptible(run.test_loader.batches())
+            state.test = evaluate(model, batches, run.loss, run.autocast, "test_")
+            saver.save()
+        else:
+            logger.info("this run is finished; for more epochs, say train.epochs=%d", 2 * epochs)
+        summary.log_test(state)
+
+
+def dry_run(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") -> None:
+    """Two batches of everything: train, validate, save, resume, test; in a scratch folder."""
+    from cnn.resuming import ResumePoint
+    from cnn.utils.run import RunFolder
+
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as scratch, RunFolder(None, Path(scratch)) as folder:
+        short = replaced(cfg, run=None, train={"epochs": 1, "early_stop_patience": None})
+        train(short, folder, log, stop, max_batches=2)
+        longer = replaced(short, train={"epochs": 2})
+        train(longer, folder, log, stop, ResumePoint.read(folder.last, longer), max_batches=2)
+        log.close_file()  # before the folder goes
+    logger.info("dry run OK: trained, saved, resumed, tested (%.1f s)", time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
