@@ -31,7 +31,7 @@ logger = logging.getLogger("train")
 def main(argv: list[str] | None = None) -> int:
     command = cli.parse(sys.argv[1:] if argv is None else argv, __doc__)
     try:
-        cfg, _ = command.load_config()
+        cfg, places = command.load_config()
     except Refused as refusal:
         sys.stderr.write(f"{refusal}\n")
         return cli.REFUSED
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(to_yaml(cfg))
         return cli.DONE
     act = dry_run if command.dry_run else start
-    return cli.run(lambda log, stop: act(cfg, command, log, stop))
+    return cli.run(lambda log, stop: act(cfg, command, log, stop), places)
 
 
 def start(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") -> None:

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import multiprocessing
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_CONFIG = Path("configs/config.yaml")
 DONE, FAILED, REFUSED = 0, 1, 2  # and 128 + N for signal N
+
+
+def default_config() -> Path:
+    """configs/config.yaml here, or else the one beside train.py."""
+    here = Path("configs/config.yaml")
+    return here if here.exists() else Path(__file__).resolve().parents[1] / here
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Command:
         Args:
             base: a checkpoint's settings, which then stand in for the default file.
         """
-        path = self.config or (DEFAULT_CONFIG if base is None else None)
+        path = self.config or (default_config() if base is None else None)
         return config.load_config(path, self.settings, base)
 
     def typed(self) -> set[str]:
@@ -55,7 +61,7 @@ def parse(argv: list[str], description: str) -> Command:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--config", type=Path, metavar="FILE", help=f"settings (default {DEFAULT_CONFIG})")
+    add("--config", type=Path, metavar="FILE", help="settings (default configs/config.yaml)")
     add("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE, or the latest")
     add("--dry-run", action="store_true", help="two batches of everything, in a scratch folder")
     add("--print-config", action="store_true", help="print every setting with its meaning")
@@ -84,8 +90,12 @@ def _separate(argv: list[str]) -> list[str]:
     ]
 
 
-def run(act: Callable[["Log", "StopSignals"], None]) -> int:
-    """Runs `act` with log and signals set up; turns how it ended into a message and a status."""
+def run(act: Callable[["Log", "StopSignals"], None], places: dict[str, str]) -> int:
+    """Runs `act` with log and signals set up; turns how it ended into a message and a status.
+
+    Args:
+        places: where each setting was given; a refusal that begins with one is told with it.
+    """
     from cnn.saving import Failed
     from cnn.utils.logger import Log
     from cnn.utils.signals import Stopped, StopSignals
@@ -96,7 +106,9 @@ def run(act: Callable[["Log", "StopSignals"], None]) -> int:
         act(log, stop)
         return DONE
     except Refused as refusal:
-        logger.error("%s", refusal)
+        key = re.match(r"[a-z_]+\.[a-z_]+|\w+", str(refusal))
+        place = places.get(key.group()) if key else None
+        logger.error("%s%s", f"{place}: " if place else "", refusal)
         return REFUSED
     except Stopped as stopped:
         logger.warning("stopped by %s", stopped)
