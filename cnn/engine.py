@@ -40,9 +40,10 @@ def train_one_epoch(
     while state.batch < len(sizes):
         in_step = sizes[state.batch : state.batch + accumulate]
         num_images = sum(in_step)
-        seeding.seed_step(state.device, seed, seeding.STEP, state.step)
-        for _ in in_step:
+        for number in range(len(in_step)):
             images, labels = next(batches)
+            # After the batch came: without workers its augmentations draw from the same generators.
+            seeding.seed_step(state.device, seed, seeding.STEP, state.step, number)
             with autocast():
                 logits = state.forward(images)
             loss = loss_of(loss_function, logits, labels)

@@ -4,6 +4,7 @@ Every function takes and gives an image tensor (C, H, W), uint8 as a rule. torch
 only where one of them is used.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -14,7 +15,10 @@ Transform = Callable[[torch.Tensor], torch.Tensor]
 
 
 def build_augmentations(names: list[str], image_size: int) -> list[Transform]:
-    """The named changes, in their order; each draws from the global generators."""
+    """The named changes, in their order; each draws from the global generators.
+
+    They see images of the model's size, but for `resized_crop`, which cuts it out of the whole.
+    """
     if not names:
         return []
     from torchvision.transforms import v2
@@ -29,7 +33,8 @@ def build_augmentations(names: list[str], image_size: int) -> list[Transform]:
         "resized_crop": lambda: v2.RandomResizedCrop(image_size, (0.35, 1.0), antialias=True),
         "erase": v2.RandomErasing,
     }
-    return [known[name]() if name in known else _own(name) for name in names]
+    made = [known[name]() if name in known else _own(name) for name in names]
+    return made if "resized_crop" in names else [functools.partial(fit, size=image_size), *made]
 
 
 def _own(path: str) -> Transform:

@@ -33,7 +33,7 @@ def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
         elif not _same_bits(first, second):
             distance = (first.double() - second.double()).abs().max().item()
             yield f"{path}: differ by up to {distance:g}"
-    elif first != second and not (first != first and second != second):  # nan equals nan
+    elif repr(first) != repr(second):  # the same bits of a float; nan is nan
         yield f"{path}: {first!r}, {second!r}"
 
 

@@ -26,6 +26,8 @@ class _Console(logging.Handler):
         message = record.getMessage()
         if record.levelno > logging.INFO:
             message = f"{record.levelname.lower()}: {message}"
+        if record.exc_info:
+            message += "\n" + logging.Formatter().formatException(record.exc_info)
         tqdm.write(message, file=sys.stderr)
 
 

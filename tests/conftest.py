@@ -1,0 +1,81 @@
+"""How the tests run train.py: in this process, or as a user does, and how they compare two runs."""
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import train as script
+from cnn.state import TIME_COLUMNS
+from cnn.utils.checkpoint import load_checkpoint
+from cnn.utils.compare import differences
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--config", str(ROOT / "tests" / "tiny.yaml")]
+
+torch.set_num_threads(1)  # another number changes bits, and the machine may be shared
+
+
+@pytest.fixture(autouse=True)
+def folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test works in an empty folder, and remembers images nowhere else."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+@pytest.fixture
+def train() -> Callable[..., int]:
+    """train.py in this process, with the tiny settings unless it resumes; gives the exit status."""
+
+    def run(*words: str) -> int:
+        tiny = [] if "--resume" in words or "--config" in words else TINY
+        return script.main([*tiny, *words])
+
+    return run
+
+
+def start(*words: str, **options) -> subprocess.Popen:
+    """train.py as a process of its own, in a session of its own so that it can be killed whole."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        **options,
+    )
+
+
+def finish(*words: str) -> tuple[int, str]:
+    """train.py as a process, to its end; exit status and all it said."""
+    process = start(*words)
+    output, _ = process.communicate(timeout=120)
+    return process.returncode, output
+
+
+def assert_same_run(first: str | Path, second: str | Path) -> None:
+    """Two runs' folders hold the same bits: last.pth, best.pth, history.csv but its times."""
+    for name in ("last.pth", "best.pth"):
+        one, other = (load_checkpoint(Path(run, "checkpoints", name)) for run in (first, second))
+        one["config"]["run"] = other["config"]["run"] = None
+        for free in [("data", "num_workers"), ("checkpoint", "every_steps"), ("train", "epochs"),
+                     ("checkpoint", "every_epochs")]:  # fmt: skip
+            one["config"][free[0]][free[1]] = other["config"][free[0]][free[1]] = None
+        found = list(differences(one, other))
+        assert not found, f"{name}: {found[:5]}"
+    assert history(first) == history(second)
+
+
+def history(run: str | Path) -> list[dict[str, str]]:
+    """The rows of history.csv without the columns that measure time."""
+    with open(Path(run, "logs", "history.csv"), encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [{key: value for key, value in row.items() if key not in TIME_COLUMNS} for row in rows]

@@ -1,0 +1,131 @@
+"""Runs of train.py as processes that can be killed whole, without paying for `import torch` each time.
+
+A fork server imports everything once; each run is a fork of it, in a session (process group) of its
+own, workers included.
+"""
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import train
+from cnn import engine, saving
+from cnn.utils import checkpoint, files
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torchvision.transforms.v2", "processes"])
+
+
+class Process:
+    """A run of train.py in a folder.
+
+    Args:
+        trap: a place in the run (TRAPS), how often it is passed before, and the signal that the
+            process group gets there.
+    """
+
+    def __init__(self, folder: Path, *words: str, trap: tuple[str, int, int] | None = None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.output = folder / "output.txt"
+        self.process = CONTEXT.Process(target=_run, args=(folder, words, trap, self.output))
+        self.process.start()
+
+    def kill(self, number: int = signal.SIGKILL) -> bool:
+        """Sends a signal to the whole group; says whether there was still somebody to get it."""
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:  # not yet a group, or gone
+            if self.process.exitcode is None:
+                os.kill(self.process.pid, number)
+        return self.process.exitcode is None
+
+    def wait(self) -> int:
+        """The exit status; -N for signal N."""
+        self.process.join(100)
+        assert self.process.exitcode is not None, f"hangs:\n{self.output.read_text()}"
+        return self.process.exitcode
+
+
+def run(folder: Path, *words: str, trap: tuple[str, int, int] | None = None) -> tuple[int, str]:
+    """A run to its end: exit status and all it said."""
+    process = Process(folder, *words, trap=trap)
+    return process.wait(), process.output.read_text()
+
+
+def run_through_kills(
+    folder: Path, *words: str, seed: int, longest: float, signals: list[int]
+) -> tuple[int, int]:
+    """Starts, kills and resumes a run until it is done; the times are drawn from the seed.
+
+    Returns:
+        How often a living process was killed, and the exit status at the end.
+    """
+    draw = random.Random(seed)
+    kills = 0
+    while True:
+        process = Process(folder, *words, "--resume")
+        process.process.join(draw.uniform(0, longest))
+        number = draw.choice(signals)
+        if not (process.process.exitcode is None and process.kill(number)):
+            return kills, process.wait()
+        status = process.wait()
+        if status == 0:  # the signal came too late
+            return kills, status
+        expected = {-number, 128 + number}
+        assert status in expected, f"{status} after signal {number}:\n{process.output.read_text()}"
+        kills += 1
+
+
+def _run(folder: Path, words: tuple[str, ...], trap: tuple[str, int, int] | None, output: Path):
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # for the workers, as without this server
+    os.chdir(folder)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *words]
+    if trap is not None:
+        set_trap(*trap)
+    status = train.main(list(words))
+    sys.stderr.flush()
+    os._exit(status)
+
+
+# -- traps: a signal at an exact place --------------------------------------------------------
+
+TRAPS = {
+    "training": (saving.Saver, "between_steps"),
+    "before validation": (engine, "evaluate"),
+    "validation": (engine, "loss_of"),  # called for every batch, also of training
+    "after the epoch": (saving.Saver, "end_epoch"),
+    "copying": (checkpoint, "snapshot"),
+    "writing": (torch, "save"),
+    "before best.pth is renamed": (files.os, "replace"),
+    "before last.pth is renamed": (files.os, "replace"),
+    "before the test": (saving.Saver, "best_model"),
+}
+
+
+def set_trap(place: str, passes: int, number: int) -> None:
+    """Has the group killed when `place` is reached after so many passes."""
+    owner, name = TRAPS[place]
+    original = getattr(owner, name)
+    file = place.split()[1] if name == "replace" else None
+    left = [passes]
+
+    def trapped(*args, **keywords):
+        if file is None or Path(args[1]).name == file:
+            if left[0] == 0:
+                os.killpg(0, number)
+                time.sleep(0.02)  # let a handler in the main thread run if this is another
+            left[0] -= 1
+        return original(*args, **keywords)
+
+    setattr(owner, name, trapped)

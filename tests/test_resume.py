@@ -1,0 +1,225 @@
+"""As if it had never stopped: runs killed, signalled and resumed equal the unbroken one, bit for bit."""
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, assert_same_run, history
+from processes import run, run_through_kills
+
+from cnn.saving import Saver
+from cnn.utils.checkpoint import load_checkpoint
+from cnn.utils.signals import Stopped
+
+# Everything that has state: EMA, bf16, dropout, accumulation that does not divide the epoch. Each of
+# 3 epochs has 3 batches in 2 steps, then 2 batches of validation; the test has 2.
+RICH = [
+    *TINY,
+    *("train.ema_decay=0.7", "train.precision=bf16", "train.accumulate=2", "train.epochs=3"),
+    "data.val_fraction=0.4",
+    *("schedule.name=cosine", "schedule.warmup_epochs=0.5", "checkpoint.every_steps=1"),
+]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    status, output = run(folder, *RICH)
+    assert status == 0, output
+    return folder
+
+
+def resume_to_the_end(folder: Path, *words: str) -> str:
+    status, output = run(folder, "--resume", *words)
+    assert status == 0, output
+    return output
+
+
+PHASES = {  # a place, and how often the run passes it before it is killed there
+    "training": ("training", 2),
+    "between training and validation": ("before validation", 1),
+    "in the middle of validation": ("validation", 4),
+    "after validation, before any save": ("after the epoch", 1),
+    "while the state is copied": ("copying", 40),
+    "while the file is written": ("writing", 2),
+    "before best.pth is renamed": ("before best.pth is renamed", 0),
+    "between best.pth and last.pth": ("before last.pth is renamed", 2),
+    "before the final test": ("before the test", 0),
+    "during the final test": ("validation", 16),
+}
+
+
+@pytest.mark.parametrize("place, passes", PHASES.values(), ids=PHASES)
+def test_a_run_killed_in_any_phase_ends_the_same(unbroken, tmp_path, place, passes):
+    status, output = run(tmp_path, *RICH, trap=(place, passes, signal.SIGKILL))
+    assert status == -signal.SIGKILL, output
+    if (tmp_path / "checkpoints/last.pth").exists():
+        resume_to_the_end(tmp_path)
+    else:  # nothing was saved yet: the one command line starts anew
+        resume_to_the_end(tmp_path, *RICH)
+    assert_same_run(unbroken, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("place, passes", [("training", 2), ("validation", 4), ("writing", 1)])
+def test_a_signal_to_the_group_saves_and_says_how_to_go_on(unbroken, tmp_path, name, place, passes):
+    number = getattr(signal, name)
+    words = [*RICH, "data.num_workers=2", "checkpoint.every_steps=null"]
+    status, output = run(tmp_path, *words, trap=(place, passes, number))
+    assert status == 128 + number, output
+    assert f"stopped by {name}" in output and "Traceback" not in output
+    assert "go on with: python train.py --resume checkpoints/last.pth" in output
+    resume_to_the_end(tmp_path, "checkpoint.every_steps=1")
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+    Path("mine.py").write_text(
+        "import os, signal, time\n"
+        "def stuck(image):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(0.1)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(60)\n"
+    )
+    status, output = run(tmp_path, *TINY, "data.augment=[mine:stuck]")
+    assert status == 130, output
+
+
+@pytest.mark.parametrize("before, after", [(0, 3), (2, 1), (3, 0)])
+def test_another_number_of_workers_after_a_kill_changes_nothing(unbroken, tmp_path, before, after):
+    workers = f"data.num_workers={before}"
+    status, output = run(tmp_path, *RICH, workers, trap=("training", 2, signal.SIGKILL))
+    assert status == -signal.SIGKILL, output
+    resume_to_the_end(tmp_path, f"data.num_workers={after}")
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_every_position_resumes_to_the_same_end(train, monkeypatch):
+    """A run of 48 steps, stopped after each; then resumed from each of the 48 files."""
+    words = ["train.epochs=8", "data.args={num_images: 90, image_size: 8}", "optim.lr=0.02"]
+    words = [*words, "train.ema_decay=0.9", "schedule.name=plateau", "schedule.patience=0"]
+    assert train(*words) == 0
+    for folder in ("logs", "checkpoints"):
+        shutil.move(folder, Path("whole", folder))
+    original = Saver.between_steps
+
+    def stop_after_each(saver: Saver) -> None:
+        original(saver)
+        raise Stopped(signal.SIGTERM)
+
+    with monkeypatch.context() as cut_short:
+        cut_short.setattr(Saver, "between_steps", stop_after_each)
+        status, number = train(*words), 0
+        while status != 0:
+            number += 1
+            shutil.copytree("checkpoints", f"at/{number}/checkpoints")
+            status = train("--resume")
+    assert number == 48
+    assert_same_run("whole", ".")
+    for number in range(1, 49):
+        monkeypatch.chdir(Path("at", str(number)))
+        assert train("--resume") == 0
+        monkeypatch.chdir("../..")
+        assert_same_run("whole", Path("at", str(number)))
+
+
+def test_resume_without_a_file_starts_where_there_is_none(tmp_path):
+    status, output = run(tmp_path, *TINY, "--resume")
+    assert status == 0 and "a new run starts" in output
+
+
+def test_an_unreadable_last_pth_falls_back_to_the_next_best(unbroken, tmp_path):
+    assert run(tmp_path, *RICH, trap=("before the test", 0, signal.SIGKILL))[0] == -9
+    last = tmp_path / "checkpoints/last.pth"
+    last.write_bytes(last.read_bytes()[:-1000])
+    output = resume_to_the_end(tmp_path)
+    assert "last.pth: not a checkpoint, or a damaged one" in output
+    assert "going on from checkpoints/best.pth instead" in output
+    assert_same_run(unbroken, tmp_path)
+
+
+def test_the_log_is_one_story_and_marks_each_resume(unbroken, tmp_path):
+    run(tmp_path, *RICH, trap=("training", 2, signal.SIGKILL))
+    resume_to_the_end(tmp_path)
+    log = (tmp_path / "logs/train.log").read_text()
+    assert log.count("==== resumed from checkpoints/last.pth: epoch 2, ") == 1
+    assert [log.count(f"epoch {epoch}/3  train_loss") for epoch in (1, 2, 3)] == [1, 1, 1]
+    assert history(tmp_path) == history(unbroken)
+
+
+def test_a_best_epoch_is_never_replaced_by_a_worse_one_after_a_resume(train):
+    assert train("train.epochs=6", "optim.lr=0.02", "data.augment=[]") == 0
+    best = load_checkpoint(Path("checkpoints/best.pth"))
+    assert train("--resume", "train.epochs=7", "optim.lr=30") == 0
+    assert load_checkpoint(Path("checkpoints/best.pth"))["epoch"] == best["epoch"]
+    assert load_checkpoint(Path("checkpoints/last.pth"))["best"] == best["best"]
+
+
+# -- the soak: random kills at random times ---------------------------------------------------
+
+MINE = """
+def data(root, count):
+    import numpy as np
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (count, 10, 10, 3), dtype=np.uint8)
+    return {"train": [(image, n % 3) for n, image in enumerate(images)], "classes": list("abc")}
+"""
+
+SOAKS = {
+    "dropout, augmentation": ["data.augment=[crop, flip, rotate]"],
+    "two workers": ["data.num_workers=2"],
+    "ema, bf16, accumulation": [
+        *("train.ema_decay=0.9", "train.precision=bf16", "train.accumulate=3"),
+        *("schedule.name=onecycle", "optim.name=adamw", "optim.lr=0.01"),
+    ],
+    "plateau, early stopping": [
+        *("schedule.name=plateau", "schedule.patience=0", "train.early_stop_patience=3")
+    ],
+    "fp16, clipping": ["train.precision=fp16", "train.clip_grad_norm=0.5"],
+    "folder, two workers": [
+        *("data.name=folder", "data.args={}", "data.num_workers=2", "data.image_size=12"),
+        f"data.root={ROOT / 'tests'}",  # replaced by the folder that the test writes
+    ],
+}
+
+
+def soak(tmp_path: Path, name: str, settings: list[str], seed: int, longest: float) -> int:
+    """One run under random kills against the unbroken one; returns the number of kills."""
+    if name.startswith("folder"):
+        from test_train import write_folder
+
+        write_folder(tmp_path / "photos", {"cat": 30, "dog": 30, "bird": 30})
+        settings = [*settings, f"data.root={tmp_path / 'photos'}"]
+    words = [*TINY, "train.epochs=6", "checkpoint.every_steps=2", *settings]
+    reference = tmp_path / "reference"
+    if not reference.exists():
+        status, output = run(reference, *words)
+        assert status == 0, output
+    folder = tmp_path / f"killed_{seed}"
+    signals = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]
+    kills, status = run_through_kills(folder, *words, seed=seed, longest=longest, signals=signals)
+    assert status == 0, (folder / "output.txt").read_text()
+    assert_same_run(reference, folder)
+    shutil.rmtree(folder)
+    return kills
+
+
+def test_random_kills_change_nothing(tmp_path):
+    """The short form: at least 12 kills over three kinds of run."""
+    kills = 0
+    for number, name in enumerate(list(SOAKS)[:3]):
+        folder, seed = tmp_path / str(number), 0
+        while kills < 4 * (number + 1):
+            kills += soak(folder, name, SOAKS[name], seed := seed + 1, longest=1.0)
+    print(f"{kills} kills")
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", SOAKS)
+def test_many_random_kills_change_nothing(tmp_path, name):
+    kills, seed = 0, 1000
+    while kills < 35:
+        kills += soak(tmp_path, name, SOAKS[name], seed := seed + 1, longest=1.5)
+        print(f"{name}: seed {seed}, {kills} kills")
