@@ -5,9 +5,11 @@ python train.py optim.lr=0.01 train.epochs=10      any setting changed
 python train.py --config configs/folder.yaml data.root=photos
 python train.py --resume checkpoints/best.pth      go on from a checkpoint
 python train.py --resume                           from the latest; where there is none, start
+    python train.py --drill [settings]                 can this run be stopped anywhere? try it
 """
 
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -19,6 +21,7 @@ from cnn.config import Config, Refused, replaced, to_yaml
 
 if TYPE_CHECKING:
     from cnn.resuming import ResumePoint
+    from cnn.trace import Trace
     from cnn.utils.logger import Log
     from cnn.utils.run import RunFolder
     from cnn.utils.signals import StopSignals
@@ -38,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     if command.print_config:
         sys.stdout.write(to_yaml(cfg))
         return cli.DONE
-    act = dry_run if command.dry_run else start
+    act = dry_run if command.dry_run else drill if command.drill else start
     return cli.run(lambda log, stop: act(cfg, command, log, stop), places)
 
 
@@ -60,12 +63,14 @@ def train(
     stop: "StopSignals",
     point: "ResumePoint | None" = None,
     max_batches: int | None = None,
+    trace: "Trace | None" = None,
 ) -> None:
     """A run, from its settings to the test of its best epoch.
 
     Args:
         point: where to go on from; None begins.
         max_batches: of every split and epoch, for a dry run.
+        trace: where to record every batch, for the drill.
     """
     from cnn import summary
     from cnn.building import build_run
@@ -84,9 +89,10 @@ def train(
 
     with Saver(cfg.checkpoint, state, folder, stop, run.about) as saver:
         while not state.is_finished(epochs, cfg.train.early_stop_patience):
+            batches = run.train_loader.train_batches(state.epoch + 1, start=state.batch)
             steps = train_one_epoch(
                 state,
-                run.train_loader.train_batches(state.epoch + 1, start=state.batch),
+                trace.follow(batches, state) if trace else batches,
                 run.train_loader.sizes,
                 run.loss,
                 run.autocast,
@@ -131,6 +137,15 @@ def dry_run(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") 
         train(longer, folder, log, stop, ResumePoint.read(folder.last, longer), max_batches=2)
         log.close_file()  # before the folder goes
     logger.info("dry run OK: trained, saved, resumed, tested (%.1f s)", time.monotonic() - began)
+
+
+def drill(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") -> None:
+    """Is this a run that can be stopped at any instant? Kills it and sees."""
+    if os.name == "nt":
+        raise Refused("--drill needs signals that Windows has not; under WSL it works")
+    from cnn.drill import hold_drill
+
+    hold_drill(cfg, stop)
 
 
 if __name__ == "__main__":

@@ -54,11 +54,15 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def image(self, key: Key) -> torch.Tensor:
-        """The image as the model's batch gets it, before it is normalised: (C, size, size)."""
+    def raw(self, key: Key) -> torch.Tensor:
+        """The image as the data has it, read with the generators keyed."""
         epoch, index = key
         seeding.seed_sample(self.seed, seeding.SAMPLE, epoch, index)
-        image = self.images[index]
+        return self.images[index]
+
+    def image(self, key: Key) -> torch.Tensor:
+        """The image as the model's batch gets it, before it is normalised: (C, size, size)."""
+        image = self.raw(key)
         for change in self.augment:
             image = change(image)
         return fit(image, self.size)
@@ -130,9 +134,18 @@ class Loader:
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on; those before are never read."""
+        return self._batches(epoch, self.order(epoch), start)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The order of the images in an epoch."""
         key = seeding.mix(self.seed, seeding.ORDER, epoch)
-        order = np.random.default_rng(key).permutation(len(self.samples))
-        return self._batches(epoch, order, start)
+        return np.random.default_rng(key).permutation(len(self.samples))
+
+    def keys(self, epoch: int, batch: int) -> list[Key]:
+        """The images of one batch."""
+        start = sum(self.sizes[:batch])
+        order = self.order(epoch)[start : start + self.sizes[batch]]
+        return [(epoch, index) for index in order.tolist()]
 
     def batches(self) -> Iterator[Batch]:
         """All images, in their order, unchanged."""

@@ -1,0 +1,91 @@
+"""The drill: says identical where a run can be stopped anywhere, and names the culprit where not."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = """
+import time
+import numpy as np
+import torch
+from torch import nn
+
+class HiddenGenerator:
+    '''A dataset that draws from a generator of its own.'''
+    def __init__(self):
+        self.rng = np.random.default_rng(0)
+        self.targets = [n % 3 for n in range(120)]
+    def __len__(self):
+        return len(self.targets)
+    def __getitem__(self, index):
+        label = self.targets[index]
+        noise = self.rng.integers(0, 50, (8, 8, 1))
+        return (noise + 60 * label).astype(np.uint8), label
+
+def hidden_generator(root):
+    return {"train": HiddenGenerator(), "classes": list("abc")}
+
+class Counting(nn.Module):
+    '''A model with state outside its state_dict.'''
+    def __init__(self, num_classes, in_channels):
+        super().__init__()
+        self.layer = nn.Linear(in_channels * 64, num_classes)
+        self.calls = 0
+    def forward(self, images):
+        self.calls += self.training
+        return self.layer(images.flatten(1)) * (1 + 0.01 * self.calls)
+
+def by_the_clock(image):
+    '''An augmentation that reads the clock.'''
+    return image.roll(time.time_ns() // 1000 % 8, -1)
+"""
+
+
+@pytest.fixture(autouse=True)
+def examples(folder_of_its_own, monkeypatch):
+    Path("examples.py").write_text(EXAMPLES)
+    monkeypatch.syspath_prepend(str(folder_of_its_own))
+    yield
+    sys.modules.pop("examples", None)
+
+
+def test_the_drill_finds_nothing_in_a_run_that_resumes_exactly(train, capfd):
+    rich = [
+        "train.ema_decay=0.9",
+        "train.accumulate=2",
+        "data.num_workers=2",
+        "train.precision=bf16",
+    ]
+    assert train("--drill", *rich) == 0
+    said = capfd.readouterr().err
+    assert "drill OK: identical" in said
+    assert said.count("identical  identical  identical  identical  identical  identical") == 2
+
+
+CULPRITS = {
+    "a dataset with a generator of its own": (
+        ["data.name=examples:hidden_generator", "data.args={}", "data.augment=[]"],
+        "drill: the killed run is not the same: dataset: ",
+    ),
+    "a model with state outside its state_dict": (
+        ["model.name=examples:Counting", "model.args={}"],
+        "drill: the killed run is not the same: model randomness: ",
+    ),
+    "an augmentation that reads the clock": (
+        ["data.augment=[flip, examples:by_the_clock]"],
+        "drill: a second, unbroken run is not the same: augmentation: ",
+    ),
+}
+
+
+@pytest.mark.parametrize("settings, expected", CULPRITS.values(), ids=CULPRITS)
+def test_the_drill_names(train, capfd, settings, expected):
+    assert train("--drill", *settings) == 1
+    assert expected in capfd.readouterr().err
+
+
+def test_a_run_that_fails_by_itself_is_told_with_its_own_words(train, capfd):
+    assert train("--drill", "data.augment=[examples:missing]") == 1
+    said = capfd.readouterr().err
+    assert "drill: the run itself failed" in said and "has no 'missing'" in said
