@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from cnn.config import Config, DataConfig, to_dict
+from cnn.config import Config, to_dict
 from cnn.datasets import Data, build_data
-from cnn.datasets.loading import Loader
+from cnn.datasets.loading import Loader, build_loader
 from cnn.losses import build_loss
 from cnn.metrics import mode
 from cnn.models import build_model
@@ -55,9 +55,9 @@ def build_run(cfg: Config, point: ResumePoint | None = None, max_batches: int | 
         data = data.head(max_batches * cfg.data.batch_size)
     pre = data.preprocessing
     model = build_model(cfg.model, len(data.classes), pre.channels, pre.image_size, cfg.seed)
-    model = model.to(device)
+    model = model.to(device, memory_format=torch.channels_last)
     loss = build_loss(cfg.loss, data.train.labels, data.classes).to(device)
-    train_loader = _loader(data, "train", cfg.data, device, cfg.seed, cfg.data.augment)
+    train_loader = build_loader(cfg.data, data.train, pre, device, cfg.seed, training=True)
     steps_per_epoch = -(-len(train_loader) // cfg.train.accumulate)
     optimizer = build_optimizer(cfg.optim, model)
     state = TrainingState(
@@ -86,8 +86,8 @@ def build_run(cfg: Config, point: ResumePoint | None = None, max_batches: int | 
     return Run(
         data=data,
         train_loader=train_loader,
-        val_loader=_loader(data, "val", cfg.data, device, cfg.seed),
-        test_loader=_loader(data, "test", cfg.data, device, cfg.seed),
+        val_loader=build_loader(cfg.data, data.val, pre, device, cfg.seed, training=False),
+        test_loader=build_loader(cfg.data, data.test, pre, device, cfg.seed, training=False),
         steps_per_epoch=steps_per_epoch,
         loss=loss,
         autocast=functools.partial(
@@ -96,23 +96,4 @@ def build_run(cfg: Config, point: ResumePoint | None = None, max_batches: int | 
         state=state,
         environment=environment,
         about=about,
-    )
-
-
-def _loader(
-    data: Data,
-    split: str,
-    cfg: DataConfig,
-    device: torch.device,
-    seed: int,
-    augment: list[str] | None = None,
-) -> Loader:
-    return Loader(
-        getattr(data, split),
-        data.preprocessing,
-        cfg.batch_size,
-        device,
-        seed=seed,
-        augment=augment or [],
-        num_workers=cfg.num_workers,
     )

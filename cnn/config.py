@@ -104,6 +104,12 @@ class DataConfig:
         choices=AUGMENTATIONS,
         import_path=True,
     )
+    in_memory: bool | str = setting(
+        "auto",
+        "keep decoded images in memory: auto where they fit",
+        resume=FIXED,
+        choices=("auto",),
+    )
     on_bad_image: str = setting(
         "stop", "when a file does not decode", resume=FIXED, choices=("stop", "skip")
     )
@@ -282,7 +288,7 @@ def load_config(
     mistakes: list[str] = []
     given: dict[str, Given] = {}
     if base is not None:
-        text = yaml.safe_dump(dict(base), allow_unicode=True)
+        text = yaml.dump(dict(base), Dumper=_Dumper, allow_unicode=True)
         given |= _flatten(_compose(text, "checkpoint"), "checkpoint", mistakes)
     if path is not None:
         given |= _read_file(path, mistakes)
@@ -316,11 +322,29 @@ def to_yaml(cfg: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that would not come back as text: PyYAML takes 1e-3 for one."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_text(self, text: str) -> yaml.Node:
+        plain = self.represent_scalar("tag:yaml.org,2002:str", text)
+        if not isinstance(_plain(plain), str) or _is_null(plain):
+            plain.style = "'"
+        return plain
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
 def _yaml_line(field: dataclasses.Field, value: Any, indent: str) -> str:
     if isinstance(value, list):
         value = [dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for v in value]
     # Inside [ ] every value comes out on one line, whatever it is.
-    text = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=10**9)
+    text = yaml.dump(
+        [value], Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**9
+    )
     return (
         f"{indent}{field.name}: {text.strip()[1:-1]}".ljust(32) + f"  # {field.metadata['about']}"
     )
@@ -380,8 +404,13 @@ def _read_file(path: Path, mistakes: list[str], seen: tuple[Path, ...] = ()) -> 
     if base is None:
         return given
     base_path = path.parent / str(base.node.value)
-    if not isinstance(base.node, yaml.ScalarNode) or not base_path.is_file():
-        raise Refused(f"{base.where}: base: expected a file beside this one, got {base_path}")
+    try:
+        found = isinstance(base.node, yaml.ScalarNode) and base_path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        found = False
+    if not found:
+        shown = _shown(base.node)
+        raise Refused(f"{base.where}: base: expected a file beside this one, got {shown}")
     return _read_file(base_path, mistakes, (*seen, path.resolve())) | given
 
 
@@ -592,7 +621,7 @@ def _is_null(node: yaml.Node) -> bool:
     return (
         isinstance(node, yaml.ScalarNode)
         and node.style not in ("'", '"')
-        and node.value.lower() in ("", "null", "~", "none")
+        and node.value.lower() in ("", "null", "~")
     )
 
 
@@ -601,7 +630,11 @@ def _plain(node: yaml.Node) -> Any:
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item) for item in node.value]
     if isinstance(node, yaml.MappingNode):
-        return {str(key.value): _plain(item) for key, item in node.value}
+        keys = [str(key.value) for key, _ in node.value]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise _Mistake(f".{twice}: given twice")
+        return {key: _plain(item) for key, (_, item) in zip(keys, node.value)}
     if _is_null(node):
         return None
     for kind in (bool, int, float):

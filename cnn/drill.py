@@ -273,7 +273,7 @@ def _blame_images(cfg: Config, max_batches: int, record: Record, where: str) -> 
     """Asks for the same images twice, before and after the augmentations."""
     loader = build_run(cfg, max_batches=max_batches).train_loader
     keys = loader.keys(record["epoch"], record["batch"])[:8]
-    raw = [[digest(loader.samples.raw(key)) for key in keys] for _ in _two_moments()]
+    raw = [[digest(loader.raw(key)) for key in keys] for _ in _two_moments()]
     if raw[0] != raw[1]:
         return (
             f"dataset: at {where} the images are others. {cfg.data.name} gives another image each"
@@ -281,7 +281,7 @@ def _blame_images(cfg: Config, max_batches: int, record: Record, where: str) -> 
             f" calls or reads the clock. Draw from the global generators of torch, numpy or random:"
             f" they are keyed by (seed, epoch, index) for each image"
         )
-    made = [[digest(loader.samples.image(key)) for key in keys] for _ in _two_moments()]
+    made = [[digest(loader.image(key)) for key in keys] for _ in _two_moments()]
     if made[0] != made[1]:
         return (
             f"augmentation: at {where} the images are others. data.augment ({cfg.data.augment})"

@@ -22,6 +22,7 @@ OPTIMIZERS = {
     "adagrad": torch.optim.Adagrad,
     "adamax": torch.optim.Adamax,
 }
+FUSED = ("sgd", "adam", "adamw", "adagrad")  # have a kernel for that, on CPU and CUDA
 WITH_MOMENTUM = ("sgd", "rmsprop")
 
 ONECYCLE_RISE = 0.3  # share of the steps in which lr rises, from 1/25 (torch's OneCycleLR)
@@ -60,6 +61,8 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer
     if not groups:
         raise Refused("optim.groups: every parameter is frozen; leave something to train")
     options = dict(cfg.args)
+    if cfg.name in FUSED:
+        options.setdefault("fused", True)  # all parameters in one pass
     if cfg.name in WITH_MOMENTUM:
         options["momentum"] = cfg.momentum
     try:

@@ -2,13 +2,16 @@
 
 import shutil
 import signal
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY, assert_same_run, history
 from processes import run, run_through_kills
 
 from cnn.saving import Saver
+from cnn.utils import checkpoint
 from cnn.utils.checkpoint import load_checkpoint
 from cnn.utils.signals import Stopped
 
@@ -17,15 +20,25 @@ from cnn.utils.signals import Stopped
 RICH = [
     *TINY,
     *("train.ema_decay=0.7", "train.precision=bf16", "train.accumulate=2", "train.epochs=3"),
-    "data.val_fraction=0.4",
     *("schedule.name=cosine", "schedule.warmup_epochs=0.5", "checkpoint.every_steps=1"),
+    "data.args={num_images: 110, num_test: 70, num_classes: 3, image_size: 8, noise: 60}",
+    "data.val_fraction=0.6",
 ]
+STREAM = [*RICH, "data.in_memory=false"]  # image by image, with worker processes
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("unbroken")
-    status, output = run(folder, *RICH)
+    return run_whole(tmp_path_factory.mktemp("unbroken"), *RICH)
+
+
+@pytest.fixture(scope="module")
+def unbroken_stream(tmp_path_factory) -> Path:
+    return run_whole(tmp_path_factory.mktemp("unbroken_stream"), *STREAM)
+
+
+def run_whole(folder: Path, *words: str) -> Path:
+    status, output = run(folder, *words)
     assert status == 0, output
     return folder
 
@@ -63,15 +76,17 @@ def test_a_run_killed_in_any_phase_ends_the_same(unbroken, tmp_path, place, pass
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
 @pytest.mark.parametrize("place, passes", [("training", 2), ("validation", 4), ("writing", 1)])
-def test_a_signal_to_the_group_saves_and_says_how_to_go_on(unbroken, tmp_path, name, place, passes):
+def test_a_signal_to_the_group_saves_and_says_how_to_go_on(
+    unbroken_stream, tmp_path, name, place, passes
+):
     number = getattr(signal, name)
-    words = [*RICH, "data.num_workers=2", "checkpoint.every_steps=null"]
+    words = [*STREAM, "data.num_workers=2", "checkpoint.every_steps=null"]
     status, output = run(tmp_path, *words, trap=(place, passes, number))
     assert status == 128 + number, output
     assert f"stopped by {name}" in output and "Traceback" not in output
     assert "go on with: python train.py --resume checkpoints/last.pth" in output
     resume_to_the_end(tmp_path, "checkpoint.every_steps=1")
-    assert_same_run(unbroken, tmp_path)
+    assert_same_run(unbroken_stream, tmp_path)
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):
@@ -88,12 +103,34 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("before, after", [(0, 3), (2, 1), (3, 0)])
-def test_another_number_of_workers_after_a_kill_changes_nothing(unbroken, tmp_path, before, after):
+def test_another_number_of_workers_after_a_kill_changes_nothing(
+    unbroken_stream, tmp_path, before, after
+):
     workers = f"data.num_workers={before}"
-    status, output = run(tmp_path, *RICH, workers, trap=("training", 2, signal.SIGKILL))
+    status, output = run(tmp_path, *STREAM, workers, trap=("training", 2, signal.SIGKILL))
     assert status == -signal.SIGKILL, output
     resume_to_the_end(tmp_path, f"data.num_workers={after}")
-    assert_same_run(unbroken, tmp_path)
+    assert_same_run(unbroken_stream, tmp_path)
+
+
+def test_what_is_saved_is_the_state_at_the_call_and_not_later(tmp_path, monkeypatch):
+    going_on = threading.Event()
+    written = checkpoint.save_checkpoint
+
+    def slow_disk(*args):
+        going_on.wait(10)
+        written(*args)
+
+    monkeypatch.setattr(checkpoint, "save_checkpoint", slow_disk)
+    weights = torch.zeros(3)
+    writer = checkpoint.CheckpointWriter()
+    writer.save({"weights": weights, "list": [weights]}, tmp_path / "last.pth")
+    weights += 1  # the next step, while the file is being written
+    going_on.set()
+    writer.wait()
+    saved = torch.load(tmp_path / "last.pth", weights_only=True)
+    assert torch.equal(saved["weights"], torch.zeros(3))
+    assert torch.equal(saved["list"][0], torch.zeros(3))
 
 
 def test_every_position_resumes_to_the_same_end(train, monkeypatch):
@@ -160,8 +197,8 @@ def test_a_best_epoch_is_never_replaced_by_a_worse_one_after_a_resume(train):
 # -- the soak: random kills at random times ---------------------------------------------------
 
 SOAKS = {
-    "dropout, augmentation": ["data.augment=[crop, flip, rotate]"],
-    "two workers": ["data.num_workers=2"],
+    "from memory, dropout, augmentation": ["data.augment=[crop, flip, erase]"],
+    "two workers": ["data.num_workers=2", "data.augment=[crop, flip, rotate]"],
     "ema, bf16, accumulation": [
         *("train.ema_decay=0.9", "train.precision=bf16", "train.accumulate=3"),
         *("schedule.name=onecycle", "optim.name=adamw", "optim.lr=0.01"),
@@ -171,7 +208,8 @@ SOAKS = {
     ],
     "fp16, clipping": ["train.precision=fp16", "train.clip_grad_norm=0.5"],
     "folder, two workers": [
-        *("data.name=folder", "data.args={}", "data.num_workers=2", "data.image_size=12")
+        *("data.name=folder", "data.args={}", "data.num_workers=2", "data.image_size=12"),
+        "data.augment=[resized_crop, flip]",
     ],
 }
 

@@ -57,8 +57,9 @@ def test_it_learns(train):
 
 MANY_SETTINGS = {
     "plain": [],
-    "one worker": ["data.num_workers=1"],
-    "three workers": ["data.num_workers=3"],
+    "image by image": ["data.in_memory=false"],
+    "one worker": ["data.in_memory=false", "data.num_workers=1"],
+    "three workers": ["data.in_memory=false", "data.num_workers=3"],
     "ema": ["train.ema_decay=0.8"],
     "accumulation": ["train.accumulate=3"],
     "clipping, adamw, smoothing": [

@@ -1,6 +1,7 @@
 """What data there is: a table of names, and the way from a name to train, val and test."""
 
 import logging
+import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 
 from cnn.config import DataConfig, Refused, is_import_path
 from cnn.datasets import digits, folder, known, synthetic
-from cnn.datasets.images import Images, UserImages
+from cnn.datasets.images import FileImages, Images, UserImages
 from cnn.utils import seeding
 from cnn.utils.importing import import_object
 
@@ -64,7 +65,7 @@ class Data:
             names = "\0".join(
                 images.name(i).replace("\\", "/").rsplit("/", 1)[-1] for i in range(len(images))
             )
-            checksum = zlib.crc32(names.encode(), zlib.crc32(images.labels.tobytes(), checksum))
+            checksum = zlib.crc32(os.fsencode(names), zlib.crc32(images.labels.tobytes(), checksum))
         return {name: len(images) for name, images in parts.items()} | {"checksum": checksum}
 
 
@@ -142,8 +143,8 @@ def _hold_out(images: Images, fraction: float, seed: int, use: str) -> tuple[Ima
 
 def _preprocessing(cfg: DataConfig, train: Images) -> Preprocessing:
     channels, smallest, largest = train.sizes()
-    if cfg.channels is not None and hasattr(train, "channels"):
-        channels = cfg.channels
+    if cfg.channels in (1, 3) and isinstance(train, FileImages):
+        channels = train.files.channels = cfg.channels
     elif cfg.channels not in (None, channels):
         raise Refused(f"data.channels: {cfg.name} has {channels}, got {cfg.channels}")
     image_size = cfg.image_size or (largest if smallest == largest else DEFAULT_IMAGE_SIZE)

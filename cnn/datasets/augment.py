@@ -50,3 +50,57 @@ def fit(image: torch.Tensor, size: int) -> torch.Tensor:
     from torchvision.transforms.v2 import functional
 
     return functional.center_crop(functional.resize(image, [size], antialias=True), [size])
+
+
+# -- the same for whole batches ---------------------------------------------------------------
+
+BATCH_AUGMENTATIONS = ("crop", "flip", "erase")
+NUM_DRAWS = 6  # an image: two for crop, one for flip, three for erase
+ERASED = 0.5  # side of the erased square over the image's (cutout; DeVries and Taylor, 2017)
+
+
+class BatchAugmentation:
+    """Gathers images from a store and crops, flips and erases them on the way, a batch at a time.
+
+    Args:
+        store: all images, uint8 (M, S, S, C), on the device.
+        names: of BATCH_AUGMENTATIONS; none of them: images come as they are.
+    """
+
+    def __init__(self, store: torch.Tensor, names: list[str]):
+        self.names = names
+        self.size, self.channels = store.shape[1], store.shape[3]
+        self._pixels = store.view(-1, self.channels)
+        self._sides = torch.arange(self.size, device=store.device)
+        self._padding = max(1, self.size // 8) if "crop" in names else 0
+
+    def __call__(self, rows: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
+        """Images uint8 (N, C, S, S), channels last.
+
+        Args:
+            rows: in the store (N).
+            draws: in [0, 1), (N, NUM_DRAWS); None changes nothing.
+        """
+        size, names = self.size, self.names if draws is not None else []
+        y = x = self._sides.expand(len(rows), size)  # of the source, for each row and column
+        if "flip" in names:
+            x = torch.where(draws[:, 2:3] < 0.5, size - 1 - x, x)
+        if "crop" in names:
+            offsets = (draws[:, :2] * (2 * self._padding + 1)).long() - self._padding
+            y, x = y + offsets[:, :1], x + offsets[:, 1:]
+        near_y, near_x = y.clamp(0, size - 1), x.clamp(0, size - 1)
+        places = (rows[:, None] * size + near_y)[:, :, None] * size + near_x[:, None, :]  # N, S, S
+        images = self._pixels.index_select(0, places.view(-1))
+        images = images.view(len(rows), size, size, self.channels)
+        if "crop" in names:  # black where the source has nothing
+            images *= ((y == near_y)[:, :, None] & (x == near_x)[:, None, :]).unsqueeze(3)
+        if "erase" in names:
+            images *= ~self._erased(draws[:, 3:]).unsqueeze(3)
+        return images.permute(0, 3, 1, 2)
+
+    def _erased(self, draws: torch.Tensor) -> torch.Tensor:
+        """Where half of the images lose a square, its middle anywhere: bool (N, S, S)."""
+        half = ERASED * self.size / 2
+        middle = draws[:, 1:3] * self.size
+        near = (self._sides + 0.5 - middle[:, :, None]).abs() < half  # N, 2, S
+        return near[:, 0, :, None] & near[:, 1, None, :] & (draws[:, 0] < 0.5)[:, None, None]

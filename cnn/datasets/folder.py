@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+
 from cnn.config import Refused
 from cnn.datasets.decode import EXTENSIONS
-from cnn.datasets.images import FileImages
+from cnn.datasets.images import FileImages, Files
 from cnn.datasets.scan import scan
 
 logger = logging.getLogger(__name__)
@@ -49,8 +51,9 @@ def load_csv(root: str, on_bad_image: str) -> tuple[dict[str, FileImages], list[
     file = Path(root)
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:
-            rows = list(csv.DictReader(stream))
-            columns = list(rows[0]) if rows else []
+            reader = csv.DictReader(stream)
+            rows = [(reader.line_num, row) for row in reader]
+            columns = list(reader.fieldnames or [])
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise Refused(
             f"data.root: expected a CSV file (UTF-8) at {file.resolve()}: {error}"
@@ -60,7 +63,7 @@ def load_csv(root: str, on_bad_image: str) -> tuple[dict[str, FileImages], list[
             f"{file}:1: expected the columns path,label[,split], got {','.join(map(str, columns))}"
         )
     listing: Listing = {}
-    for line, row in enumerate(rows, start=2):
+    for line, row in rows:
         split = SPLITS.get((row.get("split") or "train").lower())
         if not row["path"] or not row["label"] or split is None:
             raise Refused(f"{file}:{line}: expected path,label[,train|val|test], got {row}")
@@ -115,20 +118,19 @@ def _read(
     rows, bad = scan(root, every)
     if bad:
         _tell_bad(bad, on_bad_image)
-    splits, begin = {}, 0
+    good = np.array([path not in bad for path in every])
+    gray = rows["gray"][good].all()
+    paths = [path for path in every if path not in bad]
+    files = Files(root, paths, rows[good], channels=1 if gray else 3)
     numbers = {label: number for number, label in enumerate(classes)}
-    for split, items in listing.items():
-        good = [i for i, (path, _) in enumerate(items) if path not in bad]
-        part = rows[begin : begin + len(items)][good]
-        splits[split] = FileImages(
-            [items[i][0] for i in good], [numbers[items[i][1]] for i in good], part
-        )
-        begin += len(items)
-        if not good:
+    labels = np.array([numbers[label] for items in listing.values() for _, label in items])[good]
+    of_split = np.repeat(np.arange(len(listing)), [len(items) for items in listing.values()])[good]
+    splits = {}
+    for number, split in enumerate(listing):
+        rows_of_split = np.flatnonzero(of_split == number)
+        if not len(rows_of_split):
             raise Refused(f"data.root: no image of {split} decodes")
-    channels = max(images.channels for images in splits.values())
-    for images in splits.values():
-        images.channels = channels
+        splits[split] = FileImages(files, labels[rows_of_split], rows_of_split)
     return splits, classes
 
 

@@ -4,7 +4,9 @@ Each kind has `labels` (int64, N), gives image i as a tensor C, H, W (uint8, or 
 names it, selects a part of itself, and knows the sums that mean and std are made of.
 """
 
+import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,85 +14,103 @@ import numpy as np
 import torch
 
 from cnn.config import Refused
+from cnn.datasets.cache import decode_all
 from cnn.datasets.decode import decode
 
 MAX_IMAGES_FOR_STATISTICS = 2_000  # of a dataset that has to be read one by one
 
 
 class ArrayImages:
-    """Images of one size that fit in memory: pixels uint8 (N, C, H, W), labels (N)."""
+    """Images of one size in memory, or a part of them: pixels uint8 (N, C, H, W), labels (N)."""
 
     def __init__(self, pixels: np.ndarray | torch.Tensor, labels: Sequence[int], name: str):
-        self.pixels = torch.as_tensor(pixels)
+        pixels = torch.as_tensor(pixels)
+        assert pixels.dtype == torch.uint8 and pixels.ndim == 4 and len(pixels) == len(labels)
+        self.store = pixels.permute(0, 2, 3, 1).contiguous()  # M, H, W, C; shared by all parts
+        self.rows = np.arange(len(pixels))  # of this part, in the store
         self.labels = np.asarray(labels, dtype=np.int64)
-        self.numbers = np.arange(len(self.labels))  # in the whole set, whatever part this is
         self._name = name
-        assert self.pixels.dtype == torch.uint8 and self.pixels.ndim == 4
-        assert len(self.pixels) == len(self.labels)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.pixels[index]
+        return self.store[self.rows[index]].permute(2, 0, 1)
 
     def name(self, index: int) -> str:
-        return f"{self._name}[{self.numbers[index]}]"
+        return f"{self._name}[{self.rows[index]}]"
 
     def subset(self, indices: np.ndarray) -> "ArrayImages":
-        part = ArrayImages(self.pixels[torch.as_tensor(indices)], self.labels[indices], self._name)
-        part.numbers = self.numbers[indices]
+        part = copy.copy(self)
+        part.rows, part.labels = self.rows[indices], self.labels[indices]
         return part
 
     def sizes(self) -> tuple[int, int, int]:
         """Channels, and the least and the largest side in pixels."""
-        _, channels, height, width = self.pixels.shape
+        _, height, width, channels = self.store.shape
         return channels, min(height, width), max(height, width)
 
     def pixel_sums(self) -> tuple[float, np.ndarray, np.ndarray]:
         """Number of pixels, sum and sum of squares a channel, of values in 0..255."""
+        height, width, channels = self.store.shape[1:]
+        counts = np.zeros((channels, 256))
+        for start in range(0, len(self), 4_096):
+            part = self.store[self.rows[start : start + 4_096]].numpy()
+            for channel in range(channels):
+                counts[channel] += np.bincount(part[..., channel].ravel(), minlength=256)
         values = np.arange(256.0)
-        sums, squares = [], []
-        for channel in range(self.pixels.shape[1]):
-            counts = np.zeros(256)
-            for part in self.pixels[:, channel].split(4_096):
-                counts += np.bincount(part.numpy().ravel(), minlength=256)
-            sums.append(counts @ values)
-            squares.append(counts @ values**2)
-        return self.pixels[:, 0].numel(), np.array(sums), np.array(squares)
+        return float(len(self) * height * width), counts @ values, counts @ values**2
+
+    def decoded(self, size: int, channels: int) -> torch.Tensor | None:
+        """The store, uint8 (M, size, size, C), where the images have that size."""
+        return self.store if self.store.shape[1:] == (size, size, channels) else None
+
+
+@dataclass
+class Files:
+    """Image files that were scanned together, and what is known of them."""
+
+    root: Path
+    paths: list[Path]
+    scans: np.ndarray  # a row a file, as `scan.scan` gives
+    channels: int  # to decode to
 
 
 class FileImages:
-    """Images in files, decoded when asked for. `scans`: a row a file, as `scan.scan` gives."""
+    """Images in files, or a part of them, decoded when asked for."""
 
-    def __init__(self, paths: Sequence[Path], labels: Sequence[int], scans: np.ndarray):
-        self.paths = list(paths)
+    def __init__(self, files: Files, labels: Sequence[int], rows: np.ndarray | None = None):
+        self.files = files
+        self.rows = np.arange(len(files.paths)) if rows is None else rows
         self.labels = np.asarray(labels, dtype=np.int64)
-        self.scans = scans
-        self.channels = 1 if len(scans) and scans["gray"].all() else 3
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(decode(self.paths[index], self.channels))
+        path = self.files.paths[self.rows[index]]
+        return torch.from_numpy(decode(path, self.files.channels))
 
     def name(self, index: int) -> str:
-        return str(self.paths[index])
+        return str(self.files.paths[self.rows[index]])
 
     def subset(self, indices: np.ndarray) -> "FileImages":
-        paths = [self.paths[i] for i in indices]
-        part = FileImages(paths, self.labels[indices], self.scans[indices])
-        part.channels = self.channels
-        return part
+        return FileImages(self.files, self.labels[indices], self.rows[indices])
 
     def sizes(self) -> tuple[int, int, int]:
-        sides = np.stack([self.scans["height"], self.scans["width"]])
-        return self.channels, int(sides.min()), int(sides.max())
+        scans = self.files.scans[self.rows]
+        sides = np.stack([scans["height"], scans["width"]])
+        return self.files.channels, int(sides.min()), int(sides.max())
 
     def pixel_sums(self) -> tuple[float, np.ndarray, np.ndarray]:
-        number = float((self.scans["height"] * self.scans["width"]).sum())
-        return number, self.scans["sums"].sum(axis=0), self.scans["squares"].sum(axis=0)
+        scans = self.files.scans[self.rows]
+        number = float((scans["height"] * scans["width"]).sum())
+        return number, scans["sums"].sum(axis=0), scans["squares"].sum(axis=0)
+
+    def decoded(self, size: int, channels: int) -> torch.Tensor | None:
+        """All the files' pixels, uint8 (M, size, size, C), decoded once and kept in the cache."""
+        self.files.channels = channels
+        return decode_all(self.files.root, self.files.paths, self.files.scans, size, channels)
 
 
 class UserImages:
@@ -140,6 +160,10 @@ class UserImages:
             sums = sums + values.sum(1).numpy()
             squares = squares + values.square().sum(1).numpy()
         return number, sums, squares
+
+    def decoded(self, size: int, channels: int) -> torch.Tensor | None:
+        """None: what the user's dataset gives is not known to stay the same."""
+        return None
 
 
 Images = ArrayImages | FileImages | UserImages

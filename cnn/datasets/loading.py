@@ -12,14 +12,26 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from cnn.config import DataConfig, Refused
 from cnn.datasets import Preprocessing
-from cnn.datasets.augment import Transform, build_augmentations, fit
+from cnn.datasets.augment import (
+    BATCH_AUGMENTATIONS,
+    NUM_DRAWS,
+    BatchAugmentation,
+    Transform,
+    build_augmentations,
+    fit,
+)
 from cnn.datasets.images import Images
 from cnn.utils import seeding
 
 Key = tuple[int, int]  # epoch, index of the image
 Batch = tuple[torch.Tensor, torch.Tensor]  # images float (N, C, H, W), labels int64 (N)
 
+MEMORY_LIMIT = (
+    2 * 2**30
+)  # bytes of pixels of a split that are kept in memory by data.in_memory=auto
+EVALUATION_BATCHES = 4  # times the training batch: without gradients there is room
 EVALUATION = 0  # stands for the epoch where images come as they are
 
 SIGNALS = [
@@ -44,34 +56,26 @@ def split_epoch(number: int, batch_size: int) -> list[int]:
 class Samples(Dataset):
     """Image and label for a key; what an epoch changes about the image is drawn from the key."""
 
-    def __init__(
-        self, images: Images, size: int, channels: int, augment: list[Transform], seed: int
-    ):
-        self.images, self.size, self.channels = images, size, channels
-        self.augment, self.seed = augment, seed
+    def __init__(self, images: Images, size: int, augment: list[Transform], seed: int):
+        self.images, self.size, self.augment, self.seed = images, size, augment, seed
         self.labels = torch.from_numpy(images.labels)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def raw(self, key: Key) -> torch.Tensor:
-        """The image as the data has it, read with the generators keyed."""
         epoch, index = key
         seeding.seed_sample(self.seed, seeding.SAMPLE, epoch, index)
         return self.images[index]
 
     def image(self, key: Key) -> torch.Tensor:
-        """The image as the model's batch gets it, before it is normalised: (C, size, size)."""
         image = self.raw(key)
         for change in self.augment:
             image = change(image)
         return fit(image, self.size)
 
     def __getitems__(self, keys: list[Key]) -> Batch:
-        indices = torch.tensor([index for _, index in keys])
-        pixels = getattr(self.images, "pixels", None)
-        if pixels is not None and not self.augment and pixels.shape[-2:] == (self.size, self.size):
-            return pixels[indices], self.labels[indices]
+        indices = [index for _, index in keys]
         return torch.stack([self.image(key) for key in keys]), self.labels[indices]
 
 
@@ -96,7 +100,7 @@ class _Plan:
 
 
 class Loader:
-    """Gives a split's batches on the device, shuffled and augmented for training or as they are."""
+    """Gives a split's batches on the device, shuffled and changed for training or as they are."""
 
     def __init__(
         self,
@@ -104,30 +108,12 @@ class Loader:
         preprocessing: Preprocessing,
         batch_size: int,
         device: torch.device,
-        *,
-        seed: int = 0,
-        augment: list[str] = [],  # noqa: B006
-        num_workers: int = 0,
+        seed: int,
     ):
-        if hasattr(images, "channels"):
-            images.channels = preprocessing.channels
-        size = preprocessing.image_size
-        transforms = build_augmentations(augment, size)
-        self.samples = Samples(images, size, preprocessing.channels, transforms, seed)
+        self.images, self.device, self.seed = images, device, seed
+        self.size = preprocessing.image_size
         self.sizes = split_epoch(len(images), batch_size)
-        self.device, self.seed = device, seed
         self._normalize = Normalize(preprocessing, device)
-        self._plan = _Plan()
-        self._loader = DataLoader(
-            self.samples,
-            batch_sampler=self._plan,
-            collate_fn=_as_it_is,
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            worker_init_fn=_ignore_signals,
-            pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # the loader draws a seed that nothing here uses
-        )
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -136,10 +122,14 @@ class Loader:
         """The batches of an epoch from number `start` on; those before are never read."""
         return self._batches(epoch, self.order(epoch), start)
 
+    def batches(self) -> Iterator[Batch]:
+        """All images, in their order, unchanged."""
+        return self._batches(EVALUATION, np.arange(len(self.images)), 0)
+
     def order(self, epoch: int) -> np.ndarray:
         """The order of the images in an epoch."""
         key = seeding.mix(self.seed, seeding.ORDER, epoch)
-        return np.random.default_rng(key).permutation(len(self.samples))
+        return np.random.default_rng(key).permutation(len(self.images))
 
     def keys(self, epoch: int, batch: int) -> list[Key]:
         """The images of one batch."""
@@ -147,9 +137,37 @@ class Loader:
         order = self.order(epoch)[start : start + self.sizes[batch]]
         return [(epoch, index) for index in order.tolist()]
 
-    def batches(self) -> Iterator[Batch]:
-        """All images, in their order, unchanged."""
-        return self._batches(EVALUATION, np.arange(len(self.samples)), 0)
+    def raw(self, key: Key) -> torch.Tensor:
+        """The image as the data has it, (C, H, W)."""
+        raise NotImplementedError
+
+    def image(self, key: Key) -> torch.Tensor:
+        """The image as the model's batch gets it, before it is normalised: (C, size, size)."""
+        raise NotImplementedError
+
+    def _batches(self, epoch: int, order: np.ndarray, start: int) -> Iterator[Batch]:
+        raise NotImplementedError
+
+
+class StreamLoader(Loader):
+    """Reads image by image, in worker processes if there are any."""
+
+    def __init__(self, *args, augment: list[str], num_workers: int, **keywords):
+        super().__init__(*args, **keywords)
+        changes = build_augmentations(augment, self.size)
+        self._samples = Samples(self.images, self.size, changes, self.seed)
+        self.raw, self.image = self._samples.raw, self._samples.image
+        self._plan = _Plan()
+        self._loader = DataLoader(
+            self._samples,
+            batch_sampler=self._plan,
+            collate_fn=_as_it_is,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            worker_init_fn=_ignore_signals,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # the loader draws a seed that nothing here uses
+        )
 
     def _batches(self, epoch: int, order: np.ndarray, start: int) -> Iterator[Batch]:
         self._plan.set(epoch, order, self.sizes, start)
@@ -160,6 +178,80 @@ class Loader:
                 self._normalize(images.to(self.device, non_blocking=True)),
                 labels.to(self.device, non_blocking=True),
             )
+
+
+class MemoryLoader(Loader):
+    """Gathers whole batches from pixels that lie on the device.
+
+    What is random about an image comes from row `index` of a table of draws that is a function of
+    (seed, epoch), made by a counter-based generator (Philox; Salmon et al., SC 2011).
+    """
+
+    def __init__(self, *args, pixels: torch.Tensor, augment: list[str], **keywords):
+        super().__init__(*args, **keywords)
+        self._gather = BatchAugmentation(pixels.to(self.device), augment)
+        self._rows = torch.from_numpy(self.images.rows).to(self.device)
+        self._labels = torch.from_numpy(self.images.labels).to(self.device)
+
+    def _draws(self, epoch: int) -> torch.Tensor | None:
+        if epoch == EVALUATION or not self._gather.names:
+            return None
+        key = seeding.mix(self.seed, seeding.SAMPLE, epoch)
+        rng = np.random.Generator(np.random.Philox(key=key))
+        draws = rng.random((len(self.images), NUM_DRAWS), dtype=np.float32)
+        return torch.from_numpy(draws).to(self.device)
+
+    def _batches(self, epoch: int, order: np.ndarray, start: int) -> Iterator[Batch]:
+        draws = self._draws(epoch)
+        order = torch.from_numpy(order).to(self.device)
+        end = sum(self.sizes[:start])
+        for number in self.sizes[start:]:
+            indices = order[end : end + number]
+            end += number
+            chosen = draws[indices] if draws is not None else None
+            images = self._gather(self._rows[indices], chosen)
+            yield self._normalize(images), self._labels[indices]
+
+    def raw(self, key: Key) -> torch.Tensor:
+        return self.images[key[1]]
+
+    def image(self, key: Key) -> torch.Tensor:
+        epoch, index = key
+        return self._gather(self._rows[[index]], self._draws(epoch)[[index]])[0]
+
+
+def build_loader(
+    cfg: DataConfig,
+    images: Images,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    seed: int,
+    *,
+    training: bool,
+) -> Loader:
+    """The quickest loader that serves: from memory where the pixels fit, else image by image.
+
+    Which one it is depends on settings and data alone, never on the machine: they draw differently.
+
+    Raises:
+        Refused: data.in_memory is true and cannot be.
+    """
+    augment = cfg.augment if training else []
+    batch_size = cfg.batch_size if training else EVALUATION_BATCHES * cfg.batch_size
+    common = (images, preprocessing, batch_size, device)
+    size, channels = preprocessing.image_size, preprocessing.channels
+    slow = [name for name in cfg.augment if name not in BATCH_AUGMENTATIONS]
+    fits = len(images) * size * size * channels <= MEMORY_LIMIT and not slow
+    if cfg.in_memory is True or (cfg.in_memory == "auto" and fits):
+        pixels = images.decoded(size, channels) if not slow else None
+        if pixels is not None:
+            return MemoryLoader(*common, pixels=pixels, augment=augment, seed=seed)
+        if cfg.in_memory is True:
+            reason = (
+                f"data.augment: {', '.join(slow)}" if slow else "images of a dataset of your own"
+            )
+            raise Refused(f"data.in_memory: true cannot go with {reason}; say auto")
+    return StreamLoader(*common, augment=augment, num_workers=cfg.num_workers, seed=seed)
 
 
 class Normalize:
@@ -174,7 +266,8 @@ class Normalize:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W), uint8 or float in 0..1, to normalised float32."""
         scale = self.scale / 255 if images.dtype == torch.uint8 else self.scale
-        return images.float().mul_(scale).add_(self.shift)
+        images = images.float().mul_(scale).add_(self.shift)
+        return images.contiguous(memory_format=torch.channels_last)
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from cnn.datasets.cache import cache_folder
 from cnn.datasets.decode import GRAY_MODES, BadImage, open_image, to_array
 from cnn.utils.files import write_atomically
 
@@ -28,19 +29,13 @@ SCAN = np.dtype(
 )
 
 
-def cache_folder() -> Path:
-    """Where what was learnt of the user's images is kept between runs."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "cnn"
-
-
 def scan(root: Path, paths: list[Path]) -> tuple[np.ndarray, dict[Path, str]]:
     """Decodes each file, or remembers having done so.
 
     Returns:
         A row (SCAN) a path, and for each file that does not decode, why.
     """
-    cache = cache_folder() / f"scan_{hashlib.sha256(str(root.resolve()).encode()).hexdigest()}.npz"
+    cache = cache_folder() / f"scan_{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()}.npz"
     known = _load(cache)
     rows = np.zeros(len(paths), SCAN)
     bad: dict[Path, str] = {}
@@ -92,7 +87,7 @@ def _look(path: Path) -> np.ndarray | str:
 def _load(cache: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(cache, allow_pickle=False) as file:
-            names = file["names"].tobytes().decode().split("\0")
+            names = os.fsdecode(file["names"].tobytes()).split("\0")
             rows = file["rows"]
     except Exception:  # noqa: BLE001  no cache, or a broken one: look again
         return {}
@@ -105,7 +100,7 @@ def _store(cache: Path, good: list[Path], rows: np.ndarray, paths: list[Path]) -
     chosen = rows[[path in keep for path in paths]]
 
     def write(file) -> None:
-        text = np.frombuffer("\0".join(names).encode(), np.uint8)
+        text = np.frombuffer(os.fsencode("\0".join(names)), np.uint8)
         np.savez_compressed(file, names=text, rows=chosen)
 
     try:

@@ -1,0 +1,82 @@
+"""Image files decoded once, to the size that the model gets, and kept between runs.
+
+The cache is a plain array of bytes in the user's cache folder, never beside the images, mapped into
+memory, so that several processes share it. Its name is a hash over the files' names, sizes and times
+of change: a changed folder gets another cache. It comes into being under its name only when whole.
+"""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cnn.datasets.augment import fit
+from cnn.datasets.decode import decode
+from cnn.utils.files import sync_folder
+
+
+def cache_folder() -> Path:
+    """Where what was learnt of the user's images is kept between runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "cnn"
+
+
+def decode_all(
+    root: Path, paths: list[Path], scans: np.ndarray, size: int, channels: int
+) -> torch.Tensor:
+    """The files' pixels, uint8 (N, size, size, channels), from the cache or decoded into it.
+
+    Raises:
+        BadImage: a file does not decode (any more).
+    """
+    shape = (len(paths), size, size, channels)
+    file = cache_folder() / f"pixels_{_key(root, paths, scans, shape)}.bin"
+    if not (file.is_file() and file.stat().st_size == np.prod(shape)):
+        try:
+            _write(file, paths, shape)
+        except OSError:  # no room, or no right to write there: keep them in memory alone
+            pixels = np.empty(shape, np.uint8)
+            _decode_into(pixels, paths, size, channels)
+            return torch.from_numpy(pixels)
+    return torch.from_numpy(
+        np.memmap(file, np.uint8, mode="c", shape=shape)
+    )  # c: never written back
+
+
+def _key(root: Path, paths: list[Path], scans: np.ndarray, shape: tuple[int, ...]) -> str:
+    total = hashlib.sha256(os.fsencode(root.resolve()) + repr(shape).encode())
+    total.update(b"\0".join(map(os.fsencode, paths)))
+    total.update(np.ascontiguousarray(scans["bytes"]).tobytes())
+    total.update(np.ascontiguousarray(scans["changed"]).tobytes())
+    return total.hexdigest()[:32]
+
+
+def _write(file: Path, paths: list[Path], shape: tuple[int, ...]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # two processes may be at it
+    try:
+        with open(temporary, "wb") as out:
+            out.truncate(int(np.prod(shape)))
+        pixels = np.memmap(temporary, np.uint8, mode="r+", shape=shape)
+        _decode_into(pixels, paths, shape[1], shape[3])
+        pixels.flush()
+        del pixels
+        os.replace(temporary, file)
+        sync_folder(file.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _decode_into(pixels: np.ndarray, paths: list[Path], size: int, channels: int) -> None:
+    def one(number: int) -> None:
+        image = fit(torch.from_numpy(decode(paths[number], channels)), size)  # C, H, W
+        pixels[number] = image.permute(1, 2, 0).numpy()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        done = pool.map(one, range(len(paths)))
+        for _ in tqdm(done, "decoding the images once", len(paths), disable=None, leave=False):
+            pass
