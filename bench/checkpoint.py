@@ -20,12 +20,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cnn.building import build_run  # noqa: E402
-from cnn.config import load_config  # noqa: E402
-from cnn.engine import train_one_epoch  # noqa: E402
-from cnn.saving import Saver  # noqa: E402
-from cnn.utils.run import RunFolder  # noqa: E402
-from cnn.utils.signals import StopSignals  # noqa: E402
+from cnn.building import build_run
+from cnn.config import load_config
+from cnn.engine import train_one_epoch
+from cnn.saving import Saver
+from cnn.utils.run import RunFolder
+from cnn.utils.signals import StopSignals
 
 SETTINGS = [
     "data.name=synthetic",
@@ -45,27 +45,29 @@ def main() -> None:
 
     cfg, _ = load_config(None, SETTINGS)
     run = build_run(cfg)
-    with tempfile.TemporaryDirectory() as scratch, RunFolder(None, Path(scratch)) as folder:
-        with Saver(cfg.checkpoint, run.state, folder, StopSignals(), run.about) as saver:
-            steps = endless_steps(run, cfg.seed)
-            step_seconds = timed(steps, 10) and timed(steps, 10) / 10
-            number = max(10, round(seconds / step_seconds))
-            ratios, blocked = [], []
-            for pair in range(pairs):
-                times = {}
-                for saving in (True, False) if pair % 2 else (False, True):
-                    began = time.perf_counter()
-                    if saving:
-                        saver.save()
-                        blocked.append(time.perf_counter() - began)
-                    timed(steps, number)
-                    saver.writer.wait()
-                    times[saving] = time.perf_counter() - began
-                ratios.append(times[True] / times[False])
-                print(
-                    f"pair {pair + 1}: {times[True]:.2f} s with a save, {times[False]:.2f} s without"
-                )
-            megabytes = folder.last.stat().st_size / 1e6
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        RunFolder(None, Path(scratch)) as folder,
+        Saver(cfg.checkpoint, run.state, folder, StopSignals(), run.about) as saver,
+    ):
+        steps = endless_steps(run, cfg.seed)
+        timed(steps, 10)  # warm-up
+        step_seconds = timed(steps, 10) / 10
+        number = max(10, round(seconds / step_seconds))
+        ratios, blocked = [], []
+        for pair in range(pairs):
+            times = {}
+            for saving in (True, False) if pair % 2 else (False, True):
+                began = time.perf_counter()
+                if saving:
+                    saver.save()
+                    blocked.append(time.perf_counter() - began)
+                timed(steps, number)
+                saver.writer.wait()
+                times[saving] = time.perf_counter() - began
+            ratios.append(times[True] / times[False])
+            print(f"pair {pair + 1}: {times[True]:.2f} s with a save, {times[False]:.2f} s without")
+        megabytes = folder.last.stat().st_size / 1e6
 
     lost = statistics.median(ratios) - 1
     cost = lost * number * step_seconds

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import multiprocessing
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -123,7 +122,5 @@ def run(act: Callable[["Log", "StopSignals"], None], places: dict[str, str]) -> 
         logger.exception("failed")
         return FAILED
     finally:
-        for worker in multiprocessing.active_children():
-            worker.kill()  # loader processes ignore SIGTERM; nothing of theirs is to be saved
         stop.uninstall()
         log.close()

@@ -461,7 +461,9 @@ def _flatten(root: yaml.Node | None, where: str, mistakes: list[str]) -> dict[st
     if root is None:
         return {}
     if not isinstance(root, yaml.MappingNode):
-        raise Refused(f"{_at(where, root)}: expected `section:` and `key: value` lines, got text")
+        raise Refused(
+            f"{_at(where, root)}: expected `section:` and `key: value` lines, got {_shown(root)}"
+        )
     given: dict[str, Given] = {}
     first: dict[str, str] = {}
 
@@ -734,11 +736,6 @@ def _check_together(cfg: Config, given: dict[str, Given]) -> list[str]:
     if cfg.schedule.name == "multistep" and not cfg.schedule.milestones:
         mistakes.append(
             f"{at('schedule.milestones')}: missing; multistep needs the epochs, such as [30, 60]"
-        )
-    if cfg.schedule.warmup_epochs >= cfg.train.epochs and cfg.schedule.warmup_epochs:
-        mistakes.append(
-            f"{at('schedule.warmup_epochs')}: expected less than train.epochs"
-            f" ({cfg.train.epochs}), got {cfg.schedule.warmup_epochs:g}"
         )
     if cfg.model.pretrained and cfg.model.weights:
         mistakes.append(f"{at('model.weights')}: cannot go with model.pretrained: true; choose one")

@@ -106,6 +106,10 @@ def _load(cfg: DataConfig) -> tuple[Splits, list[str]]:
         made = import_object(cfg.name, "data.name")(root=cfg.root, **cfg.args)
     except TypeError as error:  # a keyword that the function does not take
         raise Refused(f"data.args: {cfg.name}: {error}") from error
+    except (ValueError, IndexError) as error:
+        if cfg.name != "synthetic" or isinstance(error, Refused):
+            raise
+        raise Refused(f"data.args: synthetic cannot be made of {cfg.args}: {error}") from None
     if not isinstance(made, dict) or "train" not in made or "classes" not in made:
         raise Refused(
             f"data.name: expected {cfg.name} to return a dict with train, classes and, if there"

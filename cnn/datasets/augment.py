@@ -33,6 +33,7 @@ def build_augmentations(names: list[str], image_size: int) -> list[Transform]:
         "resized_crop": lambda: v2.RandomResizedCrop(image_size, (0.35, 1.0), antialias=True),
         "erase": v2.RandomErasing,
     }
+    names = sorted(names, key=lambda name: name != "resized_crop")  # that one first
     made = [known[name]() if name in known else _own(name) for name in names]
     return made if "resized_crop" in names else [functools.partial(fit, size=image_size), *made]
 

@@ -35,6 +35,8 @@ def load_folder(root: str, on_bad_image: str) -> tuple[dict[str, FileImages], li
     parts = {name: path for path in _folders(top) if (name := SPLITS.get(path.name.lower()))}
     if "train" in parts:
         listing = {split: _list_classes(path) for split, path in parts.items()}
+    elif parts:
+        raise Refused(f"data.root: {top} has {' and '.join(parts)}, but no train beside: {LAYOUT}")
     else:
         listing = {"train": _list_classes(top)}
     return _read(top, listing, on_bad_image)

@@ -61,6 +61,10 @@ class ArrayImages:
         values = np.arange(256.0)
         return float(len(self) * height * width), counts @ values, counts @ values**2
 
+    def num_decoded(self) -> int:
+        """How many images `decoded` gives: this part's and the others' of the same store."""
+        return len(self.store)
+
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
         """The store, uint8 (M, size, size, C), where the images have that size."""
         return self.store if self.store.shape[1:] == (size, size, channels) else None
@@ -105,7 +109,11 @@ class FileImages:
     def pixel_sums(self) -> tuple[float, np.ndarray, np.ndarray]:
         scans = self.files.scans[self.rows]
         number = float((scans["height"] * scans["width"]).sum())
-        return number, scans["sums"].sum(axis=0), scans["squares"].sum(axis=0)
+        channels = [3] if self.files.channels == 1 else [0, 1, 2]
+        return number, scans["sums"].sum(axis=0)[channels], scans["squares"].sum(axis=0)[channels]
+
+    def num_decoded(self) -> int:
+        return len(self.files.paths)
 
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
         """All the files' pixels, uint8 (M, size, size, C), decoded once and kept in the cache."""
@@ -116,14 +124,14 @@ class FileImages:
 class UserImages:
     """A map-style dataset of (image, label): PIL, uint8 array (H, W[, C]) or tensor (C, H, W)."""
 
-    def __init__(self, dataset: Any, name: str, indices: np.ndarray | None = None):
+    def __init__(self, dataset: Any, name: str):
         self.dataset = dataset
         self._name = name
-        self.indices = np.arange(len(dataset)) if indices is None else indices
+        self.indices = np.arange(len(dataset))
         known = getattr(dataset, "targets", getattr(dataset, "labels", None))
         if known is None:
             known = [int(dataset[i][1]) for i in range(len(dataset))]
-        self.labels = np.asarray(known, dtype=np.int64)[self.indices]
+        self.labels = np.asarray(known, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -138,7 +146,9 @@ class UserImages:
         return f"{self._name}[{self.indices[index]}]"
 
     def subset(self, indices: np.ndarray) -> "UserImages":
-        return UserImages(self.dataset, self._name, self.indices[indices])
+        part = copy.copy(self)
+        part.indices, part.labels = self.indices[indices], self.labels[indices]
+        return part
 
     def _some(self) -> list[torch.Tensor]:
         step = max(1, len(self) // MAX_IMAGES_FOR_STATISTICS)
@@ -160,6 +170,9 @@ class UserImages:
             sums = sums + values.sum(1).numpy()
             squares = squares + values.square().sum(1).numpy()
         return number, sums, squares
+
+    def num_decoded(self) -> int:
+        return len(self)
 
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
         """None: what the user's dataset gives is not known to stay the same."""

@@ -4,7 +4,9 @@ The order of an epoch is a function of (seed, epoch), what is random about an im
 epoch, index); so an epoch can be entered at any batch, at once, with any number of workers.
 """
 
+import atexit
 import contextlib
+import multiprocessing
 import signal
 from collections.abc import Iterator
 
@@ -28,9 +30,7 @@ from cnn.utils import seeding
 Key = tuple[int, int]  # epoch, index of the image
 Batch = tuple[torch.Tensor, torch.Tensor]  # images float (N, C, H, W), labels int64 (N)
 
-MEMORY_LIMIT = (
-    2 * 2**30
-)  # bytes of pixels of a split that are kept in memory by data.in_memory=auto
+MEMORY_LIMIT = 2 * 2**30  # bytes of pixels that are kept in memory by data.in_memory=auto
 EVALUATION_BATCHES = 4  # times the training batch: without gradients there is room
 EVALUATION = 0  # stands for the epoch where images come as they are
 
@@ -70,7 +70,7 @@ class Samples(Dataset):
 
     def image(self, key: Key) -> torch.Tensor:
         image = self.raw(key)
-        for change in self.augment:
+        for change in self.augment if key[0] != EVALUATION else []:
             image = change(image)
         return fit(image, self.size)
 
@@ -217,7 +217,8 @@ class MemoryLoader(Loader):
 
     def image(self, key: Key) -> torch.Tensor:
         epoch, index = key
-        return self._gather(self._rows[[index]], self._draws(epoch)[[index]])[0]
+        draws = self._draws(epoch)
+        return self._gather(self._rows[[index]], draws[[index]] if draws is not None else None)[0]
 
 
 def build_loader(
@@ -241,7 +242,7 @@ def build_loader(
     common = (images, preprocessing, batch_size, device)
     size, channels = preprocessing.image_size, preprocessing.channels
     slow = [name for name in cfg.augment if name not in BATCH_AUGMENTATIONS]
-    fits = len(images) * size * size * channels <= MEMORY_LIMIT and not slow
+    fits = images.num_decoded() * size * size * channels <= MEMORY_LIMIT and not slow
     if cfg.in_memory is True or (cfg.in_memory == "auto" and fits):
         pixels = images.decoded(size, channels) if not slow else None
         if pixels is not None:
@@ -268,6 +269,14 @@ class Normalize:
         scale = self.scale / 255 if images.dtype == torch.uint8 else self.scale
         images = images.float().mul_(scale).add_(self.shift)
         return images.contiguous(memory_format=torch.channels_last)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Ends loader processes, which ignore SIGTERM, before Python waits for them."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _as_it_is(batch: Batch) -> Batch:

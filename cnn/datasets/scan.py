@@ -23,8 +23,8 @@ SCAN = np.dtype(
         ("height", "i8"),
         ("width", "i8"),
         ("gray", "?"),
-        ("sums", "f8", 3),  # of the pixels' values, a channel
-        ("squares", "f8", 3),
+        ("sums", "f8", 4),  # of the pixels' values: red, green, blue, and gray
+        ("squares", "f8", 4),
     ]
 )
 
@@ -73,7 +73,7 @@ def _look(path: Path) -> np.ndarray | str:
         status = path.stat()
         image = open_image(path)
         gray = image.mode in GRAY_MODES
-        pixels = to_array(image, 1 if gray else 3)
+        pixels = np.concatenate([to_array(image, 3), to_array(image, 1)])
     except (BadImage, OSError) as error:
         return str(error)
     row["bytes"], row["changed"] = status.st_size, status.st_mtime_ns

@@ -39,6 +39,10 @@ def build_model(
             model = make(num_classes=num_classes, in_channels=in_channels, **cfg.args)
         except TypeError as error:
             raise Refused(f"model.args: {cfg.name}: {error}") from error
+        except (ValueError, RuntimeError) as error:
+            if cfg.name not in MODELS:
+                raise  # the user's own code: its traceback is worth having
+            raise Refused(f"model.args: {cfg.name}: {error}") from None
     else:
         model = torchvision_models.build(
             cfg.name, num_classes, in_channels, cfg.pretrained, cfg.args
@@ -76,6 +80,10 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     except Exception as error:  # noqa: BLE001  whatever a strange file makes torch say
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Refused(f"model.weights: cannot read {path}: {reason}") from None
+    if not isinstance(state, dict):
+        raise Refused(
+            f"model.weights: expected weights by name in {path}, got {type(state).__name__}"
+        )
     state = state.get("ema_state_dict") or state.get("model_state_dict", state)
     state = {str(k).removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)}
     left = torchvision_models.load_matching(model, state)

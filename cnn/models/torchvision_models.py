@@ -55,34 +55,45 @@ def _fetch(weights: Any, name: str) -> dict[str, torch.Tensor]:
 
 
 def load_matching(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
-    """Loads every tensor whose name and shape fit; returns the names of the model's others."""
+    """Loads every tensor whose name and shape fit; returns the names of the model's others.
+
+    The first convolution's weights are made to fit another number of channels.
+    """
     own = model.state_dict()
+    first = f"{_first_convolution(model)[0]}.weight"
+    if first in state and first in own and state[first].ndim == own[first].ndim == 4:
+        state = {**state, first: _for_channels(state[first], own[first].shape[1])}
     fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
     model.load_state_dict(fitting, strict=False)
     return [key for key in own if key not in fitting]
 
 
 def adapt_first_convolution(model: nn.Module, in_channels: int) -> None:
-    """Makes the first convolution take another number of channels.
+    """Makes the first convolution take another number of channels."""
+    name, old = _first_convolution(model)
+    if old is None:
+        return
+    shape = (old.kernel_size, old.stride, old.padding)
+    new = nn.Conv2d(in_channels, old.out_channels, *shape, bias=old.bias is not None)
+    with torch.no_grad():
+        new.weight.copy_(_for_channels(old.weight, in_channels))
+        if old.bias is not None:
+            new.bias.copy_(old.bias)
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, new)
 
-    Its weights over the three colours are summed and shared out evenly, so that a gray image gives
-    what the same image in RGB gave.
-    """
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if isinstance(child, nn.Conv2d):
-                new = nn.Conv2d(
-                    in_channels,
-                    child.out_channels,
-                    child.kernel_size,
-                    child.stride,
-                    child.padding,
-                    bias=child.bias is not None,
-                )
-                with torch.no_grad():
-                    shared = child.weight.sum(1, keepdim=True) / in_channels
-                    new.weight.copy_(shared.expand_as(new.weight))
-                    if child.bias is not None:
-                        new.bias.copy_(child.bias)
-                setattr(parent, name, new)
-                return
+
+def _first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d | None]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            return name, module
+    return "", None
+
+
+def _for_channels(weight: torch.Tensor, in_channels: int) -> torch.Tensor:
+    """The weights over all channels summed and shared out evenly over the new ones, so that a gray
+    image gives what the same image in RGB gave."""
+    if weight.shape[1] == in_channels:
+        return weight
+    shared = weight.sum(1, keepdim=True) / in_channels
+    return shared.expand(-1, in_channels, -1, -1)

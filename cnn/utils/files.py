@@ -15,7 +15,8 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None], also: tuple
         also: further names in the same folder for the same content, put in place before `path`.
 
     Raises:
-        OSError: the old files are as they were, and nothing is left over.
+        OSError: `path` is as it was, and nothing is left over; each further name has either the old
+            content or the new one.
     """
     temporary = temporary_name(path)
     links = [temporary_name(other) for other in also]

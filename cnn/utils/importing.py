@@ -31,5 +31,7 @@ def import_object(path: str, key: str) -> Any:
             f" {error.name!r} in {os.getcwd()} or on the Python path"
         ) from None
     if not hasattr(module, name):
-        raise Refused(f"{key}: the module {module_name} ({module.__file__}) has no {name!r}")
+        raise Refused(
+            f"{key}: the module {module_name} ({getattr(module, '__file__', 'built in')}) has no {name!r}"
+        )
     return getattr(module, name)

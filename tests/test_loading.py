@@ -1,0 +1,283 @@
+"""Batches: every image once an epoch, in an order and with changes that depend on keys alone."""
+
+import itertools
+import multiprocessing
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cnn.config import DataConfig, Refused
+from cnn.datasets import build_data
+from cnn.datasets.augment import build_augmentations
+from cnn.datasets.loading import Samples, build_loader, split_epoch
+
+CPU = torch.device("cpu")
+AUGMENT = ["crop", "flip"]
+ALL = ["resized_crop", "flip", "rotate", "color", "erase"]
+STREAM, MEMORY = {"in_memory": False}, {"in_memory": True}
+BOTH = pytest.mark.parametrize("way", [STREAM, MEMORY], ids=["stream", "memory"])
+
+
+@pytest.fixture(autouse=True)
+def no_worker_left():
+    """Ends the loader processes; they ignore SIGTERM, and a failed test would wait for them."""
+    yield
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+@pytest.fixture
+def data():
+    """41 training images in colour."""
+    args = {"num_images": 45, "num_test": 9, "image_size": 8, "channels": 3}
+    return build_data(DataConfig("synthetic", args=args), 0)
+
+
+def loader(data, augment=(), part="train", batch_size=8, seed=0, **settings):
+    cfg = DataConfig(batch_size=batch_size, augment=list(augment), **settings)
+    images, training = getattr(data, part), part == "train"
+    return build_loader(cfg, images, data.preprocessing, CPU, seed, training=training)
+
+
+def pixels(images):
+    return torch.stack([images[i] for i in range(len(images))])
+
+
+def normalized(data, images):
+    mean, std = (torch.tensor(getattr(data.preprocessing, name)) for name in ("mean", "std"))
+    return (images / 255 - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+
+
+def whole(batches):
+    """All images and labels, and the sizes of the batches."""
+    images, labels = zip(*batches)
+    return torch.cat(images), torch.cat(labels), [len(some) for some in labels]
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """A folder of images of many sizes, some gray."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for number, side in enumerate([4, 9, 40, 9, 25, 12] * 4):
+        path = tmp_path / "photos" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shape = (side, side + number) if number < 6 else (side + 5, side, 3)
+        Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(path)
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 8, 64])
+def test_an_epochs_batches_leave_no_image_out_and_none_alone(batch_size):
+    for number in range(2, 70):
+        sizes = split_epoch(number, batch_size)
+        assert sum(sizes) == number and min(sizes) > 1 and max(sizes) <= batch_size + 1
+        assert len(set(sizes[:-1])) <= 1, "all but the last are of one size"
+
+
+def test_single_images_are_batches_where_that_is_asked_for():
+    assert split_epoch(3, 1) == [1, 1, 1] and split_epoch(1, 8) == [1]
+
+
+@BOTH
+def test_an_epoch_has_every_image_once_in_an_order_of_seed_and_epoch(way, data):
+    inorder, labels, _ = whole(loader(data, **way).batches())
+    assert labels.tolist() == data.train.labels.tolist()
+    orders = []
+    for seed, epoch in [(0, 1), (0, 1), (0, 2), (1, 1)]:
+        images, shuffled, sizes = whole(loader(data, seed=seed, **way).train_batches(epoch))
+        assert sizes == [8, 8, 8, 8, 9]
+        same = (images[:, None] == inorder).flatten(2).all(2)
+        assert same.sum(0).tolist() == same.sum(1).tolist() == [1] * 41, "each image once"
+        orders.append(same.int().argmax(1).tolist())
+        assert shuffled.equal(labels[orders[-1]]), "with its own label"
+    assert orders[0] == orders[1] != sorted(orders[0])
+    assert orders[0] != orders[2] and orders[0] != orders[3] and orders[2] != orders[3]
+
+
+def test_the_batches_are_the_same_from_memory_and_image_by_image(data):
+    stream, memory = (whole(loader(data, **way).train_batches(3)) for way in (STREAM, MEMORY))
+    assert stream[0].equal(memory[0]) and stream[1].equal(memory[1]) and stream[2] == memory[2]
+
+
+@pytest.mark.parametrize(
+    "augment, way",
+    [
+        pytest.param(AUGMENT, STREAM, id="stream"),
+        pytest.param(ALL, STREAM, id="stream, all changes"),
+        pytest.param(AUGMENT, STREAM | {"num_workers": 2}, id="two workers"),
+        pytest.param(ALL, STREAM | {"num_workers": 2}, id="two workers, all changes"),
+        pytest.param([*AUGMENT, "erase"], MEMORY, id="memory"),
+    ],
+)
+def test_an_epoch_entered_at_any_batch_goes_on_bit_for_bit(augment, way, data):
+    expected = list(loader(data, augment, **way | {"num_workers": 0}).train_batches(3))
+    entered = loader(data, augment, **way)
+    for start in (4, 0, 2, 5):
+        rest = list(entered.train_batches(3, start))
+        assert len(rest) == 5 - start
+        for (images, labels), (others, their) in zip(rest, expected[start:]):
+            assert images.equal(others) and labels.equal(their)
+        torch.rand(3)  # what else is drawn in between does not matter
+
+
+@pytest.mark.parametrize(
+    "name, way",
+    [(name, STREAM) for name in ["crop", *ALL]]
+    + [(name, MEMORY) for name in ["crop", "flip", "erase"]],
+)
+def test_what_is_random_about_an_image_depends_on_seed_epoch_and_image(name, way, data):
+    def images(seed, epoch):
+        drawn = loader(data, [name], seed=seed, **way)
+        return torch.stack([drawn.image((epoch, index)) for index in range(41)])
+
+    first = images(0, 1)
+    assert first.shape == (41, 3, 8, 8) and first.dtype == torch.uint8
+    assert first.equal(images(0, 1))
+    for seed, epoch in [(0, 2), (1, 1)]:
+        changed = (first != images(seed, epoch)).flatten(1).any(1).float().mean()
+        assert changed > 0.3, "many images are changed in another way"
+
+
+@BOTH
+def test_two_images_of_the_same_pixels_are_changed_differently(way):
+    args = {"num_images": 60, "num_classes": 2, "noise": 0}  # only two images are different
+    train = loader(build_data(DataConfig("synthetic", args=args), 0), ["crop"], **way)
+    assert len({train.image((1, index)).numpy().tobytes() for index in range(20)}) > 4
+
+
+@BOTH
+@pytest.mark.parametrize("augment", [[], AUGMENT], ids=["plain", "augmented"])
+def test_a_single_image_is_the_one_of_the_batch(augment, way, data):
+    train = loader(data, augment, **way)
+    images, labels = list(train.train_batches(2))[4]
+    keys = train.keys(2, 4)
+    singles = torch.stack([train.image(key) for key in keys])
+    torch.testing.assert_close(images.contiguous(), normalized(data, singles))
+    for (epoch, index), label in zip(keys, labels.tolist()):
+        assert train.raw((epoch, index)).equal(data.train[index])
+        assert label == data.train.labels[index]
+
+
+@BOTH
+def test_crop_moves_an_image_by_an_eighth_at_most_and_fills_with_black(way, data):
+    train, shifts = loader(data, ["crop"], **way), set()
+    for epoch, i in itertools.product((1, 2, 3), range(41)):
+        image = data.train[i]
+        padded = torch.nn.functional.pad(image, (1, 1, 1, 1))
+        parts = padded.unfold(1, 8, 1).unfold(2, 8, 1)  # C, 3, 3, 8, 8
+        (found,) = (parts == train.image((epoch, i))[:, None, None]).all(4).all(3).all(0).nonzero()
+        shifts.add(tuple(found.tolist()))
+    assert len(shifts) == 9, "every place occurs"
+
+
+@BOTH
+def test_flip_turns_about_half_of_the_images_round(way, data):
+    train, images = loader(data, ["flip"], **way), pixels(data.train)
+    turned = [train.image((1, i)).equal(image.flip(2)) for i, image in enumerate(images)]
+    kept = [train.image((1, i)).equal(image) for i, image in enumerate(images)]
+    assert kept == [not is_turned for is_turned in turned] and 10 < sum(turned) < 31
+
+
+@BOTH
+def test_erase_makes_a_part_of_some_images_black(way, data):
+    train, shares = loader(data, ["erase"], **way), []
+    for i, image in enumerate(pixels(data.train)):
+        got = train.image((1, i))
+        assert (got.eq(image) | got.eq(0)).all()
+        shares.append(got.eq(0).all(0).float().mean().item())
+    assert 10 < sum(share > 0 for share in shares) < 31 and max(shares) < 0.5
+
+
+@BOTH
+def test_validation_images_come_as_they_are(way, data):
+    images, labels, _ = whole(loader(data, AUGMENT, "val", **way).batches())
+    assert labels.tolist() == data.val.labels.tolist()
+    torch.testing.assert_close(images.contiguous(), normalized(data, pixels(data.val)))
+
+
+@BOTH
+def test_the_training_set_has_mean_0_and_std_1_in_every_channel(way, data):
+    images, _, _ = whole(loader(data, **way).train_batches(0))
+    torch.testing.assert_close(images.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(images.std((0, 2, 3), correction=0), torch.ones(3))
+
+
+@pytest.mark.parametrize("channels", [None, 1])
+@pytest.mark.parametrize(
+    "augment, in_memory",
+    [([], True), ([], False), (AUGMENT, True), (["flip", "crop", "rotate"], "auto"), (ALL, False)],
+)
+def test_images_of_many_sizes_come_in_the_one_that_the_model_gets(
+    augment, in_memory, channels, photos
+):
+    data = build_data(DataConfig("folder", str(photos), image_size=16, channels=channels), 0)
+    images, _, _ = whole(loader(data, augment, in_memory=in_memory).train_batches(1))
+    assert images.shape == (len(data.train), channels or 3, 16, 16) and images.isfinite().all()
+    images, _, _ = whole(loader(data, augment, "val", in_memory=in_memory).batches())
+    assert images.shape[1:] == (channels or 3, 16, 16)
+
+
+def test_images_in_files_are_the_same_from_memory_and_from_the_files(photos):
+    data = build_data(DataConfig("folder", str(photos), image_size=16), 0)
+    before = sorted(photos.rglob("*"))
+    for part in ("train", "val", "test"):
+        stream = whole(loader(data, part=part, **STREAM).batches())
+        for _ in range(2):  # decoded, then from the cache
+            memory = whole(loader(data, part=part, **MEMORY).batches())
+            assert memory[0].equal(stream[0]) and memory[1].equal(stream[1])
+    assert sorted(photos.rglob("*")) == before, "nothing is written beside the images"
+
+
+def test_files_that_changed_are_decoded_anew(photos):
+    for value in (0, 200):
+        for path in photos.rglob("*.png"):
+            Image.new("L", (30, 30), value).save(path, "BMP")  # as many bytes each time
+        data = build_data(DataConfig("folder", str(photos), image_size=16), 0)
+        images, _, _ = whole(loader(data, **MEMORY).batches())
+        expected = normalized(data, torch.full_like(images, value))
+        torch.testing.assert_close(images.contiguous(), expected)
+
+
+def test_what_cannot_be_in_memory_is_refused_only_where_it_is_asked_for(data):
+    with pytest.raises(Refused, match=r"data.in_memory: .*color"):
+        loader(data, ["flip", "color"], **MEMORY)
+    assert len(loader(data, ["flip", "color"], in_memory="auto")) == 5
+
+
+def test_an_image_is_resized_by_its_shorter_side_and_cut_in_its_middle(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    stripes = np.zeros((20, 60), np.uint8)
+    stripes[:, 20:40] = 255
+    for name in ("a/1.png", "a/2.png", "a/3.png", "b/1.png", "b/2.png", "b/3.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(stripes).save(tmp_path / "photos" / name)
+    data = build_data(DataConfig("folder", str(tmp_path / "photos"), image_size=10), 0)
+    image = loader(data, **STREAM).image((1, 0))
+    assert image.shape == (1, 10, 10) and (image[:, :, 1:-1] > 250).all()
+
+
+def test_a_change_of_the_users_own_is_used_with_the_generators_keyed(data, tmp_path, monkeypatch):
+    (tmp_path / "my_change.py").write_text(
+        "import random, numpy, torch\n"
+        "def noise(image):\n"
+        "    value = random.random() + numpy.random.rand() + torch.rand(1)\n"
+        "    return image / 255 * value\n"
+        "class Dark:\n"
+        "    def __call__(self, image):\n"
+        "        return image // 2\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    first, second = (whole(loader(data, ["my_change:noise"]).train_batches(1)) for _ in range(2))
+    assert first[0].equal(second[0]) and first[0].isfinite().all()
+    dark = loader(data, ["my_change:Dark"])
+    assert dark.image((1, 5)).equal(data.train[5] // 2)
+
+
+def test_a_loader_process_may_be_spawned(data):
+    samples = Samples(data.train, 8, build_augmentations(ALL, 8), 0)
+    copied = pickle.loads(pickle.dumps(samples))
+    assert copied.image((1, 2)).equal(samples.image((1, 2)))

@@ -1,0 +1,120 @@
+"""Loss and accuracy over images, whatever the batches; what counts as better; loss weights."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.utils.class_weight import compute_class_weight
+from torch.nn import functional as F
+
+from cnn.config import LossConfig, Refused
+from cnn.losses import build_loss
+from cnn.metrics import Sums, improves, loss_of
+
+CPU = torch.device("cpu")
+
+
+def random_outputs(number=23, classes=5):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(number, classes, generator=generator)
+    return logits, torch.randint(classes, (number,), generator=generator)
+
+
+@pytest.mark.parametrize("sizes", [[23], [10, 10, 3], [1] * 23, [22, 1]])
+def test_the_metrics_are_plain_means_over_the_images_whatever_the_batches(sizes):
+    logits, labels = random_outputs()
+    sums = Sums(CPU)
+    for some, of_them in zip(logits.split(sizes), labels.split(sizes)):
+        sums.add(F.cross_entropy(some, of_them), some, of_them)
+    result = sums.compute()
+    assert result["loss"] == pytest.approx(F.cross_entropy(logits.double(), labels).item(), 1e-6)
+    assert result["acc"] == np.mean(logits.argmax(1).numpy() == labels.numpy())
+    assert 0 < result["acc"] < 1
+
+
+def test_sums_go_on_from_their_saved_state():
+    logits, labels = random_outputs()
+    loss = F.cross_entropy(logits, labels)
+    first, second = Sums(CPU), Sums(CPU)
+    first.add(loss, logits, labels)
+    second.load_state_dict(first.state_dict())
+    for sums in (first, second):
+        sums.add(loss / 3, -logits, labels)
+    assert second.compute() == first.compute() and second.count == 46
+
+
+def test_no_images_give_zeros_and_a_loss_that_is_not_finite_shows():
+    sums = Sums(CPU)
+    assert sums.compute() == {"loss": 0.0, "acc": 0.0} and sums.is_finite()
+    logits, labels = random_outputs()
+    sums.add(torch.tensor(math.inf), logits, labels)
+    assert not sums.is_finite()
+
+
+@pytest.mark.parametrize(
+    "metric, value, best, expected",
+    [
+        ("val_acc", 0.9, 0.8, True),
+        ("val_acc", 0.8, 0.8, False),
+        ("val_acc", 0.7, 0.8, False),
+        ("val_loss", 0.7, 0.8, True),
+        ("val_loss", 0.8, 0.8, False),
+        ("val_loss", 0.9, 0.8, False),
+        ("val_loss", 9.0, None, True),
+        ("val_acc", 0.0, None, True),
+        ("val_loss", math.nan, None, False),
+        ("val_loss", -math.inf, 0.8, False),
+        ("val_acc", math.nan, 0.8, False),
+    ],
+)
+def test_better_is_lower_for_a_loss_higher_for_the_rest_and_never_nan(
+    metric, value, best, expected
+):
+    assert improves(metric, value, best) is expected
+
+
+def test_balanced_class_weights_are_those_of_scikit_learn():
+    labels = np.array([0] * 7 + [1] * 2 + [2] * 3)
+    loss = build_loss(LossConfig(class_weights="balanced"), labels, ["a", "b", "c"])
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    np.testing.assert_allclose(loss.weight, expected, rtol=1e-6)
+
+
+def test_a_class_without_images_leaves_balanced_weights_finite():
+    loss = build_loss(LossConfig(class_weights="balanced"), np.array([0, 0, 1]), ["a", "b", "c"])
+    assert loss.weight.isfinite().all()
+
+
+def test_class_weights_given_are_one_a_class():
+    labels = np.array([0, 1])
+    loss = build_loss(LossConfig(class_weights=[1.0, 3.0], label_smoothing=0.1), labels, ["a", "b"])
+    assert loss.weight.tolist() == [1, 3] and loss.label_smoothing == 0.1
+    with pytest.raises(Refused, match=r"each of the 3 classes \(a, b, c\), got 2"):
+        build_loss(LossConfig(class_weights=[1.0, 3.0]), labels, ["a", "b", "c"])
+
+
+def test_a_loss_of_the_users_own_is_built_with_its_args(tmp_path, monkeypatch):
+    (tmp_path / "my_loss.py").write_text(
+        "from torch import nn\n"
+        "class Scaled(nn.CrossEntropyLoss):\n"
+        "    def __init__(self, factor):\n"
+        "        super().__init__()\n"
+        "        self.factor = factor\n"
+        "    def forward(self, logits, labels):\n"
+        "        return self.factor * super().forward(logits, labels)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    logits, labels = random_outputs()
+    loss = build_loss(LossConfig("my_loss:Scaled", args={"factor": 2}), labels.numpy(), ["a"] * 5)
+    torch.testing.assert_close(loss(logits, labels), 2 * F.cross_entropy(logits, labels))
+    with pytest.raises(Refused, match=r"loss.args: my_loss:Scaled: .*'factr'"):
+        build_loss(LossConfig("my_loss:Scaled", args={"factr": 2}), labels.numpy(), ["a"] * 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_loss_is_computed_in_float32_at_least(dtype):
+    logits, labels = random_outputs()
+    loss = loss_of(torch.nn.CrossEntropyLoss(), logits.to(dtype), labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, F.cross_entropy(logits.to(dtype).float(), labels))

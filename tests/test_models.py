@@ -1,0 +1,203 @@
+"""Models: shapes, sizes, first weights, weights from a file, and what is refused."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from cnn.config import ModelConfig, Refused
+from cnn.models import MODELS, build_model
+from cnn.models.torchvision_models import adapt_first_convolution
+
+NATURAL = {"simple_cnn": (8, 28), "lenet5": (28, 32), "resnet9": (16, 32), "resnet20": (28, 32)}
+
+
+def build(name="simple_cnn", classes=4, channels=1, size=8, seed=0, **settings):
+    return build_model(ModelConfig(name, **settings), classes, channels, size, seed)
+
+
+def refusal(name="simple_cnn", **settings):
+    with pytest.raises(Refused) as caught:
+        build(name, **settings)
+    return str(caught.value)
+
+
+def num_parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def same_weights(first, second):
+    one, other = first.state_dict(), second.state_dict()
+    return one.keys() == other.keys() and all(one[key].equal(other[key]) for key in one)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_of_ours_gives_a_number_a_class(name, channels):
+    for size in NATURAL[name]:
+        model = build(name, 7, channels, size)
+        logits = model(torch.randn(2, channels, size, size + 4))
+        assert logits.shape == (2, 7) and logits.isfinite().all()
+        logits.sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "name, args, channels, expected",
+    [
+        ("resnet20", {}, 3, 269_722),  # 0.27 M; He et al. (2016), table 6
+        ("resnet20", {"blocks": 9}, 3, 853_018),  # ResNet-56, 0.85 M; the same table
+        ("resnet9", {}, 3, 6_573_120),  # Page (2018): 6.57 M
+        ("lenet5", {}, 1, 61_706),  # LeCun et al. (1998) have 60,000: C3 is not fully connected
+        ("simple_cnn", {"width": 8}, 1, 6_274),
+    ],
+)
+def test_a_model_has_as_many_parameters_as_its_source(name, args, channels, expected):
+    assert num_parameters(build(name, 10, channels, 32, args=args)) == expected
+
+
+def test_the_residual_networks_halve_the_image_and_double_the_channels():
+    images = torch.randn(2, 3, 32, 32)
+    resnet20, resnet9 = build("resnet20", 10, 3, 32), build("resnet9", 10, 3, 32)
+    assert resnet20.stages(resnet20.stem(images)).shape == (2, 64, 8, 8)
+    features = resnet9.layer3(resnet9.layer2(resnet9.layer1(resnet9.stem(images))))
+    assert features.shape == (2, 512, 4, 4)
+
+
+def test_a_torchvision_model_takes_gray_images_and_any_number_of_classes():
+    model = build("resnet18", 5, 1, 32)
+    assert model.conv1.weight.shape == (64, 1, 7, 7)
+    assert model(torch.randn(2, 1, 40, 40)).shape == (2, 5)
+
+
+def test_a_torchvision_model_with_further_heads_gives_one_number_a_class():
+    assert build("googlenet", 5, 3, 32).training
+
+
+def test_the_first_weights_are_a_function_of_the_seed():
+    first, second = build(seed=1), build(seed=1)
+    assert same_weights(first, second) and not same_weights(first, build(seed=2))
+    torch.manual_seed(5)
+    assert same_weights(first, build(seed=1)), "whatever was drawn before"
+
+
+@pytest.mark.parametrize(
+    "name, settings, parts",
+    [
+        ("resnet21", {}, ["model.name: expected simple_cnn", "got resnet21", "mean 'resnet20'?"]),
+        ("resnet_18", {}, ["did you mean 'resnet18'?"]),
+        ("simple_cnn", {"args": {"widht": 3}}, ["model.args: simple_cnn", "'widht'"]),
+        ("simple_cnn", {"args": {"dropout": 1.5}}, ["model.args: simple_cnn", "1.5"]),
+        ("resnet18", {"args": {"widht": 3}}, ["model.args: resnet18", "'widht'"]),
+        ("simple_cnn", {"pretrained": True}, ["model.pretrained", "not simple_cnn"]),
+        ("simple_cnn", {"size": 3}, ["cannot take images of 1x3x3", "data.image_size"]),
+        ("lenet5", {"size": 4}, ["cannot take images of 1x4x4", "data.image_size"]),
+        ("resnet9", {"size": 7}, ["cannot take images of 1x7x7", "data.image_size"]),
+        ("alexnet", {"size": 32}, ["cannot take images of 1x32x32", "data.image_size"]),
+        ("torch.nn:Conv3d", {}, ["model.args: torch.nn:Conv3d", "'num_classes'"]),
+        ("no_such_module:Net", {}, ["model.name: expected package.module:name", "no module"]),
+        ("torch.nn:Netz", {}, ["model.name: the module torch.nn", "has no 'Netz'"]),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused(name, settings, parts):
+    message = refusal(name, **settings)
+    assert all(part in message for part in parts), message
+
+
+OWN = """
+import torch
+from torch import nn
+
+class Linear(nn.Module):
+    def __init__(self, num_classes, in_channels, size=8, extra=0):
+        super().__init__()
+        self.layer = nn.Linear(in_channels * size**2, num_classes + extra)
+    def forward(self, images):
+        return self.layer(images.flatten(1))
+
+class Two(Linear):
+    def forward(self, images):
+        return super().forward(images), None
+"""
+
+
+def test_a_model_of_the_users_own_is_tried_out_before_it_is_taken(tmp_path, monkeypatch):
+    (tmp_path / "my_net.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    model = build("my_net:Linear", args={"size": 8})
+    assert model.layer.weight.shape == (4, 64)
+    assert "expected logits of shape (2, 4), got (2, 5)" in refusal(
+        "my_net:Linear", args={"extra": 1}
+    )
+    assert "got tuple" in refusal("my_net:Two")
+    assert "cannot take images of 1x9x9" in refusal("my_net:Linear", size=9)
+
+
+def test_trying_out_leaves_the_model_in_training_and_its_statistics_alone():
+    model = build("resnet20", size=32)
+    assert all(module.training for module in model.modules())
+    assert model.stem[1].num_batches_tracked == 0 and model.stem[1].running_mean.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"model_state_dict": state, "ema_state_dict": None},
+        lambda state: {"model_state_dict": {}, "ema_state_dict": state},
+        lambda state: {f"module.{key}": value for key, value in state.items()},
+    ],
+    ids=["state dict", "checkpoint", "with averaged weights", "of many devices"],
+)
+def test_weights_of_a_file_are_taken_all_but_the_head_of_other_classes(wrap, tmp_path, caplog):
+    source = build(classes=9, seed=1)
+    torch.save(wrap(source.state_dict()), tmp_path / "a.pth")
+    with caplog.at_level(logging.INFO):
+        model = build(seed=2, weights=str(tmp_path / "a.pth"))
+    assert caplog.messages[-1].endswith("new: classifier.weight, classifier.bias")
+    assert same_weights(model.features, source.features)
+    assert same_weights(model.classifier, build(seed=2).classifier)
+
+
+def test_weights_of_the_same_model_are_taken_whole(tmp_path, caplog):
+    source = build(seed=1)
+    torch.save(source.state_dict(), tmp_path / "a.pth")
+    with caplog.at_level(logging.INFO):
+        assert same_weights(build(seed=2, weights=str(tmp_path / "a.pth")), source)
+    assert caplog.messages[-1].endswith("a.pth; new: nothing")
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        (b"no weights", "cannot read"),
+        (None, "cannot read"),
+        ({"a": torch.zeros(3)}, "no tensor in"),
+        ({"epoch": 3}, "no tensor in"),
+        (torch.zeros(3), "model.weights"),
+        ([torch.zeros(3)], "model.weights"),
+        ({"f": print}, "cannot read"),  # code, which is not run
+    ],
+    ids=["text", "missing", "others", "numbers", "tensor", "list", "function"],
+)
+def test_a_file_without_weights_for_the_model_is_refused(content, part, tmp_path):
+    path = tmp_path / "a.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    message = refusal(weights=str(path))
+    assert part in message and str(path) in message
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gray_image_gives_what_its_copy_in_rgb_gave(bias):
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 5, 3, stride=2, padding=1, bias=bias)
+    model = nn.Sequential(nn.Sequential(first, nn.ReLU()), nn.Sequential(nn.Conv2d(5, 2, 1)))
+    gray = torch.randn(2, 1, 9, 9)
+    expected = model(gray.expand(-1, 3, -1, -1))
+    adapt_first_convolution(model, 1)
+    assert model[0][0].in_channels == 1 and model[1][0].in_channels == 5
+    torch.testing.assert_close(model(gray), expected)

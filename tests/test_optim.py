@@ -1,0 +1,228 @@
+"""The optimizer's groups, and the learning rate step by step."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from cnn.config import GroupConfig, OptimConfig, Refused, ScheduleConfig
+from cnn.optim import OPTIMIZERS, Schedule, build_optimizer
+
+STEPS, EPOCHS = 5, 8  # an epoch, a run
+ALL = STEPS * EPOCHS
+
+
+def model():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+
+
+def groups_of(optimizer, net):
+    """Parameter names of each group, with lr and weight decay."""
+    names = {parameter: name for name, parameter in net.named_parameters()}
+    return [
+        ([names[p] for p in group["params"]], group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+    ]
+
+
+def test_biases_and_norms_have_no_weight_decay():
+    net = model()
+    groups = groups_of(build_optimizer(OptimConfig(lr=0.1, weight_decay=0.01), net), net)
+    assert groups == [
+        (["0.weight", "3.weight"], 0.1, 0.01),
+        (["0.bias", "1.weight", "1.bias", "3.bias"], 0.1, 0.0),
+    ]
+
+
+def test_groups_have_their_own_lr_and_the_last_that_matches_counts():
+    net = model()
+    groups = [GroupConfig("^[01]", 0.5), GroupConfig(r"^1\.", 0.25)]
+    optimizer = build_optimizer(OptimConfig(lr=0.1, weight_decay=0.01, groups=groups), net)
+    lrs = {name: lr for names, lr, _ in groups_of(optimizer, net) for name in names}
+    assert lrs == pytest.approx(
+        {"0.weight": 0.05, "0.bias": 0.05, "3.weight": 0.1, "3.bias": 0.1}
+        | {"1.weight": 0.025, "1.bias": 0.025}
+    )
+
+
+def test_an_lr_scale_of_0_freezes():
+    net = model()
+    before = [parameter.clone() for parameter in net.parameters()]
+    optimizer = build_optimizer(OptimConfig(groups=[GroupConfig("^[01]", 0)]), net)
+    net(torch.randn(6, 1, 3, 3)).square().sum().backward()
+    optimizer.step()
+    changed = [not old.equal(new) for old, new in zip(before, net.parameters())]
+    assert changed == [False] * 4 + [True] * 2
+    assert [parameter.requires_grad for parameter in net.parameters()] == changed
+
+
+@pytest.mark.parametrize(
+    "settings, part",
+    [
+        ({"groups": [GroupConfig("^3", 1), GroupConfig("fc", 1)]}, r"groups\[1\].match: .*'fc'"),
+        ({"groups": [GroupConfig("", 0)]}, "every parameter is frozen"),
+        ({"args": {"nestrov": True}}, "optim.args: sgd: .*'nestrov'"),
+        ({"args": {"nesterov": True}, "momentum": 0.0}, "optim.args: sgd: Nesterov"),
+        ({"args": {"lr": 1}}, "optim.args: sgd: .*'lr'"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_built_is_refused(settings, part):
+    with pytest.raises(Refused, match=part):
+        build_optimizer(OptimConfig(**settings), model())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_steps(name):
+    net = model()
+    optimizer = build_optimizer(OptimConfig(name, lr=0.01, weight_decay=0.01), net)
+    before = net[0].weight.clone()
+    net(torch.randn(6, 1, 3, 3)).square().sum().backward()
+    optimizer.step()
+    assert not net[0].weight.equal(before) and net[0].weight.isfinite().all()
+    assert optimizer.param_groups[0].get("momentum", 0.9) == 0.9
+
+
+# ---------------------------------------------------------------------------------------------
+# The schedule
+
+
+def start(name, epochs=EPOCHS, mode="min", lrs=(0.5,), **settings):
+    """A schedule and its optimizer over parameters with these learning rates."""
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in lrs]
+    optimizer = torch.optim.SGD(groups, lr=lrs[0])
+    return Schedule(ScheduleConfig(name, **settings), optimizer, STEPS, epochs, mode), optimizer
+
+
+def run(schedule, optimizer, steps=ALL, metrics=None, done=0):
+    """The learning rate of each of the steps, and the metric told at every epoch's end."""
+    lrs = []
+    for step in range(done + 1, done + steps + 1):
+        lrs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+        if step % STEPS == 0:
+            schedule.end_epoch(metrics[step // STEPS - 1] if metrics else 1.0)
+    return lrs
+
+
+def lrs_of(name, **settings):
+    return run(*start(name, **settings))
+
+
+def torchs_own(make, per_step):
+    """The learning rate of each step with one of torch's schedulers, called a step or an epoch."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler = make(optimizer)
+    lrs = []
+    for step in range(1, ALL + 1):
+        lrs.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if step < ALL and (per_step or step % STEPS == 0):
+            scheduler.step()
+    return lrs
+
+
+def test_constant_is_constant():
+    assert lrs_of("constant") == [0.5] * ALL
+
+
+@pytest.mark.parametrize("min_lr", [0.0, 0.01])
+def test_cosine_is_torchs_a_step_at_a_time(min_lr):
+    theirs = torchs_own(lambda o: lr_scheduler.CosineAnnealingLR(o, ALL, min_lr), per_step=True)
+    assert lrs_of("cosine", min_lr=min_lr) == pytest.approx(theirs, abs=1e-12)
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.5])
+def test_step_is_torchs(gamma):
+    theirs = torchs_own(lambda o: lr_scheduler.StepLR(o, 3, gamma), per_step=False)
+    assert lrs_of("step", step_epochs=3, gamma=gamma) == pytest.approx(theirs)
+
+
+def test_multistep_is_torchs():
+    theirs = torchs_own(lambda o: lr_scheduler.MultiStepLR(o, [2, 3, 6]), per_step=False)
+    assert lrs_of("multistep", milestones=[6, 2, 3]) == pytest.approx(theirs)
+
+
+def test_onecycle_is_torchs():
+    def make(optimizer):  # told of one step more; its rise ends at step 0.3 * ALL, as ours does
+        total, share = ALL + 1, (0.3 * ALL + 1) / (ALL + 1)
+        return lr_scheduler.OneCycleLR(optimizer, 0.5, total, pct_start=share, cycle_momentum=False)
+
+    lrs = lrs_of("onecycle")
+    assert lrs == pytest.approx(torchs_own(make, per_step=True))
+    assert lrs.index(max(lrs)) == 0.3 * ALL
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "step", "multistep", "plateau", "onecycle"])
+def test_warm_up_rises_in_equal_steps_to_what_comes_after(name):
+    lrs = lrs_of(name, warmup_epochs=1.6, step_epochs=7, milestones=[7])
+    assert lrs[:8] == pytest.approx([0.5 * (i + 1) / 9 for i in range(8)])
+    assert lrs[8] == pytest.approx(0.5 / 25 if name == "onecycle" else 0.5)
+
+
+def test_cosine_falls_over_what_is_left_after_the_warm_up():
+    lrs = lrs_of("cosine", warmup_epochs=2)
+    expected = [0.5 * (1 + math.cos(math.pi * i / 30)) / 2 for i in range(30)]
+    assert lrs[10:] == pytest.approx(expected)
+
+
+def test_warm_up_does_not_put_off_the_drops():
+    assert lrs_of("step", step_epochs=4, warmup_epochs=1)[20:] == pytest.approx([0.05] * 20)
+
+
+def test_every_group_keeps_its_share():
+    schedule, optimizer = start("cosine", lrs=(0.1, 0.5), min_lr=0.05, warmup_epochs=1)
+    for _ in range(ALL):
+        low, high = (group["lr"] for group in optimizer.param_groups)
+        assert low == pytest.approx(high / 5)
+        run(schedule, optimizer, 1)
+    assert high == pytest.approx(0.05, abs=0.01) and high > 0.05
+
+
+def test_after_the_last_step_the_lr_stays_at_its_least():
+    schedule, optimizer = start("cosine", min_lr=0.01)
+    run(schedule, optimizer)
+    assert run(schedule, optimizer, 7) == pytest.approx([0.01] * 7)
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_plateau_lowers_lr_after_so_many_epochs_without_improvement(mode):
+    losses = [9, 8, 8, 9, 8, 7, 7, math.nan]
+    metrics = losses if mode == "min" else [10 - loss for loss in losses]
+    schedule, optimizer = start("plateau", mode=mode, patience=1, gamma=0.5, min_lr=0.2)
+    lrs = run(schedule, optimizer, metrics=metrics)[::STEPS]
+    # The epochs' metrics: better, better, worse, worse (drop), worse, better, worse, worse (drop).
+    assert lrs == [0.5, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25]
+    assert optimizer.param_groups[0]["lr"] == 0.2, "not below min_lr"
+
+
+def test_plateau_does_not_judge_while_it_warms_up():
+    schedule, optimizer = start("plateau", warmup_epochs=3, patience=0)
+    lrs = run(schedule, optimizer, metrics=[1, 2, 3, 4, 2.5, 5, 5, 5])[15::STEPS]
+    # Epoch 3, in which the warm-up ends, is the first that counts.
+    assert lrs == pytest.approx([0.5, 0.05, 0.05, 0.005, 0.0005])
+
+
+@pytest.mark.parametrize("done", [0, 3, 5, 13, 20, 39])
+@pytest.mark.parametrize("name", ["constant", "cosine", "step", "multistep", "onecycle", "plateau"])
+def test_a_schedule_goes_on_from_its_state_as_if_never_stopped(name, done):
+    settings = {"warmup_epochs": 1.5, "step_epochs": 2, "milestones": [3, 5], "patience": 0}
+    metrics = [3.0, 2.0, 3.0, 1.0, 2.0, 2.0, 1.0, 0.5]
+    whole = run(*start(name, **settings), metrics=metrics)
+    schedule, optimizer = start(name, **settings)
+    assert run(schedule, optimizer, done, metrics) == whole[:done]
+    again, other = start(name, **settings)
+    other.load_state_dict(optimizer.state_dict())
+    again.load_state_dict(schedule.state_dict())
+    assert run(again, other, ALL - done, metrics, done) == whole[done:]
+
+
+def test_a_lengthened_run_goes_on_along_the_longer_curve():
+    schedule, optimizer = start("cosine")
+    run(schedule, optimizer, 20)
+    longer, other = start("cosine", epochs=2 * EPOCHS)
+    other.load_state_dict(optimizer.state_dict())
+    longer.load_state_dict(schedule.state_dict())
+    assert run(longer, other, 20, done=20) == run(*start("cosine", epochs=2 * EPOCHS))[20:]
