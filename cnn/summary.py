@@ -19,7 +19,7 @@ from cnn.utils.progress import duration
 
 logger = logging.getLogger(__name__)
 
-MAX_CLASSES_LISTED = 20
+MAX_LISTED = 140  # characters of a line that counts the classes
 
 
 def write(cfg: Config, logs: Path, run: Run, point: ResumePoint | None) -> None:
@@ -88,8 +88,9 @@ def log_start(cfg: Config, run: Run, flops: int) -> None:
 
 def _counts(labels: np.ndarray, classes: list[str]) -> str:
     counts = np.bincount(labels, minlength=len(classes))
-    if len(classes) <= MAX_CLASSES_LISTED:
-        return "  ".join(f"{name}: {count}" for name, count in zip(classes, counts))
+    listed = "  ".join(f"{name}: {count}" for name, count in zip(classes, counts))
+    if len(listed) <= MAX_LISTED:
+        return listed
     return f"{counts.min()} to {counts.max()} a class"
 
 

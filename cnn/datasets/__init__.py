@@ -55,6 +55,7 @@ class Data:
         """The first so many images of each split."""
         parts = (self.train, self.val, self.test)
         cut = [images.subset(np.arange(min(number, len(images)))) for images in parts]
+        cut = [part.detached() if isinstance(part, FileImages) else part for part in cut]
         return Data(*cut, self.classes, self.preprocessing)
 
     def fingerprint(self) -> dict[str, int]:

@@ -6,7 +6,7 @@ names it, selects a part of itself, and knows the sums that mean and std are mad
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,15 @@ class FileImages:
 
     def subset(self, indices: np.ndarray) -> "FileImages":
         return FileImages(self.files, self.labels[indices], self.rows[indices])
+
+    def detached(self) -> "FileImages":
+        """The same part, of files of its own: what is decoded once is then no more than it."""
+        files = replace(
+            self.files,
+            paths=[self.files.paths[row] for row in self.rows],
+            scans=self.files.scans[self.rows],
+        )
+        return FileImages(files, self.labels)
 
     def sizes(self) -> tuple[int, int, int]:
         scans = self.files.scans[self.rows]

@@ -100,7 +100,12 @@ def git_commit() -> str | None:
 def _git(folder: Path, *words: str) -> str:
     # Without optional locks: killed in the middle, git would leave .git/index.lock behind.
     done = subprocess.run(
-        ["git", "--no-optional-locks", *words], cwd=folder, capture_output=True, text=True, timeout=5, check=True
+        ["git", "--no-optional-locks", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=5,
+        check=True,
     )
     return done.stdout.strip()
 
