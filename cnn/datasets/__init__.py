@@ -64,7 +64,10 @@ class Data:
             names = "\0".join(
                 images.name(i).replace("\\", "/").rsplit("/", 1)[-1] for i in range(len(images))
             )
-            checksum = zlib.crc32(names.encode(), zlib.crc32(images.labels.tobytes(), checksum))
+            checksum = zlib.crc32(
+                names.encode(errors="surrogateescape"),
+                zlib.crc32(images.labels.tobytes(), checksum),
+            )
         return {name: len(images) for name, images in parts.items()} | {"checksum": checksum}
 
 

@@ -121,7 +121,10 @@ def _read(
         good = [i for i, (path, _) in enumerate(items) if path not in bad]
         part = rows[begin : begin + len(items)][good]
         splits[split] = FileImages(
-            [items[i][0] for i in good], [numbers[items[i][1]] for i in good], part
+            [items[i][0] for i in good],
+            [numbers[items[i][1]] for i in good],
+            part,
+            skip=on_bad_image == "skip",
         )
         begin += len(items)
         if not good:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cnn.config import Refused
-from cnn.datasets.decode import decode
+from cnn.datasets.decode import BadImage, decode
 
 MAX_IMAGES_FOR_STATISTICS = 2_000  # of a dataset that has to be read one by one
 
@@ -61,9 +61,17 @@ class ArrayImages:
 
 
 class FileImages:
-    """Images in files, decoded when asked for. `scans`: a row a file, as `scan.scan` gives."""
+    """Images in files, decoded when asked for.
 
-    def __init__(self, paths: Sequence[Path], labels: Sequence[int], scans: np.ndarray):
+    Args:
+        scans: a row a file, as `scan.scan` gives.
+        skip: whether a file that goes bad during the run is left out; else it stops the run.
+    """
+
+    def __init__(
+        self, paths: Sequence[Path], labels: Sequence[int], scans: np.ndarray, skip: bool = False
+    ):
+        self.skip = skip
         self.paths = list(paths)
         self.labels = np.asarray(labels, dtype=np.int64)
         self.scans = scans
@@ -73,14 +81,17 @@ class FileImages:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return torch.from_numpy(decode(self.paths[index], self.channels))
+        try:
+            return torch.from_numpy(decode(self.paths[index], self.channels))
+        except BadImage as bad:
+            raise BadImage(f"{self.name(index)}: {bad}") from None
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
 
     def subset(self, indices: np.ndarray) -> "FileImages":
         paths = [self.paths[i] for i in indices]
-        part = FileImages(paths, self.labels[indices], self.scans[indices])
+        part = FileImages(paths, self.labels[indices], self.scans[indices], self.skip)
         part.channels = self.channels
         return part
 
@@ -109,7 +120,10 @@ class UserImages:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        item = self.dataset[int(self.indices[index])]
+        try:
+            item = self.dataset[int(self.indices[index])]
+        except OSError as error:  # a file of the user's is gone; Pillow's errors are of this kind
+            raise BadImage(f"{self.name(index)}: {error}") from error
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise Refused(f"{self.name(index)}: expected (image, label), got {type(item).__name__}")
         return _as_tensor(item[0], self.name(index))

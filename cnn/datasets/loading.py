@@ -5,17 +5,23 @@ epoch, index); so an epoch can be entered at any batch, at once, with any number
 """
 
 import contextlib
+import logging
 import signal
+import threading
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from cnn.config import Refused
 from cnn.datasets import Preprocessing
 from cnn.datasets.augment import Transform, build_augmentations, fit
+from cnn.datasets.decode import BadImage
 from cnn.datasets.images import Images
 from cnn.utils import seeding
+
+logger = logging.getLogger(__name__)
 
 Key = tuple[int, int]  # epoch, index of the image
 Batch = tuple[torch.Tensor, torch.Tensor]  # images float (N, C, H, W), labels int64 (N)
@@ -25,6 +31,10 @@ EVALUATION = 0  # stands for the epoch where images come as they are
 SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 ]
+
+
+class DataFailed(RuntimeError):
+    """The next batch cannot be had; the run is whole and can go on once its cause is mended."""
 
 
 def split_epoch(number: int, batch_size: int) -> list[int]:
@@ -67,12 +77,32 @@ class Samples(Dataset):
             image = change(image)
         return fit(image, self.size)
 
-    def __getitems__(self, keys: list[Key]) -> Batch:
+    def __getitems__(self, keys: list[Key]) -> Batch | tuple[Batch, list[str]] | Exception:
+        """A batch; with the names of what was left out of it; or why there is none.
+
+        An error is given back, not raised: torch would wrap it in a loader process's traceback.
+        """
         indices = torch.tensor([index for _, index in keys])
         pixels = getattr(self.images, "pixels", None)
         if pixels is not None and not self.augment and pixels.shape[-2:] == (self.size, self.size):
             return pixels[indices], self.labels[indices]
-        return torch.stack([self.image(key) for key in keys]), self.labels[indices]
+        images, kept, left_out = [], [], []
+        try:
+            for number, key in enumerate(keys):
+                try:
+                    images.append(self.image(key))
+                    kept.append(number)
+                except BadImage as bad:
+                    if not getattr(self.images, "skip", False):
+                        raise
+                    left_out.append(str(bad))
+        except (BadImage, Refused) as error:
+            return error
+        if not left_out:
+            return torch.stack(images), self.labels[indices]
+        if len(kept) < 2:  # BatchNorm cannot train on one; a lost folder is not left out bit by bit
+            return BadImage(f"{left_out[0]}, and so nearly all of its batch of {len(keys)}")
+        return (torch.stack(images), self.labels[indices[kept]]), left_out
 
 
 class _Plan:
@@ -153,13 +183,41 @@ class Loader:
 
     def _batches(self, epoch: int, order: np.ndarray, start: int) -> Iterator[Batch]:
         self._plan.set(epoch, order, self.sizes, start)
-        with _signals_blocked():  # until the workers that start here ignore them
-            batches = iter(self._loader)
-        for images, labels in batches:
+        for images, labels in self._read():
             yield (
                 self._normalize(images.to(self.device, non_blocking=True)),
                 labels.to(self.device, non_blocking=True),
             )
+
+    def _read(self) -> Iterator[Batch]:
+        """The planned batches as the loader gives them.
+
+        Raises:
+            DataFailed: an image cannot be read, or a loader process is gone.
+        """
+        try:
+            with _signals_blocked():  # until the workers that start here ignore them
+                batches = iter(self._loader)
+            _ignore_end_of_workers()
+            for batch in batches:
+                if isinstance(batch, Exception):
+                    raise batch
+                if isinstance(batch[1], list):
+                    batch, left_out = batch
+                    for bad in left_out:
+                        logger.warning("%s; left out of its batch (data.on_bad_image=skip)", bad)
+                yield batch
+        except BadImage as bad:
+            raise DataFailed(
+                f"{bad}; put the image back as it was, and the run goes on at this very batch"
+            ) from None
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise DataFailed(
+                f"a loader process was killed, most often because the memory ran out ({error});"
+                f" fewer data.num_workers need less of it"
+            ) from None
 
 
 class Normalize:
@@ -179,6 +237,15 @@ class Normalize:
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
+
+
+def _ignore_end_of_workers() -> None:
+    """Takes back torch's signal handler, which raises in the middle of a step when a worker dies.
+
+    Its loader notices within 5 seconds too, where it waits for the batch.
+    """
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _ignore_signals(worker: int) -> None:

@@ -92,7 +92,7 @@ def _look(path: Path) -> np.ndarray | str:
 def _load(cache: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(cache, allow_pickle=False) as file:
-            names = file["names"].tobytes().decode().split("\0")
+            names = file["names"].tobytes().decode(errors="surrogateescape").split("\0")
             rows = file["rows"]
     except Exception:  # noqa: BLE001  no cache, or a broken one: look again
         return {}
@@ -105,7 +105,7 @@ def _store(cache: Path, good: list[Path], rows: np.ndarray, paths: list[Path]) -
     chosen = rows[[path in keep for path in paths]]
 
     def write(file) -> None:
-        text = np.frombuffer("\0".join(names).encode(), np.uint8)
+        text = np.frombuffer("\0".join(names).encode(errors="surrogateescape"), np.uint8)
         np.savez_compressed(file, names=text, rows=chosen)
 
     try:
