@@ -1,6 +1,7 @@
 """Going on with a run: which file, whether it fits what is asked now, and what has changed."""
 
 import logging
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,10 @@ def find_resume_point(command: Command, cfg: Config) -> ResumePoint | None:
         _check_code(path, base, command)
         if command.checkpoint is None:
             base = base | {"run": cfg.run}  # the folder that it was found in, whatever its name was
-    cfg, places = command.load_config(base)
+    try:
+        cfg, places = command.load_config(base)
+    except Refused as refusal:
+        raise Refused(re.sub("^checkpoint: ", f"{path}: ", str(refusal), flags=re.M)) from None
     changes = check_settings(path, content["config"], cfg, command.typed(), places)
     return ResumePoint(path, content, cfg, changes, stamp)
 

@@ -151,6 +151,8 @@ def _check_members(path: Path, file: IO[bytes]) -> None:
         if len({name.lower() for name in names}) < len(names):
             raise Refused(f"{path}: not a file of torch.save: a member twice")
         for member in members:
+            if member.external_attr & 0x10:  # which torch would take for a folder, and read nothing
+                raise Refused(f"{path}: damaged: {member.filename!r} is marked as a folder")
             if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
                 raise Refused(
                     f"{path}: not a file of torch.save: {member.filename!r} is compressed"

@@ -50,6 +50,7 @@ STRUCTURE: dict[str, tuple[type, ...]] = {
     "classes": (list,),
     "preprocessing": (dict,),
     "data": (dict,),
+    **{f"data.{key}": (int,) for key in ("train", "val", "test", "checksum")},
     "environment": (dict,),
     "environment.precision": (str,),
     "started": (str,),

@@ -25,11 +25,14 @@ def outside_code(path: str) -> bool:
         return True
     if spec is None:
         return False  # nowhere: import_object will say so
-    files = [spec.origin or "", *(spec.submodule_search_locations or ())]
-    return top in OURS or any(
-        not Path(file).resolve().is_relative_to(Path.cwd()) or "site-packages" in Path(file).parts
-        for file in files
-        if file
+    if top in sys.stdlib_module_names or top in OURS:
+        return True
+    places = list(spec.submodule_search_locations or ())
+    if spec.has_location:
+        places.append(spec.origin)
+    return not places or any(
+        not Path(place).resolve().is_relative_to(Path.cwd()) or "site-packages" in place
+        for place in places
     )
 
 
