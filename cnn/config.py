@@ -444,7 +444,11 @@ def _compose(text: str, where: str) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
-        raise Refused(f"{_at_line(where, line)}: not valid YAML: {error.problem}") from None
+        begun = error.context_mark.line + 1 if error.context_mark else line
+        context = f" ({error.context}, begun in line {begun})" if begun != line else ""
+        raise Refused(
+            f"{_at_line(where, line)}: not valid YAML: {error.problem}{context}"
+        ) from None
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
         raise Refused(

@@ -70,7 +70,9 @@ def find_resume_point(command: Command, cfg: Config) -> ResumePoint | None:
     try:
         cfg, places = command.load_config(base)
     except Refused as refusal:
-        raise Refused(re.sub("^checkpoint: ", f"{path}: ", str(refusal), flags=re.M)) from None
+        raise Refused(
+            re.sub("^checkpoint: ", f"{path}: ", str(refusal), flags=re.MULTILINE)
+        ) from None
     changes = check_settings(path, content["config"], cfg, command.typed(), places)
     return ResumePoint(path, content, cfg, changes, stamp)
 

@@ -2,7 +2,6 @@
 
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from archives import FIRST_FORMAT, content
-from conftest import ROOT, TINY, assert_same_run, start
+from conftest import ROOT, TINY, assert_same_run
+from processes import Process, run
 from torn_disk import PowerCut, TornDisk
 
 from cnn.config import Refused
@@ -187,22 +187,10 @@ def test_a_hundred_kills_within_saves_of_200_mb():
 # -- no room, no right, no folder -------------------------------------------------------------
 
 
-def run_with_room_for(room: int, *words: str) -> tuple[int, str]:
-    """train.py where no file can grow beyond so many bytes: to the process, as a full disk."""
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-
-    process = start(*words, preexec_fn=limit)
-    output, _ = process.communicate(timeout=120)
-    return process.returncode, output
-
-
 def test_a_full_disk_costs_a_save_and_not_the_run(train):
     assert train("train.epochs=1") == 0
     before = Path("checkpoints/last.pth").read_bytes()
-    status, output = run_with_room_for(10_000, "--resume", "train.epochs=4")
+    status, output = run(Path.cwd(), "--resume", "train.epochs=4", room=10_000)
     print(output)
     assert status == 1 and "Traceback" not in output
     assert "epoch 4/4" in output, "training goes on to its end"
@@ -234,7 +222,6 @@ def test_a_full_file_system_costs_a_save_and_not_the_run():
     try:
         os.chdir("small")
         words = ["train.epochs=4", "model.args={width: 4, dropout: 0.3}"]
-        process = start(*TINY, *words, "checkpoint.every_steps=1", "data.augment=[mine:fill]")
         Path("mine.py").write_text(
             "from pathlib import Path\n"
             "calls = []\n"
@@ -248,9 +235,10 @@ def test_a_full_file_system_costs_a_save_and_not_the_run():
             "    if len(calls) == 200: Path('filler').unlink()\n"
             "    return image\n"
         )
-        output, _ = process.communicate(timeout=120)
+        words = [*words, "checkpoint.every_steps=1", "data.augment=[mine:fill]"]
+        status, output = run(Path.cwd(), *TINY, *words)
         print(output)
-        assert process.returncode == 0 and "Traceback" not in output
+        assert status == 0 and "Traceback" not in output
         assert "could not save checkpoints/last.pth: No space left on device; it needs" in output
         assert "checkpoints has 0.0 MB free" in output
         assert load_checkpoint(Path("checkpoints/last.pth"))["epoch"] == 4
@@ -363,7 +351,7 @@ def test_a_full_log_says_so_once_and_stops_nothing(train):
     assert train("train.epochs=1") == 0
     with open("logs/train.log", "ab") as file:
         file.write(bytes(100_000))
-    status, output = run_with_room_for(100_000, "--resume", "train.epochs=3")
+    status, output = run(Path.cwd(), "--resume", "train.epochs=3", room=100_000)
     assert status == 0, output
     assert output.count("train.log: cannot be written: File too large; training goes on") == 1
     assert "Traceback" not in output and "Logging error" not in output
@@ -393,12 +381,14 @@ def test_of_two_runs_started_at_once_exactly_one_trains(words):
     Path("checkpoints").mkdir()
     shutil.copy(FIRST_FORMAT, "checkpoints/last.pth")
     settings = [*([] if words else TINY), "train.epochs=30"]
-    runs = [start(*words, *settings) for _ in range(2)]
-    outputs = [run.communicate(timeout=120)[0] for run in runs]
-    assert sorted(run.returncode for run in runs) == [0, 2], outputs
-    first, second = sorted(zip(runs, outputs), key=lambda pair: pair[0].returncode)
-    assert f"checkpoints: process {first[0].pid} on " in second[1]
-    assert second[1].count("\n") == 1 and "train.py" in second[1]
+    runs = [Process(Path.cwd(), *words, *settings, output=f"{n}.txt") for n in range(2)]
+    (first, said), (second, refusal) = sorted(
+        ((one, one.output) for one in runs), key=lambda pair: pair[0].wait()
+    )
+    assert (first.wait(), second.wait()) == (0, 2), said.read_text() + refusal.read_text()
+    refusal = refusal.read_text()
+    assert f"checkpoints: process {first.process.pid} on " in refusal
+    assert refusal.count("\n") == 1 and "train.py" in refusal
     assert load_checkpoint(Path("checkpoints/last.pth"))["epoch"] == 30
 
 

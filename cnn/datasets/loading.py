@@ -100,7 +100,8 @@ class Samples(Dataset):
             return error
         if not left_out:
             return torch.stack(images), self.labels[indices]
-        if len(kept) < 2:  # BatchNorm cannot train on one; a lost folder is not left out bit by bit
+        # BatchNorm cannot train on one image; and a lost folder is not left out bit by bit.
+        if len(kept) < (1 if keys[0][0] == EVALUATION else 2):
             return BadImage(f"{left_out[0]}, and so nearly all of its batch of {len(keys)}")
         return (torch.stack(images), self.labels[indices[kept]]), left_out
 
