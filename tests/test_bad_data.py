@@ -164,7 +164,9 @@ def test_a_killed_loader_process_stops_the_run_saved_and_exact():
     status, output = go(*TINY, *FOLDER, *words, breaking(kill, 30))
     assert status == 1, output
     assert output.count("error: ") == 1 and "Traceback" not in output
-    assert "error: a loader process was killed, most often because the memory ran out" in output
+    assert (
+        "error: a loader process was killed (exit code -9), most often because the memory" in output
+    )
     assert load_checkpoint(Path("checkpoints/last.pth"))["epoch"] < 3
     status, output = go("--resume")
     assert status == 0, output

@@ -6,9 +6,11 @@ epoch, index); so an epoch can be entered at any batch, at once, with any number
 
 import contextlib
 import logging
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
@@ -196,10 +198,12 @@ class Loader:
         Raises:
             DataFailed: an image cannot be read, or a loader process is gone.
         """
+        workers: list[BaseProcess] = []
         try:
             with _signals_blocked():  # until the workers that start here ignore them
                 batches = iter(self._loader)
             _ignore_end_of_workers()
+            workers = multiprocessing.active_children()
             for batch in batches:
                 if isinstance(batch, Exception):
                     raise batch
@@ -212,12 +216,13 @@ class Loader:
             raise DataFailed(
                 f"{bad}; put the image back as it was, and the run goes on at this very batch"
             ) from None
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+        except Exception:  # a worker that is killed ends its loader in many ways
+            gone = [worker for worker in workers if _has_ended(worker)]
+            if not gone:
                 raise
             raise DataFailed(
-                f"a loader process was killed, most often because the memory ran out ({error});"
-                f" fewer data.num_workers need less of it"
+                f"a loader process was killed (exit code {gone[0].exitcode}), most often because the"
+                f" memory ran out; fewer data.num_workers need less of it"
             ) from None
 
 
@@ -247,6 +252,11 @@ def _ignore_end_of_workers() -> None:
     """
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _has_ended(worker: BaseProcess) -> bool:
+    worker.join(0.2)  # its pipe closes a moment before it is gone
+    return worker.exitcode is not None
 
 
 def _ignore_signals(worker: int) -> None:
