@@ -50,10 +50,11 @@ def start(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") ->
     from cnn.resuming import find_resume_point
     from cnn.utils.run import RunFolder
 
-    point = find_resume_point(command, cfg) if command.resume else None
-    cfg = point.cfg if point else cfg
-    with RunFolder(cfg.run) as folder:
-        train(cfg, folder, log, stop, point)
+    point = find_resume_point(command, cfg) if command.checkpoint else None  # it knows its folder
+    with RunFolder((point.cfg if point else cfg).run) as folder:
+        if command.resume and (point is None or point.is_outdated()):
+            point = find_resume_point(command, cfg)  # now that no other run writes there
+        train(point.cfg if point else cfg, folder, log, stop, point)
 
 
 def train(

@@ -98,6 +98,7 @@ def run(act: Callable[["Log", "StopSignals"], None], places: dict[str, str]) -> 
     Args:
         places: where each setting was given; a refusal that begins with one is told with it.
     """
+    from cnn.datasets.loading import DataFailed
     from cnn.saving import Failed
     from cnn.utils.logger import Log
     from cnn.utils.signals import Stopped, StopSignals
@@ -115,7 +116,7 @@ def run(act: Callable[["Log", "StopSignals"], None], places: dict[str, str]) -> 
     except Stopped as stopped:
         logger.warning("stopped by %s", stopped)
         return 128 + stopped.number
-    except Failed as failure:
+    except (Failed, DataFailed) as failure:
         logger.error("%s", failure)
         return FAILED
     except Exception:

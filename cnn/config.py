@@ -9,6 +9,7 @@ import difflib
 import re
 import types
 import typing
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 
 import yaml
 
-MAX_CONFIG_BYTES = 1_000_000  # the files shipped have about 2,000
+MAX_CONFIG_BYTES = 100_000  # the files shipped have about 2,000
+MAX_DEPTH = 20  # of brackets and indents; PyYAML takes minutes for some thousands
 
 # What a resume makes of a key that differs from the checkpoint's.
 FREE = "taken"  # may change: paths, workers, epochs
@@ -370,6 +372,16 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
+def import_paths(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The code that nested settings name: key and package.module:name."""
+    found = []
+    for key in ("data.name", "data.augment", "model.name", "loss.name"):
+        value = flat(values).get(key)
+        names = value if isinstance(value, list) else [value]
+        found += [(key, name) for name in names if isinstance(name, str) and is_import_path(name)]
+    return found
+
+
 def resume_rules() -> dict[str, str]:
     """For each dotted key, what a resume makes of a change: FREE, ASKED or FIXED."""
     return {key: field.metadata["resume"] for key, field, _ in _keys(Config)}
@@ -388,17 +400,7 @@ def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field,
 def _read_file(path: Path, mistakes: list[str], seen: tuple[Path, ...] = ()) -> dict[str, Given]:
     if path.resolve() in seen:
         raise Refused(f"{path}: base: the files name each other in a circle")
-    try:
-        if path.is_file() and path.stat().st_size > MAX_CONFIG_BYTES:
-            raise Refused(f"{path}: expected a configuration, got {path.stat().st_size:,} bytes")
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise Refused(
-            f"{path}: cannot read the configuration ({error.strerror}); --config FILE names another"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise Refused(f"{path}: expected UTF-8 text, got byte {error.start} not of it") from None
-    root = _compose(text, str(path))
+    root = _compose(_read_text(path), str(path))
     given = _flatten(root, str(path), mistakes)
     base = given.pop("base", None)
     if base is None:
@@ -412,6 +414,28 @@ def _read_file(path: Path, mistakes: list[str], seen: tuple[Path, ...] = ()) -> 
         shown = _shown(base.node)
         raise Refused(f"{base.where}: base: expected a file beside this one, got {shown}")
     return _read_file(base_path, mistakes, (*seen, path.resolve())) | given
+
+
+def _read_text(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)  # no more: it may be a device without an end
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", error)
+        raise Refused(
+            f"{path}: cannot read the configuration ({reason}); --config FILE names another"
+        ) from None
+    if len(data) > MAX_CONFIG_BYTES:
+        raise Refused(
+            f"{path}: expected a configuration, got a file of more than {MAX_CONFIG_BYTES:,} bytes"
+        )
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise Refused(
+            f"{path}:{line}: expected UTF-8 text, got the byte {data[error.start]:#04x}"
+        ) from None
 
 
 def _read_override(text: str, mistakes: list[str]) -> dict[str, Given]:
@@ -431,21 +455,46 @@ def _read_override(text: str, mistakes: list[str]) -> dict[str, Given]:
 
 def _compose(text: str, where: str) -> yaml.Node | None:
     """Parses YAML into nodes; refuses what a configuration has no use for."""
+    depth = 0
     try:
         for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise Refused(f"{_at(where, event)}: nested deeper than {MAX_DEPTH} levels")
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 raise Refused(f"{_at(where, event)}: anchors and aliases (& *) are not allowed")
             tag = getattr(event, "tag", None)
             if tag not in (None, "!"):
                 raise Refused(f"{_at(where, event)}: tags (!) are not allowed, got {tag}")
-        return yaml.compose(text, yaml.SafeLoader)
+        root = yaml.compose(text, yaml.SafeLoader)
+        _check_keys(root, where)
+        return root
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
-        raise Refused(f"{_at_line(where, line)}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Refused(f"{where}: not valid YAML: {reason}") from None
+        begun = error.context_mark.line + 1 if error.context_mark else line
+        context = f" ({error.context}, begun in line {begun})" if begun != line else ""
+        raise Refused(
+            f"{_at_line(where, line)}: not valid YAML: {error.problem}{context}"
+        ) from None
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise Refused(
+            f"{_at_line(where, line)}: not valid YAML: the character {error.character:#x}"
+        ) from None
+
+
+def _check_keys(node: yaml.Node | None, where: str) -> None:
+    """Refuses keys that are lists or mappings."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise Refused(f"{_at(where, key)}: expected a plain key, got {_shown(key)}")
+            _check_keys(value, where)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_keys(item, where)
 
 
 def _at(where: str, thing: Any) -> str:
@@ -596,16 +645,19 @@ def _read_scalar(node: yaml.Node, kind: Any) -> Any:
     """The value of a scalar as a bool, int, float or str; ValueError where it is none."""
     text = str(node.value)
     if kind is str:
-        if _is_null(node):
-            raise ValueError
+        if _is_null(node) or any(unicodedata.category(char) in ("Cc", "Cs") for char in text):
+            raise ValueError  # control characters and half characters are in no name
         return text
     if getattr(node, "style", None) in ("'", '"'):
         raise ValueError
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower()) if _is_bool(text) else _no()
-    if kind is int and re.fullmatch(r"[+-]?\d[\d_]{0,30}", text):
-        return int(text.replace("_", ""))
-    if kind is float and re.fullmatch(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
+    if kind is int and re.fullmatch(r"[+-]?[0-9][0-9_]{0,30}", text):
+        value = int(text.replace("_", ""))
+        return value if abs(value) < 2**63 else _no()
+    if kind is float and re.fullmatch(
+        r"[+-]?([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?", text
+    ):
         value = float(text.replace("_", ""))
         return value if abs(value) != float("inf") else _no()
     return _no()
@@ -644,7 +696,10 @@ def _plain(node: yaml.Node) -> Any:
             return _read_scalar(node, kind)
         except ValueError:
             pass
-    return node.value
+    try:
+        return _read_scalar(node, str)
+    except ValueError:
+        raise _Mistake(f": expected plain values, got {_shown(node)}") from None
 
 
 def _allowed(value: Any, meta: Mapping[str, Any]) -> bool:
@@ -699,7 +754,9 @@ def _shown(node: yaml.Node) -> str:
     if _is_null(node):
         return "nothing" if node.value == "" else "null"
     text = node.value if len(node.value) <= 60 else node.value[:57] + "..."
-    return repr(text) if node.style in ("'", '"') else text
+    return (
+        ascii(text) if not text.isprintable() else repr(text) if node.style in ("'", '"') else text
+    )
 
 
 def _near(node: yaml.Node, meta: Mapping[str, Any]) -> str:

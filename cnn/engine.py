@@ -40,9 +40,9 @@ def train_one_epoch(
     while state.batch < len(sizes):
         in_step = sizes[state.batch : state.batch + accumulate]
         num_images = sum(in_step)
-        for number in range(len(in_step)):
-            images, labels = next(batches)
-            # After the batch came: without workers its augmentations draw from the same generators.
+        # All of them before the first is used: where one cannot be had, nothing is half done.
+        # And before the seed: without workers, augmentations draw from the same generators.
+        for number, (images, labels) in enumerate([next(batches) for _ in in_step]):
             seeding.seed_step(state.device, seed, seeding.STEP, state.step, number)
             with autocast():
                 logits = state.forward(images)

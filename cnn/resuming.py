@@ -1,6 +1,7 @@
 """Going on with a run: which file, whether it fits what is asked now, and what has changed."""
 
 import logging
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ from cnn.cli import Command
 from cnn.config import Config, Refused
 from cnn.datasets import Data
 from cnn.state import TrainingState
-from cnn.utils.checkpoint import load_checkpoint
+from cnn.utils.checkpoint import files_of_run, load_checkpoint, read_checkpoint
 from cnn.utils.files import write_atomically
+from cnn.utils.importing import outside_code
 from cnn.utils.run import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -26,11 +28,16 @@ class ResumePoint:
     content: dict[str, Any]  # of the checkpoint
     cfg: Config  # today's settings, found to fit it
     changes: list[str]  # what of them is different, as `key then → now`
+    stamp: tuple[int, int] | None = None  # of the file when it was read
 
     @classmethod
     def read(cls, path: Path, cfg: Config) -> "ResumePoint":
         """The point that a file holds, under settings that are known to fit."""
         return cls(path, load_checkpoint(path), cfg, [])
+
+    def is_outdated(self) -> bool:
+        """Whether the file was written anew since it was read."""
+        return self.stamp != _stamp(self.path)
 
 
 def find_resume_point(command: Command, cfg: Config) -> ResumePoint | None:
@@ -46,18 +53,37 @@ def find_resume_point(command: Command, cfg: Config) -> ResumePoint | None:
         Refused: no such file, a broken one, or settings that do not fit it.
     """
     if command.checkpoint is not None:
-        path, content = command.checkpoint, load_checkpoint(command.checkpoint)
+        path, stamp = command.checkpoint, _stamp(command.checkpoint)
+        content = load_checkpoint(path)
     else:
         folder = RunFolder(cfg.run)
         found = find_checkpoint(folder)
         if found is None:
             logger.info("nothing to go on from in %s; a new run starts", folder.checkpoints)
             return None
-        path, content = found
+        (path, content), stamp = found, None
     base = None if command.config else content["config"]
-    cfg, places = command.load_config(base)
+    if base is not None:
+        _check_code(path, base, command)
+        if command.checkpoint is None:
+            base = base | {"run": cfg.run}  # the folder that it was found in, whatever its name was
+    try:
+        cfg, places = command.load_config(base)
+    except Refused as refusal:
+        raise Refused(
+            re.sub("^checkpoint: ", f"{path}: ", str(refusal), flags=re.MULTILINE)
+        ) from None
     changes = check_settings(path, content["config"], cfg, command.typed(), places)
-    return ResumePoint(path, content, cfg, changes)
+    return ResumePoint(path, content, cfg, changes, stamp)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Changes with every write of a checkpoint, which makes a new file under the name."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def find_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
@@ -69,20 +95,19 @@ def find_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
     Raises:
         Refused: there are files and none can be read.
     """
-    others = [folder.best, *sorted(folder.checkpoints.glob("epoch_*.pth"), reverse=True)]
-    existing = [path for path in (folder.last, *others) if path.exists()]
+    existing = files_of_run(folder.checkpoints)
     if not existing:
         return None
     if existing[0] == folder.last:
         try:
-            return folder.last, load_checkpoint(folder.last)
+            return folder.last, read_checkpoint(folder.last)
         except Refused as refusal:
             logger.warning("%s", refusal)
     readable = []
     for path in existing:
         if path != folder.last:
             try:
-                readable.append((path, load_checkpoint(path)))
+                readable.append((path, read_checkpoint(path)))
             except Refused as refusal:
                 logger.warning("%s", refusal)
     if not readable:
@@ -93,6 +118,20 @@ def find_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
     path, content = max(readable, key=lambda item: item[1]["step"])
     logger.warning("going on from %s instead", path)
     return path, content
+
+
+def _check_code(path: Path, saved: dict[str, Any], command: Command) -> None:
+    """Refuses a checkpoint that names code of others to run; a file may come from anybody.
+
+    Raises:
+        Refused: unless the name is typed on the command line too.
+    """
+    for key, name in config.import_paths(saved):
+        if key not in command.typed() and outside_code(name):
+            raise Refused(
+                f"{path}: {key}: names code outside this folder, {name}, and a file may come from"
+                f" anybody; if that is what you mean to run, type {key}={name}"
+            )
 
 
 def check_settings(
@@ -167,7 +206,14 @@ def restore(state: TrainingState, point: ResumePoint, data: Data) -> None:
         )
     try:
         state.load_state_dict(content)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
         lines = str(error).strip().splitlines()
         reason = " ".join(line.strip() for line in lines[:3]) or type(error).__name__
         raise Refused(
@@ -179,14 +225,24 @@ def restore(state: TrainingState, point: ResumePoint, data: Data) -> None:
 
 
 def make_ready(folder: RunFolder, point: ResumePoint | None) -> None:
-    """Sees to it that the run writes over nothing of another, nor of itself further on."""
-    if point is None or _is_of_another_run(folder, point):
-        where = folder.archive()
-        if where is not None:
-            logger.info("the earlier run is moved to %s", where)
-    if point is not None:
-        _keep_what_is_ahead(folder, point)
-        _bring_best_along(folder, point)
+    """Sees to it that the run writes over nothing of another, nor of itself further on.
+
+    Raises:
+        Refused: what is there cannot be put out of the way.
+    """
+    try:
+        if point is None or _is_of_another_run(folder, point):
+            where = folder.archive()
+            if where is not None:
+                logger.info("the earlier run is moved to %s", where)
+        if point is not None:
+            _keep_what_is_ahead(folder, point)
+            _bring_best_along(folder, point)
+    except OSError as error:
+        raise Refused(
+            f"{error.filename or folder.checkpoints}: cannot be written, so that an earlier state"
+            f" could not be kept: {error.strerror or error}"
+        ) from None
 
 
 def _is_of_another_run(folder: RunFolder, point: ResumePoint) -> bool:
@@ -194,7 +250,7 @@ def _is_of_another_run(folder: RunFolder, point: ResumePoint) -> bool:
     for path in (folder.last, folder.best):
         if path.exists():
             try:
-                return load_checkpoint(path)["started"] != point.content["started"]
+                return read_checkpoint(path)["started"] != point.content["started"]
             except Refused:
                 continue
     return False
@@ -203,10 +259,10 @@ def _is_of_another_run(folder: RunFolder, point: ResumePoint) -> bool:
 def _keep_what_is_ahead(folder: RunFolder, point: ResumePoint) -> None:
     """Going on from an earlier file than the run's latest: keeps copies of what is ahead of it."""
     ahead = []
-    for path in (folder.last, folder.best, *folder.checkpoints.glob("epoch_*.pth")):
-        if path.exists() and not path.samefile(point.path if point.path.exists() else folder.logs):
+    for path in files_of_run(folder.checkpoints):
+        if not path.samefile(point.path if point.path.exists() else folder.logs):
             try:
-                if load_checkpoint(path)["step"] > point.content["step"]:
+                if read_checkpoint(path)["step"] > point.content["step"]:
                     ahead.append(path)
             except Refused:
                 ahead.append(path)
@@ -221,15 +277,33 @@ def _keep_what_is_ahead(folder: RunFolder, point: ResumePoint) -> None:
 
 
 def _bring_best_along(folder: RunFolder, point: ResumePoint) -> None:
-    """Going on in another folder: the best epoch so far comes along."""
+    """Sees to it that best.pth is the best epoch that the point knows of.
+
+    It may be another: going on in another folder, from an earlier file, or after a damage.
+    """
     best = point.content["best"]
-    if best is None or folder.best.exists():
+    if best is None or _is_epoch(folder.best, best["epoch"], point):
         return
-    for path in (point.path.parent / "best.pth", point.path):
-        if path.exists():
-            content = load_checkpoint(path)
-            finished = content["unfinished_epoch"]["batch"] == 0
-            if content["epoch"] == best["epoch"] and finished:
-                with open(path, "rb") as source:
-                    write_atomically(folder.best, lambda file: shutil.copyfileobj(source, file))
-                return
+    for path in (*files_of_run(point.path.parent), *files_of_run(folder.checkpoints), point.path):
+        if _is_epoch(path, best["epoch"], point):
+            with open(path, "rb") as source:
+                write_atomically(folder.best, lambda file: shutil.copyfileobj(source, file))
+            return
+    logger.warning(
+        "%s: the weights of the best epoch so far (%d) are not there any more",
+        folder.best,
+        best["epoch"],
+    )
+
+
+def _is_epoch(path: Path, epoch: int, point: ResumePoint) -> bool:
+    """Whether the file is whole and holds the end of that epoch of the run."""
+    try:
+        content = point.content if path == point.path else read_checkpoint(path)
+    except Refused:
+        return False
+    return (content["epoch"], content["unfinished_epoch"]["batch"], content["started"]) == (
+        epoch,
+        0,
+        point.content["started"],
+    )

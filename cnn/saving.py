@@ -9,13 +9,14 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 from torch import nn
 
-from cnn.config import CheckpointConfig
+from cnn.config import CheckpointConfig, Refused
+from cnn.datasets.loading import DataFailed
 from cnn.state import TrainingState
-from cnn.utils.checkpoint import CheckpointWriter, load_checkpoint
+from cnn.utils.checkpoint import CheckpointWriter, files_of_run, read_checkpoint, where
 from cnn.utils.run import RunFolder
 from cnn.utils.signals import Stopped, StopSignals
 
@@ -31,8 +32,8 @@ class Failed(RuntimeError):
 class Saver:
     """Saves the state of a run to last.pth, best.pth and epoch_NNN.pth.
 
-    As a context it sees how the run ends: stopped by a signal, it saves; in any case it waits for
-    the file under way, and says how to go on.
+    As a context it sees how the run ends: stopped by a signal, or for want of data, it saves; in any
+    case it waits for the file under way, and says how to go on.
 
     Args:
         about: what does not change during a run and belongs into its checkpoints.
@@ -60,14 +61,26 @@ class Saver:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if isinstance(error, Stopped):
+        if isinstance(error, (Stopped, DataFailed)):
             self.save()
         self.writer.wait()
         self.stop.deferred = False
         if self.writer.failure is not None:
-            raise Failed(f"the latest state could not be saved: {self.writer.failure}") from error
+            before = f"{error}; and " if isinstance(error, (Failed, DataFailed)) else ""
+            raise Failed(
+                f"{before}the latest state could not be saved: {self.writer.failure}. {self._safe()}"
+            ) from error
         if error is not None and self.folder.last.exists():
             logger.warning("go on with: %s", self.resume_command())
+
+    def _safe(self) -> str:
+        """What of the run is on the disk and whole."""
+        for path in files_of_run(self.folder.checkpoints):
+            try:
+                return f"Safe is {path}, {where(read_checkpoint(path))}: --resume {path}"
+            except Refused as refusal:
+                logger.warning("%s", refusal)
+        return f"No file of this run can be read in {self.folder.checkpoints}"
 
     def resume_command(self) -> str:
         """The exact command that goes on with this run."""
@@ -104,35 +117,56 @@ class Saver:
 
     def end_epoch(self, improved: bool) -> None:
         """Saves a completed epoch: last.pth, and what else it has earned."""
-        names = [self.folder.best] if improved else []
         every = self.cfg.every_epochs
-        if every is not None and self.state.epoch % every == 0:
-            names.append(self.folder.checkpoints / f"epoch_{self.state.epoch:03}.pth")
-        self.save(tuple(names))
+        keep = every is not None and self.state.epoch % every == 0
+        kept = self.folder.checkpoints / f"epoch_{self.state.epoch:03}.pth"
+        self.save(self.folder.best if improved else None, (kept,) if keep else ())
 
-    def save(self, also: tuple[Path, ...] = ()) -> None:
-        """Saves last.pth, and the same under further names, in the background."""
+    def save(self, best: Path | None = None, also: tuple[Path, ...] = ()) -> None:
+        """Saves last.pth, and the same as the best epoch or under further names, in the background.
+
+        Raises:
+            Failed: the loss or a weight is no number any more; nothing is saved.
+        """
         self.check_finite()
-        self.writer.save(self.state.state_dict() | self.about, self.folder.last, also)
+        self._check_weights()
+        self.writer.save(self.state.state_dict() | self.about, self.folder.last, best, also)
         self._saved_at = time.monotonic()
 
     def check_finite(self) -> None:
         """Raises Failed where the loss is no number any more; waits for the device."""
+        if not self.state.sums.is_finite():
+            self._diverged("the loss is no longer a number")
+
+    def _check_weights(self) -> None:
+        """Raises Failed where a weight is NaN, which the loss shows only a step later."""
+        for name, tensor in self.state.model.state_dict().items():
+            if tensor.is_floating_point() and tensor.isnan().any():
+                self._diverged(f"{name} is no longer a number")
+
+    def _diverged(self, what: str) -> NoReturn:
         state = self.state
-        if not state.sums.is_finite():
-            raise Failed(
-                f"the loss is no longer a number: epoch {state.epoch + 1}, step {state.step},"
-                f" lr {state.lr:g}; the checkpoints are from before. A lower optim.lr, a warm-up"
-                f" (schedule.warmup_epochs) or train.clip_grad_norm may help"
-            )
+        raise Failed(
+            f"{what}: epoch {state.epoch + 1}, step {state.step}, lr {state.lr:g}; the checkpoints"
+            f" are from before. A lower optim.lr, a warm-up (schedule.warmup_epochs) or"
+            f" train.clip_grad_norm may help"
+        )
 
     def best_model(self) -> nn.Module:
-        """A copy of the model with the weights of best.pth."""
+        """A copy of the model with the weights of best.pth, or the latest where it has gone bad."""
         self.writer.wait()
         model = copy.deepcopy(self.state.evaluated_model())
-        if self.folder.best.exists():
-            content = load_checkpoint(self.folder.best)
+        best = self.state.best
+        if best is None:
+            logger.warning("no epoch was the best one; testing the latest weights")
+            return model
+        try:
+            content = read_checkpoint(self.folder.best)
+            if content["epoch"] != best["epoch"]:
+                raise Refused(
+                    f"{self.folder.best}: is epoch {content['epoch']}, not {best['epoch']}"
+                )
             model.load_state_dict(content["ema_state_dict"] or content["model_state_dict"])
-        else:
-            logger.warning("there is no %s; testing the latest weights", self.folder.best)
+        except Refused as refusal:
+            logger.error("%s; testing the latest weights instead", refusal)
         return model

@@ -77,6 +77,7 @@ class TrainingState:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self._check_fit(saved)
         self.model.load_state_dict(saved["model_state_dict"])
         self._load_optimizer(saved["optimizer_state_dict"])
         self.schedule.load_state_dict(saved["scheduler_state_dict"])
@@ -95,6 +96,19 @@ class TrainingState:
         self.waited = saved["early_stop"]["waited"]
         self.history = [dict(row) for row in saved["history"]]
         self.test = saved["test"]
+
+    def _check_fit(self, saved: dict[str, Any]) -> None:
+        """Raises ValueError where tensors have another shape or dtype; torch would convert some."""
+        weights = self.model.state_dict()
+        for part in ("model_state_dict", "ema_state_dict"):
+            for name, tensor in (saved[part] or {}).items():
+                if name in weights:
+                    _check_like(tensor, weights[name], f"{part}.{name}")
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for number, memory in saved["optimizer_state_dict"]["state"].items():
+            for name, value in memory.items():
+                if isinstance(value, torch.Tensor) and value.ndim > 0:
+                    _check_like(value, parameters[number], f"optimizer_state_dict.{number}.{name}")
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
         """Loads what the optimizer remembers, but keeps the settings that it was built with.
@@ -146,3 +160,11 @@ class TrainingState:
         return self.batch == 0 and (
             self.epoch >= epochs or (patience is not None and self.waited >= patience)
         )
+
+
+def _check_like(tensor: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
+        kinds = [
+            f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (expected, tensor)
+        ]
+        raise ValueError(f"{name}: expected {kinds[0]}, got {kinds[1]}")

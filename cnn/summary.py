@@ -14,7 +14,7 @@ from cnn.config import Config, to_yaml
 from cnn.resuming import ResumePoint
 from cnn.state import TrainingState
 from cnn.utils.environment import differences
-from cnn.utils.files import write_text
+from cnn.utils.logger import write_record
 from cnn.utils.progress import duration
 
 logger = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ def write(cfg: Config, logs: Path, run: Run, point: ResumePoint | None) -> None:
     pre = run.data.preprocessing
     flops = count_flops(run.state.model, (pre.channels, pre.image_size, pre.image_size))
     log_start(cfg, run, flops)
-    write_text(logs / "config.yaml", to_yaml(cfg))
-    write_text(logs / "model.txt", model_text(run, flops))
+    write_record(logs / "config.yaml", to_yaml(cfg))
+    write_record(logs / "model.txt", model_text(run, flops))
 
 
 def _log_resume(run: Run, point: ResumePoint) -> None:

@@ -7,6 +7,7 @@ own, workers included.
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -28,12 +29,20 @@ class Process:
     Args:
         trap: a place in the run (TRAPS), how often it is passed before, and the signal that the
             process group gets there.
+        room: bytes that a file may have, as on a disk that is full then.
     """
 
-    def __init__(self, folder: Path, *words: str, trap: tuple[str, int, int] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        *words: str,
+        trap: tuple[str, int, int] | None = None,
+        room: int | None = None,
+        output: str = "output.txt",
+    ):
         folder.mkdir(parents=True, exist_ok=True)
-        self.output = folder / "output.txt"
-        self.process = CONTEXT.Process(target=_run, args=(folder, words, trap, self.output))
+        self.output = folder / output
+        self.process = CONTEXT.Process(target=_run, args=(folder, words, trap, room, self.output))
         self.process.start()
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -51,9 +60,14 @@ class Process:
         return self.process.exitcode
 
 
-def run(folder: Path, *words: str, trap: tuple[str, int, int] | None = None) -> tuple[int, str]:
+def run(
+    folder: Path,
+    *words: str,
+    trap: tuple[str, int, int] | None = None,
+    room: int | None = None,
+) -> tuple[int, str]:
     """A run to its end: exit status and all it said."""
-    process = Process(folder, *words, trap=trap)
+    process = Process(folder, *words, trap=trap, room=room)
     return process.wait(), process.output.read_text()
 
 
@@ -81,8 +95,17 @@ def run_through_kills(
         kills += 1
 
 
-def _run(folder: Path, words: tuple[str, ...], trap: tuple[str, int, int] | None, output: Path):
+def _run(
+    folder: Path,
+    words: tuple[str, ...],
+    trap: tuple[str, int, int] | None,
+    room: int | None,
+    output: Path,
+):
     os.setsid()
+    if room is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
     multiprocessing.set_start_method("fork", force=True)  # for the workers, as without this server
     os.chdir(folder)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

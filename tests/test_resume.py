@@ -172,7 +172,7 @@ def test_an_unreadable_last_pth_falls_back_to_the_next_best(unbroken, tmp_path):
     last = tmp_path / "checkpoints/last.pth"
     last.write_bytes(last.read_bytes()[:-1000])
     output = resume_to_the_end(tmp_path)
-    assert "last.pth: not a checkpoint, or a damaged one" in output
+    assert "last.pth: damaged: the file is cut off" in output
     assert "going on from checkpoints/best.pth instead" in output
     assert_same_run(unbroken, tmp_path)
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from cnn.config import Refused
 from cnn.datasets.augment import fit
-from cnn.datasets.decode import decode
+from cnn.datasets.decode import BadImage, decode
 from cnn.utils.files import sync_folder
 
 
@@ -31,7 +32,7 @@ def decode_all(
     """The files' pixels, uint8 (N, size, size, channels), from the cache or decoded into it.
 
     Raises:
-        BadImage: a file does not decode (any more).
+        Refused: a file does not decode any more.
     """
     shape = (len(paths), size, size, channels)
     file = cache_folder() / f"pixels_{_key(root, paths, scans, shape)}.bin"
@@ -73,7 +74,13 @@ def _write(file: Path, paths: list[Path], shape: tuple[int, ...]) -> None:
 
 def _decode_into(pixels: np.ndarray, paths: list[Path], size: int, channels: int) -> None:
     def one(number: int) -> None:
-        image = fit(torch.from_numpy(decode(paths[number], channels)), size)  # C, H, W
+        try:
+            image = torch.from_numpy(decode(paths[number], channels))
+        except BadImage as bad:
+            raise Refused(
+                f"data.root: {paths[number]}: was whole a moment ago and is not now: {bad}"
+            ) from None
+        image = fit(image, size)  # C, H, W
         pixels[number] = image.permute(1, 2, 0).numpy()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

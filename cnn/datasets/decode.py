@@ -14,7 +14,7 @@ Image.MAX_IMAGE_PIXELS = None  # our own limit below, an error and not a warning
 
 
 class BadImage(Exception):
-    """A file that is no image, or not whole; the message has no path."""
+    """An image that cannot be had: no image, not whole, gone. As `decode` raises it, without path."""
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:

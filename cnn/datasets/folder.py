@@ -123,7 +123,7 @@ def _read(
     good = np.array([path not in bad for path in every])
     gray = rows["gray"][good].all()
     paths = [path for path in every if path not in bad]
-    files = Files(root, paths, rows[good], channels=1 if gray else 3)
+    files = Files(root, paths, rows[good], channels=1 if gray else 3, skip=on_bad_image == "skip")
     numbers = {label: number for number, label in enumerate(classes)}
     labels = np.array([numbers[label] for items in listing.values() for _, label in items])[good]
     of_split = np.repeat(np.arange(len(listing)), [len(items) for items in listing.values()])[good]

@@ -15,13 +15,15 @@ import torch
 
 from cnn.config import Refused
 from cnn.datasets.cache import decode_all
-from cnn.datasets.decode import decode
+from cnn.datasets.decode import BadImage, decode
 
 MAX_IMAGES_FOR_STATISTICS = 2_000  # of a dataset that has to be read one by one
 
 
 class ArrayImages:
     """Images of one size in memory, or a part of them: pixels uint8 (N, C, H, W), labels (N)."""
+
+    skip = False
 
     def __init__(self, pixels: np.ndarray | torch.Tensor, labels: Sequence[int], name: str):
         pixels = torch.as_tensor(pixels)
@@ -78,6 +80,7 @@ class Files:
     paths: list[Path]
     scans: np.ndarray  # a row a file, as `scan.scan` gives
     channels: int  # to decode to
+    skip: bool = False  # whether a file that goes bad during the run is left out of its batch
 
 
 class FileImages:
@@ -88,12 +91,19 @@ class FileImages:
         self.rows = np.arange(len(files.paths)) if rows is None else rows
         self.labels = np.asarray(labels, dtype=np.int64)
 
+    @property
+    def skip(self) -> bool:
+        return self.files.skip
+
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         path = self.files.paths[self.rows[index]]
-        return torch.from_numpy(decode(path, self.files.channels))
+        try:
+            return torch.from_numpy(decode(path, self.files.channels))
+        except BadImage as bad:
+            raise BadImage(f"{path}: {bad}") from None
 
     def name(self, index: int) -> str:
         return str(self.files.paths[self.rows[index]])
@@ -133,6 +143,8 @@ class FileImages:
 class UserImages:
     """A map-style dataset of (image, label): PIL, uint8 array (H, W[, C]) or tensor (C, H, W)."""
 
+    skip = False
+
     def __init__(self, dataset: Any, name: str):
         self.dataset = dataset
         self._name = name
@@ -146,7 +158,10 @@ class UserImages:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        item = self.dataset[int(self.indices[index])]
+        try:
+            item = self.dataset[int(self.indices[index])]
+        except OSError as error:  # a file of the user's is gone; Pillow's errors are of this kind
+            raise BadImage(f"{self.name(index)}: {error}") from error
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise Refused(f"{self.name(index)}: expected (image, label), got {type(item).__name__}")
         return _as_tensor(item[0], self.name(index))

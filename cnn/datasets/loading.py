@@ -6,9 +6,12 @@ epoch, index); so an epoch can be entered at any batch, at once, with any number
 
 import atexit
 import contextlib
+import logging
 import multiprocessing
 import signal
+import threading
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
@@ -24,8 +27,11 @@ from cnn.datasets.augment import (
     build_augmentations,
     fit,
 )
+from cnn.datasets.decode import BadImage
 from cnn.datasets.images import Images
 from cnn.utils import seeding
+
+logger = logging.getLogger(__name__)
 
 Key = tuple[int, int]  # epoch, index of the image
 Batch = tuple[torch.Tensor, torch.Tensor]  # images float (N, C, H, W), labels int64 (N)
@@ -37,6 +43,10 @@ EVALUATION = 0  # stands for the epoch where images come as they are
 SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 ]
+
+
+class DataFailed(RuntimeError):
+    """The next batch cannot be had; the run is whole and can go on once its cause is mended."""
 
 
 def split_epoch(number: int, batch_size: int) -> list[int]:
@@ -74,9 +84,30 @@ class Samples(Dataset):
             image = change(image)
         return fit(image, self.size)
 
-    def __getitems__(self, keys: list[Key]) -> Batch:
-        indices = [index for _, index in keys]
-        return torch.stack([self.image(key) for key in keys]), self.labels[indices]
+    def __getitems__(self, keys: list[Key]) -> Batch | tuple[Batch, list[str]] | Exception:
+        """A batch; with the names of what was left out of it; or why there is none.
+
+        An error is given back, not raised: torch would wrap it in a loader process's traceback.
+        """
+        indices = torch.tensor([index for _, index in keys])
+        images, kept, left_out = [], [], []
+        try:
+            for number, key in enumerate(keys):
+                try:
+                    images.append(self.image(key))
+                    kept.append(number)
+                except BadImage as bad:
+                    if not self.images.skip:
+                        raise
+                    left_out.append(str(bad))
+        except (BadImage, Refused) as error:
+            return error
+        if not left_out:
+            return torch.stack(images), self.labels[indices]
+        # BatchNorm cannot train on one image; and a lost folder is not left out bit by bit.
+        if len(kept) < (1 if keys[0][0] == EVALUATION else 2):
+            return BadImage(f"{left_out[0]}, and so nearly all of its batch of {len(keys)}")
+        return (torch.stack(images), self.labels[indices[kept]]), left_out
 
 
 class _Plan:
@@ -171,13 +202,44 @@ class StreamLoader(Loader):
 
     def _batches(self, epoch: int, order: np.ndarray, start: int) -> Iterator[Batch]:
         self._plan.set(epoch, order, self.sizes, start)
-        with _signals_blocked():  # until the workers that start here ignore them
-            batches = iter(self._loader)
-        for images, labels in batches:
+        for images, labels in self._read():
             yield (
                 self._normalize(images.to(self.device, non_blocking=True)),
                 labels.to(self.device, non_blocking=True),
             )
+
+    def _read(self) -> Iterator[Batch]:
+        """The planned batches as the loader gives them.
+
+        Raises:
+            DataFailed: an image cannot be read, or a loader process is gone.
+        """
+        workers: list[BaseProcess] = []
+        try:
+            with _signals_blocked():  # until the workers that start here ignore them
+                batches = iter(self._loader)
+            _ignore_end_of_workers()
+            workers = multiprocessing.active_children()
+            for batch in batches:
+                if isinstance(batch, Exception):
+                    raise batch
+                if isinstance(batch[1], list):
+                    batch, left_out = batch
+                    for bad in left_out:
+                        logger.warning("%s; left out of its batch (data.on_bad_image=skip)", bad)
+                yield batch
+        except BadImage as bad:
+            raise DataFailed(
+                f"{bad}; put the image back as it was, and the run goes on at this very batch"
+            ) from None
+        except Exception:  # a worker that is killed ends its loader in many ways
+            gone = [worker for worker in workers if _has_ended(worker)]
+            if not gone:
+                raise
+            raise DataFailed(
+                f"a loader process was killed (exit code {gone[0].exitcode}), most often because the"
+                f" memory ran out; fewer data.num_workers need less of it"
+            ) from None
 
 
 class MemoryLoader(Loader):
@@ -281,6 +343,20 @@ def _end_workers() -> None:
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
+
+
+def _ignore_end_of_workers() -> None:
+    """Takes back torch's signal handler, which raises in the middle of a step when a worker dies.
+
+    Its loader notices within 5 seconds too, where it waits for the batch.
+    """
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _has_ended(worker: BaseProcess) -> bool:
+    worker.join(0.2)  # its pipe closes a moment before it is gone
+    return worker.exitcode is not None
 
 
 def _ignore_signals(worker: int) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from cnn.models.lenet5 import LeNet5
 from cnn.models.resnet import ResNet9, ResNet20
 from cnn.models.simple_cnn import SimpleCNN
 from cnn.utils import seeding
+from cnn.utils.archive import read_archive
 from cnn.utils.importing import import_object
 
 logger = logging.getLogger(__name__)
@@ -76,16 +78,26 @@ def _try_out(model: nn.Module, name: str, num_classes: int, shape: tuple[int, ..
 def _load_weights(model: nn.Module, path: Path) -> None:
     """Begins from the weights of a file: a checkpoint of ours or a state dict."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not path.is_file() or is_zipfile(path):
+            state = read_archive(path)
+        else:  # the format of before torch 1.6, which has no checksums
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Refused as refusal:
+        raise Refused(f"model.weights: {refusal}") from None
     except Exception as error:  # noqa: BLE001  whatever a strange file makes torch say
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Refused(f"model.weights: cannot read {path}: {reason}") from None
+        raise Refused(
+            f"model.weights: {path}: not a file of torch.save, or a damaged one"
+            f" ({type(error).__name__})"
+        ) from None
     if not isinstance(state, dict):
         raise Refused(
-            f"model.weights: expected weights by name in {path}, got {type(state).__name__}"
+            f"model.weights: {path}: expected weights by name, got {type(state).__name__}"
         )
     state = state.get("ema_state_dict") or state.get("model_state_dict", state)
     state = {str(k).removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)}
+    spoiled = [k for k, v in state.items() if v.is_floating_point() and v.isnan().any()]
+    if spoiled:
+        raise Refused(f"model.weights: {path}: {spoiled[0]} holds values that are no numbers (NaN)")
     left = torchvision_models.load_matching(model, state)
     parameters = {name for name, _ in model.named_parameters()}
     missing = [name for name in left if name in parameters]

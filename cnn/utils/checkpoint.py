@@ -1,101 +1,204 @@
 """Checkpoints: saved so that none is ever torn, read so that none is silently wrong.
 
-The file is an ordinary one of `torch.save`; `torch.load(path, weights_only=True)` opens it. torch
-writes a checksum of every member into it and does not look at them when it reads; `load_checkpoint`
-does.
+What a file must hold is checked here before anything of it is used; that its bytes are those that
+were written, in `archive`.
 """
 
-import io
 import logging
-import pickle
+import math
+import shutil
 import threading
-import zipfile
+from collections.abc import Iterable
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 
 from cnn.config import Refused
+from cnn.utils.archive import read_archive, write_archive
 from cnn.utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the file; counted up when a reader of before could not read it
-KEYS = (
-    *("model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "scaler_state_dict"),
-    *("ema_state_dict", "epoch", "step", "lr", "unfinished_epoch", "best", "early_stop"),
-    *("history", "test", "format", "config", "classes", "preprocessing", "data"),
-    *("environment", "started"),
-)
+FORMAT = 1  # of the content; counted up when a reader of before could not read it
+
+# What a checkpoint holds at least, and as what.
+STRUCTURE: dict[str, tuple[type, ...]] = {
+    "format": (int,),
+    "model_state_dict": (dict,),
+    "optimizer_state_dict": (dict,),
+    "scheduler_state_dict": (dict,),
+    "scaler_state_dict": (dict,),
+    "ema_state_dict": (dict, NoneType),
+    "epoch": (int,),
+    "step": (int,),
+    "lr": (int, float),
+    "unfinished_epoch": (dict,),
+    "unfinished_epoch.batch": (int,),
+    "unfinished_epoch.sums": (dict,),
+    "unfinished_epoch.seconds": (int, float),
+    "best": (dict, NoneType),
+    "best.metric": (str,),
+    "best.value": (int, float),
+    "best.epoch": (int,),
+    "early_stop": (dict,),
+    "early_stop.waited": (int,),
+    "history": (list,),
+    "test": (dict, NoneType),
+    "config": (dict,),
+    "classes": (list,),
+    "preprocessing": (dict,),
+    "data": (dict,),
+    **{f"data.{key}": (int,) for key in ("train", "val", "test", "checksum")},
+    "environment": (dict,),
+    "environment.precision": (str,),
+    "started": (str,),
+}
+KEYS = tuple(key for key in STRUCTURE if "." not in key)
+
+CONTAINERS = (dict, list, tuple)
+PLAIN = (NoneType, bool, int, float, str)
+MAX_DEPTH = 50
+MAX_INT = 2**64
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint to the CPU, every byte checked, nothing in it executed.
 
     Raises:
-        Refused: the file cannot be read, is damaged, or is no checkpoint of this project.
+        Refused: the file cannot be read, is damaged, or is no checkpoint of this project; the
+            message names another file of the run that is whole, where there is one.
     """
-    data = _read(path)
-    _check_members(path, data)
     try:
-        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise Refused(
-            f"{path}: holds Python objects that a checkpoint has no use for; not opened, since"
-            f" they could run code. Only files written by train.py are read"
-        ) from None
-    except Exception as error:  # noqa: BLE001  whatever a strange zip file makes torch say
-        raise Refused(f"{path}: not a checkpoint: {_first_line(error)}") from None
-    return _check_content(path, content)
+        return read_checkpoint(path)
+    except Refused as refusal:
+        raise Refused(f"{refusal}; {_advice(path)}") from None
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        others = sorted(str(p) for p in path.parent.glob("*.pth"))
-        there = f"; there are {', '.join(others)}" if others else ""
-        raise Refused(f"{path}: no such file{there}") from None
-    except OSError as error:
-        raise Refused(f"{path}: cannot be read: {error.strerror}") from None
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """As `load_checkpoint`, for a caller that itself looks for another file."""
+    content = read_archive(path)
+    _check_kind(path, content)
+    _check_values(path, content)
+    _check_structure(path, content)
+    for part in ("model_state_dict", "ema_state_dict"):
+        for name, tensor in (content[part] or {}).items():
+            if not isinstance(tensor, torch.Tensor):
+                raise Refused(f"{path}: {part}.{name}: expected a tensor, got {_kind(tensor)}")
+            if tensor.is_floating_point() and tensor.isnan().any():
+                raise Refused(f"{path}: {part}.{name}: holds values that are no numbers (NaN)")
+    return content
 
 
-def _check_members(path: Path, data: bytes) -> None:
-    """Compares every member of the zip file with its checksum."""
-    if not data:
-        raise Refused(f"{path}: the file is empty; resume from another one of the run")
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            broken = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, EOFError, ValueError):
-        raise Refused(
-            f"{path}: not a checkpoint, or a damaged one (it does not read as torch.save's zip"
-            f" file); resume from another one of the run"
-        ) from None
-    if broken is not None:
-        raise Refused(
-            f"{path}: damaged: the checksum of {broken} does not hold; resume from another one of"
-            f" the run, or from a copy"
-        )
+def files_of_run(folder: Path) -> list[Path]:
+    """The checkpoints in a run's folder: last.pth, best.pth, the kept epochs from the latest on."""
+    epochs = sorted(folder.glob("epoch_*.pth"), reverse=True)
+    return [path for path in (folder / "last.pth", folder / "best.pth", *epochs) if path.exists()]
 
 
-def _check_content(path: Path, content: Any) -> dict[str, Any]:
+def where(content: dict[str, Any]) -> str:
+    """Where a checkpoint stands, in words."""
+    batch = content["unfinished_epoch"]["batch"]
+    within = f" and {batch} batches" if batch else ""
+    return f"after epoch {content['epoch']}{within}, step {content['step']}"
+
+
+def _advice(path: Path) -> str:
+    """Which other file of the run is good."""
+    for other in files_of_run(path if path.is_dir() else path.parent):
+        if other != path:
+            try:
+                return f"{other} is whole ({where(read_checkpoint(other))}): --resume {other}"
+            except Refused:
+                continue
+    return "there is no other file beside it to go on from; a copy elsewhere may be whole"
+
+
+def _check_kind(path: Path, content: Any) -> None:
+    """Refuses what is no checkpoint of ours, and what a later version wrote."""
     if not isinstance(content, dict):
-        raise Refused(f"{path}: expected a checkpoint of train.py, got a {type(content).__name__}")
+        raise Refused(f"{path}: expected a checkpoint of train.py, got {_kind(content)}")
     if content and all(isinstance(value, torch.Tensor) for value in content.values()):
         raise Refused(
             f"{path}: weights alone, without the state of a run; to begin a new run from them, say"
             f" model.weights={path}"
         )
-    if isinstance(content.get("format"), int) and content["format"] > FORMAT:
+    version = content.get("format")
+    if isinstance(version, int) and version > FORMAT:
         raise Refused(
-            f"{path}: written by a newer version (format {content['format']}, this one reads"
-            f" {FORMAT}); update this project"
+            f"{path}: written by a newer version of this project (format {version}, this one reads"
+            f" {FORMAT}); update it"
         )
     missing = [key for key in KEYS if key not in content]
     if missing:
-        raise Refused(f"{path}: not a checkpoint of train.py: without {', '.join(missing[:5])}")
-    return content
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise Refused(
+            f"{path}: not a checkpoint of train.py, or not all of one: {', '.join(missing[:5])}"
+            f"{more} missing"
+        )
+
+
+def _check_values(path: Path, content: dict[str, Any]) -> None:
+    """Refuses values that are not plain, and tensors that claim more than the file has."""
+    seen: set[int] = set()
+    claimed = 0
+
+    def walk(tree: Any, key: str, depth: int) -> None:
+        nonlocal claimed
+        if type(tree) is torch.Tensor and tree.layout == torch.strided:
+            claimed += tree.numel() * tree.element_size()
+        elif isinstance(tree, CONTAINERS):
+            # A tree: what hangs at two places or in itself could be endless to walk.
+            if (id(tree) in seen and len(tree)) or depth > MAX_DEPTH:
+                raise Refused(f"{path}: {key}: not a tree of plain values")
+            seen.add(id(tree))
+            items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+            for name, value in items:
+                if not isinstance(name, (str, int)):
+                    raise Refused(f"{path}: {key}: expected plain keys, got {_kind(name)}")
+                walk(value, f"{key}.{name}" if key else str(name), depth + 1)
+        elif type(tree) not in PLAIN or (isinstance(tree, int) and abs(tree) > MAX_INT):
+            raise Refused(f"{path}: {key}: expected a plain value, got {_kind(tree)}")
+
+    walk(content, "", 0)
+    size = path.stat().st_size
+    if claimed > size:
+        raise Refused(f"{path}: its tensors claim {claimed:,} bytes, the file has {size:,}")
+
+
+def _check_structure(path: Path, content: dict[str, Any]) -> None:
+    """Holds the content against STRUCTURE."""
+    for key, kinds in STRUCTURE.items():
+        value: Any = content
+        for part in key.split("."):
+            value = value.get(part, ...) if isinstance(value, dict) else None
+        if "." in key and content[key.split(".")[0]] is None:
+            continue
+        expected = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+        if type(value) not in kinds and not (dict in kinds and isinstance(value, dict)):
+            raise Refused(f"{path}: {key}: expected {expected}, got {_kind(value)}")
+        if type(value) in (int, float) and key != "best.value" and not 0 <= value < math.inf:
+            raise Refused(f"{path}: {key}: expected {expected} of at least 0, got {value}")
+    for section, values in content["config"].items():
+        for key in (section, *(values if isinstance(values, dict) else ())):
+            if not isinstance(key, str):
+                raise Refused(f"{path}: config: expected keys of text, got {key!r}")
+    for name in ("history", "classes"):
+        kind = dict if name == "history" else str
+        for number, item in enumerate(content[name]):
+            if not isinstance(item, kind):
+                raise Refused(
+                    f"{path}: {name}[{number}]: expected {kind.__name__}, got {_kind(item)}"
+                )
+
+
+def _kind(value: Any) -> str:
+    if value is ...:
+        return "nothing"
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return "null" if value is None else type(value).__name__
 
 
 def snapshot(tree: Any) -> Any:
@@ -109,46 +212,74 @@ def snapshot(tree: Any) -> Any:
     return tree
 
 
+def estimate_bytes(tree: Any) -> int:
+    """About how large the file of a content is: its tensors, and what torch.save adds to each."""
+    if isinstance(tree, torch.Tensor):
+        return tree.numel() * tree.element_size() + 300  # zip headers, alignment, pickled shape
+    if isinstance(tree, CONTAINERS):
+        values: Iterable[Any] = tree.values() if isinstance(tree, dict) else tree
+        return 20 + sum(estimate_bytes(value) for value in values)
+    return 20
+
+
 def save_checkpoint(content: dict[str, Any], path: Path, also: tuple[Path, ...] = ()) -> None:
     """Writes the checkpoint durably, once, under `path` and further names beside it.
 
     Raises:
         OSError: the files of before are as they were.
     """
-    write_atomically(path, lambda file: torch.save(content, file), also)
+    write_atomically(path, lambda file: write_archive(content, file), also)
 
 
 class CheckpointWriter:
     """Writes checkpoints in the background, one at a time, the newest last.
 
     A failed write is told loudly and costs nothing but itself: the old file stands, training goes
-    on, and the next save tries again.
+    on, and the next save tries again; also for the best epoch, whose weights are kept until then.
     """
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
+        self._owed: tuple[dict[str, Any], Path] | None = None  # a best epoch not yet on the disk
         self.failure: str | None = None  # why the latest save did not succeed
 
-    def save(self, content: dict[str, Any], path: Path, also: tuple[Path, ...] = ()) -> None:
-        """Copies the content and returns; the file is written meanwhile."""
+    def save(
+        self,
+        content: dict[str, Any],
+        path: Path,
+        best: Path | None = None,
+        also: tuple[Path, ...] = (),
+    ) -> None:
+        """Copies the content and returns; the file is written meanwhile.
+
+        Args:
+            best: where the same goes as the best epoch, if it is that.
+            also: further names for it.
+        """
         self.wait()
         copy = snapshot(content)
+        if best is not None:
+            self._owed = copy, best
         # No daemon: the interpreter waits for a write under way, whatever ends the run.
         self._thread = threading.Thread(target=self._write, args=(copy, path, also), name="saving")
         self._thread.start()
 
     def _write(self, content: dict[str, Any], path: Path, also: tuple[Path, ...]) -> None:
         try:
+            if self._owed is not None and self._owed[0] is content:
+                also = (self._owed[1], *also)
+            elif self._owed is not None:  # first: last.pth never tells of a best that is not there
+                save_checkpoint(*self._owed)
+                self._owed = None
             save_checkpoint(content, path, also)
-        except (OSError, RuntimeError) as error:  # torch wraps what the disk said
-            self.failure = f"{path}: {_disk_reason(error)}"
+            self._owed = self.failure = None
+        except Exception as error:  # noqa: BLE001  whatever it is, training can go on
+            self.failure = f"{path}: {_reason(error)}; {_space(content, path)}"
             logger.error(
-                "could not save %s; the file of before is kept, training goes on, the next save"
+                "could not save %s. The file of before is kept, training goes on, the next save"
                 " tries again",
                 self.failure,
             )
-        else:
-            self.failure = None
 
     def wait(self) -> None:
         """Until what was given is on the disk, or its failure told."""
@@ -157,12 +288,17 @@ class CheckpointWriter:
             self._thread = None
 
 
-def _disk_reason(error: BaseException) -> str:
-    """The system's own words, dug out of torch's."""
-    while not isinstance(error, OSError) and (error.__cause__ or error.__context__):
-        error = error.__cause__ or error.__context__
-    return getattr(error, "strerror", None) or _first_line(error)
+def _reason(error: Exception) -> str:
+    """The system's own words."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _space(content: dict[str, Any], path: Path) -> str:
+    """How much room the save needs, and how much there is."""
+    needs = f"it needs {estimate_bytes(content) / 1e6:.1f} MB"
+    try:
+        return f"{needs}, {path.parent} has {shutil.disk_usage(path.parent).free / 1e6:.1f} MB free"
+    except OSError:
+        return f"{needs} in {path.parent}"

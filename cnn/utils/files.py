@@ -1,18 +1,22 @@
 """Files that are either the old one or the new one, whenever the power fails."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None], also: tuple[Path, ...] = ()):
+def write_atomically(
+    path: Path, write: Callable[[IO[bytes]], None], also: tuple[Path, ...] = ()
+) -> None:
     """Writes beside the file, syncs, renames over it, syncs the folder.
 
     Args:
         path: the file to replace.
         write: is given the open temporary file.
-        also: further names in the same folder for the same content, put in place before `path`.
+        also: further names in the same folder for the same content; they are durably in place
+            before `path` is, so that `path` may speak of them.
 
     Raises:
         OSError: `path` is as it was, and nothing is left over; each further name has either the old
@@ -32,11 +36,14 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None], also: tuple
             except OSError:  # a file system without hard links
                 _copy(temporary, link)
             os.replace(link, other)
+        if also:
+            sync_folder(path.parent)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except BaseException:
         for leftover in (temporary, *links):
-            leftover.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                leftover.unlink()
         raise
 
 
@@ -53,6 +60,14 @@ def remove_leftovers(folder: Path) -> None:
     """Removes what a crash in the middle of a write has left in the folder."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder and those above it, durably."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,11 +1,44 @@
 """Objects of the user's own, named in the configuration as package.module:name."""
 
 import importlib
+import importlib.util
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from cnn.config import Refused
+
+OURS = ("cnn", "train", "evaluate", "predict", "export", "compare", "tests", "bench")
+
+
+def outside_code(path: str) -> bool:
+    """Whether `package.module:name` is code from elsewhere than the user's current folder.
+
+    Looks where the module would come from, and imports nothing.
+    """
+    top = path.partition(":")[0].partition(".")[0]
+    _search_here()
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return True
+    if spec is None:
+        return False  # nowhere: import_object will say so
+    if top in sys.stdlib_module_names or top in OURS:
+        return True
+    places = list(spec.submodule_search_locations or ())
+    if spec.has_location:
+        places.append(spec.origin)
+    return not places or any(
+        not Path(place).resolve().is_relative_to(Path.cwd()) or "site-packages" in place
+        for place in places
+    )
+
+
+def _search_here() -> None:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def import_object(path: str, key: str) -> Any:
@@ -19,8 +52,7 @@ def import_object(path: str, key: str) -> Any:
         Refused: the module or the name is not there.
     """
     module_name, _, name = path.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    _search_here()
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -1,5 +1,6 @@
 """Logging to the console and logs/train.log, and history.csv."""
 
+import contextlib
 import csv
 import io
 import logging
@@ -10,6 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cnn.utils.files import write_text
+
+logger = logging.getLogger(__name__)
 
 FILE_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 NAMES = (
@@ -28,7 +31,37 @@ class _Console(logging.Handler):
             message = f"{record.levelname.lower()}: {message}"
         if record.exc_info:
             message += "\n" + logging.Formatter().formatException(record.exc_info)
-        tqdm.write(message, file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):  # a terminal gone, a full disk behind 2>
+            tqdm.write(message, file=sys.stderr)
+
+
+class _File(logging.FileHandler):
+    """Appends to train.log; where that fails, says so once until it succeeds again."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, mode="a", encoding="utf-8", errors="backslashreplace")
+        self.setFormatter(logging.Formatter(FILE_FORMAT))
+        self._told = False
+
+    def flush(self) -> None:
+        super().flush()
+        self._told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._told:
+            self._told = True
+            _tell_unwritable(Path(self.baseFilename), sys.exc_info()[1])
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+def _tell_unwritable(path: Path, error: BaseException | None) -> None:
+    """To the console alone: the log may be the file that cannot be written."""
+    reason = getattr(error, "strerror", None) or error
+    with contextlib.suppress(OSError, ValueError):
+        tqdm.write(f"warning: {path}: cannot be written: {reason}; training goes on", sys.stderr)
 
 
 class Log:
@@ -48,8 +81,11 @@ class Log:
     def open_file(self, path: Path) -> None:
         """Appends to the file, beginning with what was said so far."""
         self.close_file()
-        self._file = logging.FileHandler(path, mode="a", encoding="utf-8")
-        self._file.setFormatter(logging.Formatter(FILE_FORMAT))
+        try:
+            self._file = _File(path)
+        except OSError as error:
+            _tell_unwritable(path, error)
+            return
         self._kept.setTarget(self._file)
         self._kept.flush()
         self.root.removeHandler(self._kept)
@@ -76,7 +112,20 @@ def write_history(path: Path, history: list[dict[str, float]]) -> None:
     """Writes history.csv as the history says, whole; so a resume leaves no gap and no double."""
     text = io.StringIO()
     if history:
-        writer = csv.DictWriter(text, list(history[0]), lineterminator="\n")
+        columns = dict.fromkeys(name for row in reversed(history) for name in row)
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
-    write_text(path, text.getvalue())
+    write_record(path, text.getvalue())
+
+
+def write_record(path: Path, text: str) -> None:
+    """Replaces a file that tells of the run; where that fails, says so, and training goes on."""
+    try:
+        write_text(path, text)
+    except OSError as error:
+        logger.warning(
+            "%s: cannot be written: %s; training goes on, and no checkpoint lacks anything",
+            path,
+            error.strerror or error,
+        )

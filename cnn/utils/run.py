@@ -1,6 +1,8 @@
 """The folders of a run: one process writes them, and an earlier run's files are moved aside."""
 
+import contextlib
 import json
+import logging
 import os
 import platform
 import re
@@ -13,13 +15,16 @@ from typing import Self
 from filelock import FileLock, Timeout
 
 from cnn.config import Refused
-from cnn.utils.files import remove_leftovers
+from cnn.utils.files import make_folder, remove_leftovers, write_text
 
 # All that a run leaves, so that only that is ever moved.
 LOGS = ("train.log", "history.csv", "config.yaml", "model.txt", "tensorboard", "report.html")
 CHECKPOINTS = ("last.pth", "best.pth", "epoch_*.pth")
 
 OWNER = ".run.json"
+PATIENCE = 10.0  # seconds; loader processes look every 5 whether the one they load for is alive
+
+logger = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -47,40 +52,71 @@ class RunFolder:
         """
         try:
             for folder in (self.logs, self.checkpoints):
-                folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self.checkpoints / ".run.lock")
-            self._lock.acquire(timeout=0)
+                make_folder(folder)
+            self._acquire()
             owner = {
                 "process": os.getpid(),
                 "machine": platform.node(),
                 "since": time.strftime("%Y-%m-%d %H:%M:%S"),
                 "command": " ".join(sys.argv),
             }
-            (self.checkpoints / OWNER).write_text(json.dumps(owner), encoding="utf-8")
+            with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+                write_text(self.checkpoints / OWNER, json.dumps(owner))
             for folder in (self.logs, self.checkpoints):
                 remove_leftovers(folder)
-        except Timeout:
-            raise Refused(
-                f"{self.checkpoints}: {self._owner()} is training there; wait for it, or give this"
-                f" run a folder of its own with run=NAME"
-            ) from None
         except OSError as error:
-            raise Refused(f"{error.filename}: cannot be written: {error.strerror}") from None
+            self.unlock()
+            raise Refused(
+                f"{error.filename or self.checkpoints}: cannot be written: {error.strerror}"
+            ) from None
+
+    def _acquire(self) -> None:
+        """Takes the lock, or finds out who has it.
+
+        It may have been taken an instant ago by a process that has not yet written who it is, or
+        still be held by the loader processes of a run just killed, which leave within seconds.
+        """
+        self._lock = FileLock(self.checkpoints / ".run.lock")
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self._lock.acquire(timeout=0)
+                return
+            except NotImplementedError:
+                logger.warning(
+                    "%s: the file system has no locks; see to it that no second run writes there",
+                    self.checkpoints,
+                )
+                return
+            except Timeout:
+                owner = self._owner()
+                if owner is None and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                    continue
+                raise Refused(
+                    f"{self.checkpoints}: {owner or 'another process'} is training there; wait for"
+                    f" it, or give this run a folder of its own with run=NAME"
+                ) from None
 
     def unlock(self) -> None:
         if self._lock is not None and self._lock.is_locked:
-            (self.checkpoints / OWNER).unlink(missing_ok=True)
-            self._lock.release()
+            with contextlib.suppress(OSError):  # a folder gone, or read-only by now
+                (self.checkpoints / OWNER).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._lock.release()
 
-    def _owner(self) -> str:
+    def _owner(self) -> str | None:
+        """The living process that has written itself down, or None."""
         try:
             owner = json.loads((self.checkpoints / OWNER).read_text(encoding="utf-8"))
+            if owner["machine"] == platform.node() and not _is_alive(owner["process"]):
+                return None
             return (
                 f"process {owner['process']} on {owner['machine']}"
                 f" ({owner['command']}, since {owner['since']})"
             )
-        except (OSError, ValueError, KeyError):
-            return "another process"
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def archive(self) -> Path | None:
         """Moves an earlier run's files to archive/<its start>/; returns where its logs went."""
@@ -118,3 +154,15 @@ class RunFolder:
             oldest = min(path.stat().st_mtime for path in paths)
             stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(oldest))
         return stamp.replace(" ", "_").replace(":", "-")
+
+
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":  # os.kill would end it there
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

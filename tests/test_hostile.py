@@ -1,0 +1,210 @@
+"""Files from strangers: forty broken or hostile checkpoints, each refused, and nothing executed."""
+
+import builtins
+import codecs
+import operator
+import os
+import pickle
+import runpy
+import subprocess
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from archives import (
+    FIRST_FORMAT,
+    MARKER,
+    changed,
+    content,
+    hostile,
+    rezipped,
+    saved,
+    with_pickle,
+)
+from torch import nn
+
+TOUCH = f"open({str(MARKER)!r}, 'w').close()"
+
+
+def real() -> bytes:
+    return FIRST_FORMAT.read_bytes()
+
+
+def names_code(key: str, value: object, args: dict) -> Callable[[], bytes]:
+    """A checkpoint whose settings name code to run."""
+
+    def change(tree: dict) -> None:
+        section, name = key.split(".")
+        tree["config"][section] |= {name: value, "args": args}
+
+    return lambda: changed(change)
+
+
+def tar() -> bytes:
+    Path("a.txt").write_text("a")
+    with tarfile.open("a.tar", "w") as archive:
+        archive.add("a.txt")
+    return Path("a.tar").read_bytes()
+
+
+def whole_model() -> bytes:
+    return saved(nn.Linear(2, 2))
+
+
+def numpy_file() -> bytes:
+    np.savez("a.npz", weights=np.ones(3))
+    return Path("a.npz").read_bytes()
+
+
+def bomb() -> bytes:
+    """Zeros that a zip program would blow up to a gigabyte."""
+    with zipfile.ZipFile("bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("archive/data.pkl", "w", force_zip64=True) as member:
+            for _ in range(100):
+                member.write(bytes(1_000_000))
+        archive.writestr("archive/version", "3\n")
+    return Path("bomb.zip").read_bytes()
+
+
+def nested(depth: int) -> Callable[[dict], None]:
+    def change(tree: dict) -> None:
+        for _ in range(depth):
+            tree["environment"] = {"precision": "fp32", "in": tree["environment"]}
+
+    return change
+
+
+def laughs(tree: dict) -> None:
+    """Ten lists of ten lists of ten lists ...: a few bytes, and endless to walk."""
+    inner = ["ha"] * 10
+    for _ in range(30):
+        inner = [inner] * 10
+    tree["environment"]["joke"] = inner
+
+
+def claims_more() -> bytes:
+    """A storage that says it has a thousand times what its member has."""
+    with zipfile.ZipFile(FIRST_FORMAT) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        pickled = archive.read(name)
+    return with_pickle(pickled.replace(b"X\x03\x00\x00\x00cpu", b"X\x03\x00\x00\x00cpu", 1).replace(
+        b"K\x02t", b"J\x00\x00\x00\x10t", 1))  # fmt: skip
+
+
+FILES: dict[str, Callable[[], bytes]] = {
+    # code that an unpickler without care would run
+    "os.system": lambda: hostile(os.system, f"touch {MARKER}"),
+    "eval": lambda: hostile(builtins.eval, f"[{TOUCH}]"),
+    "exec": lambda: hostile(builtins.exec, TOUCH),
+    "subprocess": lambda: hostile(subprocess.Popen, ["touch", str(MARKER)]),
+    "runpy": lambda: hostile(runpy.run_path, "mine.py"),
+    "getattr": lambda: hostile(operator.attrgetter, "system"),
+    "open": lambda: hostile(builtins.open, str(MARKER), "w"),
+    "codecs": lambda: hostile(codecs.encode, "a", "rot13"),
+    "torch.hub": lambda: hostile(torch.hub.load, "a/b", "c"),
+    "torch.load": lambda: hostile(torch.load, "mine.pth"),
+    "a pickle, no zip": lambda: pickle.dumps(builtins.exec, protocol=2),
+    "old format of torch": lambda: saved(content(), _use_new_zipfile_serialization=False),
+    "stack global": lambda: with_pickle(b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x01a\x85R."),
+    "inst": lambda: with_pickle(b"(S'touch executed'\nios\nsystem\n."),
+    "a whole model": whole_model,
+    # settings that name code
+    "loss.name": names_code("loss.name", "subprocess:Popen", {"args": ["touch", str(MARKER)]}),
+    "data.name": names_code("data.name", "subprocess:Popen", {"args": "ls"}),
+    "model.name": names_code("model.name", "runpy:run_path", {"path_name": "mine.py"}),
+    "data.augment": lambda: changed(
+        lambda tree: tree["config"]["data"].update(augment=["flip", "os:remove"])
+    ),
+    "our own code": names_code("loss.name", "train:main", {"argv": ["loss.name=os:system"]}),
+    # memory and time
+    "bytearray": lambda: hostile(bytearray, 10**12),
+    "deflated bomb": bomb,
+    "claims more than it holds": claims_more,
+    "expanded tensor": lambda: changed(
+        lambda tree: tree["model_state_dict"].update(a=torch.ones(1).expand(10**9, 10**3))
+    ),
+    "deep": lambda: changed(nested(200)),
+    "a billion laughs": lambda: changed(laughs),
+    "a huge number": lambda: changed(lambda tree: tree.update(step=10**4000)),
+    "truncated pickle": lambda: with_pickle(b"\x80\x02}q\x00("),
+    "a pickle of nothing": lambda: with_pickle(b""),
+    # other files
+    "empty": lambda: b"",
+    "text": lambda: b"hello\n" * 100,
+    "zeros": lambda: bytes(20_000),
+    "numpy": numpy_file,
+    "tar": tar,
+    "zip of something": lambda: rezipped(replace={"data.pkl": b"no pickle"}),
+    "compressed": lambda: rezipped(compression=zipfile.ZIP_DEFLATED),
+    "weights alone": lambda: saved(content()["model_state_dict"]),
+    "cut": lambda: real()[:-1],
+    "flipped": lambda: real()[:5000] + bytes([real()[5000] ^ 1]) + real()[5001:],
+    "something after it": lambda: real() + b"\n",
+    "twice": lambda: real() + real()[1:],
+    "newer": lambda: changed(lambda tree: tree.update(format=2)),
+    "settings that are none": lambda: changed(lambda tree: tree.update(config={"optim": 3})),
+    "settings with numbers for keys": lambda: changed(lambda tree: tree.update(config={1: 2})),
+    "other classes": lambda: changed(lambda tree: tree.update(classes=["a", "b"])),
+    "other data": lambda: changed(lambda tree: tree["data"].update(train=3)),
+    "data that is none": lambda: changed(lambda tree: tree.update(data={})),
+}
+
+
+@pytest.mark.parametrize("make", FILES.values(), ids=FILES)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of zipfile, and of torch while it saves
+def test_a_hostile_or_broken_file_is_refused_and_not_executed(train, capfd, make):
+    Path("mine.py").write_text(TOUCH)
+    Path("mine.pth").write_bytes(make())
+    assert train("--resume", "mine.pth") == 2
+    said = capfd.readouterr().err
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in said and "weights_only" not in said, said
+    assert "mine.pth" in said
+    assert not MARKER.exists()
+
+
+@pytest.mark.parametrize("make", ["folder", "pipe", "device", "nothing", "loop"])
+def test_what_is_no_file_is_refused(train, capfd, make):
+    path = Path("/dev/zero" if make == "device" else "odd.pth")
+    if make == "folder":
+        path.mkdir()
+    elif make == "pipe":
+        os.mkfifo(path)
+    elif make == "loop":
+        path.symlink_to(path)
+    assert train("--resume", str(path)) == 2
+    said = capfd.readouterr().err
+    assert said.startswith(f"error: {path}: ") and "Traceback" not in said
+
+
+def test_there_are_forty_of_them():
+    assert len(FILES) + 5 >= 40
+
+
+def test_weights_of_a_damaged_file_are_refused(train, capfd):
+    Path("w.pth").write_bytes(FILES["flipped"]())
+    assert train("model.weights=w.pth", "model.args={width: 2}") == 2
+    assert "model.weights: w.pth: damaged: the checksum" in capfd.readouterr().err
+
+
+def test_code_of_ones_own_resumes_without_typing_it_again(train):
+    Path("ours.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Sequential):\n"
+        "    def __init__(self, num_classes, in_channels):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(in_channels * 64, num_classes))\n"
+    )
+    assert train("model.name=ours:Net", "model.args={}", "train.epochs=1") == 0
+    assert train("--resume", "train.epochs=3") == 0
+
+
+def test_code_of_others_resumes_where_it_is_typed(train, capfd):
+    words = ["loss.name=torch.nn:CrossEntropyLoss", "train.epochs=1"]
+    assert train(*words) == 0
+    assert train("--resume", "train.epochs=3") == 2
+    assert "type loss.name=torch.nn:CrossEntropyLoss" in capfd.readouterr().err
+    assert train("--resume", "train.epochs=3", words[0]) == 0
