@@ -75,9 +75,9 @@ def train(
     from cnn import summary
     from cnn.building import build_run
     from cnn.engine import evaluate, train_one_epoch
+    from cnn.records import Records
     from cnn.resuming import make_ready
     from cnn.saving import Saver
-    from cnn.utils.logger import write_history
     from cnn.utils.progress import follow
 
     run = build_run(cfg, point, max_batches)
@@ -85,9 +85,11 @@ def train(
     make_ready(folder, point)
     log.open_file(folder.logs / "train.log")
     summary.write(cfg, folder.logs, run, point)
-    write_history(folder.logs / "history.csv", state.history)
 
-    with Saver(cfg.checkpoint, state, folder, stop, run.about) as saver:
+    with (
+        Records(cfg, folder, run) as records,
+        Saver(cfg.checkpoint, state, folder, stop, run.about) as saver,
+    ):
         while not state.is_finished(epochs, cfg.train.early_stop_patience):
             batches = run.train_loader.train_batches(state.epoch + 1, start=state.batch)
             steps = train_one_epoch(
@@ -107,21 +109,26 @@ def train(
 
             batches = saver.interruptible(run.val_loader.batches())
             batches = follow(batches, f"{label} val", len(run.val_loader), 0, cfg.log.every_seconds)
-            metrics = evaluate(state.evaluated_model(), batches, run.loss, run.autocast, "val_")
-            improved = state.end_epoch(metrics, cfg.checkpoint.monitor, saver.seconds())
+            model, said = state.evaluated_model(), run.outcome()
+            metrics = evaluate(model, batches, run.loss, run.autocast, "val_", said)
+            seconds, monitor = saver.seconds(), cfg.checkpoint.monitor
+            improved = state.end_epoch(metrics, monitor, seconds, said.predictions())
             saver.end_epoch(improved)
-            write_history(folder.logs / "history.csv", state.history)
+            records.write()
             summary.log_epoch(state, epochs)
+            saver.seconds()  # what the records took is not the next epoch's
 
         if state.test is None:
             logger.info("testing the best epoch, once")
-            model = saver.best_model()
+            model, said = saver.best_model(), run.outcome(of_result=True)
             batches = saver.interruptible(run.test_loader.batches())
-            state.test = evaluate(model, batches, run.loss, run.autocast, "test_")
+            state.test = evaluate(model, batches, run.loss, run.autocast, "test_", said)
+            state.predictions["test"] = said.predictions()
             saver.save()
         else:
             logger.info("this run is finished; for more epochs, say train.epochs=%d", 2 * epochs)
-        summary.log_test(state)
+        summary.log_test(state, len(run.data.test))
+        records.finish()
 
 
 def dry_run(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") -> None:

@@ -62,7 +62,9 @@ def main() -> None:
                     saver.writer.wait()
                     times[saving] = time.perf_counter() - began
                 ratios.append(times[True] / times[False])
-                print(f"pair {pair + 1}: {times[True]:.2f} s with a save, {times[False]:.2f} s without")
+                print(
+                    f"pair {pair + 1}: {times[True]:.2f} s with a save, {times[False]:.2f} s without"
+                )
             megabytes = folder.last.stat().st_size / 1e6
 
     lost = statistics.median(ratios) - 1
@@ -80,10 +82,14 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }
-    print(f"checkpoint of {megabytes:.0f} MB; training stands still for {figures['blocked_milliseconds']:.0f} ms")
+    print(
+        f"checkpoint of {megabytes:.0f} MB; training stands still for {figures['blocked_milliseconds']:.0f} ms"
+    )
     print(f"a stretch of {number * step_seconds:.0f} s with one save / without: {lost + 1:.4f}"
           f" ({min(ratios):.4f} to {max(ratios):.4f})")  # fmt: skip
-    print(f"share of time lost: {cost / 30:.2%} saving every 30 s, {cost / 300:.3%} every 5 minutes")
+    print(
+        f"share of time lost: {cost / 30:.2%} saving every 30 s, {cost / 300:.3%} every 5 minutes"
+    )
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

@@ -47,7 +47,9 @@ def main() -> None:
                 words = ["--resume", "checkpoints/again/last.pth", "run=again"]
                 times[step].append(train(*words, until=step + 1))
     for step, seconds in times.items():
-        print(f"step {step:5}: {statistics.median(seconds):.2f} s from the command to the next step")
+        print(
+            f"step {step:5}: {statistics.median(seconds):.2f} s from the command to the next step"
+        )
     pairs = [late / early for early, late in zip(*times.values())]
     print(f"ratio late/early, median of {len(pairs)} pairs: {statistics.median(pairs):.3f}"
           f" ({min(pairs):.3f} to {max(pairs):.3f})")  # fmt: skip

@@ -1,0 +1,357 @@
+"""logs/report.html: a run on one page that is complete in itself, without network or script.
+
+Beside it curves.png and confusion_matrix.png. Everything shown is made from the run's state and
+data, but where it was resumed, which the log knows.
+"""
+
+import base64
+import html
+import io
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cnn import figures, scores
+from cnn.building import Run
+from cnn.config import Config, to_yaml
+from cnn.datasets.loading import EVALUATION
+from cnn.figures import BLUE, ORANGE, Curve
+from cnn.utils.files import write_atomically, write_text
+from cnn.utils.progress import duration
+
+NUM_MISTAKES = 24
+NUM_TRAINING_IMAGES = 32
+THUMBNAIL = 96  # the longest side in pixels that is embedded
+RESUMED = re.compile(r"==== resumed from .*: epoch \d+, step (\d+), batch")
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c1e21; --dim: #5f6670; --page: #fcfcfb; --line: #d9dbde;
+        --card: #f1f2f3; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e7e9; --dim: #a0a6ae; --page: #16181b; --line: #3a3e44; --card: #212429; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 84rem; color: var(--ink); background: var(--page);
+       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "Noto Sans", "Noto Sans CJK SC",
+       "PingFang SC", "Microsoft YaHei", sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
+p { margin: .3rem 0; } .dim, figcaption small { color: var(--dim); }
+.result { font-size: 2rem; line-height: 1.2; margin-top: .8rem; font-variant-numeric: tabular-nums; }
+.row { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
+.wide { overflow-x: auto; }
+svg { max-width: 100%; height: auto; display: block; } .wide svg { max-width: none; }
+svg text { font-family: inherit !important; }
+pre, code { font: .85rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace; }
+pre { background: var(--card); padding: .7rem; overflow-x: auto; border-radius: 6px; margin: .4rem 0; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .7rem .2rem 0; text-align: right; border-bottom: 1px solid var(--line);
+         white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
+thead th { color: var(--dim); font-weight: 500; }
+.images { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(8.2rem, 1fr)); }
+.small { grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr)); gap: .5rem; }
+figure { margin: 0; font-size: .85rem; line-height: 1.3; }
+img { display: block; width: 96px; max-width: 100%; aspect-ratio: 1; object-fit: contain;
+      image-rendering: pixelated; background: var(--card); margin-bottom: .2rem; }
+.small img { width: 64px; }
+summary { cursor: pointer; font-weight: 600; margin: 1rem 0 .3rem; }
+"""
+
+
+class Report:
+    """Writes the page and the two pictures; remembers what it need not draw again."""
+
+    def __init__(self, cfg: Config, folder, run: Run):
+        self.cfg, self.logs, self.run, self.state = cfg, folder.logs, run, run.state
+        self._drawn: dict[str, tuple[object, str]] = {}
+
+    def write(self) -> None:
+        """Replaces the page by one of the run as it stands."""
+        marks = self._resumes()
+        panels = self._panels()
+        picture = figures.curves_png(panels, marks)
+        write_atomically(self.logs / "curves.png", lambda file: file.write(picture))
+        split = "test" if "test" in self.state.predictions else "val"
+        if split in self.state.predictions:
+            self._once("confusion_matrix.png", lambda: self._write_confusion(split))
+        text = self._page(panels, marks)
+        write_text(self.logs / "report.html", text.encode("utf-8", "replace").decode())
+
+    def _once(self, what: str, make) -> str:
+        """What `make` gives, made anew only where there is another best epoch or a test."""
+        now = (self.state.best and self.state.best["epoch"], self.state.test is not None)
+        if self._drawn.get(what, (None, ""))[0] != now:
+            self._drawn[what] = (now, make() or "")
+        return self._drawn[what][1]
+
+    def _write_confusion(self, split: str) -> None:
+        title = "test" if split == "test" else f"validation, epoch {self.state.best['epoch']}"
+        picture = figures.confusion_png(self._confusion(split), self.run.data.classes, title)
+        write_atomically(self.logs / "confusion_matrix.png", lambda file: file.write(picture))
+
+    # -- what the state says ------------------------------------------------------------------
+
+    def _labels(self, split: str) -> np.ndarray:
+        return getattr(self.run.data, split).labels
+
+    def _confusion(self, split: str) -> np.ndarray:
+        said = self.state.predictions[split]["prediction"].numpy()
+        return scores.confusion(self._labels(split), said, len(self.run.data.classes))
+
+    def _resumes(self) -> list[float]:
+        """Where the run was resumed, in epochs, as its log tells."""
+        try:
+            log = (self.logs / "train.log").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return []
+        steps = {int(step) for step in RESUMED.findall(log)}
+        return sorted(step / self.run.steps_per_epoch for step in steps if 0 < step)
+
+    def _panels(self) -> list[tuple[str, list[Curve]]]:
+        history = self.state.history
+        epochs = [row["epoch"] for row in history]
+
+        def curve(name: str, label: str, colour: str) -> Curve:
+            return Curve(label, epochs, [row.get(name) for row in history], colour)
+
+        panels = [
+            (
+                title,
+                [curve(f"train_{name}", "train", BLUE), curve(f"val_{name}", "val", ORANGE)],
+            )
+            for title, name in (("Loss", "loss"), ("Accuracy", "acc"))
+        ]
+        if "val_auc" in history[-1]:
+            panels.append(("AUC", [curve("val_auc", "val", ORANGE)]))
+        lrs = [name for name in history[-1] if name == "lr" or name.startswith("lr_")]
+        of_lr = [curve(lr, lr, colour) for lr, colour in zip(lrs, figures.COLOURS)]
+        return [*panels, ("Learning rate", of_lr)]
+
+    # -- the page -----------------------------------------------------------------------------
+
+    def _page(self, panels: list[tuple[str, list[Curve]]], marks: list[float]) -> str:
+        cfg = self.cfg
+        title = escaped(f"{cfg.run + ': ' if cfg.run else ''}{cfg.model.name} on {cfg.data.name}")
+        curves = "".join(
+            f"<div>{figures.curves_svg(name, curves, marks)}</div>" for name, curves in panels
+        )
+        sections = [
+            ("result", "", self._headline()),
+            ("curves", "Curves", f'<div class="row">{curves}</div>'),
+            *(self._of_split(split) for split in ("val", "test")),
+            ("mistakes", "The surest mistakes", self._once("mistakes", self._mistakes)),
+            ("training", "Training images, as the model gets them", self._once_ever("training")),
+            ("counts", "Images", self._counts()),
+            ("epochs", "", details("Every epoch", self._epochs())),
+            ("environment", "", details("Environment", self._environment())),
+            ("config", "", details("Configuration", f"<pre>{escaped(to_yaml(cfg))}</pre>")),
+        ]
+        body = "\n".join(
+            f'<section id="{name}">{f"<h2>{head}</h2>" if head else ""}{content}</section>'
+            for name, head, content in sections
+            if content
+        )
+        return (
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<link rel="icon" href="data:,"><title>{title}</title><style>{STYLE}</style></head>\n'
+            f"<body><h1>{title}</h1>\n{body}\n</body></html>\n"
+        )
+
+    def _headline(self) -> str:
+        state, data = self.state, self.run.data
+        best, counts = state.best, np.bincount(data.train.labels, minlength=len(data.classes))
+        usual = int(counts.argmax())
+        lines, result = [], "no result yet"
+
+        def baseline(split: str) -> str:
+            labels = self._labels(split)
+            name, share = escaped(data.classes[usual]), float((labels == usual).mean())
+            return f"always saying “{name}”, the most frequent in training: {share:.4f}"
+
+        if best is not None:
+            number, row = len(data.val), state.history[best["epoch"] - 1]
+            result = f"validation accuracy {scores.with_interval(row['val_acc'], number)}"
+            lines.append(f"best epoch {best['epoch']} by {best['metric']} {best['value']:.4f}")
+        if state.test is not None:
+            lines.append(f"{result}, {len(data.val)} images it was chosen by")
+            number = len(data.test)
+            result = f"test accuracy {scores.with_interval(state.test['test_acc'], number)}"
+        split = "test" if state.test is not None else "val"
+        lines.append(f"{baseline(split)} of {len(self._labels(split))} {split} images")
+        stand = "tested" if state.test is not None else "not yet tested"
+        seconds = sum(row["seconds"] for row in state.history)
+        lines.append(
+            f"{state.epoch} of {self.cfg.train.epochs} epochs, {stand}; {duration(seconds)}"
+        )
+        number, _, interval = result.partition(" (")
+        small = f' <span class="dim" style="font-size:1rem">({interval}</span>' if interval else ""
+        settings = (self.logs / "config.yaml").as_posix()
+        command = shlex.join(["python", "train.py", "--config", settings])
+        commit = self.run.environment["git"]
+        note = f"  # at git commit {commit}" if commit else ""
+        return (
+            f'<p class="result">{number}{small}</p>'
+            + "".join(f"<p>{line}</p>" for line in lines)
+            + f"<pre>{escaped(command + note)}</pre>"
+        )
+
+    def _of_split(self, split: str) -> tuple[str, str, str]:
+        """Confusion matrix and table of a split's predictions."""
+        if split not in self.state.predictions:
+            return split, "", ""
+        number = len(self._labels(split))
+        head = f"Test, {number} images"
+        if split == "val":
+            head = f"Validation, {number} images, epoch {self.state.best['epoch']}"
+        return split, head, self._once(split, lambda: self._judged(split))
+
+    def _judged(self, split: str) -> str:
+        matrix, classes = self._confusion(split), self.run.data.classes
+        of_classes = scores.per_class(matrix)
+        support = of_classes.pop("support")
+        rows = [
+            [name, *(shown(values[number]) for values in of_classes.values()), f"{support[number]}"]
+            for number, name in enumerate(classes)
+        ]
+        for mean, function in (
+            ("mean", scores.macro),
+            ("weighted", lambda values: scores.weighted(values, support)),
+        ):
+            means = [shown(function(values)) for values in of_classes.values()]
+            rows.append([f"— {mean} —", *means, f"{support.sum()}"])
+        metrics = ""
+        if split == "test":
+            metrics = "  ".join(
+                f"{name.removeprefix('test_')} {shown(value)}"
+                for name, value in self.state.test.items()
+            )
+            metrics = f"<p>{escaped(metrics).replace('  ', ' · ')}</p>"
+        if len(classes) == 2:
+            metrics += f'<p class="dim">positive: {escaped(classes[1])}</p>'
+        head = ["class", "precision", "recall", "specificity", "F1", "images"]
+        return (
+            f'{metrics}<div class="row"><div class="wide">'
+            f"{figures.confusion_svg(matrix, classes)}</div>"
+            f'<div class="wide">{table(head, rows)}</div></div>'
+        )
+
+    def _mistakes(self) -> str:
+        """Validation images, so that nobody learns from the test's, the surest first."""
+        if "val" not in self.state.predictions:
+            return ""
+        images, classes = self.run.data.val, self.run.data.classes
+        said = self.state.predictions["val"]["prediction"].numpy()
+        sure = self.state.predictions["val"]["probability"].numpy()
+        wrong = np.flatnonzero(said != images.labels)
+        if not len(wrong):
+            return "<p>There is none among the validation images.</p>"
+        worst = wrong[np.argsort(-sure[wrong], kind="stable")][:NUM_MISTAKES]
+        cells = []
+        for number in worst.tolist():
+            name = images.name(number)
+            image = self.run.val_loader.samples.image((EVALUATION, number))
+            cells.append(
+                f'<figure><img src="{thumbnail(image)}" alt="" title="{escaped(name)}">'
+                f"<figcaption>{escaped(classes[said[number]])} {sure[number]:.1%}<br>"
+                f"<small>is {escaped(classes[images.labels[number]])}<br>"
+                f"{escaped('/'.join(Path(name).parts[-2:]))}</small></figcaption></figure>"
+            )
+        shown_of = f"{len(worst)} of {len(wrong)} mistakes among {len(images)} validation images"
+        return f'<p class="dim">{shown_of}</p><div class="images">{"".join(cells)}</div>'
+
+    def _once_ever(self, what: str) -> str:
+        if what not in self._drawn:
+            self._drawn[what] = (None, self._training_images())
+        return self._drawn[what][1]
+
+    def _training_images(self) -> str:
+        cells = [
+            f'<figure><img src="{thumbnail(image)}" alt=""><figcaption><small>'
+            f"{escaped(label)}</small></figcaption></figure>"
+            for image, label in first_training_images(self.run)
+        ]
+        changes = ", ".join(self.cfg.data.augment) or "none"
+        return (
+            f'<p class="dim">the first of epoch 1; changes: {escaped(changes)}</p>'
+            f'<div class="images small">{"".join(cells)}</div>'
+        )
+
+    def _counts(self) -> str:
+        data = self.run.data
+        parts = [np.bincount(self._labels(s), minlength=len(data.classes)) for s in SPLITS]
+        rows = [
+            [name, *(f"{part[number]}" for part in parts)]
+            for number, name in enumerate(data.classes)
+        ]
+        rows.append(["— all —", *(f"{part.sum()}" for part in parts)])
+        content = f'<div class="wide">{table(["class", *SPLITS], rows)}</div>'
+        return content if len(rows) <= 30 else details("of every class", content)
+
+    def _epochs(self) -> str:
+        names = list(self.state.history[-1])
+        rows = [[shown(row.get(name)) for name in names] for row in self.state.history]
+        return f'<div class="wide">{table(names, rows)}</div>'
+
+    def _environment(self) -> str:
+        rows = [[key, str(value)] for key, value in self.run.environment.items()]
+        return f'<div class="wide">{table(["", ""], rows)}</div>'
+
+
+SPLITS = ("train", "val", "test")
+
+
+def first_training_images(run: Run) -> list[tuple[torch.Tensor, str]]:
+    """The first images of the first epoch, augmented as that epoch has them, and their classes."""
+    loader, labels, classes = run.train_loader, run.data.train.labels, run.data.classes
+    keys = loader.keys(1, 0)[:NUM_TRAINING_IMAGES]
+    return [(loader.samples.image(key), classes[labels[key[1]]]) for key in keys]
+
+
+def as_pixels(image: torch.Tensor) -> np.ndarray:
+    """An image (C, H, W), uint8 or float in 0..1, as uint8 (H, W, C) with 1 or 3 channels."""
+    if image.dtype != torch.uint8:
+        image = (image.float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
+    image = image if image.shape[0] in (1, 3) else image[:1]
+    return image.permute(1, 2, 0).contiguous().cpu().numpy()
+
+
+def thumbnail(image: torch.Tensor) -> str:
+    """The image as a data: address, PNG where it is small and JPEG where it was made smaller."""
+    picture = Image.fromarray(as_pixels(image).squeeze())
+    small = max(picture.size) <= 48
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    picture.save(file, "png") if small else picture.save(file, "jpeg", quality=85)
+    kind = "png" if small else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def escaped(text: str) -> str:
+    return html.escape(str(text))
+
+
+def details(head: str, content: str) -> str:
+    return f"<details><summary>{escaped(head)}</summary>{content}</details>"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """An HTML table; cells are text, escaped here."""
+    top = "".join(f"<th>{escaped(name)}</th>" for name in head)
+    lines = [
+        "<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    ]
+    top = f"<thead><tr>{top}</tr></thead>" if any(head) else ""
+    return f"<table>{top}<tbody>{''.join(lines)}</tbody></table>"
+
+
+def shown(value: float | None) -> str:
+    """Four digits, whole numbers as they are, n/a where there is nothing."""
+    if value is None or value != value:
+        return "n/a"
+    return (
+        str(value) if isinstance(value, int) else f"{value:.4f}" if value > 1e-3 else f"{value:.3g}"
+    )
