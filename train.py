@@ -5,7 +5,8 @@ python train.py optim.lr=0.01 train.epochs=10      any setting changed
 python train.py --config configs/folder.yaml data.root=photos
 python train.py --resume checkpoints/best.pth      go on from a checkpoint
 python train.py --resume                           from the latest; where there is none, start
-    python train.py --drill [settings]                 can this run be stopped anywhere? try it
+python train.py --drill [settings]                 can this run be stopped anywhere? try it
+python train.py --find-lr [settings]               which learning rate? a range test
 """
 
 import logging
@@ -41,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     if command.print_config:
         sys.stdout.write(to_yaml(cfg))
         return cli.DONE
-    act = dry_run if command.dry_run else drill if command.drill else start
+    acts = {"dry_run": dry_run, "drill": drill, "find_lr": find_lr}
+    act = next((act for name, act in acts.items() if getattr(command, name)), start)
     return cli.run(lambda log, stop: act(cfg, command, log, stop), places)
 
 
@@ -138,7 +140,8 @@ def dry_run(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") 
 
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, RunFolder(None, Path(scratch)) as folder:
-        short = replaced(cfg, run=None, train={"epochs": 1, "early_stop_patience": None})
+        once = {"epochs": 1, "early_stop_patience": None}
+        short = replaced(cfg, run=None, train=once, log={"report": False, "tensorboard": False})
         train(short, folder, log, stop, max_batches=2)
         longer = replaced(short, train={"epochs": 2})
         train(longer, folder, log, stop, ResumePoint.read(folder.last, longer), max_batches=2)
@@ -153,6 +156,13 @@ def drill(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") ->
     from cnn.drill import hold_drill
 
     hold_drill(cfg, stop)
+
+
+def find_lr(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") -> None:
+    """Which learning rate? Tries ever higher ones; touches nothing of the run."""
+    from cnn.find_lr import range_test
+
+    range_test(cfg)
 
 
 if __name__ == "__main__":

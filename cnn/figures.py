@@ -99,14 +99,15 @@ def draw_curves(
             gid=f"{title} {curve.label}".replace(" ", "-"),
         )
     for number, x in enumerate(marks):
-        label = "resumed" if number == 0 else None
+        label = scale.get("mark", "resumed") if number == 0 else None
         axes.axvline(x, color="#8a8a8a", linestyle=":", linewidth=1, label=label)
     axes.set_title(title)
     axes.grid(True)
-    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel(scale.get("xlabel", "epoch"))
     if "xscale" in scale:
         axes.set_xscale(scale["xscale"])
+    else:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if len(curves) > 1 or marks:
         axes.legend(fontsize=8)
 

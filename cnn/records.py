@@ -87,11 +87,12 @@ class Records:
         logs, state = self.folder.logs, self.state
         self._attempt("history.csv", lambda: write_history(logs / "history.csv", state.history))
         self._attempt("result.json", lambda: write_text(logs / "result.json", self._result()))
-        best = state.best and state.best["epoch"]
-        if "val" in state.predictions and best != self._predictions_of:
-            path = logs / "predictions_val.csv"
-            self._attempt(path.name, lambda: write_text(path, self._predictions()))
-            self._predictions_of = best
+        path, best = logs / "predictions_val.csv", state.best and state.best["epoch"]
+        if "val" not in state.predictions:
+            path.unlink(missing_ok=True)  # of an epoch that this state does not know
+        elif best != self._predictions_of:
+            written = self._attempt(path.name, lambda: write_text(path, self._predictions()))
+            self._predictions_of = best if written else None
 
     def _result(self) -> str:
         """result.json: the figures that compare.py sets side by side, and of how many images."""
@@ -134,15 +135,16 @@ class Records:
         if path is not None:
             logger.info("the best settings yet for this model and data: %s", path)
 
-    def _attempt(self, what: str, act: Callable[[], object]) -> None:
+    def _attempt(self, what: str, act: Callable[[], object]) -> bool:
         try:
             act()
+            return True
         except Stopped:
             raise
-        except Exception as error:  # noqa: BLE001  whatever it is, it is not worth a training
+        except Exception as error:
             words = str(error).strip().splitlines() or [""]
             logger.warning("%s could not be written: %s: %s", what, type(error).__name__, words[0])
-            logger.debug("", exc_info=True)
+            return False
 
 
 def has_tensorboard() -> bool:

@@ -5,7 +5,6 @@ data, but where it was resumed, which the log knows.
 """
 
 import base64
-import html
 import io
 import re
 import shlex
@@ -20,6 +19,7 @@ from cnn.building import Run
 from cnn.config import Config, to_yaml
 from cnn.datasets.loading import EVALUATION
 from cnn.figures import BLUE, ORANGE, Curve
+from cnn.pages import details, escaped, page, shown, table
 from cnn.utils.files import write_atomically, write_text
 from cnn.utils.progress import duration
 
@@ -27,38 +27,6 @@ NUM_MISTAKES = 24
 NUM_TRAINING_IMAGES = 32
 THUMBNAIL = 96  # the longest side in pixels that is embedded
 RESUMED = re.compile(r"==== resumed from .*: epoch \d+, step (\d+), batch")
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --dim: #5f6670; --page: #fcfcfb; --line: #d9dbde;
-        --card: #f1f2f3; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e7e9; --dim: #a0a6ae; --page: #16181b; --line: #3a3e44; --card: #212429; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 84rem; color: var(--ink); background: var(--page);
-       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "Noto Sans", "Noto Sans CJK SC",
-       "PingFang SC", "Microsoft YaHei", sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.4rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; }
-h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
-p { margin: .3rem 0; } .dim, figcaption small { color: var(--dim); }
-.result { font-size: 2rem; line-height: 1.2; margin-top: .8rem; font-variant-numeric: tabular-nums; }
-.row { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
-.wide { overflow-x: auto; }
-svg { max-width: 100%; height: auto; display: block; } .wide svg { max-width: none; }
-svg text { font-family: inherit !important; }
-pre, code { font: .85rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace; }
-pre { background: var(--card); padding: .7rem; overflow-x: auto; border-radius: 6px; margin: .4rem 0; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .7rem .2rem 0; text-align: right; border-bottom: 1px solid var(--line);
-         white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
-thead th { color: var(--dim); font-weight: 500; }
-.images { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(8.2rem, 1fr)); }
-.small { grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr)); gap: .5rem; }
-figure { margin: 0; font-size: .85rem; line-height: 1.3; }
-img { display: block; width: 96px; max-width: 100%; aspect-ratio: 1; object-fit: contain;
-      image-rendering: pixelated; background: var(--card); margin-bottom: .2rem; }
-.small img { width: 64px; }
-summary { cursor: pointer; font-weight: 600; margin: 1rem 0 .3rem; }
-"""
 
 
 class Report:
@@ -134,7 +102,7 @@ class Report:
 
     def _page(self, panels: list[tuple[str, list[Curve]]], marks: list[float]) -> str:
         cfg = self.cfg
-        title = escaped(f"{cfg.run + ': ' if cfg.run else ''}{cfg.model.name} on {cfg.data.name}")
+        title = f"{cfg.run + ': ' if cfg.run else ''}{cfg.model.name} on {cfg.data.name}"
         curves = "".join(
             f"<div>{figures.curves_svg(name, curves, marks)}</div>" for name, curves in panels
         )
@@ -154,12 +122,7 @@ class Report:
             for name, head, content in sections
             if content
         )
-        return (
-            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<link rel="icon" href="data:,"><title>{title}</title><style>{STYLE}</style></head>\n'
-            f"<body><h1>{title}</h1>\n{body}\n</body></html>\n"
-        )
+        return page(title, body)
 
     def _headline(self) -> str:
         state, data = self.state, self.run.data
@@ -233,8 +196,9 @@ class Report:
         if len(classes) == 2:
             metrics += f'<p class="dim">positive: {escaped(classes[1])}</p>'
         head = ["class", "precision", "recall", "specificity", "F1", "images"]
+        scroll = " scroll" if len(classes) > figures.MAX_CLASSES_WITH_NUMBERS else ""
         return (
-            f'{metrics}<div class="row"><div class="wide">'
+            f'{metrics}<div class="row"><div class="wide{scroll}">'
             f"{figures.confusion_svg(matrix, classes)}</div>"
             f'<div class="wide">{table(head, rows)}</div></div>'
         )
@@ -328,30 +292,3 @@ def thumbnail(image: torch.Tensor) -> str:
     picture.save(file, "png") if small else picture.save(file, "jpeg", quality=85)
     kind = "png" if small else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def escaped(text: str) -> str:
-    return html.escape(str(text))
-
-
-def details(head: str, content: str) -> str:
-    return f"<details><summary>{escaped(head)}</summary>{content}</details>"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """An HTML table; cells are text, escaped here."""
-    top = "".join(f"<th>{escaped(name)}</th>" for name in head)
-    lines = [
-        "<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    ]
-    top = f"<thead><tr>{top}</tr></thead>" if any(head) else ""
-    return f"<table>{top}<tbody>{''.join(lines)}</tbody></table>"
-
-
-def shown(value: float | None) -> str:
-    """Four digits, whole numbers as they are, n/a where there is nothing."""
-    if value is None or value != value:
-        return "n/a"
-    return (
-        str(value) if isinstance(value, int) else f"{value:.4f}" if value > 1e-3 else f"{value:.3g}"
-    )
