@@ -8,6 +8,8 @@ import contextlib
 import importlib.util
 import io
 import logging
+import re
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -85,7 +87,7 @@ def draw_curves(
     axes, title: str, curves: Sequence[Curve], marks: Sequence[float] = (), **scale: str
 ) -> None:
     """Lines over epochs, a dot where there is one point only; dotted where the run was resumed."""
-    for number, curve in enumerate(curves):
+    for curve in curves:
         single = sum(y is not None and np.isfinite(y) for y in curve.ys) <= 1
         axes.plot(
             curve.xs,
@@ -108,6 +110,8 @@ def draw_curves(
         axes.set_xscale(scale["xscale"])
     else:
         axes.xaxis.get_major_locator().set_params(integer=True)
+        longest = max((curve.xs[-1] for curve in curves if len(curve.xs)), default=1)
+        axes.set_xlim(1 - 0.03 * longest, max(longest * 1.03, 1.5))
     if len(curves) > 1 or marks:
         axes.legend(fontsize=8)
 
@@ -134,8 +138,18 @@ def draw_confusion(axes, matrix: np.ndarray, classes: Sequence[str], ink: str) -
     axes.set_ylabel("labelled")
 
 
-def _confusion_side(number: int) -> float:
-    return min(max(3.6, 0.42 * number if number <= 20 else 0.17 * number), 20.0)
+def _confusion_axes(number: int):
+    """A figure for so many classes, in inches."""
+    from matplotlib.figure import Figure
+
+    if number <= MAX_CLASSES_WITH_NUMBERS:
+        side = max(3.6, 0.42 * number)
+        return _axes(side + 0.8, side + 0.5)
+    # Margins by hand: to have 200 names measured again and again takes seconds.
+    side, margin = min(max(3.6, 0.17 * number), 20.0), 2.0
+    figure = Figure(figsize=(side + margin, side + margin))
+    share = margin / (side + margin)
+    return figure, figure.add_axes((share, share, 0.98 - share, 0.96 - share))
 
 
 # -- as SVG for a page, as PNG for a slide ---------------------------------------------------------
@@ -150,8 +164,7 @@ def curves_svg(title: str, curves: Sequence[Curve], marks: Sequence[float] = (),
 
 def confusion_svg(matrix: np.ndarray, classes: Sequence[str]) -> str:
     with _style(INK, GRID):
-        side = _confusion_side(len(classes))
-        figure, axes = _axes(side + 0.8, side + 0.4)
+        figure, axes = _confusion_axes(len(classes))
         draw_confusion(axes, matrix, classes, INK)
         return _svg(figure)
 
@@ -176,8 +189,7 @@ def one_png(title: str, curves: Sequence[Curve], marks: Sequence[float] = (), **
 
 def confusion_png(matrix: np.ndarray, classes: Sequence[str], title: str) -> bytes:
     with _style("#222222", "#dddddd"):
-        side = _confusion_side(len(classes))
-        figure, axes = _axes(side + 0.8, side + 0.6)
+        figure, axes = _confusion_axes(len(classes))
         draw_confusion(axes, matrix, classes, "#222222")
         axes.set_title(title)
         return _png(figure)
@@ -202,7 +214,8 @@ def _svg(figure) -> str:
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "currentColor").replace(GRID, "var(--line)")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = text.replace(INK, "currentColor").replace(GRID, "var(--line)")
     return "\n".join(line.strip() for line in text.splitlines())
 
 
@@ -213,6 +226,10 @@ def _png(figure) -> bytes:
 
 
 def shortened(name: str) -> str:
-    """One line of at most 22 characters."""
+    """One line, at most 22 characters wide; a Chinese one is as wide as two."""
     name = " ".join(name.split())
-    return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"
+    widths = [2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in name]
+    if sum(widths) <= MAX_NAME:
+        return name
+    fitting = int(np.searchsorted(np.cumsum(widths), MAX_NAME - 1, "right"))
+    return name[:fitting] + "…"

@@ -42,7 +42,9 @@ def range_test(cfg: Config) -> float:
         picture = figures.one_png(
             f"{cfg.model.name} on {cfg.data.name}: try optim.lr={suggestion:g}",
             *([curve], [suggestion]),
-            **{"xlabel": "learning rate", "xscale": "log", "mark": "suggestion"},
+            xlabel="learning rate",
+            xscale="log",
+            mark="suggestion",
         )
         write_atomically(path, lambda file: file.write(picture))
         logger.info("drawn in %s", path)

@@ -19,13 +19,14 @@ p { margin: .3rem 0; } .dim, figcaption small { color: var(--dim); }
 .row { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
 .wide { overflow-x: auto; min-width: 0; }
 @media (max-width: 30rem) { table { font-size: .78rem !important; } th, td { padding-right: .45rem !important; } }
-svg { max-width: 100%; height: auto; display: block; } .scroll svg { max-width: none; }
+svg { max-width: 100%; height: auto; display: block; } .scroll svg { min-width: 50rem; }
 svg text { font-family: inherit !important; }
 pre, code { font: .85rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace; }
 pre { background: var(--card); padding: .7rem; overflow-x: auto; border-radius: 6px; margin: .4rem 0; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .7rem .2rem 0; text-align: right; border-bottom: 1px solid var(--line);
          white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
+td:first-child { white-space: normal; min-width: 5rem; max-width: 16rem; }
 thead th { color: var(--dim); font-weight: 500; }
 .images { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(8.2rem, 1fr)); }
 .small { grid-template-columns: repeat(auto-fill, minmax(5rem, 1fr)); gap: .5rem; }

@@ -23,9 +23,9 @@ from cnn.utils.signals import Stopped
 
 logger = logging.getLogger(__name__)
 
-# A report is written again only after this many times the time that the one before took, so that it
-# takes less than 2 % of a run; and at the run's end.
-REPORT_PAUSE = 50
+# A report is written again only after this many times the time that the one before took, so that
+# they take less than 1 % of a run; and, with its pictures, at the end.
+REPORT_PAUSE = 100
 FIRST_REPORT = 0.5  # seconds; a guess at the first one, which loads matplotlib
 
 
@@ -38,7 +38,7 @@ class Records:
 
     def __init__(self, cfg: Config, folder: RunFolder, run: Run):
         self.cfg, self.folder, self.run, self.state = cfg, folder, run, run.state
-        self._predictions_of = self._reported = None  # what of the state is in the files
+        self._predictions_of: int | None = None  # the epoch whose predictions are in the file
         self._report_at, self._report_took = time.monotonic(), FIRST_REPORT
         self._report = self._tensorboard = None
         say_what_is_left_out(cfg)
@@ -63,7 +63,7 @@ class Records:
         if self._tensorboard is not None:
             self._attempt("logs/tensorboard", self._tensorboard.append)
         if time.monotonic() - self._report_at >= REPORT_PAUSE * self._report_took:
-            self._write_report()
+            self._write_report(last=False)
 
     def finish(self) -> None:
         """After the test."""
@@ -81,7 +81,7 @@ class Records:
         trace: TracebackType | None,
     ) -> None:
         if self.state.history:
-            self._write_report()
+            self._write_report(last=True)
 
     def _write_tables(self) -> None:
         logs, state = self.folder.logs, self.state
@@ -119,14 +119,14 @@ class Records:
             writer.writerow([*words, f"{probability:.6g}"])
         return text.getvalue().encode("utf-8", "replace").decode()
 
-    def _write_report(self) -> None:
-        state = self.state
-        now = (state.epoch, state.test is not None)
-        if self._report is None or self._reported == now:
+    def _write_report(self, *, last: bool) -> None:
+        if self._report is None:
             return
         began = time.monotonic()
         self._attempt("report.html", self._report.write)
-        self._reported, self._report_at = now, time.monotonic()
+        if last:
+            self._attempt("curves.png and confusion_matrix.png", self._report.write_pictures)
+        self._report_at = time.monotonic()
         self._report_took = self._report_at - began
 
     def _update_best_hparams(self, metrics: dict[str, float | None]) -> None:
@@ -141,7 +141,7 @@ class Records:
             return True
         except Stopped:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  nothing of this is worth a training
             words = str(error).strip().splitlines() or [""]
             logger.warning("%s could not be written: %s: %s", what, type(error).__name__, words[0])
             return False

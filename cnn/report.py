@@ -25,6 +25,9 @@ from cnn.utils.progress import duration
 
 NUM_MISTAKES = 24
 NUM_TRAINING_IMAGES = 32
+NUM_PAIRS = 10  # of classes that are mixed up most
+SPLITS = ("train", "val", "test")
+CLASS_HEAD = ["class", "precision", "recall", "specificity", "F1", "images"]
 THUMBNAIL = 96  # the longest side in pixels that is embedded
 RESUMED = re.compile(r"==== resumed from .*: epoch \d+, step (\d+), batch")
 
@@ -38,15 +41,20 @@ class Report:
 
     def write(self) -> None:
         """Replaces the page by one of the run as it stands."""
-        marks = self._resumes()
-        panels = self._panels()
-        picture = figures.curves_png(panels, marks)
+        text = self._page(self._panels(), self._resumes())
+        write_text(self.logs / "report.html", text.encode("utf-8", "replace").decode())
+
+    def write_pictures(self) -> None:
+        """curves.png and confusion_matrix.png, of the test or, before it, the best epoch."""
+        picture = figures.curves_png(self._panels(), self._resumes())
         write_atomically(self.logs / "curves.png", lambda file: file.write(picture))
         split = "test" if "test" in self.state.predictions else "val"
         if split in self.state.predictions:
-            self._once("confusion_matrix.png", lambda: self._write_confusion(split))
-        text = self._page(panels, marks)
-        write_text(self.logs / "report.html", text.encode("utf-8", "replace").decode())
+            title = "test" if split == "test" else f"validation, epoch {self.state.best['epoch']}"
+            matrix = self._confusion(split)
+            matrix_picture = figures.confusion_png(matrix, self.run.data.classes, title)
+            path = self.logs / "confusion_matrix.png"
+            write_atomically(path, lambda file: file.write(matrix_picture))
 
     def _once(self, what: str, make) -> str:
         """What `make` gives, made anew only where there is another best epoch or a test."""
@@ -54,11 +62,6 @@ class Report:
         if self._drawn.get(what, (None, ""))[0] != now:
             self._drawn[what] = (now, make() or "")
         return self._drawn[what][1]
-
-    def _write_confusion(self, split: str) -> None:
-        title = "test" if split == "test" else f"validation, epoch {self.state.best['epoch']}"
-        picture = figures.confusion_png(self._confusion(split), self.run.data.classes, title)
-        write_atomically(self.logs / "confusion_matrix.png", lambda file: file.write(picture))
 
     # -- what the state says ------------------------------------------------------------------
 
@@ -76,7 +79,7 @@ class Report:
         except OSError:
             return []
         steps = {int(step) for step in RESUMED.findall(log)}
-        return sorted(step / self.run.steps_per_epoch for step in steps if 0 < step)
+        return sorted(step / self.run.steps_per_epoch for step in steps if step < self.state.step)
 
     def _panels(self) -> list[tuple[str, list[Curve]]]:
         history = self.state.history
@@ -173,34 +176,29 @@ class Report:
         return split, head, self._once(split, lambda: self._judged(split))
 
     def _judged(self, split: str) -> str:
+        """What the predictions come to: figures, matrix, what is mixed up most, every class."""
         matrix, classes = self._confusion(split), self.run.data.classes
-        of_classes = scores.per_class(matrix)
-        support = of_classes.pop("support")
-        rows = [
-            [name, *(shown(values[number]) for values in of_classes.values()), f"{support[number]}"]
-            for number, name in enumerate(classes)
-        ]
-        for mean, function in (
-            ("mean", scores.macro),
-            ("weighted", lambda values: scores.weighted(values, support)),
-        ):
-            means = [shown(function(values)) for values in of_classes.values()]
-            rows.append([f"— {mean} —", *means, f"{support.sum()}"])
-        metrics = ""
+        lines = []
         if split == "test":
-            metrics = "  ".join(
-                f"{name.removeprefix('test_')} {shown(value)}"
-                for name, value in self.state.test.items()
+            metrics = self.state.test.items()
+            lines.append(
+                " · ".join(
+                    f"{name.removeprefix('test_')} {shown(value)}" for name, value in metrics
+                )
             )
-            metrics = f"<p>{escaped(metrics).replace('  ', ' · ')}</p>"
         if len(classes) == 2:
-            metrics += f'<p class="dim">positive: {escaped(classes[1])}</p>'
-        head = ["class", "precision", "recall", "specificity", "F1", "images"]
-        scroll = " scroll" if len(classes) > figures.MAX_CLASSES_WITH_NUMBERS else ""
+            lines.append(f"positive: {classes[1]}")
+        said = "".join(f"<p>{escaped(line)}</p>" for line in lines)
+        picture = figures.confusion_svg(matrix, classes)
+        rows, means = class_rows(matrix, classes)
+        if len(classes) <= figures.MAX_CLASSES_WITH_NUMBERS:
+            content = f'<div class="wide">{table(CLASS_HEAD, rows + means)}</div>'
+            return f'{said}<div class="row"><div>{picture}</div>{content}</div>'
+        every = details("Every class", f'<div class="wide">{table(CLASS_HEAD, rows)}</div>')
         return (
-            f'{metrics}<div class="row"><div class="wide{scroll}">'
-            f"{figures.confusion_svg(matrix, classes)}</div>"
-            f'<div class="wide">{table(head, rows)}</div></div>'
+            f'{said}<div class="row"><div class="wide">{table(CLASS_HEAD, means)}</div>'
+            f'<div class="wide">{most_confused(matrix, classes)}</div></div>'
+            f'{every}<div class="wide scroll">{picture}</div>'
         )
 
     def _mistakes(self) -> str:
@@ -251,7 +249,7 @@ class Report:
             [name, *(f"{part[number]}" for part in parts)]
             for number, name in enumerate(data.classes)
         ]
-        rows.append(["— all —", *(f"{part.sum()}" for part in parts)])
+        rows.append(["all", *(f"{part.sum()}" for part in parts)])
         content = f'<div class="wide">{table(["class", *SPLITS], rows)}</div>'
         return content if len(rows) <= 30 else details("of every class", content)
 
@@ -265,7 +263,38 @@ class Report:
         return f'<div class="wide">{table(["", ""], rows)}</div>'
 
 
-SPLITS = ("train", "val", "test")
+def class_rows(matrix: np.ndarray, classes: list[str]) -> tuple[list[list[str]], list[list[str]]]:
+    """Table rows for each class, and for the means over them."""
+    values = scores.per_class(matrix)
+    support = values.pop("support")
+    rows = [
+        [name, *(shown(column[number]) for column in values.values()), f"{support[number]}"]
+        for number, name in enumerate(classes)
+    ]
+    macro = [scores.macro(column) for column in values.values()]
+    weighted = [scores.weighted(column, support) for column in values.values()]
+    means = [
+        [name, *map(shown, figures_), f"{support.sum()}"]
+        for name, figures_ in (("mean", macro), ("weighted", weighted))
+    ]
+    return rows, means
+
+
+def most_confused(matrix: np.ndarray, classes: list[str]) -> str:
+    """The pairs of classes that are mixed up most often, as a table."""
+    wrong = matrix * (1 - np.eye(len(matrix), dtype=matrix.dtype))
+    most = np.argsort(-wrong, axis=None, kind="stable")[:NUM_PAIRS]
+    pairs = [divmod(int(cell), len(classes)) for cell in most]
+    rows = [
+        [
+            figures.shortened(classes[is_]),
+            figures.shortened(classes[said]),
+            f"{matrix[is_, said]} of {matrix[is_].sum()}",
+        ]
+        for is_, said in pairs
+        if wrong[is_, said]
+    ]
+    return table(["most mixed up", "taken for", "images"], rows)
 
 
 def first_training_images(run: Run) -> list[tuple[torch.Tensor, str]]:
