@@ -262,7 +262,9 @@ def group_table(
 
 
 def values_of(group: list[RunRecord], figure: str) -> list[float]:
-    return [value for run in group if (value := run.figure(figure)) is not None]
+    """The group's figures, one a seed: the same run twice tells nothing of the spread."""
+    found = {run.settings[SEED]: run.figure(figure) for run in group}
+    return [value for value in found.values() if value is not None]
 
 
 def settings_table(runs: Sequence[RunRecord], found: dict[str, list[Any]]) -> list[list[str]]:

@@ -52,6 +52,7 @@ class Records:
             self._tensorboard = TensorBoard(cfg, folder, run)
 
     def __enter__(self) -> Self:
+        self._write_result()
         self._write_tables()
         if self._tensorboard is not None:
             self._attempt("logs/tensorboard", self._tensorboard.rewind)
@@ -67,6 +68,7 @@ class Records:
 
     def finish(self) -> None:
         """After the test."""
+        self._write_result()
         self.write()
         state = self.state
         if state.best is not None:
@@ -86,7 +88,6 @@ class Records:
     def _write_tables(self) -> None:
         logs, state = self.folder.logs, self.state
         self._attempt("history.csv", lambda: write_history(logs / "history.csv", state.history))
-        self._attempt("result.json", lambda: write_text(logs / "result.json", self._result()))
         path, best = logs / "predictions_val.csv", state.best and state.best["epoch"]
         if "val" not in state.predictions:
             path.unlink(missing_ok=True)  # of an epoch that this state does not know
@@ -94,17 +95,17 @@ class Records:
             written = self._attempt(path.name, lambda: write_text(path, self._predictions()))
             self._predictions_of = best if written else None
 
-    def _result(self) -> str:
-        """result.json: the figures that compare.py sets side by side, and of how many images."""
+    def _write_result(self) -> None:
+        """result.json: of how many images the figures are, and once there is one, the result."""
         data, state = self.run.data, self.state
         result = {
             "classes": len(data.classes),
             "images": {part: len(getattr(data, part)) for part in ("train", "val", "test")},
-            "epochs": state.epoch,
-            "best": state.best,
+            "best": state.best if state.test is not None else None,
             "test": state.test,
         }
-        return json.dumps(result, indent=2) + "\n"
+        text, path = json.dumps(result, indent=2) + "\n", self.folder.logs / "result.json"
+        self._attempt(path.name, lambda: write_text(path, text))
 
     def _predictions(self) -> str:
         """predictions_val.csv: what the best epoch said of each validation image."""

@@ -101,6 +101,17 @@ def test_records_are_brought_back_to_what_the_checkpoint_knows(train):
         assert Path("logs", name).read_bytes() == (whole / "logs" / name).read_bytes()
 
 
+def test_records_that_were_lost_come_back_with_a_resume(train):
+    assert train("log.report=true") == 0
+    names = ("predictions_val.csv", "result.json", "confusion_matrix.png")
+    whole = {name: Path("logs", name).read_bytes() for name in names}
+    for name in (*names, "report.html"):
+        Path("logs", name).unlink()
+    assert train("--resume") == 0
+    assert {name: Path("logs", name).read_bytes() for name in names} == whole
+    assert "Validation, 6 images" in Path("logs/report.html").read_text(encoding="utf-8")
+
+
 def test_a_checkpoint_from_before_these_records_resumes(train):
     assert train("checkpoint.monitor=val_acc") == 0
     path = Path("checkpoints/last.pth")

@@ -9,7 +9,10 @@ from conftest import TINY, history
 from processes import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-WORDS = [*TINY, "log.tensorboard=true", "train.epochs=3", "checkpoint.every_steps=1"]
+WORDS = [
+    *(*TINY, "log.tensorboard=true", "train.epochs=3", "checkpoint.every_steps=1"),
+    *("optim.groups=[{match: classifier, lr_scale: 0.1}]", "schedule.name=cosine"),
+]
 
 
 def read(folder: Path | str, kind: str = "scalars") -> dict[str, list]:
@@ -32,7 +35,8 @@ def test_a_run_killed_twice_has_the_curves_of_the_unbroken_one(tmp_path):
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     assert run(unbroken, *WORDS)[0] == 0
     assert run(killed, *WORDS, trap=("training", 6, signal.SIGKILL))[0] == -signal.SIGKILL
-    assert run(killed, "--resume", trap=("validation", 4, signal.SIGKILL))[0] == -signal.SIGKILL
+    # Saved with the epoch trained and not yet validated.
+    assert run(killed, "--resume", trap=("before validation", 0, signal.SIGTERM))[0] == 143
     status, output = run(killed, "--resume")
     assert status == 0, output
     curves = read(unbroken)
@@ -55,8 +59,10 @@ def test_a_run_killed_twice_has_the_curves_of_the_unbroken_one(tmp_path):
 def test_events_ahead_of_the_checkpoint_are_taken_back(train):
     words = ["log.tensorboard=true", "train.epochs=3", "checkpoint.every_epochs=1"]
     assert train(*words) == 0
-    first = read(".")
-    assert train("--resume", "checkpoints/epoch_001.pth", "optim.lr=0.001") == 0
+    first, pictures = read("."), read(".", "images")["val/confusion"]
+    assert len(pictures) == 3
+    assert train("--resume", "checkpoints/epoch_001.pth", "optim.lr=30") == 0
+    assert read(".", "images")["val/confusion"] == pictures[:1]  # there was no better one
     curves, rows = read("."), history(".")
     assert curves["train/loss"][0] == first["train/loss"][0]
     assert curves["train/loss"][1] != first["train/loss"][1]
