@@ -47,9 +47,12 @@ class Records:
 
             self._report = Report(cfg, folder, run)
         if cfg.log.tensorboard and has_tensorboard():
-            from cnn.tensorboard import TensorBoard
+            self._attempt("logs/tensorboard", self._open_tensorboard)
 
-            self._tensorboard = TensorBoard(cfg, folder, run)
+    def _open_tensorboard(self) -> None:
+        from cnn.tensorboard import TensorBoard
+
+        self._tensorboard = TensorBoard(self.cfg, self.folder, self.run)
 
     def __enter__(self) -> Self:
         self._write_result()
@@ -156,7 +159,8 @@ def say_what_is_left_out(cfg: Config) -> None:
     """One line, where something asked for needs a package that is not installed."""
     left_out = {}
     if (cfg.log.report or cfg.log.tensorboard) and not figures.is_available():
-        left_out["matplotlib"] = ["report.html, curves.png, confusion_matrix.png"]
+        of_report = "report.html, curves.png, confusion_matrix.png"
+        left_out["matplotlib"] = [of_report if cfg.log.report else "TensorBoard's pictures"]
     if cfg.log.tensorboard and not has_tensorboard():
         left_out["tensorboard"] = ["logs/tensorboard"]
     if left_out:
