@@ -5,7 +5,8 @@ python train.py optim.lr=0.01 train.epochs=10      any setting changed
 python train.py --config configs/folder.yaml data.root=photos
 python train.py --resume checkpoints/best.pth      go on from a checkpoint
 python train.py --resume                           from the latest; where there is none, start
-    python train.py --drill [settings]                 can this run be stopped anywhere? try it
+python train.py --drill [settings]                 can this run be stopped anywhere? try it
+python train.py --find-lr [settings]               which learning rate? a range test
 """
 
 import logging
@@ -41,7 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     if command.print_config:
         sys.stdout.write(to_yaml(cfg))
         return cli.DONE
-    act = dry_run if command.dry_run else drill if command.drill else start
+    acts = {"dry_run": dry_run, "drill": drill, "find_lr": find_lr}
+    act = next((act for name, act in acts.items() if getattr(command, name)), start)
     return cli.run(lambda log, stop: act(cfg, command, log, stop), places)
 
 
@@ -76,9 +78,9 @@ def train(
     from cnn import summary
     from cnn.building import build_run
     from cnn.engine import evaluate, train_one_epoch
+    from cnn.records import Records
     from cnn.resuming import make_ready
     from cnn.saving import Saver
-    from cnn.utils.logger import write_history
     from cnn.utils.progress import follow
 
     run = build_run(cfg, point, max_batches)
@@ -86,9 +88,11 @@ def train(
     make_ready(folder, point)
     log.open_file(folder.logs / "train.log")
     summary.write(cfg, folder.logs, run, point)
-    write_history(folder.logs / "history.csv", state.history)
 
-    with Saver(cfg.checkpoint, state, folder, stop, run.about) as saver:
+    with (
+        Records(cfg, folder, run) as records,
+        Saver(cfg.checkpoint, state, folder, stop, run.about) as saver,
+    ):
         while not state.is_finished(epochs, cfg.train.early_stop_patience):
             batches = run.train_loader.train_batches(state.epoch + 1, start=state.batch)
             steps = train_one_epoch(
@@ -108,21 +112,26 @@ def train(
 
             batches = saver.interruptible(run.val_loader.batches())
             batches = follow(batches, f"{label} val", len(run.val_loader), 0, cfg.log.every_seconds)
-            metrics = evaluate(state.evaluated_model(), batches, run.loss, run.autocast, "val_")
-            improved = state.end_epoch(metrics, cfg.checkpoint.monitor, saver.seconds())
+            model, said = state.evaluated_model(), run.outcome()
+            metrics = evaluate(model, batches, run.loss, run.autocast, "val_", said)
+            seconds, monitor = saver.seconds(), cfg.checkpoint.monitor
+            improved = state.end_epoch(metrics, monitor, seconds, said.predictions())
             saver.end_epoch(improved)
-            write_history(folder.logs / "history.csv", state.history)
+            records.write()
             summary.log_epoch(state, epochs)
+            saver.seconds()  # what the records took is not the next epoch's
 
         if state.test is None:
             logger.info("testing the best epoch, once")
-            model = saver.best_model()
+            model, said = saver.best_model(), run.outcome(of_result=True)
             batches = saver.interruptible(run.test_loader.batches())
-            state.test = evaluate(model, batches, run.loss, run.autocast, "test_")
+            state.test = evaluate(model, batches, run.loss, run.autocast, "test_", said)
+            state.predictions["test"] = said.predictions()
             saver.save()
         else:
             logger.info("this run is finished; for more epochs, say train.epochs=%d", 2 * epochs)
-        summary.log_test(state)
+        summary.log_test(state, len(run.data.test))
+        records.finish()
 
 
 def dry_run(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") -> None:
@@ -132,7 +141,8 @@ def dry_run(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") 
 
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch, RunFolder(None, Path(scratch)) as folder:
-        short = replaced(cfg, run=None, train={"epochs": 1, "early_stop_patience": None})
+        once = {"epochs": 1, "early_stop_patience": None}
+        short = replaced(cfg, run=None, train=once, log={"report": False, "tensorboard": False})
         train(short, folder, log, stop, max_batches=2)
         longer = replaced(short, train={"epochs": 2})
         train(longer, folder, log, stop, ResumePoint.read(folder.last, longer), max_batches=2)
@@ -147,6 +157,13 @@ def drill(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") ->
     from cnn.drill import hold_drill
 
     hold_drill(cfg, stop)
+
+
+def find_lr(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") -> None:
+    """Which learning rate? Tries ever higher ones; touches nothing of the run."""
+    from cnn.find_lr import range_test
+
+    range_test(cfg)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from cnn.config import Config, to_dict
+from cnn.config import Config, Refused, to_dict
 from cnn.datasets import Data, build_data
 from cnn.datasets.loading import Loader, build_loader
 from cnn.losses import build_loss
-from cnn.metrics import mode
+from cnn.metrics import Outcome, mode
 from cnn.models import build_model
 from cnn.optim import Schedule, build_optimizer
 from cnn.resuming import ResumePoint, restore
+from cnn.scores import epoch_metrics, result_metrics
 from cnn.state import TrainingState
 from cnn.utils import environment as env
 from cnn.utils.checkpoint import FORMAT
@@ -34,6 +35,13 @@ class Run:
     state: TrainingState
     environment: dict[str, Any]
     about: dict[str, Any]  # what a checkpoint holds besides the state
+    monitor: str
+
+    def outcome(self, *, of_result: bool = False) -> Outcome:
+        """What an evaluation is to be added to: an epoch's, or the one that is the run's result."""
+        number = len(self.data.classes)
+        names = result_metrics(number) if of_result else epoch_metrics(number, self.monitor)
+        return Outcome(self.state.device, number, names)
 
 
 def build_run(cfg: Config, point: ResumePoint | None = None, max_batches: int | None = None) -> Run:
@@ -51,6 +59,7 @@ def build_run(cfg: Config, point: ResumePoint | None = None, max_batches: int | 
     if cfg.train.deterministic:
         env.make_deterministic()
     data = build_data(cfg.data, cfg.seed)
+    check_monitor(cfg.checkpoint.monitor, data)
     if max_batches is not None:
         data = data.head(max_batches * cfg.data.batch_size)
     pre = data.preprocessing
@@ -96,4 +105,25 @@ def build_run(cfg: Config, point: ResumePoint | None = None, max_batches: int | 
         state=state,
         environment=environment,
         about=about,
+        monitor=cfg.checkpoint.monitor,
     )
+
+
+def check_monitor(monitor: str, data: Data) -> None:
+    """Refuses to look for the best epoch by a metric that these validation images leave undefined."""
+    classes, present = data.classes, set(data.val.labels.tolist())
+    if monitor in ("val_sensitivity", "val_specificity"):
+        if len(classes) != 2:
+            raise Refused(
+                f"checkpoint.monitor: {monitor} is for two classes, there are {len(classes)};"
+                f" val_balanced_acc is the mean of every class's sensitivity"
+            )
+        needed = {1} if monitor == "val_sensitivity" else {0}
+    else:
+        needed = {0, 1} if monitor == "val_auc" and len(classes) == 2 else set()
+    absent = [classes[number] for number in sorted(needed - present)]
+    if absent or (monitor == "val_auc" and len(present) < 2):
+        raise Refused(
+            f"checkpoint.monitor: {monitor} is undefined, since there is no validation image of"
+            f" {', '.join(absent) or 'a second class'}; a larger data.val_fraction may help"
+        )

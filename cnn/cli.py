@@ -36,6 +36,7 @@ class Command:
     checkpoint: Path | None  # the file after --resume
     dry_run: bool
     drill: bool
+    find_lr: bool
     print_config: bool
 
     def load_config(self, base: dict[str, Any] | None = None) -> tuple[Config, dict[str, str]]:
@@ -65,6 +66,7 @@ def parse(argv: list[str], description: str) -> Command:
     add("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE, or the latest")
     add("--dry-run", action="store_true", help="two batches of everything, in a scratch folder")
     add("--drill", action="store_true", help="kill a short run of yours and compare every bit")
+    add("--find-lr", action="store_true", help="try ever higher learning rates, suggest one")
     add("--print-config", action="store_true", help="print every setting with its meaning")
     add("settings", nargs="*", metavar="key=value", help="change a setting: optim.lr=0.01")
     args = parser.parse_intermixed_args(_separate(argv))
@@ -80,6 +82,7 @@ def parse(argv: list[str], description: str) -> Command:
         checkpoint=Path(args.resume) if args.resume else None,
         dry_run=args.dry_run,
         drill=args.drill,
+        find_lr=args.find_lr,
         print_config=args.print_config,
     )
 

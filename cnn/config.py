@@ -20,6 +20,9 @@ import yaml
 MAX_CONFIG_BYTES = 100_000  # the files shipped have about 2,000
 MAX_DEPTH = 20  # of brackets and indents; PyYAML takes minutes for some thousands
 
+# What configs/best_hparams/*.yaml hold beside the settings; read past, so that --config takes them.
+RECORDS = ("best_metrics", "test_metrics", "updated_at", "history")
+
 # What a resume makes of a key that differs from the checkpoint's.
 FREE = "taken"  # may change: paths, workers, epochs
 ASKED = "taken only when typed on the command line"  # changes the mathematics: lr, loss
@@ -221,11 +224,16 @@ class TrainConfig:
     )
 
 
+# Of the validation; f1 is the mean over the classes, and so is auc, but of two classes class 1's.
+MONITORED = (
+    *("val_acc", "val_loss", "val_balanced_acc", "val_f1", "val_auc", "val_log_loss", "val_ece"),
+    *("val_sensitivity", "val_specificity"),  # of two classes; class 1 is the positive one
+)
+
+
 @dataclass(frozen=True)
 class CheckpointConfig:
-    monitor: str = setting(
-        "val_acc", "what best.pth is best in", resume=ASKED, choices=("val_acc", "val_loss")
-    )
+    monitor: str = setting("val_acc", "what best.pth is best in", resume=ASKED, choices=MONITORED)
     every_epochs: int | None = setting(
         None, "keep epoch_005.pth and so on every so many epochs", resume=FREE, least=1
     )
@@ -241,6 +249,10 @@ class CheckpointConfig:
 class LogConfig:
     every_seconds: float = setting(
         30.0, "off a terminal, a line that often within an epoch", resume=FREE, above=0
+    )
+    report: bool = setting(True, "logs/report.html and figures; needs matplotlib", resume=FREE)
+    tensorboard: bool = setting(
+        False, "event files in logs/tensorboard; needs tensorboard", resume=FREE
     )
 
 
@@ -402,6 +414,7 @@ def _read_file(path: Path, mistakes: list[str], seen: tuple[Path, ...] = ()) -> 
         raise Refused(f"{path}: base: the files name each other in a circle")
     root = _compose(_read_text(path), str(path))
     given = _flatten(root, str(path), mistakes)
+    given = {key: item for key, item in given.items() if key not in RECORDS}
     base = given.pop("base", None)
     if base is None:
         return given

@@ -67,6 +67,7 @@ def hold_drill(cfg: Config, stop: StopSignals) -> None:
         train={"epochs": EPOCHS, "early_stop_patience": None},
         schedule={"warmup_epochs": min(cfg.schedule.warmup_epochs, 1)},
         checkpoint={"every_steps": 1, "every_epochs": None},
+        log={"report": False, "tensorboard": False},
     )
     with tempfile.TemporaryDirectory(prefix="drill_") as scratch:
         settings = Path(scratch, "config.yaml")

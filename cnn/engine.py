@@ -68,11 +68,16 @@ def evaluate(
     loss_function: nn.Module,
     autocast: Callable[[], torch.autocast],
     prefix: str,
-) -> dict[str, float]:
-    """Loss and accuracy of the model over all the batches, named PREFIXloss and PREFIXacc."""
+    sums: Sums | None = None,
+) -> dict[str, float | None]:
+    """Loss and accuracy of the model over all the batches, named PREFIXloss and PREFIXacc.
+
+    Args:
+        sums: where to add the batches, for more than these two: an `Outcome`.
+    """
     was_training = model.training
     model.eval()
-    sums = Sums(next(model.parameters()).device)
+    sums = Sums(next(model.parameters()).device) if sums is None else sums
     for images, labels in batches:
         with autocast():
             logits = model(images)

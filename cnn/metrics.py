@@ -1,9 +1,15 @@
-"""Loss and accuracy from sums that stay on the device: one transfer where they are read."""
+"""Loss, accuracy and more from sums that stay on the device: one transfer where they are read."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
+
+from cnn import scores
+from cnn.scores import improves, mode
+
+__all__ = ["Outcome", "Sums", "improves", "loss_of", "mode"]
 
 
 class Sums:
@@ -40,16 +46,60 @@ class Sums:
         self.count = state["count"]
 
 
-def improves(metric: str, value: float, best: float | None) -> bool:
-    """Whether the value is better than the best so far; what is not a number never is."""
-    if not math.isfinite(value):
-        return False
-    return best is None or (value < best if mode(metric) == "min" else value > best)
+class Outcome(Sums):
+    """An evaluation: besides the sums, the confusion matrix, and of each image what was said.
 
+    Args:
+        names: of the metrics that `compute` gives; what they do not need is not kept.
+    """
 
-def mode(metric: str) -> str:
-    """Which way the metric is better: min for losses, max for the rest."""
-    return "min" if metric.endswith("loss") else "max"
+    def __init__(self, device: torch.device, num_classes: int, names: Sequence[str]):
+        super().__init__(device)
+        self.num_classes, self.names = num_classes, tuple(names)
+        # A row a class as labelled, a column a class as predicted; flat, to be added to at once.
+        self.matrix = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
+        self.in_top = torch.zeros((), dtype=torch.int64, device=device)
+        self._keeps_scores = bool(set(names) & set(scores.OF_SCORES))
+        self._labels: list[torch.Tensor] = []
+        self._predictions: list[torch.Tensor] = []
+        self._probabilities: list[torch.Tensor] = []  # of the class that was predicted
+        self._scores: list[torch.Tensor] = []
+
+    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Adds a batch: mean loss (), logits (N, classes), labels (N)."""
+        super().add(loss, logits, labels)
+        predictions = logits.argmax(1)
+        probabilities = logits.float().softmax(1)  # N, classes
+        cells = labels * self.num_classes + predictions
+        self.matrix.index_add_(0, cells, torch.ones_like(cells))
+        if f"top{scores.TOP_K}_acc" in self.names:
+            top = logits.topk(scores.TOP_K).indices  # N, 5
+            self.in_top += (top == labels[:, None]).sum()
+        self._predictions.append(predictions)
+        self._probabilities.append(probabilities.gather(1, predictions[:, None])[:, 0])
+        if self._keeps_scores:
+            self._labels.append(labels)
+            self._scores.append(probabilities)
+
+    def compute(self) -> dict[str, float | None]:
+        """The named metrics over the images so far; None for what is undefined."""
+        values = super().compute() | scores.of_matrix(self.confusion().numpy())
+        values[f"top{scores.TOP_K}_acc"] = self.in_top.item() / max(self.count, 1)
+        if self._keeps_scores and self._scores:
+            labels, given = torch.cat(self._labels).cpu(), torch.cat(self._scores).cpu()
+            values |= scores.of_scores(labels.numpy(), given.numpy())
+        return {name: values.get(name) for name in self.names}
+
+    def confusion(self) -> torch.Tensor:
+        """The confusion matrix, on the CPU: int64 (classes, classes)."""
+        return self.matrix.view(self.num_classes, self.num_classes).cpu()
+
+    def predictions(self) -> dict[str, torch.Tensor]:
+        """Of each image, in the order they came: the class predicted, and its probability."""
+        return {
+            "prediction": torch.cat(self._predictions).to("cpu", torch.int32),
+            "probability": torch.cat(self._probabilities).to("cpu", torch.float32),
+        }
 
 
 def loss_of(function: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

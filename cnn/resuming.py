@@ -222,6 +222,7 @@ def restore(state: TrainingState, point: ResumePoint, data: Data) -> None:
     cfg = point.cfg.train
     if not state.is_finished(cfg.epochs, cfg.early_stop_patience):
         state.test = None  # there are more epochs now; it will be another best one's
+        state.predictions.pop("test", None)
 
 
 def make_ready(folder: RunFolder, point: ResumePoint | None) -> None:

@@ -24,8 +24,10 @@ class TrainingState:
         lr: of the latest step.
         best: {"metric", "value", "epoch"} of the best epoch, or None.
         waited: epochs since the best one.
+        group_lrs: where groups have learning rates of their own, theirs: {"lr_x0.1": ...}.
         history: a row for each completed epoch.
         test: the final test's metrics, or None before it.
+        predictions: of "val" (the best epoch) and "test", what was said of each image and how sure.
     """
 
     def __init__(
@@ -50,10 +52,12 @@ class TrainingState:
         self.sums = Sums(device)
         self.seconds = 0.0
         self.lr = 0.0
+        self.group_lrs: dict[str, float] = {}
         self.best: dict[str, Any] | None = None
         self.waited = 0
-        self.history: list[dict[str, float]] = []
-        self.test: dict[str, float] | None = None
+        self.history: list[dict[str, float | None]] = []
+        self.test: dict[str, float | None] | None = None
+        self.predictions: dict[str, dict[str, torch.Tensor]] = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -65,6 +69,7 @@ class TrainingState:
             "epoch": self.epoch,
             "step": self.step,
             "lr": self.lr,
+            "group_lrs": dict(self.group_lrs),
             "unfinished_epoch": {
                 "batch": self.batch,
                 "sums": self.sums.state_dict(),
@@ -74,6 +79,7 @@ class TrainingState:
             "early_stop": {"waited": self.waited},
             "history": [dict(row) for row in self.history],
             "test": self.test,
+            "predictions": {split: dict(said) for split, said in self.predictions.items()},
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -89,6 +95,7 @@ class TrainingState:
         self.epoch = saved["epoch"]
         self.step = saved["step"]
         self.lr = saved["lr"]
+        self.group_lrs = dict(saved.get("group_lrs", {}))  # not in files of before
         self.batch = saved["unfinished_epoch"]["batch"]
         self.sums.load_state_dict(saved["unfinished_epoch"]["sums"])
         self.seconds = saved["unfinished_epoch"]["seconds"]
@@ -96,6 +103,7 @@ class TrainingState:
         self.waited = saved["early_stop"]["waited"]
         self.history = [dict(row) for row in saved["history"]]
         self.test = saved["test"]
+        self.predictions = dict(saved.get("predictions", {}))  # not in files of before
 
     def _check_fit(self, saved: dict[str, Any]) -> None:
         """Raises ValueError where tensors have another shape or dtype; torch would convert some."""
@@ -130,28 +138,39 @@ class TrainingState:
     def end_step(self, num_batches: int) -> None:
         """Counts an optimizer step over so many batches and moves the learning rate on."""
         self.lr = max(group["lr"] for group in self.optimizer.param_groups)
+        self.group_lrs = own_lrs(self.optimizer)
         self.schedule.step()
         self.step += 1
         self.batch += num_batches
 
-    def end_epoch(self, metrics: dict[str, float], monitor: str, val_seconds: float) -> bool:
+    def end_epoch(
+        self,
+        metrics: dict[str, float | None],
+        monitor: str,
+        val_seconds: float,
+        predictions: dict[str, torch.Tensor] | None = None,
+    ) -> bool:
         """Completes the epoch with its validation; returns whether it is the best so far.
 
         Args:
-            metrics: of the validation, each beginning with val_.
+            metrics: of the validation, each beginning with val_; None for what is undefined.
             val_seconds: that the validation took.
+            predictions: of the validation, as `Outcome` gives them; kept of the best epoch.
         """
         train = {f"train_{name}": value for name, value in self.sums.compute().items()}
         value = metrics[monitor]
         times = (self.sums.count / max(self.seconds, 1e-9), self.seconds + val_seconds)
         row = {"epoch": self.epoch + 1, "step": self.step, "lr": self.lr}
-        self.history.append(row | train | metrics | dict(zip(TIME_COLUMNS, times)))
+        row |= self.group_lrs | train | metrics
+        self.history.append(row | dict(zip(TIME_COLUMNS, times)))
         self.epoch += 1
-        self.schedule.end_epoch(value)
+        if value is not None:
+            self.schedule.end_epoch(value)
         self.batch, self.seconds, self.sums = 0, 0.0, Sums(self.device)
         improved = improves(monitor, value, self.best and self.best["value"])
         if improved:
             self.best = {"metric": monitor, "value": value, "epoch": self.epoch}
+            self.predictions = {} if predictions is None else {"val": predictions}
         self.waited = 0 if improved else self.waited + 1
         return improved
 
@@ -168,3 +187,13 @@ def _check_like(tensor: torch.Tensor, expected: torch.Tensor, name: str) -> None
             f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (expected, tensor)
         ]
         raise ValueError(f"{name}: expected {kinds[0]}, got {kinds[1]}")
+
+
+def own_lrs(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The learning rates of groups that have one of their own, by its ratio to the highest."""
+    highest = max(group["initial_lr"] for group in optimizer.param_groups)
+    return {
+        f"lr_x{group['initial_lr'] / highest:g}": group["lr"]
+        for group in optimizer.param_groups
+        if group["initial_lr"] != highest
+    }

@@ -12,6 +12,7 @@ from torch import nn
 from cnn.building import Run
 from cnn.config import Config, to_yaml
 from cnn.resuming import ResumePoint
+from cnn.scores import with_interval
 from cnn.state import TrainingState
 from cnn.utils.environment import differences
 from cnn.utils.logger import write_record
@@ -20,6 +21,7 @@ from cnn.utils.progress import duration
 logger = logging.getLogger(__name__)
 
 MAX_LISTED = 140  # characters of a line that counts the classes
+QUIET = {"val_balanced_acc", "val_f1", "val_top5_acc"}  # in history.csv, not in an epoch's line
 
 
 def write(cfg: Config, logs: Path, run: Run, point: ResumePoint | None) -> None:
@@ -107,8 +109,12 @@ def log_epoch(state: TrainingState, epochs: int) -> None:
     said = (
         f"best {best['metric']} {best['value']:.4f} (epoch {best['epoch']})" if best else "no best"
     )
+    shown = {name: value for name, value in row.items() if name.startswith(("train_", "val_"))}
+    for name in QUIET - {best["metric"] if best else None}:
+        shown.pop(name, None)
     metrics = "  ".join(
-        f"{name} {value:.4f}" for name, value in row.items() if name.startswith(("train_", "val_"))
+        f"{name} {'n/a' if value is None else format(value, '.4f')}"
+        for name, value in shown.items()
     )
     left = np.mean([r["seconds"] for r in state.history[-5:]]) * (epochs - state.epoch)
     logger.info(
@@ -124,13 +130,13 @@ def log_epoch(state: TrainingState, epochs: int) -> None:
     )
 
 
-def log_test(state: TrainingState) -> None:
-    """The result of the run."""
+def log_test(state: TrainingState, num_images: int) -> None:
+    """The result of the run, with the 95 % interval that so many images leave it."""
     best, test = state.best, state.test
     logger.info(
-        "test_loss %.4f  test_acc %.4f%s",
+        "test_loss %.4f  test_acc %s%s",
         test["test_loss"],
-        test["test_acc"],
+        with_interval(test["test_acc"], num_images),
         f"  (epoch {best['epoch']}, {best['metric']} {best['value']:.4f})" if best else "",
     )
 

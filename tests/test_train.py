@@ -25,12 +25,14 @@ def test_a_run_leaves_its_records(train):
     left = {str(path) for folder in ("logs", "checkpoints") for path in Path(folder).glob("[!.]*")}
     assert left == {
         *("logs/train.log", "logs/history.csv", "logs/config.yaml", "logs/model.txt"),
+        *("logs/predictions_val.csv", "logs/result.json"),
         *("checkpoints/best.pth", "checkpoints/last.pth"),
         *("checkpoints/epoch_001.pth", "checkpoints/epoch_002.pth"),
     }
     rows = Path("logs/history.csv").read_text().splitlines()
     assert rows[0] == (
-        "epoch,step,lr,train_loss,train_acc,val_loss,val_acc,images_per_second,seconds"
+        "epoch,step,lr,train_loss,train_acc,val_loss,val_acc,val_balanced_acc,val_f1,"
+        "images_per_second,seconds"
     )
     assert [row.split(",")[:2] for row in rows[1:]] == [["1", "4"], ["2", "8"]]
     log = Path("logs/train.log").read_text(encoding="utf-8")
@@ -143,7 +145,8 @@ def test_a_new_run_moves_the_earlier_one_aside(train):
     assert load_checkpoint(kept / "last.pth")["started"] == first["started"]
     (logs,) = Path("logs/archive").iterdir()
     assert {path.name for path in logs.iterdir()} == {
-        *("train.log", "history.csv", "config.yaml", "model.txt")
+        *("train.log", "history.csv", "config.yaml", "model.txt"),
+        *("predictions_val.csv", "result.json"),
     }
     assert kept.name == logs.name
 

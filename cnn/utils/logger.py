@@ -108,11 +108,16 @@ class Log:
             self._file.close()
 
 
-def write_history(path: Path, history: list[dict[str, float]]) -> None:
-    """Writes history.csv as the history says, whole; so a resume leaves no gap and no double."""
+def write_history(path: Path, history: list[dict[str, float | None]]) -> None:
+    """Writes history.csv as the history says, whole; so a resume leaves no gap and no double.
+
+    What is undefined is an empty cell.
+    """
     text = io.StringIO()
     if history:
-        columns = dict.fromkeys(name for row in reversed(history) for name in row)
+        # Rows may know different metrics, where a resume changed the one monitored; times come last.
+        columns = dict.fromkeys(name for row in history for name in list(row)[:-2])
+        columns |= dict.fromkeys(list(history[-1])[-2:])
         writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)

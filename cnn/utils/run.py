@@ -18,7 +18,10 @@ from cnn.config import Refused
 from cnn.utils.files import make_folder, remove_leftovers, write_text
 
 # All that a run leaves, so that only that is ever moved.
-LOGS = ("train.log", "history.csv", "config.yaml", "model.txt", "tensorboard", "report.html")
+LOGS = (
+    *("train.log", "history.csv", "config.yaml", "model.txt", "tensorboard", "report.html"),
+    *("curves.png", "confusion_matrix.png", "predictions_val.csv", "result.json"),
+)
 CHECKPOINTS = ("last.pth", "best.pth", "epoch_*.pth")
 
 OWNER = ".run.json"
@@ -35,6 +38,7 @@ class RunFolder:
         self.checkpoints = root / "checkpoints" / (name or "")
         self.last = self.checkpoints / "last.pth"
         self.best = self.checkpoints / "best.pth"
+        self.best_hparams = root / "configs" / "best_hparams"  # of all runs
         self._lock: FileLock | None = None
 
     def __enter__(self) -> Self:

@@ -1,0 +1,83 @@
+"""compare.py: what differs, by how much, and whether that is more than chance."""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY
+from processes import run
+
+from cnn import comparing
+from cnn.comparing import differing, groups_of, read_run, verdict
+
+
+def compare(*runs: str) -> int:
+    return comparing.main(list(runs), "")
+
+
+def test_six_runs_are_two_groups_with_the_right_difference(train, capsys):
+    names = []
+    for lr in (0.05, 0.0001):
+        for seed in range(3):
+            names.append(f"lr{lr}_seed{seed}")
+            words = [f"run={names[-1]}", f"seed={seed}", f"optim.lr={lr}", "train.epochs=6"]
+            assert train(*words, "data.args={num_images: 300, image_size: 8}") == 0
+    runs = [read_run(name) for name in names]
+    assert differing(runs) == {"seed": [0, 1, 2] * 2, "optim.lr": [0.05] * 3 + [0.0001] * 3}
+    assert [len(group) for group in groups_of(runs)] == [3, 3]
+    capsys.readouterr()
+    assert compare(*names) == 0
+    said = capsys.readouterr().out
+    assert "optim.lr=0.05 is better: test_acc" in said
+    settings = said.split("Settings that differ")[1].split("Groups")[0].split("\n")
+    assert {line.split()[0] for line in settings if line} == {"setting", "seed", "optim.lr"}
+    page = Path("logs/compare.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 3 and "http" not in page.replace("http://www.w3.org", "")
+    assert Path("logs/compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+VERDICTS = [
+    ([0.90, 0.91, 0.92], [0.80, 0.81, 0.82], "test_acc", "a is better"),
+    ([0.90, 0.91, 0.92], [0.80, 0.81, 0.82], "val_loss", "b is better"),
+    ([0.90, 0.80, 0.70], [0.85, 0.75, 0.80], "test_acc", "do not differ by more than their spread"),
+    ([0.90], [0.80, 0.81], "test_acc", "has no spread"),
+    ([], [0.80], "test_acc", "no test_acc yet"),
+]
+
+
+@pytest.mark.parametrize("first, second, figure, expected", VERDICTS)
+def test_a_verdict_weighs_the_difference_against_the_spread(first, second, figure, expected):
+    assert expected in verdict(("a", "b"), (first, second), figure)
+
+
+def test_a_running_a_broken_and_a_finished_run_are_set_side_by_side(tmp_path, capsys):
+    words = [*TINY, "train.epochs=3", "checkpoint.every_steps=1"]
+    assert run(tmp_path, *words, "run=done")[0] == 0
+    for name, place, passes in (("broken", "validation", 8), ("early", "training", 0)):
+        status, _ = run(tmp_path, *words, f"run={name}", trap=(place, passes, signal.SIGKILL))
+        assert status == -signal.SIGKILL
+    owner = {"process": os.getpid(), "machine": platform.node()}
+    (tmp_path / "checkpoints/early/.run.json").write_text(json.dumps(owner))
+    assert [read_run(n).status for n in ("done", "broken", "early")] == [
+        *("finished", "broken off", "running")
+    ]
+    assert compare("done", "logs/broken", "early") == 0
+    said = capsys.readouterr().out
+    rows = {line.split()[0]: line for line in said.splitlines() if "/3 " in line}
+    assert " 3/3 " in rows["done"] and " 0/3 " in rows["early"] and "n/a" in rows["early"]
+    assert "none" in said.split("Settings that differ")[1]
+
+
+def test_what_is_no_run_is_refused(capsys):
+    assert compare("nowhere") == 2
+    assert "nowhere: no run there" in capsys.readouterr().err
+
+
+def test_it_needs_no_torch():
+    code = "import sys, cnn.comparing; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
