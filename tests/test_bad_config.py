@@ -127,6 +127,8 @@ TEXTS = {
     "a merge": (b"data:\n  <<: {name: x}\n", "bad.yaml:2: data.<<: no such key"),
     "itself as base": (b"base: bad.yaml\n", "the files name each other in a circle"),
     "a base of zeros": (b'base: "a\\0b"\n', "bad.yaml:1: base: expected a file"),
+    "a zero in a path": (b'data:\n  root: "a\\0b"\n', "bad.yaml:2: data.root: expected text, got"),
+    "a zero in args": (b'data:\n  args: {a: "\\0"}\n', "bad.yaml:2: data.args: expected plain"),
     "a huge number": (b"seed: " + b"9" * 5_000 + b"\n", "bad.yaml:1: seed: expected a whole number"),
 }  # fmt: skip
 

@@ -174,6 +174,27 @@ def test_a_killed_loader_process_stops_the_run_saved_and_exact():
     assert_same_run("whole", ".")
 
 
+def test_a_loader_process_that_dies_in_the_middle_of_a_step_does_not_break_into_it():
+    photos()
+    Path("killer.py").write_text(
+        "import multiprocessing, time\n"
+        "from torch import nn\n"
+        "class Loss(nn.CrossEntropyLoss):\n"
+        "    calls = 0\n"
+        "    def forward(self, logits, labels):\n"
+        "        self.calls += 1\n"
+        "        if self.calls == 4:\n"
+        "            for worker in multiprocessing.active_children(): worker.kill()\n"
+        "            time.sleep(0.3)\n"
+        "        return super().forward(logits, labels)\n"
+    )
+    words = ["data.num_workers=1", "loss.name=killer:Loss", "data.augment=[]"]
+    status, output = go(*TINY, *FOLDER, *words, "checkpoint.every_steps=null")
+    assert status == 1 and "error: a loader process was killed" in output, output
+    saved = load_checkpoint(Path("checkpoints/last.pth"))
+    assert saved["step"] == saved["unfinished_epoch"]["batch"] >= 4, "the step was finished"
+
+
 def test_a_users_dataset_whose_file_is_gone_is_named(train, capfd):
     Path("reader.py").write_text(
         "import torch\n"

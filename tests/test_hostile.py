@@ -5,6 +5,7 @@ import codecs
 import operator
 import os
 import pickle
+import re
 import runpy
 import subprocess
 import tarfile
@@ -25,7 +26,10 @@ from archives import (
     saved,
     with_pickle,
 )
+from conftest import ROOT
 from torch import nn
+
+from cnn.utils.importing import outside_code
 
 TOUCH = f"open({str(MARKER)!r}, 'w').close()"
 
@@ -183,6 +187,27 @@ def test_what_is_no_file_is_refused(train, capfd, make):
 
 def test_there_are_forty_of_them():
     assert len(FILES) + 5 >= 40
+
+
+@pytest.mark.parametrize(
+    "file, named", [("os.system", "posix.system"), ("bytearray", "bytearray"), ("eval", "eval")]
+)
+def test_the_message_names_what_the_file_would_call(train, capfd, file, named):
+    Path("mine.pth").write_bytes(FILES[file]())
+    assert train("--resume", "mine.pth") == 2
+    assert re.search(rf"has no use for \(.*{named}\); not opened", capfd.readouterr().err)
+
+
+def test_only_modules_of_ones_own_folder_are_taken_from_a_checkpoint(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name in (
+        "train:main",
+        "cnn.utils.files:write_text",
+        "os:system",
+        "json:loads",
+        "yaml:load",
+    ):
+        assert outside_code(name), name
 
 
 def test_weights_of_a_damaged_file_are_refused(train, capfd):

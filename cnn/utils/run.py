@@ -15,7 +15,7 @@ from typing import Self
 from filelock import FileLock, Timeout
 
 from cnn.config import Refused
-from cnn.utils.files import make_folder, remove_leftovers, write_text
+from cnn.utils.files import make_folder, remove_leftovers
 
 # All that a run leaves, so that only that is ever moved.
 LOGS = (
@@ -65,7 +65,7 @@ class RunFolder:
                 "command": " ".join(sys.argv),
             }
             with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
-                write_text(self.checkpoints / OWNER, json.dumps(owner))
+                (self.checkpoints / OWNER).write_text(json.dumps(owner), encoding="utf-8")
             for folder in (self.logs, self.checkpoints):
                 remove_leftovers(folder)
         except OSError as error:
