@@ -194,8 +194,8 @@ def test_a_full_disk_costs_a_save_and_not_the_run(train):
     print(output)
     assert status == 1 and "Traceback" not in output
     assert "epoch 4/4" in output, "training goes on to its end"
-    assert output.count("could not save checkpoints/last.pth: File too large; it needs 0.0") == 4
-    assert "MB free. The file of before is kept, training goes on, the next save" in output
+    assert output.count("could not save checkpoints/last.pth: File too large; it needs ") == 4
+    assert " free. The file of before is kept, training goes on, the next save" in output
     assert (
         "Safe is checkpoints/last.pth, after epoch 1, step 4: --resume checkpoints/last.pth"
         in output
@@ -240,7 +240,7 @@ def test_a_full_file_system_costs_a_save_and_not_the_run():
         print(output)
         assert status == 0 and "Traceback" not in output
         assert "could not save checkpoints/last.pth: No space left on device; it needs" in output
-        assert "checkpoints has 0.0 MB free" in output
+        assert "checkpoints has 0 kB free" in output
         assert load_checkpoint(Path("checkpoints/last.pth"))["epoch"] == 4
     finally:
         os.chdir("..")

@@ -297,8 +297,12 @@ def _reason(error: Exception) -> str:
 
 def _space(content: dict[str, Any], path: Path) -> str:
     """How much room the save needs, and how much there is."""
-    needs = f"it needs {estimate_bytes(content) / 1e6:.1f} MB"
+    needs = f"it needs {_size(estimate_bytes(content))}"
     try:
-        return f"{needs}, {path.parent} has {shutil.disk_usage(path.parent).free / 1e6:.1f} MB free"
+        return f"{needs}, {path.parent} has {_size(shutil.disk_usage(path.parent).free)} free"
     except OSError:
         return f"{needs} in {path.parent}"
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e6:.1f} MB" if number >= 1e6 else f"{number / 1e3:.0f} kB"
