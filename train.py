@@ -21,7 +21,11 @@ from cnn import cli
 from cnn.config import Config, Refused, replaced, to_yaml
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from cnn.building import Run
     from cnn.resuming import ResumePoint
+    from cnn.saving import Saver
     from cnn.trace import Trace
     from cnn.utils.logger import Log
     from cnn.utils.run import RunFolder
@@ -36,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     command = cli.parse(sys.argv[1:] if argv is None else argv, __doc__)
     try:
         cfg, places = command.load_config()
+        command.places.update(places)
     except Refused as refusal:
         sys.stderr.write(f"{refusal}\n")
         return cli.REFUSED
@@ -44,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         return cli.DONE
     acts = {"dry_run": dry_run, "drill": drill, "find_lr": find_lr}
     act = next((act for name, act in acts.items() if getattr(command, name)), start)
-    return cli.run(lambda log, stop: act(cfg, command, log, stop), places)
+    return cli.run(lambda log, stop: act(cfg, command, log, stop), command.places)
 
 
 def start(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") -> None:
@@ -77,7 +82,7 @@ def train(
     """
     from cnn import summary
     from cnn.building import build_run
-    from cnn.engine import evaluate, train_one_epoch
+    from cnn.engine import evaluate
     from cnn.records import Records
     from cnn.resuming import make_ready
     from cnn.saving import Saver
@@ -94,19 +99,9 @@ def train(
         Saver(cfg.checkpoint, state, folder, stop, run.about) as saver,
     ):
         while not state.is_finished(epochs, cfg.train.early_stop_patience):
-            batches = run.train_loader.train_batches(state.epoch + 1, start=state.batch)
-            steps = train_one_epoch(
-                state,
-                trace.follow(batches, state) if trace else batches,
-                run.train_loader.sizes,
-                run.loss,
-                run.autocast,
-                seed=cfg.seed,
-                accumulate=cfg.train.accumulate,
-                clip_grad_norm=cfg.train.clip_grad_norm,
-            )
-            done, total = state.batch // cfg.train.accumulate, run.steps_per_epoch
             label = f"epoch {state.epoch + 1}/{epochs}"
+            done, total = state.batch // cfg.train.accumulate, run.steps_per_epoch
+            steps = train_steps(cfg, run, trace)
             for _ in follow(steps, label, total, done, cfg.log.every_seconds):
                 saver.between_steps()
 
@@ -122,16 +117,41 @@ def train(
             saver.seconds()  # what the records took is not the next epoch's
 
         if state.test is None:
-            logger.info("testing the best epoch, once")
-            model, said = saver.best_model(), run.outcome(of_result=True)
-            batches = saver.interruptible(run.test_loader.batches())
-            state.test = evaluate(model, batches, run.loss, run.autocast, "test_", said)
-            state.predictions["test"] = said.predictions()
-            saver.save()
+            test(run, saver)
         else:
-            logger.info("this run is finished; for more epochs, say train.epochs=%d", 2 * epochs)
+            summary.log_finished(cfg, state)
         summary.log_test(state, len(run.data.test))
         records.finish()
+
+
+def train_steps(cfg: Config, run: "Run", trace: "Trace | None") -> "Iterator[int]":
+    """The optimizer steps that are left of the epoch that the run is in."""
+    from cnn.engine import train_one_epoch
+
+    state = run.state
+    batches = run.train_loader.train_batches(state.epoch + 1, start=state.batch)
+    return train_one_epoch(
+        state,
+        trace.follow(batches, state) if trace else batches,
+        run.train_loader.sizes,
+        run.loss,
+        run.autocast,
+        seed=cfg.seed,
+        accumulate=cfg.train.accumulate,
+        clip_grad_norm=cfg.train.clip_grad_norm,
+    )
+
+
+def test(run: "Run", saver: "Saver") -> None:
+    """Tests the best epoch, the one time that the test images are looked at."""
+    from cnn.engine import evaluate
+
+    logger.info("testing the best epoch, once")
+    model, said = saver.best_model(), run.outcome(of_result=True)
+    batches = saver.interruptible(run.test_loader.batches())
+    run.state.test = evaluate(model, batches, run.loss, run.autocast, "test_", said)
+    run.state.predictions["test"] = said.predictions()
+    saver.save()
 
 
 def dry_run(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") -> None:

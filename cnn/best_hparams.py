@@ -24,8 +24,9 @@ LOCK_SECONDS = 60.0  # to wait for another process, which holds it for milliseco
 
 
 def file_of(cfg: Config, folder: Path) -> Path:
-    """The file for the model and data of these settings."""
-    words = [cfg.model.name, cfg.data.name, *([cfg.data.tag] if cfg.data.tag else [])]
+    """The file for the model and data of these settings; a tag stands for a folder's or a CSV's."""
+    data = [] if cfg.data.tag and cfg.data.name in ("folder", "csv") else [cfg.data.name]
+    words = [cfg.model.name, *data, *([cfg.data.tag] if cfg.data.tag else [])]
     return folder / ("_".join(re.sub(r"[^\w.\-]+", "-", word) for word in words) + ".yaml")
 
 

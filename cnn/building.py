@@ -3,13 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from cnn.config import Config, Refused, to_dict
+from cnn.config import Config, Refused, is_import_path, to_dict
 from cnn.datasets import Data, build_data
 from cnn.datasets.loading import Loader, build_loader
 from cnn.losses import build_loss
@@ -59,27 +59,20 @@ def build_run(cfg: Config, point: ResumePoint | None = None, max_batches: int | 
     if cfg.train.deterministic:
         env.make_deterministic()
     data = build_data(cfg.data, cfg.seed)
+    if point is not None:
+        data = data.prepared_as(point.content["preprocessing"])
     check_monitor(cfg.checkpoint.monitor, data)
     if max_batches is not None:
         data = data.head(max_batches * cfg.data.batch_size)
     pre = data.preprocessing
-    model = build_model(cfg.model, len(data.classes), pre.channels, pre.image_size, cfg.seed)
+    # A resume brings its weights along; those that the run began with may be gone.
+    begun = replace(cfg.model, weights=None, pretrained=False) if point else cfg.model
+    model = build_model(begun, len(data.classes), pre.channels, pre.image_size, cfg.seed)
     model = model.to(device, memory_format=torch.channels_last)
     loss = build_loss(cfg.loss, data.train.labels, data.classes).to(device)
     train_loader = build_loader(cfg.data, data.train, pre, device, cfg.seed, training=True)
     steps_per_epoch = -(-len(train_loader) // cfg.train.accumulate)
-    optimizer = build_optimizer(cfg.optim, model)
-    state = TrainingState(
-        model,
-        optimizer,
-        Schedule(
-            cfg.schedule, optimizer, steps_per_epoch, cfg.train.epochs, mode(cfg.checkpoint.monitor)
-        ),
-        torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
-        device,
-        ema_decay=cfg.train.ema_decay,
-        compile=cfg.train.compile,
-    )
+    state = _build_state(cfg, model, loss, steps_per_epoch, device, precision)
     environment = env.describe(device, precision)
     if point is not None:
         restore(state, point, data)
@@ -106,6 +99,29 @@ def build_run(cfg: Config, point: ResumePoint | None = None, max_batches: int | 
         environment=environment,
         about=about,
         monitor=cfg.checkpoint.monitor,
+    )
+
+
+def _build_state(
+    cfg: Config,
+    model: nn.Module,
+    loss: nn.Module,
+    steps_per_epoch: int,
+    device: torch.device,
+    precision: str,
+) -> TrainingState:
+    """The state of a run that has not begun: the model with its optimizer, schedule and scaler."""
+    optimizer = build_optimizer(cfg.optim, model)
+    better = mode(cfg.checkpoint.monitor)
+    return TrainingState(
+        model,
+        optimizer,
+        Schedule(cfg.schedule, optimizer, steps_per_epoch, cfg.train.epochs, better),
+        torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        device,
+        ema_decay=cfg.train.ema_decay,
+        compile=cfg.train.compile,
+        loss=loss if is_import_path(cfg.loss.name) else None,
     )
 
 

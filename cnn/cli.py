@@ -4,7 +4,7 @@ import argparse
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ class Command:
     drill: bool
     find_lr: bool
     print_config: bool
+    places: dict[str, str] = field(default_factory=dict)  # where each setting in force was given
 
     def load_config(self, base: dict[str, Any] | None = None) -> tuple[Config, dict[str, str]]:
         """Today's settings, checked, and where each was given.

@@ -170,7 +170,7 @@ class OptimConfig:
     name: str = setting(
         "sgd",
         "an optimizer of torch.optim",
-        resume=ASKED,
+        resume=FIXED,
         choices=("sgd", "adam", "adamw", "nadam", "radam", "rmsprop", "adagrad", "adamax"),
     )
     lr: float = setting(0.05, "learning rate at its highest", resume=ASKED, above=0)
@@ -178,7 +178,7 @@ class OptimConfig:
     weight_decay: float = setting(
         5e-4, "on weights; biases and norms have none", resume=ASKED, least=0
     )
-    groups: list[GroupConfig] = setting([], "own lr by parameter name", resume=ASKED)
+    groups: list[GroupConfig] = setting([], "own lr by parameter name", resume=FIXED)
     args: dict[str, Any] = setting({}, "further keywords for the optimizer", resume=ASKED)
 
 
@@ -187,11 +187,11 @@ class ScheduleConfig:
     name: str = setting(
         "cosine",
         "how lr changes",
-        resume=ASKED,
+        resume=FIXED,
         choices=("constant", "step", "multistep", "cosine", "onecycle", "plateau"),
     )
     warmup_epochs: float = setting(
-        0.0, "linear rise from 0 first, a step at a time", resume=ASKED, least=0
+        0.0, "linear rise from 0 first, a step at a time; not for onecycle", resume=ASKED, least=0
     )
     gamma: float = setting(
         0.1, "factor of step, multistep and plateau", resume=ASKED, above=0, below=1
@@ -215,7 +215,7 @@ class TrainConfig:
     clip_grad_norm: float | None = setting(
         None, "largest norm of the gradient", resume=ASKED, above=0
     )
-    accumulate: int = setting(1, "batches an optimizer step", resume=ASKED, least=1)
+    accumulate: int = setting(1, "batches an optimizer step", resume=FIXED, least=1)
     ema_decay: float | None = setting(
         None, "average the weights: share kept a step, 0.999 say", resume=ASKED, above=0, below=1
     )
@@ -233,7 +233,7 @@ MONITORED = (
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    monitor: str = setting("val_acc", "what best.pth is best in", resume=ASKED, choices=MONITORED)
+    monitor: str = setting("val_acc", "what best.pth is best in", resume=FIXED, choices=MONITORED)
     every_epochs: int | None = setting(
         None, "keep epoch_005.pth and so on every so many epochs", resume=FREE, least=1
     )

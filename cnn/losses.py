@@ -1,5 +1,7 @@
 """The loss function: cross-entropy, or the user's own."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
@@ -20,11 +22,33 @@ def build_loss(cfg: LossConfig, labels: np.ndarray, classes: list[str]) -> nn.Mo
     weights = _class_weights(cfg.class_weights, labels, classes)
     if cfg.name == "cross_entropy":
         return nn.CrossEntropyLoss(weights, label_smoothing=cfg.label_smoothing)
+    return _own(cfg)
+
+
+class _Function(nn.Module):
+    """A plain function of the user's as a module."""
+
+    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.function(logits, labels)
+
+
+def _own(cfg: LossConfig) -> nn.Module:
     found = import_object(cfg.name, "loss.name")
     try:
-        return found(**cfg.args) if isinstance(found, type) else found
+        made = found(**cfg.args) if isinstance(found, type) else found
     except TypeError as error:
         raise Refused(f"loss.args: {cfg.name}: {error}") from error
+    made = made if isinstance(made, nn.Module) else _Function(made)
+    if any(parameter.requires_grad for parameter in made.parameters()):
+        raise Refused(
+            f"loss.name: {cfg.name} has parameters, and only the model's are trained; make them"
+            f" part of the model, or buffers"
+        )
+    return made
 
 
 def _class_weights(

@@ -25,6 +25,9 @@ OPTIMIZERS = {
 FUSED = ("sgd", "adam", "adamw", "adagrad")  # have a kernel for that, on CPU and CUDA
 WITH_MOMENTUM = ("sgd", "rmsprop")
 
+# What ReduceLROnPlateau remembers; the rest of it are settings, which a resume may change.
+PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
+
 ONECYCLE_RISE = 0.3  # share of the steps in which lr rises, from 1/25 (torch's OneCycleLR)
 ONECYCLE_FIRST = 1 / 25
 ONECYCLE_LAST = 1e-4 / 25
@@ -60,8 +63,11 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer
             )
     if not groups:
         raise Refused("optim.groups: every parameter is frozen; leave something to train")
+    doubled = sorted({"lr", "weight_decay", "momentum"} & set(cfg.args))
+    if doubled:
+        raise Refused(f"optim.args: {doubled[0]} has a setting of its own: optim.{doubled[0]}")
     options = dict(cfg.args)
-    if cfg.name in FUSED:
+    if cfg.name in FUSED and "foreach" not in options:
         options.setdefault("fused", True)  # all parameters in one pass
     if cfg.name in WITH_MOMENTUM:
         options["momentum"] = cfg.momentum
@@ -78,7 +84,7 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer
             lr=cfg.lr,
             **options,
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise Refused(f"optim.args: {cfg.name}: {error}") from None
 
 
@@ -98,7 +104,8 @@ class Schedule:
         epochs: int,
         mode: str,
     ):
-        self.warmup_steps = round(cfg.warmup_epochs * steps_per_epoch)
+        warmup_epochs = 0 if cfg.name == "onecycle" else cfg.warmup_epochs  # it rises by itself
+        self.warmup_steps = round(warmup_epochs * steps_per_epoch)
         self.cfg, self.optimizer = cfg, optimizer
         self.steps_per_epoch, self.steps = steps_per_epoch, epochs * steps_per_epoch
         self.highest_lr = max(group["lr"] for group in optimizer.param_groups)
@@ -122,7 +129,7 @@ class Schedule:
     def state_dict(self) -> dict:
         state = {"by_step": {"last_epoch": self.by_step.last_epoch}}
         if self.plateau is not None:
-            state["plateau"] = self.plateau.state_dict()
+            state["plateau"] = {name: getattr(self.plateau, name) for name in PLATEAU_STATE}
         return state
 
     def load_state_dict(self, state: dict) -> None:
@@ -132,7 +139,8 @@ class Schedule:
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * self._factor(step)
         if self.plateau is not None and "plateau" in state:
-            self.plateau.load_state_dict(state["plateau"])
+            for name in PLATEAU_STATE:
+                setattr(self.plateau, name, state["plateau"][name])
 
     def _factor(self, step: int) -> float:
         """The factor on every group's learning rate for the step that comes after `step` others."""

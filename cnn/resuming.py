@@ -73,6 +73,8 @@ def find_resume_point(command: Command, cfg: Config) -> ResumePoint | None:
         raise Refused(
             re.sub("^checkpoint: ", f"{path}: ", str(refusal), flags=re.MULTILINE)
         ) from None
+    command.places.clear()
+    command.places.update(places)
     changes = check_settings(path, content["config"], cfg, command.typed(), places)
     return ResumePoint(path, content, cfg, changes, stamp)
 
@@ -200,8 +202,10 @@ def restore(state: TrainingState, point: ResumePoint, data: Data) -> None:
         counts = ", ".join(
             f"{part} {then[part]} → {now[part]}" for part in ("train", "val", "test")
         )
+        if all(then[part] == now[part] for part in ("train", "val", "test")):
+            counts = "as many images, but other files, labels, pixels or another order"
         raise Refused(
-            f"{path}: the data has changed since ({counts} images), so that the run could not go on"
+            f"{path}: the data has changed since ({counts}), so that the run could not go on"
             f" as it was. To begin a new run from its weights: model.weights={path}"
         )
     try:
@@ -237,7 +241,7 @@ def make_ready(folder: RunFolder, point: ResumePoint | None) -> None:
             if where is not None:
                 logger.info("the earlier run is moved to %s", where)
         if point is not None:
-            _keep_what_is_ahead(folder, point)
+            _set_aside_what_is_ahead(folder, point)
             _bring_best_along(folder, point)
     except OSError as error:
         raise Refused(
@@ -247,34 +251,50 @@ def make_ready(folder: RunFolder, point: ResumePoint | None) -> None:
 
 
 def _is_of_another_run(folder: RunFolder, point: ResumePoint) -> bool:
-    """Whether the folder holds files of a run that the checkpoint does not belong to."""
-    for path in (folder.last, folder.best):
-        if path.exists():
-            try:
-                return read_checkpoint(path)["started"] != point.content["started"]
-            except Refused:
-                continue
-    return False
-
-
-def _keep_what_is_ahead(folder: RunFolder, point: ResumePoint) -> None:
-    """Going on from an earlier file than the run's latest: keeps copies of what is ahead of it."""
-    ahead = []
+    """Whether the folder holds files, and none of the run that the checkpoint belongs to."""
     for path in files_of_run(folder.checkpoints):
-        if not path.samefile(point.path if point.path.exists() else folder.logs):
-            try:
-                if read_checkpoint(path)["step"] > point.content["step"]:
-                    ahead.append(path)
-            except Refused:
+        try:
+            if read_checkpoint(path)["started"] == point.content["started"]:
+                return False
+        except Refused:
+            continue
+    return folder.has_files()
+
+
+def _set_aside_what_is_ahead(folder: RunFolder, point: ResumePoint) -> None:
+    """Going on from an earlier file than the run's latest: moves what is ahead of it away.
+
+    What is ahead may go another way than the run now will. last.pth is then where the run goes on.
+    """
+    ahead, damaged = [], []
+    for path in files_of_run(folder.checkpoints):
+        try:
+            if _is_same_file(path, point.path):
+                continue
+            if read_checkpoint(path)["step"] > point.content["step"]:
                 ahead.append(path)
-    if folder.last in ahead:
-        logger.info(
-            "%s is further than %s (--resume without a file goes on from there); what is ahead is"
-            " kept in %s",
-            folder.last,
-            point.path,
-            folder.keep_copies(ahead),
-        )
+        except Refused:
+            damaged.append(path)
+    if not ahead and not damaged:
+        return
+    if _is_same_file(folder.last, point.path):
+        return  # what is ahead was written an instant before a kill, and will be again
+    target = folder.set_aside(ahead + damaged)
+    if point.path.exists():
+        _copy(point.path, folder.last)
+    for path in ahead:
+        logger.info("%s is further than %s; kept as %s", path, point.path, target / path.name)
+    for path in damaged:
+        logger.info("%s is damaged; kept as %s", path, target / path.name)
+
+
+def _is_same_file(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
+
+
+def _copy(source: Path, target: Path) -> None:
+    with open(source, "rb") as file:
+        write_atomically(target, lambda new: shutil.copyfileobj(file, new))
 
 
 def _bring_best_along(folder: RunFolder, point: ResumePoint) -> None:
@@ -287,8 +307,7 @@ def _bring_best_along(folder: RunFolder, point: ResumePoint) -> None:
         return
     for path in (*files_of_run(point.path.parent), *files_of_run(folder.checkpoints), point.path):
         if _is_epoch(path, best["epoch"], point):
-            with open(path, "rb") as source:
-                write_atomically(folder.best, lambda file: shutil.copyfileobj(source, file))
+            _copy(path, folder.best)
             return
     logger.warning(
         "%s: the weights of the best epoch so far (%d) are not there any more",

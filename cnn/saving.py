@@ -70,7 +70,7 @@ class Saver:
             raise Failed(
                 f"{before}the latest state could not be saved: {self.writer.failure}. {self._safe()}"
             ) from error
-        if error is not None and self.folder.last.exists():
+        if error is not None and not isinstance(error, Failed) and self.folder.last.exists():
             logger.warning("go on with: %s", self.resume_command())
 
     def _safe(self) -> str:
@@ -116,7 +116,15 @@ class Saver:
             self.stop.check()
 
     def end_epoch(self, improved: bool) -> None:
-        """Saves a completed epoch: last.pth, and what else it has earned."""
+        """Saves a completed epoch: last.pth, and what else it has earned.
+
+        Raises:
+            Failed: its losses are no numbers; nothing is saved.
+        """
+        row = self.state.history[-1]
+        for name in ("train_loss", "val_loss"):
+            if not math.isfinite(row[name]):
+                self._diverged(f"{name} is no longer a number")
         every = self.cfg.every_epochs
         keep = every is not None and self.state.epoch % every == 0
         kept = self.folder.checkpoints / f"epoch_{self.state.epoch:03}.pth"

@@ -25,6 +25,7 @@ class TrainingState:
         best: {"metric", "value", "epoch"} of the best epoch, or None.
         waited: epochs since the best one.
         group_lrs: where groups have learning rates of their own, theirs: {"lr_x0.1": ...}.
+        loss: the user's own loss function, if it is a module: it may have state.
         history: a row for each completed epoch.
         test: the final test's metrics, or None before it.
         predictions: of "val" (the best epoch) and "test", what was said of each image and how sure.
@@ -40,7 +41,9 @@ class TrainingState:
         *,
         ema_decay: float | None = None,
         compile: bool = False,
+        loss: nn.Module | None = None,
     ):
+        self.loss = loss
         self.model, self.optimizer, self.schedule, self.scaler = model, optimizer, schedule, scaler
         self.device = device
         self.ema = None
@@ -65,6 +68,7 @@ class TrainingState:
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": self.schedule.state_dict(),
             "scaler_state_dict": self.scaler.state_dict(),
+            "loss_state_dict": self.loss.state_dict() if self.loss is not None else {},
             "ema_state_dict": self.ema.module.state_dict() if self.ema is not None else None,
             "epoch": self.epoch,
             "step": self.step,
@@ -89,6 +93,8 @@ class TrainingState:
         self.schedule.load_state_dict(saved["scheduler_state_dict"])
         if saved["scaler_state_dict"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler_state_dict"])
+        if self.loss is not None:
+            self.loss.load_state_dict(saved.get("loss_state_dict", {}))  # not in files of before
         if self.ema is not None:
             self.ema.module.load_state_dict(saved["ema_state_dict"] or saved["model_state_dict"])
             self.ema.n_averaged.fill_(saved["step"])

@@ -130,6 +130,23 @@ def log_epoch(state: TrainingState, epochs: int) -> None:
     )
 
 
+def log_finished(cfg: Config, state: TrainingState) -> None:
+    """Why there was nothing to train, and what would make it go on."""
+    patience = cfg.train.early_stop_patience
+    if state.epoch < cfg.train.epochs:
+        logger.info(
+            "this run is finished: no improvement in %d epochs; to go on, say"
+            " train.early_stop_patience=null",
+            patience,
+        )
+    else:
+        logger.info(
+            "this run is finished, after %d epochs; for more, say train.epochs=%d",
+            state.epoch,
+            2 * state.epoch,
+        )
+
+
 def log_test(state: TrainingState, num_images: int) -> None:
     """The result of the run, with the 95 % interval that so many images leave it."""
     best, test = state.best, state.test

@@ -67,7 +67,7 @@ def with_pickle(pickled: bytes) -> bytes:
 
 def hostile(function: Any, *arguments: Any) -> bytes:
     """A checkpoint that calls something when it is unpickled without care."""
-    tree = content()
+    with_tensors = ("model_state_dict", "optimizer_state_dict", "unfinished_epoch", "predictions")
+    tree = content() | {key: {} for key in with_tensors}
     tree["environment"] = Reduced(function, *arguments)
-    return with_pickle(pickle.dumps(tree | {"model_state_dict": {}, "optimizer_state_dict": {},
-                                            "unfinished_epoch": {}}, protocol=2))  # fmt: skip
+    return with_pickle(pickle.dumps(tree, protocol=2))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import TINY, assert_same_run, history
 from processes import run, run_through_kills
+from test_train import write_folder
 
 from cnn.saving import Saver
 from cnn.utils import checkpoint
@@ -194,6 +195,88 @@ def test_a_best_epoch_is_never_replaced_by_a_worse_one_after_a_resume(train):
     assert load_checkpoint(Path("checkpoints/last.pth"))["best"] == best["best"]
 
 
+def test_going_on_from_an_earlier_file_tests_its_own_best_epoch(train):
+    words = ["train.epochs=6", "optim.lr=0.02", "checkpoint.every_epochs=1"]
+    assert train(*words, "data.augment=[]") == 0
+    assert train("--resume", "checkpoints/epoch_002.pth", "train.epochs=2") == 0
+    last = load_checkpoint(Path("checkpoints/last.pth"))
+    best = load_checkpoint(Path("checkpoints/best.pth"))
+    assert best["epoch"] == last["best"]["epoch"] <= 2
+    assert not Path("checkpoints/epoch_006.pth").exists()  # of the way not taken: in the archive
+    assert list(Path("checkpoints/archive").glob("*/epoch_006.pth"))
+    assert list(Path("checkpoints/archive").glob("*/history.csv"))
+
+
+def test_a_run_whose_losses_are_no_numbers_is_not_saved(train, capfd):
+    words = ["data.batch_size=1000", "optim.lr=1e30", "train.precision=fp32"]
+    assert train(*words) == 1
+    said = capfd.readouterr().err
+    assert "no longer a number" in said and "go on with" not in said
+    assert not Path("checkpoints/last.pth").exists()
+
+
+def test_plateau_settings_typed_on_a_resume_are_taken(train):
+    words = ["schedule.name=plateau", "optim.lr=1e-6", "checkpoint.monitor=val_acc"]
+    assert train(*words, "train.epochs=2") == 0
+    assert train("--resume", "train.epochs=10", "schedule.patience=0", "schedule.gamma=0.5") == 0
+    assert float(history(".")[-1]["lr"]) < 0.5e-6
+
+
+def test_the_weights_that_a_run_began_with_may_be_gone(train):
+    assert train("train.epochs=1") == 0
+    shutil.copy("checkpoints/last.pth", "w.pth")
+    assert train("model.weights=w.pth", "train.epochs=1") == 0
+    Path("w.pth").unlink()
+    assert train("--resume", "train.epochs=2") == 0
+
+
+def test_a_loss_with_state_goes_on_with_it(train):
+    Path("stateful_loss.py").write_text(
+        "import torch\n"
+        "class Loss(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.register_buffer('scale', torch.ones(()))\n"
+        "    def forward(self, logits, labels):\n"
+        "        if torch.is_grad_enabled():\n"
+        "            self.scale *= 0.9\n"
+        "        return torch.nn.functional.cross_entropy(self.scale * logits, labels)\n"
+    )
+    assert train("loss.name=stateful_loss:Loss", "train.epochs=4") == 0
+    for folder in ("logs", "checkpoints"):
+        shutil.move(folder, Path("whole", folder))
+    assert train("loss.name=stateful_loss:Loss", "train.epochs=2") == 0
+    assert train("--resume", "train.epochs=4") == 0
+    assert_same_run("whole", ".")
+
+
+def test_images_changed_under_the_same_names_are_noticed(train, capfd):
+    write_folder(Path("photos"), {"cat": 9, "dog": 9})
+    assert train("data.name=folder", "data.root=photos", "data.args={}") == 0
+    shutil.copy("photos/cat/0.jpg", "photos/dog/1.jpg")
+    assert train("--resume", "train.epochs=3") == 2
+    assert "the data has changed since (as many images, but other" in capfd.readouterr().err
+
+
+def test_the_statistics_of_a_dataset_that_draws_are_the_same_every_time(train):
+    Path("drawing.py").write_text(
+        "import numpy as np\n"
+        "class Set:\n"
+        "    targets = [n % 2 for n in range(60)]\n"
+        "    def __len__(self):\n"
+        "        return 60\n"
+        "    def __getitem__(self, n):\n"
+        "        return np.random.randint(0, 255, (8, 8), dtype=np.uint8), self.targets[n]\n"
+        "def load(root):\n"
+        "    return {'train': Set(), 'classes': ['a', 'b']}\n"
+    )
+    means = []
+    for _ in range(2):
+        assert train("data.name=drawing:load", "data.args={}", "train.epochs=1") == 0
+        means.append(load_checkpoint(Path("checkpoints/last.pth"))["preprocessing"]["mean"])
+    assert means[0] == means[1]
+
+
 # -- the soak: random kills at random times ---------------------------------------------------
 
 SOAKS = {
@@ -217,8 +300,6 @@ SOAKS = {
 def soak(tmp_path: Path, name: str, settings: list[str], seed: int, longest: float) -> int:
     """One run under random kills against the unbroken one; returns the number of kills."""
     if name.startswith("folder"):
-        from test_train import write_folder
-
         if not (tmp_path / "photos").exists():
             write_folder(tmp_path / "photos", {"cat": 30, "dog": 30, "bird": 30})
         settings = [*settings, f"data.root={tmp_path / 'photos'}"]

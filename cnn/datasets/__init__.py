@@ -4,7 +4,7 @@ import logging
 import os
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,10 @@ class Data:
     classes: list[str]
     preprocessing: Preprocessing
 
+    def prepared_as(self, preprocessing: dict[str, Any]) -> "Data":
+        """The same data, for a model that was trained on images prepared in that way."""
+        return replace(self, preprocessing=Preprocessing(**preprocessing))
+
     def head(self, number: int) -> "Data":
         """The first so many images of each split."""
         parts = (self.train, self.val, self.test)
@@ -59,9 +63,9 @@ class Data:
         return Data(*cut, self.classes, self.preprocessing)
 
     def fingerprint(self) -> dict[str, int]:
-        """Number of images a split, and a checksum over which they are."""
+        """Number of images a split, and a checksum over which they are and what they show."""
         parts = {"train": self.train, "val": self.val, "test": self.test}
-        checksum = 0
+        checksum = self.train.checksum()
         for images in parts.values():
             names = "\0".join(
                 images.name(i).replace("\\", "/").rsplit("/", 1)[-1] for i in range(len(images))

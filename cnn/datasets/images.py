@@ -5,6 +5,7 @@ names it, selects a part of itself, and knows the sums that mean and std are mad
 """
 
 import copy
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from cnn.config import Refused
 from cnn.datasets.cache import decode_all
 from cnn.datasets.decode import BadImage, decode
+from cnn.utils import seeding
 
 MAX_IMAGES_FOR_STATISTICS = 2_000  # of a dataset that has to be read one by one
 
@@ -62,6 +64,10 @@ class ArrayImages:
                 counts[channel] += np.bincount(part[..., channel].ravel(), minlength=256)
         values = np.arange(256.0)
         return float(len(self) * height * width), counts @ values, counts @ values**2
+
+    def checksum(self) -> int:
+        """Of the pixels of the whole store."""
+        return zlib.crc32(self.store.numpy())
 
     def num_decoded(self) -> int:
         """How many images `decoded` gives: this part's and the others' of the same store."""
@@ -131,6 +137,10 @@ class FileImages:
         channels = [3] if self.files.channels == 1 else [0, 1, 2]
         return number, scans["sums"].sum(axis=0)[channels], scans["squares"].sum(axis=0)[channels]
 
+    def checksum(self) -> int:
+        """Of every file's sums of pixels, which the scan has taken."""
+        return zlib.crc32(np.ascontiguousarray(self.files.scans["sums"]))
+
     def num_decoded(self) -> int:
         return len(self.files.paths)
 
@@ -175,8 +185,12 @@ class UserImages:
         return part
 
     def _some(self) -> list[torch.Tensor]:
-        step = max(1, len(self) // MAX_IMAGES_FOR_STATISTICS)
-        return [self[i] for i in range(0, len(self), step)]
+        """Images for the statistics, the same every time, whatever the dataset draws."""
+        some = []
+        for index in range(0, len(self), max(1, len(self) // MAX_IMAGES_FOR_STATISTICS)):
+            seeding.seed_sample(seeding.SAMPLE, index)
+            some.append(self[index])
+        return some
 
     def sizes(self) -> tuple[int, int, int]:
         shapes = {tuple(image.shape) for image in self._some()}
@@ -194,6 +208,10 @@ class UserImages:
             sums = sums + values.sum(1).numpy()
             squares = squares + values.square().sum(1).numpy()
         return number, sums, squares
+
+    def checksum(self) -> int:
+        """None is taken: reading them all may take long."""
+        return 0
 
     def num_decoded(self) -> int:
         return len(self)

@@ -122,6 +122,14 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def has_files(self) -> bool:
+        """Whether a run has left anything here."""
+        return any(
+            any(folder.glob(name))
+            for folder, names in ((self.logs, LOGS), (self.checkpoints, CHECKPOINTS))
+            for name in names
+        )
+
     def archive(self) -> Path | None:
         """Moves an earlier run's files to archive/<its start>/; returns where its logs went."""
         logs = [path for name in LOGS for path in self.logs.glob(name)]
@@ -140,12 +148,15 @@ class RunFolder:
                 shutil.move(path, target / path.name)
         return self.logs / "archive" / name
 
-    def keep_copies(self, paths: list[Path]) -> Path:
-        """Copies files into checkpoints/archive/<now>/, before a resume may write over them."""
+    def set_aside(self, checkpoints: list[Path]) -> Path:
+        """Moves checkpoints to checkpoints/archive/<now>/, with a copy of the history."""
         target = self.checkpoints / "archive" / time.strftime("%Y-%m-%d_%H-%M-%S")
-        target.mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            shutil.copy2(path, target / path.name)
+        make_folder(target)
+        history = self.logs / "history.csv"
+        if history.exists():
+            shutil.copy2(history, target / history.name)
+        for path in checkpoints:
+            shutil.move(path, target / path.name)
         return target
 
     def _start_of_earlier(self, paths: list[Path]) -> str:

@@ -7,7 +7,7 @@ import types
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C, a scheduler's end, a scheduler's warning
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """A signal asked the run to stop."""
 
     def __init__(self, number: int):
