@@ -137,7 +137,7 @@ class ModelConfig:
 class LossConfig:
     name: str = setting(
         "cross_entropy",
-        "cross_entropy, or package.module:Class",
+        "what is minimised: cross_entropy, or package.module:Class",
         resume=ASKED,
         choices=("cross_entropy",),
         import_path=True,
@@ -359,9 +359,14 @@ def _yaml_line(field: dataclasses.Field, value: Any, indent: str) -> str:
     text = yaml.dump(
         [value], Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**9
     )
-    return (
-        f"{indent}{field.name}: {text.strip()[1:-1]}".ljust(32) + f"  # {field.metadata['about']}"
-    )
+    choices = field.metadata["choices"]
+    if len(choices) > 1:  # one alone is a word beside numbers or paths: its meaning tells it
+        path = ["package.module:name"] if field.metadata["import_path"] else []
+        choices = ": " + ", ".join([*choices, *path])
+    else:
+        choices = ""
+    about = field.metadata["about"] + choices
+    return f"{indent}{field.name}: {text.strip()[1:-1]}".ljust(32) + f"  # {about}"
 
 
 def replaced(cfg: Config, **sections: Any) -> Config:

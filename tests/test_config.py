@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cnn import config
 from cnn.config import Config, Refused, load_config, replaced, resume_rules, to_dict, to_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +40,18 @@ def test_what_print_config_prints_reads_back_the_same(path, tmp_path):
     assert again == cfg
     assert set(places) == set(resume_rules()), "every key is printed"
     assert all("#" in line for line in printed.splitlines() if ": " in line), "with its meaning"
+
+
+def test_what_is_printed_tells_the_choices():
+    printed = to_yaml(Config())
+    assert "  # how lr changes: constant, step, multistep, cosine, onecycle, plateau\n" in printed
+    assert "crop, flip, rotate, color, resized_crop, erase, package.module:name\n" in printed
+    for key, field, _ in config._keys(Config):
+        about = f"  # {field.metadata['about']}"
+        (comment,) = (
+            about + line.partition(about)[2] for line in printed.splitlines() if about in line
+        )
+        assert all(choice in comment for choice in field.metadata["choices"]), key
 
 
 TRICKY = [
