@@ -193,6 +193,20 @@ def test_erase_makes_a_part_of_some_images_black(way, data):
 
 
 @BOTH
+def test_erase_is_a_square_of_half_the_side_wherever_the_images_come_from(way):
+    args = {"num_images": 450, "num_test": 9, "image_size": 16, "noise": 0}
+    data = build_data(DataConfig("synthetic", args=args, image_size=16), 0)
+    train, sides = loader(data, ["erase"], **way), []
+    for i in range(len(data.train)):
+        black = train.image((1, i))[0].eq(0) & data.train[i][0].ne(0)
+        if black.any():
+            rows, columns = black.nonzero().T
+            sides += [int(where.max() - where.min()) + 1 for where in (rows, columns)]
+    assert max(sides) == 8 and sides.count(8) > len(sides) / 3, "but for those over the edge"
+    assert 0.4 < len(sides) / 2 / len(data.train) < 0.6
+
+
+@BOTH
 def test_validation_images_come_as_they_are(way, data):
     images, labels, _ = whole(loader(data, AUGMENT, "val", **way).batches())
     assert labels.tolist() == data.val.labels.tolist()
