@@ -325,6 +325,43 @@ def test_a_csv_file_that_does_not_say_enough_is_refused_by_its_line(text, part, 
     assert part in refusal(table(photos, text))
 
 
+def test_spaces_in_a_csv_file_make_no_classes(photos):
+    fill(photos, number=6)
+    rows = [f" {path} , {path.parent.name}, Train " for path in sorted(photos.rglob("*.png"))]
+    rows[0] = rows[0].replace(" ", "")
+    data = build_data(table(photos, " path, label , split\n" + "\n".join(rows)), 0)
+    assert data.classes == ["cat", "dog"]
+    assert len(data.train) + len(data.val) + len(data.test) == 12
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        (
+            "path,label,split\na.png,x,train\nb.png,y,\n./a.png,x,test\n",
+            "table.csv:4: ./a.png is x in test, but line 2 says x in train",
+        ),
+        ("path,label\na.png,x\na.png,y\n", "table.csv:3: a.png is y in train, but line 2 says x"),
+    ],
+    ids=["in two splits", "of two classes"],
+)
+def test_an_image_that_a_csv_file_names_twice_is_refused_with_both_lines(text, part, photos):
+    assert part in refusal(table(photos, text))
+
+
+def test_an_image_may_be_there_twice_in_one_split_to_weigh_more(photos):
+    fill(photos, number=6)
+    rows = [f"{path},{path.parent.name},train" for path in sorted(photos.rglob("*.png"))]
+    data = build_data(table(photos, "path,label,split\n" + "\n".join([*rows, rows[0]])), 0)
+    assert len(data.train) + len(data.val) + len(data.test) == 13
+
+
+def test_a_csv_file_that_is_not_utf8_is_refused_with_what_to_do(photos):
+    cfg = table(photos, "path,label\na.png,x\n")
+    Path(cfg.root).write_bytes("path,label\na.png,Käse\n".encode("cp1252"))
+    assert "in UTF-8, but 0xe4 is no character of it; save it as UTF-8" in refusal(cfg)
+
+
 def test_a_csv_file_that_is_not_there_or_no_text_is_refused(photos):
     assert "expected a CSV file" in refusal(DataConfig("csv", str(photos / "no.csv")))
     picture(photos / "a.png")
