@@ -136,6 +136,24 @@ def test_a_folder_of_splits_is_taken_as_it_is_divided(photos):
     assert str(photos / "train/cat/deeper/X.JPG") in parts["train"]
 
 
+def test_two_folders_for_one_split_are_refused(photos):
+    for part in ("train", "valid", "validation"):
+        fill(photos / part, number=2)
+    cfg = DataConfig("folder", str(photos))
+    assert "has two folders for val, valid and validation; keep one" in refusal(cfg)
+
+
+def test_a_folder_beside_train_that_is_used_for_nothing_is_named(photos, caplog):
+    for part in ("train", "val", "tset"):
+        fill(photos / part, number=4)
+    folder(photos)
+    assert "beside train, used for nothing: tset" in caplog.text
+    caplog.clear()
+    (photos / "tset").rename(photos / "test")
+    folder(photos)
+    assert not caplog.text
+
+
 def test_what_lacks_is_held_out_of_train(photos):
     fill(photos / "train", number=10)
     fill(photos / "val", number=2)

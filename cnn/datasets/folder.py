@@ -27,13 +27,23 @@ def load_folder(root: str, on_bad_image: str) -> tuple[dict[str, FileImages], li
     """Reads ROOT/train|val|test/CLASS/* or ROOT/CLASS/*; the classes are the folders' names.
 
     Raises:
-        Refused: no such folder, a class without images, files that do not decode.
+        Refused: no such folder, two for one split, a class without images, files that do not decode.
     """
     top = Path(root)
     if not top.is_dir():
         raise Refused(f"data.root: expected a folder, {LAYOUT}; there is none at {top.resolve()}")
-    parts = {name: path for path in _folders(top) if (name := SPLITS.get(path.name.lower()))}
+    parts: dict[str, Path] = {}
+    for path in _folders(top):
+        split = SPLITS.get(path.name.lower())
+        if split in parts:
+            both = f"{parts[split].name} and {path.name}"
+            raise Refused(f"data.root: {top} has two folders for {split}, {both}; keep one of them")
+        if split is not None:
+            parts[split] = path
     if "train" in parts:
+        unused = [path.name for path in _folders(top) if path not in parts.values()]
+        if unused:
+            logger.warning("%s: beside train, used for nothing: %s", top, ", ".join(unused))
         listing = {split: _list_classes(path) for split, path in parts.items()}
     elif parts:
         raise Refused(f"data.root: {top} has {' and '.join(parts)}, but no train beside: {LAYOUT}")
