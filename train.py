@@ -140,7 +140,10 @@ def dry_run(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") 
     from cnn.utils.run import RunFolder
 
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch, RunFolder(None, Path(scratch)) as folder:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        RunFolder(None, Path(scratch), scratch=True) as folder,
+    ):
         once = {"epochs": 1, "early_stop_patience": None}
         short = replaced(cfg, run=None, train=once, log={"report": False, "tensorboard": False})
         train(short, folder, log, stop, max_batches=2)

@@ -75,6 +75,10 @@ def parse(argv: list[str], description: str) -> Command:
             parser.error(
                 f"expected key=value, got {word!r} (a file goes after --config or --resume)"
             )
+    modes = ("dry_run", "drill", "find_lr", "print_config")
+    asked = [f"--{mode.replace('_', '-')}" for mode in modes if getattr(args, mode)]
+    if args.resume is not None and asked:
+        parser.error(f"{asked[0]} cannot go with --resume: it looks at settings, and at no run")
     return Command(
         config=args.config,
         settings=args.settings,

@@ -176,7 +176,7 @@ def _child(settings: Path, folder: Path, trace: Path, max_batches: int, method: 
     cfg, _ = load_config(settings)
 
     def act(log: Log, stop: StopSignals) -> None:
-        with RunFolder(None, folder) as run_folder:
+        with RunFolder(None, folder, scratch=True) as run_folder:
             found = find_checkpoint(run_folder)
             point = ResumePoint(*found, cfg, []) if found else None
             train.train(cfg, run_folder, log, stop, point, max_batches, Trace(trace))

@@ -70,7 +70,7 @@ class Saver:
             raise Failed(
                 f"{before}the latest state could not be saved: {self.writer.failure}. {self._safe()}"
             ) from error
-        if error is not None and self.folder.last.exists():
+        if error is not None and self.folder.last.exists() and not self.folder.scratch:
             logger.warning("go on with: %s", self.resume_command())
 
     def _safe(self) -> str:

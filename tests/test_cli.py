@@ -1,0 +1,36 @@
+"""The command line: what it refuses, what it says, and how a run that is not yet one ends."""
+
+import pytest
+from conftest import TINY
+
+import train as script
+from cnn.saving import Saver
+
+
+def refusal(capfd, *words: str) -> str:
+    """What is said to a command line that cannot be read."""
+    with pytest.raises(SystemExit) as ended:
+        script.main([*TINY, *words])
+    assert ended.value.code == 2
+    return capfd.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["--dry-run", "--drill", "--find-lr", "--print-config"])
+@pytest.mark.parametrize("resume", [["--resume"], ["--resume", "checkpoints/last.pth"]])
+def test_what_looks_at_settings_cannot_go_with_a_resume(capfd, mode, resume):
+    assert f"{mode} cannot go with --resume" in refusal(capfd, mode, *resume)
+
+
+def test_a_dry_run_that_fails_tells_no_way_to_go_on_with_it(train, capfd, monkeypatch):
+    assert train("--dry-run") == 0
+
+    def fails(saver: Saver, improved: bool) -> None:
+        saver.save()
+        raise ArithmeticError("on purpose")
+
+    monkeypatch.setattr(Saver, "end_epoch", fails)
+    assert train("--dry-run") == 1
+    said = capfd.readouterr().err
+    assert "on purpose" in said and "go on with" not in said
+    assert train() == 1
+    assert "go on with" in capfd.readouterr().err, "as a run of its own does"
