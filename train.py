@@ -1,12 +1,14 @@
 """Trains an image classifier.
 
-python train.py                                    configs/config.yaml: digits, no download
-python train.py optim.lr=0.01 train.epochs=10      any setting changed
-python train.py --config configs/folder.yaml data.root=photos
-python train.py --resume checkpoints/best.pth      go on from a checkpoint
-python train.py --resume                           from the latest; where there is none, start
-python train.py --drill [settings]                 can this run be stopped anywhere? try it
-python train.py --find-lr [settings]               which learning rate? a range test
+Commands:
+
+    python train.py                                    configs/config.yaml: digits, no download
+    python train.py optim.lr=0.01 train.epochs=10      any setting changed
+    python train.py --config configs/folder.yaml data.root=photos
+    python train.py --resume checkpoints/best.pth      go on from a checkpoint
+    python train.py --resume                           from the latest; where there is none, start
+    python train.py --drill [settings]                 can this run be stopped anywhere? try it
+    python train.py --find-lr [settings]               which learning rate? a range test
 """
 
 import logging

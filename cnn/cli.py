@@ -69,8 +69,15 @@ def parse(argv: list[str], description: str) -> Command:
     add("--find-lr", action="store_true", help="try ever higher learning rates, suggest one")
     add("--print-config", action="store_true", help="print every setting with its meaning")
     add("settings", nargs="*", metavar="key=value", help="change a setting: optim.lr=0.01")
-    args = parser.parse_intermixed_args(_separate(argv))
+    args, unknown = parser.parse_known_intermixed_args(_separate(argv))
+    if unknown:
+        parser.error(
+            f"unrecognized arguments: {' '.join(unknown)}; settings are written"
+            f" {_as_setting(unknown[0], argv)}"
+        )
     for word in args.settings:
+        if word.endswith((".yaml", ".yml")):
+            parser.error(f"expected key=value, got {word!r}; settings of a file: --config {word}")
         if "=" not in word:
             parser.error(
                 f"expected key=value, got {word!r} (a file goes after --config or --resume)"
@@ -97,6 +104,16 @@ def _separate(argv: list[str]) -> list[str]:
         "--resume=" if word == "--resume" and "=" in following else word
         for word, following in zip(argv, [*argv[1:], ""])
     ]
+
+
+def _as_setting(option: str, argv: list[str]) -> str:
+    """`--epochs 5` as `train.epochs=5`."""
+    name, equals, value = option.lstrip("-").replace("-", "_").partition("=")
+    if not equals:
+        following = argv[argv.index(option) + 1 :][:1] if option in argv else []
+        value = following[0] if following and not following[0].startswith("--") else "..."
+    known = [key for key in config.resume_rules() if name in (key, key.rpartition(".")[2])]
+    return f"{known[0]}={value}" if known else "key=value: train.epochs=5"
 
 
 def run(act: Callable[["Log", "StopSignals"], None], places: dict[str, str]) -> int:

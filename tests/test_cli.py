@@ -34,3 +34,33 @@ def test_a_dry_run_that_fails_tells_no_way_to_go_on_with_it(train, capfd, monkey
     assert "on purpose" in said and "go on with" not in said
     assert train() == 1
     assert "go on with" in capfd.readouterr().err, "as a run of its own does"
+
+
+@pytest.mark.parametrize(
+    "words, setting",
+    [
+        (["--epochs", "5"], "train.epochs=5"),
+        (["--epochs=5"], "train.epochs=5"),
+        (["--optim.lr", "0.1"], "optim.lr=0.1"),
+        (["--batch-size", "32"], "data.batch_size=32"),
+        (["--epochs"], "train.epochs=..."),
+        (["--gpus", "2"], "key=value: train.epochs=5"),
+    ],
+)
+def test_an_option_that_is_a_setting_is_told_how_to_write(capfd, words, setting):
+    said = refusal(capfd, *words)
+    assert "unrecognized arguments: --" in said and f"settings are written {setting}\n" in said
+
+
+def test_a_file_of_settings_is_told_where_to_go(capfd):
+    said = refusal(capfd, "configs/mnist.yaml")
+    assert "got 'configs/mnist.yaml'; settings of a file: --config configs/mnist.yaml" in said
+
+
+def test_the_examples_of_the_help_stand_below_each_other(capfd):
+    with pytest.raises(SystemExit) as ended:
+        script.main(["--help"])
+    assert ended.value.code == 0
+    help = capfd.readouterr().out
+    assert help.count("\n    python train.py") == help.count("\n    python") == 7
+    assert "\npython" not in help
