@@ -1,5 +1,6 @@
 """As if it had never stopped: runs killed, signalled and resumed equal the unbroken one, bit for bit."""
 
+import itertools
 import shutil
 import signal
 import threading
@@ -74,8 +75,15 @@ def test_a_run_killed_in_any_phase_ends_the_same(unbroken, tmp_path, place, pass
     assert_same_run(unbroken, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
-@pytest.mark.parametrize("place, passes", [("training", 2), ("validation", 4), ("writing", 1)])
+@pytest.mark.parametrize(
+    "name, place, passes",
+    [
+        *itertools.product(["SIGINT", "SIGTERM", "SIGUSR1"], ["training"], [2]),
+        *itertools.product(["SIGINT", "SIGTERM", "SIGUSR1"], ["validation"], [4]),
+        *itertools.product(["SIGINT", "SIGTERM", "SIGUSR1"], ["writing"], [1]),
+        ("SIGHUP", "training", 2),
+    ],
+)
 def test_a_signal_to_the_group_saves_and_says_how_to_go_on(
     unbroken_stream, tmp_path, name, place, passes
 ):
@@ -87,6 +95,21 @@ def test_a_signal_to_the_group_saves_and_says_how_to_go_on(
     assert "go on with: python train.py --resume checkpoints/last.pth" in output
     resume_to_the_end(tmp_path, "checkpoint.every_steps=1")
     assert_same_run(unbroken_stream, tmp_path)
+
+
+def test_under_nohup_a_run_outlives_its_terminal(train, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        original = Saver.between_steps
+
+        def hang_up(saver: Saver) -> None:
+            signal.raise_signal(signal.SIGHUP)
+            original(saver)
+
+        monkeypatch.setattr(Saver, "between_steps", hang_up)
+        assert train() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):
