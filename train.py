@@ -35,7 +35,16 @@ logger = logging.getLogger("train")
 
 
 def main(argv: list[str] | None = None) -> int:
-    command = cli.parse(sys.argv[1:] if argv is None else argv, __doc__)
+    try:
+        return obey(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:  # before cli.run has taken the signals over, or after
+        sys.stderr.write("stopped by SIGINT\n")
+        return cli.INTERRUPTED
+
+
+def obey(argv: list[str]) -> int:
+    """Does what the command line says; gives the exit status."""
+    command = cli.parse(argv, __doc__)
     try:
         cfg, places = command.load_config()
     except Refused as refusal:

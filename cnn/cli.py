@@ -3,6 +3,7 @@
 import argparse
 import logging
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DONE, FAILED, REFUSED = 0, 1, 2  # and 128 + N for signal N
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def default_config() -> Path:
@@ -122,14 +124,19 @@ def run(act: Callable[["Log", "StopSignals"], None], places: dict[str, str]) -> 
     Args:
         places: where each setting was given; a refusal that begins with one is told with it.
     """
-    from cnn.datasets.loading import DataFailed
-    from cnn.saving import Failed
     from cnn.utils.logger import Log
     from cnn.utils.signals import Stopped, StopSignals
 
-    log, stop = Log(), StopSignals()
+    log, stop = Log(), StopSignals(deferred=True)
     stop.install()
+    # Two seconds of importing torch, in which a signal waits: no half of a module is left, and
+    # nobody's `except Exception` there takes it.
+    from cnn.datasets.loading import DataFailed
+    from cnn.saving import Failed
+
+    stop.deferred = False
     try:
+        stop.check()
         act(log, stop)
         return DONE
     except Refused as refusal:

@@ -1,9 +1,13 @@
 """The command line: what it refuses, what it says, and how a run that is not yet one ends."""
 
+import signal
+from pathlib import Path
+
 import pytest
-from conftest import TINY
+from conftest import TINY, finish
 
 import train as script
+from cnn import cli
 from cnn.saving import Saver
 
 
@@ -64,3 +68,37 @@ def test_the_examples_of_the_help_stand_below_each_other(capfd):
     help = capfd.readouterr().out
     assert help.count("\n    python train.py") == help.count("\n    python") == 7
     assert "\npython" not in help
+
+
+# Found by Python at its start; presses Ctrl-C as a module begins to be imported.
+CTRL_C = """
+import os, signal, sys
+
+class Press:
+    def find_spec(name, path=None, target=None):
+        if name == "{module}":
+            sys.meta_path.remove(Press)
+            os.kill(os.getpid(), signal.{name})
+
+sys.meta_path.insert(0, Press)
+"""
+
+
+@pytest.mark.parametrize(
+    "name, module",
+    [("SIGINT", "torch"), ("SIGTERM", "torch"), ("SIGINT", "torch.nn"), ("SIGINT", "cnn.engine")],
+)
+def test_a_signal_while_torch_is_imported_is_one_line_and_its_status(name, module):
+    Path("sitecustomize.py").write_text(CTRL_C.format(name=name, module=module))
+    status, output = finish(*TINY)
+    assert status == 128 + getattr(signal, name)
+    assert output == f"warning: stopped by {name}\n"
+
+
+def test_ctrl_c_while_the_settings_are_read_is_one_line_and_130(train, capfd, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Command, "load_config", interrupted)
+    assert train() == 130
+    assert capfd.readouterr().err == "stopped by SIGINT\n"

@@ -23,9 +23,9 @@ class StopSignals:
     A second SIGINT leaves at once; what was last saved is whole.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, deferred: bool = False) -> None:
         self.received: int | None = None
-        self.deferred = False
+        self.deferred = deferred  # it waits until `check`
         self._process = os.getpid()
 
     def install(self) -> None:
