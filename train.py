@@ -121,10 +121,12 @@ def train(
             for _ in follow(steps, label, total, done, cfg.log.every_seconds):
                 saver.between_steps()
 
-            batches = saver.interruptible(run.val_loader.batches())
-            batches = follow(batches, f"{label} val", len(run.val_loader), 0, cfg.log.every_seconds)
             model, said = state.evaluated_model(), run.outcome()
-            metrics = evaluate(model, batches, run.loss, run.autocast, "val_", said)
+            batches = saver.interruptible(run.val_loader.batches())
+            batches = trace.follow(batches, state, said) if trace else batches
+            batches = follow(batches, f"{label} val", len(run.val_loader), 0, cfg.log.every_seconds)
+            key = {"seed": cfg.seed, "epoch": state.epoch}
+            metrics = evaluate(model, batches, run.loss, run.autocast, "val_", said, **key)
             seconds, monitor = saver.seconds(), cfg.checkpoint.monitor
             improved = state.end_epoch(metrics, monitor, seconds, said.predictions())
             saver.end_epoch(improved)
@@ -136,7 +138,8 @@ def train(
             logger.info("testing the best epoch, once")
             model, said = saver.best_model(), run.outcome(of_result=True)
             batches = saver.interruptible(run.test_loader.batches())
-            state.test = evaluate(model, batches, run.loss, run.autocast, "test_", said)
+            key = {"seed": cfg.seed, "epoch": state.epoch}
+            state.test = evaluate(model, batches, run.loss, run.autocast, "test_", said, **key)
             state.predictions["test"] = said.predictions()
             saver.save()
         else:

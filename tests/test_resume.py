@@ -136,6 +136,32 @@ def test_another_number_of_workers_after_a_kill_changes_nothing(
     assert_same_run(unbroken_stream, tmp_path)
 
 
+UNSURE = """
+from torch import nn
+
+class Unsure(nn.Linear):
+    def __init__(self, num_classes, in_channels):
+        super().__init__(in_channels * 64, num_classes)
+    def forward(self, images):
+        return super().forward(nn.functional.dropout(images.flatten(1), 0.5, training=True))
+"""
+
+
+def test_a_model_that_draws_in_validation_does_so_by_seed_epoch_and_batch(tmp_path):
+    words = [*STREAM, "model.name=unsure:Unsure", "model.args={}", "checkpoint.every_steps=null"]
+    for name in ("whole", "killed", "workers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "unsure.py").write_text(UNSURE)
+    run_whole(tmp_path / "whole", *words)
+    assert len({row["val_loss"] for row in history(tmp_path / "whole")}) == 3
+    run_whole(tmp_path / "workers", *words, "data.num_workers=2")
+    assert_same_run(tmp_path / "whole", tmp_path / "workers")
+    trap = ("validation", 4, signal.SIGTERM)
+    assert run(tmp_path / "killed", *words, trap=trap)[0] == 128 + signal.SIGTERM
+    resume_to_the_end(tmp_path / "killed")
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
 def test_what_is_saved_is_the_state_at_the_call_and_not_later(tmp_path, monkeypatch):
     going_on = threading.Event()
     written = checkpoint.save_checkpoint

@@ -161,7 +161,8 @@ class Loader:
     def keys(self, epoch: int, batch: int) -> list[Key]:
         """The images of one batch."""
         start = sum(self.sizes[:batch])
-        order = self.order(epoch)[start : start + self.sizes[batch]]
+        order = np.arange(len(self.images)) if epoch == EVALUATION else self.order(epoch)
+        order = order[start : start + self.sizes[batch]]
         return [(epoch, index) for index in order.tolist()]
 
     def raw(self, key: Key) -> torch.Tensor:
