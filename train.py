@@ -1,12 +1,14 @@
 """Trains an image classifier.
 
-python train.py                                    configs/config.yaml: digits, no download
-python train.py optim.lr=0.01 train.epochs=10      any setting changed
-python train.py --config configs/folder.yaml data.root=photos
-python train.py --resume checkpoints/best.pth      go on from a checkpoint
-python train.py --resume                           from the latest; where there is none, start
-python train.py --drill [settings]                 can this run be stopped anywhere? try it
-python train.py --find-lr [settings]               which learning rate? a range test
+Commands:
+
+    python train.py                                    configs/config.yaml: digits, no download
+    python train.py optim.lr=0.01 train.epochs=10      any setting changed
+    python train.py --config configs/folder.yaml data.root=photos
+    python train.py --resume checkpoints/best.pth      go on from a checkpoint
+    python train.py --resume                           from the latest; where there is none, start
+    python train.py --drill [settings]                 can this run be stopped anywhere? try it
+    python train.py --find-lr [settings]               which learning rate? a range test
 """
 
 import logging
@@ -37,7 +39,16 @@ logger = logging.getLogger("train")
 
 
 def main(argv: list[str] | None = None) -> int:
-    command = cli.parse(sys.argv[1:] if argv is None else argv, __doc__)
+    try:
+        return obey(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:  # before cli.run has taken the signals over, or after
+        sys.stderr.write("stopped by SIGINT\n")
+        return cli.INTERRUPTED
+
+
+def obey(argv: list[str]) -> int:
+    """Does what the command line says; gives the exit status."""
+    command = cli.parse(argv, __doc__)
     try:
         cfg, places = command.load_config()
         command.places.update(places)
@@ -105,10 +116,12 @@ def train(
             for _ in follow(steps, label, total, done, cfg.log.every_seconds):
                 saver.between_steps()
 
-            batches = saver.interruptible(run.val_loader.batches())
-            batches = follow(batches, f"{label} val", len(run.val_loader), 0, cfg.log.every_seconds)
             model, said = state.evaluated_model(), run.outcome()
-            metrics = evaluate(model, batches, run.loss, run.autocast, "val_", said)
+            batches = saver.interruptible(run.val_loader.batches())
+            batches = trace.follow(batches, state, said) if trace else batches
+            batches = follow(batches, f"{label} val", len(run.val_loader), 0, cfg.log.every_seconds)
+            key = {"seed": cfg.seed, "epoch": state.epoch}
+            metrics = evaluate(model, batches, run.loss, run.autocast, "val_", said, **key)
             seconds, monitor = saver.seconds(), cfg.checkpoint.monitor
             improved = state.end_epoch(metrics, monitor, seconds, said.predictions())
             saver.end_epoch(improved)
@@ -117,7 +130,7 @@ def train(
             saver.seconds()  # what the records took is not the next epoch's
 
         if state.test is None:
-            test(run, saver)
+            test(cfg, run, saver)
         else:
             summary.log_finished(cfg, state)
         summary.log_test(state, len(run.data.test))
@@ -142,15 +155,18 @@ def train_steps(cfg: Config, run: "Run", trace: "Trace | None") -> "Iterator[int
     )
 
 
-def test(run: "Run", saver: "Saver") -> None:
+def test(cfg: Config, run: "Run", saver: "Saver") -> None:
     """Tests the best epoch, the one time that the test images are looked at."""
     from cnn.engine import evaluate
 
     logger.info("testing the best epoch, once")
+    state = run.state
     model, said = saver.best_model(), run.outcome(of_result=True)
     batches = saver.interruptible(run.test_loader.batches())
-    run.state.test = evaluate(model, batches, run.loss, run.autocast, "test_", said)
-    run.state.predictions["test"] = said.predictions()
+    epoch = state.best["epoch"] if state.best else state.epoch
+    key = {"seed": cfg.seed, "epoch": epoch}
+    state.test = evaluate(model, batches, run.loss, run.autocast, "test_", said, **key)
+    state.predictions["test"] = said.predictions()
     saver.save()
 
 
@@ -160,7 +176,10 @@ def dry_run(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") 
     from cnn.utils.run import RunFolder
 
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch, RunFolder(None, Path(scratch)) as folder:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        RunFolder(None, Path(scratch), scratch=True) as folder,
+    ):
         once = {"epochs": 1, "early_stop_patience": None}
         short = replaced(cfg, run=None, train=once, log={"report": False, "tensorboard": False})
         train(short, folder, log, stop, max_batches=2)

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import re
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DONE, FAILED, REFUSED = 0, 1, 2  # and 128 + N for signal N
+INTERRUPTED = 128 + signal.SIGINT
 
 
 def default_config() -> Path:
@@ -70,12 +72,23 @@ def parse(argv: list[str], description: str) -> Command:
     add("--find-lr", action="store_true", help="try ever higher learning rates, suggest one")
     add("--print-config", action="store_true", help="print every setting with its meaning")
     add("settings", nargs="*", metavar="key=value", help="change a setting: optim.lr=0.01")
-    args = parser.parse_intermixed_args(_separate(argv))
+    args, unknown = parser.parse_known_intermixed_args(_separate(argv))
+    if unknown:
+        parser.error(
+            f"unrecognized arguments: {' '.join(unknown)}; settings are written"
+            f" {_as_setting(unknown[0], argv)}"
+        )
     for word in args.settings:
+        if word.endswith((".yaml", ".yml")):
+            parser.error(f"expected key=value, got {word!r}; settings of a file: --config {word}")
         if "=" not in word:
             parser.error(
                 f"expected key=value, got {word!r} (a file goes after --config or --resume)"
             )
+    modes = ("dry_run", "drill", "find_lr", "print_config")
+    asked = [f"--{mode.replace('_', '-')}" for mode in modes if getattr(args, mode)]
+    if args.resume is not None and asked:
+        parser.error(f"{asked[0]} cannot go with --resume: it looks at settings, and at no run")
     return Command(
         config=args.config,
         settings=args.settings,
@@ -96,20 +109,35 @@ def _separate(argv: list[str]) -> list[str]:
     ]
 
 
+def _as_setting(option: str, argv: list[str]) -> str:
+    """`--epochs 5` as `train.epochs=5`."""
+    name, equals, value = option.lstrip("-").replace("-", "_").partition("=")
+    if not equals:
+        following = argv[argv.index(option) + 1 :][:1] if option in argv else []
+        value = following[0] if following and not following[0].startswith("--") else "..."
+    known = [key for key in config.resume_rules() if name in (key, key.rpartition(".")[2])]
+    return f"{known[0]}={value}" if known else "key=value: train.epochs=5"
+
+
 def run(act: Callable[["Log", "StopSignals"], None], places: dict[str, str]) -> int:
     """Runs `act` with log and signals set up; turns how it ended into a message and a status.
 
     Args:
         places: where each setting was given; a refusal that begins with one is told with it.
     """
-    from cnn.datasets.loading import DataFailed
-    from cnn.saving import Failed
     from cnn.utils.logger import Log
     from cnn.utils.signals import Stopped, StopSignals
 
-    log, stop = Log(), StopSignals()
+    log, stop = Log(), StopSignals(deferred=True)
     stop.install()
+    # Two seconds of importing torch, in which a signal waits: no half of a module is left, and
+    # nobody's `except Exception` there takes it.
+    from cnn.datasets.loading import DataFailed
+    from cnn.saving import Failed
+
+    stop.deferred = False
     try:
+        stop.check()
         act(log, stop)
         return DONE
     except Refused as refusal:

@@ -23,6 +23,14 @@ MAX_DEPTH = 20  # of brackets and indents; PyYAML takes minutes for some thousan
 # What configs/best_hparams/*.yaml hold beside the settings; read past, so that --config takes them.
 RECORDS = ("best_metrics", "test_metrics", "updated_at", "history")
 
+# Files and folders of the run without a name, which share a folder with the runs that have one; as
+# in cnn.utils.run, which takes longer to import than a typo may.
+NAMES_TAKEN = (
+    *("train.log", "history.csv", "config.yaml", "model.txt", "tensorboard", "report.html"),
+    *("curves.png", "confusion_matrix.png", "predictions_val.csv", "result.json", "archive"),
+)
+ENDINGS_TAKEN = (".pth", ".tmp")
+
 # What a resume makes of a key that differs from the checkpoint's.
 FREE = "taken"  # may change: paths, workers, epochs
 ASKED = "taken only when typed on the command line"  # changes the mathematics: lr, loss
@@ -137,7 +145,7 @@ class ModelConfig:
 class LossConfig:
     name: str = setting(
         "cross_entropy",
-        "cross_entropy, or package.module:Class",
+        "what is minimised: cross_entropy, or package.module:Class",
         resume=ASKED,
         choices=("cross_entropy",),
         import_path=True,
@@ -359,9 +367,14 @@ def _yaml_line(field: dataclasses.Field, value: Any, indent: str) -> str:
     text = yaml.dump(
         [value], Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**9
     )
-    return (
-        f"{indent}{field.name}: {text.strip()[1:-1]}".ljust(32) + f"  # {field.metadata['about']}"
-    )
+    choices = field.metadata["choices"]
+    if len(choices) > 1:  # one alone is a word beside numbers or paths: its meaning tells it
+        path = ["package.module:name"] if field.metadata["import_path"] else []
+        choices = ": " + ", ".join([*choices, *path])
+    else:
+        choices = ""
+    about = field.metadata["about"] + choices
+    return f"{indent}{field.name}: {text.strip()[1:-1]}".ljust(32) + f"  # {about}"
 
 
 def replaced(cfg: Config, **sections: Any) -> Config:
@@ -790,18 +803,15 @@ def _check_together(cfg: Config, given: dict[str, Given]) -> list[str]:
         mistakes.append(
             f"{at('device')}: expected auto, cpu, cuda, cuda:1 or mps, got {cfg.device}"
         )
-    if (
-        cfg.run is not None
-        and not re.fullmatch(r"[\w.\-][\w.\- ]*", cfg.run)
-        or cfg.run
-        in (
-            ".",
-            "..",
-            "archive",
-        )
-    ):
+    if cfg.run is not None and not re.fullmatch(r"[\w\-][\w.\- ]*", cfg.run):
         mistakes.append(
-            f"{at('run')}: expected a name of letters, digits, '.', '_' and '-', got {cfg.run!r}"
+            f"{at('run')}: expected a name of letters, digits, '.', '_' and '-' that begins with no"
+            f" '.', got {cfg.run!r}"
+        )
+    elif cfg.run is not None and _is_taken(cfg.run):
+        mistakes.append(
+            f"{at('run')}: expected a name for folders, got {cfg.run!r}, which a file of the run"
+            f" without a name may have"
         )
     if cfg.schedule.name == "multistep" and not cfg.schedule.milestones:
         mistakes.append(
@@ -817,6 +827,11 @@ def _check_together(cfg: Config, given: dict[str, Given]) -> list[str]:
                 f"{at('optim.groups')}[{number}].match: not a regular expression: {error}"
             )
     return mistakes
+
+
+def _is_taken(name: str) -> bool:
+    name = name.lower()  # there are disks that take Archive for archive
+    return name in NAMES_TAKEN or name.endswith(ENDINGS_TAKEN)
 
 
 SECTIONS = tuple(

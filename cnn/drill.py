@@ -22,6 +22,7 @@ from typing import Any
 
 from cnn.building import build_run
 from cnn.config import Config, load_config, replaced, to_yaml
+from cnn.datasets.loading import EVALUATION
 from cnn.saving import Failed
 from cnn.trace import Trace, digest
 from cnn.utils.checkpoint import load_checkpoint
@@ -33,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 STEPS = 6  # optimizer steps an epoch of the stretch
 EPOCHS = 2
-# Where the run is killed: epoch, and share of the epoch's batches; at each, once.
-KILLS = ((1, 0.5), (2, 0.0), (2, 0.7))
+# Where the run is killed: epoch, and share of its training batches (1: in validation); at each, once.
+KILLS = ((1, 0.5), (1, 1.0), (2, 0.0), (2, 0.7), (2, 1.0))
 TIMEOUT = 600  # seconds for one process
 
 # Each process is a fork of a server that has imported torch once.
@@ -79,8 +80,8 @@ def hold_drill(cfg: Config, stop: StopSignals) -> None:
             return _through(settings, Path(scratch, name), batches, kills)
 
         first = through("unbroken", [])
-        last_batch = max(record["batch"] for record in first.records)
-        kills = [(epoch, int(share * last_batch)) for epoch, share in KILLS]
+        training = [record["batch"] for record in first.records if not record["validation"]]
+        kills = [(epoch, int(share * (max(training) + 1))) for epoch, share in KILLS]
         again = through("unbroken again", [])
         killed = through(f"killed {len(kills)} times and resumed", kills)
     rows = [
@@ -176,7 +177,7 @@ def _child(settings: Path, folder: Path, trace: Path, max_batches: int, method: 
     cfg, _ = load_config(settings)
 
     def act(log: Log, stop: StopSignals) -> None:
-        with RunFolder(None, folder) as run_folder:
+        with RunFolder(None, folder, scratch=True) as run_folder:
             found = find_checkpoint(run_folder)
             point = ResumePoint(*found, cfg, []) if found else None
             train.train(cfg, run_folder, log, stop, point, max_batches, Trace(trace))
@@ -210,13 +211,18 @@ def _key(record: Record) -> Key:
     return record["epoch"], record["batch"]
 
 
+def _where(record: Record) -> str:
+    validation = ", in validation" if record["validation"] else ""
+    return f"epoch {record['epoch']}, batch {record['batch']}{validation}"
+
+
 def _find_culprit(cfg: Config, max_batches: int, first: Stretch, other: Stretch) -> str | None:
     """What the first difference comes from, in words that help; None where there is none."""
     expected = {_key(record): record for record in first.records}
     before: Record | None = None
     for number, record in enumerate(other.records):
         resumed = number in other.starts
-        where = f"epoch {record['epoch']}, batch {record['batch']}"
+        where = _where(record)
         known = expected.get(_key(record))
         if known is None or record["labels"] != known["labels"]:
             return (
@@ -241,7 +247,7 @@ def _find_culprit(cfg: Config, max_batches: int, first: Stretch, other: Stretch)
         found = next(differences(content, other.checkpoints[name]), None)
         if found is not None:
             return (
-                f"the end: every training batch was the same, but {name} differs in {found}."
+                f"the end: every batch was the same, but {name} differs in {found}."
                 f" Validation draws from something that the seed does not key, or the last step did"
             )
     return None
@@ -249,7 +255,7 @@ def _find_culprit(cfg: Config, max_batches: int, first: Stretch, other: Stretch)
 
 def _blame_step(differing: list[str], before: Record | None, first: Stretch, other: Stretch) -> str:
     """The step before started from the same state and images, and ended elsewhere."""
-    where = f"epoch {before['epoch']}, batch {before['batch']}" if before else "the start"
+    where = _where(before) if before else "the start"
     losses = [
         [row["train_loss"] for row in stretch.checkpoints["last.pth"]["history"]]
         for stretch in (first, other)
@@ -272,8 +278,11 @@ def _blame_step(differing: list[str], before: Record | None, first: Stretch, oth
 
 def _blame_images(cfg: Config, max_batches: int, record: Record, where: str) -> str:
     """Asks for the same images twice, before and after the augmentations."""
-    loader = build_run(cfg, max_batches=max_batches).train_loader
-    keys = loader.keys(record["epoch"], record["batch"])[:8]
+    run = build_run(cfg, max_batches=max_batches)
+    loader, epoch, batch = run.train_loader, record["epoch"], record["batch"]
+    if record["validation"]:
+        loader, epoch, batch = run.val_loader, EVALUATION, batch - len(loader)
+    keys = loader.keys(epoch, batch)[:8]
     raw = [[digest(loader.raw(key)) for key in keys] for _ in _two_moments()]
     if raw[0] != raw[1]:
         return (

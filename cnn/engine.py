@@ -69,16 +69,23 @@ def evaluate(
     autocast: Callable[[], torch.autocast],
     prefix: str,
     sums: Sums | None = None,
+    *,
+    seed: int,
+    epoch: int,
 ) -> dict[str, float | None]:
     """Loss and accuracy of the model over all the batches, named PREFIXloss and PREFIXacc.
 
     Args:
         sums: where to add the batches, for more than these two: an `Outcome`.
+        seed, epoch: what a model that draws, such as Monte-Carlo dropout, is keyed by, with the
+            number of the batch.
     """
     was_training = model.training
     model.eval()
-    sums = Sums(next(model.parameters()).device) if sums is None else sums
-    for images, labels in batches:
+    device = next(model.parameters()).device
+    sums = Sums(device) if sums is None else sums
+    for number, (images, labels) in enumerate(batches):
+        seeding.seed_step(device, seed, seeding.EVALUATE, epoch, number)
         with autocast():
             logits = model(images)
         sums.add(loss_of(loss_function, logits, labels), logits, labels)

@@ -70,7 +70,8 @@ class Saver:
             raise Failed(
                 f"{before}the latest state could not be saved: {self.writer.failure}. {self._safe()}"
             ) from error
-        if error is not None and not isinstance(error, Failed) and self.folder.last.exists():
+        hint = self.folder.last.exists() and not self.folder.scratch
+        if error is not None and not isinstance(error, Failed) and hint:
             logger.warning("go on with: %s", self.resume_command())
 
     def _safe(self) -> str:

@@ -1,35 +1,44 @@
-"""A record of every batch a run trains on and of the state it meets: what two runs are compared by."""
+"""A record of every batch a run trains on or validates on, and of the state it meets: what two runs are compared by."""
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cnn.datasets.loading import Batch
+from cnn.metrics import Sums
 from cnn.state import TrainingState
 
 
 class Trace:
-    """Writes a line of JSON for each training batch, before the model sees it."""
+    """Writes a line of JSON for each batch, before the model sees it."""
 
     def __init__(self, path: Path):
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  as long as the process
 
-    def follow(self, batches: Iterator[Batch], state: TrainingState) -> Iterator[Batch]:
-        """Passes the batches of an epoch on, each recorded."""
+    def follow(
+        self, batches: Iterable[Batch], state: TrainingState, validation: Sums | None = None
+    ) -> Iterator[Batch]:
+        """Passes the batches of an epoch on, each recorded.
+
+        Args:
+            validation: where those of validation are added up; they count on from the training's.
+        """
+        sums = state.sums if validation is None else validation
         for number, (images, labels) in enumerate(batches, start=state.batch):
             record = {
                 "epoch": state.epoch + 1,
                 "batch": number,
+                "validation": validation is not None,
                 "labels": digest(labels),
                 "images": digest(images),
                 "model": digest(state.model.state_dict()),
                 "optimizer": digest(state.optimizer.state_dict()),
-                "loss_sum": state.sums.loss.item(),
-                "correct": state.sums.correct.item(),
+                "loss_sum": sums.loss.item(),
+                "correct": sums.correct.item(),
             }
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from cnn import config
 from cnn.config import Config, Refused, load_config, replaced, resume_rules, to_dict, to_yaml
+from cnn.utils.run import CHECKPOINTS, LOGS, OWNER
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -39,6 +41,18 @@ def test_what_print_config_prints_reads_back_the_same(path, tmp_path):
     assert again == cfg
     assert set(places) == set(resume_rules()), "every key is printed"
     assert all("#" in line for line in printed.splitlines() if ": " in line), "with its meaning"
+
+
+def test_what_is_printed_tells_the_choices():
+    printed = to_yaml(Config())
+    assert "  # how lr changes: constant, step, multistep, cosine, onecycle, plateau\n" in printed
+    assert "crop, flip, rotate, color, resized_crop, erase, package.module:name\n" in printed
+    for key, field, _ in config._keys(Config):
+        about = f"  # {field.metadata['about']}"
+        (comment,) = (
+            about + line.partition(about)[2] for line in printed.splitlines() if about in line
+        )
+        assert all(choice in comment for choice in field.metadata["choices"]), key
 
 
 TRICKY = [
@@ -109,7 +123,11 @@ MISTAKES = {
     "weights below 0": ("loss: {class_weights: [1, -1]}", "my.yaml:1: loss.class_weights[1]"),
     "device": ("seed: 1\ndevice: gpu", "my.yaml:2: device: expected auto, cpu, cuda", "got gpu"),
     "run with a path": ("run: ../mine", "my.yaml:1: run: expected a name of letters"),
-    "run called archive": ("run: archive", "my.yaml:1: run: expected a name"),
+    "run called archive": ("run: archive", "my.yaml:1: run: expected a name for folders"),
+    "run called as a record": ("run: Report.html", "my.yaml:1: run: expected a name for folders"),
+    "run called as a checkpoint": ("run: mine.pth", "my.yaml:1: run: expected a name for folders"),
+    "run called as a leftover": ("run: mine.tmp", "my.yaml:1: run: expected a name for folders"),
+    "run hidden": ("run: .mine", "my.yaml:1: run: expected a name of letters"),
     "no milestones": ("schedule:\n  name: multistep", "schedule.milestones: missing"),
     "two sources": (
         "model: {pretrained: true, weights: a.pth}",
@@ -226,6 +244,17 @@ def test_replaced_changes_what_it_is_told_and_nothing_else():
     cfg = replaced(Config(), run="a", train={"epochs": 3})
     assert cfg.run == "a" and cfg.train.epochs == 3
     assert replaced(cfg, run=None, train={"epochs": Config().train.epochs}) == Config()
+
+
+@pytest.mark.parametrize("name", [*LOGS, *CHECKPOINTS, "archive", OWNER, ".run.lock"])
+def test_no_run_can_be_called_as_what_a_run_leaves(name):
+    with pytest.raises(Refused, match="run: expected a name"):
+        load_config(None, [f"run={name.replace('*', '001')}"])
+
+
+@pytest.mark.parametrize("name", ["archived", "my.run-2", "config", "-1", "pth"])
+def test_a_run_may_be_called_what_no_file_is(name):
+    assert load_config(None, [f"run={name}"])[0].run == name
 
 
 def test_checking_the_configuration_imports_no_torch():

@@ -136,6 +136,24 @@ def test_a_folder_of_splits_is_taken_as_it_is_divided(photos):
     assert str(photos / "train/cat/deeper/X.JPG") in parts["train"]
 
 
+def test_two_folders_for_one_split_are_refused(photos):
+    for part in ("train", "valid", "validation"):
+        fill(photos / part, number=2)
+    cfg = DataConfig("folder", str(photos))
+    assert "has two folders for val, valid and validation; keep one" in refusal(cfg)
+
+
+def test_a_folder_beside_train_that_is_used_for_nothing_is_named(photos, caplog):
+    for part in ("train", "val", "tset"):
+        fill(photos / part, number=4)
+    folder(photos)
+    assert "beside train, used for nothing: tset" in caplog.text
+    caplog.clear()
+    (photos / "tset").rename(photos / "test")
+    folder(photos)
+    assert "used for nothing" not in caplog.text
+
+
 def test_what_lacks_is_held_out_of_train(photos):
     fill(photos / "train", number=10)
     fill(photos / "val", number=2)
@@ -323,6 +341,43 @@ def test_a_csv_file_without_splits_is_divided(photos):
 )
 def test_a_csv_file_that_does_not_say_enough_is_refused_by_its_line(text, part, photos):
     assert part in refusal(table(photos, text))
+
+
+def test_spaces_in_a_csv_file_make_no_classes(photos):
+    fill(photos, number=6)
+    rows = [f" {path} , {path.parent.name}, Train " for path in sorted(photos.rglob("*.png"))]
+    rows[0] = rows[0].replace(" ", "")
+    data = build_data(table(photos, " path, label , split\n" + "\n".join(rows)), 0)
+    assert data.classes == ["cat", "dog"]
+    assert len(data.train) + len(data.val) + len(data.test) == 12
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        (
+            "path,label,split\na.png,x,train\nb.png,y,\n./a.png,x,test\n",
+            "table.csv:4: ./a.png is x in test, but line 2 says x in train",
+        ),
+        ("path,label\na.png,x\na.png,y\n", "table.csv:3: a.png is y in train, but line 2 says x"),
+    ],
+    ids=["in two splits", "of two classes"],
+)
+def test_an_image_that_a_csv_file_names_twice_is_refused_with_both_lines(text, part, photos):
+    assert part in refusal(table(photos, text))
+
+
+def test_an_image_may_be_there_twice_in_one_split_to_weigh_more(photos):
+    fill(photos, number=6)
+    rows = [f"{path},{path.parent.name},train" for path in sorted(photos.rglob("*.png"))]
+    data = build_data(table(photos, "path,label,split\n" + "\n".join([*rows, rows[0]])), 0)
+    assert len(data.train) + len(data.val) + len(data.test) == 13
+
+
+def test_a_csv_file_that_is_not_utf8_is_refused_with_what_to_do(photos):
+    cfg = table(photos, "path,label\na.png,x\n")
+    Path(cfg.root).write_bytes("path,label\na.png,Käse\n".encode("cp1252"))
+    assert "in UTF-8, but 0xe4 is no character of it; save it as UTF-8" in refusal(cfg)
 
 
 def test_a_csv_file_that_is_not_there_or_no_text_is_refused(photos):

@@ -36,6 +36,22 @@ class Counting(nn.Module):
         self.calls += self.training
         return self.layer(images.flatten(1)) * (1 + 0.01 * self.calls)
 
+class Unsure(nn.Linear):
+    '''A model with Monte-Carlo dropout: it draws in validation too.'''
+    def __init__(self, num_classes, in_channels):
+        super().__init__(in_channels * 64, num_classes)
+    def forward(self, images):
+        return super().forward(nn.functional.dropout(images.flatten(1), 0.5, training=True))
+
+class ForgetsInValidation(Unsure):
+    '''It draws in validation, from a generator of its own.'''
+    def __init__(self, num_classes, in_channels):
+        super().__init__(num_classes, in_channels)
+        self.rng = np.random.default_rng(0)
+    def forward(self, images):
+        scale = 1 if self.training else 1 + self.rng.random()
+        return super().forward(images) * scale
+
 def by_the_clock(image):
     '''An augmentation that reads the clock.'''
     return image.roll(time.time_ns() // 1000 % 8, -1)
@@ -63,7 +79,22 @@ def test_the_drill_finds_nothing_in_a_run_that_resumes_exactly(train, capfd):
     assert said.count("identical  identical  identical  identical  identical  identical") == 2
 
 
+def test_the_drill_finds_nothing_in_a_model_that_draws_while_it_validates(train, capfd):
+    assert train("--drill", "model.name=examples:Unsure", "model.args={}", *MUCH_VALIDATION) == 0
+    assert "drill OK: identical" in capfd.readouterr().err
+
+
+# 140 images to train on and as many to validate on; the drill uses 96 of each: six and two batches
+MUCH_VALIDATION = [
+    "data.args={num_images: 280, num_test: 20, num_classes: 3, image_size: 8, noise: 60}",
+    "data.val_fraction=0.5",
+]
+
 CULPRITS = {
+    "a model that draws in validation from a generator of its own": (
+        ["model.name=examples:ForgetsInValidation", "model.args={}", *MUCH_VALIDATION],
+        "drill: the killed run is not the same: model randomness: at epoch 2, batch 6, in validation",
+    ),
     "a dataset with a generator of its own": (
         ["data.name=examples:hidden_generator", "data.args={}", "data.augment=[]"],
         "drill: the killed run is not the same: dataset: ",

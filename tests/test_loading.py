@@ -1,8 +1,11 @@
 """Batches: every image once an epoch, in an order and with changes that depend on keys alone."""
 
+import errno
 import itertools
 import multiprocessing
+import os
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import torch
 from PIL import Image
 
 from cnn.config import DataConfig, Refused
-from cnn.datasets import build_data
+from cnn.datasets import build_data, cache
 from cnn.datasets.augment import build_augmentations
 from cnn.datasets.loading import Samples, build_loader, split_epoch
 
@@ -193,6 +196,20 @@ def test_erase_makes_a_part_of_some_images_black(way, data):
 
 
 @BOTH
+def test_erase_is_a_square_of_half_the_side_wherever_the_images_come_from(way):
+    args = {"num_images": 450, "num_test": 9, "image_size": 16, "noise": 0}
+    data = build_data(DataConfig("synthetic", args=args, image_size=16), 0)
+    train, sides = loader(data, ["erase"], **way), []
+    for i in range(len(data.train)):
+        black = train.image((1, i))[0].eq(0) & data.train[i][0].ne(0)
+        if black.any():
+            rows, columns = black.nonzero().T
+            sides += [int(where.max() - where.min()) + 1 for where in (rows, columns)]
+    assert max(sides) == 8 and sides.count(8) > len(sides) / 3, "but for those over the edge"
+    assert 0.4 < len(sides) / 2 / len(data.train) < 0.6
+
+
+@BOTH
 def test_validation_images_come_as_they_are(way, data):
     images, labels, _ = whole(loader(data, AUGMENT, "val", **way).batches())
     assert labels.tolist() == data.val.labels.tolist()
@@ -230,6 +247,44 @@ def test_images_in_files_are_the_same_from_memory_and_from_the_files(photos):
             memory = whole(loader(data, part=part, **MEMORY).batches())
             assert memory[0].equal(stream[0]) and memory[1].equal(stream[1])
     assert sorted(photos.rglob("*")) == before, "nothing is written beside the images"
+
+
+def test_a_full_disk_costs_the_cache_and_not_the_run(photos, tmp_path, monkeypatch):
+    data = build_data(DataConfig("folder", str(photos), image_size=16), 0)
+    expected = whole(loader(data, **STREAM).batches())
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    images, labels, _ = whole(loader(data, **MEMORY).batches())
+    assert images.equal(expected[0]) and labels.equal(expected[1])
+    assert not list(tmp_path.rglob("*pixels_*")), "nothing is left on the full disk"
+
+
+@pytest.mark.parametrize("has_fallocate", [True, False])
+def test_the_cache_has_its_room_on_the_disk_before_it_is_mapped(
+    tmp_path, monkeypatch, has_fallocate
+):
+    if not has_fallocate:
+        monkeypatch.delattr(os, "posix_fallocate")
+    size = 3 * 2**20 + 5
+    with open(tmp_path / "file", "wb") as file:
+        cache._allocate(file, size)
+    status = (tmp_path / "file").stat()
+    assert status.st_size == size and status.st_blocks * 512 >= size
+
+
+def test_what_a_killed_process_left_in_the_cache_goes_after_a_day(photos, tmp_path):
+    folder = tmp_path / "cache" / "cnn"
+    folder.mkdir(parents=True, exist_ok=True)
+    old, young = folder / ".pixels_a.bin.1.tmp", folder / ".pixels_b.bin.2.tmp"
+    for path, hours in ((old, 25), (young, 23)):
+        path.touch()
+        os.utime(path, (time.time() - 3600 * hours,) * 2)
+    data = build_data(DataConfig("folder", str(photos), image_size=16), 0)
+    loader(data, **MEMORY)
+    assert not old.exists() and young.exists()
 
 
 def test_files_that_changed_are_decoded_anew(photos):

@@ -1,5 +1,6 @@
 """As if it had never stopped: runs killed, signalled and resumed equal the unbroken one, bit for bit."""
 
+import itertools
 import shutil
 import signal
 import threading
@@ -75,8 +76,15 @@ def test_a_run_killed_in_any_phase_ends_the_same(unbroken, tmp_path, place, pass
     assert_same_run(unbroken, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
-@pytest.mark.parametrize("place, passes", [("training", 2), ("validation", 4), ("writing", 1)])
+@pytest.mark.parametrize(
+    "name, place, passes",
+    [
+        *itertools.product(["SIGINT", "SIGTERM", "SIGUSR1"], ["training"], [2]),
+        *itertools.product(["SIGINT", "SIGTERM", "SIGUSR1"], ["validation"], [4]),
+        *itertools.product(["SIGINT", "SIGTERM", "SIGUSR1"], ["writing"], [1]),
+        ("SIGHUP", "training", 2),
+    ],
+)
 def test_a_signal_to_the_group_saves_and_says_how_to_go_on(
     unbroken_stream, tmp_path, name, place, passes
 ):
@@ -88,6 +96,21 @@ def test_a_signal_to_the_group_saves_and_says_how_to_go_on(
     assert "go on with: python train.py --resume checkpoints/last.pth" in output
     resume_to_the_end(tmp_path, "checkpoint.every_steps=1")
     assert_same_run(unbroken_stream, tmp_path)
+
+
+def test_under_nohup_a_run_outlives_its_terminal(train, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        original = Saver.between_steps
+
+        def hang_up(saver: Saver) -> None:
+            signal.raise_signal(signal.SIGHUP)
+            original(saver)
+
+        monkeypatch.setattr(Saver, "between_steps", hang_up)
+        assert train() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):
@@ -114,6 +137,32 @@ def test_another_number_of_workers_after_a_kill_changes_nothing(
     assert_same_run(unbroken_stream, tmp_path)
 
 
+UNSURE = """
+from torch import nn
+
+class Unsure(nn.Linear):
+    def __init__(self, num_classes, in_channels):
+        super().__init__(in_channels * 64, num_classes)
+    def forward(self, images):
+        return super().forward(nn.functional.dropout(images.flatten(1), 0.5, training=True))
+"""
+
+
+def test_a_model_that_draws_in_validation_does_so_by_seed_epoch_and_batch(tmp_path):
+    words = [*STREAM, "model.name=unsure:Unsure", "model.args={}", "checkpoint.every_steps=null"]
+    for name in ("whole", "killed", "workers"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "unsure.py").write_text(UNSURE)
+    run_whole(tmp_path / "whole", *words)
+    assert len({row["val_loss"] for row in history(tmp_path / "whole")}) == 3
+    run_whole(tmp_path / "workers", *words, "data.num_workers=2")
+    assert_same_run(tmp_path / "whole", tmp_path / "workers")
+    trap = ("validation", 4, signal.SIGTERM)
+    assert run(tmp_path / "killed", *words, trap=trap)[0] == 128 + signal.SIGTERM
+    resume_to_the_end(tmp_path / "killed")
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
 def test_what_is_saved_is_the_state_at_the_call_and_not_later(tmp_path, monkeypatch):
     going_on = threading.Event()
     written = checkpoint.save_checkpoint
@@ -135,8 +184,8 @@ def test_what_is_saved_is_the_state_at_the_call_and_not_later(tmp_path, monkeypa
 
 
 def test_every_position_resumes_to_the_same_end(train, monkeypatch):
-    """A run of 48 steps, stopped after each; then resumed from each of the 48 files."""
-    words = ["train.epochs=8", "data.args={num_images: 90, image_size: 8}", "optim.lr=0.02"]
+    """A run of 40 steps, stopped after each; then resumed from each of the 40 files."""
+    words = ["train.epochs=8", "data.args={num_images: 80, image_size: 8}", "optim.lr=0.02"]
     words = [*words, "train.ema_decay=0.9", "schedule.name=plateau", "schedule.patience=0"]
     assert train(*words) == 0
     for folder in ("logs", "checkpoints"):
@@ -154,9 +203,9 @@ def test_every_position_resumes_to_the_same_end(train, monkeypatch):
             number += 1
             shutil.copytree("checkpoints", f"at/{number}/checkpoints")
             status = train("--resume")
-    assert number == 48
+    assert number == 40
     assert_same_run("whole", ".")
-    for number in range(1, 49):
+    for number in range(1, 41):
         monkeypatch.chdir(Path("at", str(number)))
         assert train("--resume") == 0
         monkeypatch.chdir("../..")

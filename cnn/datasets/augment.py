@@ -31,7 +31,7 @@ def build_augmentations(names: list[str], image_size: int) -> list[Transform]:
         "color": lambda: v2.ColorJitter(0.2, 0.2, 0.2),
         # The scale of Wightman et al. (2021), gentler than Inception's 0.08.
         "resized_crop": lambda: v2.RandomResizedCrop(image_size, (0.35, 1.0), antialias=True),
-        "erase": v2.RandomErasing,
+        "erase": lambda: erase,
     }
     names = sorted(names, key=lambda name: name != "resized_crop")  # that one first
     made = [known[name]() if name in known else _own(name) for name in names]
@@ -53,11 +53,36 @@ def fit(image: torch.Tensor, size: int) -> torch.Tensor:
     return functional.center_crop(functional.resize(image, [size], antialias=True), [size])
 
 
+# -- cutout (DeVries and Taylor, 2017) ----------------------------------------------------------
+
+ERASED = 0.5  # side of the erased square over the image's
+ERASE_PROBABILITY = 0.5
+
+
+def erase(image: torch.Tensor) -> torch.Tensor:
+    """Makes a square of every other image (C, H, W) black, drawn from torch's global generator."""
+    return image * ~erased(torch.rand(1, 3), *image.shape[-2:])
+
+
+def erased(draws: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Where images lose a square, its middle anywhere: bool (N, H, W).
+
+    Args:
+        draws: in [0, 1), (N, 3): whether at all, and the middle's y and x.
+    """
+
+    def near(draw: torch.Tensor, side: int) -> torch.Tensor:  # N, side
+        pixels = torch.arange(side, device=draw.device) + 0.5
+        return (pixels - draw[:, None] * side).abs() < ERASED * side / 2
+
+    square = near(draws[:, 1], height)[:, :, None] & near(draws[:, 2], width)[:, None, :]
+    return square & (draws[:, 0] < ERASE_PROBABILITY)[:, None, None]
+
+
 # -- the same for whole batches ---------------------------------------------------------------
 
 BATCH_AUGMENTATIONS = ("crop", "flip", "erase")
 NUM_DRAWS = 6  # an image: two for crop, one for flip, three for erase
-ERASED = 0.5  # side of the erased square over the image's (cutout; DeVries and Taylor, 2017)
 
 
 class BatchAugmentation:
@@ -96,12 +121,5 @@ class BatchAugmentation:
         if "crop" in names:  # black where the source has nothing
             images *= ((y == near_y)[:, :, None] & (x == near_x)[:, None, :]).unsqueeze(3)
         if "erase" in names:
-            images *= ~self._erased(draws[:, 3:]).unsqueeze(3)
+            images *= ~erased(draws[:, 3:], size, size).unsqueeze(3)
         return images.permute(0, 3, 1, 2)
-
-    def _erased(self, draws: torch.Tensor) -> torch.Tensor:
-        """Where half of the images lose a square, its middle anywhere: bool (N, S, S)."""
-        half = ERASED * self.size / 2
-        middle = draws[:, 1:3] * self.size
-        near = (self._sides + 0.5 - middle[:, :, None]).abs() < half  # N, 2, S
-        return near[:, 0, :, None] & near[:, 1, None, :] & (draws[:, 0] < 0.5)[:, None, None]

@@ -5,10 +5,13 @@ memory, so that several processes share it. Its name is a hash over the files' n
 of change: a changed folder gets another cache. It comes into being under its name only when whole.
 """
 
+import contextlib
 import hashlib
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -18,6 +21,8 @@ from cnn.config import Refused
 from cnn.datasets.augment import fit
 from cnn.datasets.decode import BadImage, decode
 from cnn.utils.files import sync_folder
+
+OLD = 24 * 3600  # seconds; no decoding takes a day
 
 
 def cache_folder() -> Path:
@@ -58,10 +63,11 @@ def _key(root: Path, paths: list[Path], scans: np.ndarray, shape: tuple[int, ...
 
 def _write(file: Path, paths: list[Path], shape: tuple[int, ...]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(file.parent)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # two processes may be at it
     try:
         with open(temporary, "wb") as out:
-            out.truncate(int(np.prod(shape)))
+            _allocate(out, int(np.prod(shape)))
         pixels = np.memmap(temporary, np.uint8, mode="r+", shape=shape)
         _decode_into(pixels, paths, shape[1], shape[3])
         pixels.flush()
@@ -70,6 +76,27 @@ def _write(file: Path, paths: list[Path], shape: tuple[int, ...]) -> None:
         sync_folder(file.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _allocate(out: IO[bytes], size: int) -> None:
+    """Makes the file that long, with room on the disk for every byte.
+
+    Writing into a mapped file for which there is none is no OSError but the end of the process.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(out.fileno(), 0, size)
+        return
+    zeros = bytes(2**20)
+    for start in range(0, size, len(zeros)):
+        out.write(zeros[: size - start])
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what processes killed in the middle left; a young one may still be at work."""
+    for path in folder.glob(".pixels_*.tmp"):
+        with contextlib.suppress(OSError):  # another process was quicker
+            if time.time() - path.stat().st_mtime > OLD:
+                path.unlink()
 
 
 def _decode_into(pixels: np.ndarray, paths: list[Path], size: int, channels: int) -> None:

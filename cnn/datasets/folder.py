@@ -27,13 +27,23 @@ def load_folder(root: str, on_bad_image: str) -> tuple[dict[str, FileImages], li
     """Reads ROOT/train|val|test/CLASS/* or ROOT/CLASS/*; the classes are the folders' names.
 
     Raises:
-        Refused: no such folder, a class without images, files that do not decode.
+        Refused: no such folder, two for one split, a class without images, files that do not decode.
     """
     top = Path(root)
     if not top.is_dir():
         raise Refused(f"data.root: expected a folder, {LAYOUT}; there is none at {top.resolve()}")
-    parts = {name: path for path in _folders(top) if (name := SPLITS.get(path.name.lower()))}
+    parts: dict[str, Path] = {}
+    for path in _folders(top):
+        split = SPLITS.get(path.name.lower())
+        if split in parts:
+            both = f"{parts[split].name} and {path.name}"
+            raise Refused(f"data.root: {top} has two folders for {split}, {both}; keep one of them")
+        if split is not None:
+            parts[split] = path
     if "train" in parts:
+        unused = [path.name for path in _folders(top) if path not in parts.values()]
+        if unused:
+            logger.warning("%s: beside train, used for nothing: %s", top, ", ".join(unused))
         listing = {split: _list_classes(path) for split, path in parts.items()}
     elif parts:
         raise Refused(f"data.root: {top} has {' and '.join(parts)}, but no train beside: {LAYOUT}")
@@ -45,34 +55,55 @@ def load_folder(root: str, on_bad_image: str) -> tuple[dict[str, FileImages], li
 def load_csv(root: str, on_bad_image: str) -> tuple[dict[str, FileImages], list[str]]:
     """Reads a CSV file with a header and the columns path, label and, if there is one, split.
 
-    Paths are relative to the file's folder; split is train, val or test.
+    Paths are relative to the file's folder; split is train, val or test. Spaces around a value are
+    no part of it.
 
     Raises:
-        Refused: no such file, a missing column, a line that says nothing, files that do not decode.
+        Refused: no such file, a missing column, a line that says nothing or contradicts an earlier
+            one, files that do not decode.
     """
     file = Path(root)
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            rows = [(reader.line_num, row) for row in reader]
-            columns = list(reader.fieldnames or [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise Refused(
-            f"data.root: expected a CSV file (UTF-8) at {file.resolve()}: {error}"
-        ) from None
+    columns, rows = _read_table(file)
     if not {"path", "label"} <= set(columns):
         raise Refused(
             f"{file}:1: expected the columns path,label[,split], got {','.join(map(str, columns))}"
         )
     listing: Listing = {}
+    first: dict[str, tuple[int, str, str]] = {}  # path: line, split and label
     for line, row in rows:
-        split = SPLITS.get((row.get("split") or "train").lower())
-        if not row["path"] or not row["label"] or split is None:
+        path, label, split = row["path"], row["label"], SPLITS.get(row["split"].lower() or "train")
+        if not path or not label or split is None:
             raise Refused(f"{file}:{line}: expected path,label[,train|val|test], got {row}")
-        listing.setdefault(split, []).append((file.parent / row["path"], row["label"]))
+        before, *said = first.setdefault(os.path.normpath(path), (line, split, label))
+        if said != [split, label]:
+            raise Refused(
+                f"{file}:{line}: {path} is {label} in {split}, but line {before} says {said[1]} in"
+                f" {said[0]}; an image has one label and is in one split"
+            )
+        listing.setdefault(split, []).append((file.parent / path, label))
     if "train" not in listing:
         raise Refused(f"{file}: no line is for train")
     return _read(file, listing, on_bad_image)
+
+
+def _read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """The columns of a CSV file and its lines by number, all without the spaces around them."""
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream)
+            columns = [name.strip() for name in next(reader, [])]
+            lines = [
+                (reader.line_num, [cell.strip() for cell in cells]) for cells in reader if cells
+            ]
+    except UnicodeDecodeError as error:
+        raise Refused(
+            f"data.root: expected a CSV file at {file.resolve()} in UTF-8, but {error.object[error.start]:#04x}"
+            f" is no character of it; save it as UTF-8"
+        ) from None
+    except (OSError, csv.Error) as error:
+        raise Refused(f"data.root: expected a CSV file at {file.resolve()}: {error}") from None
+    empty = dict.fromkeys(("path", "label", "split"), "")
+    return columns, [(number, empty | dict(zip(columns, cells))) for number, cells in lines]
 
 
 def _folders(path: Path) -> list[Path]:

@@ -29,7 +29,7 @@ from cnn.datasets.augment import (
 )
 from cnn.datasets.decode import BadImage
 from cnn.datasets.images import Images
-from cnn.utils import seeding
+from cnn.utils import seeding, signals
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +39,6 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # images float (N, C, H, W), labels i
 MEMORY_LIMIT = 2 * 2**30  # bytes of pixels that are kept in memory by data.in_memory=auto
 EVALUATION_BATCHES = 4  # times the training batch: without gradients there is room
 EVALUATION = 0  # stands for the epoch where images come as they are
-
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-]
 
 
 class DataFailed(RuntimeError):
@@ -165,7 +161,8 @@ class Loader:
     def keys(self, epoch: int, batch: int) -> list[Key]:
         """The images of one batch."""
         start = sum(self.sizes[:batch])
-        order = self.order(epoch)[start : start + self.sizes[batch]]
+        order = np.arange(len(self.images)) if epoch == EVALUATION else self.order(epoch)
+        order = order[start : start + self.sizes[batch]]
         return [(epoch, index) for index in order.tolist()]
 
     def raw(self, key: Key) -> torch.Tensor:
@@ -361,7 +358,7 @@ def _has_ended(worker: BaseProcess) -> bool:
 
 def _ignore_signals(worker: int) -> None:
     """A signal to the whole group is for the main process, which needs its workers to save."""
-    for number in SIGNALS:
+    for number in signals.NUMBERS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -370,7 +367,7 @@ def _signals_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS)
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """What a run runs on: device, precision, versions, code; what its bits depend on."""
 
 import datetime
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -15,11 +16,12 @@ from cnn.config import Refused
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Where one of these differs, a run repeats itself only up to rounding.
-BITS_DEPEND_ON = ("torch", "device", "cpu", "threads", "precision", "world_size")
+# numpy: it orders the images and draws what is random about them.
+BITS_DEPEND_ON = ("torch", "numpy", "device", "cpu", "threads", "precision", "world_size")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; auto is CUDA, else MPS, else the CPU."""
+    """The device of that name, made the current one; auto is CUDA, else MPS, else the CPU."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -33,6 +35,8 @@ def choose_device(name: str) -> torch.device:
     if not available[device.type]:
         found = torch.cuda.device_count()
         raise Refused(f"device: {name} is not available here ({found} CUDA devices); try auto")
+    if device.index is not None:
+        torch.cuda.set_device(device)  # the one whose generator torch.cuda.manual_seed keys
     return device
 
 
@@ -68,6 +72,8 @@ def describe(device: torch.device, precision: str) -> dict[str, Any]:
     return {
         "torch": str(torch.__version__),
         "numpy": numpy.__version__,
+        "torchvision": _version("torchvision"),
+        "pillow": _version("pillow"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if on_cuda else device.type,
@@ -77,6 +83,14 @@ def describe(device: torch.device, precision: str) -> dict[str, Any]:
         "world_size": 1,
         "git": git_commit(),
     }
+
+
+def _version(package: str) -> str | None:
+    """The installed version, without the seconds that importing may take."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def timestamp() -> str:

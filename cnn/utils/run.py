@@ -31,9 +31,14 @@ logger = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """logs/[NAME/] and checkpoints/[NAME/] below `root`."""
+    """logs/[NAME/] and checkpoints/[NAME/] below `root`.
 
-    def __init__(self, name: str | None, root: Path = Path()):
+    Args:
+        scratch: it is removed when the run ends, so that nobody goes on with it.
+    """
+
+    def __init__(self, name: str | None, root: Path = Path(), *, scratch: bool = False):
+        self.scratch = scratch
         self.logs = root / "logs" / (name or "")
         self.checkpoints = root / "checkpoints" / (name or "")
         self.last = self.checkpoints / "last.pth"

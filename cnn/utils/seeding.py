@@ -1,8 +1,9 @@
 """Randomness without state: every draw is a function of the seed and of where in the run it is.
 
 The order of an epoch depends on (seed, epoch), what is random about a training image on (seed,
-epoch, index of the image), what is random inside a step on (seed, step). No generator has to be
-saved, and any number of loader processes draws the same.
+epoch, index of the image), what is random inside a step on (seed, step), and inside an evaluation
+on (seed, epoch, batch). No generator has to be saved, and any number of loader processes draws the
+same.
 """
 
 import random
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 # What a draw is for; keeps, say, step 3's dropout and epoch 3's order apart.
-INIT, ORDER, SAMPLE, STEP, SPLIT = range(1, 6)
+INIT, ORDER, SAMPLE, STEP, SPLIT, EVALUATE = range(1, 7)
 
 _MASK = 2**64 - 1
 

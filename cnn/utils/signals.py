@@ -4,7 +4,9 @@ import os
 import signal
 import types
 
-NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")  # Ctrl-C, a scheduler's end, a scheduler's warning
+# Ctrl-C, a scheduler's end, a scheduler's warning, a terminal closed or a connection lost.
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+NUMBERS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows has two
 
 
 class Stopped(BaseException):
@@ -21,16 +23,16 @@ class StopSignals:
     A second SIGINT leaves at once; what was last saved is whole.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, deferred: bool = False) -> None:
         self.received: int | None = None
-        self.deferred = False
+        self.deferred = deferred  # it waits until `check`
         self._process = os.getpid()
 
     def install(self) -> None:
         self._before = {
             number: signal.signal(number, self._handle)
-            for name in NAMES
-            if (number := getattr(signal, name, None)) is not None
+            for number in NUMBERS
+            if not _is_ignored_on_purpose(number)
         }
 
     def uninstall(self) -> None:
@@ -50,3 +52,9 @@ class StopSignals:
         """Raises Stopped if a signal has come; called where a run may be saved."""
         if self.received is not None:
             raise Stopped(self.received)
+
+
+def _is_ignored_on_purpose(number: int) -> bool:
+    """nohup has a process ignore SIGHUP, so that it outlives its terminal."""
+    is_hangup = signal.Signals(number).name == "SIGHUP"
+    return is_hangup and signal.getsignal(number) == signal.SIG_IGN
