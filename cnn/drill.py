@@ -6,10 +6,12 @@ step, and the final checkpoints are compared bit by bit; the first difference is
 comes from.
 """
 
+import contextlib
 import json
 import logging
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import tempfile
@@ -19,6 +21,9 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
 
 from cnn.building import build_run
 from cnn.config import Config, load_config, replaced, to_yaml
@@ -38,7 +43,9 @@ EPOCHS = 2
 KILLS = ((1, 0.5), (1, 1.0), (2, 0.0), (2, 0.7), (2, 1.0))
 TIMEOUT = 600  # seconds for one process
 
-# Each process is a fork of a server that has imported torch once.
+# Each process is a fork of a server that has imported torch once. A fork inherits what it hashes by,
+# so that one way through is in an interpreter of its own.
+FRESH = multiprocessing.get_context("spawn")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torchvision.transforms.v2", "cnn.building"])
 
@@ -74,37 +81,38 @@ def hold_drill(cfg: Config, stop: StopSignals) -> None:
         settings = Path(scratch, "config.yaml")
         settings.write_text(to_yaml(short), encoding="utf-8")
 
-        def through(name: str, kills: list[Key]) -> Stretch:
+        def through(name: str, kills: list[Key], *, fresh: bool = False) -> Stretch:
             stop.check()
             logger.info("%s ...", name)
-            return _through(settings, Path(scratch, name), batches, kills)
+            return _through(settings, Path(scratch, name), batches, kills, fresh)
 
         first = through("unbroken", [])
         training = [record["batch"] for record in first.records if not record["validation"]]
         kills = [(epoch, int(share * (max(training) + 1))) for epoch, share in KILLS]
-        again = through("unbroken again", [])
+        again = through("unbroken again", [], fresh=True)
+        culprit = _find_culprit(short, batches, first, again)
+        if culprit is not None:  # then a resume may be refused, and tell less
+            _show_table(first, {"again": again})
+            raise Failed(f"drill: a second, unbroken run is not the same: {culprit}")
         killed = through(f"killed {len(kills)} times and resumed", kills)
-    rows = [
-        ("", "batches", "images", "model", "optimizer", "metrics", "last.pth", "best.pth"),
-        ("again", *_compare(first, again)),
-        ("killed", *_compare(first, killed)),
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths))
-        logger.info("%s", line.rstrip())
-    for name, other in (("a second, unbroken run", again), ("the killed run", killed)):
-        culprit = _find_culprit(short, batches, first, other)
-        if culprit is not None:
-            raise Failed(f"drill: {name} is not the same: {culprit}")
+    _show_table(first, {"again": again, "killed": killed})
+    culprit = _find_culprit(short, batches, first, killed)
+    if culprit is not None:
+        raise Failed(f"drill: the killed run is not the same: {culprit}")
     logger.info("drill OK: identical, every batch and every bit; this run can be stopped anywhere")
 
 
 # -- one way through the stretch ---------------------------------------------------------------
 
 
-def _through(settings: Path, folder: Path, max_batches: int, kills: list[Key]) -> Stretch:
-    """Runs the stretch in processes of its own, each but the last killed at its place."""
+def _through(
+    settings: Path, folder: Path, max_batches: int, kills: list[Key], fresh: bool
+) -> Stretch:
+    """Runs the stretch in processes of its own, each but the last killed at its place.
+
+    Args:
+        fresh: in new interpreters that hash in another way, not in forks.
+    """
     folder.mkdir()
     trace = folder / "trace.jsonl"
     trace.touch()
@@ -112,10 +120,11 @@ def _through(settings: Path, folder: Path, max_batches: int, kills: list[Key]) -
     for kill in [*kills, None]:
         starts.append(len(_read(trace)))
         method = multiprocessing.get_start_method()  # that the run's own loaders would use
-        process = CONTEXT.Process(
+        process = (FRESH if fresh else CONTEXT).Process(
             target=_child, args=(settings, folder, trace, max_batches, method)
         )
-        process.start()
+        with _other_hashes() if fresh else contextlib.nullcontext():
+            process.start()
         try:
             _wait(process, trace, starts[-1], kill)
         finally:
@@ -127,6 +136,19 @@ def _through(settings: Path, folder: Path, max_batches: int, kills: list[Key]) -
         name: load_checkpoint(folder / "checkpoints" / name) for name in ("last.pth", "best.pth")
     }
     return Stretch(_read(trace), checkpoints, starts)
+
+
+@contextlib.contextmanager
+def _other_hashes() -> Iterator[None]:
+    """Interpreters started within put a set of text into another order."""
+    before = os.environ.get("PYTHONHASHSEED")
+    os.environ["PYTHONHASHSEED"] = "1" if before != "1" else "2"
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONHASHSEED"]
+        if before is not None:
+            os.environ["PYTHONHASHSEED"] = before
 
 
 def _wait(process: BaseProcess, trace: Path, start: int, kill: Key | None) -> None:
@@ -175,6 +197,8 @@ def _child(settings: Path, folder: Path, trace: Path, max_batches: int, method: 
     os.dup2(output, 1)
     os.dup2(output, 2)
     cfg, _ = load_config(settings)
+    for seed_by_chance in (torch.seed, np.random.seed, random.seed):  # as a new process finds them
+        seed_by_chance()
 
     def act(log: Log, stop: StopSignals) -> None:
         with RunFolder(None, folder, scratch=True) as run_folder:
@@ -186,6 +210,16 @@ def _child(settings: Path, folder: Path, trace: Path, max_batches: int, method: 
 
 
 # -- what differs, and why ---------------------------------------------------------------------
+
+
+def _show_table(first: Stretch, others: dict[str, Stretch]) -> None:
+    rows = [("", "batches", "images", "model", "optimizer", "metrics", "last.pth", "best.pth")]
+    rows += [(name, *_compare(first, other)) for name, other in others.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths))
+        logger.info("%s", line.rstrip())
+
 
 STATE = {"model": ["model"], "optimizer": ["optimizer"], "metrics": ["loss_sum", "correct"]}
 
@@ -301,7 +335,8 @@ def _blame_images(cfg: Config, max_batches: int, record: Record, where: str) -> 
         )
     return (
         f"data: at {where} the images are others, though each reads the same twice in one process:"
-        f" the dataset differs from process to process (the order of a folder or of a set, a hash)"
+        f" the dataset differs from process to process (the order of a folder or of a set, a hash,"
+        f" or draws from torch's, numpy's or random's generator while it is built: seed them there)"
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = """
+import random
 import time
 import numpy as np
 import torch
@@ -25,6 +26,27 @@ class HiddenGenerator:
 
 def hidden_generator(root):
     return {"train": HiddenGenerator(), "classes": list("abc")}
+
+def hash_order(root):
+    '''A dataset that lists its files as a set does.'''
+    names = list({f"img{n}" for n in range(120)})
+    images = torch.stack([torch.full((1, 8, 8), int(name[3:]) / 200) for name in names])
+    labels = torch.tensor([int(name[3:]) % 3 for name in names])
+    return {"train": torch.utils.data.TensorDataset(images, labels), "classes": list("abc")}
+
+def unseeded(library):
+    '''A dataset that draws its images while it is built, and seeds nothing.'''
+    def build(root):
+        draw = {"torch": lambda: torch.rand(120, 1, 8, 8).numpy(),
+                "numpy": lambda: np.random.rand(120, 1, 8, 8),
+                "random": lambda: np.array([random.random() for _ in range(120 * 64)])}[library]
+        images = torch.tensor(draw().reshape(120, 1, 8, 8), dtype=torch.float32)
+        labels = torch.arange(120) % 3
+        return {"train": torch.utils.data.TensorDataset(images, labels), "classes": list("abc")}
+    return build
+
+unseeded_torch, unseeded_numpy = unseeded("torch"), unseeded("numpy")
+unseeded_random = unseeded("random")
 
 class Counting(nn.Module):
     '''A model with state outside its state_dict.'''
@@ -91,6 +113,17 @@ MUCH_VALIDATION = [
 ]
 
 CULPRITS = {
+    "a dataset in the order of a set": (
+        ["data.name=examples:hash_order", "data.args={}", "data.augment=[]"],
+        "drill: a second, unbroken run is not the same: data order: ",
+    ),
+    **{
+        f"a dataset that draws from {library} unseeded": (
+            [f"data.name=examples:unseeded_{library}", "data.args={}", "data.augment=[]"],
+            "drill: a second, unbroken run is not the same: data: ",
+        )
+        for library in ("torch", "numpy", "random")
+    },
     "a model that draws in validation from a generator of its own": (
         ["model.name=examples:ForgetsInValidation", "model.args={}", *MUCH_VALIDATION],
         "drill: the killed run is not the same: model randomness: at epoch 2, batch 6, in validation",
