@@ -39,9 +39,10 @@ SETTINGS = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the figures there")
     args = parser.parse_args()
-    pairs, seconds = (3, 6.0) if args.quick else (5, 30.0)
+    pairs, seconds = (3, 6.0) if args.quick else (args.pairs, 30.0)
 
     cfg, _ = load_config(None, SETTINGS)
     run = build_run(cfg)
