@@ -104,6 +104,12 @@ class DataConfig:
         0.2, "share held out where there is no test", resume=FIXED, above=0, below=1
     )
     limit: int | None = setting(None, "use only that many training images", resume=FIXED, least=1)
+    sampler: str = setting(
+        "shuffle",
+        "every image once an epoch, or as many drawn with each class equally often",
+        resume=FIXED,
+        choices=("shuffle", "balanced"),
+    )
     image_size: int | None = setting(
         None, "side in pixels to resize and crop to; null: the data's own", resume=FIXED, least=1
     )
@@ -816,6 +822,11 @@ def _check_together(cfg: Config, given: dict[str, Given]) -> list[str]:
     if cfg.schedule.name == "multistep" and not cfg.schedule.milestones:
         mistakes.append(
             f"{at('schedule.milestones')}: missing; multistep needs the epochs, such as [30, 60]"
+        )
+    if cfg.data.sampler == "balanced" and cfg.loss.class_weights == "balanced":
+        mistakes.append(
+            f"{at('loss.class_weights')}: balanced cannot go with data.sampler: balanced, rare"
+            f" classes would count twice over; choose one"
         )
     if cfg.model.pretrained and cfg.model.weights:
         mistakes.append(f"{at('model.weights')}: cannot go with model.pretrained: true; choose one")

@@ -133,6 +133,10 @@ MISTAKES = {
         "model: {pretrained: true, weights: a.pth}",
         "my.yaml:1: model.weights: cannot",
     ),
+    "balanced twice": (
+        "data: {sampler: balanced}\nloss: {class_weights: balanced}",
+        "my.yaml:2: loss.class_weights: balanced cannot go with data.sampler: balanced",
+    ),
     "anchor": ("seed: &a 1", "my.yaml:1: anchors and aliases (& *) are not allowed"),
     "alias": ("run: a\nseed: *a", "my.yaml:2: anchors and aliases (& *) are not allowed"),
     "tag": ("run: a\nseed: !!int 1", "my.yaml:2: tags (!) are not allowed, got tag"),
