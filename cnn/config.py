@@ -143,8 +143,12 @@ class ModelConfig:
         resume=FIXED,
     )
     args: dict[str, Any] = setting({}, "further keywords for the model", resume=FIXED)
-    pretrained: bool = setting(False, "torchvision's weights (downloads them)", resume=FREE)
-    weights: str | None = setting(None, "file with weights to begin from", resume=FREE)
+    pretrained: bool = setting(
+        False, "begin from torchvision's weights (downloads them)", resume=FREE
+    )
+    weights: str | None = setting(
+        None, "file with weights to begin from, instead of a download", resume=FREE
+    )
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,10 @@ class OptimConfig:
         5e-4, "on weights; biases and norms have none", resume=ASKED, least=0
     )
     groups: list[GroupConfig] = setting([], "own lr by parameter name", resume=FIXED)
+    freeze: str | None = setting(
+        None, "regular expression: parameters that stay as they are at first", resume=FIXED
+    )
+    freeze_epochs: int = setting(0, "for that many epochs", resume=ASKED, least=0)
     args: dict[str, Any] = setting({}, "further keywords for the optimizer", resume=ASKED)
 
 
@@ -828,15 +836,15 @@ def _check_together(cfg: Config, given: dict[str, Given]) -> list[str]:
             f"{at('loss.class_weights')}: balanced cannot go with data.sampler: balanced, rare"
             f" classes would count twice over; choose one"
         )
-    if cfg.model.pretrained and cfg.model.weights:
-        mistakes.append(f"{at('model.weights')}: cannot go with model.pretrained: true; choose one")
-    for number, group in enumerate(cfg.optim.groups):
+    patterns = {
+        f"{at('optim.groups')}[{number}].match": group.match
+        for number, group in enumerate(cfg.optim.groups)
+    }
+    for where, pattern in (patterns | {at("optim.freeze"): cfg.optim.freeze or ""}).items():
         try:
-            re.compile(group.match)
+            re.compile(pattern)
         except re.error as error:
-            mistakes.append(
-                f"{at('optim.groups')}[{number}].match: not a regular expression: {error}"
-            )
+            mistakes.append(f"{where}: not a regular expression: {error}")
     return mistakes
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from cnn.metrics import Sums, loss_of, weight_of
+from cnn.optim import freeze
 from cnn.state import TrainingState
 from cnn.utils import seeding
 
@@ -35,6 +36,7 @@ def train_one_epoch(
     """
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    freeze(optimizer, state.epoch)
     set_training(model)
     batches = iter(batches)
     while state.batch < len(sizes):
