@@ -38,6 +38,7 @@ FIXED = "cannot change"  # what the weights or the order of the images rest on
 
 LIMITS = {"least": "of at least", "above": "above", "most": "at most", "below": "below"}
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 class Refused(ValueError):
@@ -51,6 +52,7 @@ def setting(
     resume: str,
     choices: tuple[str, ...] = (),
     import_path: bool = False,
+    pattern: str | None = None,
     least: float | None = None,
     above: float | None = None,
     most: float | None = None,
@@ -62,6 +64,7 @@ def setting(
         "resume": resume,
         "choices": choices,
         "import_path": import_path,
+        "pattern": pattern,
         "least": least,
         "above": above,
         "most": most,
@@ -282,7 +285,9 @@ class LogConfig:
 class Config:
     seed: int = setting(0, "the run is a function of it", resume=FIXED, least=0, most=2**63 - 1)
     run: str | None = setting(None, "name: logs/NAME/ and checkpoints/NAME/", resume=FREE)
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", resume=FREE)
+    device: str = setting(
+        "auto", "auto, cpu, cuda, cuda:1, mps", resume=FREE, pattern=DEVICE.pattern
+    )
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
@@ -813,7 +818,7 @@ def _check_together(cfg: Config, given: dict[str, Given]) -> list[str]:
         return f"{given[key].where}: {key}" if key in given else key
 
     mistakes = []
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cfg.device):
+    if not DEVICE.fullmatch(cfg.device):
         mistakes.append(
             f"{at('device')}: expected auto, cpu, cuda, cuda:1 or mps, got {cfg.device}"
         )
