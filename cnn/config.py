@@ -29,7 +29,7 @@ NAMES_TAKEN = (
     *("train.log", "history.csv", "config.yaml", "model.txt", "tensorboard", "report.html"),
     *("curves.png", "confusion_matrix.png", "predictions_val.csv", "result.json", "archive"),
 )
-ENDINGS_TAKEN = (".pth", ".tmp")
+ENDINGS_TAKEN = (".pth", ".pt2", ".pt", ".onnx", ".tmp")
 
 # What a resume makes of a key that differs from the checkpoint's.
 FREE = "taken"  # may change: paths, workers, epochs
