@@ -7,12 +7,11 @@ entered at any batch, at once, with any number of workers.
 
 import atexit
 import contextlib
-import functools
 import logging
 import multiprocessing
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 
 import numpy as np
@@ -113,19 +112,33 @@ class _Plan:
     """The keys of each batch still to come; set anew before every epoch."""
 
     def __init__(self):
-        self._keys: Callable[[int, int], list[Key]]
+        self._epoch: tuple[int, np.ndarray, bool]
         self._spans: list[tuple[int, int]] = []
 
-    def set(self, keys: Callable[[int, int], list[Key]], sizes: list[int], start: int) -> None:
+    def set(
+        self, epoch: int, order: np.ndarray, repeats: bool, sizes: list[int], start: int
+    ) -> None:
         ends = np.cumsum(sizes).tolist()
-        self._keys = keys  # of the images from one place of the epoch to another
+        self._epoch = epoch, order, repeats
         self._spans = [(ends[i] - sizes[i], ends[i]) for i in range(start, len(sizes))]
 
     def __iter__(self) -> Iterator[list[Key]]:
-        return (self._keys(*span) for span in self._spans)
+        return (keys_of(*self._epoch, *span) for span in self._spans)
 
     def __len__(self) -> int:
         return len(self._spans)
+
+
+def keys_of(epoch: int, order: np.ndarray, repeats: bool, start: int, end: int) -> list[Key]:
+    """The images from one place of an epoch to another.
+
+    Args:
+        repeats: whether an image may come twice in it.
+    """
+    indices = order[start:end].tolist()
+    if repeats and epoch != EVALUATION:
+        return [(epoch, index, place) for place, index in enumerate(indices, start)]
+    return [(epoch, index) for index in indices]
 
 
 def draw_balanced(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -179,14 +192,7 @@ class Loader:
         """The images of one batch."""
         start = sum(self.sizes[:batch])
         order = np.arange(len(self.images)) if epoch == EVALUATION else self.order(epoch)
-        return self._keys(epoch, order, start, start + self.sizes[batch])
-
-    def _keys(self, epoch: int, order: np.ndarray, start: int, end: int) -> list[Key]:
-        """The images from one place of the epoch to another."""
-        indices = order[start:end].tolist()
-        if self.balanced and epoch != EVALUATION:
-            return [(epoch, index, place) for place, index in enumerate(indices, start)]
-        return [(epoch, index) for index in indices]
+        return keys_of(epoch, order, self.balanced, start, start + self.sizes[batch])
 
     def raw(self, key: Key) -> torch.Tensor:
         """The image as the data has it, (C, H, W)."""
@@ -221,7 +227,7 @@ class StreamLoader(Loader):
         )
 
     def _batches(self, epoch: int, order: np.ndarray, start: int) -> Iterator[Batch]:
-        self._plan.set(functools.partial(self._keys, epoch, order), self.sizes, start)
+        self._plan.set(epoch, order, self.balanced, self.sizes, start)
         for images, labels in self._read():
             yield (
                 self._normalize(images.to(self.device, non_blocking=True)),
