@@ -426,7 +426,10 @@ def test_the_precision_is_the_runs_but_on_another_kind_of_device(train):
     content["environment"] |= {"device": "NVIDIA H200", "precision": "fp16"}
     save_checkpoint(content, path)
     assert load_trained(path, ["device=cpu"]).precision in ("fp32", "bf16"), "as auto chooses"
-    content["environment"] |= {"device": "cpu", "precision": "fp1"}
+    content["environment"] |= {"device": "cpu"}
+    save_checkpoint(content, path)
+    assert load_trained(path, ["device=cpu"]).precision == "fp16", "as the figures were made"
+    content["environment"] |= {"precision": "fp1"}
     save_checkpoint(content, path)
     assert load_trained(path, ["device=cpu"]).precision in ("fp32", "bf16")
 
