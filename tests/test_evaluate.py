@@ -117,7 +117,8 @@ def test_what_training_reported_comes_out_to_the_last_digit(train, capfd, config
     assert test["metrics"] == tested
     assert validation["reported"] == reported and test["reported"] == tested
     assert (
-        capfd.readouterr().out.count("training reported the same figures, to the last digit") == 2
+        capfd.readouterr().out.count("\ntraining reported the same figures, to the last digit\n")
+        == 2
     )
     assert files_now() == before, "nothing of the run is touched"
 
