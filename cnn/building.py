@@ -1,7 +1,6 @@
 """From the settings to everything that a run is made of, in the order things depend on each other."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,9 +9,9 @@ import torch
 from torch import nn
 
 from cnn.config import Config, Refused, is_import_path, to_dict
-from cnn.datasets import Data, build_data
+from cnn.datasets import Data, Preprocessing, build_data
 from cnn.datasets.loading import Loader, build_loader
-from cnn.losses import build_loss
+from cnn.losses import build_loss, class_weights
 from cnn.metrics import Outcome, mode
 from cnn.models import build_model
 from cnn.optim import Schedule, build_optimizer
@@ -60,7 +59,8 @@ def build_run(cfg: Config, point: ResumePoint | None = None, max_batches: int | 
         env.make_deterministic()
     data = build_data(cfg.data, cfg.seed)
     if point is not None:
-        data = data.prepared_as(point.content["preprocessing"])
+        saved = point.content["preprocessing"]
+        data = data.prepared_as(Preprocessing.of_checkpoint(point.path, saved))
     check_monitor(cfg.checkpoint.monitor, data)
     if max_batches is not None:
         data = data.head(max_batches * cfg.data.batch_size)
@@ -82,6 +82,7 @@ def build_run(cfg: Config, point: ResumePoint | None = None, max_batches: int | 
         "config": to_dict(cfg),
         "classes": data.classes,
         "preprocessing": dataclasses.asdict(pre),
+        "class_weights": class_weights(loss),
         "data": data.fingerprint(),
         "environment": environment,
     }
@@ -92,9 +93,7 @@ def build_run(cfg: Config, point: ResumePoint | None = None, max_batches: int | 
         test_loader=build_loader(cfg.data, data.test, pre, device, cfg.seed, training=False),
         steps_per_epoch=steps_per_epoch,
         loss=loss,
-        autocast=functools.partial(
-            torch.autocast, device.type, env.DTYPES[precision], enabled=precision != "fp32"
-        ),
+        autocast=env.autocast(device, precision),
         state=state,
         environment=environment,
         about=about,

@@ -119,10 +119,11 @@ def _as_setting(option: str, argv: list[str]) -> str:
     return f"{known[0]}={value}" if known else "key=value: train.epochs=5"
 
 
-def run(act: Callable[["Log", "StopSignals"], None], places: dict[str, str]) -> int:
+def run(act: Callable[["Log", "StopSignals"], int | None], places: dict[str, str]) -> int:
     """Runs `act` with log and signals set up; turns how it ended into a message and a status.
 
     Args:
+        act: may give an exit status of its own.
         places: where each setting was given; a refusal that begins with one is told with it.
     """
     from cnn.utils.logger import Log
@@ -138,8 +139,7 @@ def run(act: Callable[["Log", "StopSignals"], None], places: dict[str, str]) -> 
     stop.deferred = False
     try:
         stop.check()
-        act(log, stop)
-        return DONE
+        return act(log, stop) or DONE
     except Refused as refusal:
         key = re.match(r"[a-z_]+\.[a-z_]+|\w+", str(refusal))
         place = places.get(key.group()) if key else None

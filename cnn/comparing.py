@@ -26,6 +26,7 @@ from cnn.pages import escaped, page, table
 from cnn.scores import mode, with_interval
 from cnn.utils.files import write_atomically, write_text
 from cnn.utils.progress import duration
+from cnn.utils.screen import aligned
 
 # What does not make it another experiment: where it ran and what it wrote beside.
 ELSEWHERE = (
@@ -273,9 +274,7 @@ def settings_table(runs: Sequence[RunRecord], found: dict[str, list[Any]]) -> li
 
 
 def as_text(rows: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(aligned(rows))
 
 
 # -- the whole ----------------------------------------------------------------------------------

@@ -36,6 +36,9 @@ FREE = "taken"  # may change: paths, workers, epochs
 ASKED = "taken only when typed on the command line"  # changes the mathematics: lr, loss
 FIXED = "cannot change"  # what the weights or the order of the images rest on
 
+# What may name code of the user's own, as package.module:name.
+CODE_KEYS = ("data.name", "data.augment", "model.name", "loss.name")
+
 LIMITS = {"least": "of at least", "above": "above", "most": "at most", "below": "below"}
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -400,7 +403,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def import_paths(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The code that nested settings name: key and package.module:name."""
     found = []
-    for key in ("data.name", "data.augment", "model.name", "loss.name"):
+    for key in CODE_KEYS:
         value = flat(values).get(key)
         names = value if isinstance(value, list) else [value]
         found += [(key, name) for name in names if isinstance(name, str) and is_import_path(name)]

@@ -9,18 +9,18 @@ import importlib.util
 import io
 import logging
 import re
-import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from cnn.utils.screen import shortened
+
 BLUE, ORANGE, GREEN = "#3b82d6", "#e07b2a", "#3a9e6b"  # legible on white and on near-black
 COLOURS = (BLUE, ORANGE, GREEN, "#b05cc7", "#c9485b", "#8a7a3c", "#3aa6b0", "#7d7d7d")
 INK, GRID = "#010203", "#040506"  # stand for the page's own colours while an SVG is drawn
 MAX_CLASSES_WITH_NUMBERS, MAX_CLASSES_WITH_NAMES = 20, 120
-MAX_NAME = 22  # characters of a class name beside a matrix
 
 # For the PNGs, whose text is drawn here: the first of these that is installed comes after DejaVu.
 CJK_FONTS = (
@@ -223,13 +223,3 @@ def _png(figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110, facecolor="white")
     return file.getvalue()
-
-
-def shortened(name: str) -> str:
-    """One line, at most 22 characters wide; a Chinese one is as wide as two."""
-    name = " ".join(name.split())
-    widths = [2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in name]
-    if sum(widths) <= MAX_NAME:
-        return name
-    fitting = int(np.searchsorted(np.cumsum(widths), MAX_NAME - 1, "right"))
-    return name[:fitting] + "…"

@@ -25,6 +25,12 @@ def build_loss(cfg: LossConfig, labels: np.ndarray, classes: list[str]) -> nn.Mo
     return _own(cfg)
 
 
+def class_weights(loss: nn.Module) -> list[float] | None:
+    """The weights of cross-entropy, for the checkpoint: other data would be balanced otherwise."""
+    weights = loss.weight if isinstance(loss, nn.CrossEntropyLoss) else None
+    return None if weights is None else weights.tolist()
+
+
 class _Function(nn.Module):
     """A plain function of the user's as a module."""
 

@@ -1,8 +1,10 @@
 """Going on with a run: which file, whether it fits what is asked now, and what has changed."""
 
+import contextlib
 import logging
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,19 +66,26 @@ def find_resume_point(command: Command, cfg: Config) -> ResumePoint | None:
         (path, content), stamp = found, None
     base = None if command.config else content["config"]
     if base is not None:
-        _check_code(path, base, command)
+        check_code(path, base, command.typed())
         if command.checkpoint is None:
             base = base | {"run": cfg.run}  # the folder that it was found in, whatever its name was
-    try:
+    with naming(path):
         cfg, places = command.load_config(base)
-    except Refused as refusal:
-        raise Refused(
-            re.sub("^checkpoint: ", f"{path}: ", str(refusal), flags=re.MULTILINE)
-        ) from None
     command.places.clear()
     command.places.update(places)
     changes = check_settings(path, content["config"], cfg, command.typed(), places)
     return ResumePoint(path, content, cfg, changes, stamp)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has refusals of a checkpoint's settings name the file."""
+    try:
+        yield
+    except Refused as refusal:
+        raise Refused(
+            re.sub("^checkpoint: ", f"{path}: ", str(refusal), flags=re.MULTILINE)
+        ) from None
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -122,14 +131,17 @@ def find_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
     return path, content
 
 
-def _check_code(path: Path, saved: dict[str, Any], command: Command) -> None:
+def check_code(path: Path, saved: dict[str, Any], typed: set[str]) -> None:
     """Refuses a checkpoint that names code of others to run; a file may come from anybody.
+
+    Args:
+        typed: keys given on the command line in this call.
 
     Raises:
         Refused: unless the name is typed on the command line too.
     """
     for key, name in config.import_paths(saved):
-        if key not in command.typed() and outside_code(name):
+        if key not in typed and outside_code(name):
             raise Refused(
                 f"{path}: {key}: names code outside this folder, {name}, and a file may come from"
                 f" anybody; if that is what you mean to run, type {key}={name}"

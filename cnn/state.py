@@ -117,12 +117,12 @@ class TrainingState:
         for part in ("model_state_dict", "ema_state_dict"):
             for name, tensor in (saved[part] or {}).items():
                 if name in weights:
-                    _check_like(tensor, weights[name], f"{part}.{name}")
+                    check_like(tensor, weights[name], f"{part}.{name}")
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         for number, memory in saved["optimizer_state_dict"]["state"].items():
             for name, value in memory.items():
                 if isinstance(value, torch.Tensor) and value.ndim > 0:
-                    _check_like(value, parameters[number], f"optimizer_state_dict.{number}.{name}")
+                    check_like(value, parameters[number], f"optimizer_state_dict.{number}.{name}")
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
         """Loads what the optimizer remembers, but keeps the settings that it was built with.
@@ -187,7 +187,8 @@ class TrainingState:
         )
 
 
-def _check_like(tensor: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+def check_like(tensor: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+    """Raises ValueError where a tensor has another shape or dtype; torch would convert some."""
     if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
         kinds = [
             f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (expected, tensor)

@@ -27,8 +27,12 @@ from archives import (
     with_pickle,
 )
 from conftest import ROOT
+from PIL import Image
 from torch import nn
 
+import evaluate as evaluate_script
+import predict as predict_script
+import train as train_script
 from cnn.utils.importing import outside_code
 
 TOUCH = f"open({str(MARKER)!r}, 'w').close()"
@@ -158,17 +162,70 @@ FILES: dict[str, Callable[[], bytes]] = {
 }
 
 
+SCRIPTS: dict[str, Callable[[], int]] = {
+    "train.py": lambda: train_script.main(["--resume", "mine.pth"]),
+    "evaluate.py": lambda: evaluate_script.main(["--checkpoint", "mine.pth"]),
+    "predict.py": lambda: predict_script.main(["a.png", "--checkpoint", "mine.pth"]),
+}
+PREDICTS = ("other data",)  # what a resume would train on is nothing to a prediction
+
+
 @pytest.mark.parametrize("make", FILES.values(), ids=FILES)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of zipfile, and of torch while it saves
-def test_a_hostile_or_broken_file_is_refused_and_not_executed(train, capfd, make):
+def test_a_hostile_or_broken_file_is_refused_and_not_executed(request, capfd, make):
     Path("mine.py").write_text(TOUCH)
     Path("mine.pth").write_bytes(make())
-    assert train("--resume", "mine.pth") == 2
-    said = capfd.readouterr().err
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in said and "weights_only" not in said, said
-    assert "mine.pth" in said
-    assert not MARKER.exists()
+    Image.new("L", (8, 8)).save("a.png")
+    for name, script in SCRIPTS.items():
+        status, said = script(), capfd.readouterr().err
+        if name == "predict.py" and request.node.callspec.id in PREDICTS:
+            assert status == 0
+            continue
+        errors = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert status == 2 and len(errors) == 1, f"{name}: {said}"
+        assert "Traceback" not in said and "weights_only" not in said, f"{name}: {said}"
+        assert "mine.pth" in said
+        assert not MARKER.exists(), name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"preprocessing": {}},
+        {"preprocessing": {"image_size": 8, "channels": 1, "mean": [0.5], "std": [0.0]}},
+        {"preprocessing": {"image_size": 8, "channels": 1, "mean": [0.5], "std": ["a"]}},
+        {"preprocessing": {"image_size": -8, "channels": 1, "mean": [0.5], "std": [1.0]}},
+        {"preprocessing": {"image_size": 8, "channels": 3, "mean": [0.5], "std": [1.0]}},
+        {"model_state_dict": {"a": torch.ones(3)}},
+        {"model_state_dict": {}},
+        {"classes": []},
+        {"class_weights": "balanced"},
+        {"class_weights": [1.0]},
+    ],
+    ids=str,
+)
+def test_what_evaluation_and_prediction_rest_on_is_checked_before(capfd, change):
+    Path("mine.pth").write_bytes(changed(lambda tree: tree.update(change)))
+    Image.new("L", (8, 8)).save("a.png")
+    for name in ("evaluate.py", "predict.py"):
+        status, said = SCRIPTS[name](), capfd.readouterr().err
+        if name == "predict.py" and "class_weights" in change:
+            assert status == 0
+            continue
+        assert status == 2 and "mine.pth: " in said and "Traceback" not in said, f"{name}: {said}"
+
+
+def test_weights_of_another_precision_are_refused_which_torch_would_convert(capfd):
+    def widen(tree: dict) -> None:
+        tree["model_state_dict"] = {
+            name: tensor.double() for name, tensor in tree["model_state_dict"].items()
+        }
+
+    Path("mine.pth").write_bytes(changed(widen))
+    Image.new("L", (8, 8)).save("a.png")
+    for name in ("evaluate.py", "predict.py"):
+        assert SCRIPTS[name]() == 2
+        assert "mine.pth: its weights do not fit its model" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("make", ["folder", "pipe", "device", "nothing", "loop"])
@@ -180,9 +237,15 @@ def test_what_is_no_file_is_refused(train, capfd, make):
         os.mkfifo(path)
     elif make == "loop":
         path.symlink_to(path)
-    assert train("--resume", str(path)) == 2
-    said = capfd.readouterr().err
-    assert said.startswith(f"error: {path}: ") and "Traceback" not in said
+    Image.new("L", (8, 8)).save("a.png")
+    for script in (
+        lambda: train("--resume", str(path)),
+        lambda: evaluate_script.main(["--checkpoint", str(path)]),
+        lambda: predict_script.main(["a.png", "--checkpoint", str(path)]),
+    ):
+        assert script() == 2
+        said = capfd.readouterr().err
+        assert said.startswith(f"error: {path}: ") and "Traceback" not in said
 
 
 def test_there_are_forty_of_them():

@@ -1,10 +1,12 @@
 """What data there is: a table of names, and the way from a name to train, val and test."""
 
 import logging
+import math
 import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,15 +21,16 @@ logger = logging.getLogger(__name__)
 
 Splits = dict[str, Images]
 
-DATASETS: dict[str, Callable[[DataConfig], tuple[Splits, list[str]]]] = {
-    "digits": lambda cfg: digits.load(),
-    "synthetic": lambda cfg: synthetic.load(**cfg.args),
+# Each is given the classes of a model too, or None; those whose classes are their own pass it by.
+DATASETS: dict[str, Callable[[DataConfig, list[str] | None], tuple[Splits, list[str]]]] = {
+    "digits": lambda cfg, _: digits.load(),
+    "synthetic": lambda cfg, _: synthetic.load(**cfg.args),
     **{
-        name: lambda cfg, name=name: known.load(name, cfg.root, cfg.download)
+        name: lambda cfg, _, name=name: known.load(name, cfg.root, cfg.download)
         for name in known.FILES
     },
-    "folder": lambda cfg: folder.load_folder(cfg.root, cfg.on_bad_image),
-    "csv": lambda cfg: folder.load_csv(cfg.root, cfg.on_bad_image),
+    "folder": lambda cfg, classes: folder.load_folder(cfg.root, cfg.on_bad_image, classes),
+    "csv": lambda cfg, classes: folder.load_csv(cfg.root, cfg.on_bad_image, classes),
 }
 
 DEFAULT_IMAGE_SIZE = 224  # for images of several sizes, where the user names none
@@ -42,6 +45,30 @@ class Preprocessing:
     mean: list[float]  # a channel, of values in 0..1
     std: list[float]
 
+    @classmethod
+    def of_checkpoint(cls, path: Path, saved: dict[str, Any]) -> "Preprocessing":
+        """What a checkpoint says, which may come from anybody.
+
+        Raises:
+            Refused: it is none.
+        """
+        sides = [saved.get("image_size"), saved.get("channels")]
+        numbers = [saved.get("mean"), saved.get("std")]
+        if not (
+            len(saved) == 4
+            and all(type(side) is int and side > 0 for side in sides)
+            and all(isinstance(given, list) and len(given) == sides[1] for given in numbers)
+            and all(
+                type(x) in (int, float) and math.isfinite(x) for given in numbers for x in given
+            )
+            and all(std > 0 for std in numbers[1])
+        ):
+            raise Refused(
+                f"{path}: preprocessing: expected image_size, channels, and as many numbers for"
+                f" mean and std, got {str(saved)[:200]}"
+            )
+        return cls(**saved)
+
 
 @dataclass(frozen=True)
 class Data:
@@ -51,9 +78,9 @@ class Data:
     classes: list[str]
     preprocessing: Preprocessing
 
-    def prepared_as(self, preprocessing: dict[str, Any]) -> "Data":
+    def prepared_as(self, preprocessing: Preprocessing) -> "Data":
         """The same data, for a model that was trained on images prepared in that way."""
-        return replace(self, preprocessing=Preprocessing(**preprocessing))
+        return replace(self, preprocessing=preprocessing)
 
     def head(self, number: int) -> "Data":
         """The first so many images of each split."""
@@ -83,7 +110,25 @@ def build_data(cfg: DataConfig, seed: int) -> Data:
     Raises:
         Refused: the data cannot be had or cannot be divided.
     """
-    splits, classes = _load(cfg)
+    splits, classes = read_splits(cfg)
+    splits = divide(splits, cfg, seed)
+    for split, images in splits.items():
+        absent = [
+            classes[i] for i in sorted(set(range(len(classes))) - set(images.labels.tolist()))
+        ]
+        if absent:
+            logger.warning("%s has no image of: %s", split, ", ".join(absent[:20]))
+    preprocessing = _preprocessing(cfg, splits["train"])
+    return Data(splits["train"], splits["val"], splits["test"], classes, preprocessing)
+
+
+def divide(splits: Splits, cfg: DataConfig, seed: int) -> Splits:
+    """Train, val and test, what is missing held out of the training images.
+
+    Raises:
+        Refused: there are too few of them.
+    """
+    splits = dict(splits)
     if "test" not in splits:
         splits["train"], splits["test"] = _hold_out(
             splits["train"], cfg.test_fraction, seed, "test"
@@ -93,21 +138,22 @@ def build_data(cfg: DataConfig, seed: int) -> Data:
     train = splits["train"]
     if cfg.limit is not None and cfg.limit < len(train):
         chosen = _permutation(len(train), seed, "limit")[: cfg.limit]
-        train = train.subset(np.sort(chosen))
-    for split, images in {**splits, "train": train}.items():
-        absent = [
-            classes[i] for i in sorted(set(range(len(classes))) - set(images.labels.tolist()))
-        ]
-        if absent:
-            logger.warning("%s has no image of: %s", split, ", ".join(absent[:20]))
-    preprocessing = _preprocessing(cfg, train)
-    return Data(train, splits["val"], splits["test"], classes, preprocessing)
+        splits["train"] = train.subset(np.sort(chosen))
+    return splits
 
 
-def _load(cfg: DataConfig) -> tuple[Splits, list[str]]:
+def read_splits(cfg: DataConfig, known: list[str] | None = None) -> tuple[Splits, list[str]]:
+    """The data as they come, with the names of their classes.
+
+    Args:
+        known: the classes of a model that is to be evaluated; folders and tables then go by them.
+
+    Raises:
+        Refused: the data cannot be had.
+    """
     try:
         if not is_import_path(cfg.name):
-            return DATASETS[cfg.name](cfg)
+            return DATASETS[cfg.name](cfg, known)
         made = import_object(cfg.name, "data.name")(root=cfg.root, **cfg.args)
     except TypeError as error:  # a keyword that the function does not take
         raise Refused(f"data.args: {cfg.name}: {error}") from error

@@ -43,6 +43,9 @@ def _own(path: str) -> Transform:
     return found() if isinstance(found, type) else found
 
 
+MAX_RESIZED = 20_000_000  # pixels of an image before its middle is cut out
+
+
 def fit(image: torch.Tensor, size: int) -> torch.Tensor:
     """Resizes the shorter side to `size` and cuts the middle out; an image of that size stays."""
     height, width = image.shape[-2:]
@@ -50,6 +53,10 @@ def fit(image: torch.Tensor, size: int) -> torch.Tensor:
         return image
     from torchvision.transforms.v2 import functional
 
+    shorter = min(height, width)
+    if size**2 * max(height, width) > MAX_RESIZED * shorter:
+        # A line of pixels: made as wide as that, it would fill the memory, to be thrown away.
+        image = functional.center_crop(image, [min(height, 16 * shorter), min(width, 16 * shorter)])
     return functional.center_crop(functional.resize(image, [size], antialias=True), [size])
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from cnn.config import Refused
 from cnn.datasets.augment import fit
-from cnn.datasets.decode import BadImage, decode
+from cnn.datasets.decode import VERSION, BadImage, decode
 from cnn.utils.files import sync_folder
 
 OLD = 24 * 3600  # seconds; no decoding takes a day
@@ -54,7 +54,7 @@ def decode_all(
 
 
 def _key(root: Path, paths: list[Path], scans: np.ndarray, shape: tuple[int, ...]) -> str:
-    total = hashlib.sha256(os.fsencode(root.resolve()) + repr(shape).encode())
+    total = hashlib.sha256(os.fsencode(root.resolve()) + repr((VERSION, *shape)).encode())
     total.update(b"\0".join(map(os.fsencode, paths)))
     total.update(np.ascontiguousarray(scans["bytes"]).tobytes())
     total.update(np.ascontiguousarray(scans["changed"]).tobytes())

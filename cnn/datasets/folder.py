@@ -3,15 +3,14 @@
 import csv
 import logging
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from cnn.config import Refused
-from cnn.datasets.decode import EXTENSIONS
 from cnn.datasets.images import FileImages, Files
 from cnn.datasets.scan import scan
+from cnn.utils.pictures import EXTENSIONS, image_files
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +22,14 @@ LAYOUT = "ROOT/CLASS/*.jpg, or ROOT/train/CLASS/*.jpg with val/ and test/ beside
 Listing = dict[str, list[tuple[Path, str]]]  # split: (file, class) for each
 
 
-def load_folder(root: str, on_bad_image: str) -> tuple[dict[str, FileImages], list[str]]:
+def load_folder(
+    root: str, on_bad_image: str, classes: list[str] | None = None
+) -> tuple[dict[str, FileImages], list[str]]:
     """Reads ROOT/train|val|test/CLASS/* or ROOT/CLASS/*; the classes are the folders' names.
+
+    Args:
+        classes: those of a model that is to be evaluated, in its order. There may then be fewer of
+            them, and nothing to train on.
 
     Raises:
         Refused: no such folder, two for one split, a class without images, files that do not decode.
@@ -40,23 +45,29 @@ def load_folder(root: str, on_bad_image: str) -> tuple[dict[str, FileImages], li
             raise Refused(f"data.root: {top} has two folders for {split}, {both}; keep one of them")
         if split is not None:
             parts[split] = path
-    if "train" in parts:
+    if "train" in parts or (parts and classes is not None):
         unused = [path.name for path in _folders(top) if path not in parts.values()]
         if unused:
-            logger.warning("%s: beside train, used for nothing: %s", top, ", ".join(unused))
+            beside = next(iter(parts.values())).name
+            logger.warning("%s: beside %s, used for nothing: %s", top, beside, ", ".join(unused))
         listing = {split: _list_classes(path) for split, path in parts.items()}
     elif parts:
         raise Refused(f"data.root: {top} has {' and '.join(parts)}, but no train beside: {LAYOUT}")
     else:
         listing = {"train": _list_classes(top)}
-    return _read(top, listing, on_bad_image)
+    return _read(top, listing, on_bad_image, classes)
 
 
-def load_csv(root: str, on_bad_image: str) -> tuple[dict[str, FileImages], list[str]]:
+def load_csv(
+    root: str, on_bad_image: str, classes: list[str] | None = None
+) -> tuple[dict[str, FileImages], list[str]]:
     """Reads a CSV file with a header and the columns path, label and, if there is one, split.
 
     Paths are relative to the file's folder; split is train, val or test. Spaces around a value are
     no part of it.
+
+    Args:
+        classes: as of `load_folder`.
 
     Raises:
         Refused: no such file, a missing column, a line that says nothing or contradicts an earlier
@@ -81,9 +92,11 @@ def load_csv(root: str, on_bad_image: str) -> tuple[dict[str, FileImages], list[
                 f" {said[0]}; an image has one label and is in one split"
             )
         listing.setdefault(split, []).append((file.parent / path, label))
-    if "train" not in listing:
+    if "train" not in listing and classes is None:
         raise Refused(f"{file}: no line is for train")
-    return _read(file, listing, on_bad_image)
+    if not listing:
+        raise Refused(f"{file}: no line below the columns")
+    return _read(file, listing, on_bad_image, classes)
 
 
 def _read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
@@ -118,7 +131,7 @@ def _list_classes(path: Path) -> list[tuple[Path, str]]:
         raise Refused(f"data.root: expected class folders, {LAYOUT}; there are none in {path}")
     items = []
     for folder in folders:
-        files = sorted(_image_files(folder))
+        files = sorted(image_files(folder))
         if not files:
             raise Refused(
                 f"data.root: the class folder {folder} has no images ({' '.join(EXTENSIONS)});"
@@ -128,19 +141,14 @@ def _list_classes(path: Path) -> list[tuple[Path, str]]:
     return items
 
 
-def _image_files(folder: Path) -> Iterable[Path]:
-    for where, _, names in os.walk(folder, followlinks=True):
-        for name in names:
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                yield Path(where, name)
-
-
 def _read(
-    root: Path, listing: Listing, on_bad_image: str
+    root: Path, listing: Listing, on_bad_image: str, known: list[str] | None
 ) -> tuple[dict[str, FileImages], list[str]]:
-    classes = sorted({label for _, label in listing["train"]})
+    classes = known or sorted({label for _, label in listing["train"]})
     for split, items in listing.items():
         unknown = sorted({label for _, label in items} - set(classes))
+        if unknown and known:
+            raise Refused(unknown_classes("data.root", unknown, classes))
         if unknown:
             raise Refused(
                 f"data.root: {split} has classes that train has not: {', '.join(unknown[:MAX_NAMED])}"
@@ -165,6 +173,15 @@ def _read(
             raise Refused(f"data.root: no image of {split} decodes")
         splits[split] = FileImages(files, labels[rows_of_split], rows_of_split)
     return splits, classes
+
+
+def unknown_classes(key: str, unknown: list[str], known: list[str]) -> str:
+    """The refusal of data that have classes which a model does not know."""
+    shown = [", ".join(names[:MAX_NAMED]) for names in (unknown, known)]
+    return (
+        f"{key}: expected classes that the model knows, got {shown[0]};"
+        f" it knows {shown[1]}{', ...' if len(known) > MAX_NAMED else ''}"
+    )
 
 
 def _tell_bad(bad: dict[Path, str], on_bad_image: str) -> None:

@@ -227,7 +227,7 @@ class StreamLoader(Loader):
                 yield batch
         except BadImage as bad:
             raise DataFailed(
-                f"{bad}; put the image back as it was, and the run goes on at this very batch"
+                f"{bad}; put the image back as it was, and a run goes on at this very batch"
             ) from None
         except Exception:  # a worker that is killed ends its loader in many ways
             gone = [worker for worker in workers if _has_ended(worker)]

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cnn.datasets.cache import cache_folder
-from cnn.datasets.decode import GRAY_MODES, BadImage, open_image, to_array
+from cnn.datasets.decode import GRAY_MODES, VERSION, BadImage, open_image, to_array
 from cnn.utils.files import write_atomically
 
 SCAN = np.dtype(
@@ -35,7 +35,8 @@ def scan(root: Path, paths: list[Path]) -> tuple[np.ndarray, dict[Path, str]]:
     Returns:
         A row (SCAN) a path, and for each file that does not decode, why.
     """
-    cache = cache_folder() / f"scan_{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()}.npz"
+    name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
+    cache = cache_folder() / f"scan_{VERSION}_{name}.npz"
     known = _load(cache)
     rows = np.zeros(len(paths), SCAN)
     bad: dict[Path, str] = {}

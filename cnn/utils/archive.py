@@ -91,12 +91,24 @@ def read_archive(path: Path) -> Any:
     Raises:
         Refused: the file cannot be read, is damaged, or holds what could run code.
     """
+    return read_archive_and_size(path)[0]
+
+
+def read_archive_and_size(path: Path) -> tuple[Any, int]:
+    """As `read_archive`, with the bytes that the file has.
+
+    Another file may be put in its place meanwhile: what comes is all of one of them.
+
+    Raises:
+        Refused: the file cannot be read, is damaged, or holds what could run code.
+    """
     try:
         with _open(path) as file:
             _check_whole(path, file)
             _check_members(path, file)
+            size = file.seek(0, 2)
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True), size
     except Refused:
         raise
     except OSError as error:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from cnn.config import Refused
-from cnn.utils.archive import read_archive, write_archive
+from cnn.utils.archive import read_archive_and_size, write_archive
 from cnn.utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -63,8 +63,11 @@ MAX_DEPTH = 50
 MAX_INT = 2**64
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, option: str = "--resume") -> dict[str, Any]:
     """Reads a checkpoint to the CPU, every byte checked, nothing in it executed.
+
+    Args:
+        option: of the command line that takes another file.
 
     Raises:
         Refused: the file cannot be read, is damaged, or is no checkpoint of this project; the
@@ -73,14 +76,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return read_checkpoint(path)
     except Refused as refusal:
-        raise Refused(f"{refusal}; {_advice(path)}") from None
+        raise Refused(f"{refusal}; {_advice(path, option)}") from None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """As `load_checkpoint`, for a caller that itself looks for another file."""
-    content = read_archive(path)
+    content, size = read_archive_and_size(path)
     _check_kind(path, content)
-    _check_values(path, content)
+    _check_values(path, content, size)
     _check_structure(path, content)
     for part in ("model_state_dict", "ema_state_dict"):
         for name, tensor in (content[part] or {}).items():
@@ -104,15 +107,15 @@ def where(content: dict[str, Any]) -> str:
     return f"after epoch {content['epoch']}{within}, step {content['step']}"
 
 
-def _advice(path: Path) -> str:
+def _advice(path: Path, option: str) -> str:
     """Which other file of the run is good."""
     for other in files_of_run(path if path.is_dir() else path.parent):
         if other != path:
             try:
-                return f"{other} is whole ({where(read_checkpoint(other))}): --resume {other}"
+                return f"{other} is whole ({where(read_checkpoint(other))}): {option} {other}"
             except Refused:
                 continue
-    return "there is no other file beside it to go on from; a copy elsewhere may be whole"
+    return "there is no other file beside it that is whole; a copy elsewhere may be"
 
 
 def _check_kind(path: Path, content: Any) -> None:
@@ -139,7 +142,7 @@ def _check_kind(path: Path, content: Any) -> None:
         )
 
 
-def _check_values(path: Path, content: dict[str, Any]) -> None:
+def _check_values(path: Path, content: dict[str, Any], size: int) -> None:
     """Refuses values that are not plain, and tensors that claim more than the file has."""
     seen: set[int] = set()
     claimed = 0
@@ -162,7 +165,6 @@ def _check_values(path: Path, content: dict[str, Any]) -> None:
             raise Refused(f"{path}: {key}: expected a plain value, got {_kind(tree)}")
 
     walk(content, "", 0)
-    size = path.stat().st_size
     if claimed > size:
         raise Refused(f"{path}: its tensors claim {claimed:,} bytes, the file has {size:,}")
 

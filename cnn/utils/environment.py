@@ -1,10 +1,12 @@
 """What a run runs on: device, precision, versions, code; what its bits depend on."""
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +50,20 @@ def choose_precision(name: str, device: torch.device, earlier: str | None = None
     """
     if name != "auto":
         return name
-    if earlier is not None:
+    if earlier in DTYPES:
         return earlier
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     if device.type == "cpu" and _cpu_has_bf16():
         return "bf16"
     return "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> Callable[[], torch.autocast]:
+    """Makes the context in which a forward pass has that precision."""
+    return functools.partial(
+        torch.autocast, device.type, DTYPES[precision], enabled=precision != "fp32"
+    )
 
 
 def _cpu_has_bf16() -> bool:

@@ -1,0 +1,202 @@
+"""Says what pictures show, by a trained model; all it needs is in the checkpoint.
+
+Commands:
+
+    python predict.py photo.jpg
+    python predict.py new_photos                        a folder, with all below it
+    python predict.py "new_photos/**/*.png" --top 1     a pattern, in quotes
+    find . -name "*.jpg" | python predict.py -          a list of files from another program
+    python predict.py new_photos --csv predictions.csv
+    python predict.py new_photos --checkpoint checkpoints/a/best.pth device=cpu
+
+A picture that cannot be read is named and the rest goes on; the exit status is then 1.
+"""
+
+import contextlib
+import csv
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from cnn import arguments, cli
+from cnn.config import Refused
+from cnn.utils.pictures import find_images
+from cnn.utils.screen import padded, printable, say, shortened, width
+
+if TYPE_CHECKING:
+    from cnn.predict import Prediction
+    from cnn.utils.logger import Log
+    from cnn.utils.signals import StopSignals
+
+logger = logging.getLogger("cnn.predict")
+
+SETTINGS = ("device", "data.batch_size", "data.num_workers", "train.precision")
+IS_SETTING = re.compile(r"(device|[a-z]+\.[a-z_]+)=")
+
+TOP = 3
+BYTES = "surrogateescape"  # a file name that is no text comes out as the bytes that it is
+MAX_PATH = 60  # columns of a path; a longer one pushes its line to the right
+
+
+@dataclass(frozen=True)
+class Command:
+    images: list[Path]
+    missing: list[str]  # what was named and is not there, with why
+    checkpoint: Path
+    top: int
+    csv: Path | None
+    settings: list[str]
+    places: dict[str, str] = field(default_factory=dict)  # where each setting was given
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    return arguments.guarded(lambda: obey(words))
+
+
+def obey(argv: list[str]) -> int:
+    command = parse(argv)
+    return cli.run(lambda log, stop: predict(command, log, stop), command.places)
+
+
+def parse(argv: list[str]) -> Command:
+    """Reads the command line, and finds the pictures.
+
+    Raises:
+        Refused: there is no picture, or a setting or a file that cannot be.
+    """
+    parser = arguments.parser("predict.py", __doc__)
+    add = parser.add_argument
+    add(
+        "paths", nargs="*", metavar="PATH", help="files, folders, patterns; - reads them from stdin"
+    )
+    add("--top", type=int, default=TOP, metavar="K", help=f"classes of each (default {TOP})")
+    add("--csv", type=Path, metavar="FILE", help="write a table")
+    args = parser.parse_intermixed_args(argv)
+    settings = [word for word in args.paths if IS_SETTING.match(word) and not os.path.exists(word)]
+    paths = [word for word in args.paths if word not in settings]
+    if not paths:
+        parser.error("expected files, folders or patterns, or - to read a list from stdin")
+    if args.top < 1:
+        parser.error(f"--top: expected a whole number of at least 1, got {args.top}")
+    arguments.check_settings(settings, SETTINGS)
+    if args.csv is not None:
+        arguments.check_output("--csv", args.csv)
+    words = [word for path in paths for word in (read_list() if path == "-" else [path])]
+    found = list(find_images(words))
+    images = [path for path, reason in found if reason is None]
+    missing = [f"{printable(path)}: {reason}" for path, reason in found if reason is not None]
+    if not images:
+        raise Refused("\n".join(missing[:20]) or "no path came from stdin")
+    arguments.check_checkpoint(args.checkpoint)
+    return Command(images, missing, args.checkpoint, args.top, args.csv, settings)
+
+
+def read_list() -> list[str]:
+    """The paths that another program gives, a line each, or as `find -print0` does."""
+    data = sys.stdin.buffer.read()
+    parts = data.split(b"\0") if b"\0" in data else data.splitlines()
+    return [os.fsdecode(part) for part in parts if part.strip()]
+
+
+def predict(command: Command, log: "Log", stop: "StopSignals") -> int:
+    """Predicts every picture as it is read; gives the exit status."""
+    from cnn.datasets.decode import BadImage
+    from cnn.predict import Predictor
+    from cnn.trained import load_trained
+    from cnn.utils.progress import follow
+
+    trained = load_trained(command.checkpoint, command.settings)
+    command.places.update(trained.places)
+    logger.info("%s", trained)
+    predictor, images, bad = Predictor(trained), command.images, len(command.missing)
+    for line in command.missing:
+        logger.error("%s", line)
+    top = min(command.top, len(predictor.classes))
+    with CsvFile(command.csv, top) as file:
+        table = Table(images, predictor.classes, top)
+        table.head()
+        each = follow(predictor.each(images, top), "predicting", len(images))
+        for path, said in zip(images, each):
+            if isinstance(said, BadImage):
+                bad += 1
+                logger.error("%s", printable(said))
+            else:
+                table.row(path, said)
+                file.row(path, said)
+    if not bad:
+        return cli.DONE
+    logger.error("%d of %d could not be read", bad, len(images) + len(command.missing))
+    return cli.FAILED
+
+
+class Table:
+    """The predictions on the screen, line by line as they come."""
+
+    def __init__(self, images: list[Path], classes: list[str], top: int):
+        self.top = top
+        self.path = min(max(width(printable(path)) for path in [*images, "image"]), MAX_PATH)
+        self.name = max(3, *(width(shortened(printable(name))) for name in classes))
+
+    def head(self) -> None:
+        cells = [padded(head, self.name + 7) for head in ["prediction", "then"][: self.top]]
+        say("  ".join([padded("image", self.path), *cells]).rstrip() + "\n")
+
+    def row(self, path: Path, said: "Prediction") -> None:
+        cells = [
+            f"{padded(shortened(printable(name)), self.name)} {probability:.4f}"
+            for name, probability in zip(said.classes, said.probabilities)
+        ]
+        say(f"{padded(printable(path), self.path)}  {'  '.join(cells)}\n")
+
+
+class CsvFile:
+    """The predictions as a file, row by row: those so far are in it whatever happens then.
+
+    Args:
+        path: None for none.
+    """
+
+    def __init__(self, path: Path | None, top: int):
+        self.path, self.file = path, None
+        names = ["prediction", "probability"]
+        more = [f"{name}_{rank}" for rank in range(2, top + 1) for name in names]
+        self.names = ["image", *names, *more]
+
+    def __enter__(self) -> Self:
+        if self.path is not None:
+            with self._told():
+                self.file = open(self.path, "w", encoding="utf-8", errors=BYTES, newline="")
+                self.writer = csv.writer(self.file, lineterminator="\n")
+                self.writer.writerow(self.names)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.file is not None:
+            with self._told():
+                self.file.close()
+
+    def row(self, image: Path, said: "Prediction") -> None:
+        if self.file is not None:
+            pairs = zip(said.classes, said.probabilities)
+            cells = [cell for name, given in pairs for cell in (name, f"{given:.6g}")]
+            with self._told():
+                self.writer.writerow([image, *cells])
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        from cnn.saving import Failed
+
+        try:
+            yield
+        except OSError as error:
+            raise Failed(f"{self.path}: cannot be written: {error.strerror or error}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
