@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 
 import numpy as np
 import torch
@@ -186,6 +187,7 @@ class StreamLoader(Loader):
         self._samples = Samples(self.images, self.size, changes, self.seed)
         self.raw, self.image = self._samples.raw, self._samples.image
         self._plan = _Plan()
+        self._end: Finalize | None = None
         self._loader = DataLoader(
             self._samples,
             batch_sampler=self._plan,
@@ -205,6 +207,14 @@ class StreamLoader(Loader):
                 labels.to(self.device, non_blocking=True),
             )
 
+    def _end_with_process(self) -> None:
+        """Kills the workers when this process ends.
+
+        multiprocessing asks them with a SIGTERM, which they ignore, and then waits for them.
+        """
+        if self._end is None:
+            self._end = Finalize(None, _kill_workers, exitpriority=0)
+
     def _read(self) -> Iterator[Batch]:
         """The planned batches as the loader gives them.
 
@@ -216,6 +226,7 @@ class StreamLoader(Loader):
             with _signals_blocked():  # until the workers that start here ignore them
                 batches = iter(self._loader)
             _ignore_end_of_workers()
+            self._end_with_process()
             workers = multiprocessing.active_children()
             for batch in batches:
                 if isinstance(batch, Exception):
@@ -340,6 +351,12 @@ def _end_workers() -> None:
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
+
+
+def _kill_workers() -> None:
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 def _ignore_end_of_workers() -> None:
