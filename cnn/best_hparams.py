@@ -107,6 +107,7 @@ def _text(
         "history": _history(cfg, earlier),
     }
     head = (
+        "# yaml-language-server: $schema=../schema.json\n"
         f"# The best of {cfg.model.name} on {cfg.data.name} yet, by {best['metric']}."
         f" Written by train.py, replaced by a better one.\n"
         f"#   python train.py --config configs/best_hparams/{file_of(cfg, Path()).name}\n\n"

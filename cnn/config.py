@@ -29,7 +29,7 @@ NAMES_TAKEN = (
     *("train.log", "history.csv", "config.yaml", "model.txt", "tensorboard", "report.html"),
     *("curves.png", "confusion_matrix.png", "predictions_val.csv", "result.json", "archive"),
 )
-ENDINGS_TAKEN = (".pth", ".tmp")
+ENDINGS_TAKEN = (".pth", ".pt2", ".pt", ".onnx", ".tmp")
 
 # What a resume makes of a key that differs from the checkpoint's.
 FREE = "taken"  # may change: paths, workers, epochs
@@ -41,6 +41,7 @@ CODE_KEYS = ("data.name", "data.augment", "model.name", "loss.name")
 
 LIMITS = {"least": "of at least", "above": "above", "most": "at most", "below": "below"}
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
 class Refused(ValueError):
@@ -54,6 +55,7 @@ def setting(
     resume: str,
     choices: tuple[str, ...] = (),
     import_path: bool = False,
+    pattern: str | None = None,
     least: float | None = None,
     above: float | None = None,
     most: float | None = None,
@@ -65,6 +67,7 @@ def setting(
         "resume": resume,
         "choices": choices,
         "import_path": import_path,
+        "pattern": pattern,
         "least": least,
         "above": above,
         "most": most,
@@ -107,6 +110,12 @@ class DataConfig:
         0.2, "share held out where there is no test", resume=FIXED, above=0, below=1
     )
     limit: int | None = setting(None, "use only that many training images", resume=FIXED, least=1)
+    sampler: str = setting(
+        "shuffle",
+        "every image once an epoch, or as many drawn with each class equally often",
+        resume=FIXED,
+        choices=("shuffle", "balanced"),
+    )
     image_size: int | None = setting(
         None, "side in pixels to resize and crop to; null: the data's own", resume=FIXED, least=1
     )
@@ -140,8 +149,12 @@ class ModelConfig:
         resume=FIXED,
     )
     args: dict[str, Any] = setting({}, "further keywords for the model", resume=FIXED)
-    pretrained: bool = setting(False, "torchvision's weights (downloads them)", resume=FREE)
-    weights: str | None = setting(None, "file with weights to begin from", resume=FREE)
+    pretrained: bool = setting(
+        False, "begin from torchvision's weights (downloads them)", resume=FREE
+    )
+    weights: str | None = setting(
+        None, "file with weights to begin from, instead of a download", resume=FREE
+    )
 
 
 @dataclass(frozen=True)
@@ -190,6 +203,10 @@ class OptimConfig:
         5e-4, "on weights; biases and norms have none", resume=ASKED, least=0
     )
     groups: list[GroupConfig] = setting([], "own lr by parameter name", resume=FIXED)
+    freeze: str | None = setting(
+        None, "regular expression: parameters that stay as they are at first", resume=FIXED
+    )
+    freeze_epochs: int = setting(0, "for that many epochs", resume=ASKED, least=0)
     args: dict[str, Any] = setting({}, "further keywords for the optimizer", resume=ASKED)
 
 
@@ -271,7 +288,9 @@ class LogConfig:
 class Config:
     seed: int = setting(0, "the run is a function of it", resume=FIXED, least=0, most=2**63 - 1)
     run: str | None = setting(None, "name: logs/NAME/ and checkpoints/NAME/", resume=FREE)
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps", resume=FREE)
+    device: str = setting(
+        "auto", "auto, cpu, cuda, cuda:1, mps", resume=FREE, pattern=DEVICE.pattern
+    )
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
@@ -802,7 +821,7 @@ def _check_together(cfg: Config, given: dict[str, Given]) -> list[str]:
         return f"{given[key].where}: {key}" if key in given else key
 
     mistakes = []
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", cfg.device):
+    if not DEVICE.fullmatch(cfg.device):
         mistakes.append(
             f"{at('device')}: expected auto, cpu, cuda, cuda:1 or mps, got {cfg.device}"
         )
@@ -820,15 +839,20 @@ def _check_together(cfg: Config, given: dict[str, Given]) -> list[str]:
         mistakes.append(
             f"{at('schedule.milestones')}: missing; multistep needs the epochs, such as [30, 60]"
         )
-    if cfg.model.pretrained and cfg.model.weights:
-        mistakes.append(f"{at('model.weights')}: cannot go with model.pretrained: true; choose one")
-    for number, group in enumerate(cfg.optim.groups):
+    if cfg.data.sampler == "balanced" and cfg.loss.class_weights == "balanced":
+        mistakes.append(
+            f"{at('loss.class_weights')}: balanced cannot go with data.sampler: balanced, rare"
+            f" classes would count twice over; choose one"
+        )
+    patterns = {
+        f"{at('optim.groups')}[{number}].match": group.match
+        for number, group in enumerate(cfg.optim.groups)
+    }
+    for where, pattern in (patterns | {at("optim.freeze"): cfg.optim.freeze or ""}).items():
         try:
-            re.compile(group.match)
+            re.compile(pattern)
         except re.error as error:
-            mistakes.append(
-                f"{at('optim.groups')}[{number}].match: not a regular expression: {error}"
-            )
+            mistakes.append(f"{where}: not a regular expression: {error}")
     return mistakes
 
 

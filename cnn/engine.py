@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
-from cnn.metrics import Sums, loss_of
+from cnn.metrics import Sums, loss_of, weight_of
+from cnn.optim import freeze
 from cnn.state import TrainingState
 from cnn.utils import seeding
 
@@ -35,20 +36,23 @@ def train_one_epoch(
     """
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    freeze(optimizer, state.epoch)
     set_training(model)
     batches = iter(batches)
     while state.batch < len(sizes):
         in_step = sizes[state.batch : state.batch + accumulate]
-        num_images = sum(in_step)
         # All of them before the first is used: where one cannot be had, nothing is half done.
         # And before the seed: without workers, augmentations draw from the same generators.
-        for number, (images, labels) in enumerate([next(batches) for _ in in_step]):
+        step = [next(batches) for _ in in_step]
+        weights = [weight_of(loss_function, labels) for _, labels in step]
+        total = sum(weights)
+        for number, ((images, labels), weight) in enumerate(zip(step, weights)):
             seeding.seed_step(state.device, seed, seeding.STEP, state.step, number)
             with autocast():
                 logits = state.forward(images)
             loss = loss_of(loss_function, logits, labels)
-            scaler.scale(loss * (len(labels) / num_images)).backward()
-            state.sums.add(loss, logits, labels)
+            scaler.scale(loss * (weight / total)).backward()
+            state.sums.add(loss, logits, labels, weight)
         if clip_grad_norm is not None:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
@@ -88,7 +92,8 @@ def evaluate(
         seeding.seed_step(device, seed, seeding.EVALUATE, epoch, number)
         with autocast():
             logits = model(images)
-        sums.add(loss_of(loss_function, logits, labels), logits, labels)
+        loss = loss_of(loss_function, logits, labels)
+        sums.add(loss, logits, labels, weight_of(loss_function, labels))
     model.train(was_training)
     return {prefix + name: value for name, value in sums.compute().items()}
 

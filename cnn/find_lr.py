@@ -57,11 +57,11 @@ def sweep(cfg: Config, run: Run) -> tuple[list[float], list[float]]:
     """Trains with lr rising geometrically; gives each step's lr and smoothed loss."""
     lrs: list[float] = []
     losses: list[float] = []
-    mean = loss_before = count_before = 0
+    mean = loss_before = weight_before = 0
     set_lr(run, 0)
     for _ in endless_steps(cfg, run):
-        loss, count = run.state.sums.loss.item(), run.state.sums.count
-        latest = (loss - loss_before) / (count - count_before)
+        loss, weight = run.state.sums.loss.item(), float(run.state.sums.weight)
+        latest = (loss - loss_before) / (weight - weight_before)
         mean = SMOOTHING * mean + (1 - SMOOTHING) * latest
         smoothed = mean / (1 - SMOOTHING ** (len(lrs) + 1))
         if not math.isfinite(smoothed) or (losses and smoothed > BURST * min(losses)):
@@ -70,7 +70,7 @@ def sweep(cfg: Config, run: Run) -> tuple[list[float], list[float]]:
         losses.append(smoothed)
         if len(lrs) == STEPS:
             break
-        loss_before, count_before = loss, count
+        loss_before, weight_before = loss, weight
         set_lr(run, len(lrs))
     return lrs, losses
 

@@ -9,7 +9,7 @@ from torch import nn
 from cnn import scores
 from cnn.scores import improves, mode
 
-__all__ = ["Outcome", "Sums", "improves", "loss_of", "mode"]
+__all__ = ["Outcome", "Sums", "improves", "loss_of", "mode", "weight_of"]
 
 
 class Sums:
@@ -19,12 +19,25 @@ class Sums:
         exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self.loss = torch.zeros((), dtype=exact, device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.weight: float | torch.Tensor = 0  # what the loss is divided by
         self.count = 0
 
-    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Adds a batch: mean loss (), logits (N, classes), labels (N)."""
+    def add(
+        self,
+        loss: torch.Tensor,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        weight: float | torch.Tensor | None = None,
+    ) -> None:
+        """Adds a batch: mean loss (), logits (N, classes), labels (N).
+
+        Args:
+            weight: of the batch in the mean loss, as `weight_of` gives it; None: its images.
+        """
         number = len(labels)
-        self.loss += loss.detach() * number
+        weight = number if weight is None else weight
+        self.loss += loss.detach() * weight
+        self.weight += weight
         self.correct += (logits.detach().argmax(1) == labels).sum()
         self.count += number
 
@@ -34,16 +47,19 @@ class Sums:
 
     def compute(self) -> dict[str, float]:
         """Mean loss and accuracy (a fraction) over the images so far."""
-        count = max(self.count, 1)
-        return {"loss": self.loss.item() / count, "acc": self.correct.item() / count}
+        weight = float(self.weight) if self.count else 1.0
+        return {"loss": self.loss.item() / weight, "acc": self.correct.item() / max(self.count, 1)}
 
     def state_dict(self) -> dict:
-        return {"loss": self.loss, "correct": self.correct, "count": self.count}
+        names = ("loss", "correct", "count", "weight")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict) -> None:
         self.loss.copy_(state["loss"])
         self.correct.copy_(state["correct"])
         self.count = state["count"]
+        weight = state.get("weight", self.count)  # not in files of before
+        self.weight = weight.to(self.loss) if isinstance(weight, torch.Tensor) else int(weight)
 
 
 class Outcome(Sums):
@@ -65,9 +81,15 @@ class Outcome(Sums):
         self._probabilities: list[torch.Tensor] = []  # of the class that was predicted
         self._scores: list[torch.Tensor] = []
 
-    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Adds a batch: mean loss (), logits (N, classes), labels (N)."""
-        super().add(loss, logits, labels)
+    def add(
+        self,
+        loss: torch.Tensor,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        weight: float | torch.Tensor | None = None,
+    ) -> None:
+        """As `Sums.add`, and what was said of each image."""
+        super().add(loss, logits, labels, weight)
         predictions = logits.argmax(1)
         probabilities = logits.float().softmax(1)  # N, classes
         cells = labels * self.num_classes + predictions
@@ -105,3 +127,16 @@ class Outcome(Sums):
 def loss_of(function: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The loss in float32 at least, whatever precision the logits have."""
     return function(logits.float() if logits.dtype != torch.float64 else logits, labels)
+
+
+def weight_of(function: nn.Module, labels: torch.Tensor) -> int | torch.Tensor:
+    """What a batch weighs in the mean over several: its images, or the sum of their class weights.
+
+    The mean is then the one that the loss would give of all the images at once, however they are
+    divided into batches: with class weights, torch's divides by the sum of these, a float64 ().
+    """
+    weights = getattr(function, "weight", None)
+    if not isinstance(function, nn.CrossEntropyLoss) or weights is None:
+        return len(labels)
+    exact = torch.float32 if weights.device.type == "mps" else torch.float64
+    return weights.to(exact)[labels].sum()

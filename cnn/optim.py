@@ -24,6 +24,7 @@ OPTIMIZERS = {
 }
 FUSED = ("sgd", "adam", "adamw", "adagrad")  # have a kernel for that, on CPU and CUDA
 WITH_MOMENTUM = ("sgd", "rmsprop")
+FREEZE = "freeze_epochs"  # in the optimizer's groups that are frozen at first
 
 # What ReduceLROnPlateau remembers; the rest of it are settings, which a resume may change.
 PLATEAU_STATE = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
@@ -37,12 +38,13 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer
     """Groups the parameters by learning rate and weight decay, and builds the optimizer.
 
     Biases and the parameters of norms (one dimension or none) have no weight decay. A group with
-    `lr_scale: 0` is frozen.
+    `lr_scale: 0` is frozen. What `optim.freeze` matches is in groups of its own, which know for how
+    many epochs: within a group all parameters have taken the same steps.
 
     Raises:
         Refused: a pattern that matches nothing, everything frozen, unknown `optim.args`.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     used = set()
     for name, parameter in model.named_parameters():
         scale = 1.0
@@ -53,16 +55,22 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer
         if scale == 0:
             parameter.requires_grad_(False)
         if parameter.requires_grad:
-            groups.setdefault((scale, parameter.ndim > 1), []).append(parameter)
+            at_first = cfg.freeze is not None and re.search(cfg.freeze, name) is not None
+            groups.setdefault((scale, parameter.ndim > 1, at_first), []).append(parameter)
     for number, group in enumerate(cfg.groups):
         if number not in used:
-            names = ", ".join([name for name, _ in model.named_parameters()][-4:])
-            raise Refused(
-                f"optim.groups[{number}].match: no parameter's name matches {group.match!r};"
-                f" names are such as {names}"
-            )
+            raise _no_match(f"optim.groups[{number}].match", group.match, model)
     if not groups:
         raise Refused("optim.groups: every parameter is frozen; leave something to train")
+    if cfg.freeze_epochs and cfg.freeze is None:
+        raise Refused(
+            "optim.freeze_epochs: needs optim.freeze, which says what: a regular expression such as"
+            " '^(?!fc)'"
+        )
+    if cfg.freeze_epochs and not any(at_first for _, _, at_first in groups):
+        raise _no_match("optim.freeze", cfg.freeze, model)
+    if cfg.freeze_epochs and all(at_first for _, _, at_first in groups):
+        raise Refused("optim.freeze: matches every parameter; leave something to train")
     doubled = sorted({"lr", "weight_decay", "momentum"} & set(cfg.args))
     if doubled:
         raise Refused(f"optim.args: {doubled[0]} has a setting of its own: optim.{doubled[0]}")
@@ -78,14 +86,32 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer
                     "params": parameters,
                     "lr": cfg.lr * scale,
                     "weight_decay": cfg.weight_decay if decayed else 0.0,
+                    **({FREEZE: cfg.freeze_epochs} if at_first else {}),
                 }
-                for (scale, decayed), parameters in groups.items()
+                for (scale, decayed, at_first), parameters in groups.items()
             ],
             lr=cfg.lr,
             **options,
         )
     except (TypeError, ValueError, RuntimeError) as error:
         raise Refused(f"optim.args: {cfg.name}: {error}") from None
+
+
+def _no_match(key: str, pattern: str, model: nn.Module) -> Refused:
+    names = ", ".join([name for name, _ in model.named_parameters()][-4:])
+    return Refused(f"{key}: no parameter's name matches {pattern!r}; names are such as {names}")
+
+
+def freeze(optimizer: torch.optim.Optimizer, epoch: int) -> None:
+    """Freezes what is to stay as it is after so many epochs, and frees it when these are over.
+
+    A function of the epoch, so that a resume has nothing to restore. Parameters without a gradient
+    are passed over by the optimizer, which remembers nothing of them until they have one.
+    """
+    for group in optimizer.param_groups:
+        if FREEZE in group:
+            for parameter in group["params"]:
+                parameter.requires_grad_(epoch >= group[FREEZE])
 
 
 class Schedule:

@@ -163,9 +163,11 @@ def check_settings(
     Raises:
         Refused: what cannot change has changed, or what changes the mathematics was not typed.
     """
-    then, now = config.flat(saved), config.flat(config.to_dict(cfg))
+    # A key that is younger than the checkpoint was at what is its default.
+    then = config.flat(config.to_dict(Config())) | config.flat(saved)
+    now = config.flat(config.to_dict(cfg))
     rules = config.resume_rules()
-    changed = [key for key in rules if key in then and then[key] != now[key]]
+    changed = [key for key in rules if then[key] != now[key]]
     refused = [
         key
         for key in changed

@@ -11,6 +11,7 @@ from torch import nn
 
 from cnn.building import Run
 from cnn.config import Config, to_yaml
+from cnn.optim import FREEZE
 from cnn.resuming import ResumePoint
 from cnn.scores import with_interval
 from cnn.state import TrainingState
@@ -77,6 +78,10 @@ def log_start(cfg: Config, run: Run, flops: int) -> None:
         f"{sum(p.numel() for p in state.model.parameters()):,}",
         _flops_text(flops),
     )
+    for group in state.optimizer.param_groups:
+        if state.epoch < group.get(FREEZE, 0):
+            logger.info("frozen for the first %d epochs: %s", group[FREEZE], cfg.optim.freeze)
+            break
     logger.info(
         "%s lr %g, %s, %d epochs of %d images in batches of %d",
         cfg.optim.name,

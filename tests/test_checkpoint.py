@@ -115,6 +115,14 @@ def test_a_file_of_the_first_format_resumes(train):
     assert after["epoch"] == 4 and after["history"][:2] == before["history"]
 
 
+def test_a_setting_younger_than_the_file_is_held_to_its_default(train, capfd):
+    Path("checkpoints").mkdir()
+    shutil.copy(FIRST_FORMAT, "checkpoints/last.pth")
+    assert "sampler" not in content()["config"]["data"]
+    assert train("--resume", "data.sampler=balanced") == 2
+    assert "data.sampler  shuffle     balanced  cannot change" in capfd.readouterr().err
+
+
 def replace(tree: dict, key: str, value: object) -> None:
     *sections, last = key.split("/")
     for section in sections:

@@ -129,10 +129,11 @@ MISTAKES = {
     "run called as a leftover": ("run: mine.tmp", "my.yaml:1: run: expected a name for folders"),
     "run hidden": ("run: .mine", "my.yaml:1: run: expected a name of letters"),
     "no milestones": ("schedule:\n  name: multistep", "schedule.milestones: missing"),
-    "two sources": (
-        "model: {pretrained: true, weights: a.pth}",
-        "my.yaml:1: model.weights: cannot",
+    "balanced twice": (
+        "data: {sampler: balanced}\nloss: {class_weights: balanced}",
+        "my.yaml:2: loss.class_weights: balanced cannot go with data.sampler: balanced",
     ),
+    "bad pattern to freeze": ("optim: {freeze: '('}", "my.yaml:1: optim.freeze: not a regular"),
     "anchor": ("seed: &a 1", "my.yaml:1: anchors and aliases (& *) are not allowed"),
     "alias": ("run: a\nseed: *a", "my.yaml:2: anchors and aliases (& *) are not allowed"),
     "tag": ("run: a\nseed: !!int 1", "my.yaml:2: tags (!) are not allowed, got tag"),

@@ -31,6 +31,7 @@ from PIL import Image
 from torch import nn
 
 import evaluate as evaluate_script
+import export as export_script
 import predict as predict_script
 import train as train_script
 from cnn.utils.importing import outside_code
@@ -166,8 +167,10 @@ SCRIPTS: dict[str, Callable[[], int]] = {
     "train.py": lambda: train_script.main(["--resume", "mine.pth"]),
     "evaluate.py": lambda: evaluate_script.main(["--checkpoint", "mine.pth"]),
     "predict.py": lambda: predict_script.main(["a.png", "--checkpoint", "mine.pth"]),
+    "export.py": lambda: export_script.main(["--checkpoint", "mine.pth", "--format", "weights"]),
 }
-PREDICTS = ("other data",)  # what a resume would train on is nothing to a prediction
+USES = ("predict.py", "export.py")
+NO_MATTER = ("other data",)  # what a resume would train on is nothing to them
 
 
 @pytest.mark.parametrize("make", FILES.values(), ids=FILES)
@@ -178,7 +181,7 @@ def test_a_hostile_or_broken_file_is_refused_and_not_executed(request, capfd, ma
     Image.new("L", (8, 8)).save("a.png")
     for name, script in SCRIPTS.items():
         status, said = script(), capfd.readouterr().err
-        if name == "predict.py" and request.node.callspec.id in PREDICTS:
+        if name in USES and request.node.callspec.id in NO_MATTER:
             assert status == 0
             continue
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
@@ -207,9 +210,9 @@ def test_a_hostile_or_broken_file_is_refused_and_not_executed(request, capfd, ma
 def test_what_evaluation_and_prediction_rest_on_is_checked_before(capfd, change):
     Path("mine.pth").write_bytes(changed(lambda tree: tree.update(change)))
     Image.new("L", (8, 8)).save("a.png")
-    for name in ("evaluate.py", "predict.py"):
+    for name in ("evaluate.py", *USES):
         status, said = SCRIPTS[name](), capfd.readouterr().err
-        if name == "predict.py" and "class_weights" in change:
+        if name in USES and "class_weights" in change:
             assert status == 0
             continue
         assert status == 2 and "mine.pth: " in said and "Traceback" not in said, f"{name}: {said}"

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -343,3 +344,89 @@ def test_a_loader_process_may_be_spawned(data):
     samples = Samples(data.train, 8, build_augmentations(ALL, 8), 0)
     copied = pickle.loads(pickle.dumps(samples))
     assert copied.image((1, 2)).equal(samples.image((1, 2)))
+
+
+# -- the balanced sampler ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def skewed(data):
+    """61 training images: 40 of class 0, 18 of class 2, 3 of class 3, none of class 1."""
+    args = {"num_images": 400, "num_test": 9, "image_size": 8, "channels": 3}
+    data = build_data(DataConfig("synthetic", args=args), 0)
+    of_class = [np.flatnonzero(data.train.labels == label) for label in range(4)]
+    chosen = np.concatenate([of_class[0][:40], of_class[2][:18], of_class[3][:3]])
+    return replace(data, train=data.train.subset(np.random.default_rng(0).permutation(chosen)))
+
+
+BALANCED = {"sampler": "balanced"}
+
+
+def test_the_balanced_sampler_draws_every_class_equally_often_and_its_images_too(skewed):
+    train, epochs = loader(skewed, **BALANCED), 400
+    orders = np.stack([train.order(epoch) for epoch in range(1, epochs + 1)])
+    assert orders.shape == (epochs, 61) and train.sizes == loader(skewed).sizes
+    labels, number = skewed.train.labels, orders.size
+    of_class = np.bincount(labels[orders].ravel(), minlength=4) / number
+    # Five standard deviations of a share that is drawn so often.
+    assert of_class == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3], abs=5 * (2 / 9 / number) ** 0.5)
+    of_image, expected = np.bincount(orders.ravel(), minlength=61) / number, 1 / 3
+    expected = expected / np.bincount(labels)[labels]
+    assert (np.abs(of_image - expected) < 5 * (expected / number) ** 0.5).all()
+
+
+def test_the_balanced_order_is_a_function_of_seed_and_epoch(skewed):
+    def order(seed, epoch):
+        return loader(skewed, seed=seed, **BALANCED).order(epoch).tolist()
+
+    assert order(0, 1) == order(0, 1)
+    assert len({tuple(order(*key)) for key in [(0, 1), (0, 2), (1, 1)]}) == 3
+
+
+@pytest.mark.parametrize(
+    "augment, way",
+    [
+        pytest.param([*AUGMENT, "erase"], MEMORY, id="memory"),
+        pytest.param(AUGMENT, STREAM, id="stream"),
+        pytest.param(AUGMENT, STREAM | {"num_workers": 2}, id="two workers"),
+    ],
+)
+def test_a_balanced_epoch_entered_at_any_batch_goes_on_bit_for_bit(augment, way, skewed):
+    expected = list(
+        loader(skewed, augment, **BALANCED, **way | {"num_workers": 0}).train_batches(3)
+    )
+    entered = loader(skewed, augment, **BALANCED, **way)
+    for start in (5, 0, 3):
+        rest = list(entered.train_batches(3, start))
+        assert len(rest) == len(expected) - start
+        for (images, labels), (others, their) in zip(rest, expected[start:]):
+            assert images.equal(others) and labels.equal(their)
+
+
+def test_balanced_batches_are_the_same_from_memory_and_image_by_image(skewed):
+    stream, memory = (
+        whole(loader(skewed, **BALANCED, **w).train_batches(3)) for w in (STREAM, MEMORY)
+    )
+    assert stream[0].equal(memory[0]) and stream[1].equal(memory[1]) and stream[2] == memory[2]
+    plain = whole(loader(skewed, **BALANCED, **MEMORY).batches())
+    assert plain[1].tolist() == skewed.train.labels.tolist(), "only training is balanced"
+
+
+@BOTH
+def test_an_image_that_comes_again_in_an_epoch_is_changed_in_another_way(way, skewed):
+    train = loader(skewed, ["crop"], **BALANCED, **way)
+    keys = [key for batch in range(len(train)) for key in train.keys(2, batch)]
+    often = max(keys, key=lambda key: [k[1] for k in keys].count(key[1]))[1]
+    again = [train.image(key).numpy().tobytes() for key in keys if key[1] == often]
+    assert len(again) >= 6 and len(set(again)) > 2
+    assert again == [train.image(key).numpy().tobytes() for key in keys if key[1] == often]
+
+
+@BOTH
+def test_a_single_balanced_image_is_the_one_of_the_batch(way, skewed):
+    train = loader(skewed, AUGMENT, **BALANCED, **way)
+    images, labels = list(train.train_batches(2))[4]
+    keys = train.keys(2, 4)
+    singles = torch.stack([train.image(key) for key in keys])
+    torch.testing.assert_close(images.contiguous(), normalized(skewed, singles))
+    assert labels.tolist() == [skewed.train.labels[key[1]] for key in keys]

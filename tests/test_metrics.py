@@ -1,5 +1,6 @@
 """Loss and accuracy over images, whatever the batches; what counts as better; loss weights."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -8,9 +9,12 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 
-from cnn.config import LossConfig, Refused
+from cnn.config import LossConfig, Refused, ScheduleConfig
+from cnn.engine import train_one_epoch
 from cnn.losses import build_loss
-from cnn.metrics import Sums, improves, loss_of
+from cnn.metrics import Sums, improves, loss_of, weight_of
+from cnn.optim import Schedule
+from cnn.state import TrainingState
 
 CPU = torch.device("cpu")
 
@@ -31,6 +35,56 @@ def test_the_metrics_are_plain_means_over_the_images_whatever_the_batches(sizes)
     assert result["loss"] == pytest.approx(F.cross_entropy(logits.double(), labels).item(), 1e-6)
     assert result["acc"] == np.mean(logits.argmax(1).numpy() == labels.numpy())
     assert 0 < result["acc"] < 1
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("sizes", [[23], [10, 10, 3], [1] * 23])
+def test_a_weighted_loss_is_that_of_all_images_at_once_whatever_the_batches(sizes, smoothing):
+    logits, labels = random_outputs()
+    weights = [0.2, 1.0, 5.0, 0.7, 2.0]
+    cfg = LossConfig(class_weights=weights, label_smoothing=smoothing)
+    loss = build_loss(cfg, labels.numpy(), list("abcde"))
+    sums = Sums(CPU)
+    for some, of_them in zip(logits.split(sizes), labels.split(sizes)):
+        sums.add(loss(some, of_them), some, of_them, weight_of(loss, of_them))
+    options = {"weight": torch.tensor(weights).double(), "label_smoothing": smoothing}
+    expected = F.cross_entropy(logits.double(), labels, **options).item()
+    assert sums.compute()["loss"] == pytest.approx(expected, 1e-6)
+    again = Sums(CPU)
+    again.load_state_dict(sums.state_dict())
+    assert again.compute() == sums.compute()
+
+
+@pytest.mark.parametrize("weights", [None, [0.2, 1.0, 5.0, 0.7, 2.0]], ids=["plain", "weighted"])
+def test_a_step_over_several_batches_is_that_of_one_large_batch(weights):
+    images, labels = random_outputs()
+    loss = build_loss(LossConfig(class_weights=weights), labels.numpy(), list("abcde"))
+    after = []
+    for sizes in ([23], [10, 10, 3]):
+        model = torch.nn.Linear(5, 5)
+        torch.nn.init.zeros_(model.weight), torch.nn.init.zeros_(model.bias)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        schedule = Schedule(ScheduleConfig("constant"), optimizer, 1, 1, "min")
+        state = TrainingState(
+            model, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False), CPU
+        )
+        batches = zip(images.split(sizes), labels.split(sizes))
+        steps = train_one_epoch(
+            state, batches, sizes, loss, contextlib.nullcontext, seed=0, accumulate=3
+        )
+        assert list(steps) == [len(sizes)]
+        after.append(model.weight)
+    torch.testing.assert_close(*after)
+
+
+def test_sums_of_a_file_of_before_go_on_as_plain_means():
+    logits, labels = random_outputs()
+    first, second = Sums(CPU), Sums(CPU)
+    first.add(F.cross_entropy(logits, labels), logits, labels)
+    saved = first.state_dict()
+    del saved["weight"]
+    second.load_state_dict(saved)
+    assert second.compute() == first.compute()
 
 
 def test_sums_go_on_from_their_saved_state():

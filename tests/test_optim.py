@@ -1,5 +1,6 @@
 """The optimizer's groups, and the learning rate step by step."""
 
+import copy
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from cnn.config import GroupConfig, OptimConfig, Refused, ScheduleConfig
-from cnn.optim import OPTIMIZERS, Schedule, build_optimizer
+from cnn.optim import OPTIMIZERS, Schedule, build_optimizer, freeze
 
 STEPS, EPOCHS = 5, 8  # an epoch, a run
 ALL = STEPS * EPOCHS
@@ -82,6 +83,28 @@ def test_every_optimizer_steps(name):
     optimizer.step()
     assert not net[0].weight.equal(before) and net[0].weight.isfinite().all()
     assert optimizer.param_groups[0].get("momentum", 0.9) == 0.9
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_is_frozen_at_first_steps_afterwards_and_goes_on_from_its_state(name):
+    cfg = OptimConfig(name, lr=0.01, weight_decay=0.01, freeze="^[01]", freeze_epochs=1)
+    after = []
+    for interrupted_at in (None, 1, 2, 3):
+        torch.manual_seed(0)
+        net = model()
+        optimizer, first = build_optimizer(cfg, net), net[0].weight.clone()
+        for step in range(4):  # two an epoch
+            if step == interrupted_at:
+                saved = copy.deepcopy(optimizer.state_dict())
+                optimizer = build_optimizer(cfg, net.requires_grad_(True))
+                optimizer.load_state_dict(saved)
+            freeze(optimizer, step // 2)
+            net(torch.randn(6, 1, 3, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert net[0].weight.equal(first) == (step < 2)
+        after.append(torch.cat([parameter.flatten() for parameter in net.parameters()]))
+    assert all(other.equal(after[0]) for other in after[1:])
 
 
 # ---------------------------------------------------------------------------------------------

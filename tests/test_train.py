@@ -198,32 +198,6 @@ def test_frozen_parameters_and_their_norms_stay_as_they_were(train):
         assert torch.equal(tensor, second[name]) == name.startswith("features"), name
 
 
-def test_own_code_by_import_path(train):
-    Path("mine.py").write_text(
-        "import torch\n"
-        "from torch import nn\n"
-        "class Model(nn.Sequential):\n"
-        "    def __init__(self, num_classes, in_channels, width):\n"
-        "        super().__init__(nn.Flatten(), nn.Linear(in_channels * 64, width),\n"
-        "                         nn.Linear(width, num_classes))\n"
-        "def data(root, count):\n"
-        "    images = torch.randint(0, 255, (count, 1, 8, 8), dtype=torch.uint8)\n"
-        "    items = [(image, number % 2) for number, image in enumerate(images)]\n"
-        "    return {'train': items, 'test': items, 'classes': ['a', 'b']}\n"
-        "class Loss(nn.Module):\n"
-        "    def forward(self, logits, labels):\n"
-        "        return nn.functional.cross_entropy(2 * logits, labels)\n"
-        "def invert(image):\n"
-        "    return 255 - image\n"
-    )
-    status, output = finish(
-        *TINY,
-        *("model.name=mine:Model", "model.args={width: 5}", "data.name=mine:data"),
-        *("data.args={count: 40}", "loss.name=mine:Loss", "data.augment=[mine:invert, flip]"),
-    )
-    assert status == 0, output
-
-
 def write_folder(root: Path, classes: dict[str, int]) -> None:
     rng = np.random.default_rng(0)
     for name, count in classes.items():

@@ -1,16 +1,18 @@
 """Batches: which images, in which order, changed how, on the device, ready for the model.
 
 The order of an epoch is a function of (seed, epoch), what is random about an image one of (seed,
-epoch, index); so an epoch can be entered at any batch, at once, with any number of workers.
+epoch, index), and of its place in the epoch where an image may come twice; so an epoch can be
+entered at any batch, at once, with any number of workers.
 """
 
 import atexit
 import contextlib
+import functools
 import logging
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 
@@ -34,7 +36,9 @@ from cnn.utils import seeding, signals
 
 logger = logging.getLogger(__name__)
 
-Key = tuple[int, int]  # epoch, index of the image
+# Epoch, index of the image; and its place in the epoch, where an image may come twice in it. What is
+# random about the image is drawn from all of them.
+Key = tuple[int, int] | tuple[int, int, int]
 Batch = tuple[torch.Tensor, torch.Tensor]  # images float (N, C, H, W), labels int64 (N)
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of pixels that are kept in memory by data.in_memory=auto
@@ -71,9 +75,8 @@ class Samples(Dataset):
         return len(self.images)
 
     def raw(self, key: Key) -> torch.Tensor:
-        epoch, index = key
-        seeding.seed_sample(self.seed, seeding.SAMPLE, epoch, index)
-        return self.images[index]
+        seeding.seed_sample(self.seed, seeding.SAMPLE, *key)
+        return self.images[key[1]]
 
     def image(self, key: Key) -> torch.Tensor:
         image = self.raw(key)
@@ -86,7 +89,7 @@ class Samples(Dataset):
 
         An error is given back, not raised: torch would wrap it in a loader process's traceback.
         """
-        indices = torch.tensor([index for _, index in keys])
+        indices = torch.tensor([key[1] for key in keys])
         images, kept, left_out = [], [], []
         try:
             for number, key in enumerate(keys):
@@ -111,20 +114,30 @@ class _Plan:
     """The keys of each batch still to come; set anew before every epoch."""
 
     def __init__(self):
-        self.batches: list[tuple[int, np.ndarray]] = []
+        self._keys: Callable[[int, int], list[Key]]
+        self._spans: list[tuple[int, int]] = []
 
-    def set(self, epoch: int, order: np.ndarray, sizes: list[int], start: int) -> None:
-        ends = np.cumsum(sizes)
-        self.batches = [
-            (epoch, order[ends[i] - sizes[i] : ends[i]]) for i in range(start, len(sizes))
-        ]
+    def set(self, keys: Callable[[int, int], list[Key]], sizes: list[int], start: int) -> None:
+        ends = np.cumsum(sizes).tolist()
+        self._keys = keys  # of the images from one place of the epoch to another
+        self._spans = [(ends[i] - sizes[i], ends[i]) for i in range(start, len(sizes))]
 
     def __iter__(self) -> Iterator[list[Key]]:
-        for epoch, indices in self.batches:
-            yield [(epoch, index) for index in indices.tolist()]
+        return (self._keys(*span) for span in self._spans)
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self._spans)
+
+
+def draw_balanced(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As many images as there are, with replacement, every class that has some equally likely.
+
+    The distribution of torch's WeightedRandomSampler with weights of 1 over the class's images.
+    """
+    counts = np.unique(labels, return_counts=True)[1]
+    by_class, starts = np.argsort(labels, kind="stable"), np.cumsum(counts) - counts
+    drawn = rng.integers(len(counts), size=len(labels))
+    return by_class[starts[drawn] + rng.integers(counts[drawn])]
 
 
 class Loader:
@@ -137,8 +150,10 @@ class Loader:
         batch_size: int,
         device: torch.device,
         seed: int,
+        sampler: str = "shuffle",
     ):
         self.images, self.device, self.seed = images, device, seed
+        self.balanced = sampler == "balanced"
         self.size = preprocessing.image_size
         self.sizes = split_epoch(len(images), batch_size)
         self._normalize = Normalize(preprocessing, device)
@@ -155,16 +170,24 @@ class Loader:
         return self._batches(EVALUATION, np.arange(len(self.images)), 0)
 
     def order(self, epoch: int) -> np.ndarray:
-        """The order of the images in an epoch."""
-        key = seeding.mix(self.seed, seeding.ORDER, epoch)
-        return np.random.default_rng(key).permutation(len(self.images))
+        """Which image stands at each place of an epoch."""
+        rng = np.random.default_rng(seeding.mix(self.seed, seeding.ORDER, epoch))
+        if self.balanced:
+            return draw_balanced(self.images.labels, rng)
+        return rng.permutation(len(self.images))
 
     def keys(self, epoch: int, batch: int) -> list[Key]:
         """The images of one batch."""
         start = sum(self.sizes[:batch])
         order = np.arange(len(self.images)) if epoch == EVALUATION else self.order(epoch)
-        order = order[start : start + self.sizes[batch]]
-        return [(epoch, index) for index in order.tolist()]
+        return self._keys(epoch, order, start, start + self.sizes[batch])
+
+    def _keys(self, epoch: int, order: np.ndarray, start: int, end: int) -> list[Key]:
+        """The images from one place of the epoch to another."""
+        indices = order[start:end].tolist()
+        if self.balanced and epoch != EVALUATION:
+            return [(epoch, index, place) for place, index in enumerate(indices, start)]
+        return [(epoch, index) for index in indices]
 
     def raw(self, key: Key) -> torch.Tensor:
         """The image as the data has it, (C, H, W)."""
@@ -200,7 +223,7 @@ class StreamLoader(Loader):
         )
 
     def _batches(self, epoch: int, order: np.ndarray, start: int) -> Iterator[Batch]:
-        self._plan.set(epoch, order, self.sizes, start)
+        self._plan.set(functools.partial(self._keys, epoch, order), self.sizes, start)
         for images, labels in self._read():
             yield (
                 self._normalize(images.to(self.device, non_blocking=True)),
@@ -253,8 +276,9 @@ class StreamLoader(Loader):
 class MemoryLoader(Loader):
     """Gathers whole batches from pixels that lie on the device.
 
-    What is random about an image comes from row `index` of a table of draws that is a function of
-    (seed, epoch), made by a counter-based generator (Philox; Salmon et al., SC 2011).
+    What is random about an image comes from a table of draws that is a function of (seed, epoch),
+    made by a counter-based generator (Philox; Salmon et al., SC 2011): from row `index`, or from that
+    of its place in the epoch where it may come twice.
     """
 
     def __init__(self, *args, pixels: torch.Tensor, augment: list[str], **keywords):
@@ -276,19 +300,19 @@ class MemoryLoader(Loader):
         order = torch.from_numpy(order).to(self.device)
         end = sum(self.sizes[:start])
         for number in self.sizes[start:]:
-            indices = order[end : end + number]
-            end += number
-            chosen = draws[indices] if draws is not None else None
-            images = self._gather(self._rows[indices], chosen)
+            start, end = end, end + number
+            indices = order[start:end]
+            rows = slice(start, end) if self.balanced else indices
+            images = self._gather(self._rows[indices], draws[rows] if draws is not None else None)
             yield self._normalize(images), self._labels[indices]
 
     def raw(self, key: Key) -> torch.Tensor:
         return self.images[key[1]]
 
     def image(self, key: Key) -> torch.Tensor:
-        epoch, index = key
-        draws = self._draws(epoch)
-        return self._gather(self._rows[[index]], draws[[index]] if draws is not None else None)[0]
+        draws = self._draws(key[0])
+        row = draws[[key[-1]]] if draws is not None else None
+        return self._gather(self._rows[[key[1]]], row)[0]
 
 
 def build_loader(
@@ -309,20 +333,21 @@ def build_loader(
     """
     augment = cfg.augment if training else []
     batch_size = cfg.batch_size if training else EVALUATION_BATCHES * cfg.batch_size
-    common = (images, preprocessing, batch_size, device)
+    sampler = cfg.sampler if training else "shuffle"
+    common = (images, preprocessing, batch_size, device, seed, sampler)
     size, channels = preprocessing.image_size, preprocessing.channels
     slow = [name for name in cfg.augment if name not in BATCH_AUGMENTATIONS]
     fits = images.num_decoded() * size * size * channels <= MEMORY_LIMIT and not slow
     if cfg.in_memory is True or (cfg.in_memory == "auto" and fits):
         pixels = images.decoded(size, channels) if not slow else None
         if pixels is not None:
-            return MemoryLoader(*common, pixels=pixels, augment=augment, seed=seed)
+            return MemoryLoader(*common, pixels=pixels, augment=augment)
         if cfg.in_memory is True:
             reason = (
                 f"data.augment: {', '.join(slow)}" if slow else "images of a dataset of your own"
             )
             raise Refused(f"data.in_memory: true cannot go with {reason}; say auto")
-    return StreamLoader(*common, augment=augment, num_workers=cfg.num_workers, seed=seed)
+    return StreamLoader(*common, augment=augment, num_workers=cfg.num_workers)
 
 
 class Normalize:

@@ -31,9 +31,10 @@ def build_model(
             a size that it cannot take.
     """
     seeding.seed_sample(seed, seeding.INIT)
+    pretrained = cfg.pretrained and not cfg.weights
     if cfg.name in MODELS or is_import_path(cfg.name):
         make = MODELS.get(cfg.name) or import_object(cfg.name, "model.name")
-        if cfg.pretrained:
+        if pretrained:
             raise Refused(
                 f"model.pretrained: only torchvision's models have weights, not {cfg.name}"
             )
@@ -46,9 +47,7 @@ def build_model(
                 raise  # the user's own code: its traceback is worth having
             raise Refused(f"model.args: {cfg.name}: {error}") from None
     else:
-        model = torchvision_models.build(
-            cfg.name, num_classes, in_channels, cfg.pretrained, cfg.args
-        )
+        model = torchvision_models.build(cfg.name, num_classes, in_channels, pretrained, cfg.args)
     if cfg.weights:
         _load_weights(model, Path(cfg.weights))
     _try_out(model, cfg.name, num_classes, (in_channels, image_size, image_size))

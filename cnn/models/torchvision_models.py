@@ -50,7 +50,7 @@ def _fetch(weights: Any, name: str) -> dict[str, torch.Tensor]:
         raise Refused(
             f"model.pretrained: cannot fetch the weights of {name} ({error});\n"
             f"  without internet, fetch {weights.url} elsewhere, copy the file here, and say"
-            f" model.pretrained=false model.weights={file}"
+            f" model.weights={file}"
         ) from None
 
 

@@ -22,7 +22,11 @@ LOGS = (
     *("train.log", "history.csv", "config.yaml", "model.txt", "tensorboard", "report.html"),
     *("curves.png", "confusion_matrix.png", "predictions_val.csv", "result.json"),
 )
-CHECKPOINTS = ("last.pth", "best.pth", "epoch_*.pth")
+CHECKPOINTS = tuple(
+    f"{name}{ending}"  # of the run's own and of what export.py makes of them
+    for ending in (".pth", ".pt2", ".onnx", "_weights.pt")
+    for name in ("last", "best", "epoch_*")
+)
 
 OWNER = ".run.json"
 PATIENCE = 10.0  # seconds; loader processes look every 5 whether the one they load for is alive

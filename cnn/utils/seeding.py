@@ -1,8 +1,8 @@
 """Randomness without state: every draw is a function of the seed and of where in the run it is.
 
 The order of an epoch depends on (seed, epoch), what is random about a training image on (seed,
-epoch, index of the image), what is random inside a step on (seed, step), and inside an evaluation
-on (seed, epoch, batch). No generator has to be saved, and any number of loader processes draws the
+epoch, index of the image) and, where an image may come twice, its place in the epoch; what is random
+inside a step on (seed, step), and inside an evaluation on (seed, epoch, batch). No generator has to be saved, and any number of loader processes draws the
 same.
 """
 

@@ -1,0 +1,275 @@
+"""export.py: files that give the model's answers without this project, and say all that they need."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from archives import MARKER, changed
+from conftest import ROOT, TINY
+from PIL import Image
+
+import export as script
+import train as train_script
+from cnn import exporting
+from cnn.config import ModelConfig
+from cnn.models import build_model
+from cnn.predict import load
+
+COLOUR = "data.args={num_images: 40, num_test: 20, num_classes: 4, image_size: 16, channels: 3}"
+RUNS = {
+    "simple_cnn": ["model.args={width: 4}"],
+    "resnet9": ["model.name=resnet9", "model.args={width: 4}", COLOUR, "train.ema_decay=0.5"],
+}
+LARGE = {name: [f"model.name={name}", "model.args={}", COLOUR.replace("16", "64")]
+         for name in ("resnet18", "swin_t")}  # fmt: skip
+FILES = {"torch": "best.pt2", "onnx": "best.onnx", "weights": "best_weights.pt"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder of runs, trained once: best.pth in each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("runs"))
+        for name, words in RUNS.items():
+            assert train_script.main([*TINY, *words, "train.epochs=1", f"run={name}"]) == 0
+        return Path.cwd() / "checkpoints"
+
+
+@pytest.fixture
+def best(runs, folder_of_its_own) -> Path:
+    """The checkpoint of the first of them, in the test's own folder."""
+    Path("checkpoints").mkdir()
+    return Path(shutil.copy(runs / "simple_cnn/best.pth", "checkpoints/best.pth"))
+
+
+def model_of(checkpoint: Path) -> tuple[torch.nn.Module, dict]:
+    """The model that takes pixels in 0..1, put together by hand; and what its file holds."""
+    saved = torch.load(checkpoint, weights_only=True)
+    cfg, pre = saved["config"]["model"], saved["preprocessing"]
+    model = build_model(
+        *(ModelConfig(cfg["name"], cfg["args"]), len(saved["classes"])),
+        *(pre["channels"], pre["image_size"], 5),
+    )
+    model.load_state_dict(saved["ema_state_dict"] or saved["model_state_dict"])
+    mean, std = (torch.tensor(pre[name])[:, None, None] for name in ("mean", "std"))
+    model.eval()
+    return lambda images: model((images - mean) / std), saved
+
+
+def answers_of(path: Path, images: torch.Tensor) -> tuple[torch.Tensor, dict]:
+    """What an exported file answers, and what it says of itself."""
+    if path.suffix == ".onnx":
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        about = dict(session.get_modelmeta().custom_metadata_map)
+        for key in ("classes", "preprocessing"):
+            about[key] = json.loads(about[key])
+        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), about
+    about = {"metadata.json": ""}
+    module = torch.export.load(path, extra_files=about).module()
+    return module(images), json.loads(about["metadata.json"])
+
+
+@torch.no_grad()
+def check(checkpoint: Path, form: str, capfd) -> None:
+    output = Path(FILES[form]).resolve()
+    words = ["--checkpoint", str(checkpoint), "--format", form, "--output", str(output)]
+    assert script.main(words) == 0
+    said = capfd.readouterr().err
+    (difference,) = re.findall(
+        r"1 and 17 at once: largest difference from PyTorch ([\d.e-]+)", said
+    )
+    assert float(difference) < 1e-4 and "images of the validation" in said
+    model, saved = model_of(checkpoint)
+    pre, largest = saved["preprocessing"], 0.0
+    for number in (1, 17, 5):
+        images = torch.rand(number, pre["channels"], pre["image_size"], pre["image_size"])
+        got, about = answers_of(output, images)
+        assert got.shape == (number, len(saved["classes"]))
+        largest = max(largest, (got - model(images)).abs().max().item())
+    assert largest < 1e-4
+    print(f"{saved['config']['model']['name']} {form} {largest:.2g}")
+    assert about["classes"] == saved["classes"] and about["preprocessing"] == pre
+    assert about["input"].startswith(f"images: float32 (N, {pre['channels']}, ")
+
+
+@pytest.mark.parametrize("form", ["torch", "onnx"])
+@pytest.mark.parametrize("name", RUNS)
+def test_an_exported_file_answers_as_the_model_does_for_any_number_of_images(
+    runs, capfd, name, form
+):
+    check(runs / name / "best.pth", form, capfd)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", LARGE)
+def test_so_do_the_files_of_large_models(train, capfd, name):
+    assert train(*LARGE[name], "train.epochs=1") == 0
+    for form in ("torch", "onnx"):
+        check(Path("checkpoints/best.pth"), form, capfd)
+
+
+def test_a_file_that_does_not_agree_is_not_left_behind(best, capfd, monkeypatch):
+    forward = exporting.Deployed.forward
+    monkeypatch.setattr(
+        exporting.Deployed, "forward", lambda self, images: forward(self, images) + 3e-4
+    )
+    earlier = Path("checkpoints/best.pt2")
+    earlier.write_bytes(b"of before")
+    assert script.main([]) == 1
+    said = capfd.readouterr().err
+    assert "error: the exported model does not agree on 6 images" in said and "0.0003" in said
+    assert earlier.read_bytes() == b"of before"
+    assert {path.name for path in Path("checkpoints").iterdir()} == {"best.pth", "best.pt2"}
+
+
+def test_without_the_data_random_images_do_and_that_is_said(best, capfd):
+    assert script.main(["--format", "weights", "data.name=mnist", "data.root=nowhere"]) == 0
+    said = capfd.readouterr().err
+    assert "the images that it was trained on are not to be had here (" in said
+    assert "checked on random images, 1 and 17 at once: " in said
+
+
+def test_images_of_another_shape_are_not_what_it_is_checked_on(best, capfd):
+    words = ["data.name=synthetic", f"{COLOUR}"]
+    assert script.main(["--format", "weights", *words]) == 0
+    assert "(they are of (3, 8, 8) now)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+def test_without_its_packages_onnx_is_refused_with_what_to_install(
+    best, capfd, monkeypatch, missing
+):
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert script.main(["--format", "onnx"]) == 2
+    expected = f"--format onnx needs {missing}: pip install -r requirements-export.txt"
+    assert capfd.readouterr().err == f"error: {expected}\n"
+
+
+NOT_A_GRAPH = """
+import torch
+
+class Branching(torch.nn.Linear):
+    def __init__(self, num_classes, in_channels):
+        super().__init__(in_channels * 64, num_classes)
+    def forward(self, images):
+        logits = super().forward(images.flatten(1))
+        return logits if logits.sum() > 0 else -logits
+"""
+
+
+def test_a_model_that_is_no_graph_is_refused_but_its_weights_are_not(train, capfd):
+    Path("no_graph.py").write_text(NOT_A_GRAPH)
+    assert train("model.name=no_graph:Branching", "model.args={}", "train.epochs=1") == 0
+    capfd.readouterr()
+    assert script.main([]) == 2
+    said = capfd.readouterr().err
+    assert "model.name: torch.export cannot take no_graph:Branching: " in said
+    assert "--format weights takes any model" in said and "Traceback" not in said
+    assert not Path("checkpoints/best.pt2").exists()
+    assert script.main(["--format", "weights"]) == 0
+
+
+def test_exported_weights_begin_another_run(best, train, capfd):
+    assert script.main(["--output", "mine.pt"]) == 0
+    words = ["model.weights=mine.pt", *RUNS["simple_cnn"], "train.epochs=1"]
+    assert train(*words) == 0
+    assert "weights from mine.pt; new: nothing" in capfd.readouterr().err
+
+
+def test_a_new_run_moves_what_was_exported_along(best, train):
+    for form in ("torch", "weights"):
+        assert script.main(["--format", form]) == 0
+    assert train("train.epochs=1") == 0
+    assert {path.name for path in Path("checkpoints").glob("best*")} == {"best.pth"}
+    (kept,) = Path("checkpoints/archive").iterdir()
+    assert {path.name for path in kept.iterdir()} == {"best.pth", "best.pt2", "best_weights.pt"}
+
+
+STRANGE = {
+    "no checkpoint": ([], "checkpoints/best.pth: no such file; train first: python train.py"),
+    "a file of something": (["--checkpoint", "text.pth"], "text.pth: not a checkpoint"),
+    "code of others": (["--checkpoint", "code.pth"], "model.name: names code outside this folder"),
+    "a loss of others": (["--checkpoint", "loss.pth"], "type loss.name=subprocess:Popen"),
+    "other weights": (["--checkpoint", "weights.pth"], "its weights do not fit its model"),
+    "no preprocessing": (["--checkpoint", "odd.pth"], "odd.pth: preprocessing: expected"),
+    "another setting": (["optim.lr=1"], "optim.lr: cannot be changed here, where only data.name"),
+    "no folder": (["--output", "no/a.pt2"], "--output: expected a file in a folder that exists"),
+    "a folder": (["--output", "folder"], "--output: expected a file, got folder"),
+    "itself": (["--checkpoint", "good.pth", "--output", "good.pth"], "is the checkpoint itself"),
+}
+
+
+@pytest.mark.parametrize("words, expected", STRANGE.values(), ids=STRANGE)
+def test_what_cannot_be_exported_is_refused_with_one_message(runs, capfd, words, expected):
+    def config(section: str, **values: object) -> bytes:
+        return changed(lambda tree: tree["config"][section].update(values))
+
+    touch = {"args": {"args": ["touch", str(MARKER)]}}
+    Path("text.pth").write_text("hello")
+    Path("code.pth").write_bytes(config("model", name="subprocess:Popen", **touch))
+    Path("loss.pth").write_bytes(config("loss", name="subprocess:Popen", **touch))
+    Path("weights.pth").write_bytes(config("model", args={"width": 3}))
+    Path("odd.pth").write_bytes(changed(lambda tree: tree["preprocessing"].update(std=[0.0])))
+    Path("folder").mkdir()
+    shutil.copy(runs / "simple_cnn/best.pth", "good.pth")
+    before = set(os.listdir())
+    if words and words[0] in ("optim.lr=1", "--output"):
+        words = ["--checkpoint", "good.pth", *words]
+    assert script.main(words) == 2
+    said = capfd.readouterr().err
+    assert expected in said and "Traceback" not in said and said.count("error: ") == 1, said
+    assert set(os.listdir()) == before and not MARKER.exists()
+
+
+# -- the README's own words --------------------------------------------------------------------
+
+
+def snippets() -> dict[str, str]:
+    """The blocks of Python in the README's section, by the file that they open."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.split("\n## Taking the model elsewhere\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", section, flags=re.MULTILINE)
+    code = [re.sub(r"^    ", "", block, flags=re.MULTILINE) for block in blocks]
+    return {
+        re.search(r"checkpoints/(\w+\.\w+)", block)[1]: block for block in code if "import" in block
+    }
+
+
+def test_the_snippets_of_the_readme_use_each_kind_of_file_without_this_project(
+    runs, capfd, monkeypatch
+):
+    shutil.copytree(runs / "resnet9", "checkpoints")
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 22, 3), np.uint8)
+    Image.fromarray(pixels).resize((55, 40)).save("photo.png")
+    shutil.copy(ROOT / "cnn/models/simple_cnn.py", ".")
+    monkeypatch.syspath_prepend(".")
+    found = snippets()
+    assert found.keys() == set(FILES.values())
+    said = {}
+    for form, file in FILES.items():
+        if form == "weights":
+            shutil.rmtree("checkpoints")
+            shutil.copytree(runs / "simple_cnn", "checkpoints")
+        assert script.main(["--format", form]) == 0
+        capfd.readouterr()
+        assert "cnn." not in re.sub(r"#.*", "", found[file]) and len(found[file].splitlines()) <= 16
+        names: dict = {}
+        exec(found[file], names)  # noqa: S102  the README's own words
+        assert "pattern" in capfd.readouterr().out
+        said[form] = names
+    model, _ = model_of(Path("checkpoints/best.pth"))
+    with torch.no_grad():
+        torch.testing.assert_close(said["weights"]["logits"], model(said["weights"]["images"]))
+    here = load(runs / "resnet9/best.pth", "device=cpu")
+    expected = dict(zip(*vars(here("photo.png")).values()))
+    expected = [expected[name] for name in here.classes]
+    assert said["torch"]["probabilities"].tolist() == pytest.approx(expected, abs=1e-6)
+    # Pillow cuts before it resizes, and rounds otherwise.
+    assert said["onnx"]["probabilities"].tolist() == pytest.approx(expected, abs=0.01)

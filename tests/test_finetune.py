@@ -1,0 +1,142 @@
+"""Fine-tuning: weights from a file, a body that is frozen at first, rare classes; resumed exactly."""
+
+import re
+import shutil
+import signal
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import torch
+from conftest import ROOT, TINY, assert_same_run
+from processes import run
+from test_train import move_to, write_folder
+from torchvision import models
+
+from cnn.saving import Saver
+from cnn.utils.checkpoint import load_checkpoint
+from cnn.utils.signals import Stopped
+
+FINETUNE = [
+    *("--config", str(ROOT / "configs/finetune.yaml"), "data.root=photos", "data.image_size=32"),
+    *("data.num_workers=0", "train.epochs=2", "train.precision=fp32", "log.report=false"),
+]
+FREEZE = [
+    "optim.freeze=^features",
+    "optim.freeze_epochs=1",
+    "optim.groups=[{match: ^f, lr_scale: 0.5}]",
+]
+
+
+def test_pretrained_weights_from_a_file_need_no_internet(train, capfd):
+    write_folder(Path("photos"), {"cat": 6, "dog": 6, "bird": 6})
+    source = models.resnet18().state_dict()  # a thousand classes, as in torchvision's file
+    torch.save(source, "resnet18-f37072fd.pth")
+    words = ["model.weights=resnet18-f37072fd.pth", "optim.freeze_epochs=1"]
+    assert train(*FINETUNE, *words, "checkpoint.every_epochs=1") == 0
+    said = capfd.readouterr().err
+    assert "weights from resnet18-f37072fd.pth; new: fc.weight, fc.bias" in said
+    assert "frozen for the first 1 epochs: ^(?!fc|classifier|head)" in said
+    first = load_checkpoint(Path("checkpoints/epoch_001.pth"))["model_state_dict"]
+    second = load_checkpoint(Path("checkpoints/epoch_002.pth"))["model_state_dict"]
+    assert first["fc.weight"].shape == (3, 512)
+    for name, tensor in source.items():
+        if not name.startswith("fc"):
+            assert first[name].equal(tensor), "the body is as it came, statistics too"
+    changed = [name for name in first if not first[name].equal(second[name])]
+    assert {"conv1.weight", "bn1.weight", "bn1.running_mean", "fc.weight"} <= set(changed)
+
+
+def test_without_internet_the_error_says_what_to_fetch_and_how_to_pass_it(
+    train, capfd, monkeypatch
+):
+    def cut_off(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", "empty")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", cut_off)
+    write_folder(Path("photos"), {"cat": 6, "dog": 6})
+    assert train(*FINETUNE) == 2
+    said = capfd.readouterr().err
+    assert "https://download.pytorch.org/models/resnet18-f37072fd.pth elsewhere" in said
+    assert "say model.weights=resnet18-f37072fd.pth\n" in said and "Traceback" not in said
+
+
+def test_a_body_frozen_at_first_learns_afterwards(train, capfd):
+    words = ["train.epochs=3", "checkpoint.every_epochs=1", *FREEZE, "train.ema_decay=0.5"]
+    assert train("train.epochs=1") == 0
+    before = load_checkpoint(Path("checkpoints/last.pth"))["model_state_dict"]
+    shutil.copy("checkpoints/last.pth", "begin.pth")
+    assert train("model.weights=begin.pth", *words) == 0
+    contents = [load_checkpoint(Path(f"checkpoints/epoch_00{n}.pth")) for n in (1, 2)]
+    for part in ("model_state_dict", "ema_state_dict"):
+        first, second = (content[part] for content in contents)
+        for name in before:
+            is_head = name.startswith("classifier")
+            assert first[name].equal(before[name]) == (not is_head), f"{part}.{name} in epoch 1"
+            assert not second[name].equal(first[name]), f"{part}.{name} in epoch 2"
+
+
+def stop_after_each_step(saver: Saver, between_steps=Saver.between_steps) -> None:
+    between_steps(saver)
+    raise Stopped(signal.SIGTERM)
+
+
+RUNS = {
+    "frozen at first, sgd": [*FREEZE, "loss.class_weights=[1, 2, 5]", "train.accumulate=2"],
+    "frozen at first, adamw, fp16": [*FREEZE, "optim.name=adamw", "train.precision=fp16"],
+    "balanced, from memory": ["data.sampler=balanced", *FREEZE, "loss.class_weights=[1, 2, 5]"],
+    "balanced, image by image": [
+        *("data.sampler=balanced", "data.in_memory=false", "train.ema_decay=0.8"),
+    ],
+}
+
+
+@pytest.mark.parametrize("settings", RUNS.values(), ids=RUNS)
+def test_a_run_stopped_after_every_step_ends_the_same(train, monkeypatch, settings):
+    words = [*settings, "train.epochs=3", "optim.lr=0.02"]
+    assert train(*words) == 0
+    whole = move_to("whole")
+    with monkeypatch.context() as cut_short:
+        cut_short.setattr(Saver, "between_steps", stop_after_each_step)
+        status, stops = train(*words), 0
+        while status != 0:
+            assert status == 128 + signal.SIGTERM
+            status, stops = train("--resume"), stops + 1
+    steps = load_checkpoint(Path("checkpoints/last.pth"))["step"]
+    assert stops == steps and steps in (6, 12)
+    assert_same_run(whole, ".")
+
+
+def test_a_balanced_run_killed_within_an_epoch_ends_the_same_with_other_workers(tmp_path):
+    words = [*TINY, "data.sampler=balanced", "data.in_memory=false", "checkpoint.every_steps=1"]
+    assert run(tmp_path / "whole", *words)[0] == 0
+    trap = ("training", 5, signal.SIGKILL)  # in the second epoch
+    assert run(tmp_path / "killed", *words, "data.num_workers=2", trap=trap)[0] == -signal.SIGKILL
+    assert run(tmp_path / "killed", "--resume", "data.num_workers=1")[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_more_frozen_epochs_typed_on_a_resume_are_taken(train, capfd):
+    assert train(*FREEZE, "train.epochs=2") == 0
+    before = load_checkpoint(Path("checkpoints/last.pth"))["model_state_dict"]
+    assert train("--resume", "train.epochs=3", "optim.freeze_epochs=3") == 0
+    after = load_checkpoint(Path("checkpoints/last.pth"))["model_state_dict"]
+    assert {name for name in before if not before[name].equal(after[name])} == {
+        *("classifier.weight", "classifier.bias"),
+    }
+    assert train("--resume", "train.epochs=4", "optim.freeze=features.0") == 2
+    assert re.search(r"optim.freeze +\^features +features.0 +cannot change", capfd.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "freeze, said",
+    [
+        ("null", "command line: optim.freeze_epochs: needs optim.freeze, which says what"),
+        ("^backbone", "optim.freeze: no parameter's name matches '^backbone'; names are such as"),
+        ("''", "command line: optim.freeze: matches every parameter; leave something to train"),
+    ],
+)
+def test_a_freeze_that_cannot_be_is_refused(train, capfd, freeze, said):
+    assert train(f"optim.freeze={freeze}", "optim.freeze_epochs=1") == 2
+    assert said in capfd.readouterr().err
