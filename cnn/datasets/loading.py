@@ -110,6 +110,14 @@ class Samples(Dataset):
         return (torch.stack(images), self.labels[indices[kept]]), left_out
 
 
+def keys_of(epoch: int, order: np.ndarray, balanced: bool, start: int, end: int) -> list[Key]:
+    """The images from one place of the epoch to another."""
+    indices = order[start:end].tolist()
+    if balanced and epoch != EVALUATION:
+        return [(epoch, index, place) for place, index in enumerate(indices, start)]
+    return [(epoch, index) for index in indices]
+
+
 class _Plan:
     """The keys of each batch still to come; set anew before every epoch."""
 
@@ -180,14 +188,7 @@ class Loader:
         """The images of one batch."""
         start = sum(self.sizes[:batch])
         order = np.arange(len(self.images)) if epoch == EVALUATION else self.order(epoch)
-        return self._keys(epoch, order, start, start + self.sizes[batch])
-
-    def _keys(self, epoch: int, order: np.ndarray, start: int, end: int) -> list[Key]:
-        """The images from one place of the epoch to another."""
-        indices = order[start:end].tolist()
-        if self.balanced and epoch != EVALUATION:
-            return [(epoch, index, place) for place, index in enumerate(indices, start)]
-        return [(epoch, index) for index in indices]
+        return keys_of(epoch, order, self.balanced, start, start + self.sizes[batch])
 
     def raw(self, key: Key) -> torch.Tensor:
         """The image as the data has it, (C, H, W)."""
@@ -223,7 +224,9 @@ class StreamLoader(Loader):
         )
 
     def _batches(self, epoch: int, order: np.ndarray, start: int) -> Iterator[Batch]:
-        self._plan.set(functools.partial(self._keys, epoch, order), self.sizes, start)
+        # Nothing of self: the loader would live in a circle, its workers until that is collected.
+        keys = functools.partial(keys_of, epoch, order, self.balanced)
+        self._plan.set(keys, self.sizes, start)
         for images, labels in self._read():
             yield (
                 self._normalize(images.to(self.device, non_blocking=True)),
