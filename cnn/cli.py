@@ -125,6 +125,7 @@ def run(act: Callable[["Log", "StopSignals"], None], places: dict[str, str]) -> 
     Args:
         places: where each setting was given; a refusal that begins with one is told with it.
     """
+    from cnn.utils.importing import collector_paused
     from cnn.utils.logger import Log
     from cnn.utils.signals import Stopped, StopSignals
 
@@ -132,8 +133,9 @@ def run(act: Callable[["Log", "StopSignals"], None], places: dict[str, str]) -> 
     stop.install()
     # Two seconds of importing torch, in which a signal waits: no half of a module is left, and
     # nobody's `except Exception` there takes it.
-    from cnn.datasets.loading import DataFailed
-    from cnn.saving import Failed
+    with collector_paused():
+        from cnn.datasets.loading import DataFailed
+        from cnn.saving import Failed
 
     stop.deferred = False
     try:
