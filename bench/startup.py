@@ -69,7 +69,7 @@ def seconds_to_end(code: str, folder: str) -> float:
 def print_imports(folder: str) -> None:
     """The modules that take longest with what they import, of a run of one epoch."""
     command = [sys.executable, "-X", "importtime", *TRAIN, "train.epochs=1", "log.report=false"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     found = re.findall(r"import time: +(\d+) \| +(\d+) \| ( *)(\S+)", done.stderr)
     found.sort(key=lambda row: -int(row[1]))
     rows = [(name, f"{int(whole) / 1e3:.0f}") for _, whole, _, name in found[:LISTED]]

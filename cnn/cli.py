@@ -127,8 +127,10 @@ def run(act: Callable[["Log", "StopSignals"], None], places: dict[str, str]) -> 
     """
     from cnn.utils.importing import collector_paused
     from cnn.utils.logger import Log
+    from cnn.utils.memory import keep_freed_memory
     from cnn.utils.signals import Stopped, StopSignals
 
+    keep_freed_memory()
     log, stop = Log(), StopSignals(deferred=True)
     stop.install()
     # Two seconds of importing torch, in which a signal waits: no half of a module is left, and
