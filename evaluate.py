@@ -109,7 +109,11 @@ def evaluate_checkpoint(command: Command, log: "Log", stop: "StopSignals") -> No
     metrics = evaluate(trained.model, batches, loss, trained.autocast, f"{split}_", outcome, **key)
     matrix = outcome.confusion().numpy()
     said = evaluation.verdict(trained, metrics, split) if subject.is_own else None
-    say("\n".join(["", evaluation.as_text(metrics, matrix, classes), *([said] if said else [])]))
+    say(
+        "\n".join(
+            ["", evaluation.as_text(metrics, matrix, classes), *([f"{said}\n"] if said else [])]
+        )
+    )
     if command.json:
         text = evaluation.as_json(trained, subject, split, metrics, matrix)
         write(command.json, text.encode("utf-8", "replace"))

@@ -13,7 +13,7 @@ from cnn.datasets import Data, Preprocessing, build_data
 from cnn.datasets.loading import Loader, build_loader
 from cnn.losses import build_loss, class_weights
 from cnn.metrics import Outcome, mode
-from cnn.models import build_model
+from cnn.models import build_model, small_maps
 from cnn.optim import Schedule, build_optimizer
 from cnn.resuming import ResumePoint, restore
 from cnn.scores import epoch_metrics, result_metrics
@@ -69,6 +69,9 @@ def build_run(cfg: Config, point: ResumePoint | None = None, max_batches: int | 
     begun = replace(cfg.model, weights=None, pretrained=False) if point else cfg.model
     model = build_model(begun, len(data.classes), pre.channels, pre.image_size, cfg.seed)
     model = model.to(device, memory_format=torch.channels_last)
+    on_amx = precision == "bf16" and device.type == "cpu" and env.cpu_has("amx_bf16")
+    if on_amx and not cfg.train.compile:
+        small_maps.quicken(model)
     loss = build_loss(cfg.loss, data.train.labels, data.classes).to(device)
     train_loader = build_loader(cfg.data, data.train, pre, device, cfg.seed, training=True)
     steps_per_epoch = -(-len(train_loader) // cfg.train.accumulate)

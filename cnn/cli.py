@@ -126,15 +126,19 @@ def run(act: Callable[["Log", "StopSignals"], int | None], places: dict[str, str
         act: may give an exit status of its own.
         places: where each setting was given; a refusal that begins with one is told with it.
     """
+    from cnn.utils.importing import collector_paused
     from cnn.utils.logger import Log
+    from cnn.utils.memory import keep_freed_memory
     from cnn.utils.signals import Stopped, StopSignals
 
+    keep_freed_memory()
     log, stop = Log(), StopSignals(deferred=True)
     stop.install()
     # Two seconds of importing torch, in which a signal waits: no half of a module is left, and
     # nobody's `except Exception` there takes it.
-    from cnn.datasets.loading import DataFailed
-    from cnn.saving import Failed
+    with collector_paused():
+        from cnn.datasets.loading import DataFailed
+        from cnn.saving import Failed
 
     stop.deferred = False
     try:

@@ -1,5 +1,7 @@
 """The optimizer with its parameter groups, and the learning rate as a function of the step."""
 
+import functools
+import inspect
 import logging
 import math
 import re
@@ -80,7 +82,7 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> torch.optim.Optimizer
     if cfg.name in WITH_MOMENTUM:
         options["momentum"] = cfg.momentum
     try:
-        return OPTIMIZERS[cfg.name](
+        return _without_compiler(OPTIMIZERS[cfg.name])(
             [
                 {
                     "params": parameters,
@@ -112,6 +114,24 @@ def freeze(optimizer: torch.optim.Optimizer, epoch: int) -> None:
         if FREEZE in group:
             for parameter in group["params"]:
                 parameter.requires_grad_(epoch >= group[FREEZE])
+
+
+@functools.cache
+def _without_compiler(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """The same optimizer without what torch.compile asks of it; only models are compiled here.
+
+    torch's wrappers around these methods (torch/_compile.py, torch/optim/optimizer.py) import
+    torch._dynamo at the first call, as long as torch itself takes; beneath them is the mathematics.
+    """
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    take_step = inspect.unwrap(kind.step)
+
+    def step(self, closure=None):
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            return take_step(self, closure)
+
+    return type(kind.__name__, (kind,), methods | {"step": step})
 
 
 class Schedule:

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
 
 from cnn.building import Run
 from cnn.config import Config, to_yaml
@@ -16,6 +14,7 @@ from cnn.resuming import ResumePoint
 from cnn.scores import with_interval
 from cnn.state import TrainingState
 from cnn.utils.environment import differences
+from cnn.utils.flops import count_flops
 from cnn.utils.logger import write_record
 from cnn.utils.progress import duration
 
@@ -161,18 +160,6 @@ def log_test(state: TrainingState, num_images: int) -> None:
         with_interval(test["test_acc"], num_images),
         f"  (epoch {best['epoch']}, {best['metric']} {best['value']:.4f})" if best else "",
     )
-
-
-def count_flops(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Floating-point operations of one image's way forward, a multiply-add as two."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *shape, device=device))
-    model.train(training)
-    return counter.get_total_flops()
 
 
 def model_text(run: Run, flops: int) -> str:

@@ -21,6 +21,13 @@ TINY = ["--config", str(ROOT / "tests" / "tiny.yaml")]
 torch.set_num_threads(1)  # another number changes bits, and the machine may be shared
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two processes for the whole suite, which then takes half the time; none for a part of it."""
+    options = config.option
+    part = options.file_or_dir or options.keyword or options.markexpr != "not soak"
+    return 0 if part or options.capture == "no" else 2
+
+
 @pytest.fixture(autouse=True)
 def folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test works in an empty folder, and remembers images nowhere else."""

@@ -561,7 +561,9 @@ def test_cmyk_becomes_rgb(tmp_path):
     assert red > 250 and green < 5 and blue < 5
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "RGB", "CMYK", "I;16", "P", "RGBA", "LA", "F"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "RGB", "CMYK", "I;16", "I", "P", "RGBA", "LA", "LAB", "F"]
+)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_mode_decodes_to_as_many_bytes_as_asked(mode, channels, tmp_path):
     path = saved(tmp_path, Image.new(mode, (5, 4)), "a.tif")

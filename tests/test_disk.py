@@ -119,7 +119,7 @@ def test_the_torn_disk_notices_a_save_that_does_not_sync(monkeypatch):
 
 def write_in_place(path: Path, write, also: tuple[Path, ...] = ()) -> None:
     for name in (*also, path):
-        with getattr(files, "open", open)(name, "wb") as file:
+        with getattr(files, "open", open)(name, "w+b") as file:
             write(file)
 
 

@@ -1,5 +1,6 @@
 """What a run runs on: the device that is chosen, and what is written down of the machine."""
 
+import os
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import PIL
 import pytest
 import torch
 import torchvision
-from conftest import ROOT
+from conftest import ROOT, TINY
 
 from cnn.utils import environment
 
@@ -35,14 +36,18 @@ def test_the_versions_of_what_decodes_and_changes_images_are_recorded():
     )
 
 
-def test_describing_the_machine_imports_no_torchvision():
+def test_a_run_imports_nothing_large_but_torch():
+    """Each of these takes between a tenth of a second and as long as torch itself."""
     code = (
-        "import sys, torch; from cnn.utils import environment;"
-        "environment.describe(torch.device('cpu'), 'fp32'); print('torchvision' in sys.modules)"
+        "import gc, sys, train; done = train.main(sys.argv[1:]); assert gc.isenabled();"
+        "large = ('torch._dynamo', 'torch._inductor', 'torchvision', 'triton', 'sympy',"
+        " 'matplotlib', 'tensorboard');"
+        "print(done, [name for name in large if name in sys.modules])"
     )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    command = [sys.executable, "-c", code, *TINY, "train.epochs=1", "data.augment=[]"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0 []"
 
 
 def test_another_numpy_is_told_as_what_bits_depend_on():

@@ -218,6 +218,19 @@ def test_what_evaluation_and_prediction_rest_on_is_checked_before(capfd, change)
         assert status == 2 and "mine.pth: " in said and "Traceback" not in said, f"{name}: {said}"
 
 
+def test_weights_of_another_precision_are_refused_which_torch_would_convert(capfd):
+    def widen(tree: dict) -> None:
+        tree["model_state_dict"] = {
+            name: tensor.double() for name, tensor in tree["model_state_dict"].items()
+        }
+
+    Path("mine.pth").write_bytes(changed(widen))
+    Image.new("L", (8, 8)).save("a.png")
+    for name in ("evaluate.py", "predict.py"):
+        assert SCRIPTS[name]() == 2
+        assert "mine.pth: its weights do not fit its model" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("make", ["folder", "pipe", "device", "nothing", "loop"])
 def test_what_is_no_file_is_refused(train, capfd, make):
     path = Path("/dev/zero" if make == "device" else "odd.pth")

@@ -27,14 +27,6 @@ STREAM, MEMORY = {"in_memory": False}, {"in_memory": True}
 BOTH = pytest.mark.parametrize("way", [STREAM, MEMORY], ids=["stream", "memory"])
 
 
-@pytest.fixture(autouse=True)
-def no_worker_left():
-    """Ends the loader processes; they ignore SIGTERM, and a failed test would wait for them."""
-    yield
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
 @pytest.fixture
 def data():
     """41 training images in colour."""
@@ -107,6 +99,21 @@ def test_an_epoch_has_every_image_once_in_an_order_of_seed_and_epoch(way, data):
 def test_the_batches_are_the_same_from_memory_and_image_by_image(data):
     stream, memory = (whole(loader(data, **way).train_batches(3)) for way in (STREAM, MEMORY))
     assert stream[0].equal(memory[0]) and stream[1].equal(memory[1]) and stream[2] == memory[2]
+
+
+def leave_in_the_middle(data, kept=[]):  # noqa: B006  it outlives the call
+    kept.append(batches := loader(data, in_memory=False, num_workers=1).train_batches(1))
+    next(batches)
+
+
+def test_a_process_that_keeps_its_loader_ends_all_the_same(data):
+    """Its workers ignore the SIGTERM with which multiprocessing would end them."""
+    process = multiprocessing.get_context("fork").Process(target=leave_in_the_middle, args=(data,))
+    process.start()
+    process.join(30)
+    status = process.exitcode
+    process.kill()
+    assert status == 0
 
 
 @pytest.mark.parametrize(
@@ -429,7 +436,7 @@ def test_a_single_balanced_image_is_the_one_of_the_batch(way, skewed):
 
 @BOTH
 def test_a_loader_that_is_let_go_of_is_gone_at_once_and_its_processes_with_it(way, skewed):
-    # Left to the garbage collector, they would hang at the end of a process of the drill's.
+    # In a circle of references they would live until the garbage collector comes by.
     train = loader(skewed, AUGMENT, num_workers=1, **BALANCED, **way)
     next(train.train_batches(1))
     gone, workers = weakref.ref(train), multiprocessing.active_children()

@@ -8,6 +8,7 @@ from torch import nn
 
 from cnn.config import ModelConfig, Refused
 from cnn.models import MODELS, build_model
+from cnn.models.simple_cnn import halving
 from cnn.models.torchvision_models import adapt_first_convolution
 
 NATURAL = {"simple_cnn": (8, 28), "lenet5": (28, 32), "resnet9": (16, 32), "resnet20": (28, 32)}
@@ -63,6 +64,18 @@ def test_the_residual_networks_halve_the_image_and_double_the_channels():
     assert resnet20.stages(resnet20.stem(images)).shape == (2, 64, 8, 8)
     features = resnet9.layer3(resnet9.layer2(resnet9.layer1(resnet9.stem(images))))
     assert features.shape == (2, 512, 4, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooling_before_the_relu_is_pooling_after_it_bit_for_bit(dtype):
+    images = torch.randn(3, 4, 6, 6).mul(2).round().to(dtype)  # many are alike, many 0
+    found = []
+    for layer in (nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), halving()):
+        leaf = images.clone().requires_grad_()
+        out = layer(leaf)
+        out.backward(torch.arange(out.numel(), dtype=dtype).view_as(out))
+        found.append((out, leaf.grad))
+    assert found[0][0].equal(found[1][0]) and found[0][1].equal(found[1][1])
 
 
 def test_a_torchvision_model_takes_gray_images_and_any_number_of_classes():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from cnn.config import GroupConfig, OptimConfig, Refused, ScheduleConfig
-from cnn.optim import OPTIMIZERS, Schedule, build_optimizer, freeze
+from cnn.optim import FUSED, OPTIMIZERS, WITH_MOMENTUM, Schedule, build_optimizer, freeze
 
 STEPS, EPOCHS = 5, 8  # an epoch, a run
 ALL = STEPS * EPOCHS
@@ -75,14 +75,32 @@ def test_an_optimizer_that_cannot_be_built_is_refused(settings, part):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_steps(name):
+def test_every_optimizer_is_torchs_bit_for_bit_and_goes_on_from_its_state(name):
     net = model()
-    optimizer = build_optimizer(OptimConfig(name, lr=0.01, weight_decay=0.01), net)
-    before = net[0].weight.clone()
-    net(torch.randn(6, 1, 3, 3)).square().sum().backward()
-    optimizer.step()
-    assert not net[0].weight.equal(before) and net[0].weight.isfinite().all()
+    cfg = OptimConfig(name, lr=0.01, weight_decay=0.01)
+    optimizer = build_optimizer(cfg, net)
+    theirs_net = copy.deepcopy(net)
+    groups = [[p for p in theirs_net.parameters() if (p.ndim > 1) is big] for big in (True, False)]
+    options = {"momentum": 0.9} if name in WITH_MOMENTUM else {}
+    options |= {"fused": True} if name in FUSED else {}
+    theirs = OPTIMIZERS[name](
+        [{"params": groups[0], "weight_decay": 0.01}, {"params": groups[1], "weight_decay": 0.0}],
+        lr=0.01,
+        **options,
+    )
+    for step in range(4):
+        if step == 2:  # through a checkpoint
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = build_optimizer(cfg, net)
+            optimizer.load_state_dict(saved)
+        images = torch.randn(6, 1, 3, 3)
+        for each, its in ((net, optimizer), (theirs_net, theirs)):
+            each(images).square().sum().backward()
+            its.step()
+            its.zero_grad(set_to_none=True)
     assert optimizer.param_groups[0].get("momentum", 0.9) == 0.9
+    for ours, other in zip(net.parameters(), theirs_net.parameters()):
+        assert ours.equal(other) and ours.isfinite().all() and ours.grad is None
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 from PIL import Image
+from torchvision.transforms.v2 import functional
 
 import predict as script
 import train as train_script
@@ -267,12 +268,17 @@ def test_a_cmyk_jpeg_has_about_its_colours(colour):
     )
 
 
-def test_the_middle_of_a_line_of_pixels_is_what_resizing_all_of_it_would_give():
+def test_the_middle_of_a_line_of_pixels_is_cut_out_before_it_is_resized(monkeypatch):
     image = torch.from_numpy(DRAW.integers(0, 256, (1, 4, 9_000), dtype=np.uint8))
     whole = fit(image, 64)
     longer = torch.cat([image[..., :1].expand(1, 4, 80_000), image], 2)
     longer = torch.cat([longer, image[..., -1:].expand(1, 4, 80_000)], 2)
+    resize, seen = functional.resize, []
+    monkeypatch.setattr(
+        functional, "resize", lambda image, *a, **k: seen.append(image) or resize(image, *a, **k)
+    )
     assert torch.equal(fit(longer, 64), whole)
+    assert seen[0].shape == (1, 4, 64), "and not 169,000 pixels made 16 times as large"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -322,8 +328,9 @@ def test_paths_pictures_and_arrays_are_predicted_alone_or_in_lists(colour):
     alone = predict("a.png")
     assert isinstance(alone, Prediction) and sum(alone.probabilities) == pytest.approx(1)
     assert sorted(alone.classes) == predict.classes and len(predict.classes) == 4
-    with Image.open("a.png") as opened:
-        same = predict(["a.png", Path("a.png"), Image.fromarray(RGB), opened, RGB])
+    save_turned(6)
+    with Image.open("a.png") as opened, Image.open("turned6.png") as held_upright:
+        same = predict(["a.png", Path("a.png"), Image.fromarray(RGB), opened, held_upright, RGB])
     for said in same:
         assert said.classes == alone.classes
         assert said.probabilities == pytest.approx(alone.probabilities, abs=1e-6)

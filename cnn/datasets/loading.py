@@ -7,12 +7,14 @@ entered at any batch, at once, with any number of workers.
 
 import atexit
 import contextlib
+import functools
 import logging
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 
 import numpy as np
 import torch
@@ -108,37 +110,31 @@ class Samples(Dataset):
         return (torch.stack(images), self.labels[indices[kept]]), left_out
 
 
+def keys_of(epoch: int, order: np.ndarray, balanced: bool, start: int, end: int) -> list[Key]:
+    """The images from one place of the epoch to another."""
+    indices = order[start:end].tolist()
+    if balanced and epoch != EVALUATION:
+        return [(epoch, index, place) for place, index in enumerate(indices, start)]
+    return [(epoch, index) for index in indices]
+
+
 class _Plan:
     """The keys of each batch still to come; set anew before every epoch."""
 
     def __init__(self):
-        self._epoch: tuple[int, np.ndarray, bool]
+        self._keys: Callable[[int, int], list[Key]]
         self._spans: list[tuple[int, int]] = []
 
-    def set(
-        self, epoch: int, order: np.ndarray, repeats: bool, sizes: list[int], start: int
-    ) -> None:
+    def set(self, keys: Callable[[int, int], list[Key]], sizes: list[int], start: int) -> None:
         ends = np.cumsum(sizes).tolist()
-        self._epoch = epoch, order, repeats
+        self._keys = keys  # of the images from one place of the epoch to another
         self._spans = [(ends[i] - sizes[i], ends[i]) for i in range(start, len(sizes))]
 
     def __iter__(self) -> Iterator[list[Key]]:
-        return (keys_of(*self._epoch, *span) for span in self._spans)
+        return (self._keys(*span) for span in self._spans)
 
     def __len__(self) -> int:
         return len(self._spans)
-
-
-def keys_of(epoch: int, order: np.ndarray, repeats: bool, start: int, end: int) -> list[Key]:
-    """The images from one place of an epoch to another.
-
-    Args:
-        repeats: whether an image may come twice in it.
-    """
-    indices = order[start:end].tolist()
-    if repeats and epoch != EVALUATION:
-        return [(epoch, index, place) for place, index in enumerate(indices, start)]
-    return [(epoch, index) for index in indices]
 
 
 def draw_balanced(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -215,6 +211,7 @@ class StreamLoader(Loader):
         self._samples = Samples(self.images, self.size, changes, self.seed)
         self.raw, self.image = self._samples.raw, self._samples.image
         self._plan = _Plan()
+        self._end: Finalize | None = None
         self._loader = DataLoader(
             self._samples,
             batch_sampler=self._plan,
@@ -227,12 +224,22 @@ class StreamLoader(Loader):
         )
 
     def _batches(self, epoch: int, order: np.ndarray, start: int) -> Iterator[Batch]:
-        self._plan.set(epoch, order, self.balanced, self.sizes, start)
+        # Nothing of self: the loader would live in a circle, its workers until that is collected.
+        keys = functools.partial(keys_of, epoch, order, self.balanced)
+        self._plan.set(keys, self.sizes, start)
         for images, labels in self._read():
             yield (
                 self._normalize(images.to(self.device, non_blocking=True)),
                 labels.to(self.device, non_blocking=True),
             )
+
+    def _end_with_process(self) -> None:
+        """Kills the workers when this process ends.
+
+        multiprocessing asks them with a SIGTERM, which they ignore, and then waits for them.
+        """
+        if self._end is None:
+            self._end = Finalize(None, _kill_workers, exitpriority=0)
 
     def _read(self) -> Iterator[Batch]:
         """The planned batches as the loader gives them.
@@ -245,6 +252,7 @@ class StreamLoader(Loader):
             with _signals_blocked():  # until the workers that start here ignore them
                 batches = iter(self._loader)
             _ignore_end_of_workers()
+            self._end_with_process()
             workers = multiprocessing.active_children()
             for batch in batches:
                 if isinstance(batch, Exception):
@@ -371,6 +379,12 @@ def _end_workers() -> None:
 
 def _as_it_is(batch: Batch) -> Batch:
     return batch
+
+
+def _kill_workers() -> None:
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 def _ignore_end_of_workers() -> None:

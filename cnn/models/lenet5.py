@@ -12,11 +12,11 @@ class LeNet5(nn.Module):
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(in_channels, 6, 5, padding=2),  # N, 6, 28, 28
+            nn.MaxPool2d(2),  # N, 6, 14, 14; before the ReLU, which then has a quarter of the work
             nn.ReLU(inplace=True),
-            nn.MaxPool2d(2),  # N, 6, 14, 14
             nn.Conv2d(6, 16, 5),  # N, 16, 10, 10
-            nn.ReLU(inplace=True),
             nn.MaxPool2d(2),  # N, 16, 5, 5
+            nn.ReLU(inplace=True),
         )
         self.classifier = nn.Sequential(
             nn.Linear(16 * 5 * 5, 120),

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cnn.models.simple_cnn import block
+from cnn.models.simple_cnn import block, convolution, halving
 
 
 class ResNet9(nn.Module):
@@ -20,11 +20,11 @@ class ResNet9(nn.Module):
         self.scale = scale
         self.stem = block(in_channels, width)
         self.layer1 = nn.Sequential(
-            block(width, 2 * width), nn.MaxPool2d(2), Residual(2 * width)
+            convolution(width, 2 * width), halving(), Residual(2 * width)
         )  # N, 2 width, H/2, W/2
-        self.layer2 = nn.Sequential(block(2 * width, 4 * width), nn.MaxPool2d(2))
+        self.layer2 = nn.Sequential(convolution(2 * width, 4 * width), halving())
         self.layer3 = nn.Sequential(
-            block(4 * width, 8 * width), nn.MaxPool2d(2), Residual(8 * width)
+            convolution(4 * width, 8 * width), halving(), Residual(8 * width)
         )  # N, 8 width, H/8, W/8
         self.pool = nn.AdaptiveMaxPool2d(1)
         self.classifier = nn.Linear(8 * width, num_classes, bias=False)

@@ -15,10 +15,10 @@ class SimpleCNN(nn.Module):
     def __init__(self, num_classes: int, in_channels: int, width: int = 32, dropout: float = 0.2):
         super().__init__()
         self.features = nn.Sequential(
-            block(in_channels, width),
-            nn.MaxPool2d(2),
-            block(width, 2 * width),
-            nn.MaxPool2d(2),
+            convolution(in_channels, width),
+            halving(),
+            convolution(width, 2 * width),
+            halving(),
             block(2 * width, 4 * width),
         )
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -31,9 +31,17 @@ class SimpleCNN(nn.Module):
         return self.classifier(self.dropout(features))  # N, num_classes
 
 
-def block(in_channels: int, out_channels: int) -> nn.Sequential:
+def convolution(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
         nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
     )
+
+
+def block(in_channels: int, out_channels: int) -> nn.Sequential:
+    return convolution(in_channels, out_channels).append(nn.ReLU(inplace=True))
+
+
+def halving() -> nn.Sequential:
+    """What pooling after a ReLU gives, bit for bit, with a quarter of the ReLU's work."""
+    return nn.Sequential(nn.MaxPool2d(2), nn.ReLU(inplace=True))

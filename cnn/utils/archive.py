@@ -1,9 +1,10 @@
-"""The file under a checkpoint: torch.save's zip file, and a checksum over all of it at its end.
+"""The file under a checkpoint: torch.save's zip file, and a checksum over the rest of it at its end.
 
 torch writes a checksum (CRC) of every member and does not look at it when it reads; no checksum
-covers what lies between the members. So the SHA-256 of the whole file stands in the zip file's
-comment, where torch.load, unzip and the like pass it by. A file without one, saved by hand with
-torch.save, is held against the members' checksums.
+covers what lies between the members, headers and directory. So a SHA-256 of all that is no member's
+data stands in the zip file's comment, where torch.load, unzip and the like pass it by; the CRCs, on
+which it depends, cover the data. A file without one, saved by hand with torch.save, is held against
+the CRCs alone.
 
 Nothing of a file is used before it is found whole and plain: members as large as they say, and no
 Python object among the values but those that tensors are made of.
@@ -21,10 +22,14 @@ import torch
 
 from cnn.config import Refused
 
-MARK = b"sha256 of all before, as torch.save wrote it: "
-COMMENT_BYTES = len(MARK) + 64
+MARK = b"sha256 of all that has no CRC: "
+FIRST_MARK = b"sha256 of all before, as torch.save wrote it: "  # of the first format, data included
 END = b"PK\x05\x06"  # of a zip file; 22 bytes, the last two the length of the comment
 END_BYTES = 22
+TAIL_BYTES = END_BYTES + 200  # the end and the longest comment of ours
+LOCAL_HEADER_BYTES = (
+    30  # then the member's name and an extra field, whose lengths are the last four
+)
 
 # What a tree of tensors and plain values is pickled with.
 PLAIN = {
@@ -43,15 +48,14 @@ PLAIN = {
 NAMING = ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")  # opcodes that name an object
 
 
-class _Hashing:
-    """Passes on what is written, and keeps its SHA-256."""
+class _Watched:
+    """Passes on what is written, and remembers how the disk failed: torch wraps it past recognition."""
 
     def __init__(self, file: IO[bytes]):
-        self.file, self.sha256 = file, hashlib.sha256()
-        self.failure: OSError | None = None  # of the disk; torch wraps it past recognition
+        self.file = file
+        self.failure: OSError | None = None
 
     def write(self, data: bytes) -> int:
-        self.sha256.update(data)
         try:
             return self.file.write(data)
         except OSError as error:
@@ -65,17 +69,20 @@ class _Hashing:
 def write_archive(content: Any, file: IO[bytes]) -> None:
     """Writes torch.save's file, then the checksum.
 
+    Args:
+        file: opened for writing and reading.
+
     Raises:
         OSError: as the disk said it.
     """
-    hashing = _Hashing(file)
+    watched = _Watched(file)
     try:
-        torch.save(content, hashing)
+        torch.save(content, watched)
     except Exception as error:  # noqa: BLE001  torch has several for a disk that fails
-        raise (hashing.failure or error) from None
+        raise (watched.failure or error) from None
+    comment = MARK + _frame_checksum(file, file.tell())
     file.seek(-2, 2)
-    file.write(COMMENT_BYTES.to_bytes(2, "little"))
-    file.write(MARK + hashing.sha256.hexdigest().encode())
+    file.write(len(comment).to_bytes(2, "little") + comment)
 
 
 def read_archive(path: Path) -> Any:
@@ -135,23 +142,49 @@ def _check_whole(path: Path, file: IO[bytes]) -> None:
         raise Refused(
             f"{path}: not a checkpoint: the file does not begin as those of torch.save do"
         )
-    file.seek(max(size - END_BYTES, 0))
-    end = file.read()
-    if end.startswith(END) and end.endswith(b"\0\0"):
-        return  # without a comment: torch.save's own, its members are checked below
-    file.seek(max(size - COMMENT_BYTES, 0))
-    comment = file.read()
-    if not comment.startswith(MARK):
+    file.seek(max(size - TAIL_BYTES, 0))
+    tail = file.read()
+    end = tail.rfind(END)
+    comment = tail[end + END_BYTES :]
+    length = tail[end + END_BYTES - 2 : end + END_BYTES]
+    if end < 0 or len(length) < 2 or int.from_bytes(length, "little") != len(comment):
         raise Refused(f"{path}: damaged: the file is cut off, or its end is changed")
-    sha256, left = hashlib.sha256(), size - COMMENT_BYTES - 2
-    file.seek(0)
-    while left > 0 and (block := file.read(min(left, 1 << 20))):
-        sha256.update(block)
-        left -= len(block)
-    sha256.update(b"\0\0")  # the comment's length, before there was one
-    length = int.from_bytes(file.read(2), "little")
-    if length != COMMENT_BYTES or comment[len(MARK) :] != sha256.hexdigest().encode():
+    left = size - len(comment)
+    if comment and comment not in (
+        MARK + _frame_checksum(file, left),
+        FIRST_MARK + _checksum(file, [(0, left)]),
+    ):
         raise Refused(f"{path}: damaged: the checksum over the file does not hold")
+
+
+def _frame_checksum(file: IO[bytes], size: int) -> bytes:
+    """Of the zip file's first `size` bytes, its comment left out, all that is not a member's data."""
+    spans, position = [], 0
+    with zipfile.ZipFile(file) as archive:
+        for member in sorted(archive.infolist(), key=lambda member: member.header_offset):
+            file.seek(member.header_offset)
+            lengths = file.read(LOCAL_HEADER_BYTES)[-4:]
+            names = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+            start = member.header_offset + LOCAL_HEADER_BYTES + names
+            spans.append((position, start))
+            position = start + member.compress_size
+    return _checksum(file, [*spans, (position, size)])
+
+
+def _checksum(file: IO[bytes], spans: list[tuple[int, int]]) -> bytes:
+    """SHA-256 of these spans of the file, the last of which ends with the length of its comment.
+
+    That counts as 0, which it was before there was a comment.
+    """
+    sha256 = hashlib.sha256()
+    for number, (start, end) in enumerate(spans, 1):
+        file.seek(start)
+        left = end - start - (2 if number == len(spans) else 0)
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            sha256.update(block)
+            left -= len(block)
+    sha256.update(b"\0\0")
+    return sha256.hexdigest().encode()
 
 
 def _check_members(path: Path, file: IO[bytes]) -> None:

@@ -54,7 +54,7 @@ def choose_precision(name: str, device: torch.device, earlier: str | None = None
         return earlier
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    if device.type == "cpu" and _cpu_has_bf16():
+    if device.type == "cpu" and cpu_has("avx512_bf16", "amx_bf16"):
         return "bf16"
     return "fp32"
 
@@ -66,13 +66,13 @@ def autocast(device: torch.device, precision: str) -> Callable[[], torch.autocas
     )
 
 
-def _cpu_has_bf16() -> bool:
-    """Whether the CPU has AVX512-BF16 or AMX and torch uses it."""
+def cpu_has(*features: str) -> bool:
+    """Whether the CPU has one of these, as Linux names them, and torch uses oneDNN, which does."""
     try:
         flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
     except OSError:
         return False
-    return bool({"avx512_bf16", "amx_bf16"} & set(flags)) and torch.backends.mkldnn.is_available()
+    return bool(set(features) & set(flags)) and torch.backends.mkldnn.is_available()
 
 
 def describe(device: torch.device, precision: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ def write_atomically(
 
     Args:
         path: the file to replace.
-        write: is given the open temporary file.
+        write: is given the temporary file, open for writing and reading.
         also: further names in the same folder for the same content; they are durably in place
             before `path` is, so that `path` may speak of them.
 
@@ -25,7 +25,7 @@ def write_atomically(
     temporary = temporary_name(path)
     links = [temporary_name(other) for other in also]
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "w+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())

@@ -1,15 +1,35 @@
-"""Objects of the user's own, named in the configuration as package.module:name."""
+"""Importing: the user's own objects, named as package.module:name, and large packages."""
 
+import contextlib
+import gc
 import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cnn.config import Refused
 
 OURS = ("cnn", "train", "evaluate", "predict", "export", "compare", "tests", "bench")
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """For imports of large packages: what they make stays, so looking for garbage is in vain.
+
+    A quarter of the time that torch takes goes into that.
+    """
+    was_enabled, is_first = gc.isenabled(), "torch" not in sys.modules
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+        if is_first:
+            gc.freeze()  # nor is it looked through later, at every full collection
 
 
 def outside_code(path: str) -> bool:

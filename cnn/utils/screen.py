@@ -1,7 +1,6 @@
 """Text on a terminal: in columns, where a Chinese letter is as wide as two others; past a bar."""
 
 import os
-import signal
 import sys
 import unicodedata
 from collections.abc import Sequence
@@ -67,4 +66,4 @@ def say(text: str) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(128 + signal.SIGPIPE) from None
+        raise SystemExit(141) from None  # 128 + SIGPIPE, which Windows has not
