@@ -107,6 +107,14 @@ def test_the_drill_finds_nothing_in_a_model_that_draws_while_it_validates(train,
     assert "drill OK: identical" in capfd.readouterr().err
 
 
+@pytest.mark.soak
+def test_the_drill_finds_nothing_in_a_balanced_run_whose_body_is_frozen_at_first(train, capfd):
+    words = ["data.sampler=balanced", "data.in_memory=false", "data.num_workers=2"]
+    words += ["optim.freeze=^features", "optim.freeze_epochs=1", "loss.class_weights=[1, 2, 5]"]
+    assert train("--drill", *words, "train.accumulate=2") == 0
+    assert "drill OK: identical" in capfd.readouterr().err
+
+
 # 140 images to train on and as many to validate on; the drill uses 96 of each: six and two batches
 MUCH_VALIDATION = [
     "data.args={num_images: 280, num_test: 20, num_classes: 3, image_size: 8, noise: 60}",

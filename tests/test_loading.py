@@ -1,11 +1,13 @@
 """Batches: every image once an epoch, in an order and with changes that depend on keys alone."""
 
 import errno
+import gc
 import itertools
 import multiprocessing
 import os
 import pickle
 import time
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -430,3 +432,18 @@ def test_a_single_balanced_image_is_the_one_of_the_batch(way, skewed):
     singles = torch.stack([train.image(key) for key in keys])
     torch.testing.assert_close(images.contiguous(), normalized(skewed, singles))
     assert labels.tolist() == [skewed.train.labels[key[1]] for key in keys]
+
+
+@BOTH
+def test_a_loader_that_is_let_go_of_is_gone_at_once_and_its_processes_with_it(way, skewed):
+    # In a circle of references they would live until the garbage collector comes by.
+    train = loader(skewed, AUGMENT, num_workers=1, **BALANCED, **way)
+    next(train.train_batches(1))
+    gone, workers = weakref.ref(train), multiprocessing.active_children()
+    assert len(workers) == (way is STREAM)
+    gc.disable()
+    try:
+        del train
+        assert gone() is None and not any(worker.is_alive() for worker in workers)
+    finally:
+        gc.enable()
