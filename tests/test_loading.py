@@ -17,7 +17,7 @@ from PIL import Image
 
 from cnn.config import DataConfig, Refused
 from cnn.datasets import build_data, cache
-from cnn.datasets.augment import build_augmentations
+from cnn.datasets.augment import NUM_DRAWS, BatchAugmentation, build_augmentations
 from cnn.datasets.loading import Samples, build_loader, split_epoch
 
 CPU = torch.device("cpu")
@@ -185,6 +185,31 @@ def test_crop_moves_an_image_by_an_eighth_at_most_and_fills_with_black(way, data
         (found,) = (parts == train.image((epoch, i))[:, None, None]).all(4).all(3).all(0).nonzero()
         shifts.add(tuple(found.tolist()))
     assert len(shifts) == 9, "every place occurs"
+
+
+def test_crop_and_flip_are_torchvisions_with_the_same_draws():
+    from torchvision.transforms import v2
+
+    theirs = v2.Compose([v2.RandomCrop(8, padding=1), v2.RandomHorizontalFlip()])
+    ours = build_augmentations(["crop", "flip"], 8)[1:]
+    for number, (height, width) in itertools.product(range(30), [(8, 8), (8, 11), (13, 8)]):
+        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+        torch.manual_seed(number)
+        expected, after = theirs(image), torch.rand(1)
+        torch.manual_seed(number)
+        assert ours[1](ours[0](image)).equal(expected) and torch.rand(1).equal(after)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("names", [["crop"], ["flip"], ["crop", "flip", "erase"]])
+def test_a_cpu_copies_the_pixels_that_a_gpu_gathers(names, channels):
+    store = torch.randint(0, 256, (20, 8, 8, channels), dtype=torch.uint8)
+    rows, draws = torch.arange(200) % 20, torch.rand(200, NUM_DRAWS)
+    batch = BatchAugmentation(store, names)
+    copied = batch(rows, draws)
+    batch._copy = batch._gather
+    assert batch(rows, draws).equal(copied)
+    assert copied.is_contiguous(memory_format=torch.channels_last)
 
 
 @BOTH
