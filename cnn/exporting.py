@@ -97,7 +97,7 @@ def from_torch(trained: Trained, data: bytes) -> Answer:
 def to_onnx(trained: Trained) -> bytes:
     import onnx
 
-    program = _program(trained)
+    program = _program(trained).run_decompositions({MAX_POOL: _largest})
     names = {"input_names": ["images"], "output_names": ["logits"]}
     try:
         made = torch.onnx.export(
@@ -145,6 +145,17 @@ FORMATS: dict[str, tuple[Callable[[Trained], bytes], Callable[[Trained, bytes], 
 }
 
 
+MAX_POOL = torch.ops.aten.adaptive_max_pool2d.default
+
+
+def _largest(images: torch.Tensor, size: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Max pooling to one pixel, (N, C, 1, 1), by what every torch.onnx knows; 2.11's has no other."""
+    if list(size) != [1, 1]:
+        return NotImplemented
+    where = images.flatten(-2).argmax(-1)[..., None, None]
+    return images.amax((-2, -1), keepdim=True), where
+
+
 def _program(trained: Trained) -> torch.export.ExportedProgram:
     """The model and its normalisation as a graph for any number of images."""
     pre = trained.preprocessing
@@ -158,6 +169,8 @@ def _program(trained: Trained) -> torch.export.ExportedProgram:
 
 
 def _cannot(trained: Trained, what: str, error: Exception) -> Refused:
+    while error.__cause__ is not None:  # torch wraps the reason in advice to its developers
+        error = error.__cause__
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return Refused(
         f"model.name: {what} cannot take {trained.cfg.model.name}: {reason.rstrip('.')}. Its forward must"

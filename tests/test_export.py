@@ -161,6 +161,10 @@ class Branching(torch.nn.Linear):
     def forward(self, images):
         logits = super().forward(images.flatten(1))
         return logits if logits.sum() > 0 else -logits
+
+class Bessel(Branching):
+    def forward(self, images):
+        return torch.nn.Linear.forward(self, torch.special.bessel_j0(images.flatten(1)))
 """
 
 
@@ -174,6 +178,16 @@ def test_a_model_that_is_no_graph_is_refused_but_its_weights_are_not(train, capf
     assert "--format weights takes any model" in said and "Traceback" not in said
     assert not Path("checkpoints/best.pt2").exists()
     assert script.main(["--format", "weights"]) == 0
+
+
+def test_an_operator_that_onnx_has_not_is_named(train, capfd):
+    Path("no_onnx.py").write_text(NOT_A_GRAPH)
+    assert train("model.name=no_onnx:Bessel", "model.args={}", "train.epochs=1") == 0
+    capfd.readouterr()
+    assert script.main(["--output", "a.onnx"]) == 2
+    said = capfd.readouterr().err
+    assert "torch.onnx cannot take no_onnx:Bessel: No ONNX function found for" in said
+    assert "bessel_j0" in said and "Traceback" not in said and not Path("a.onnx").exists()
 
 
 def test_exported_weights_begin_another_run(best, train, capfd):
