@@ -228,7 +228,8 @@ def test_an_unreadable_last_pth_falls_back_to_the_next_best(unbroken, tmp_path):
 
 
 def test_the_log_is_one_story_and_marks_each_resume(unbroken, tmp_path):
-    run(tmp_path, *RICH, trap=("training", 2, signal.SIGKILL))
+    # At the second step of epoch 2: the first one's save has waited for that of epoch 1.
+    run(tmp_path, *RICH, trap=("training", 3, signal.SIGKILL))
     resume_to_the_end(tmp_path)
     log = (tmp_path / "logs/train.log").read_text()
     assert log.count("==== resumed from checkpoints/last.pth: epoch 2, ") == 1
