@@ -21,7 +21,7 @@ def test_freed_memory_is_used_again_and_not_asked_for_anew():
     memory.keep_freed_memory()
 
     def take():
-        np.ones(40_000_000, np.uint8)  # 9,766 pages
+        [np.ones(8_000_000, np.uint8) for _ in range(6)]  # 11,719 pages
 
     take()
     take()
