@@ -74,7 +74,7 @@ class Records:
         self._write_result()
         self.write()
         state = self.state
-        if state.best is not None:
+        if state.best is not None and not self.folder.scratch:
             row = state.history[state.best["epoch"] - 1]
             metrics = {name: value for name, value in row.items() if name.startswith("val_")}
             self._attempt("configs/best_hparams", lambda: self._update_best_hparams(metrics))

@@ -142,6 +142,10 @@ CONTENTS = {
     "empty": (lambda: b"", "the file is empty"),
     "text": (lambda: b"epoch,loss\n1,0.3\n" * 9, "not a checkpoint: the file does not begin as"),
     "weights alone": (lambda: saved(content()["model_state_dict"]), "say model.weights=odd.pth"),
+    "exported weights": (
+        lambda: saved({"model_state_dict": content()["model_state_dict"], "classes": ["a", "b"]}),
+        "say model.weights=odd.pth",
+    ),
     "a list": (lambda: saved([1, 2]), "expected a checkpoint of train.py, got list"),
     "a tensor": (lambda: saved(torch.ones(2)), "got a tensor float32 (2,)"),
     "another program's": (lambda: saved({"state_dict": {}, "epoch": 3}), "model_state_dict, opt"),

@@ -7,20 +7,17 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
 import pytest
 import torch
 from archives import MARKER, changed
-from conftest import ROOT, TINY
-from PIL import Image
+from conftest import TINY
 
 import export as script
 import train as train_script
 from cnn import exporting
 from cnn.config import ModelConfig
 from cnn.models import build_model
-from cnn.predict import load
 
 COLOUR = "data.args={num_images: 40, num_test: 20, num_classes: 4, image_size: 16, channels: 3}"
 RUNS = {
@@ -240,50 +237,3 @@ def test_what_cannot_be_exported_is_refused_with_one_message(runs, capfd, words,
     said = capfd.readouterr().err
     assert expected in said and "Traceback" not in said and said.count("error: ") == 1, said
     assert set(os.listdir()) == before and not MARKER.exists()
-
-
-# -- the README's own words --------------------------------------------------------------------
-
-
-def snippets() -> dict[str, str]:
-    """The blocks of Python in the README's section, by the file that they open."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = text.split("\n## Taking the model elsewhere\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", section, flags=re.MULTILINE)
-    code = [re.sub(r"^    ", "", block, flags=re.MULTILINE) for block in blocks]
-    return {
-        re.search(r"checkpoints/(\w+\.\w+)", block)[1]: block for block in code if "import" in block
-    }
-
-
-def test_the_snippets_of_the_readme_use_each_kind_of_file_without_this_project(
-    runs, capfd, monkeypatch
-):
-    shutil.copytree(runs / "resnet9", "checkpoints")
-    pixels = np.random.default_rng(0).integers(0, 256, (16, 22, 3), np.uint8)
-    Image.fromarray(pixels).resize((55, 40)).save("photo.png")
-    shutil.copy(ROOT / "cnn/models/simple_cnn.py", ".")
-    monkeypatch.syspath_prepend(".")
-    found = snippets()
-    assert found.keys() == set(FILES.values())
-    said = {}
-    for form, file in FILES.items():
-        if form == "weights":
-            shutil.rmtree("checkpoints")
-            shutil.copytree(runs / "simple_cnn", "checkpoints")
-        assert script.main(["--format", form]) == 0
-        capfd.readouterr()
-        assert "cnn." not in re.sub(r"#.*", "", found[file]) and len(found[file].splitlines()) <= 16
-        names: dict = {}
-        exec(found[file], names)  # noqa: S102  the README's own words
-        assert "pattern" in capfd.readouterr().out
-        said[form] = names
-    model, _ = model_of(Path("checkpoints/best.pth"))
-    with torch.no_grad():
-        torch.testing.assert_close(said["weights"]["logits"], model(said["weights"]["images"]))
-    here = load(runs / "resnet9/best.pth", "device=cpu")
-    expected = dict(zip(*vars(here("photo.png")).values()))
-    expected = [expected[name] for name in here.classes]
-    assert said["torch"]["probabilities"].tolist() == pytest.approx(expected, abs=1e-6)
-    # Pillow cuts before it resizes, and rounds otherwise.
-    assert said["onnx"]["probabilities"].tolist() == pytest.approx(expected, abs=0.01)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
@@ -355,20 +355,6 @@ def test_more_pictures_than_a_batch_come_in_their_order(colour):
 def test_a_picture_that_cannot_be_read_is_raised(colour, picture, expected):
     with pytest.raises(BadImage, match=re.escape(expected)):
         load(colour)([RGB, picture])
-
-
-def test_the_example_of_the_readme_runs(colour, capsys):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"\n((?:    .*\n|\n)*    from cnn\.predict import load\n(?:    .*\n|\n)*)", readme)  # fmt: skip
-    example = "\n".join(line[4:] for line in example.splitlines())
-    assert len([line for line in example.splitlines() if line]) <= 10
-    Path("checkpoints").mkdir()
-    Path("checkpoints/best.pth").write_bytes(colour.read_bytes())
-    Path("new_photos").mkdir()
-    for name in ("photo.jpg", "new_photos/a.jpg", "new_photos/b.jpg"):
-        Image.fromarray(RGB).save(name)
-    exec(example, {})  # noqa: S102
-    assert capsys.readouterr().out.count("pattern") >= 3
 
 
 # ---------------------------------------------------------------------------------------------

@@ -168,7 +168,8 @@ def test_a_refused_run_leaves_the_earlier_one_where_it_is(train):
 
 def test_a_dry_run_says_ok_and_leaves_nothing(train, capfd):
     assert train("--dry-run") == 0
-    assert "dry run OK" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "dry run OK" in said and "best settings" not in said
     assert not Path("checkpoints").exists() and not Path("logs").exists()
 
 

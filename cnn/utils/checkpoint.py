@@ -122,7 +122,9 @@ def _check_kind(path: Path, content: Any) -> None:
     """Refuses what is no checkpoint of ours, and what a later version wrote."""
     if not isinstance(content, dict):
         raise Refused(f"{path}: expected a checkpoint of train.py, got {_kind(content)}")
-    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+    is_state = bool(content) and all(isinstance(value, torch.Tensor) for value in content.values())
+    of_a_run = {"optimizer_state_dict", "step"} & content.keys()
+    if is_state or ("model_state_dict" in content and not of_a_run):  # export.py's
         raise Refused(
             f"{path}: weights alone, without the state of a run; to begin a new run from them, say"
             f" model.weights={path}"
