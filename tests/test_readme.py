@@ -226,6 +226,7 @@ def the_schema(patch: pytest.MonkeyPatch) -> None:
     """Writes what is there already; other tests may be reading it just now."""
     written = {}
     patch.setattr(Path, "write_text", lambda path, text, **_: written.update({path: text}))
+    patch.delitem(sys.modules, "cnn.schema", raising=False)  # whatever ran before
     runpy.run_module("cnn.schema", run_name="__main__")
     assert written == {ROOT / "configs/schema.json": (ROOT / "configs/schema.json").read_text()}
 
