@@ -104,10 +104,10 @@ def test_both_languages_say_the_same():
         code = [[bare(*block) for block in part.blocks] for part in (here, there)]
         assert code[1] == code[0], f"{here.title}: other code"
         assert there.names() == here.names(), f"{here.title}: other names"
-        languages = {"README.md", "README.zh-CN.md"}
+        languages = {ENGLISH.name, CHINESE.name}
         links = [sorted(set(part.links()) - languages) for part in (here, there)]
         assert links[1] == links[0], f"{here.title}: other links"
-    assert "README.zh-CN.md" in both[0][0].links() and "README.md" in both[0][1].links()
+    assert CHINESE.name in both[0][0].links() and ENGLISH.name in both[0][1].links()
 
 
 @pytest.mark.parametrize("path", [ENGLISH, CHINESE], ids=["English", "Chinese"])
@@ -146,6 +146,7 @@ def workshop(tmp_path_factory) -> Path:
                 draw(f"pictures/{name}_{number}.png", brightness, rng)
         for name in ("photo.jpg", "new_photos/a.jpg", "new_photos/b.jpg"):
             draw(name, CLASSES["船"], rng)
+        Image.open("photo.jpg").resize((55, 40)).save("photo.jpg")  # to be resized and cut
         write_mnist(Path("data"), [number % 10 for number in range(40)])
         shutil.copy(ROOT / "cnn/models/simple_cnn.py", ".")
         run_python(patch, "train.py", "train.epochs=1", "log.report=false")
@@ -259,7 +260,7 @@ def check_snippet(code: str, said: dict, printed: str) -> None:
     elif "probabilities" in said:
         answer = predict("photo.jpg")
         expected = [dict(zip(answer.classes, answer.probabilities))[n] for n in predict.classes]
-        within = 0.01 if "onnx" in code else 1e-6  # Pillow cuts before it resizes, and rounds
+        within = 5e-4 if "onnx" in code else 1e-6  # Pillow cuts before it resizes, and rounds
         assert said["probabilities"].tolist() == pytest.approx(expected, abs=within)
     assert len(code.splitlines()) <= 16 and "cnn." not in re.sub(r"#.*|cnn\.predict", "", code)
 
