@@ -111,8 +111,11 @@ def test_both_languages_say_the_same():
 
 
 @pytest.mark.parametrize("path", [ENGLISH, CHINESE], ids=["English", "Chinese"])
-def test_its_links_lead_somewhere(path):
+def test_it_reads_as_it_is_meant_and_its_links_lead_somewhere(path):
     every = parts(path)
+    assert not [p.title for p in every if re.search(r"^\d+\. ", p.prose, re.MULTILINE)], (
+        "a line that begins with a number and a full stop is taken for a list"
+    )
     for link in [link for part in every for link in part.links()]:
         assert link.startswith("https://") or (ROOT / link).is_file(), link
     places = {re.sub(r"[^\w\s-]", "", part.title.lower()).replace(" ", "-") for part in every}
