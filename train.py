@@ -9,6 +9,7 @@ Commands:
     python train.py --resume                           from the latest; where there is none, start
     python train.py --drill [settings]                 can this run be stopped anywhere? try it
     python train.py --find-lr [settings]               which learning rate? a range test
+    torchrun --nproc-per-node 2 train.py --resume      in two processes, or on two GPUs
 """
 
 import logging
@@ -21,11 +22,14 @@ from typing import TYPE_CHECKING
 
 from cnn import cli
 from cnn.config import Config, Refused, replaced, to_yaml
+from cnn.utils import launch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from cnn.building import Run
+    from cnn.datasets.loading import Batch, Loader
+    from cnn.distributed import Group
     from cnn.resuming import ResumePoint
     from cnn.saving import Saver
     from cnn.trace import Trace
@@ -58,6 +62,8 @@ def obey(argv: list[str]) -> int:
     if command.print_config:
         sys.stdout.write(to_yaml(cfg))
         return cli.DONE
+    if command.drill or command.find_lr:
+        launch.refuse_several("--drill" if command.drill else "--find-lr")
     acts = {"dry_run": dry_run, "drill": drill, "find_lr": find_lr}
     act = next((act for name, act in acts.items() if getattr(command, name)), start)
     return cli.run(lambda log, stop: act(cfg, command, log, stop), command.places)
@@ -65,14 +71,19 @@ def obey(argv: list[str]) -> int:
 
 def start(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") -> None:
     """Starts a run or goes on with one, as the command says."""
+    from cnn.distributed import joined
     from cnn.resuming import find_resume_point
     from cnn.utils.run import RunFolder
 
-    point = find_resume_point(command, cfg) if command.checkpoint else None  # it knows its folder
-    with RunFolder((point.cfg if point else cfg).run) as folder:
-        if command.resume and (point is None or point.is_outdated()):
-            point = find_resume_point(command, cfg)  # now that no other run writes there
-        train(point.cfg if point else cfg, folder, log, stop, point)
+    def find() -> "ResumePoint | None":
+        return group.first(lambda: find_resume_point(command, cfg))
+
+    with joined(stop) as group:
+        point = find() if command.checkpoint else None  # it knows its folder
+        with RunFolder((point.cfg if point else cfg).run, first=group.first) as folder:
+            if command.resume and group.first(lambda: point is None or point.is_outdated()):
+                point = find()  # now that no other run writes there
+            train(point.cfg if point else cfg, folder, log, stop, group, point)
 
 
 def train(
@@ -80,6 +91,7 @@ def train(
     folder: "RunFolder",
     log: "Log",
     stop: "StopSignals",
+    group: "Group",
     point: "ResumePoint | None" = None,
     max_batches: int | None = None,
     trace: "Trace | None" = None,
@@ -87,6 +99,7 @@ def train(
     """A run, from its settings to the test of its best epoch.
 
     Args:
+        group: the processes that train together; the first one talks and writes.
         point: where to go on from; None begins.
         max_batches: of every split and epoch, for a dry run.
         trace: where to record every batch, for the drill.
@@ -94,19 +107,20 @@ def train(
     from cnn import summary
     from cnn.building import build_run
     from cnn.engine import evaluate
-    from cnn.records import Records
+    from cnn.records import open_records
     from cnn.resuming import make_ready
     from cnn.saving import Saver
     from cnn.utils.progress import follow
 
-    run = build_run(cfg, point, max_batches)
+    run = group.together(lambda: build_run(cfg, point, max_batches, group))
     state, epochs = run.state, cfg.train.epochs
-    make_ready(folder, point)
+    group.first(lambda: make_ready(folder, point))
     log.open_file(folder.logs / "train.log")
-    summary.write(cfg, folder.logs, run, point)
+    if group.is_first:
+        summary.write(cfg, folder.logs, run, point)
 
     with (
-        Records(cfg, folder, run) as records,
+        open_records(cfg, folder, run) as records,
         Saver(cfg.checkpoint, state, folder, stop, run.about) as saver,
     ):
         while not state.is_finished(epochs, cfg.train.early_stop_patience):
@@ -117,10 +131,11 @@ def train(
                 saver.between_steps()
 
             model, said = state.evaluated_model(), run.outcome()
-            batches = saver.interruptible(run.val_loader.batches())
+            batches = evaluation_batches(run.val_loader, saver)
             batches = trace.follow(batches, state, said) if trace else batches
-            batches = follow(batches, f"{label} val", len(run.val_loader), 0, cfg.log.every_seconds)
-            key = {"seed": cfg.seed, "epoch": state.epoch}
+            total = run.val_loader.num_turns()
+            batches = follow(batches, f"{label} val", total, 0, cfg.log.every_seconds)
+            key = {"seed": cfg.seed, "epoch": state.epoch, "group": group}
             metrics = evaluate(model, batches, run.loss, run.autocast, "val_", said, **key)
             seconds, monitor = saver.seconds(), cfg.checkpoint.monitor
             improved = state.end_epoch(metrics, monitor, seconds, said.predictions())
@@ -142,17 +157,24 @@ def train_steps(cfg: Config, run: "Run", trace: "Trace | None") -> "Iterator[int
     from cnn.engine import train_one_epoch
 
     state = run.state
-    batches = run.train_loader.train_batches(state.epoch + 1, start=state.batch)
+    loader = run.train_loader
+    batches = loader.train_batches(state.epoch + 1, start=state.batch)
+    batches = state.group.in_step(batches, len(loader) - state.batch)
     return train_one_epoch(
         state,
         trace.follow(batches, state) if trace else batches,
-        run.train_loader.sizes,
+        loader.own_sizes,
         run.loss,
         run.autocast,
         seed=cfg.seed,
         accumulate=cfg.train.accumulate,
         clip_grad_norm=cfg.train.clip_grad_norm,
     )
+
+
+def evaluation_batches(loader: "Loader", saver: "Saver") -> "Iterator[Batch]":
+    """This process's batches of an evaluation; between two of them a signal stops the run."""
+    return saver.interruptible(saver.group.in_step(loader.batches(), loader.num_turns()))
 
 
 def test(cfg: Config, run: "Run", saver: "Saver") -> None:
@@ -162,9 +184,9 @@ def test(cfg: Config, run: "Run", saver: "Saver") -> None:
     logger.info("testing the best epoch, once")
     state = run.state
     model, said = saver.best_model(), run.outcome(of_result=True)
-    batches = saver.interruptible(run.test_loader.batches())
+    batches = evaluation_batches(run.test_loader, saver)
     epoch = state.best["epoch"] if state.best else state.epoch
-    key = {"seed": cfg.seed, "epoch": epoch}
+    key = {"seed": cfg.seed, "epoch": epoch, "group": state.group}
     state.test = evaluate(model, batches, run.loss, run.autocast, "test_", said, **key)
     state.predictions["test"] = said.predictions()
     saver.save()
@@ -172,19 +194,22 @@ def test(cfg: Config, run: "Run", saver: "Saver") -> None:
 
 def dry_run(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") -> None:
     """Two batches of everything: train, validate, save, resume, test; in a scratch folder."""
+    from cnn.distributed import joined
     from cnn.resuming import ResumePoint
     from cnn.utils.run import RunFolder
 
     began = time.monotonic()
     with (
+        joined(stop) as group,
         tempfile.TemporaryDirectory() as scratch,
-        RunFolder(None, Path(scratch), scratch=True) as folder,
+        RunFolder(None, Path(scratch), scratch=True, first=group.first) as folder,
     ):
         once = {"epochs": 1, "early_stop_patience": None}
         short = replaced(cfg, run=None, train=once, log={"report": False, "tensorboard": False})
-        train(short, folder, log, stop, max_batches=2)
+        train(short, folder, log, stop, group, max_batches=2)
         longer = replaced(short, train={"epochs": 2})
-        train(longer, folder, log, stop, ResumePoint.read(folder.last, longer), max_batches=2)
+        point = group.first(lambda: ResumePoint.read(folder.last, longer))
+        train(longer, folder, log, stop, group, point, max_batches=2)
         log.close_file()  # before the folder goes
     logger.info("dry run OK: trained, saved, resumed, tested (%.1f s)", time.monotonic() - began)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cnn import cli, config
 from cnn.config import CODE_KEYS, Refused
+from cnn.utils import launch
 
 BEST = Path("checkpoints/best.pth")
 MAX_NAMED = 5  # checkpoints in a message
@@ -17,6 +18,7 @@ def guarded(obey: Callable[[], int]) -> int:
     if hasattr(sys.stdout, "reconfigure"):  # a console without Chinese letters is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        launch.refuse_several(Path(sys.argv[0]).name)
         return obey()
     except Refused as refusal:
         sys.stderr.write(f"error: {refusal}\n")

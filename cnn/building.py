@@ -1,6 +1,7 @@
 """From the settings to everything that a run is made of, in the order things depend on each other."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +12,8 @@ from torch import nn
 from cnn.config import Config, Refused, is_import_path, to_dict
 from cnn.datasets import Data, Preprocessing, build_data
 from cnn.datasets.loading import Loader, build_loader
+from cnn.datasets.sharing import build_once_per_node
+from cnn.distributed import ALONE, Group
 from cnn.losses import build_loss, class_weights
 from cnn.metrics import Outcome, mode
 from cnn.models import build_model, small_maps
@@ -43,21 +46,28 @@ class Run:
         return Outcome(self.state.device, number, names)
 
 
-def build_run(cfg: Config, point: ResumePoint | None = None, max_batches: int | None = None) -> Run:
+def build_run(
+    cfg: Config,
+    point: ResumePoint | None = None,
+    max_batches: int | None = None,
+    group: Group = ALONE,
+) -> Run:
     """Builds a run and, given a resume point, puts it there.
 
     Args:
         max_batches: use only so many batches of every split.
+        group: the processes that train together; each builds its own.
 
     Raises:
         Refused: something cannot be had or does not fit.
     """
-    device = env.choose_device(cfg.device)
+    device = env.choose_device(cfg.device, group.launch)
+    check_group(cfg, device, group)
     earlier = point.content["environment"]["precision"] if point else None
     precision = env.choose_precision(cfg.train.precision, device, earlier)
     if cfg.train.deterministic:
         env.make_deterministic()
-    data = build_data(cfg.data, cfg.seed)
+    data = build_once_per_node(group, lambda: build_data(cfg.data, cfg.seed))
     if point is not None:
         saved = point.content["preprocessing"]
         data = data.prepared_as(Preprocessing.of_checkpoint(point.path, saved))
@@ -68,15 +78,23 @@ def build_run(cfg: Config, point: ResumePoint | None = None, max_batches: int | 
     # A resume brings its weights along; those that the run began with may be gone.
     begun = replace(cfg.model, weights=None, pretrained=False) if point else cfg.model
     model = build_model(begun, len(data.classes), pre.channels, pre.image_size, cfg.seed)
+    if cfg.train.sync_batchnorm and group.size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device, memory_format=torch.channels_last)
     on_amx = precision == "bf16" and device.type == "cpu" and env.cpu_has("amx_bf16")
     if on_amx and not cfg.train.compile:
         small_maps.quicken(model)
     loss = build_loss(cfg.loss, data.train.labels, data.classes).to(device)
-    train_loader = build_loader(cfg.data, data.train, pre, device, cfg.seed, training=True)
+    load = functools.partial(build_loader, rank=group.rank, num_ranks=group.size)
+    train_loader, val_loader, test_loader = group.leaders_first(
+        lambda: [
+            load(cfg.data, images, pre, device, cfg.seed, training=training)
+            for images, training in ((data.train, True), (data.val, False), (data.test, False))
+        ]
+    )
     steps_per_epoch = -(-len(train_loader) // cfg.train.accumulate)
-    state = _build_state(cfg, model, loss, steps_per_epoch, device, precision)
-    environment = env.describe(device, precision)
+    state = _build_state(cfg, model, loss, steps_per_epoch, device, precision, group)
+    environment = env.describe(device, precision, group.size)
     if point is not None:
         restore(state, point, data)
     about = {
@@ -92,8 +110,8 @@ def build_run(cfg: Config, point: ResumePoint | None = None, max_batches: int | 
     return Run(
         data=data,
         train_loader=train_loader,
-        val_loader=build_loader(cfg.data, data.val, pre, device, cfg.seed, training=False),
-        test_loader=build_loader(cfg.data, data.test, pre, device, cfg.seed, training=False),
+        val_loader=val_loader,
+        test_loader=test_loader,
         steps_per_epoch=steps_per_epoch,
         loss=loss,
         autocast=env.autocast(device, precision),
@@ -111,6 +129,7 @@ def _build_state(
     steps_per_epoch: int,
     device: torch.device,
     precision: str,
+    group: Group,
 ) -> TrainingState:
     """The state of a run that has not begun: the model with its optimizer, schedule and scaler."""
     optimizer = build_optimizer(cfg.optim, model)
@@ -124,7 +143,23 @@ def _build_state(
         ema_decay=cfg.train.ema_decay,
         compile=cfg.train.compile,
         loss=loss if is_import_path(cfg.loss.name) else None,
+        group=group,
     )
+
+
+def check_group(cfg: Config, device: torch.device, group: Group) -> None:
+    """Refuses what several processes cannot do."""
+    if group.size == 1:
+        return
+    if device.type == "mps":
+        raise Refused("device: several processes train on CPUs or CUDA devices, not on mps")
+    if cfg.data.batch_size < 2 * group.size:
+        raise Refused(
+            f"data.batch_size: expected at least 2 images for each of {group.size} processes, which"
+            f" share every batch; got {cfg.data.batch_size}"
+        )
+    if cfg.train.sync_batchnorm and device.type != "cuda":
+        raise Refused("train.sync_batchnorm: torch's SyncBatchNorm needs CUDA devices; say false")
 
 
 def check_monitor(monitor: str, data: Data) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import re
 import signal
 from collections.abc import Callable
@@ -127,23 +128,32 @@ def run(act: Callable[["Log", "StopSignals"], int | None], places: dict[str, str
         places: where each setting was given; a refusal that begins with one is told with it.
     """
     from cnn.utils.importing import collector_paused
+    from cnn.utils.launch import find_launch
     from cnn.utils.logger import Log
     from cnn.utils.memory import keep_freed_memory
     from cnn.utils.signals import Stopped, StopSignals
 
     keep_freed_memory()
-    log, stop = Log(), StopSignals(deferred=True)
+    launch = find_launch()
+    log, stop = Log(launch.rank), StopSignals(deferred=True)
     stop.install()
+    if (
+        launch.size > 1
+    ):  # that looking for unused parameters found none is no news, and costs little
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Two seconds of importing torch, in which a signal waits: no half of a module is left, and
     # nobody's `except Exception` there takes it.
     with collector_paused():
         from cnn.datasets.loading import DataFailed
+        from cnn.distributed import Elsewhere, Lost
         from cnn.saving import Failed
 
     stop.deferred = False
     try:
         stop.check()
         return act(log, stop) or DONE
+    except Elsewhere:
+        return REFUSED
     except Refused as refusal:
         key = re.match(r"[a-z_]+\.[a-z_]+|\w+", str(refusal))
         place = places.get(key.group()) if key else None
@@ -152,7 +162,7 @@ def run(act: Callable[["Log", "StopSignals"], int | None], places: dict[str, str
     except Stopped as stopped:
         logger.warning("stopped by %s", stopped)
         return 128 + stopped.number
-    except (Failed, DataFailed) as failure:
+    except (Failed, DataFailed, Lost) as failure:
         logger.error("%s", failure)
         return FAILED
     except Exception:

@@ -240,6 +240,9 @@ class TrainConfig:
     )
     compile: bool = setting(False, "torch.compile the model", resume=ASKED)
     deterministic: bool = setting(False, "CUDA: repeatable kernels only", resume=ASKED)
+    sync_batchnorm: bool = setting(
+        False, "several GPUs: BatchNorm over the whole batch, not each one's share", resume=ASKED
+    )
     clip_grad_norm: float | None = setting(
         None, "largest norm of the gradient", resume=ASKED, above=0
     )

@@ -28,6 +28,7 @@ import torch
 from cnn.building import build_run
 from cnn.config import Config, load_config, replaced, to_yaml
 from cnn.datasets.loading import EVALUATION
+from cnn.distributed import ALONE
 from cnn.saving import Failed
 from cnn.trace import Trace, digest
 from cnn.utils.checkpoint import load_checkpoint
@@ -204,7 +205,7 @@ def _child(settings: Path, folder: Path, trace: Path, max_batches: int, method: 
         with RunFolder(None, folder, scratch=True) as run_folder:
             found = find_checkpoint(run_folder)
             point = ResumePoint(*found, cfg, []) if found else None
-            train.train(cfg, run_folder, log, stop, point, max_batches, Trace(trace))
+            train.train(cfg, run_folder, log, stop, ALONE, point, max_batches, Trace(trace))
 
     sys.exit(cli.run(act, {}))
 

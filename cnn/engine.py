@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
+from cnn.distributed import ALONE, Group
 from cnn.metrics import Sums, loss_of, weight_of
 from cnn.optim import freeze
 from cnn.state import TrainingState
@@ -28,13 +29,15 @@ def train_one_epoch(
 
     Args:
         batches: those still to come, from `state.batch` on.
-        sizes: images in each of the epoch's batches, the ones done included.
+        sizes: images in each of the epoch's batches, the ones done included; of several processes,
+            each has its own. The first so many of a batch count: a process for which there are none
+            computes others', so that all take the same steps.
 
     Yields:
         The number of batches of each optimizer step, after it. Between two steps `state` is whole, and may be
         saved; nothing of a step is kept elsewhere.
     """
-    model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    model, optimizer, scaler, group = state.model, state.optimizer, state.scaler, state.group
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     freeze(optimizer, state.epoch)
     set_training(model)
@@ -44,15 +47,23 @@ def train_one_epoch(
         # All of them before the first is used: where one cannot be had, nothing is half done.
         # And before the seed: without workers, augmentations draw from the same generators.
         step = [next(batches) for _ in in_step]
-        weights = [weight_of(loss_function, labels) for _, labels in step]
-        total = sum(weights)
-        for number, ((images, labels), weight) in enumerate(zip(step, weights)):
-            seeding.seed_step(state.device, seed, seeding.STEP, state.step, number)
-            with autocast():
+        weights = [
+            weight_of(loss_function, labels[:own]) for (_, labels), own in zip(step, in_step)
+        ]
+        total = group.sum(sum(weights), state.device)
+        group.equalize(state.loss)
+        sums = Sums(state.device)
+        for number, ((images, labels), own, weight) in enumerate(zip(step, in_step, weights)):
+            seeding.seed_step(state.device, *(seed, seeding.STEP, state.step, number), *group.key)
+            with group.accumulating(state.forward, number + 1 < len(step)), autocast():
                 logits = state.forward(images)
             loss = loss_of(loss_function, logits, labels)
-            scaler.scale(loss * (weight / total)).backward()
-            state.sums.add(loss, logits, labels, weight)
+            # Gradients are averaged over the processes: times their number, it is the sum.
+            scaler.scale(loss * (weight / total * group.size)).backward()
+            sums.add(loss, logits[:own], labels[:own], weight)
+        if group.size > 1:
+            sums.add_up(group.add_up)
+        state.sums.merge(sums)
         if clip_grad_norm is not None:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
@@ -76,6 +87,7 @@ def evaluate(
     *,
     seed: int,
     epoch: int,
+    group: Group = ALONE,
 ) -> dict[str, float | None]:
     """Loss and accuracy of the model over all the batches, named PREFIXloss and PREFIXacc.
 
@@ -83,18 +95,23 @@ def evaluate(
         sums: where to add the batches, for more than these two: an `Outcome`.
         seed, epoch: what a model that draws, such as Monte-Carlo dropout, is keyed by, with the
             number of the batch.
+        group: whose processes each evaluate batches in turn; all are given the metrics.
     """
     was_training = model.training
     model.eval()
+    group.equalize(model)
     device = next(model.parameters()).device
     sums = Sums(device) if sums is None else sums
-    for number, (images, labels) in enumerate(batches):
+    for turn, (images, labels) in enumerate(batches):
+        number = turn * group.size + group.rank
         seeding.seed_step(device, seed, seeding.EVALUATE, epoch, number)
         with autocast():
             logits = model(images)
         loss = loss_of(loss_function, logits, labels)
         sums.add(loss, logits, labels, weight_of(loss_function, labels))
     model.train(was_training)
+    if group.size > 1:
+        sums.gather(group.all_of)
     return {prefix + name: value for name, value in sums.compute().items()}
 
 

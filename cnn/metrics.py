@@ -1,7 +1,8 @@
 """Loss, accuracy and more from sums that stay on the device: one transfer where they are read."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ class Sums:
         self.loss = torch.zeros((), dtype=exact, device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.weight: float | torch.Tensor = 0  # what the loss is divided by
-        self.count = 0
+        self.count: int | torch.Tensor = 0
 
     def add(
         self,
@@ -41,18 +42,39 @@ class Sums:
         self.correct += (logits.detach().argmax(1) == labels).sum()
         self.count += number
 
+    def merge(self, other: "Sums") -> None:
+        """Adds what other sums hold."""
+        self.loss += other.loss
+        self.correct += other.correct
+        self.weight = self.weight + other.weight
+        self.count = self.count + other.count
+
+    def add_up(self, over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Makes of the sums of every process those of all.
+
+        Args:
+            over_processes: sums a tensor over them.
+        """
+        numbers = (self.loss, self.weight, self.correct, self.count)
+        total = over_processes(
+            torch.stack([torch.as_tensor(n).to(self.loss, non_blocking=True) for n in numbers])
+        )
+        self.loss, self.weight, correct, count = total.unbind()
+        self.correct, self.count = correct.to(torch.int64), count.to(torch.int64)
+
     def is_finite(self) -> bool:
         """Whether every loss so far was a number; waits for the device."""
         return math.isfinite(self.loss.item())
 
     def compute(self) -> dict[str, float]:
         """Mean loss and accuracy (a fraction) over the images so far."""
-        weight = float(self.weight) if self.count else 1.0
-        return {"loss": self.loss.item() / weight, "acc": self.correct.item() / max(self.count, 1)}
+        count = int(self.count)
+        weight = float(self.weight) if count else 1.0
+        return {"loss": self.loss.item() / weight, "acc": self.correct.item() / max(count, 1)}
 
     def state_dict(self) -> dict:
-        names = ("loss", "correct", "count", "weight")
-        return {name: getattr(self, name) for name in names}
+        names = ("loss", "correct", "weight")
+        return {name: getattr(self, name) for name in names} | {"count": int(self.count)}
 
     def load_state_dict(self, state: dict) -> None:
         self.loss.copy_(state["loss"])
@@ -65,6 +87,9 @@ class Sums:
 class Outcome(Sums):
     """An evaluation: besides the sums, the confusion matrix, and of each image what was said.
 
+    What depends on the order of the batches is kept batch by batch, so that several processes that
+    take them in turn come to the same bits as one.
+
     Args:
         names: of the metrics that `compute` gives; what they do not need is not kept.
     """
@@ -76,6 +101,7 @@ class Outcome(Sums):
         self.matrix = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
         self.in_top = torch.zeros((), dtype=torch.int64, device=device)
         self._keeps_scores = bool(set(names) & set(scores.OF_SCORES))
+        self._losses: list[tuple[torch.Tensor, float | torch.Tensor]] = []  # times weight; weight
         self._labels: list[torch.Tensor] = []
         self._predictions: list[torch.Tensor] = []
         self._probabilities: list[torch.Tensor] = []  # of the class that was predicted
@@ -90,6 +116,8 @@ class Outcome(Sums):
     ) -> None:
         """As `Sums.add`, and what was said of each image."""
         super().add(loss, logits, labels, weight)
+        weight = len(labels) if weight is None else weight
+        self._losses.append((loss.detach() * weight, weight))
         predictions = logits.argmax(1)
         probabilities = logits.float().softmax(1)  # N, classes
         cells = labels * self.num_classes + predictions
@@ -102,6 +130,26 @@ class Outcome(Sums):
         if self._keeps_scores:
             self._labels.append(labels)
             self._scores.append(probabilities)
+
+    def gather(self, from_processes: Callable[[dict], list[dict]]) -> None:
+        """Makes of each process's part, the batches that it took in its turn, the whole in every one.
+
+        Args:
+            from_processes: gives everybody's part for one's own.
+        """
+        lists = ("_losses", "_labels", "_predictions", "_probabilities", "_scores")
+        counts = ("correct", "matrix", "in_top", "count")
+        names = (*lists, *counts)
+        parts = from_processes({name: _on_cpu(getattr(self, name)) for name in names})
+        for name in lists:
+            turns = itertools.zip_longest(*(part[name] for part in parts))
+            setattr(self, name, [batch for turn in turns for batch in turn if batch is not None])
+        for name in counts:
+            setattr(self, name, sum(part[name] for part in parts))
+        self.loss, self.weight = torch.zeros_like(self.loss, device="cpu"), 0
+        for loss, weight in self._losses:
+            self.loss += loss
+            self.weight = self.weight + weight
 
     def compute(self) -> dict[str, float | None]:
         """The named metrics over the images so far; None for what is undefined."""
@@ -140,3 +188,10 @@ def weight_of(function: nn.Module, labels: torch.Tensor) -> int | torch.Tensor:
         return len(labels)
     exact = torch.float32 if weights.device.type == "mps" else torch.float64
     return weights.to(exact)[labels].sum()
+
+
+def _on_cpu(value: object) -> object:
+    """The same, its tensors on the CPU."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_on_cpu(part) for part in value)
+    return value.cpu() if isinstance(value, torch.Tensor) else value

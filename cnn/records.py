@@ -151,6 +151,27 @@ class Records:
             return False
 
 
+class Unrecorded:
+    """Of a process that is not the first of its run: it leaves nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+
+def open_records(cfg: Config, folder: RunFolder, run: Run) -> Records | Unrecorded:
+    """The records of a run, which its first process writes."""
+    return Records(cfg, folder, run) if run.state.group.is_first else Unrecorded()
+
+
 def has_tensorboard() -> bool:
     return importlib.util.find_spec("tensorboard") is not None
 

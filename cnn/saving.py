@@ -16,6 +16,7 @@ from torch import nn
 from cnn.config import CheckpointConfig, Refused
 from cnn.datasets.loading import DataFailed
 from cnn.state import TrainingState
+from cnn.utils import launch
 from cnn.utils.checkpoint import CheckpointWriter, files_of_run, read_checkpoint, where
 from cnn.utils.run import RunFolder
 from cnn.utils.signals import Stopped, StopSignals
@@ -49,6 +50,7 @@ class Saver:
     ):
         self.cfg, self.state, self.folder, self.stop, self.about = cfg, state, folder, stop, about
         self.writer = CheckpointWriter()
+        self.group = state.group  # its first process writes
         self._saved_at = self._ticked_at = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -64,13 +66,15 @@ class Saver:
         if isinstance(error, (Stopped, DataFailed)):
             self.save()
         self.writer.wait()
+        if isinstance(error, (Stopped, DataFailed)):
+            self.group.wait()  # torchrun kills the others as soon as one has left
         self.stop.deferred = False
         if self.writer.failure is not None:
             before = f"{error}; and " if isinstance(error, (Failed, DataFailed)) else ""
             raise Failed(
                 f"{before}the latest state could not be saved: {self.writer.failure}. {self._safe()}"
             ) from error
-        hint = self.folder.last.exists() and not self.folder.scratch
+        hint = self.folder.last.exists() and not self.folder.scratch and self.group.is_first
         if error is not None and not isinstance(error, Failed) and hint:
             logger.warning("go on with: %s", self.resume_command())
 
@@ -85,7 +89,9 @@ class Saver:
 
     def resume_command(self) -> str:
         """The exact command that goes on with this run."""
-        return shlex.join(["python", sys.argv[0], "--resume", self.folder.last.as_posix()])
+        return " ".join(
+            map(shlex.quote, launch.command(sys.argv[0], "--resume", self.folder.last.as_posix()))
+        )
 
     def seconds(self) -> float:
         """Seconds since the last call of this kind, or since the run began."""
@@ -139,6 +145,8 @@ class Saver:
         """
         self.check_finite()
         self._check_weights()
+        if not self.group.is_first:
+            return
         self.writer.save(self.state.state_dict() | self.about, self.folder.last, best, also)
         self._saved_at = time.monotonic()
 
@@ -166,6 +174,8 @@ class Saver:
         self.writer.wait()
         model = copy.deepcopy(self.state.evaluated_model())
         best = self.state.best
+        if not self.group.is_first:
+            return model  # the evaluation gives it the first one's weights
         if best is None:
             logger.warning("no epoch was the best one; testing the latest weights")
             return model

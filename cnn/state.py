@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from cnn.distributed import ALONE, Group
 from cnn.metrics import Sums, improves
 from cnn.optim import Schedule
 
@@ -26,6 +27,7 @@ class TrainingState:
         waited: epochs since the best one.
         group_lrs: where groups have learning rates of their own, theirs: {"lr_x0.1": ...}.
         loss: the user's own loss function, if it is a module: it may have state.
+        group: the processes that train together.
         history: a row for each completed epoch.
         test: the final test's metrics, or None before it.
         predictions: of "val" (the best epoch) and "test", what was said of each image and how sure.
@@ -42,15 +44,16 @@ class TrainingState:
         ema_decay: float | None = None,
         compile: bool = False,
         loss: nn.Module | None = None,
+        group: Group = ALONE,
     ):
-        self.loss = loss
+        self.loss, self.group = loss, group
         self.model, self.optimizer, self.schedule, self.scaler = model, optimizer, schedule, scaler
         self.device = device
         self.ema = None
         if ema_decay is not None:
             average = get_ema_multi_avg_fn(ema_decay)
             self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-        self.forward = torch.compile(model) if compile else model
+        self.forward = group.wrap(torch.compile(model) if compile else model)
         self.epoch = self.step = self.batch = 0
         self.sums = Sums(device)
         self.seconds = 0.0
@@ -165,7 +168,7 @@ class TrainingState:
         """
         train = {f"train_{name}": value for name, value in self.sums.compute().items()}
         value = metrics[monitor]
-        times = (self.sums.count / max(self.seconds, 1e-9), self.seconds + val_seconds)
+        times = (int(self.sums.count) / max(self.seconds, 1e-9), self.seconds + val_seconds)
         row = {"epoch": self.epoch + 1, "step": self.step, "lr": self.lr}
         row |= self.group_lrs | train | metrics
         self.history.append(row | dict(zip(TIME_COLUMNS, times)))

@@ -4,11 +4,13 @@ A fork server imports everything once; each run is a fork of it, in a session (p
 own, workers included.
 """
 
+import json
 import multiprocessing
 import os
 import random
 import resource
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -17,8 +19,10 @@ import torch
 
 import train
 from cnn import engine, saving
+from cnn.trace import digest
 from cnn.utils import checkpoint, files
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as cli.run does, before torch is imported
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torchvision.transforms.v2", "processes"])
 
@@ -30,6 +34,8 @@ class Process:
         trap: a place in the run (TRAPS), how often it is passed before, and the signal that the
             process group gets there.
         room: bytes that a file may have, as on a disk that is full then.
+        rank: of several processes that train together, what torchrun tells this one in the
+            environment; it then also records what it trains on in `trained_RANK.jsonl`.
     """
 
     def __init__(
@@ -39,10 +45,13 @@ class Process:
         trap: tuple[str, int, int] | None = None,
         room: int | None = None,
         output: str = "output.txt",
+        rank: dict[str, str] | None = None,
     ):
         folder.mkdir(parents=True, exist_ok=True)
         self.output = folder / output
-        self.process = CONTEXT.Process(target=_run, args=(folder, words, trap, room, self.output))
+        self.process = CONTEXT.Process(
+            target=_run, args=(folder, words, trap, room, self.output, rank)
+        )
         self.process.start()
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -101,6 +110,7 @@ def _run(
     trap: tuple[str, int, int] | None,
     room: int | None,
     output: Path,
+    rank: dict[str, str] | None,
 ):
     os.setsid()
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
@@ -116,6 +126,9 @@ def _run(
     sys.argv = ["train.py", *words]
     if trap is not None:
         set_trap(*trap)
+    if rank is not None:
+        os.environ.update(rank)
+        record_training(folder / f"trained_{rank['RANK']}.jsonl")
     status = train.main(list(words))
     sys.stderr.flush()
     os._exit(status)
@@ -152,3 +165,96 @@ def set_trap(place: str, passes: int, number: int) -> None:
         return original(*args, **keywords)
 
     setattr(owner, name, trapped)
+
+
+# -- several processes that train together ------------------------------------------------------
+
+
+class Ranks:
+    """A run in several processes, each started as torchrun would, without paying for its start.
+
+    Args:
+        traps: by rank, as of a `Process`.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        folder: Path,
+        *words: str,
+        traps: dict[int, tuple[str, int, int]] | None = None,
+    ):
+        common = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size),
+            "GROUP_RANK": "0",
+        }
+        self.processes = [
+            Process(
+                folder,
+                *words,
+                trap=(traps or {}).get(rank),
+                output=f"output_{rank}.txt",
+                rank=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(size)
+        ]
+
+    def wait(self) -> list[int]:
+        """The exit statuses; what one of them leaves alone is no use and ends by itself."""
+        return [process.wait() for process in self.processes]
+
+    def output(self) -> str:
+        return "\n".join(process.output.read_text() for process in self.processes)
+
+
+def run_ranks(size: int, folder: Path, *words: str) -> str:
+    """A run in several processes to its end; all they said."""
+    ranks = Ranks(size, folder, *words)
+    statuses = ranks.wait()
+    assert statuses == [0] * size, f"{statuses}\n{ranks.output()}"
+    return ranks.output()
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def record_training(path: Path) -> None:
+    """Has every batch that is trained on recorded: its images that count, and the loss after it."""
+    original = engine.train_one_epoch
+
+    def recorded(state, batches, sizes, *args, **keywords):
+        seen = []
+
+        def follow():
+            for number, (images, labels) in enumerate(batches, start=state.batch):
+                own = zip(images[: sizes[number]], labels[: sizes[number]].tolist())
+                hashes = [f"{digest(image)} {label}" for image, label in own]
+                seen.append({"epoch": state.epoch + 1, "batch": number, "images": hashes})
+                yield images, labels
+
+        for step in original(state, follow(), sizes, *args, **keywords):
+            seen[-1] |= {"step": state.step, "loss_sum": state.sums.loss.item()}
+            with open(path, "a") as file:
+                file.writelines(json.dumps(batch) + "\n" for batch in seen)
+            seen.clear()
+            yield step
+
+    engine.train_one_epoch = recorded
+
+
+def trained_on(folder: Path, size: int) -> dict[tuple[int, int], dict]:
+    """By epoch and batch: the images of all ranks in their order, and the loss after its step."""
+    batches: dict[tuple[int, int], dict] = {}
+    for rank in range(size):
+        with open(folder / f"trained_{rank}.jsonl") as file:
+            for line in map(json.loads, file):
+                batch = batches.setdefault((line["epoch"], line["batch"]), {"images": []})
+                batch["images"] += line["images"]
+                batch["loss_sum"] = line.get("loss_sum")
+    return batches

@@ -305,7 +305,7 @@ def test_the_cache_has_its_room_on_the_disk_before_it_is_mapped(
         monkeypatch.delattr(os, "posix_fallocate")
     size = 3 * 2**20 + 5
     with open(tmp_path / "file", "wb") as file:
-        cache._allocate(file, size)
+        cache.allocate(file, size)
     status = (tmp_path / "file").stat()
     assert status.st_size == size and status.st_blocks * 512 >= size
 

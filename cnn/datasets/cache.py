@@ -63,11 +63,11 @@ def _key(root: Path, paths: list[Path], scans: np.ndarray, shape: tuple[int, ...
 
 def _write(file: Path, paths: list[Path], shape: tuple[int, ...]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(file.parent)
+    remove_leftovers(file.parent)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # two processes may be at it
     try:
         with open(temporary, "wb") as out:
-            _allocate(out, int(np.prod(shape)))
+            allocate(out, int(np.prod(shape)))
         pixels = np.memmap(temporary, np.uint8, mode="r+", shape=shape)
         _decode_into(pixels, paths, shape[1], shape[3])
         pixels.flush()
@@ -78,7 +78,7 @@ def _write(file: Path, paths: list[Path], shape: tuple[int, ...]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _allocate(out: IO[bytes], size: int) -> None:
+def allocate(out: IO[bytes], size: int) -> None:
     """Makes the file that long, with room on the disk for every byte.
 
     Writing into a mapped file for which there is none is no OSError but the end of the process.
@@ -91,7 +91,7 @@ def _allocate(out: IO[bytes], size: int) -> None:
         out.write(zeros[: size - start])
 
 
-def _remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Removes what processes killed in the middle left; a young one may still be at work."""
     for path in folder.glob(".pixels_*.tmp"):
         with contextlib.suppress(OSError):  # another process was quicker

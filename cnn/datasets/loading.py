@@ -43,6 +43,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # images float (N, C, H, W), labels i
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of pixels that are kept in memory by data.in_memory=auto
 EVALUATION_BATCHES = 4  # times the training batch: without gradients there is room
+LARGEST_EVALUATION_BATCH = 512
 EVALUATION = 0  # stands for the epoch where images come as they are
 
 
@@ -62,6 +63,19 @@ def split_epoch(number: int, batch_size: int) -> list[int]:
     elif rest:
         sizes.append(rest)
     return sizes
+
+
+def share_of(number: int, rank: int, num_ranks: int) -> tuple[int, int, int]:
+    """What one of several processes computes of a batch: from, to, and how many of them count.
+
+    BatchNorm cannot train on one value a channel. Where there are not two images for everybody, those
+    who get none compute the first two of the batch with the others, and these do not count.
+    """
+    sharers = max(1, min(num_ranks, number // 2))
+    if rank >= sharers:
+        return 0, min(number, 2), 0
+    start, end = number * rank // sharers, number * (rank + 1) // sharers
+    return start, end, end - start
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -141,10 +155,9 @@ class _Plan:
         self._keys: Callable[[int, int], list[Key]]
         self._spans: list[tuple[int, int]] = []
 
-    def set(self, keys: Callable[[int, int], list[Key]], sizes: list[int], start: int) -> None:
-        ends = np.cumsum(sizes).tolist()
+    def set(self, keys: Callable[[int, int], list[Key]], spans: list[tuple[int, int]]) -> None:
         self._keys = keys  # of the images from one place of the epoch to another
-        self._spans = [(ends[i] - sizes[i], ends[i]) for i in range(start, len(sizes))]
+        self._spans = spans
 
     def __iter__(self) -> Iterator[list[Key]]:
         return (self._keys(*span) for span in self._spans)
@@ -165,7 +178,15 @@ def draw_balanced(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 class Loader:
-    """Gives a split's batches on the device, shuffled and changed for training or as they are."""
+    """Gives a split's batches on the device, shuffled and changed for training or as they are.
+
+    Of several processes each has its share of every batch in training; in evaluation, where a batch
+    is to have the same bits whoever computes it, they take whole batches in turn.
+
+    Attributes:
+        sizes: images in each batch of an epoch.
+        own_sizes: those of them that are this process's in training.
+    """
 
     def __init__(
         self,
@@ -175,23 +196,42 @@ class Loader:
         device: torch.device,
         seed: int,
         sampler: str = "shuffle",
+        rank: int = 0,
+        num_ranks: int = 1,
     ):
+        self.rank, self.num_ranks = rank, num_ranks
         self.images, self.device, self.seed = images, device, seed
         self.balanced = sampler == "balanced"
         self.size = preprocessing.image_size
         self.sizes = split_epoch(len(images), batch_size)
+        self.own_sizes = [share_of(size, rank, num_ranks)[2] for size in self.sizes]
         self._normalize = Normalize(preprocessing, device)
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    def num_turns(self) -> int:
+        """How many batches the busiest of the processes has in an evaluation."""
+        return -(-len(self.sizes) // self.num_ranks)
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from number `start` on; those before are never read."""
         return self._batches(epoch, self.order(epoch), start)
 
     def batches(self) -> Iterator[Batch]:
-        """All images, in their order, unchanged."""
+        """All images, in their order, unchanged; of several processes, each has batches in turn."""
         return self._batches(EVALUATION, np.arange(len(self.images)), 0)
+
+    def _spans(self, epoch: int, start: int) -> list[tuple[int, int]]:
+        """From where to where in the epoch this process's batches go, from number `start` on."""
+        first = [0, *np.cumsum(self.sizes).tolist()]
+        if epoch == EVALUATION:
+            turns = range(self.rank, len(self.sizes), self.num_ranks)
+            return [(first[i], first[i + 1]) for i in turns]
+        shares = [share_of(size, self.rank, self.num_ranks) for size in self.sizes]
+        return [
+            (first[i] + shares[i][0], first[i] + shares[i][1]) for i in range(start, len(shares))
+        ]
 
     def order(self, epoch: int) -> np.ndarray:
         """Which image stands at each place of an epoch."""
@@ -245,7 +285,7 @@ class StreamLoader(Loader):
     def _batches(self, epoch: int, order: np.ndarray, start: int) -> Iterator[Batch]:
         # Nothing of self: the loader would live in a circle, its workers until that is collected.
         keys = functools.partial(keys_of, epoch, order, self.balanced)
-        self._plan.set(keys, self.sizes, start)
+        self._plan.set(keys, self._spans(epoch, start))
         for images, labels in self._read():
             yield (
                 self._finish(images.to(self.device, non_blocking=True)),
@@ -320,11 +360,9 @@ class MemoryLoader(Loader):
     def _batches(self, epoch: int, order: np.ndarray, start: int) -> Iterator[Batch]:
         draws = self._draws(epoch)
         order = torch.from_numpy(order).to(self.device)
-        end = sum(self.sizes[:start])
-        for number in self.sizes[start:]:
-            start, end = end, end + number
-            indices = order[start:end]
-            rows = slice(start, end) if self.balanced else indices
+        for begin, end in self._spans(epoch, start):
+            indices = order[begin:end]
+            rows = slice(begin, end) if self.balanced else indices
             images = self._gather(self._rows[indices], draws[rows] if draws is not None else None)
             yield self._normalize(images), self._labels[indices]
 
@@ -345,6 +383,8 @@ def build_loader(
     seed: int,
     *,
     training: bool,
+    rank: int = 0,
+    num_ranks: int = 1,
 ) -> Loader:
     """The quickest loader that serves: from memory where the pixels fit, else image by image.
 
@@ -354,9 +394,11 @@ def build_loader(
         Refused: data.in_memory is true and cannot be.
     """
     augment = cfg.augment if training else []
-    batch_size = cfg.batch_size if training else EVALUATION_BATCHES * cfg.batch_size
+    batch_size = cfg.batch_size
+    if not training:  # not so large that several processes could not take them in turn
+        batch_size = min(EVALUATION_BATCHES * batch_size, max(batch_size, LARGEST_EVALUATION_BATCH))
     sampler = cfg.sampler if training else "shuffle"
-    common = (images, preprocessing, batch_size, device, seed, sampler)
+    common = (images, preprocessing, batch_size, device, seed, sampler, rank, num_ranks)
     size, channels = preprocessing.image_size, preprocessing.channels
     slow = [name for name in cfg.augment if name not in BATCH_AUGMENTATIONS]
     fits = images.num_decoded() * size * size * channels <= MEMORY_LIMIT and not slow

@@ -14,6 +14,7 @@ import numpy
 import torch
 
 from cnn.config import Refused
+from cnn.utils.launch import ALONE, Launch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -22,8 +23,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BITS_DEPEND_ON = ("torch", "numpy", "device", "cpu", "threads", "precision", "world_size")
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of that name, made the current one; auto is CUDA, else MPS, else the CPU."""
+def choose_device(name: str, launch: Launch = ALONE) -> torch.device:
+    """The device of that name, made the current one; auto is CUDA, else MPS, else the CPU.
+
+    Args:
+        launch: of several processes on a machine, each has the CUDA device of its number.
+    """
+    if launch.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        if launch.local_size > torch.cuda.device_count():
+            raise Refused(
+                f"device: torchrun has started {launch.local_size} processes here, and there are"
+                f" {torch.cuda.device_count()} CUDA devices; --nproc-per-node says how many"
+            )
+        name = f"cuda:{launch.local_rank}"
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -75,7 +87,7 @@ def cpu_has(*features: str) -> bool:
     return bool(set(features) & set(flags)) and torch.backends.mkldnn.is_available()
 
 
-def describe(device: torch.device, precision: str) -> dict[str, Any]:
+def describe(device: torch.device, precision: str, world_size: int = 1) -> dict[str, Any]:
     """Versions, hardware and code, as plain values for checkpoint and log."""
     on_cuda = device.type == "cuda"
     return {
@@ -89,7 +101,7 @@ def describe(device: torch.device, precision: str) -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "precision": precision,
-        "world_size": 1,
+        "world_size": world_size,
         "git": git_commit(),
     }
 

@@ -23,10 +23,18 @@ NAMES = (
 
 
 class _Console(logging.Handler):
-    """Writes past a tqdm bar, to stderr; plain lines, with the level where it is no INFO."""
+    """Writes past a tqdm bar, to stderr; plain lines, with the level where it is no INFO.
+
+    Args:
+        speaker: who says it, where it is not the first process of a run: "rank 1: ".
+    """
+
+    def __init__(self, speaker: str = ""):
+        super().__init__()
+        self._speaker = speaker
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
+        message = self._speaker + record.getMessage()
         if record.levelno > logging.INFO:
             message = f"{record.levelname.lower()}: {message}"
         if record.exc_info:
@@ -38,9 +46,13 @@ class _Console(logging.Handler):
 class _File(logging.FileHandler):
     """Appends to train.log; where that fails, says so once until it succeeds again."""
 
-    def __init__(self, path: Path):
-        super().__init__(path, mode="a", encoding="utf-8", errors="backslashreplace")
-        self.setFormatter(logging.Formatter(FILE_FORMAT))
+    def __init__(self, path: Path, speaker: str = ""):
+        # Of another process than the first the file begins, if at all, with what it has to say.
+        late = bool(speaker)
+        super().__init__(path, mode="a", encoding="utf-8", delay=late, errors="backslashreplace")
+        self.setFormatter(
+            logging.Formatter(FILE_FORMAT.replace("%(message)s", f"{speaker}%(message)s"))
+        )
         self._told = False
 
     def flush(self) -> None:
@@ -65,24 +77,31 @@ def _tell_unwritable(path: Path, error: BaseException | None) -> None:
 
 
 class Log:
-    """The log of one process: console at once; what it said is in the file from `open_file` on."""
+    """The log of one process: console at once; what it said is in the file from `open_file` on.
 
-    def __init__(self) -> None:
+    Of several processes the first one talks; the others tell what goes wrong, and who they are.
+    """
+
+    def __init__(self, rank: int = 0) -> None:
+        self._speaker = f"rank {rank}: " if rank else ""
         self.root = logging.getLogger()
         self._before = (self.root.level, list(self.root.handlers))
         self._kept = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
         self._file: logging.FileHandler | None = None
-        self.root.handlers = [_Console(), self._kept]
-        self.root.setLevel(logging.WARNING)
-        for name in NAMES:
-            logging.getLogger(name).setLevel(logging.INFO)
+        self.root.handlers = [_Console(self._speaker), self._kept]
+        self.root.setLevel(logging.WARNING if rank == 0 else logging.ERROR)
+        for name in NAMES:  # what is said while all build the same, they need not say each
+            logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.ERROR)
         logging.captureWarnings(True)
 
     def open_file(self, path: Path) -> None:
         """Appends to the file, beginning with what was said so far."""
         self.close_file()
+        if self._speaker:
+            for name in NAMES:
+                logging.getLogger(name).setLevel(logging.WARNING)
         try:
-            self._file = _File(path)
+            self._file = _File(path, self._speaker)
         except OSError as error:
             _tell_unwritable(path, error)
             return

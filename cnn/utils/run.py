@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -39,10 +40,18 @@ class RunFolder:
 
     Args:
         scratch: it is removed when the run ends, so that nobody goes on with it.
+        first: has the first process of the run do something, and all know how it went.
     """
 
-    def __init__(self, name: str | None, root: Path = Path(), *, scratch: bool = False):
-        self.scratch = scratch
+    def __init__(
+        self,
+        name: str | None,
+        root: Path = Path(),
+        *,
+        scratch: bool = False,
+        first: Callable[[Callable[[], None]], None] = lambda act: act(),
+    ):
+        self.scratch, self._first = scratch, first
         self.logs = root / "logs" / (name or "")
         self.checkpoints = root / "checkpoints" / (name or "")
         self.last = self.checkpoints / "last.pth"
@@ -51,7 +60,7 @@ class RunFolder:
         self._lock: FileLock | None = None
 
     def __enter__(self) -> Self:
-        self.lock()
+        self._first(self.lock)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -26,6 +26,7 @@ class StopSignals:
     def __init__(self, *, deferred: bool = False) -> None:
         self.received: int | None = None
         self.deferred = deferred  # it waits until `check`
+        self.alone = True  # else all processes of the run stop together, where they agree to
         self._process = os.getpid()
 
     def install(self) -> None:
@@ -50,7 +51,7 @@ class StopSignals:
 
     def check(self) -> None:
         """Raises Stopped if a signal has come; called where a run may be saved."""
-        if self.received is not None:
+        if self.received is not None and self.alone:
             raise Stopped(self.received)
 
 

@@ -1,0 +1,247 @@
+"""One run in several processes, started by torchrun: what they do together, and what they agree on.
+
+Every process holds the whole model (DistributedDataParallel; Li et al., VLDB 2020) and computes its
+share of every batch. With one process, all of this does nothing.
+"""
+
+import contextlib
+import datetime
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cnn.config import Refused
+from cnn.datasets.loading import DataFailed
+from cnn.utils.launch import Launch, find_launch
+from cnn.utils.signals import Stopped, StopSignals
+
+T = TypeVar("T")
+
+# How long a process waits for the others before it gives up: within a step, and while the first one
+# of a machine decodes a large set of images.
+STEP_TIMEOUT = datetime.timedelta(minutes=10)
+BUILD_TIMEOUT = datetime.timedelta(days=1)
+
+
+class Elsewhere(Refused):
+    """Refused by another process, which has said why."""
+
+
+class Lost(RuntimeError):
+    """Another process of the run is gone."""
+
+
+class Group:
+    """The processes of a run, as one of them sees it."""
+
+    def __init__(self, launch: Launch | None = None, stop: StopSignals | None = None):
+        self.launch, self.stop = launch or Launch(), stop
+        self.rank, self.size = self.launch.rank, self.launch.size
+        self.is_first = self.launch.is_first
+        # What is random inside a step is each process's own, for the first the same as alone.
+        self.key = (self.rank,) if self.rank else ()
+        self._launcher = os.getppid()
+        self._patient: dist.ProcessGroup | None = None  # for what may take long
+
+    def meet(self) -> None:
+        """Waits for the others.
+
+        Raises:
+            Refused: they do not come, or cannot be reached.
+        """
+        if self.size == 1:
+            return
+        self.stop.alone = False
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=STEP_TIMEOUT)
+            self._patient = dist.new_group(backend="gloo", timeout=BUILD_TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise Refused(
+                f"torchrun: the {self.size} processes did not meet at {where}:"
+                f" {str(error).splitlines()[0]}"
+            ) from None
+
+    def leave(self) -> None:
+        """Waits until all are done, and takes the connections down."""
+        if self.size > 1:
+            dist.barrier(self._patient)
+            dist.destroy_process_group()
+
+    # -- before training -----------------------------------------------------------------------
+
+    def first(self, act: Callable[[], T]) -> T:
+        """What `act` gives in the first process, in all of them; plain values and tensors.
+
+        Raises:
+            Refused: there, and with it everywhere.
+        """
+        if self.size == 1:
+            return act()
+        given, refusal = None, None
+        if self.is_first:
+            try:
+                given = act()
+            except Refused as refused:
+                refusal = refused
+        told = [(given, refusal is not None)]
+        dist.broadcast_object_list(told, src=0, group=self._patient)
+        if told[0][1]:
+            raise refusal or Elsewhere("refused by the first process")
+        return told[0][0]
+
+    def together(self, act: Callable[[], T]) -> T:
+        """What `act` gives, in every process its own.
+
+        Raises:
+            Refused: in one, and with it everywhere; one of them tells why.
+        """
+        if self.size == 1:
+            return act()
+        given, refusal = None, None
+        try:
+            given = act()
+        except Refused as refused:
+            refusal = refused
+        kinds = self.all_of(type(refusal).__name__)
+        if any(kind != "NoneType" for kind in kinds):
+            told = [
+                rank for rank, kind in enumerate(kinds) if kind not in ("NoneType", "Elsewhere")
+            ]
+            raise refusal if self.rank in told[:1] else Elsewhere("refused by another process")
+        return given
+
+    def leaders_first(self, act: Callable[[], T]) -> T:
+        """What `act` gives in every process; one of each machine has done it before the others."""
+        if self.launch.local_rank == 0:
+            given = self.together(act)
+            return self.together(lambda: given)
+        self.together(lambda: None)
+        return self.together(act)
+
+    def all_of(self, value: T) -> list[T]:
+        """Every process's value, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self._patient)
+        return values
+
+    # -- training ------------------------------------------------------------------------------
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model whose backward pass leaves the mean of all processes' gradients in each.
+
+        Looking for unused parameters in every step keeps the order in which gradients are added
+        the same from the first step on, and with it the bits after a resume; otherwise they are
+        put into other buckets after the first step. Frozen parameters are unused ones too.
+        """
+        if self.size == 1:
+            return model
+        return DistributedDataParallel(model, find_unused_parameters=True)
+
+    def accumulating(self, forward: nn.Module, more: bool) -> contextlib.AbstractContextManager:
+        """Around a forward pass: whether its gradients wait for those of more batches."""
+        return forward.no_sync() if more and self.size > 1 else contextlib.nullcontext()
+
+    def sum(self, value: T, device: torch.device) -> T | torch.Tensor:
+        """The sum over all processes of a number or a tensor (), exact to float64."""
+        if self.size == 1:
+            return value
+        total = torch.as_tensor(value, dtype=torch.float64, device=device).reshape(1).clone()
+        dist.all_reduce(total)
+        return total[0]
+
+    def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, each number summed over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def equalize(self, module: nn.Module | None) -> None:
+        """Gives every process the first one's weights and buffers of a module.
+
+        What BatchNorm has seen differs: it sees the process's own images.
+        """
+        if self.size > 1 and module is not None:
+            for tensor in module.state_dict().values():
+                if isinstance(tensor, torch.Tensor):
+                    dist.broadcast(tensor, src=0)
+
+    def in_step(self, batches: Iterable[T], number: int) -> Iterator[T]:
+        """Passes batches on, each once every process has its own, and `number` times.
+
+        A process that has fewer waits with the others. Where one cannot go on, all stop before the
+        same batch.
+
+        Raises:
+            Stopped: one of them was sent a signal.
+            DataFailed: one of them cannot have its batch.
+        """
+        if self.size == 1:
+            yield from batches
+            return
+        own = iter(batches)
+        for _ in range(number):
+            batch = failure = None
+            try:
+                batch = next(own, None)
+            except DataFailed as error:
+                failure = error
+            agreed = torch.tensor([self._signal(), self.rank + 1 if failure else 0])
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
+            signalled, failed = agreed.tolist()
+            if failed:
+                raise failure or DataFailed(f"rank {failed - 1} cannot have its images")
+            if signalled:
+                raise Stopped(signalled)
+            if batch is not None:
+                yield batch
+
+    def _signal(self) -> int:
+        """The signal that this process was sent, or 0; a launcher that is gone counts as one."""
+        if self.stop.received is None and os.getppid() != self._launcher:
+            return signal.SIGTERM
+        return self.stop.received or 0
+
+    def wait(self) -> None:
+        """Waits until all are here: nobody leaves while the first one saves."""
+        if self.size > 1:
+            dist.barrier(self._patient)
+
+
+ALONE = Group()
+
+
+@contextlib.contextmanager
+def joined(stop: StopSignals) -> Iterator[Group]:
+    """The group that torchrun has started this process in; alone without it.
+
+    Raises:
+        Lost: another process has gone while this one needed it.
+    """
+    group = Group(find_launch(), stop)
+    group.meet()
+    try:
+        yield group
+    except (dist.DistError, RuntimeError) as error:
+        if group.size > 1 and is_lost(error):
+            raise Lost(
+                "another process of this run is gone; what ended it is told by that one, above or"
+                " in its own output"
+            ) from None
+        raise
+    group.leave()
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error is that of a connection to another process."""
+    words = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in words or "Connection" in words
