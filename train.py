@@ -62,8 +62,6 @@ def obey(argv: list[str]) -> int:
     if command.print_config:
         sys.stdout.write(to_yaml(cfg))
         return cli.DONE
-    if command.drill or command.find_lr:
-        launch.refuse_several("--drill" if command.drill else "--find-lr")
     acts = {"dry_run": dry_run, "drill": drill, "find_lr": find_lr}
     act = next((act for name, act in acts.items() if getattr(command, name)), start)
     return cli.run(lambda log, stop: act(cfg, command, log, stop), command.places)
@@ -216,6 +214,7 @@ def dry_run(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") 
 
 def drill(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") -> None:
     """Is this a run that can be stopped at any instant? Kills it and sees."""
+    launch.refuse_several("--drill")
     if os.name == "nt":
         raise Refused("--drill needs signals that Windows has not; under WSL it works")
     from cnn.drill import hold_drill
@@ -227,6 +226,7 @@ def find_lr(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") 
     """Which learning rate? Tries ever higher ones; touches nothing of the run."""
     from cnn.find_lr import range_test
 
+    launch.refuse_several("--find-lr")
     range_test(cfg)
 
 

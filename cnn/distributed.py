@@ -60,8 +60,13 @@ class Group:
         self.stop.alone = False
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
-            dist.init_process_group(backend, timeout=STEP_TIMEOUT)
-            self._patient = dist.new_group(backend="gloo", timeout=BUILD_TIMEOUT)
+            with self.stop.not_installed():  # inside of torch no handler of ours would be called
+                store, rank, size = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
+                store = dist.PrefixStore(_attempt(), store)
+                dist.init_process_group(
+                    backend, store=store, rank=rank, world_size=size, timeout=STEP_TIMEOUT
+                )
+                self._patient = dist.new_group(backend="gloo", timeout=BUILD_TIMEOUT)
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise Refused(
@@ -215,6 +220,15 @@ class Group:
         """Waits until all are here: nobody leaves while the first one saves."""
         if self.size > 1:
             dist.barrier(self._patient)
+
+
+def _attempt() -> str:
+    """What torchrun's restarts are told apart by, where they share a store of addresses.
+
+    Without, a process started again would look for the others where they were before.
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT') if shared else 0}"
 
 
 ALONE = Group()

@@ -1,15 +1,23 @@
 """Several processes that train together: the same images, the same bits, whichever is killed."""
 
+import contextlib
+import os
+import random
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, assert_same_run, history
-from processes import Ranks, run, run_ranks, trained_on
+from conftest import ROOT, TINY, assert_same_run, history
+from processes import Ranks, free_port, run, run_ranks, trained_on
 from torch import nn
 
+from cnn.config import load_config
+from cnn.datasets import build_data, sharing
 from cnn.datasets.loading import share_of
 from cnn.utils.checkpoint import load_checkpoint
 
@@ -49,6 +57,7 @@ def plain_model(tmp_path: Path) -> None:
 def put_model(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plain.py").write_text("from test_distributed import Plain\n")
+    (folder / "fails_at_40.py").write_text(OWN_DATA)
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +180,249 @@ def test_only_the_first_process_talks(tmp_path):
     assert "epoch 1/1" in output
     assert (tmp_path / "output_1.txt").read_text() == ""
     assert "rank" not in (tmp_path / "logs/train.log").read_text()
+
+
+def test_frozen_layers_stay_frozen_and_are_freed(tmp_path):
+    words = [*PLAIN, "optim.freeze=layers.0", "optim.freeze_epochs=1"]
+    for size in (1, 2):
+        put_model(tmp_path / str(size))
+        run_ranks(size, tmp_path / str(size), *words)
+    alone, together = (
+        load_checkpoint(tmp_path / size / "checkpoints/last.pth")["model_state_dict"]
+        for size in ("1", "2")
+    )
+    for name, weights in alone.items():
+        assert torch.allclose(weights, together[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_where_one_process_cannot_read_its_images_all_save_and_stop(unbroken_own, tmp_path):
+    put_model(tmp_path)
+    (tmp_path / "unreadable").touch()
+    ranks = Ranks(2, tmp_path, *OWN)
+    assert ranks.wait() == [1, 1], ranks.output()
+    assert "error: rank 1: fails_at_40:load train[40]: gone" in ranks.output()
+    assert "error: rank 1 cannot have its images" in ranks.output()
+    (tmp_path / "unreadable").unlink()
+    run_ranks(2, tmp_path, "--resume")
+    assert_same_run(unbroken_own, tmp_path)
+
+
+OWN = [*RICH, "data.name=fails_at_40:load", "data.args={}"]
+OWN_DATA = """
+import os
+import numpy
+
+class Images:
+    def __init__(self, number):
+        self.pixels = numpy.random.default_rng(0).integers(0, 255, (number, 8, 8), "uint8")
+        self.targets = [i % 3 for i in range(number)]
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        training = os.path.exists("logs/train.log") and index == 40 and len(self) == 110
+        if training and os.path.exists("unreadable") and os.environ["RANK"] == "1":
+            raise OSError("gone")
+        return self.pixels[index], self.targets[index]
+
+def load(root):
+    return {"train": Images(110), "test": Images(30), "classes": ["a", "b", "c"]}
+"""
+
+
+@pytest.fixture(scope="module")
+def unbroken_own(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken_own")
+    put_model(folder)
+    run_ranks(2, folder, *OWN)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["data.batch_size=3"], "data.batch_size: expected at least 2 images for each of 2 proc"),
+        (["train.sync_batchnorm=true"], "train.sync_batchnorm: torch's SyncBatchNorm needs CUDA"),
+        (["optim.freeze=nothing", "optim.freeze_epochs=1"], "optim.freeze: no parameter's name"),
+        (["data.name=folder", "data.root=nowhere"], "nowhere"),
+        (["--resume", "nowhere.pth"], "nowhere.pth: "),
+        (["--find-lr"], "error: --find-lr is the work of one process, and torchrun has started 2"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_all_and_told_by_one(tmp_path, words, message):
+    ranks = Ranks(2, tmp_path, *(UNEVEN if "--resume" not in words else []), *words)
+    assert ranks.wait() == [2, 2], ranks.output()
+    assert ranks.output().count(message) == 1
+    assert "Traceback" not in ranks.output()
+
+
+class Watching(Plain):
+    """Writes down what of the process's memory is the data shared on this machine."""
+
+    def __init__(self, **keywords):
+        super().__init__(**keywords)
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        shared = [line.split()[0] for line in maps if "cnn_shared_" in line]
+        sizes = [int(end, 16) - int(start, 16) for start, end in (s.split("-") for s in shared)]
+        Path(f"shared_{os.environ['RANK']}").write_text(str(sum(sizes)))
+
+
+def test_pixels_are_in_memory_once_a_machine(tmp_path):
+    (tmp_path / "plain.py").write_text("from test_distributed import Watching\n")
+    data = "data.args={num_images: 30000, num_test: 20, num_classes: 3, image_size: 8}"
+    words = [*PLAIN, data, "model.name=plain:Watching", "train.epochs=1", "data.limit=100"]
+    run_ranks(2, tmp_path, *words)
+    for rank in range(2):
+        assert int((tmp_path / f"shared_{rank}").read_text()) >= 30_000 * 64
+    assert not list(sharing.MEMORY.glob("cnn_shared_*"))
+
+
+def test_data_that_are_handed_on_are_the_same_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharing, "MEMORY", tmp_path / "none")  # as on a Mac
+    monkeypatch.setattr(sharing.tempfile, "gettempdir", lambda: str(tmp_path))
+    cfg = load_config(None, ["data.name=synthetic", "data.args={num_images: 30000}"])[0]
+    data = build_data(cfg.data, 0)
+    folder = sharing._write(data)
+    one, other = sharing._read(folder), sharing._read(folder)
+    assert torch.equal(one.train.store, data.train.store)
+    assert one.fingerprint() == data.fingerprint()
+    one.val.store[5] = 7
+    assert (other.train.store[5] == 7).all()
+
+
+# -- the launcher itself ------------------------------------------------------------------------
+
+LONG = [*UNEVEN, "train.epochs=40", "log.tensorboard=false", "checkpoint.every_steps=2"]
+
+
+class Torchrun:
+    """torchrun as a user types it."""
+
+    def __init__(self, folder: Path, options: list[str], *words: str, output: str = "output.txt"):
+        self.output = folder / output
+        with open(self.output, "a") as file:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    *options,
+                    ROOT / "train.py",
+                    *words,
+                ],
+                cwd=folder,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+            )
+
+    def pid_of(self, rank: int) -> int | None:
+        """The living process of that rank."""
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError, IndexError):
+                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                words = (folder / "environ").read_text().split("\0")
+                if int(parent) == self.process.pid and f"RANK={rank}" in words:
+                    return int(folder.name)
+        return None
+
+    def kill_rank(self, rank: int) -> None:
+        pid = self.pid_of(rank)
+        assert pid is not None, self.output.read_text()
+        os.kill(pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        try:
+            return self.process.wait(180)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def wait_for_epoch(folder: Path, epoch: int) -> None:
+    """Until the run has come that far."""
+    path, deadline = folder / "logs/history.csv", time.monotonic() + 100
+    while not path.exists() or path.read_text().count("\n") <= epoch:
+        assert time.monotonic() < deadline, "".join(
+            file.read_text() for file in folder.glob("output*")
+        )
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "kills", [pytest.param(1, id="once"), pytest.param(3, id="three times", marks=pytest.mark.soak)]
+)
+def test_torchrun_goes_on_by_itself_when_a_process_is_killed(tmp_path, kills):
+    run_ranks(2, tmp_path / "unbroken", *LONG)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    options = ["--nproc-per-node=2", "--max-restarts=3"]
+    launcher = Torchrun(broken, options, *LONG, "--resume")
+    for number in range(kills):
+        wait_for_epoch(broken, 5 + 10 * number)
+        launcher.kill_rank(1)
+    assert launcher.wait() == 0, launcher.output.read_text()
+    assert (broken / "logs/train.log").read_text().count("==== resumed from") == kills
+    assert_same_run(tmp_path / "unbroken", broken)
+
+
+@pytest.mark.soak
+def test_two_nodes_go_on_when_one_launcher_is_lost_and_started_again(tmp_path):
+    run_ranks(2, tmp_path / "unbroken", *LONG)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    endpoint = f"--rdzv-endpoint=localhost:{free_port()}"
+    options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=two", endpoint]
+    options += ["--max-restarts=3", "--local-addr=127.0.0.1"]
+
+    def launch(number: int) -> Torchrun:
+        return Torchrun(broken, options, *LONG, "--resume", output=f"output_{number}.txt")
+
+    first, second = launch(1), launch(2)
+    time.sleep(0.1)
+    wait_for_epoch(broken, 8)
+    os.kill(second.process.pid, signal.SIGKILL)
+    second.process.wait()
+    again = launch(3)
+    assert (first.wait(), again.wait()) == (0, 0), (
+        first.output.read_text() + again.output.read_text()
+    )
+    assert "==== resumed from" in (broken / "logs/train.log").read_text()
+    assert_same_run(tmp_path / "unbroken", broken)
+
+
+KINDS = {
+    "rich": RICH,
+    "two workers": [*RICH, "data.in_memory=false", "data.num_workers=2"],
+    "fp16": [*UNEVEN, "train.precision=fp16", "train.epochs=3", "schedule.name=plateau"],
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("words", KINDS.values(), ids=KINDS)
+def test_a_soak_of_kills(tmp_path, words):
+    run_ranks(2, tmp_path / "unbroken", *words)
+    draw = random.Random(len(words))
+    kills, runs, seconds = 0, 0, 0.0
+    while kills < 20:
+        folder, status = tmp_path / str(runs), None
+        while status != [0, 0]:
+            began = time.monotonic()
+            ranks = Ranks(2, folder, *words, "--resume")
+            whom = draw.choice(([0], [1], [0, 1]))
+            number = draw.choice((signal.SIGKILL, signal.SIGTERM))
+            ranks.processes[0].process.join(draw.uniform(0, max(seconds, 2.0)))
+            living = [ranks.processes[rank] for rank in whom]
+            living = [process for process in living if process.process.exitcode is None]
+            for process in living:
+                process.kill(number)
+            status = ranks.wait()
+            kills += bool(living) and status != [0, 0]
+            if status == [0, 0]:
+                seconds = max(seconds, time.monotonic() - began)
+            assert set(status) <= {0, 1, -6, -number, 128 + number}, ranks.output()
+        assert_same_run(tmp_path / "unbroken", folder)
+        runs += 1
+    print(f"{kills} kills in {runs} runs")

@@ -1,8 +1,10 @@
 """Signals that ask a run to stop: it finishes what it is in the middle of, saves, and goes."""
 
+import contextlib
 import os
 import signal
 import types
+from collections.abc import Iterator
 
 # Ctrl-C, a scheduler's end, a scheduler's warning, a terminal closed or a connection lost.
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
@@ -39,6 +41,15 @@ class StopSignals:
     def uninstall(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def not_installed(self) -> Iterator[None]:
+        """Signals end the process at once, as they would without this object."""
+        self.uninstall()
+        try:
+            yield
+        finally:
+            self.install()
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         if os.getpid() != self._process:
