@@ -296,6 +296,10 @@ def test_data_that_are_handed_on_are_the_same_memory(tmp_path, monkeypatch):
 LONG = [*UNEVEN, "train.epochs=40", "log.tensorboard=false", "checkpoint.every_steps=2"]
 
 
+# Launchers that share one store of addresses count restarts each for itself; see the README.
+SEVERAL_NODES = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
 class Torchrun:
     """torchrun as a user types it."""
 
@@ -315,7 +319,7 @@ class Torchrun:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+                env=os.environ | SEVERAL_NODES,
             )
 
     def pid_of(self, rank: int) -> int | None:
@@ -335,7 +339,7 @@ class Torchrun:
 
     def wait(self) -> int:
         try:
-            return self.process.wait(180)
+            return self.process.wait(90)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
