@@ -6,6 +6,7 @@ own, workers included.
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import resource
@@ -205,6 +206,17 @@ class Ranks:
     def wait(self) -> list[int]:
         """The exit statuses; what one of them leaves alone is no use and ends by itself."""
         return [process.wait() for process in self.processes]
+
+    def wait_as_launcher(self) -> list[int]:
+        """The same, where as soon as one has failed the others are told to stop, as torchrun does."""
+        running = {process.process.sentinel: process for process in self.processes}
+        while running:
+            for sentinel in multiprocessing.connection.wait(list(running), 100):
+                if running.pop(sentinel).wait() != 0:
+                    for process in running.values():
+                        process.kill(signal.SIGTERM)
+                    return self.wait()
+        return [0] * len(self.processes)
 
     def output(self) -> str:
         return "\n".join(process.output.read_text() for process in self.processes)
