@@ -52,6 +52,11 @@ def _log_resume(run: Run, point: ResumePoint) -> None:
         logger.warning(
             "not as before: %s; the run goes on, equal up to rounding", ", ".join(different)
         )
+    if state.group.size != point.content["environment"].get("world_size", 1):
+        logger.warning(
+            "the images that follow are the same; dropout and BatchNorm, if the model has them, go by"
+            " each process's share"
+        )
 
 
 def log_start(cfg: Config, run: Run, flops: int) -> None:

@@ -235,10 +235,22 @@ def the_schema(patch: pytest.MonkeyPatch) -> None:
     assert written == {ROOT / "configs/schema.json": (ROOT / "configs/schema.json").read_text()}
 
 
+def several(patch: pytest.MonkeyPatch, options: str, rest: str) -> None:
+    words = [*shlex.split(options), str(ROOT / "train.py"), *shlex.split(rest)]
+    words += [f"train.epochs={2 if '--resume' in words else 1}", "log.report=false"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *words],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "rank" not in Path("logs/train.log").read_text()
+
+
 WAYS: list[tuple[str, Callable]] = [
     (r"python (\w+\.py)(?: (.*))?", a_script),
     (r"(find [^|]*) \| python (\w+\.py) (.*)", a_list_for_a_script),
     (r"pip install -r ([\w.-]+)(?: && (.*))?", an_installation),
+    (r"torchrun (.*) train\.py(?: (.*))?", several),
     (r"tensorboard (.*)", tensorboard),
     (r"python -m cnn\.schema", the_schema),
 ]
