@@ -49,6 +49,26 @@ class Plain(nn.Module):
         return self.layers(images)
 
 
+class Noisy(Plain):
+    """Draws in evaluation too."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images + torch.randn_like(images))
+
+
+class Remembering(nn.Module):
+    """A loss with a state: it changes with the labels that a process sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            self.mean.lerp_(labels.float().mean(), 0.3)
+        return nn.functional.cross_entropy(logits, labels) * (1 + self.mean)
+
+
 @pytest.fixture(autouse=True)
 def plain_model(tmp_path: Path) -> None:
     put_model(tmp_path)
@@ -56,7 +76,7 @@ def plain_model(tmp_path: Path) -> None:
 
 def put_model(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plain.py").write_text("from test_distributed import Plain\n")
+    (folder / "plain.py").write_text("from test_distributed import Noisy, Plain, Remembering\n")
     (folder / "fails_at_40.py").write_text(OWN_DATA)
 
 
@@ -102,7 +122,9 @@ def test_two_processes_repeat_themselves_bit_for_bit(unbroken, tmp_path):
 def test_the_evaluation_is_equal_to_the_last_bit_however_many_share_it(tmp_path):
     words = [*UNEVEN, "train.epochs=1", "data.batch_size=6", "checkpoint.monitor=val_auc"]
     trap = ("before validation", 0, signal.SIGTERM)
-    assert run(tmp_path / "1", *words, "loss.class_weights=[1, 2, 0.5]", trap=trap)[0] == 143
+    words += ["loss.class_weights=[1, 2, 0.5]", "model.name=plain:Noisy", "model.args={}"]
+    put_model(tmp_path / "1")
+    assert run(tmp_path / "1", *words, trap=trap)[0] == 143
     for size in (2, 3):
         shutil.copytree(tmp_path / "1", tmp_path / str(size))
         run_ranks(size, tmp_path / str(size), "--resume")
@@ -208,6 +230,7 @@ def test_where_one_process_cannot_read_its_images_all_save_and_stop(unbroken_own
 
 
 OWN = [*RICH, "data.name=fails_at_40:load", "data.args={}"]
+OWN += ["loss.class_weights=null", "loss.name=plain:Remembering"]
 OWN_DATA = """
 import os
 import numpy
@@ -369,6 +392,24 @@ def test_torchrun_goes_on_by_itself_when_a_process_is_killed(tmp_path, kills):
         launcher.kill_rank(1)
     assert launcher.wait() == 0, launcher.output.read_text()
     assert (broken / "logs/train.log").read_text().count("==== resumed from") == kills
+    assert_same_run(tmp_path / "unbroken", broken)
+
+
+@pytest.mark.soak
+def test_torchrun_told_to_stop_has_all_save(tmp_path):
+    run_ranks(2, tmp_path / "unbroken", *LONG)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for epoch in (3, 9, 15, 21, 27, 33):
+        launcher = Torchrun(
+            broken, ["--nproc-per-node=2"], *LONG, "checkpoint.every_steps=null", "--resume"
+        )
+        wait_for_epoch(broken, epoch)
+        os.kill(launcher.process.pid, signal.SIGTERM)
+        launcher.wait()
+        assert "stopped by SIGTERM" in (broken / "logs/train.log").read_text().splitlines()[-1]
+    launcher = Torchrun(broken, ["--nproc-per-node=2"], *LONG, "--resume")
+    assert launcher.wait() == 0
     assert_same_run(tmp_path / "unbroken", broken)
 
 
