@@ -1,13 +1,16 @@
 """What the benchmarks share: alternating measurements, a table, a JSON file that says where and when."""
 
 import argparse
+import csv
 import datetime
 import json
 import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,30 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     """Median, least and largest of the ratios round by round."""
     ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
     return {"median": statistics.median(ratios), "least": min(ratios), "largest": max(ratios)}
+
+
+def train(
+    *settings: str, watch: Callable[[int, str], None] | None = None
+) -> list[dict[str, float]]:
+    """Runs train.py in a scratch folder; gives its history, then what it says of the test.
+
+    Args:
+        watch: is called with the process's number and each line of the log, while it runs.
+    """
+    command = [sys.executable, str(ROOT / "train.py"), *settings, "log.report=false"]
+    said = []
+    with tempfile.TemporaryDirectory() as scratch:
+        process = subprocess.Popen(command, cwd=scratch, stderr=subprocess.PIPE, text=True)
+        with process:
+            for line in process.stderr:
+                said.append(line)
+                if watch is not None:
+                    watch(process.pid, line)
+        if process.returncode != 0:
+            raise SystemExit(f"{shlex.join(command)} failed:\n{''.join(said[-20:])}")
+        with open(f"{scratch}/logs/history.csv", newline="", encoding="utf-8") as file:
+            rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+        return [*rows, json.loads(Path(scratch, "logs/result.json").read_bytes())["test"]]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from cnn.config import DataConfig, Refused
-from cnn.datasets import Data, build_data
+from cnn.datasets import Data, build_data, known, synthetic
 from cnn.datasets.decode import BadImage, decode
 
 
@@ -102,6 +103,15 @@ def test_synthetic_images_are_the_same_each_time_and_take_keywords():
     assert (pixels(first.train) != pixels(other.train)).any()
     assert pixels(first.test).shape == (9, 2, 6, 6) and len(first.classes) == 3
     assert "data.args: synthetic" in refusal(DataConfig("synthetic", args={"sizes": 3}))
+
+
+def test_synthetic_images_are_the_same_however_many_are_made_at_once(monkeypatch):
+    def made():
+        return synthetic.load(num_images=30, num_test=9, channels=3)[0]["train"].store
+
+    whole = made()
+    monkeypatch.setattr(synthetic, "AT_ONCE", 7)
+    np.testing.assert_array_equal(made(), whole)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -412,6 +422,13 @@ def test_mnist_is_read_from_its_files(tmp_path):
     assert pixels(data.test).shape == (40, 1, 28, 28) and data.test.labels.tolist() == labels
     assert pixels(data.test)[:, 0, 9, 9].tolist() == list(range(40))
     assert (len(data.train), len(data.val), len(data.classes)) == (30, 10, 10)
+
+
+def test_colour_pixels_of_a_known_set_are_kept_as_they_came_without_a_copy():
+    array = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
+    images = known._images(SimpleNamespace(data=array, targets=[0, 1, 0, 1, 2]), "cifar10 train")
+    np.testing.assert_array_equal(images[3], array[3].transpose(2, 0, 1))
+    assert np.shares_memory(images.store.numpy(), array)
 
 
 def test_a_broken_file_of_a_known_set_is_refused(tmp_path):

@@ -76,5 +76,5 @@ def _images(dataset: Any, name: str) -> ArrayImages:
     if pixels.ndim == 3:
         pixels = pixels[:, None]
     elif pixels.shape[-1] == 3:
-        pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+        pixels = pixels.transpose(0, 3, 1, 2)  # a view: they are kept as they came
     return ArrayImages(pixels, np.asarray(labels), name)
