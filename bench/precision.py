@@ -4,8 +4,8 @@
     python bench/precision.py --quick            3 seeds of digits, half a minute
 
 Whole runs of train.py in scratch folders: digits with the settings that come with the project, MNIST
-with configs/mnist.yaml for --epochs epochs (the learning rate falls to 0 in these too). What counts
-is the accuracy on the test set of the epoch that validation chose. --mnist is the folder above
+with configs/mnist.yaml for --epochs epochs, warm-up and fall of the learning rate within these. What
+counts is the accuracy on the test set of the epoch that validation chose. --mnist is the folder above
 MNIST/raw. The seeds' spread is from the least to the largest accuracy of one precision, the wider of
 the two; the standard error is that of the difference of the means.
 """
@@ -32,7 +32,8 @@ def main() -> None:
     sets: dict[str, list[str]] = {"digits": []}
     if args.mnist is not None and not args.quick:
         recipe = ["--config", str(ROOT / "configs/mnist.yaml"), f"data.root={args.mnist.resolve()}"]
-        sets["mnist"] = [*recipe, f"train.epochs={args.epochs}"]
+        warm_up = f"schedule.warmup_epochs={args.epochs / 6:.3f}"  # the recipe's share: 1 of 6
+        sets["mnist"] = [*recipe, f"train.epochs={args.epochs}", warm_up]
     figures = {name: compare(name, settings, seeds) for name, settings in sets.items()}
     finish({"sets": figures}, args.json)
 
