@@ -29,7 +29,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cnn import config
 from cnn.comparing import ELSEWHERE
-from cnn.config import Refused, as_text
+from cnn.config import Config, Refused, as_text
 from cnn.scores import mode
 from cnn.sweep_config import Range, Sweep
 from cnn.trial import COMPLETE, FAILED, PRUNED, Outcome
@@ -122,8 +122,12 @@ class TakenTrial:
         return max(self._reported, default=0)
 
     def is_hopeless(self) -> bool:
-        """Whether, at the latest epoch reported, the trial is worse than the median of the others."""
-        return self.study.patiently(self.trial.should_prune)
+        """Whether, at the latest epoch reported, the trial is worse than the median of the others.
+
+        After its last epoch there is nothing left to spare.
+        """
+        epochs = self.values.get("train.epochs", self.study.sweep.base.train.epochs)
+        return self.epoch < epochs and self.study.patiently(self.trial.should_prune)
 
     def end(self, outcome: Outcome) -> None:
         """Writes down what came of it."""
@@ -175,6 +179,8 @@ class Study:
             raise Refused(
                 f"{error.filename or self.folder}: cannot be written: {error.strerror or error}"
             ) from None
+        except NotImplementedError:
+            raise Refused(f"{self.folder}: the file system has no locks") from None
         return self
 
     def __exit__(
@@ -206,15 +212,18 @@ class Study:
         except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, RuntimeError) as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise Refused(f"storage: the database cannot be opened: {reason}") from None
-        now = definition(self.sweep)
+        now, defaults = definition(self.sweep), config.flat(config.to_dict(Config()))
         if begun_with is None:
             self.patiently(lambda: self.study.set_user_attr("sweep", now))
-        elif begun_with != now:
-            raise Refused(self._of_another_sweep(begun_with, now))
+            begun_with = now
+        # A key that is younger than the sweep was at what is its default.
+        then = {key: as_text(defaults[key]) for key in now if key in defaults} | begun_with
+        if then != now:
+            raise Refused(self._of_another_sweep(then, now))
         write_text(self.settings_file, config.to_yaml(self.sweep.base))
 
     def _of_another_sweep(self, then: dict[str, str], now: dict[str, str]) -> str:
-        keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+        keys = [key for key in now | then if then.get(key) != now.get(key)]
         rows = [("", "then", "now"), *((k, then.get(k, "-"), now.get(k, "-")) for k in keys)]
         return (
             f"{self.sweep.file}: the sweep {self.sweep.name} was begun otherwise:\n"

@@ -5,11 +5,9 @@ import itertools
 import json
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,24 +16,17 @@ import optuna
 import pytest
 from conftest import ROOT, TINY, assert_same_run, history
 from optuna.trial import TrialState
-from processes import CONTEXT, run
+from processes import run
+from sweeping import Sweeping, sweeping
 
 import sweep as script
 from cnn import best_hparams, comparing, config
-from cnn import study as study_module
-from cnn import trial as trial_module
 from cnn.config import Refused
 from cnn.study import Study
 from cnn.sweep_config import load_sweep
 from cnn.trial import COMPLETE, FAILED, PRUNED, Outcome, run_trial
 from cnn.utils import locks
-from cnn.utils.run import RunFolder
 from cnn.utils.signals import StopSignals
-
-CONTEXT.set_forkserver_preload(
-    ["torchvision.transforms.v2", "processes", "cnn.study", "alembic.command"]
-)
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="locks that processes share")
 
 SHIPPED = ROOT / "configs/sweep.yaml"
 LR = "space: {optim.lr: {log: [1e-3, 0.5]}}"
@@ -195,63 +186,6 @@ def test_a_typo_is_answered_without_torch_or_optuna():
 
 # -- which trials there are, whoever dies -------------------------------------------------------
 
-# All that a sweep writes down, between which it may be killed.
-WRITES = [
-    (optuna.storages.RDBStorage, "create_new_study"),
-    (optuna.storages.RDBStorage, "create_new_trial"),
-    (optuna.storages.RDBStorage, "set_study_user_attr"),
-    (optuna.storages.RDBStorage, "set_trial_param"),
-    (optuna.storages.RDBStorage, "set_trial_user_attr"),
-    (optuna.storages.RDBStorage, "set_trial_state_values"),
-    (optuna.storages.RDBStorage, "set_trial_intermediate_value"),
-    (locks.SharedLock, "write"),
-    (RunFolder, "archive"),
-    (trial_module, "run_trial"),
-]
-
-
-def pretend(run, words, monitor, report, lock, output, stop) -> Outcome:
-    """In the place of a training: notes that it was begun, and what with."""
-    with open("begun.txt", "a") as file:
-        file.write(json.dumps([run, words]) + "\n")
-    for epoch in (1, 2):
-        report(epoch, 1.0)
-    lr = next(float(word.partition("=")[2]) for word in words if word.startswith("optim.lr="))
-    return Outcome(COMPLETE, abs(lr - 0.1), 2)
-
-
-def hold(folder: Path, words: list[str], dies_at: int | None, taking: float = 0.0) -> None:
-    """A process that sweeps, trainings pretended, and dies at its n-th write: 2n before, 2n+1 after."""
-    os.chdir(folder)
-    study_module.TAKING, study_module.PAUSE = taking, 0.02
-    trial_module.run_trial = pretend
-    left = [dies_at]
-
-    def deadly(original):
-        def write(*args, **keywords):
-            for after in (False, True):
-                if left[0] == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if left[0] is not None:
-                    left[0] -= 1
-                if not after:
-                    result = original(*args, **keywords)
-            return result
-
-        return write
-
-    for owner, name in WRITES:
-        setattr(owner, name, deadly(getattr(owner, name)))
-    with contextlib.redirect_stderr(open(os.devnull, "w")):
-        os._exit(script.main(["small.yaml", *words]))
-
-
-def sweeping(*words: str, dies_at: int | None = None, folder: Path | None = None, **options):
-    where = folder or Path.cwd()
-    process = CONTEXT.Process(target=hold, args=(where, [*words], dies_at), kwargs=options)
-    process.start()
-    return process
-
 
 def trials_of(name: str = "small", url: str | None = None) -> list:
     storage = optuna.storages.RDBStorage(url or f"sqlite:///logs/sweeps/{name}/study.db")
@@ -354,6 +288,24 @@ def test_a_trial_that_cannot_be_brought_to_an_end_may_be_skipped(capfd):
     assert skipped.user_attrs["reason"] == "left out by --skip"
 
 
+def test_a_trial_that_was_refused_is_there_again_and_takes_nothing_from_an_earlier_run():
+    write(f"trials: 1\n{LR}")
+    Path("logs/small_0000").mkdir(parents=True)
+    Path("logs/small_0000/train.log").write_text("2001-02-03 04:05:06 an earlier run\n")
+    with Study(load_sweep(Path("small.yaml"))) as study:
+        with pytest.raises(Refused), study.take(StopSignals()) as trial:
+            trial.begin()
+            values = trial.values
+            Path("logs/small_0000/train.log").write_text("this run\n")
+            raise Refused("no such data")
+        with study.take(StopSignals()) as trial:
+            trial.begin()
+            assert trial.again and (trial.number, trial.values) == (0, values)
+    assert Path("logs/small_0000/train.log").read_text() == "this run\n"
+    (archived,) = Path("logs/small_0000/archive").glob("*/train.log")
+    assert archived.parent.name == "2001-02-03_04-05-06"
+
+
 def test_a_sweep_that_was_begun_otherwise_does_not_go_on_and_more_trials_do():
     with Study(load_sweep(write(f"trials: 2\n{LR}"))):
         pass
@@ -419,7 +371,9 @@ def rows_of(name: str) -> list[dict]:
 
 
 def test_the_median_decides_on_a_worse_trial_and_spares_the_better():
-    with Study(load_sweep(write(f"trials: 6\nprune_after_epochs: 2\n{LR}"))) as study:
+    with Study(
+        load_sweep(write(f"trials: 6\nprune_after_epochs: 2\nsettings: {{train.epochs: 4}}\n{LR}"))
+    ) as study:
         for value in (0.5, 0.6, 0.4, 0.7):
             with study.take(StopSignals()) as trial:
                 trial.begin()
@@ -456,64 +410,6 @@ def test_a_trial_whose_process_is_killed_goes_on_by_itself_but_not_for_ever():
 
 
 # -- the whole ----------------------------------------------------------------------------------
-
-
-class Sweeping:
-    """sweep.py as a process that can be killed."""
-
-    def __init__(self, *words: str):
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "sweep.py"), *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        self.lines: list[str] = []
-        self.reader = threading.Thread(target=self._read)
-        self.reader.start()
-
-    def _read(self) -> None:
-        with self.process.stdout as lines:
-            self.lines += iter(lines.readline, "")
-
-    def trial(self) -> int | None:
-        """The trial that it is at."""
-        at = None
-        for line in list(self.lines):
-            if begun := re.match(r"trial (\d+) (begins|goes on): ", line):
-                at = int(begun[1])
-            elif re.match(r"trial (\d+): ", line):
-                at = None
-        return at
-
-    def wait_for_epochs(self, number: int, name: str) -> int:
-        """Waits until it is within a trial that has been trained for some epochs; gives which."""
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            at = self.trial()
-            if at is not None and count_epochs(f"{name}_{at:04}") >= number:
-                return at
-            assert self.process.poll() is None, self.lines
-            time.sleep(0.02)
-        raise AssertionError(self.lines)
-
-    def kill(self, number: int) -> None:
-        self.process.send_signal(number)
-        self.process.wait(60)
-
-    def wait(self) -> str:
-        """Waits for its end; gives what it has said."""
-        self.process.wait(300)
-        self.reader.join()
-        return "".join(self.lines)
-
-
-def count_epochs(name: str) -> int:
-    try:
-        return len(comparing.read_history(Path("logs", name, "history.csv")))
-    except OSError:
-        return 0
 
 
 def check_that_each_was_run_once(name: str, number: int, url: str | None = None) -> list:
