@@ -9,11 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
-import alembic.command  # noqa: F401  what Optuna imports late
 import optuna
-import sqlalchemy.dialects.sqlite  # noqa: F401
 from conftest import ROOT
 from processes import CONTEXT
 
@@ -24,8 +24,6 @@ from cnn import trial as trial_module
 from cnn.trial import COMPLETE, Outcome
 from cnn.utils import locks
 from cnn.utils.run import RunFolder
-
-CONTEXT.set_forkserver_preload(["torchvision.transforms.v2", "processes", "sweeping"])
 
 # All that a sweep writes down, between which it may be killed.
 WRITES = [
@@ -76,6 +74,26 @@ def hold(folder: Path, words: list[str], dies_at: int | None, taking: float = 0.
         setattr(owner, name, deadly(getattr(owner, name)))
     with contextlib.redirect_stderr(open(os.devnull, "w")):
         os._exit(sweep.main(["small.yaml", *words]))
+
+
+def hold_one_after_the_other(folder: Path, deaths: Iterable[int], results: Connection) -> None:
+    """A process that has all ready and forks: one sweeps and dies, then the next, until one is done.
+
+    It sends the exit statuses.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage = optuna.storages.RDBStorage("sqlite://")  # makes SQLAlchemy's classes ready
+    optuna.create_study(storage=storage)
+    storage.engine.dispose()
+    statuses = []
+    for dies_at in deaths:
+        process = os.fork()
+        if process == 0:
+            hold(folder, [], dies_at)
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+        if statuses[-1] != -signal.SIGKILL:
+            break
+    results.send(statuses)
 
 
 def sweeping(*words: str, dies_at: int | None = None, folder: Path | None = None, **options):

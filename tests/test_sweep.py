@@ -1,7 +1,6 @@
 """sweep.py: what is read and refused; that no trial is lost or run twice, whatever is killed when."""
 
 import contextlib
-import itertools
 import json
 import os
 import random
@@ -16,8 +15,8 @@ import optuna
 import pytest
 from conftest import ROOT, TINY, assert_same_run, history
 from optuna.trial import TrialState
-from processes import run
-from sweeping import Sweeping, sweeping
+from processes import CONTEXT, run
+from sweeping import Sweeping, hold_one_after_the_other, sweeping
 
 import sweep as script
 from cnn import best_hparams, comparing, config
@@ -213,17 +212,15 @@ def unbroken(tmp_path_factory) -> list[dict]:
 
 def test_killed_before_and_after_every_write_it_comes_to_the_same_trials(unbroken):
     write(f"trials: 3\n{LR}")
-    kills = 0
-    for dies_at in itertools.cycle(range(12)):  # with each round some of them get further
-        process = sweeping(dies_at=dies_at)
-        process.join(60)
-        if process.exitcode == 0:
-            break
-        assert process.exitcode == -signal.SIGKILL
-        kills += 1
+    deaths = [dies_at for _ in range(9) for dies_at in range(9)]  # in each round some get further
+    here, there = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=hold_one_after_the_other, args=(Path.cwd(), deaths, there))
+    process.start()
+    *kills, end = here.recv()
+    assert kills == [-signal.SIGKILL] * len(kills) and end == 0 and len(kills) > 15
     trials = trials_of()
     assert [trial.params for trial in trials] == unbroken
-    assert all(trial.state == TrialState.COMPLETE for trial in trials) and kills > 10
+    assert all(trial.state == TrialState.COMPLETE for trial in trials)
     words = Counter(json.dumps(entry) for entry in begun())
     assert sorted(json.loads(entry)[0] for entry in words) == [f"small_{n:04}" for n in range(3)]
 
