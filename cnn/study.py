@@ -25,7 +25,7 @@ import optuna
 from filelock import FileLock
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from cnn import config
 from cnn.comparing import ELSEWHERE
@@ -192,15 +192,13 @@ class Study:
         self.storage.engine.dispose()
 
     def _open(self) -> None:
-        url = self.sweep.cfg.storage or f"sqlite:///{self.folder.as_posix()}/study.db"
-        waiting = {"connect_args": {"timeout": PATIENCE}} if url.startswith("sqlite") else {}
         direction = "minimize" if mode(self.sweep.monitor) == "min" else "maximize"
         after = self.sweep.cfg.prune_after_epochs
         pruner = optuna.pruners.NopPruner()
         if after is not None:
             pruner = optuna.pruners.MedianPruner(MIN_TO_PRUNE, n_warmup_steps=after)
         try:
-            self.storage = optuna.storages.RDBStorage(url, engine_kwargs=waiting)
+            self.storage = self._open_database()
             self.study = optuna.create_study(
                 storage=self.storage,
                 study_name=self.sweep.name,
@@ -221,6 +219,18 @@ class Study:
         if then != now:
             raise Refused(self._of_another_sweep(then, now))
         write_text(self.settings_file, config.to_yaml(self.sweep.base))
+
+    def _open_database(self) -> optuna.storages.RDBStorage:
+        url = self.sweep.cfg.storage or f"sqlite:///{self.folder.as_posix()}/study.db"
+        waiting = {"connect_args": {"timeout": PATIENCE}} if url.startswith("sqlite") else {}
+        for again in (True, True, False):
+            try:
+                return optuna.storages.RDBStorage(url, engine_kwargs=waiting)
+            except DBAPIError:  # another machine may be making the tables at this moment
+                if not again:
+                    raise
+                time.sleep(1)
+        raise AssertionError
 
     def _of_another_sweep(self, then: dict[str, str], now: dict[str, str]) -> str:
         keys = [key for key in now | then if then.get(key) != now.get(key)]
