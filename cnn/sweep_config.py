@@ -134,16 +134,24 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
         Refused: with every mistake, a line each.
     """
     mistakes: list[str] = []
+    if not path.is_file():
+        raise Refused(f"{path}: no such file; expected one that says what is tried")
     text = config._read_text(path)
     given = config._flatten(config._compose(text, str(path)), str(path), mistakes)
-    own, typed, own_keys = [], {}, {key for key, _, _ in config._keys(SweepConfig)}
+    own_keys, settings_keys = (
+        {key for key, _, _ in config._keys(cls)} for cls in (SweepConfig, Config)
+    )
+    own, typed = [], {}
     for word in words:
-        read = config._read_override(word, mistakes)
-        if read.keys() <= own_keys:
-            given |= read
-        else:
-            typed |= read
-            own.append(word)
+        for key, item in config._read_override(word, mistakes).items():
+            if key in own_keys:
+                given[key] = item
+            elif key in settings_keys:
+                typed[key] = item
+                own.append(word)
+            else:
+                hint = config._suggest(key, own_keys | settings_keys)
+                mistakes.append(f"{item.where}: {key}: no such key{hint}")
     cfg = config._build(SweepConfig, "", given, mistakes)
     common = _read_config(path, cfg, given.get("config"), mistakes)
     common |= _read_settings(given.get("settings"), path, mistakes) | typed

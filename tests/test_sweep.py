@@ -117,7 +117,8 @@ optim.lr: 3""")
         (f"trials: 1\n{LR}", ["optim.lr=3"], "command line: optim.lr: is in space too"),
         (f"trials: 1\nsettings: {{run: a}}\n{LR}", [], "small.yaml:3: run: cannot be set"),
         (f"name: a/b\ntrials: 1\n{LR}", [], "small.yaml:2: name: expected letters"),
-        (f"trials: 1\n{LR}", ["data.rot=x"], "command line: data.rot: no such key"),
+        (f"trials: 1\n{LR}", ["data.rot=x"], "data.rot: no such key — did you mean 'data.root'?"),
+        (LR, ["trails=3"], "command line: trails: no such key — did you mean 'trials'?"),
         (
             "trials: 1\nspace: {data.sampler: [shuffle, balanced], loss.class_weights: [balanced]}",
             [],
@@ -252,6 +253,9 @@ def test_machines_without_a_common_disk_share_the_trials_by_the_database_alone()
     )  # in a trial, which is the other's to wait for
     killed.join(60)
     (broken,) = [t for t in trials_of(url=url) if t.state == TrialState.RUNNING]
+    file = machines[1] / f"logs/sweeps/small/trials/{broken.number:04}.lock"
+    file.parent.mkdir(parents=True)
+    file.write_text("it wanted the trial too, and came too late")
     other = sweeping(folder=machines[1])
     while sum(trial.state == TrialState.COMPLETE for trial in trials_of(url=url)) < 5:
         assert other.is_alive()
@@ -332,27 +336,35 @@ def test_a_database_that_is_none_is_refused(capfd):
 # -- one trial ----------------------------------------------------------------------------------
 
 
-def training(words: list[str], report=lambda epoch, value: False, stop=None) -> Outcome:
-    """A real one."""
+def own_lock() -> locks.SharedLock | None:
     Path("logs").mkdir(exist_ok=True)
-    lock = locks.SharedLock.take(Path("logs/a.lock"), create=True)
+    return locks.SharedLock.take(Path("logs/a.lock"), create=True)
+
+
+def training(words: list[str], report=lambda epoch, value: False, lock=None) -> Outcome:
+    """A real one."""
+    lock = lock or own_lock()
     try:
         return run_trial(
             *("a", [*TINY, *words, "run=a"], "val_loss", report, lock),
-            *(Path("logs/a.txt"), stop or StopSignals(deferred=True)),
+            *(Path("logs/a.txt"), StopSignals(deferred=True)),
         )
     finally:
         lock.release()
 
 
 def test_a_trial_that_is_worse_than_the_median_is_stopped_and_saved():
-    reported = []
+    reported, lock = [], own_lock()
 
     def report(epoch: int, value: float) -> bool:
         reported.append((epoch, value))
+        if epoch == 3:
+            lock.release()  # as if we were killed
+            assert own_lock() is None, "the training has it still"
         return epoch >= 3
 
-    assert training(["train.epochs=100000"], report).state == PRUNED
+    assert training(["train.epochs=100000"], report, lock).state == PRUNED
+    assert own_lock() is not None
     assert [epoch for epoch, _ in reported] == [1, 2, 3]
     assert [f"{value:g}" for _, value in reported] == [
         f"{float(row['val_loss']):g}" for row in rows_of("a")[:3]

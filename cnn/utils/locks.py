@@ -55,4 +55,6 @@ class SharedLock:
 
     def release(self) -> None:
         """Lets go; those that share the lock may hold it still."""
-        os.close(self.descriptor)
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
