@@ -52,6 +52,7 @@ def pretend(run, words, monitor, report, lock, output, stop) -> Outcome:
 
 def hold(folder: Path, words: list[str], dies_at: int | None, taking: float = 0.0) -> None:
     """A process that sweeps, trainings pretended, and dies at its n-th write: 2n before, 2n+1 after."""
+    signal.alarm(60)  # rather than to hang
     os.chdir(folder)
     study_module.TAKING, study_module.PAUSE = taking, 0.02
     trial_module.run_trial = pretend
