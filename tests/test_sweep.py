@@ -247,7 +247,7 @@ def test_machines_without_a_common_disk_share_the_trials_by_the_database_alone()
     machines = [Path("one").resolve(), Path("other").resolve()]
     for machine in machines:
         machine.mkdir()
-        write(f"trials: 6\nstorage: {url}\n{LR}", f"{machine.name}/small.yaml")
+        write(f"trials: 4\nstorage: {url}\n{LR}", f"{machine.name}/small.yaml")
     killed = sweeping(
         folder=machines[0], dies_at=15
     )  # in a trial, which is the other's to wait for
@@ -257,9 +257,9 @@ def test_machines_without_a_common_disk_share_the_trials_by_the_database_alone()
     file.parent.mkdir(parents=True)
     file.write_text("it wanted the trial too, and came too late")
     other = sweeping(folder=machines[1])
-    while sum(trial.state == TrialState.COMPLETE for trial in trials_of(url=url)) < 5:
+    while sum(trial.state == TrialState.COMPLETE for trial in trials_of(url=url)) < 3:
         assert other.is_alive()
-        time.sleep(0.1)
+        time.sleep(0.5)
     time.sleep(0.3)
     assert other.is_alive() and trials_of(url=url)[broken.number].state == TrialState.RUNNING
     again = sweeping(folder=machines[0])
@@ -267,11 +267,11 @@ def test_machines_without_a_common_disk_share_the_trials_by_the_database_alone()
         process.join(60)
         assert process.exitcode == 0
     trials = trials_of(url=url)
-    assert [trial.state for trial in trials[:6]] == [TrialState.COMPLETE] * 6
+    assert [trial.state for trial in trials[:4]] == [TrialState.COMPLETE] * 4
     assert trials[broken.number].params == broken.params
     names = [json.loads(line)[0] for machine in machines
              for line in (machine / "begun.txt").read_text().splitlines()]  # fmt: skip
-    assert len(set(names)) == 6 and len(names) <= 7
+    assert len(set(names)) == 4 and len(names) <= 5
 
 
 def test_a_trial_that_cannot_be_brought_to_an_end_may_be_skipped(capfd):
@@ -405,6 +405,7 @@ def test_a_trial_that_fails_and_one_that_is_refused_say_why():
         training(["data.name=folder", "data.args={}", "data.root=nowhere", "model.args={}"])
 
 
+@pytest.mark.soak
 def test_a_trial_whose_process_is_killed_goes_on_by_itself_but_not_for_ever(monkeypatch):
     monkeypatch.setattr(trial_module, "MAX_KILLED", 2)
     killed = []
