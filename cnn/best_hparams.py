@@ -68,6 +68,16 @@ def update(
     return path
 
 
+def held_in(path: Path) -> tuple[str, float] | None:
+    """The metric and its value that the file holds; None where it holds none."""
+    try:
+        content = _read(path)
+    except (OSError, ValueError):
+        return None
+    held = content and content["best_metrics"]
+    return (held["monitor"], float(held["value"])) if held else None
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     """What the file holds; None where there is none.
 

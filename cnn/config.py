@@ -28,6 +28,7 @@ RECORDS = ("best_metrics", "test_metrics", "updated_at", "history")
 NAMES_TAKEN = (
     *("train.log", "history.csv", "config.yaml", "model.txt", "tensorboard", "report.html"),
     *("curves.png", "confusion_matrix.png", "predictions_val.csv", "result.json", "archive"),
+    "sweeps",  # of sweep.py
 )
 ENDINGS_TAKEN = (".pth", ".pt2", ".pt", ".onnx", ".tmp")
 
@@ -386,12 +387,6 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def _yaml_line(field: dataclasses.Field, value: Any, indent: str) -> str:
-    if isinstance(value, list):
-        value = [dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for v in value]
-    # Inside [ ] every value comes out on one line, whatever it is.
-    text = yaml.dump(
-        [value], Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**9
-    )
     choices = field.metadata["choices"]
     if len(choices) > 1:  # one alone is a word beside numbers or paths: its meaning tells it
         path = ["package.module:name"] if field.metadata["import_path"] else []
@@ -399,7 +394,18 @@ def _yaml_line(field: dataclasses.Field, value: Any, indent: str) -> str:
     else:
         choices = ""
     about = field.metadata["about"] + choices
-    return f"{indent}{field.name}: {text.strip()[1:-1]}".ljust(32) + f"  # {about}"
+    return f"{indent}{field.name}: {as_text(value)}".ljust(32) + f"  # {about}"
+
+
+def as_text(value: Any) -> str:
+    """A value as it is written after `key:`, or typed after `key=`, and read back the same."""
+    if isinstance(value, list):
+        value = [dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for v in value]
+    # Inside [ ] every value comes out on one line, whatever it is.
+    text = yaml.dump(
+        [value], Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**9
+    )
+    return text.strip()[1:-1]
 
 
 def replaced(cfg: Config, **sections: Any) -> Config:

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import RECIPES, ROOT
 
-FILES = sorted((ROOT / "configs").glob("*.yaml"))
+FILES = RECIPES
 KEY_LINE = re.compile(r"^( *)([a-z_]+):(.*)$")
 
 # Values that no key takes, whatever its kind. Not 'open: a comment's apostrophe would close it.

@@ -5,13 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import RECIPES
 
 from cnn import config
 from cnn.config import Config, Refused, load_config, replaced, resume_rules, to_dict, to_yaml
 from cnn.utils.run import CHECKPOINTS, LOGS, OWNER
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+SHIPPED = RECIPES
 
 
 def write(folder, text, name="my.yaml"):

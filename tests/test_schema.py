@@ -5,13 +5,13 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from conftest import ROOT
+from conftest import RECIPES, ROOT
 
 from cnn import schema
 from cnn.best_hparams import update
 from cnn.config import Config, Refused, _compose, _keys, _plain, load_config, to_yaml
 
-FILES = sorted([*(ROOT / "configs").glob("*.yaml"), ROOT / "tests/tiny.yaml"])
+FILES = [*RECIPES, ROOT / "tests/tiny.yaml"]
 VALIDATOR = jsonschema.Draft7Validator(json.loads(schema.FILE.read_text(encoding="utf-8")))
 
 

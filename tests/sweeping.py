@@ -1,0 +1,162 @@
+"""Processes of sweep.py that can be killed: at a write, trainings pretended, or as a user has them."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import optuna
+from conftest import ROOT
+from processes import CONTEXT
+
+import sweep
+from cnn import comparing
+from cnn import study as study_module
+from cnn import trial as trial_module
+from cnn.trial import COMPLETE, Outcome
+from cnn.utils import locks
+from cnn.utils.run import RunFolder
+
+# All that a sweep writes down, between which it may be killed.
+WRITES = [
+    (optuna.storages.RDBStorage, "create_new_study"),
+    (optuna.storages.RDBStorage, "create_new_trial"),
+    (optuna.storages.RDBStorage, "set_study_user_attr"),
+    (optuna.storages.RDBStorage, "set_trial_param"),
+    (optuna.storages.RDBStorage, "set_trial_user_attr"),
+    (optuna.storages.RDBStorage, "set_trial_state_values"),
+    (optuna.storages.RDBStorage, "set_trial_intermediate_value"),
+    (locks.SharedLock, "write"),
+    (RunFolder, "archive"),
+    (trial_module, "run_trial"),
+]
+
+
+def pretend(run, words, monitor, report, lock, output, stop) -> Outcome:
+    """In the place of a training: notes that it was begun, and what with."""
+    with open("begun.txt", "a") as file:
+        file.write(json.dumps([run, words]) + "\n")
+    for epoch in (1, 2):
+        report(epoch, 1.0)
+    lr = next(float(word.partition("=")[2]) for word in words if word.startswith("optim.lr="))
+    return Outcome(COMPLETE, abs(lr - 0.1), 2)
+
+
+def hold(folder: Path, words: list[str], dies_at: int | None, taking: float = 0.0) -> None:
+    """A process that sweeps, trainings pretended, and dies at its n-th write: 2n before, 2n+1 after."""
+    signal.alarm(60)  # rather than to hang
+    os.chdir(folder)
+    study_module.TAKING, study_module.PAUSE = taking, 0.02
+    trial_module.run_trial = pretend
+    left = [dies_at]
+
+    def deadly(original):
+        def write(*args, **keywords):
+            for after in (False, True):
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if left[0] is not None:
+                    left[0] -= 1
+                if not after:
+                    result = original(*args, **keywords)
+            return result
+
+        return write
+
+    for owner, name in WRITES:
+        setattr(owner, name, deadly(getattr(owner, name)))
+    with contextlib.redirect_stderr(open(os.devnull, "w")):
+        os._exit(sweep.main(["small.yaml", *words]))
+
+
+def hold_one_after_the_other(folder: Path, deaths: Iterable[int], results: Connection) -> None:
+    """A process that has all ready and forks: one sweeps and dies, then the next, until one is done.
+
+    It sends the exit statuses.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage = optuna.storages.RDBStorage("sqlite://")  # makes SQLAlchemy's classes ready
+    optuna.create_study(storage=storage)
+    storage.engine.dispose()
+    statuses = []
+    for dies_at in deaths:
+        process = os.fork()
+        if process == 0:
+            hold(folder, [], dies_at)
+        statuses.append(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+        if statuses[-1] != -signal.SIGKILL:
+            break
+    results.send(statuses)
+
+
+def sweeping(*words: str, dies_at: int | None = None, folder: Path | None = None, **options):
+    where = folder or Path.cwd()
+    process = CONTEXT.Process(target=hold, args=(where, [*words], dies_at), kwargs=options)
+    process.start()
+    return process
+
+
+class Sweeping:
+    """sweep.py as a process that can be killed."""
+
+    def __init__(self, *words: str):
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "sweep.py"), *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.lines: list[str] = []
+        self.reader = threading.Thread(target=self._read)
+        self.reader.start()
+
+    def _read(self) -> None:
+        with self.process.stdout as lines:
+            self.lines += iter(lines.readline, "")
+
+    def trial(self) -> int | None:
+        """The trial that it is at."""
+        at = None
+        for line in list(self.lines):
+            if begun := re.match(r"trial (\d+) (begins|goes on): ", line):
+                at = int(begun[1])
+            elif re.match(r"trial (\d+): ", line):
+                at = None
+        return at
+
+    def wait_for_epochs(self, number: int, name: str) -> int:
+        """Waits until it is within a trial that has been trained for some epochs; gives which."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            at = self.trial()
+            if at is not None and count_epochs(f"{name}_{at:04}") >= number:
+                return at
+            assert self.process.poll() is None, self.lines
+            time.sleep(0.02)
+        raise AssertionError(self.lines)
+
+    def kill(self, number: int) -> None:
+        self.process.send_signal(number)
+        self.process.wait(60)
+
+    def wait(self) -> str:
+        """Waits for its end; gives what it has said."""
+        self.process.wait(300)
+        self.reader.join()
+        return "".join(self.lines)
+
+
+def count_epochs(name: str) -> int:
+    try:
+        return len(comparing.read_history(Path("logs", name, "history.csv")))
+    except OSError:
+        return 0
