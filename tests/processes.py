@@ -4,9 +4,11 @@ A fork server imports everything once; each run is a fork of it, in a session (p
 own, workers included.
 """
 
+import functools
 import json
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import random
 import resource
@@ -25,7 +27,20 @@ from cnn.utils import checkpoint, files
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as cli.run does, before torch is imported
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torchvision.transforms.v2", "processes"])
+
+
+@functools.cache
+def start_server() -> None:
+    """Starts the server where it finds what it is to import: it looks nowhere else, and says nothing."""
+    CONTEXT.set_forkserver_preload(
+        ["torchvision.transforms.v2", "cnn.building", "cnn.records", "train"]
+    )
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(Path(train.__file__).parent)
+    multiprocessing.forkserver.ensure_running()
+    os.environ.pop("PYTHONPATH")
+    if before is not None:
+        os.environ["PYTHONPATH"] = before
 
 
 class Process:
@@ -48,6 +63,7 @@ class Process:
         output: str = "output.txt",
         rank: dict[str, str] | None = None,
     ):
+        start_server()
         folder.mkdir(parents=True, exist_ok=True)
         self.output = folder / output
         self.process = CONTEXT.Process(

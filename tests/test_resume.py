@@ -18,7 +18,7 @@ from cnn.utils.checkpoint import load_checkpoint
 from cnn.utils.signals import Stopped
 
 # Everything that has state: EMA, bf16, dropout, accumulation that does not divide the epoch. Each of
-# 3 epochs has 3 batches in 2 steps, then 2 batches of validation; the test has 2.
+# 3 epochs has 3 batches in 2 steps, then 3 batches of validation; the test has 3.
 RICH = [
     *TINY,
     *("train.ema_decay=0.7", "train.precision=bf16", "train.accumulate=2", "train.epochs=3"),
@@ -61,7 +61,7 @@ PHASES = {  # a place, and how often the run passes it before it is killed there
     "before best.pth is renamed": ("before best.pth is renamed", 0),
     "between best.pth and last.pth": ("before last.pth is renamed", 2),
     "before the final test": ("before the test", 0),
-    "during the final test": ("validation", 16),
+    "during the final test": ("validation", 19),
 }
 
 
