@@ -32,11 +32,11 @@ CONTEXT = multiprocessing.get_context("forkserver")
 @functools.cache
 def start_server() -> None:
     """Starts the server where it finds what it is to import: it looks nowhere else, and says nothing."""
-    CONTEXT.set_forkserver_preload(
-        ["torchvision.transforms.v2", "cnn.building", "cnn.records", "train"]
-    )
+    ours = ["cnn.building", "cnn.records", "train", "processes"]
+    CONTEXT.set_forkserver_preload(["pytest", "torchvision.transforms.v2", *ours])
     before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(Path(train.__file__).parent)
+    root = Path(train.__file__).parent
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (root, root / "tests")))
     multiprocessing.forkserver.ensure_running()
     os.environ.pop("PYTHONPATH")
     if before is not None:

@@ -295,10 +295,14 @@ def test_pixels_are_in_memory_once_a_machine(tmp_path):
     (tmp_path / "plain.py").write_text("from test_distributed import Watching\n")
     data = "data.args={num_images: 30000, num_test: 20, num_classes: 3, image_size: 8}"
     words = [*PLAIN, data, "model.name=plain:Watching", "train.epochs=1", "data.limit=100"]
+    before = set(sharing.MEMORY.glob("cnn_shared_*"))  # of runs that were killed
     run_ranks(2, tmp_path, *words)
     for rank in range(2):
         assert int((tmp_path / f"shared_{rank}").read_text()) >= 30_000 * 64
-    assert not list(sharing.MEMORY.glob("cnn_shared_*"))
+    left, deadline = set(sharing.MEMORY.glob("cnn_shared_*")) - before, time.monotonic() + 10
+    while any(folder.exists() for folder in left):  # those of tests at the same time go too
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
 
 
 def test_data_that_are_handed_on_are_the_same_memory(tmp_path, monkeypatch):
@@ -316,7 +320,7 @@ def test_data_that_are_handed_on_are_the_same_memory(tmp_path, monkeypatch):
 
 # -- the launcher itself ------------------------------------------------------------------------
 
-LONG = [*UNEVEN, "train.epochs=40", "log.tensorboard=false", "checkpoint.every_steps=2"]
+LONG = [*UNEVEN, "train.epochs=24", "log.tensorboard=false", "checkpoint.every_steps=2"]
 
 
 # Launchers that share one store of addresses count restarts each for itself; see the README.
@@ -378,17 +382,17 @@ def wait_for_epoch(folder: Path, epoch: int) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(
-    "kills", [pytest.param(1, id="once"), pytest.param(3, id="three times", marks=pytest.mark.soak)]
-)
+@pytest.mark.soak  # once also in .ci/run
+@pytest.mark.parametrize("kills", [1, 3], ids=["once", "three times"])
 def test_torchrun_goes_on_by_itself_when_a_process_is_killed(tmp_path, kills):
-    run_ranks(2, tmp_path / "unbroken", *LONG)
+    words = [*LONG, f"train.epochs={6 + 6 * kills}"]
+    run_ranks(2, tmp_path / "unbroken", *words)
     broken = tmp_path / "broken"
     broken.mkdir()
     options = ["--nproc-per-node=2", "--max-restarts=3"]
-    launcher = Torchrun(broken, options, *LONG, "--resume")
+    launcher = Torchrun(broken, options, *words, "--resume")
     for number in range(kills):
-        wait_for_epoch(broken, 5 + 10 * number)
+        wait_for_epoch(broken, 3 + 6 * number)
         launcher.kill_rank(1)
     assert launcher.wait() == 0, launcher.output.read_text()
     assert (broken / "logs/train.log").read_text().count("==== resumed from") == kills
@@ -400,7 +404,7 @@ def test_torchrun_told_to_stop_has_all_save(tmp_path):
     run_ranks(2, tmp_path / "unbroken", *LONG)
     broken = tmp_path / "broken"
     broken.mkdir()
-    for epoch in (3, 9, 15, 21, 27, 33):
+    for epoch in (2, 5, 8, 11, 14, 17):
         launcher = Torchrun(
             broken, ["--nproc-per-node=2"], *LONG, "checkpoint.every_steps=null", "--resume"
         )

@@ -21,9 +21,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run
 import torchvision
 from conftest import RECIPES, ROOT, assert_same_run
 from PIL import Image
+from processes import run_ranks
 from test_datasets import write_mnist
 
 from cnn import drill, figures
@@ -238,13 +240,14 @@ def the_schema(patch: pytest.MonkeyPatch) -> None:
 
 
 def several(patch: pytest.MonkeyPatch, options: str, rest: str) -> None:
-    words = [*shlex.split(options), str(ROOT / "train.py"), *shlex.split(rest)]
+    """As torchrun would start them; it itself is in test_distributed.py."""
+    with warnings.catch_warnings(action="ignore"):
+        known = torch.distributed.run.get_args_parser().parse_args(
+            [*shlex.split(options), "train.py"]
+        )
+    words = shlex.split(rest)
     words += [f"train.epochs={2 if '--resume' in words else 1}", "log.report=false"]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words],
-        capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_ranks(int(known.nproc_per_node), Path.cwd(), *words)
     assert "rank" not in Path("logs/train.log").read_text()
 
 

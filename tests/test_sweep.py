@@ -452,6 +452,7 @@ def check_best_settings(name: str, best) -> None:
     assert best_hparams.held_in(path) == ("val_loss", best.value)
 
 
+@pytest.mark.soak  # also in .ci/run
 def test_two_processes_one_killed_and_one_stopped_bring_every_trial_to_its_end_once():
     epochs = 40
     write(f"trials: 3\nsettings: {{train.epochs: {epochs}}}\n{LR}")
