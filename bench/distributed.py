@@ -1,6 +1,6 @@
 """Several processes on one machine: images a second against one, and what an all-reduce costs.
 
-    python bench/distributed.py                     5 rounds, about 8 minutes
+    python bench/distributed.py                     5 rounds, about 6 minutes
     python bench/distributed.py --quick             2 short rounds, about 2 minutes
     python bench/distributed.py --model resnet18    any model of ours; --device cuda: a GPU each
 
@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.reduce:
         return time_all_reduce(args.device)
-    rounds, steps = (2, 15) if args.quick else (args.rounds, 40)
+    rounds, steps = (2, 15) if args.quick else (args.rounds, 25)
     measures = {
         way: lambda way=way: images_per_second(*WAYS[way], args.model, steps, args.device)
         for way in WAYS

@@ -150,7 +150,9 @@ class Group:
         """
         if self.size == 1:
             return model
-        return DistributedDataParallel(model, find_unused_parameters=True)
+        return DistributedDataParallel(
+            model, find_unused_parameters=True, gradient_as_bucket_view=True
+        )
 
     def accumulating(self, forward: nn.Module, more: bool) -> contextlib.AbstractContextManager:
         """Around a forward pass: whether its gradients wait for those of more batches."""

@@ -475,3 +475,31 @@ def test_a_soak_of_kills(tmp_path, words):
         assert_same_run(tmp_path / "unbroken", folder)
         runs += 1
     print(f"{kills} kills in {runs} runs")
+
+
+@pytest.mark.soak
+def test_with_changing_numbers_of_processes_a_run_is_as_accurate_as_another_seed(tmp_path):
+    digits = ["--config", str(ROOT / "configs/config.yaml"), "log.report=false"]
+
+    def accuracy(folder: Path) -> float:
+        return load_checkpoint(folder / "checkpoints/last.pth")["test"]["test_acc"]
+
+    seeds = []
+    for seed in range(5):
+        run_ranks(1, tmp_path / str(seed), *digits, f"seed={seed}")
+        seeds.append(accuracy(tmp_path / str(seed)))
+    images = {}
+    for size, passes in ((2, 60), (1, 40), (2, 30), (1, None)):  # steps, each from where it stopped
+        traps = {} if passes is None else {size - 1: ("training", passes, signal.SIGKILL)}
+        words = [*digits, "checkpoint.every_steps=7", "--resume"]
+        Ranks(size, tmp_path / "changing", *words, traps=traps).wait()
+        images |= trained_on(tmp_path / "changing", size)
+        for path in (tmp_path / "changing").glob("trained_*"):
+            path.unlink()
+    whole = trained_on(tmp_path / "0", 1)
+    assert {place: batch["images"] for place, batch in images.items()} == {
+        place: batch["images"] for place, batch in whole.items()
+    }
+    print(f"seeds {seeds}, changing {accuracy(tmp_path / 'changing')}")
+    spread = max(seeds) - min(seeds)
+    assert min(seeds) - spread <= accuracy(tmp_path / "changing") <= max(seeds) + spread

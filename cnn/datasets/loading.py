@@ -8,6 +8,7 @@ entered at any batch, at once, with any number of workers.
 import contextlib
 import functools
 import logging
+import math
 import multiprocessing
 import signal
 import threading
@@ -86,7 +87,7 @@ class Samples(Dataset):
     """Image and label for a key; what an epoch changes about the image is drawn from the key.
 
     Args:
-        finish: what is done to every batch of images, in the loader process.
+        collate: makes a batch of a list of images, in the loader process.
     """
 
     def __init__(
@@ -95,10 +96,10 @@ class Samples(Dataset):
         size: int,
         augment: list[Transform],
         seed: int,
-        finish: Callable[[torch.Tensor], torch.Tensor] = _as_it_is,
+        collate: Callable[[list[torch.Tensor]], torch.Tensor] = torch.stack,
     ):
         self.images, self.size, self.augment, self.seed = images, size, augment, seed
-        self.finish = finish
+        self.collate = collate
         self.labels = torch.from_numpy(images.labels)
 
     def __len__(self) -> int:
@@ -133,11 +134,11 @@ class Samples(Dataset):
         except (BadImage, Refused) as error:
             return error
         if not left_out:
-            return self.finish(torch.stack(images)), self.labels[indices]
+            return self.collate(images), self.labels[indices]
         # BatchNorm cannot train on one image; and a lost folder is not left out bit by bit.
         if len(kept) < (1 if keys[0][0] == EVALUATION else 2):
             return BadImage(f"{left_out[0]}, and so nearly all of its batch of {len(keys)}")
-        return (self.finish(torch.stack(images)), self.labels[indices[kept]]), left_out
+        return (self.collate(images), self.labels[indices[kept]]), left_out
 
 
 def keys_of(epoch: int, order: np.ndarray, balanced: bool, start: int, end: int) -> list[Key]:
@@ -265,9 +266,10 @@ class StreamLoader(Loader):
         super().__init__(*args, **keywords)
         changes = build_augmentations(augment, self.size)
         # A GPU normalises itself, from a quarter of the bytes; on a CPU the workers do it.
-        steps = [_as_it_is, self._normalize]
-        before, self._finish = steps if self.device.type != "cpu" else reversed(steps)
-        self._samples = Samples(self.images, self.size, changes, self.seed, before)
+        collate, self._finish = torch.stack, self._normalize
+        if self.device.type == "cpu":
+            collate, self._finish = self._normalize.stacked, _as_it_is
+        self._samples = Samples(self.images, self.size, changes, self.seed, collate)
         self.raw, self.image = self._samples.raw, self._samples.image
         self._plan = _Plan()
         self._end: Finalize | None = None
@@ -437,6 +439,23 @@ class Normalize:
         scale = self.scale / 255 if is_bytes else self.scale
         images = images.float().mul_(scale).add_(self.shift)
         return images.contiguous(memory_format=torch.channels_last)
+
+    def stacked(self, images: list[torch.Tensor]) -> torch.Tensor:
+        """The same of images (C, H, W), each while the processor has it at hand.
+
+        In a loader process the batch is written where it would be copied to: into shared memory.
+        """
+        channels, height, width = images[0].shape
+        shape = (len(images), height, width, channels)
+        if torch.utils.data.get_worker_info() is None:
+            batch = torch.empty(shape)
+        else:  # as torch's own collate functions do
+            shared = torch.empty(0)._typed_storage()._new_shared(math.prod(shape))
+            batch = torch.empty(0).new(shared).view(shape)
+        batch = batch.permute(0, 3, 1, 2)  # N, C, H, W; channels last
+        for place, image in zip(batch, images):
+            place.copy_(self(image[None])[0])
+        return batch
 
     def _for_rows(self, is_bytes: bool, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and shift for every number of a row: (width * C) each."""
