@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cnn.building import Run
     from cnn.datasets.loading import Batch, Loader
     from cnn.distributed import Group
+    from cnn.metrics import Outcome
     from cnn.resuming import ResumePoint
     from cnn.saving import Saver
     from cnn.trace import Trace
@@ -104,7 +105,6 @@ def train(
     """
     from cnn import summary
     from cnn.building import build_run
-    from cnn.engine import evaluate
     from cnn.records import open_records
     from cnn.resuming import make_ready
     from cnn.saving import Saver
@@ -128,13 +128,8 @@ def train(
             for _ in follow(steps, label, total, done, cfg.log.every_seconds):
                 saver.between_steps()
 
-            model, said = state.evaluated_model(), run.outcome()
-            batches = evaluation_batches(run.val_loader, saver)
-            batches = trace.follow(batches, state, said) if trace else batches
-            total = run.val_loader.num_turns()
-            batches = follow(batches, f"{label} val", total, 0, cfg.log.every_seconds)
-            key = {"seed": cfg.seed, "epoch": state.epoch, "group": group}
-            metrics = evaluate(model, batches, run.loss, run.autocast, "val_", said, **key)
+            said = run.outcome()
+            metrics = validate(cfg, run, saver, said, f"{label} val", trace)
             seconds, monitor = saver.seconds(), cfg.checkpoint.monitor
             improved = state.end_epoch(metrics, monitor, seconds, said.predictions())
             saver.end_epoch(improved)
@@ -173,6 +168,22 @@ def train_steps(cfg: Config, run: "Run", trace: "Trace | None") -> "Iterator[int
 def evaluation_batches(loader: "Loader", saver: "Saver") -> "Iterator[Batch]":
     """This process's batches of an evaluation; between two of them a signal stops the run."""
     return saver.interruptible(saver.group.in_step(loader.batches(), loader.num_turns()))
+
+
+def validate(
+    cfg: Config, run: "Run", saver: "Saver", said: "Outcome", label: str, trace: "Trace | None"
+) -> dict[str, float | None]:
+    """The metrics of the epoch that is trained; what is said of each image goes into `said`."""
+    from cnn.engine import evaluate
+    from cnn.utils.progress import follow
+
+    state, loader = run.state, run.val_loader
+    batches = evaluation_batches(loader, saver)
+    batches = trace.follow(batches, state, said) if trace else batches
+    batches = follow(batches, label, loader.num_turns(), 0, cfg.log.every_seconds)
+    key = {"seed": cfg.seed, "epoch": state.epoch, "group": state.group}
+    model = state.evaluated_model()
+    return evaluate(model, batches, run.loss, run.autocast, "val_", said, **key)
 
 
 def test(cfg: Config, run: "Run", saver: "Saver") -> None:

@@ -1,7 +1,6 @@
 """From the settings to everything that a run is made of, in the order things depend on each other."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,20 +77,9 @@ def build_run(
     # A resume brings its weights along; those that the run began with may be gone.
     begun = replace(cfg.model, weights=None, pretrained=False) if point else cfg.model
     model = build_model(begun, len(data.classes), pre.channels, pre.image_size, cfg.seed)
-    if cfg.train.sync_batchnorm and group.size > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model = model.to(device, memory_format=torch.channels_last)
-    on_amx = precision == "bf16" and device.type == "cpu" and env.cpu_has("amx_bf16")
-    if on_amx and not cfg.train.compile:
-        small_maps.quicken(model)
+    model = _made_ready(model, cfg, device, precision, group)
     loss = build_loss(cfg.loss, data.train.labels, data.classes).to(device)
-    load = functools.partial(build_loader, rank=group.rank, num_ranks=group.size)
-    train_loader, val_loader, test_loader = group.leaders_first(
-        lambda: [
-            load(cfg.data, images, pre, device, cfg.seed, training=training)
-            for images, training in ((data.train, True), (data.val, False), (data.test, False))
-        ]
-    )
+    train_loader, val_loader, test_loader = _build_loaders(cfg, data, device, group)
     steps_per_epoch = -(-len(train_loader) // cfg.train.accumulate)
     state = _build_state(cfg, model, loss, steps_per_epoch, device, precision, group)
     environment = env.describe(device, precision, group.size)
@@ -119,6 +107,32 @@ def build_run(
         environment=environment,
         about=about,
         monitor=cfg.checkpoint.monitor,
+    )
+
+
+def _made_ready(
+    model: nn.Module, cfg: Config, device: torch.device, precision: str, group: Group
+) -> nn.Module:
+    """The model on its device, with what is quicker or shared there in the place of torch's own."""
+    if cfg.train.sync_batchnorm and group.size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = model.to(device, memory_format=torch.channels_last)
+    on_amx = precision == "bf16" and device.type == "cpu" and env.cpu_has("amx_bf16")
+    if on_amx and not cfg.train.compile:
+        small_maps.quicken(model)
+    return model
+
+
+def _build_loaders(cfg: Config, data: Data, device: torch.device, group: Group) -> list[Loader]:
+    """Of train, val and test; what they decode, one process of a machine does for all there."""
+    splits = ((data.train, True), (data.val, False), (data.test, False))
+    share = {"rank": group.rank, "num_ranks": group.size}
+    common = (data.preprocessing, device, cfg.seed)
+    return group.leaders_first(
+        lambda: [
+            build_loader(cfg.data, images, *common, training=training, **share)
+            for images, training in splits
+        ]
     )
 
 

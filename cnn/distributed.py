@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cnn.config import Refused
 from cnn.datasets.loading import DataFailed
+from cnn.metrics import Outcome, Sums
 from cnn.utils.launch import Launch, find_launch
 from cnn.utils.signals import Stopped, StopSignals
 
@@ -166,11 +167,15 @@ class Group:
         dist.all_reduce(total)
         return total[0]
 
-    def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor, each number summed over all processes, in place."""
+    def add_up(self, sums: Sums) -> None:
+        """Makes of every process's sums those of all."""
         if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
+            sums.add_up(dist.all_reduce)
+
+    def gather(self, outcome: Outcome) -> None:
+        """Makes of every process's part of an evaluation the whole."""
+        if self.size > 1:
+            outcome.gather(self.all_of)
 
     def equalize(self, module: nn.Module | None) -> None:
         """Gives every process the first one's weights and buffers of a module.

@@ -38,7 +38,7 @@ def train_one_epoch(
         saved; nothing of a step is kept elsewhere.
     """
     model, optimizer, scaler, group = state.model, state.optimizer, state.scaler, state.group
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for part in optimizer.param_groups for p in part["params"]]
     freeze(optimizer, state.epoch)
     set_training(model)
     batches = iter(batches)
@@ -61,8 +61,7 @@ def train_one_epoch(
             # Gradients are averaged over the processes: times their number, it is the sum.
             scaler.scale(loss * (weight / total * group.size)).backward()
             sums.add(loss, logits[:own], labels[:own], weight)
-        if group.size > 1:
-            sums.add_up(group.add_up)
+        group.add_up(sums)
         state.sums.merge(sums)
         if clip_grad_norm is not None:
             scaler.unscale_(optimizer)
@@ -95,7 +94,8 @@ def evaluate(
         sums: where to add the batches, for more than these two: an `Outcome`.
         seed, epoch: what a model that draws, such as Monte-Carlo dropout, is keyed by, with the
             number of the batch.
-        group: whose processes each evaluate batches in turn; all are given the metrics.
+        group: whose processes each evaluate batches in turn; all are given the metrics. Of several,
+            `sums` is an `Outcome`.
     """
     was_training = model.training
     model.eval()
@@ -110,8 +110,7 @@ def evaluate(
         loss = loss_of(loss_function, logits, labels)
         sums.add(loss, logits, labels, weight_of(loss_function, labels))
     model.train(was_training)
-    if group.size > 1:
-        sums.gather(group.all_of)
+    group.gather(sums)
     return {prefix + name: value for name, value in sums.compute().items()}
 
 

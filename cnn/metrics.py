@@ -49,16 +49,15 @@ class Sums:
         self.weight = self.weight + other.weight
         self.count = self.count + other.count
 
-    def add_up(self, over_processes: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def add_up(self, over_processes: Callable[[torch.Tensor], object]) -> None:
         """Makes of the sums of every process those of all.
 
         Args:
-            over_processes: sums a tensor over them.
+            over_processes: sums a tensor over them, in place.
         """
         numbers = (self.loss, self.weight, self.correct, self.count)
-        total = over_processes(
-            torch.stack([torch.as_tensor(n).to(self.loss, non_blocking=True) for n in numbers])
-        )
+        total = torch.stack([torch.as_tensor(n).to(self.loss, non_blocking=True) for n in numbers])
+        over_processes(total)
         self.loss, self.weight, correct, count = total.unbind()
         self.correct, self.count = correct.to(torch.int64), count.to(torch.int64)
 

@@ -89,9 +89,8 @@ class Saver:
 
     def resume_command(self) -> str:
         """The exact command that goes on with this run."""
-        return " ".join(
-            map(shlex.quote, launch.command(sys.argv[0], "--resume", self.folder.last.as_posix()))
-        )
+        last = self.folder.last.as_posix()
+        return shlex.join(launch.command(sys.argv[0], "--resume", last))
 
     def seconds(self) -> float:
         """Seconds since the last call of this kind, or since the run began."""

@@ -253,11 +253,11 @@ def free_port() -> int:
 
 
 def record_training(path: Path) -> None:
-    """Has every batch that is trained on recorded: its images that count, and the loss after it."""
+    """Has every batch that is trained on recorded: its images that count, and its loss."""
     original = engine.train_one_epoch
 
     def recorded(state, batches, sizes, *args, **keywords):
-        seen = []
+        seen, before = [], state.sums.loss.item()
 
         def follow():
             for number, (images, labels) in enumerate(batches, start=state.batch):
@@ -267,7 +267,8 @@ def record_training(path: Path) -> None:
                 yield images, labels
 
         for step in original(state, follow(), sizes, *args, **keywords):
-            seen[-1] |= {"step": state.step, "loss_sum": state.sums.loss.item()}
+            seen[-1] |= {"loss": state.sums.loss.item() - before}
+            before = state.sums.loss.item()
             with open(path, "a") as file:
                 file.writelines(json.dumps(batch) + "\n" for batch in seen)
             seen.clear()
@@ -277,12 +278,12 @@ def record_training(path: Path) -> None:
 
 
 def trained_on(folder: Path, size: int) -> dict[tuple[int, int], dict]:
-    """By epoch and batch: the images of all ranks in their order, and the loss after its step."""
+    """By epoch and batch: the images of all ranks in their order, and the sum of the step's losses."""
     batches: dict[tuple[int, int], dict] = {}
     for rank in range(size):
         with open(folder / f"trained_{rank}.jsonl") as file:
             for line in map(json.loads, file):
                 batch = batches.setdefault((line["epoch"], line["batch"]), {"images": []})
                 batch["images"] += line["images"]
-                batch["loss_sum"] = line.get("loss_sum")
+                batch["loss"] = line.get("loss")
     return batches

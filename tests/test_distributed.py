@@ -111,7 +111,7 @@ def test_every_step_has_the_same_images_and_the_same_loss_however_many_compute_i
         assert found[size].keys() == found[1].keys() and len(found[1]) == 14
         for place, batch in found[1].items():
             assert found[size][place]["images"] == batch["images"]
-            assert found[size][place]["loss_sum"] == pytest.approx(batch["loss_sum"], rel=1e-5)
+            assert found[size][place]["loss"] == pytest.approx(batch["loss"], rel=1e-5)
 
 
 def test_two_processes_repeat_themselves_bit_for_bit(unbroken, tmp_path):
