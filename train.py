@@ -53,15 +53,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def obey(argv: list[str]) -> int:
     """Does what the command line says; gives the exit status."""
-    command = cli.parse(argv, __doc__)
+    command, is_first = cli.parse(argv, __doc__), launch.find_launch().is_first
     try:
         cfg, places = command.load_config()
         command.places.update(places)
     except Refused as refusal:
-        sys.stderr.write(f"{refusal}\n")
+        sys.stderr.write(f"{refusal}\n" if is_first else "")
         return cli.REFUSED
     if command.print_config:
-        sys.stdout.write(to_yaml(cfg))
+        sys.stdout.write(to_yaml(cfg) if is_first else "")
         return cli.DONE
     acts = {"dry_run": dry_run, "drill": drill, "find_lr": find_lr}
     act = next((act for name, act in acts.items() if getattr(command, name)), start)

@@ -86,7 +86,7 @@ sys.meta_path.insert(0, Press)
 
 @pytest.mark.parametrize(
     "name, module",
-    [("SIGINT", "torch"), ("SIGTERM", "cnn.engine")],
+    [("SIGINT", "torch"), ("SIGTERM", "cnn.building")],
 )
 def test_a_signal_while_torch_is_imported_is_one_line_and_its_status(name, module):
     Path("sitecustomize.py").write_text(CTRL_C.format(name=name, module=module))

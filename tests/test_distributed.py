@@ -266,6 +266,7 @@ def unbroken_own(tmp_path_factory) -> Path:
     "words, message",
     [
         (["data.batch_size=3"], "data.batch_size: expected at least 2 images for each of 2 proc"),
+        (["optim.lrr=1"], "optim.lrr: no such key — did you mean 'optim.lr'?"),
         (["train.sync_batchnorm=true"], "train.sync_batchnorm: torch's SyncBatchNorm needs CUDA"),
         (["optim.freeze=nothing", "optim.freeze_epochs=1"], "optim.freeze: no parameter's name"),
         (["data.name=folder", "data.root=nowhere"], "nowhere"),
