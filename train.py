@@ -149,9 +149,9 @@ def train_steps(cfg: Config, run: "Run", trace: "Trace | None") -> "Iterator[int
     """The optimizer steps that are left of the epoch that the run is in."""
     from cnn.engine import train_one_epoch
 
-    state = run.state
-    loader = run.train_loader
+    state, loader = run.state, run.train_loader
     batches = loader.train_batches(state.epoch + 1, start=state.batch)
+    batches = run.heap.follow("train", batches)
     batches = state.group.in_step(batches, len(loader) - state.batch)
     return train_one_epoch(
         state,
@@ -165,9 +165,10 @@ def train_steps(cfg: Config, run: "Run", trace: "Trace | None") -> "Iterator[int
     )
 
 
-def evaluation_batches(loader: "Loader", saver: "Saver") -> "Iterator[Batch]":
+def evaluation_batches(run: "Run", loader: "Loader", saver: "Saver") -> "Iterator[Batch]":
     """This process's batches of an evaluation; between two of them a signal stops the run."""
-    return saver.interruptible(saver.group.in_step(loader.batches(), loader.num_turns()))
+    batches = run.heap.follow("evaluate", loader.batches())
+    return saver.interruptible(saver.group.in_step(batches, loader.num_turns()))
 
 
 def validate(
@@ -178,7 +179,7 @@ def validate(
     from cnn.utils.progress import follow
 
     state, loader = run.state, run.val_loader
-    batches = evaluation_batches(loader, saver)
+    batches = evaluation_batches(run, loader, saver)
     batches = trace.follow(batches, state, said) if trace else batches
     batches = follow(batches, label, loader.num_turns(), 0, cfg.log.every_seconds)
     key = {"seed": cfg.seed, "epoch": state.epoch, "group": state.group}
@@ -193,7 +194,7 @@ def test(cfg: Config, run: "Run", saver: "Saver") -> None:
     logger.info("testing the best epoch, once")
     state = run.state
     model, said = saver.best_model(), run.outcome(of_result=True)
-    batches = evaluation_batches(run.test_loader, saver)
+    batches = evaluation_batches(run, run.test_loader, saver)
     epoch = state.best["epoch"] if state.best else state.epoch
     key = {"seed": cfg.seed, "epoch": epoch, "group": state.group}
     state.test = evaluate(model, batches, run.loss, run.autocast, "test_", said, **key)

@@ -1,6 +1,6 @@
 """Time an epoch and peak memory against the number of images.
 
-    python bench/scale.py                   5 sizes, 3 rounds, about 8 minutes
+    python bench/scale.py                   5 sizes, 5 rounds, about 15 minutes
     python bench/scale.py --quick           2 small sizes, half a minute
 
 Each run is a process of its own: train.py on so many synthetic images of 32 x 32 in colour, kept in
@@ -13,10 +13,8 @@ torch, compiled kernels):
               what is drawn for it
   model       weights and buffers
   optimizer   the momentum
-  step        the most that is alive at once within a step: the activations kept for the way back, and
-              gradients; as torch's own account of its tensors has it
-  validation  of its largest batch those tensors of more than 20 MB that are alive at once: they come
-              on top, since malloc keeps what the steps freed (`cnn.utils.memory`)
+  activations the most that is alive at once within a step, gradients included, or within the
+              validation of a batch where that is more; as torch's own account of its tensors has it
 What is measured beyond it lies in malloc's holes. The ratio is of the whole process, peak over what
 is expected; that of the growth alone, which the holes weigh more in, is printed too.
 """
@@ -42,12 +40,12 @@ BATCH, WIDTH, SIDE, CHANNELS, TEST = 128, 16, 32, 3, 128
 ASKED = 1.1
 SETTINGS = ["data.name=synthetic", "data.augment=[crop, flip]", "model.name=resnet9", "device=cpu"]
 SETTINGS += ["train.epochs=2", "log.report=false"]
-PARTS = ("data", "model", "optimizer", "step", "validation")
+PARTS = ("data", "model", "optimizer", "activations")
 
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--alone", nargs=2, help=f"for itself: {', '.join(ACTS)}; and how many images"
     )
@@ -136,7 +134,6 @@ def parts(number: int) -> dict[str, float]:
     from cnn.config import load_config
     from cnn.datasets.augment import NUM_DRAWS
     from cnn.engine import evaluate, train_one_epoch
-    from cnn.utils.memory import LARGEST_KEPT
 
     cfg, _ = load_config(None, settings(number))
     run = build_run(cfg)
@@ -149,18 +146,19 @@ def parts(number: int) -> dict[str, float]:
     largest = [next(run.val_loader.batches())]
     key = {"seed": 0, "epoch": 0}
     validation = most_alive(
-        lambda: evaluate(state.model, largest, run.loss, run.autocast, "val_", **key), LARGEST_KEPT
+        lambda: evaluate(state.model, largest, run.loss, run.autocast, "val_", **key)
     )
     of_image = SIDE**2 * CHANNELS + 3 * 8 + 4 * NUM_DRAWS
     momentum = [value for of in state.optimizer.state.values() for value in of.values()]
     sizes = [(number + TEST) * of_image]
     for tensors in (chain(state.model.parameters(), state.model.buffers()), momentum):
         sizes.append(sum(tensor.nbytes for tensor in tensors))
-    return dict(zip(PARTS, (size / 1e6 for size in (*sizes, step, validation)), strict=True))
+    sizes.append(max(step, validation))
+    return dict(zip(PARTS, (size / 1e6 for size in sizes), strict=True))
 
 
-def most_alive(act: Callable[[], Any], least: int = 0) -> int:
-    """The most bytes, over those at its beginning, in tensors of at least such a size."""
+def most_alive(act: Callable[[], Any]) -> int:
+    """The most bytes in tensors, over those at its beginning."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -169,7 +167,7 @@ def most_alive(act: Callable[[], Any], least: int = 0) -> int:
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
     alive = most = 0
     for _, change in sorted(changes, key=lambda pair: pair[0]):
-        alive += change if abs(change) >= least else 0
+        alive += change
         most = max(most, alive)
     return most
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from cnn.scores import epoch_metrics, result_metrics
 from cnn.state import TrainingState
 from cnn.utils import environment as env
 from cnn.utils.checkpoint import FORMAT
+from cnn.utils.memory import Heap
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Run:
     environment: dict[str, Any]
     about: dict[str, Any]  # what a checkpoint holds besides the state
     monitor: str
+    heap: Heap = field(default_factory=Heap)
 
     def outcome(self, *, of_result: bool = False) -> Outcome:
         """What an evaluation is to be added to: an epoch's, or the one that is the run's result."""

@@ -137,9 +137,7 @@ def run(act: Callable[["Log", "StopSignals"], int | None], places: dict[str, str
     launch = find_launch()
     log, stop = Log(launch.rank), StopSignals(deferred=True)
     stop.install()
-    if (
-        launch.size > 1
-    ):  # that looking for unused parameters found none is no news, and costs little
+    if launch.size > 1:  # looked for unused parameters, found none: no news
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Two seconds of importing torch, in which a signal waits: no half of a module is left, and
     # nobody's `except Exception` there takes it.

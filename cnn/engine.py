@@ -34,8 +34,8 @@ def train_one_epoch(
             computes others', so that all take the same steps.
 
     Yields:
-        The number of batches of each optimizer step, after it. Between two steps `state` is whole, and may be
-        saved; nothing of a step is kept elsewhere.
+        The number of batches of each optimizer step, after it. Between two steps `state` is whole,
+        and may be saved; nothing of a step is kept elsewhere.
     """
     model, optimizer, scaler, group = state.model, state.optimizer, state.scaler, state.group
     parameters = [p for part in optimizer.param_groups for p in part["params"]]
@@ -63,6 +63,7 @@ def train_one_epoch(
             sums.add(loss, logits[:own], labels[:own], weight)
         group.add_up(sums)
         state.sums.merge(sums)
+        del step, images, labels, logits, loss  # before the next batch is made
         if clip_grad_norm is not None:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters, clip_grad_norm)
