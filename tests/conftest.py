@@ -24,10 +24,10 @@ torch.set_num_threads(1)  # another number changes bits, and the machine may be 
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Two processes for the whole suite, which then takes half the time; none for a part of it."""
+    """Three processes for the whole suite: two cores, and tests that wait; none for a part of it."""
     options = config.option
     part = options.file_or_dir or options.keyword or options.markexpr != "not soak"
-    return 0 if part or options.capture == "no" else 2
+    return 0 if part or options.capture == "no" else 3
 
 
 @pytest.fixture(autouse=True)
