@@ -4,6 +4,7 @@ A fork server imports everything once; each run is a fork of it, in a session (p
 own, workers included.
 """
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -75,9 +76,10 @@ class Process:
         """Sends a signal to the whole group."""
         try:
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:  # not yet a group, or gone
+        except ProcessLookupError:  # not yet a group; or gone, though it may not be known here yet
             if self.process.exitcode is None:
-                os.kill(self.process.pid, number)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.process.pid, number)
 
     def wait(self) -> int:
         """The exit status; -N for signal N."""
