@@ -15,7 +15,7 @@ from cnn.config import Config, Refused
 
 if TYPE_CHECKING:
     from cnn.utils.logger import Log
-    from cnn.utils.signals import StopSignals
+    from cnn.utils.signals import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -158,14 +158,20 @@ def run(act: Callable[["Log", "StopSignals"], int | None], places: dict[str, str
         logger.error("%s%s", f"{place}: " if place else "", refusal)
         return REFUSED
     except Stopped as stopped:
-        logger.warning("stopped by %s", stopped)
-        return 128 + stopped.number
+        return _say_stopped(stopped)
     except (Failed, DataFailed, Lost) as failure:
         logger.error("%s", failure)
         return FAILED
     except Exception:
+        if stop.raised:  # and what it came in the middle of has fallen over it
+            return _say_stopped(Stopped(stop.received))
         logger.exception("failed")
         return FAILED
     finally:
         stop.uninstall()
         log.close()
+
+
+def _say_stopped(stopped: "Stopped") -> int:
+    logger.warning("stopped by %s", stopped)
+    return 128 + stopped.number

@@ -102,3 +102,27 @@ def test_ctrl_c_while_the_settings_are_read_is_one_line_and_130(train, capfd, mo
     monkeypatch.setattr(cli.Command, "load_config", interrupted)
     assert train() == 130
     assert capfd.readouterr().err == "stopped by SIGINT\n"
+
+
+def test_a_signal_over_which_a_library_s_clean_up_falls_is_still_a_signal(capfd):
+    def act(log, stop):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise AttributeError("a lock that was not made yet")
+
+    assert cli.run(act, {}) == 143
+    assert capfd.readouterr().err == "warning: stopped by SIGTERM\n"
+
+
+def test_a_failure_after_a_signal_that_waits_is_told_as_what_it_is(capfd):
+    def act(log, stop):
+        stop.deferred = True
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            raise ArithmeticError("on purpose")
+        finally:
+            stop.deferred = False
+
+    assert cli.run(act, {}) == 1
+    assert "ArithmeticError: on purpose" in capfd.readouterr().err

@@ -88,6 +88,7 @@ class Log:
         self._before = (self.root.level, list(self.root.handlers))
         self._kept = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
         self._file: logging.FileHandler | None = None
+        tqdm.get_lock()  # made before there are signals that could leave it half made
         self.root.handlers = [_Console(self._speaker), self._kept]
         self.root.setLevel(logging.WARNING if rank == 0 else logging.ERROR)
         for name in NAMES:  # what is said while all build the same, they need not say each

@@ -27,6 +27,7 @@ class StopSignals:
 
     def __init__(self, *, deferred: bool = False) -> None:
         self.received: int | None = None
+        self.raised = False  # at once, in the middle of whatever it was
         self.deferred = deferred  # it waits until `check`
         self.alone = True  # else all processes of the run stop together, where they agree to
         self._process = os.getpid()
@@ -58,6 +59,7 @@ class StopSignals:
             os._exit(128 + number)
         self.received = number
         if not self.deferred:
+            self.raised = True
             raise Stopped(number)
 
     def check(self) -> None:
