@@ -151,8 +151,8 @@ def train_steps(cfg: Config, run: "Run", trace: "Trace | None") -> "Iterator[int
 
     state, loader = run.state, run.train_loader
     batches = loader.train_batches(state.epoch + 1, start=state.batch)
-    batches = run.heap.follow("train", batches)
     batches = state.group.in_step(batches, len(loader) - state.batch)
+    batches = run.heap.follow("train", batches)
     return train_one_epoch(
         state,
         trace.follow(batches, state) if trace else batches,
@@ -167,8 +167,8 @@ def train_steps(cfg: Config, run: "Run", trace: "Trace | None") -> "Iterator[int
 
 def evaluation_batches(run: "Run", loader: "Loader", saver: "Saver") -> "Iterator[Batch]":
     """This process's batches of an evaluation; between two of them a signal stops the run."""
-    batches = run.heap.follow("evaluate", loader.batches())
-    return saver.interruptible(saver.group.in_step(batches, loader.num_turns()))
+    batches = saver.group.in_step(loader.batches(), loader.num_turns())
+    return saver.interruptible(run.heap.follow("evaluate", batches))
 
 
 def validate(

@@ -9,6 +9,7 @@ import datetime
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -159,18 +160,29 @@ class Group:
         """Around a forward pass: whether its gradients wait for those of more batches."""
         return forward.no_sync() if more and self.size > 1 else contextlib.nullcontext()
 
-    def sum(self, value: T, device: torch.device) -> T | torch.Tensor:
-        """The sum over all processes of a number or a tensor (), exact to float64."""
-        if self.size == 1:
-            return value
-        total = torch.as_tensor(value, dtype=torch.float64, device=device).reshape(1).clone()
-        dist.all_reduce(total)
-        return total[0]
+    def sum(self, value: T, device: torch.device) -> Callable[[], T | torch.Tensor]:
+        """Begins to sum a number or a tensor over all processes, exact to float64.
 
-    def add_up(self, sums: Sums) -> None:
-        """Makes of every process's sums those of all."""
-        if self.size > 1:
-            sums.add_up(dist.all_reduce)
+        Returns:
+            What waits for the sum, and gives it.
+        """
+        if self.size == 1:
+            return lambda: value
+        total = torch.as_tensor(value, dtype=torch.float64, device=device).clone()
+        work = dist.all_reduce(total, async_op=True)
+
+        def wait() -> torch.Tensor:
+            work.wait()
+            return total
+
+        return wait
+
+    def add_up(self, sums: Sums, device: torch.device) -> Callable[[], None]:
+        """Begins to make of every process's sums those of all; what it returns waits for them."""
+        if self.size == 1:
+            return lambda: None
+        total = self.sum(sums.pack(), device)
+        return lambda: sums.unpack(total())
 
     def gather(self, outcome: Outcome) -> None:
         """Makes of every process's part of an evaluation the whole."""
@@ -191,7 +203,8 @@ class Group:
         """Passes batches on, each once every process has its own, and `number` times.
 
         A process that has fewer waits with the others. Where one cannot go on, all stop before the
-        same batch.
+        same batch. The next batch is made, and agreed on, before this one is computed: the agreement
+        takes no time of its own, and a signal that comes meanwhile stops all one batch later.
 
         Raises:
             Stopped: one of them was sent a signal.
@@ -201,21 +214,25 @@ class Group:
             yield from batches
             return
         own = iter(batches)
-        for _ in range(number):
-            batch = failure = None
-            try:
-                batch = next(own, None)
-            except DataFailed as error:
-                failure = error
-            agreed = torch.tensor([self._signal(), self.rank + 1 if failure else 0])
-            dist.all_reduce(agreed, dist.ReduceOp.MAX)
-            signalled, failed = agreed.tolist()
-            if failed:
-                raise failure or DataFailed(f"rank {failed - 1} cannot have its images")
-            if signalled:
-                raise Stopped(signalled)
+        following = self._agree_on(own) if number else None
+        for left in reversed(range(number)):
+            batch, agreement = following
+            agreement.wait()
+            following = self._agree_on(own) if left else None
             if batch is not None:
                 yield batch
+            del batch  # before another one is made
+
+    def _agree_on(self, batches: Iterator[T]) -> "tuple[T | None, _Agreement]":
+        """The next batch, if it can be had, and the agreement on it, under way."""
+        batch = failure = None
+        try:
+            batch = next(batches, None)
+        except DataFailed as error:
+            failure = error
+        said = torch.tensor([self._signal(), self.rank + 1 if failure else 0])
+        work = dist.all_reduce(said, dist.ReduceOp.MAX, async_op=True)
+        return batch, _Agreement(said, work, failure)
 
     def _signal(self) -> int:
         """The signal that this process was sent, or 0; a launcher that is gone counts as one."""
@@ -227,6 +244,30 @@ class Group:
         """Waits until all are here: nobody leaves while the first one saves."""
         if self.size > 1:
             dist.barrier(self._patient)
+
+
+@dataclass
+class _Agreement:
+    """Whether all go on with a batch, on its way.
+
+    Attributes:
+        said: of all processes the largest signal that one was sent, and rank, from 1, of one that
+            cannot have its batch; 0 where there is none.
+        failure: why this one cannot.
+    """
+
+    said: torch.Tensor
+    work: "dist.Work"
+    failure: DataFailed | None
+
+    def wait(self) -> None:
+        """Raises Stopped or DataFailed where one of them cannot go on."""
+        self.work.wait()
+        signalled, failed = self.said.tolist()
+        if failed:
+            raise self.failure or DataFailed(f"rank {failed - 1} cannot have its images")
+        if signalled:
+            raise Stopped(signalled)
 
 
 def _attempt() -> str:

@@ -47,23 +47,23 @@ def train_one_epoch(
         # All of them before the first is used: where one cannot be had, nothing is half done.
         # And before the seed: without workers, augmentations draw from the same generators.
         step = [next(batches) for _ in in_step]
-        weights = [
-            weight_of(loss_function, labels[:own]) for (_, labels), own in zip(step, in_step)
-        ]
+        weights = [weight_of(loss_function, y[:own]) for (_, y), own in zip(step, in_step)]
         total = group.sum(sum(weights), state.device)
         group.equalize(state.loss)
         sums = Sums(state.device)
         for number, ((images, labels), own, weight) in enumerate(zip(step, in_step, weights)):
+            more = number + 1 < len(step)
             seeding.seed_step(state.device, *(seed, seeding.STEP, state.step, number), *group.key)
-            with group.accumulating(state.forward, number + 1 < len(step)), autocast():
+            with group.accumulating(state.forward, more), autocast():
                 logits = state.forward(images)
             loss = loss_of(loss_function, logits, labels)
-            # Gradients are averaged over the processes: times their number, it is the sum.
-            scaler.scale(loss * (weight / total * group.size)).backward()
             sums.add(loss, logits[:own], labels[:own], weight)
-        group.add_up(sums)
+            finish_sums = None if more else group.add_up(sums, state.device)
+            # Gradients are averaged over the processes: times their number, it is the sum.
+            scaler.scale(loss * (weight / total() * group.size)).backward()
+        finish_sums()
         state.sums.merge(sums)
-        del step, images, labels, logits, loss  # before the next batch is made
+        del step, images, labels, logits, loss  # before another batch is made
         if clip_grad_norm is not None:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters, clip_grad_norm)

@@ -49,15 +49,13 @@ class Sums:
         self.weight = self.weight + other.weight
         self.count = self.count + other.count
 
-    def add_up(self, over_processes: Callable[[torch.Tensor], object]) -> None:
-        """Makes of the sums of every process those of all.
-
-        Args:
-            over_processes: sums a tensor over them, in place.
-        """
+    def pack(self) -> torch.Tensor:
+        """The four sums in one tensor, float64 (4)."""
         numbers = (self.loss, self.weight, self.correct, self.count)
-        total = torch.stack([torch.as_tensor(n).to(self.loss, non_blocking=True) for n in numbers])
-        over_processes(total)
+        return torch.stack([torch.as_tensor(n).to(self.loss, non_blocking=True) for n in numbers])
+
+    def unpack(self, total: torch.Tensor) -> None:
+        """Takes over what `pack` gave, added up with that of other processes."""
         self.loss, self.weight, correct, count = total.unbind()
         self.correct, self.count = correct.to(torch.int64), count.to(torch.int64)
 

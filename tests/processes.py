@@ -254,6 +254,17 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
+def wait_for_listener(port: int) -> None:
+    """Waits until somebody on this machine accepts connections."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        with socket.socket() as one:
+            if one.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise TimeoutError(f"nobody listens on port {port}")
+
+
 def record_training(path: Path) -> None:
     """Has every batch that is trained on recorded: its images that count, and its loss."""
     original = engine.train_one_epoch

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, assert_same_run, history
-from processes import Ranks, free_port, run, run_ranks, trained_on
+from processes import Ranks, free_port, run, run_ranks, trained_on, wait_for_listener
 from torch import nn
 
 from cnn.config import load_config
@@ -25,7 +25,7 @@ from cnn.utils.checkpoint import load_checkpoint
 UNEVEN = [
     *TINY,
     *("data.batch_size=11", "data.val_fraction=0.3", "checkpoint.every_steps=1"),
-    "data.args={num_images: 110, num_test: 71, num_classes: 3, image_size: 8, noise: 60}",
+    "data.args={num_images: 114, num_test: 71, num_classes: 3, image_size: 8, noise: 60}",
 ]
 PLAIN = [*UNEVEN, "model.name=plain:Plain", "model.args={}"]
 RICH = [
@@ -56,6 +56,20 @@ class Noisy(Plain):
         return super().forward(images + torch.randn_like(images))
 
 
+class Centred(Plain):
+    """Keeps a mean of the images that it has seen, and computes with it: a buffer that matters."""
+
+    def __init__(self, num_classes: int, in_channels: int):
+        super().__init__(num_classes, in_channels)
+        self.norm = nn.BatchNorm2d(in_channels)
+        self.register_buffer("mean", torch.zeros(in_channels, 1, 1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.mean.lerp_(images.mean((0, 2, 3))[:, None, None], 0.3)
+        return super().forward(self.norm(images) - self.mean)
+
+
 class Remembering(nn.Module):
     """A loss with a state: it changes with the labels that a process sees."""
 
@@ -76,7 +90,9 @@ def plain_model(tmp_path: Path) -> None:
 
 def put_model(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plain.py").write_text("from test_distributed import Noisy, Plain, Remembering\n")
+    (folder / "plain.py").write_text(
+        "from test_distributed import Centred, Noisy, Plain, Remembering\n"
+    )
     (folder / "fails_at_40.py").write_text(OWN_DATA)
 
 
@@ -108,7 +124,7 @@ def test_every_step_has_the_same_images_and_the_same_loss_however_many_compute_i
         run_ranks(size, folder, *words)
         found[size] = trained_on(folder, size)
     for size in (2, 3):
-        assert found[size].keys() == found[1].keys() and len(found[1]) == 14
+        assert found[size].keys() == found[1].keys() and len(found[1]) == 16
         for place, batch in found[1].items():
             assert found[size][place]["images"] == batch["images"]
             assert found[size][place]["loss"] == pytest.approx(batch["loss"], rel=1e-5)
@@ -140,9 +156,20 @@ def test_the_evaluation_is_equal_to_the_last_bit_however_many_share_it(tmp_path)
                 assert torch.equal(said, other["predictions"][split][name])
 
 
+def test_a_model_that_computes_with_what_it_has_seen_goes_on_bit_for_bit(tmp_path):
+    words = [*UNEVEN, "model.name=plain:Centred", "model.args={}"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    put_model(whole), put_model(broken)
+    run_ranks(2, whole, *words)
+    ranks = Ranks(2, broken, *words, traps={1: ("training", 3, signal.SIGKILL)})
+    ranks.wait()
+    run_ranks(2, broken, "--resume")
+    assert_same_run(whole, broken)
+
+
 PHASES = {
     "training": (1, "training", 3),
-    "validation": (1, "validation", 14),
+    "validation": (1, "validation", 17),
     "the first, while it writes": (0, "writing", 2),
     "the first, before last.pth is renamed": (0, "before last.pth is renamed", 3),
     "before the test": (1, "before the test", 0),
@@ -188,7 +215,8 @@ def test_the_images_go_on_where_they_were_with_another_number_of_processes(tmp_p
     assert "not as before: world_size 2 → 3" in output
     rest = trained_on(tmp_path, 3)
     whole = trained_on(tmp_path / "whole", 1)
-    assert not first.keys() & rest.keys() and len(first) == 3
+    assert not first.keys() & rest.keys()
+    assert len(first) == 4  # it came after the third; the fourth was agreed on by then
     assert {place: batch["images"] for place, batch in (first | rest).items()} == {
         place: batch["images"] for place, batch in whole.items()
     }
@@ -423,15 +451,17 @@ def test_two_nodes_go_on_when_one_launcher_is_lost_and_started_again(tmp_path):
     run_ranks(2, tmp_path / "unbroken", *LONG)
     broken = tmp_path / "broken"
     broken.mkdir()
-    endpoint = f"--rdzv-endpoint=localhost:{free_port()}"
+    port = free_port()
+    endpoint = f"--rdzv-endpoint=localhost:{port}"
     options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=two", endpoint]
     options += ["--max-restarts=3", "--local-addr=127.0.0.1"]
 
     def launch(number: int) -> Torchrun:
         return Torchrun(broken, options, *LONG, "--resume", output=f"output_{number}.txt")
 
-    first, second = launch(1), launch(2)
-    time.sleep(0.1)
+    first = launch(1)
+    wait_for_listener(port)  # the launcher that comes first keeps what all know, and stays
+    second = launch(2)
     wait_for_epoch(broken, 8)
     os.kill(second.process.pid, signal.SIGKILL)
     second.process.wait()

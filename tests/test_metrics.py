@@ -55,26 +55,36 @@ def test_a_weighted_loss_is_that_of_all_images_at_once_whatever_the_batches(size
     assert again.compute() == sums.compute()
 
 
+def step_over(images: torch.Tensor, labels: torch.Tensor, sizes: list[int], loss) -> torch.Tensor:
+    """The weights of a small model after one step over the images, in batches of such sizes."""
+    model = torch.nn.Linear(5, 5)
+    torch.nn.init.zeros_(model.weight), torch.nn.init.zeros_(model.bias)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    schedule = Schedule(ScheduleConfig("constant"), optimizer, 1, 1, "min")
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = TrainingState(model, optimizer, schedule, scaler, CPU)
+    batches = zip(images.split(sizes[0]), labels.split(sizes[0]))
+    steps = train_one_epoch(
+        state, batches, sizes, loss, contextlib.nullcontext, seed=0, accumulate=3
+    )
+    assert list(steps) == [len(sizes)]
+    return model.weight
+
+
 @pytest.mark.parametrize("weights", [None, [0.2, 1.0, 5.0, 0.7, 2.0]], ids=["plain", "weighted"])
 def test_a_step_over_several_batches_is_that_of_one_large_batch(weights):
     images, labels = random_outputs()
     loss = build_loss(LossConfig(class_weights=weights), labels.numpy(), list("abcde"))
-    after = []
-    for sizes in ([23], [10, 10, 3]):
-        model = torch.nn.Linear(5, 5)
-        torch.nn.init.zeros_(model.weight), torch.nn.init.zeros_(model.bias)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        schedule = Schedule(ScheduleConfig("constant"), optimizer, 1, 1, "min")
-        state = TrainingState(
-            model, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False), CPU
-        )
-        batches = zip(images.split(sizes), labels.split(sizes))
-        steps = train_one_epoch(
-            state, batches, sizes, loss, contextlib.nullcontext, seed=0, accumulate=3
-        )
-        assert list(steps) == [len(sizes)]
-        after.append(model.weight)
-    torch.testing.assert_close(*after)
+    whole = step_over(images, labels, [23], loss)
+    torch.testing.assert_close(step_over(images, labels, [10, 10, 3], loss), whole)
+
+
+def test_a_batch_that_has_lost_an_image_weighs_what_is_left():
+    images, labels = (tensor[:22] for tensor in random_outputs())
+    left, planned = (
+        step_over(images, labels, [size], torch.nn.CrossEntropyLoss()) for size in (22, 23)
+    )
+    assert torch.equal(left, planned)
 
 
 def test_sums_of_a_file_of_before_go_on_as_plain_means():

@@ -78,4 +78,4 @@ class Heap:
             self._met.add(size)
             self._largest = largest
             yield batch
-            del batch  # before the next one is made
+            del batch  # before another one is made
