@@ -87,16 +87,6 @@ def build_run(
     environment = env.describe(device, precision, group.size)
     if point is not None:
         restore(state, point, data)
-    about = {
-        "format": FORMAT,
-        "started": point.content["started"] if point else env.timestamp(),
-        "config": to_dict(cfg),
-        "classes": data.classes,
-        "preprocessing": dataclasses.asdict(pre),
-        "class_weights": class_weights(loss),
-        "data": data.fingerprint(),
-        "environment": environment,
-    }
     return Run(
         data=data,
         train_loader=train_loader,
@@ -107,7 +97,7 @@ def build_run(
         autocast=env.autocast(device, precision),
         state=state,
         environment=environment,
-        about=about,
+        about=_about(cfg, data, loss, environment, point),
         monitor=cfg.checkpoint.monitor,
     )
 
@@ -161,6 +151,26 @@ def _build_state(
         loss=loss if is_import_path(cfg.loss.name) else None,
         group=group,
     )
+
+
+def _about(
+    cfg: Config,
+    data: Data,
+    loss: nn.Module,
+    environment: dict[str, Any],
+    point: ResumePoint | None,
+) -> dict[str, Any]:
+    """What a checkpoint holds besides the state."""
+    return {
+        "format": FORMAT,
+        "started": point.content["started"] if point else env.timestamp(),
+        "config": to_dict(cfg),
+        "classes": data.classes,
+        "preprocessing": dataclasses.asdict(data.preprocessing),
+        "class_weights": class_weights(loss),
+        "data": data.fingerprint(),
+        "environment": environment,
+    }
 
 
 def check_group(cfg: Config, device: torch.device, group: Group) -> None:

@@ -177,11 +177,12 @@ class Group:
 
         return wait
 
-    def add_up(self, sums: Sums, device: torch.device) -> Callable[[], None]:
+    def add_up(self, sums: Sums) -> Callable[[], None]:
         """Begins to make of every process's sums those of all; what it returns waits for them."""
         if self.size == 1:
             return lambda: None
-        total = self.sum(sums.pack(), device)
+        own = sums.pack()
+        total = self.sum(own, own.device)
         return lambda: sums.unpack(total())
 
     def gather(self, outcome: Outcome) -> None:

@@ -58,7 +58,7 @@ def train_one_epoch(
                 logits = state.forward(images)
             loss = loss_of(loss_function, logits, labels)
             sums.add(loss, logits[:own], labels[:own], weight)
-            finish_sums = None if more else group.add_up(sums, state.device)
+            finish_sums = None if more else group.add_up(sums)
             # Gradients are averaged over the processes: times their number, it is the sum.
             scaler.scale(loss * (weight / total() * group.size)).backward()
         finish_sums()

@@ -216,7 +216,7 @@ def test_the_images_go_on_where_they_were_with_another_number_of_processes(tmp_p
     rest = trained_on(tmp_path, 3)
     whole = trained_on(tmp_path / "whole", 1)
     assert not first.keys() & rest.keys()
-    assert len(first) == 4  # it came after the third; the fourth was agreed on by then
+    assert len(first) == 4  # the signal came after the third, the fourth was agreed on by then
     assert {place: batch["images"] for place, batch in (first | rest).items()} == {
         place: batch["images"] for place, batch in whole.items()
     }
