@@ -5,8 +5,33 @@ python compare.py logs/a logs/archive/*   folders of logs, wherever they are
 """
 
 import sys
+from pathlib import Path
 
-from cnn import comparing
+from cnn import cli
+from cnn.errors import Failed
+from cnn.records.compare_runs import compare, read_run
+
+PAGE = Path("logs", "compare.html")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return cli.main(prepare, argv, prefix="")
+
+
+def prepare(argv: list[str]) -> None:
+    """Does all of it, since it needs no torch."""
+    parser = cli.parser("compare.py", __doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of logs, or a run's name")
+    parser.add_argument("--output", type=Path, default=PAGE, help=f"page (default {PAGE})")
+    args = parser.parse_args(argv)
+    runs = [read_run(where) for where in args.runs]
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        sys.stdout.write(compare(runs, args.output))
+    except OSError as error:
+        place = error.filename or args.output
+        raise Failed(f"{place}: cannot be written: {error.strerror or error}") from None
+
 
 if __name__ == "__main__":
-    sys.exit(comparing.main(sys.argv[1:], __doc__))
+    sys.exit(main())

@@ -11,19 +11,22 @@ Commands:
 Settings come from the checkpoint. Nothing is written but what is asked for.
 """
 
+import json
 import logging
+import math
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cnn import arguments, cli
-from cnn.utils.files import write_atomically
+from cnn import cli
+from cnn.utils.files import write_output
 from cnn.utils.screen import say
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from cnn.inference.evaluation import Subject
+    from cnn.inference.trained_model import Trained
     from cnn.utils.logger import Log
     from cnn.utils.signals import StopSignals
 
@@ -35,26 +38,23 @@ SETTINGS = (
     *("data.num_workers", "data.in_memory", "data.on_bad_image", "train.precision"),
     "log.every_seconds",
 )
+MAX_ROWS = 40  # classes on the screen
+MAX_PAIRS = 5  # of classes mixed up
 
 
-@dataclass(frozen=True)
-class Command:
-    checkpoint: Path
+class Command(cli.Command):
     split: str
     json: Path | None
     figure: Path | None
-    settings: list[str]
-    places: dict[str, str] = field(default_factory=dict)  # where each setting was given
 
 
 def main(argv: list[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
-    return arguments.guarded(lambda: obey(words))
+    return cli.main(prepare, argv)
 
 
-def obey(argv: list[str]) -> int:
+def prepare(argv: list[str]) -> cli.Task:
     command = parse(argv)
-    return cli.run(lambda log, stop: evaluate_checkpoint(command, log, stop), command.places)
+    return cli.Task(lambda log, stop: evaluate_checkpoint(command, log, stop), command.places)
 
 
 def parse(argv: list[str]) -> Command:
@@ -63,31 +63,31 @@ def parse(argv: list[str]) -> Command:
     Raises:
         Refused: a setting or a file that cannot be.
     """
-    parser = arguments.parser("evaluate.py", __doc__)
+    parser = cli.checkpoint_parser("evaluate.py", __doc__)
     add = parser.add_argument
     add("--split", choices=("val", "test"), default="test", help="which images (default test)")
     add("--json", type=Path, metavar="FILE", help="write every figure, with all digits")
     add("--figure", type=Path, metavar="FILE", help="draw the confusion matrix (.png)")
     add("settings", nargs="*", metavar="key=value", help=f"{', '.join(SETTINGS)}")
-    args = parser.parse_intermixed_args(argv)
-    arguments.check_settings(args.settings, SETTINGS)
-    if args.figure and args.figure.suffix.lower() != ".png":
-        parser.error(f"--figure: expected a name that ends with .png, got {args.figure}")
-    for option, file in (("--json", args.json), ("--figure", args.figure)):
+    command = parser.parse_intermixed_args(argv, Command())
+    cli.check_settings(command.settings, SETTINGS)
+    if command.figure and command.figure.suffix.lower() != ".png":
+        parser.error(f"--figure: expected a name that ends with .png, got {command.figure}")
+    for option, file in (("--json", command.json), ("--figure", command.figure)):
         if file is not None:
-            arguments.check_output(option, file)
-    arguments.check_checkpoint(args.checkpoint)
-    return Command(args.checkpoint, args.split, args.json, args.figure, args.settings)
+            cli.check_output(option, file)
+    cli.check_checkpoint(command.checkpoint)
+    return command
 
 
 def evaluate_checkpoint(command: Command, log: "Log", stop: "StopSignals") -> None:
     """Reads the checkpoint, evaluates as training does, and says what came out."""
-    from cnn import evaluation
-    from cnn.datasets.loading import build_loader
-    from cnn.engine import evaluate
-    from cnn.metrics import Outcome
-    from cnn.scores import result_metrics
-    from cnn.trained import load_trained
+    from cnn.datasets.loader import build_loader
+    from cnn.inference import evaluation
+    from cnn.inference.trained_model import load_trained
+    from cnn.metrics.running import Outcome
+    from cnn.metrics.scores import result_metrics
+    from cnn.training.engine import evaluate
     from cnn.utils.environment import make_deterministic
     from cnn.utils.progress import follow
 
@@ -109,35 +109,116 @@ def evaluate_checkpoint(command: Command, log: "Log", stop: "StopSignals") -> No
     metrics = evaluate(trained.model, batches, loss, trained.autocast, f"{split}_", outcome, **key)
     matrix = outcome.confusion().numpy()
     said = evaluation.verdict(trained, metrics, split) if subject.is_own else None
-    say(
-        "\n".join(
-            ["", evaluation.as_text(metrics, matrix, classes), *([f"{said}\n"] if said else [])]
-        )
-    )
+    say("\n".join(["", as_text(metrics, matrix, classes), *([f"{said}\n"] if said else [])]))
     if command.json:
-        text = evaluation.as_json(trained, subject, split, metrics, matrix)
-        write(command.json, text.encode("utf-8", "replace"))
+        text = as_json(trained, subject, split, metrics, matrix)
+        write_output(command.json, text.encode("utf-8", "replace"))
     if command.figure:
         draw(command.figure, matrix, classes, f"{subject.about}, {command.checkpoint}")
 
 
 def draw(path: Path, matrix: "np.ndarray", classes: list[str], title: str) -> None:
     """Writes the confusion matrix as a picture, if matplotlib is there."""
-    from cnn import figures
+    from cnn.records import figures
 
     if not figures.is_available():
         logger.warning("%s is left out (pip install matplotlib)", path)
         return
-    write(path, figures.confusion_png(matrix, classes, title))
+    write_output(path, figures.confusion_png(matrix, classes, title))
 
 
-def write(path: Path, data: bytes) -> None:
-    from cnn.saving import Failed
+# -- what is shown ---------------------------------------------------------------------------------
 
-    try:
-        write_atomically(path, lambda file: file.write(data))
-    except OSError as error:
-        raise Failed(f"{path}: cannot be written: {error.strerror or error}") from None
+
+def as_text(metrics: dict[str, float | None], matrix: "np.ndarray", classes: list[str]) -> str:
+    """Figures, a row a class, and what is mixed up most."""
+    import numpy as np
+
+    from cnn.metrics import scores
+    from cnn.records.pages import CLASS_HEAD, class_rows
+    from cnn.utils.screen import aligned, printable
+
+    names = [printable(name) for name in classes]
+    lines = aligned([[name, _shown(name, value, matrix)] for name, value in metrics.items()])
+    if len(classes) == 2:
+        lines.append(f"positive: {names[1]}")
+    rows, means = class_rows(matrix, names)
+    if len(rows) > MAX_ROWS:
+        worst = np.argsort(np.nan_to_num(scores.per_class(matrix)["f1"], nan=2), kind="stable")
+        rows = [rows[number] for number in worst[:MAX_ROWS]]
+        means.append([f"({MAX_ROWS} of {len(classes)} classes, the worst)", *[""] * 5])
+    lines += ["", *aligned([CLASS_HEAD, *rows, *means], right=range(1, len(CLASS_HEAD)))]
+    pairs = scores.most_confused(matrix, MAX_PAIRS)
+    if pairs:
+        lines += ["", "most mixed up"]
+        lines += aligned(
+            [
+                [
+                    f"  {names[label]}",
+                    f"taken for {names[said]}",
+                    f"{count} of {matrix[label].sum()}",
+                ]
+                for label, said, count in pairs
+            ]
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _shown(name: str, value: float | None, matrix: "np.ndarray") -> str:
+    from cnn.metrics.scores import with_interval
+
+    if name in ("val_acc", "test_acc"):
+        return with_interval(value, int(matrix.sum()))
+    return "n/a" if value is None else f"{value:.4f}"
+
+
+def as_json(
+    trained: "Trained",
+    subject: "Subject",
+    split: str,
+    metrics: dict[str, float | None],
+    matrix: "np.ndarray",
+) -> str:
+    """All of it, every digit; what is undefined is null."""
+    from cnn.inference.evaluation import reported
+    from cnn.metrics import scores
+    from cnn.utils import environment as env
+
+    values = scores.per_class(matrix)
+    values["images"] = values.pop("support")
+    content, number = trained.content, int(matrix.sum())
+    return (
+        json.dumps(
+            {
+                "checkpoint": str(trained.path),
+                "epoch": content["epoch"],
+                "step": content["step"],
+                "model": trained.cfg.model.name,
+                "data": {"name": trained.cfg.data.name, "root": trained.cfg.data.root},
+                "split": split,
+                "images": number,
+                "own_data": subject.is_own,
+                "metrics": {name: _plain(value) for name, value in metrics.items()},
+                "acc_interval": scores.wilson(matrix.trace().item(), number),
+                "reported": reported(trained, split) if subject.is_own else None,
+                "classes": [
+                    {"class": name} | {key: _plain(v[row]) for key, v in values.items()}
+                    for row, name in enumerate(trained.classes)
+                ],
+                "confusion_matrix": matrix.tolist(),
+                "environment": env.describe(trained.device, trained.precision),
+            },
+            indent=2,
+            ensure_ascii=False,
+            allow_nan=False,
+        )
+        + "\n"
+    )
+
+
+def _plain(value: Any) -> float | int | None:
+    value = value.item() if hasattr(value, "item") else value  # NumPy's
+    return None if value is None or not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ are in it.
 import importlib.util
 import logging
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cnn import arguments, cli
-from cnn.config import Refused
-from cnn.utils.files import write_atomically
+from cnn import cli
+from cnn.errors import Refused
+from cnn.utils.files import write_output
+from cnn.utils.run_folder import EXPORTS
 
 if TYPE_CHECKING:
     from cnn.utils.logger import Log
@@ -29,28 +29,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger("cnn.export")
 
 SETTINGS = ("data.name", "data.root", "data.args")  # where images to check it on are
-ENDINGS = {"torch": ".pt2", "onnx": ".onnx", "weights": "_weights.pt"}
 # Packages beyond requirements.txt.
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 
 
-@dataclass(frozen=True)
-class Command:
-    checkpoint: Path
-    form: str
+class Command(cli.Command):
+    format: str
     output: Path
-    settings: list[str]
-    places: dict[str, str] = field(default_factory=dict)  # where each setting was given
 
 
 def main(argv: list[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
-    return arguments.guarded(lambda: obey(words))
+    return cli.main(prepare, argv)
 
 
-def obey(argv: list[str]) -> int:
+def prepare(argv: list[str]) -> cli.Task:
     command = parse(argv)
-    return cli.run(lambda log, stop: export(command, log, stop), command.places)
+    return cli.Task(lambda log, stop: export(command, log, stop), command.places)
 
 
 def parse(argv: list[str]) -> Command:
@@ -59,23 +53,24 @@ def parse(argv: list[str]) -> Command:
     Raises:
         Refused: a setting or a file that cannot be, a format whose packages are not installed.
     """
-    parser = arguments.parser("export.py", __doc__)
+    parser = cli.checkpoint_parser("export.py", __doc__)
     add = parser.add_argument
-    add("--format", choices=tuple(ENDINGS), help="by default as --output ends, or torch")
+    add("--format", choices=tuple(EXPORTS), help="by default as --output ends, or torch")
     add("--output", type=Path, metavar="FILE", help="by default beside the checkpoint")
     add("settings", nargs="*", metavar="key=value", help=f"{', '.join(SETTINGS)}")
-    args = parser.parse_intermixed_args(argv)
-    arguments.check_settings(args.settings, SETTINGS)
-    ending = args.output.suffix.lower() if args.output else None
+    command = parser.parse_intermixed_args(argv, Command())
+    cli.check_settings(command.settings, SETTINGS)
+    checkpoint, given = command.checkpoint, command.output
     by_ending = {".onnx": "onnx", ".pt": "weights", ".pth": "weights"}
-    form = args.format or by_ending.get(ending, "torch")
-    output = args.output or args.checkpoint.with_name(args.checkpoint.stem + ENDINGS[form])
-    arguments.check_checkpoint(args.checkpoint)
-    arguments.check_output("--output", output)
-    if output.exists() and output.samefile(args.checkpoint):
-        raise Refused(f"--output: {output} is the checkpoint itself")
-    check_packages(form)
-    return Command(args.checkpoint, form, output, args.settings)
+    ending = given.suffix.lower() if given else None
+    command.format = command.format or by_ending.get(ending, "torch")
+    command.output = given or checkpoint.with_name(checkpoint.stem + EXPORTS[command.format])
+    cli.check_checkpoint(checkpoint)
+    cli.check_output("--output", command.output)
+    if command.output.exists() and command.output.samefile(checkpoint):
+        raise Refused(f"--output: {command.output} is the checkpoint itself")
+    check_packages(command.format)
+    return command
 
 
 def check_packages(form: str) -> None:
@@ -89,19 +84,15 @@ def check_packages(form: str) -> None:
 
 def export(command: Command, log: "Log", stop: "StopSignals") -> None:
     """Reads the checkpoint, makes the file, compares, and only then writes it."""
-    from cnn import exporting
-    from cnn.saving import Failed
-    from cnn.trained import load_trained
+    from cnn.inference import export
+    from cnn.inference.trained_model import load_trained
 
     trained = load_trained(command.checkpoint, [*command.settings, "device=cpu"])
     command.places.update(trained.places)
     logger.info("%s", trained)
-    data, said = exporting.export(trained, command.form)
+    data, said = export.export(trained, command.format)
     logger.info("%s", said)
-    try:
-        write_atomically(command.output, lambda file: file.write(data))
-    except OSError as error:
-        raise Failed(f"{command.output}: cannot be written: {error.strerror or error}") from None
+    write_output(command.output, data)
     logger.info("written: %s, %.1f MB", command.output, len(data) / 1e6)
 
 

@@ -19,17 +19,16 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from cnn import arguments, cli
-from cnn.config import Refused
-from cnn.utils.pictures import find_images
+from cnn import cli
+from cnn.datasets.image_files import find_images
+from cnn.errors import Refused
 from cnn.utils.screen import padded, printable, say, shortened, width
 
 if TYPE_CHECKING:
-    from cnn.predict import Prediction
+    from cnn.inference.predictor import Prediction
     from cnn.utils.logger import Log
     from cnn.utils.signals import StopSignals
 
@@ -43,25 +42,27 @@ BYTES = "surrogateescape"  # a file name that is no text comes out as the bytes 
 MAX_PATH = 60  # columns of a path; a longer one pushes its line to the right
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(cli.Command):
+    """Its positional words are settings and paths in any order.
+
+    Attributes:
+        missing: what was named and is not there, with why.
+    """
+
+    paths: list[str]
     images: list[Path]
-    missing: list[str]  # what was named and is not there, with why
-    checkpoint: Path
+    missing: list[str]
     top: int
     csv: Path | None
-    settings: list[str]
-    places: dict[str, str] = field(default_factory=dict)  # where each setting was given
 
 
 def main(argv: list[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
-    return arguments.guarded(lambda: obey(words))
+    return cli.main(prepare, argv)
 
 
-def obey(argv: list[str]) -> int:
+def prepare(argv: list[str]) -> cli.Task:
     command = parse(argv)
-    return cli.run(lambda log, stop: predict(command, log, stop), command.places)
+    return cli.Task(lambda log, stop: predict(command, log, stop), command.places)
 
 
 def parse(argv: list[str]) -> Command:
@@ -70,31 +71,36 @@ def parse(argv: list[str]) -> Command:
     Raises:
         Refused: there is no picture, or a setting or a file that cannot be.
     """
-    parser = arguments.parser("predict.py", __doc__)
+    parser = cli.checkpoint_parser("predict.py", __doc__)
     add = parser.add_argument
     add(
         "paths", nargs="*", metavar="PATH", help="files, folders, patterns; - reads them from stdin"
     )
     add("--top", type=int, default=TOP, metavar="K", help=f"classes of each (default {TOP})")
     add("--csv", type=Path, metavar="FILE", help="write a table")
-    args = parser.parse_intermixed_args(argv)
-    settings = [word for word in args.paths if IS_SETTING.match(word) and not os.path.exists(word)]
-    paths = [word for word in args.paths if word not in settings]
+    command = parser.parse_intermixed_args(argv, Command())
+    is_setting = {
+        word: bool(IS_SETTING.match(word)) and not os.path.exists(word) for word in command.paths
+    }
+    command.settings = [word for word in command.paths if is_setting[word]]
+    paths = [word for word in command.paths if not is_setting[word]]
     if not paths:
         parser.error("expected files, folders or patterns, or - to read a list from stdin")
-    if args.top < 1:
-        parser.error(f"--top: expected a whole number of at least 1, got {args.top}")
-    arguments.check_settings(settings, SETTINGS)
-    if args.csv is not None:
-        arguments.check_output("--csv", args.csv)
+    if command.top < 1:
+        parser.error(f"--top: expected a whole number of at least 1, got {command.top}")
+    cli.check_settings(command.settings, SETTINGS)
+    if command.csv is not None:
+        cli.check_output("--csv", command.csv)
     words = [word for path in paths for word in (read_list() if path == "-" else [path])]
     found = list(find_images(words))
-    images = [path for path, reason in found if reason is None]
-    missing = [f"{printable(path)}: {reason}" for path, reason in found if reason is not None]
-    if not images:
-        raise Refused("\n".join(missing[:20]) or "no path came from stdin")
-    arguments.check_checkpoint(args.checkpoint)
-    return Command(images, missing, args.checkpoint, args.top, args.csv, settings)
+    command.images = [path for path, reason in found if reason is None]
+    command.missing = [
+        f"{printable(path)}: {reason}" for path, reason in found if reason is not None
+    ]
+    if not command.images:
+        raise Refused("\n".join(command.missing[:20]) or "no path came from stdin")
+    cli.check_checkpoint(command.checkpoint)
+    return command
 
 
 def read_list() -> list[str]:
@@ -106,9 +112,9 @@ def read_list() -> list[str]:
 
 def predict(command: Command, log: "Log", stop: "StopSignals") -> int:
     """Predicts every picture as it is read; gives the exit status."""
-    from cnn.datasets.decode import BadImage
-    from cnn.predict import Predictor
-    from cnn.trained import load_trained
+    from cnn.errors import BadImage
+    from cnn.inference.predictor import Predictor
+    from cnn.inference.trained_model import load_trained
     from cnn.utils.progress import follow
 
     trained = load_trained(command.checkpoint, command.settings)
@@ -190,7 +196,7 @@ class CsvFile:
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
-        from cnn.saving import Failed
+        from cnn.errors import Failed
 
         try:
             yield

@@ -12,24 +12,24 @@ Stopped in any way, even by kill -9, the same command goes on: with the same tri
 it was saved. Needs Optuna: pip install -r requirements-sweep.txt
 """
 
-import argparse
 import importlib.util
 import logging
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cnn import arguments, cli
-from cnn.config import Refused, load_config
-from cnn.sweep_config import Sweep, load_sweep
+from cnn import cli
+from cnn.config import load_config
+from cnn.errors import Refused
+from cnn.sweeps.settings import Sweep, load_sweep
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from cnn.study import Study, TakenTrial
-    from cnn.trial import Outcome
+    from cnn.sweeps.study import Study, TakenTrial
+    from cnn.sweeps.trial import Outcome
+    from cnn.utils.logger import Log
     from cnn.utils.signals import StopSignals
 
 logger = logging.getLogger("cnn.sweep")
@@ -37,37 +37,26 @@ logger = logging.getLogger("cnn.sweep")
 NUM_SHOWN = 5  # trials in the table at the end
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(cli.Command):
     file: Path
-    settings: list[str]
     skip: list[int]
 
 
 def main(argv: list[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
-    return arguments.guarded(lambda: obey(words))
+    return cli.main(prepare, argv)
 
 
-def obey(argv: list[str]) -> int:
-    command = parse(argv)
-    check_packages()
-    return run(load_sweep(command.file, command.settings), command)
-
-
-def parse(argv: list[str]) -> Command:
-    parser = argparse.ArgumentParser(
-        prog="sweep.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def prepare(argv: list[str]) -> cli.Task:
+    parser = cli.parser("sweep.py", __doc__)
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="what is tried, as configs/sweep.yaml")
     add("--skip", type=int, action="append", default=[], metavar="N", help="leave out trial N")
     add("settings", nargs="*", metavar="key=value", help="of the sweep, or of all its trials")
-    args = parser.parse_intermixed_args(argv)
-    return Command(args.file, args.settings, args.skip)
+    command = parser.parse_intermixed_args(argv, Command())
+    check_packages()
+    sweep = load_sweep(command.file, command.settings)
+    hint = "; the same command goes on"
+    return cli.Task(lambda log, stop: run(sweep, command, log, stop), torch=False, hint=hint)
 
 
 def check_packages() -> None:
@@ -78,35 +67,16 @@ def check_packages() -> None:
         raise Refused("sweep.py needs optuna: pip install -r requirements-sweep.txt")
 
 
-def run(sweep: Sweep, command: Command) -> int:
-    """The sweep with log and signals set up; turns how it ended into a message and a status."""
-    from cnn.study import DatabaseFailed, Study
-    from cnn.utils.logger import Log
-    from cnn.utils.signals import Stopped, StopSignals
+def run(sweep: Sweep, command: Command, log: "Log", stop: "StopSignals") -> int:
+    """The sweep, from where it is; gives the exit status."""
+    from cnn.sweeps.study import Study
 
-    log, stop = Log(), StopSignals(deferred=True)  # a signal waits until the trial has had it
-    stop.install()
-    try:
-        with Study(sweep) as study:
-            log.open_file(study.folder / "sweep.log")
-            for number in command.skip:
-                study.skip(number)
-            return hold_sweep(study, stop)
-    except Refused as refusal:
-        logger.error("%s", refusal)
-        return cli.REFUSED
-    except Stopped as stopped:
-        logger.warning("stopped by %s; the same command goes on", stopped)
-        return 128 + stopped.number
-    except DatabaseFailed as failure:
-        logger.error("%s; the same command goes on", failure)
-        return cli.FAILED
-    except Exception:
-        logger.exception("failed")
-        return cli.FAILED
-    finally:
-        stop.uninstall()
-        log.close()
+    stop.deferred = True  # a signal waits until the trial has had it
+    with Study(sweep) as study:
+        log.open_file(study.folder / "sweep.log")
+        for number in command.skip:
+            study.skip(number)
+        return hold_sweep(study, stop)
 
 
 def hold_sweep(study: "Study", stop: "StopSignals") -> int:
@@ -120,7 +90,7 @@ def hold_sweep(study: "Study", stop: "StopSignals") -> int:
 
 def hold_trial(trial: "TakenTrial", study: "Study", stop: "StopSignals") -> None:
     """A trial to its end, from wherever it is."""
-    from cnn.trial import PRUNED, Outcome, is_finished, run_trial
+    from cnn.sweeps.trial import PRUNED, Outcome, is_finished, run_trial
 
     trial.begin()
     say_trial(trial)
@@ -139,7 +109,7 @@ def hold_trial(trial: "TakenTrial", study: "Study", stop: "StopSignals") -> None
 
 
 def say_begin(study: "Study") -> None:
-    from cnn.scores import mode
+    from cnn.metrics.scores import mode
 
     sweep = study.sweep
     best = "lowest" if mode(sweep.monitor) == "min" else "highest"
@@ -152,7 +122,7 @@ def say_begin(study: "Study") -> None:
 
 
 def say_trial(trial: "TakenTrial") -> None:
-    from cnn.comparing import shown_setting
+    from cnn.records.compare_runs import shown_setting
 
     logger.info(
         "trial %d %s: %s  (logs/%s)",
@@ -162,7 +132,7 @@ def say_trial(trial: "TakenTrial") -> None:
 
 
 def say_outcome(trial: "TakenTrial", study: "Study", outcome: "Outcome") -> None:
-    from cnn.trial import PRUNED
+    from cnn.sweeps.trial import PRUNED
 
     monitor, best = study.sweep.monitor, study.best()
     said = f"{outcome.state}: {outcome.reason}" if outcome.reason else outcome.state
@@ -181,7 +151,7 @@ def say_result(study: "Study") -> int:
     """The best trials, where to look at them, and the exit status."""
     from optuna.trial import TrialState
 
-    from cnn.comparing import shown_setting
+    from cnn.records.compare_runs import shown_setting
     from cnn.utils.screen import aligned
 
     monitor, ranking = study.sweep.monitor, study.ranking()
@@ -209,15 +179,17 @@ def say_result(study: "Study") -> int:
 
 def say_best_settings(study: "Study", best: "FrozenTrial") -> None:
     """Where the settings of the best trial are, to be trained with again."""
-    from cnn import best_hparams
+    from cnn.records import best_hparams
+    from cnn.utils.run_folder import RunFolder
 
     run = study.sweep.run_of(best.number)
-    settings = Path("logs", run, "config.yaml")
+    folder = RunFolder(run)
+    settings = folder.logs.config
     if not settings.is_file():
         logger.info("trial %d is on the machine that has the run %s", best.number, run)
         return
     cfg, _ = load_config(settings)
-    path = best_hparams.file_of(cfg, Path("configs", "best_hparams"))
+    path = best_hparams.file_of(cfg, folder.best_hparams)
     held = best_hparams.held_in(path)
     if held == (study.sweep.monitor, best.value):
         logger.info("its settings: python train.py --config %s", path)

@@ -21,21 +21,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnn import cli
-from cnn.config import Config, Refused, replaced, to_yaml
+from cnn.config import Config, for_scratch, replaced, resume_rules, to_yaml
+from cnn.errors import Refused
 from cnn.utils import launch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cnn.building import Run
-    from cnn.datasets.loading import Batch, Loader
-    from cnn.distributed import Group
-    from cnn.metrics import Outcome
-    from cnn.resuming import ResumePoint
-    from cnn.saving import Saver
-    from cnn.trace import Trace
+    from cnn.datasets.loader import Batch, Loader
+    from cnn.drill.trace import Trace
+    from cnn.metrics.running import Outcome
+    from cnn.training.distributed import Group
+    from cnn.training.resume import ResumePoint
+    from cnn.training.saver import Saver
+    from cnn.training.setup import Run
     from cnn.utils.logger import Log
-    from cnn.utils.run import RunFolder
+    from cnn.utils.run_folder import RunFolder
     from cnn.utils.signals import StopSignals
 
 # torch is imported in the functions that use it: a typo is answered before, in a tenth of a second.
@@ -43,36 +44,42 @@ if TYPE_CHECKING:
 logger = logging.getLogger("train")
 
 
+class Command(cli.Command):
+    """What was asked for.
+
+    Attributes:
+        resume: the file after --resume; "" for the latest, None where it was not given.
+    """
+
+    resume: str | None
+    dry_run: bool
+    drill: bool
+    find_lr: bool
+    print_config: bool
+
+
 def main(argv: list[str] | None = None) -> int:
-    try:
-        return obey(sys.argv[1:] if argv is None else argv)
-    except KeyboardInterrupt:  # before cli.run has taken the signals over, or after
-        sys.stderr.write("stopped by SIGINT\n")
-        return cli.INTERRUPTED
+    return cli.main(prepare, argv, prefix="", several=True)
 
 
-def obey(argv: list[str]) -> int:
-    """Does what the command line says; gives the exit status."""
-    command, is_first = cli.parse(argv, __doc__), launch.find_launch().is_first
-    try:
-        cfg, places = command.load_config()
-        command.places.update(places)
-    except Refused as refusal:
-        sys.stderr.write(f"{refusal}\n" if is_first else "")
-        return cli.REFUSED
+def prepare(argv: list[str]) -> cli.Task | None:
+    """What the command line asks for, its settings checked."""
+    command = parse(argv)
+    cfg, places = command.load_config()
+    command.places.update(places)
     if command.print_config:
-        sys.stdout.write(to_yaml(cfg) if is_first else "")
-        return cli.DONE
+        sys.stdout.write(to_yaml(cfg) if launch.find_launch().is_first else "")
+        return None
     acts = {"dry_run": dry_run, "drill": drill, "find_lr": find_lr}
     act = next((act for name, act in acts.items() if getattr(command, name)), start)
-    return cli.run(lambda log, stop: act(cfg, command, log, stop), command.places)
+    return cli.Task(lambda log, stop: act(cfg, command, log, stop), command.places)
 
 
-def start(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") -> None:
+def start(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
     """Starts a run or goes on with one, as the command says."""
-    from cnn.distributed import joined
-    from cnn.resuming import find_resume_point
-    from cnn.utils.run import RunFolder
+    from cnn.training.distributed import joined
+    from cnn.training.resume import find_resume_point
+    from cnn.utils.run_folder import RunFolder
 
     def find() -> "ResumePoint | None":
         return group.first(lambda: find_resume_point(command, cfg))
@@ -80,7 +87,9 @@ def start(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") ->
     with joined(stop) as group:
         point = find() if command.checkpoint else None  # it knows its folder
         with RunFolder((point.cfg if point else cfg).run, first=group.first) as folder:
-            if command.resume and group.first(lambda: point is None or point.is_outdated()):
+            if command.resume is not None and group.first(
+                lambda: point is None or point.is_outdated()
+            ):
                 point = find()  # now that no other run writes there
             train(point.cfg if point else cfg, folder, log, stop, group, point)
 
@@ -103,53 +112,55 @@ def train(
         max_batches: of every split and epoch, for a dry run.
         trace: where to record every batch, for the drill.
     """
-    from cnn import summary
-    from cnn.building import build_run
-    from cnn.records import open_records
-    from cnn.resuming import make_ready
-    from cnn.saving import Saver
-    from cnn.utils.progress import follow
+    from cnn.records import summary
+    from cnn.records.records import open_records
+    from cnn.training.resume import make_ready
+    from cnn.training.saver import Saver
+    from cnn.training.setup import build_run
 
     run = group.together(lambda: build_run(cfg, point, max_batches, group))
-    state, epochs = run.state, cfg.train.epochs
+    state = run.state
     group.first(lambda: make_ready(folder, point))
-    log.open_file(folder.logs / "train.log")
+    log.open_file(folder.logs.log)
     if group.is_first:
-        summary.write(cfg, folder.logs, run, point)
+        summary.write(folder.logs, run, point)
 
-    with (
-        open_records(cfg, folder, run) as records,
-        Saver(cfg.checkpoint, state, folder, stop, run.about) as saver,
-    ):
-        while not state.is_finished(epochs, cfg.train.early_stop_patience):
-            label = f"epoch {state.epoch + 1}/{epochs}"
-            done, total = state.batch // cfg.train.accumulate, run.steps_per_epoch
-            steps = train_steps(cfg, run, trace)
-            for _ in follow(steps, label, total, done, cfg.log.every_seconds):
-                saver.between_steps()
-
-            said = run.outcome()
-            metrics = validate(cfg, run, saver, said, f"{label} val", trace)
-            seconds, monitor = saver.seconds(), cfg.checkpoint.monitor
-            improved = state.end_epoch(metrics, monitor, seconds, said.predictions())
-            saver.end_epoch(improved)
+    with open_records(folder, run) as records, Saver(run, folder, stop) as saver:
+        while not state.is_finished(cfg.train.epochs, cfg.train.early_stop_patience):
+            train_epoch(run, saver, trace)
             records.write()
-            summary.log_epoch(state, epochs)
+            summary.log_epoch(state, cfg.train.epochs)
             saver.seconds()  # what the records took is not the next epoch's
 
         if state.test is None:
-            test(cfg, run, saver)
+            test(run, saver)
         else:
             summary.log_finished(cfg, state)
         summary.log_test(state, len(run.data.test))
         records.finish()
 
 
-def train_steps(cfg: Config, run: "Run", trace: "Trace | None") -> "Iterator[int]":
-    """The optimizer steps that are left of the epoch that the run is in."""
-    from cnn.engine import train_one_epoch
+def train_epoch(run: "Run", saver: "Saver", trace: "Trace | None") -> None:
+    """The rest of the epoch that the run is in: its steps, its validation, its checkpoints."""
+    from cnn.utils.progress import follow
 
-    state, loader = run.state, run.train_loader
+    cfg, state = run.cfg, run.state
+    label = f"epoch {state.epoch + 1}/{cfg.train.epochs}"
+    done, total = state.batch // cfg.train.accumulate, run.steps_per_epoch
+    for _ in follow(train_steps(run, trace), label, total, done, cfg.log.every_seconds):
+        saver.between_steps()
+
+    said = run.outcome()
+    metrics = validate(run, saver, said, f"{label} val", trace)
+    improved = state.end_epoch(metrics, cfg.checkpoint.monitor, saver.seconds(), said.predictions())
+    saver.end_epoch(improved)
+
+
+def train_steps(run: "Run", trace: "Trace | None") -> "Iterator[int]":
+    """The optimizer steps that are left of the epoch that the run is in."""
+    from cnn.training.engine import train_one_epoch
+
+    cfg, state, loader = run.cfg, run.state, run.train_loader
     batches = loader.train_batches(state.epoch + 1, start=state.batch)
     batches = state.group.in_step(batches, len(loader) - state.batch)
     batches = run.heap.follow("train", batches)
@@ -172,13 +183,13 @@ def evaluation_batches(run: "Run", loader: "Loader", saver: "Saver") -> "Iterato
 
 
 def validate(
-    cfg: Config, run: "Run", saver: "Saver", said: "Outcome", label: str, trace: "Trace | None"
+    run: "Run", saver: "Saver", said: "Outcome", label: str, trace: "Trace | None"
 ) -> dict[str, float | None]:
     """The metrics of the epoch that is trained; what is said of each image goes into `said`."""
-    from cnn.engine import evaluate
+    from cnn.training.engine import evaluate
     from cnn.utils.progress import follow
 
-    state, loader = run.state, run.val_loader
+    cfg, state, loader = run.cfg, run.state, run.val_loader
     batches = evaluation_batches(run, loader, saver)
     batches = trace.follow(batches, state, said) if trace else batches
     batches = follow(batches, label, loader.num_turns(), 0, cfg.log.every_seconds)
@@ -187,26 +198,27 @@ def validate(
     return evaluate(model, batches, run.loss, run.autocast, "val_", said, **key)
 
 
-def test(cfg: Config, run: "Run", saver: "Saver") -> None:
+def test(run: "Run", saver: "Saver") -> None:
     """Tests the best epoch, the one time that the test images are looked at."""
-    from cnn.engine import evaluate
+    from cnn.training.engine import evaluate
 
     logger.info("testing the best epoch, once")
     state = run.state
     model, said = saver.best_model(), run.outcome(of_result=True)
     batches = evaluation_batches(run, run.test_loader, saver)
     epoch = state.best["epoch"] if state.best else state.epoch
-    key = {"seed": cfg.seed, "epoch": epoch, "group": state.group}
+    key = {"seed": run.cfg.seed, "epoch": epoch, "group": state.group}
     state.test = evaluate(model, batches, run.loss, run.autocast, "test_", said, **key)
     state.predictions["test"] = said.predictions()
     saver.save()
 
 
-def dry_run(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") -> None:
+def dry_run(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
     """Two batches of everything: train, validate, save, resume, test; in a scratch folder."""
-    from cnn.distributed import joined
-    from cnn.resuming import ResumePoint
-    from cnn.utils.run import RunFolder
+    from cnn.training.distributed import joined
+    from cnn.training.resume import ResumePoint
+    from cnn.utils.checkpoint import load_checkpoint
+    from cnn.utils.run_folder import RunFolder
 
     began = time.monotonic()
     with (
@@ -214,32 +226,84 @@ def dry_run(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") 
         tempfile.TemporaryDirectory() as scratch,
         RunFolder(None, Path(scratch), scratch=True, first=group.first) as folder,
     ):
-        once = {"epochs": 1, "early_stop_patience": None}
-        short = replaced(cfg, run=None, train=once, log={"report": False, "tensorboard": False})
+        short = for_scratch(cfg, train={"epochs": 1})
         train(short, folder, log, stop, group, max_batches=2)
         longer = replaced(short, train={"epochs": 2})
-        point = group.first(lambda: ResumePoint.read(folder.last, longer))
+        point = group.first(lambda: ResumePoint(folder.last, load_checkpoint(folder.last), longer))
         train(longer, folder, log, stop, group, point, max_batches=2)
         log.close_file()  # before the folder goes
     logger.info("dry run OK: trained, saved, resumed, tested (%.1f s)", time.monotonic() - began)
 
 
-def drill(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") -> None:
+def drill(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
     """Is this a run that can be stopped at any instant? Kills it and sees."""
     launch.refuse_several("--drill")
     if os.name == "nt":
         raise Refused("--drill needs signals that Windows has not; under WSL it works")
-    from cnn.drill import hold_drill
+    from cnn.drill.drill import hold_drill
 
-    hold_drill(cfg, stop)
+    hold_drill(cfg, stop, train)
 
 
-def find_lr(cfg: Config, command: cli.Command, log: "Log", stop: "StopSignals") -> None:
+def find_lr(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
     """Which learning rate? Tries ever higher ones; touches nothing of the run."""
-    from cnn.find_lr import range_test
+    from cnn.records.find_lr import range_test
 
     launch.refuse_several("--find-lr")
     range_test(cfg)
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+
+def parse(argv: list[str]) -> Command:
+    """Reads the command line; ends with exit status 2 and the usage where it cannot be."""
+    parser = cli.parser("train.py", __doc__)
+    add = parser.add_argument
+    add("--config", type=Path, metavar="FILE", help="settings (default configs/config.yaml)")
+    add("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE, or the latest")
+    add("--dry-run", action="store_true", help="two batches of everything, in a scratch folder")
+    add("--drill", action="store_true", help="kill a short run of yours and compare every bit")
+    add("--find-lr", action="store_true", help="try ever higher learning rates, suggest one")
+    add("--print-config", action="store_true", help="print every setting with its meaning")
+    add("settings", nargs="*", metavar="key=value", help="change a setting: optim.lr=0.01")
+    command, unknown = parser.parse_known_intermixed_args(_separate(argv), Command())
+    if unknown:
+        parser.error(
+            f"unrecognized arguments: {' '.join(unknown)}; settings are written"
+            f" {_as_setting(unknown[0], argv)}"
+        )
+    for word in command.settings:
+        if word.endswith((".yaml", ".yml")):
+            parser.error(f"expected key=value, got {word!r}; settings of a file: --config {word}")
+        if "=" not in word:
+            parser.error(
+                f"expected key=value, got {word!r} (a file goes after --config or --resume)"
+            )
+    modes = ("dry_run", "drill", "find_lr", "print_config")
+    asked = [f"--{mode.replace('_', '-')}" for mode in modes if getattr(command, mode)]
+    if command.resume is not None and asked:
+        parser.error(f"{asked[0]} cannot go with --resume: it looks at settings, and at no run")
+    command.checkpoint = Path(command.resume) if command.resume else None
+    return command
+
+
+def _separate(argv: list[str]) -> list[str]:
+    """Keeps `--resume key=value` from taking the setting for a file."""
+    return [
+        "--resume=" if word == "--resume" and "=" in following else word
+        for word, following in zip(argv, [*argv[1:], ""])
+    ]
+
+
+def _as_setting(option: str, argv: list[str]) -> str:
+    """`--epochs 5` as `train.epochs=5`."""
+    name, equals, value = option.lstrip("-").replace("-", "_").partition("=")
+    if not equals:
+        following = argv[argv.index(option) + 1 :][:1] if option in argv else []
+        value = following[0] if following and not following[0].startswith("--") else "..."
+    known = [key for key in resume_rules() if name in (key, key.rpartition(".")[2])]
+    return f"{known[0]}={value}" if known else "key=value: train.epochs=5"
 
 
 if __name__ == "__main__":

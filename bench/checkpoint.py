@@ -21,11 +21,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cnn.building import build_run
 from cnn.config import load_config
-from cnn.engine import train_one_epoch
-from cnn.saving import Saver
-from cnn.utils.run import RunFolder
+from cnn.training.engine import train_one_epoch
+from cnn.training.saver import Saver
+from cnn.training.setup import build_run
+from cnn.utils.run_folder import RunFolder
 from cnn.utils.signals import StopSignals
 
 SETTINGS = [
@@ -51,7 +51,7 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as scratch,
         RunFolder(None, Path(scratch)) as folder,
-        Saver(cfg.checkpoint, run.state, folder, StopSignals(), run.about) as saver,
+        Saver(run, folder, StopSignals()) as saver,
     ):
         steps = endless_steps(run, cfg.seed)
         timed(steps, 10)  # warm-up

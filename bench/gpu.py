@@ -79,9 +79,9 @@ def share_of_product(
     import torch
 
     from bench.roofline import endless_steps
-    from cnn.building import build_run
     from cnn.config import load_config
-    from cnn.utils.flops import count_flops
+    from cnn.models.flops import count_flops
+    from cnn.training.setup import build_run
 
     images = f"{{num_images: {3 * batch}, num_test: 64, image_size: {side}, channels: 3}}"
     more = [f"data.args={images}", f"data.batch_size={batch}", f"device={device}"]

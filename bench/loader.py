@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.common import alternate, arguments, finish, ratio, table
 from cnn.config import load_config
-from cnn.datasets import build_data
-from cnn.datasets.loading import build_loader
+from cnn.datasets.build import build_data
+from cnn.datasets.loader import build_loader
 from cnn.utils.memory import keep_freed_memory
 
 BATCH, WORKERS = 128, 2

@@ -30,10 +30,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.common import alternate, arguments, finish, ratio, table
-from cnn.building import Run, build_run
 from cnn.config import load_config
-from cnn.engine import train_one_epoch
-from cnn.utils.flops import count_flops
+from cnn.models.flops import count_flops
+from cnn.training.engine import train_one_epoch
+from cnn.training.setup import Run, build_run
 from cnn.utils.memory import keep_freed_memory
 
 BATCH, SIZE = 128, 32

@@ -130,10 +130,10 @@ def parts(number: int) -> dict[str, float]:
     """Megabytes of what a training is made of; see above."""
     from itertools import chain
 
-    from cnn.building import build_run
     from cnn.config import load_config
-    from cnn.datasets.augment import NUM_DRAWS
-    from cnn.engine import evaluate, train_one_epoch
+    from cnn.datasets.augment import BATCH_DRAWS
+    from cnn.training.engine import evaluate, train_one_epoch
+    from cnn.training.setup import build_run
 
     cfg, _ = load_config(None, settings(number))
     run = build_run(cfg)
@@ -148,7 +148,7 @@ def parts(number: int) -> dict[str, float]:
     validation = most_alive(
         lambda: evaluate(state.model, largest, run.loss, run.autocast, "val_", **key)
     )
-    of_image = SIDE**2 * CHANNELS + 3 * 8 + 4 * NUM_DRAWS
+    of_image = SIDE**2 * CHANNELS + 3 * 8 + 4 * sum(BATCH_DRAWS.values())
     momentum = [value for of in state.optimizer.state.values() for value in of.values()]
     sizes = [(number + TEST) * of_image]
     for tensors in (chain(state.model.parameters(), state.model.buffers()), momentum):

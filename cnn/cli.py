@@ -1,47 +1,155 @@
-"""The command line of train.py, and how a run ends: exit status and the words before it."""
+"""The skeleton of every script: how a command line becomes work, and how the work ends.
+
+A script prepares, without torch, so that a mistake is answered in a tenth of a second, and what it
+has prepared is run with log and signals set up. However that ends, it is told in one message and an
+exit status: 0 done, 1 failed, 2 refused, 128 + N stopped by signal N.
+"""
 
 import argparse
 import logging
 import os
 import re
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cnn import config
-from cnn.config import Config, Refused
+from cnn.config import Config, code_keys, load_config
+from cnn.errors import Elsewhere, Refused, RunError, Stopped
+from cnn.utils import launch
 
 if TYPE_CHECKING:
     from cnn.utils.logger import Log
-    from cnn.utils.signals import Stopped, StopSignals
+    from cnn.utils.signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
-DONE, FAILED, REFUSED = 0, 1, 2  # and 128 + N for signal N
-INTERRUPTED = 128 + signal.SIGINT
+DONE, FAILED, REFUSED = 0, RunError.status, Refused.status
 
-
-def default_config() -> Path:
-    """configs/config.yaml here, or else the one beside train.py."""
-    here = Path("configs/config.yaml")
-    return here if here.exists() else Path(__file__).resolve().parents[1] / here
+BEST = Path("checkpoints/best.pth")
+MAX_NAMED = 5  # checkpoints in a message
 
 
 @dataclass(frozen=True)
-class Command:
-    """What was asked for on the command line."""
+class Task:
+    """What a command line asks for, found possible.
 
-    config: Path | None  # --config, where it was given
-    settings: list[str]  # key=value, as typed
-    resume: bool
-    checkpoint: Path | None  # the file after --resume
-    dry_run: bool
-    drill: bool
-    find_lr: bool
-    print_config: bool
-    places: dict[str, str] = field(default_factory=dict)  # where each setting in force was given
+    Attributes:
+        act: does it; may give an exit status of its own.
+        places: where each setting was given; a refusal that begins with one is told with it.
+        torch: whether it needs that.
+        hint: what is said after the reason where it is stopped or fails.
+    """
+
+    act: Callable[["Log", "StopSignals"], int | None]
+    places: dict[str, str] = field(default_factory=dict)
+    torch: bool = True
+    hint: str = ""
+
+
+def main(
+    prepare: Callable[[list[str]], Task | None],
+    argv: list[str] | None,
+    *,
+    prefix: str = "error: ",
+    several: bool = False,
+) -> int:
+    """Runs a script; gives its exit status.
+
+    Args:
+        prepare: reads the command line; gives None where nothing is left to be done.
+        argv: the command line; None: this process's.
+        prefix: of what is refused before anything has begun.
+        several: whether torchrun may start it in several processes.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # a console without Chinese letters is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        if not several:
+            launch.refuse_several(Path(sys.argv[0]).name)
+        task = prepare(sys.argv[1:] if argv is None else argv)
+        return DONE if task is None else run(task)
+    except (Refused, RunError) as error:
+        if launch.find_launch().is_first:
+            sys.stderr.write(f"{prefix}{error}\n")
+        return error.status
+    except KeyboardInterrupt:  # before `run` has taken the signals over, or after
+        sys.stderr.write("stopped by SIGINT\n")
+        return Stopped(signal.SIGINT).status
+
+
+def run(task: Task) -> int:
+    """Does the work with log and signals set up; turns how it ended into a message and a status."""
+    from cnn.utils.importing import collector_paused
+    from cnn.utils.logger import Log
+    from cnn.utils.memory import keep_freed_memory
+    from cnn.utils.signals import StopSignals
+
+    keep_freed_memory()
+    processes = launch.find_launch()
+    log, stop = Log(processes.rank), StopSignals(deferred=True)
+    stop.install()
+    if processes.size > 1:  # looked for unused parameters, found none: no news
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Two seconds of importing torch, in which a signal waits: no half of a module is left, and
+    # nobody's `except Exception` there takes it.
+    if task.torch:
+        with collector_paused():
+            import torch.utils.data  # noqa: F401
+    stop.deferred = False
+    try:
+        stop.check()
+        return task.act(log, stop) or DONE
+    except Stopped as stopped:
+        return _say_stopped(stopped, task)
+    except (Refused, RunError) as error:
+        key = re.match(r"[a-z_]+\.[a-z_]+|\w+", str(error))
+        place = task.places.get(key.group()) if key and isinstance(error, Refused) else None
+        if not isinstance(error, Elsewhere):
+            hint = task.hint if isinstance(error, RunError) else ""
+            logger.error("%s%s%s", f"{place}: " if place else "", error, hint)
+        return error.status
+    except Exception:
+        if stop.raised:  # and what it came in the middle of has fallen over it
+            return _say_stopped(Stopped(stop.received), task)
+        logger.exception("failed")
+        return FAILED
+    finally:
+        stop.uninstall()
+        log.close()
+
+
+def _say_stopped(stopped: Stopped, task: Task) -> int:
+    logger.warning("stopped by %s%s", stopped, task.hint)
+    return stopped.status
+
+
+# -- command lines -------------------------------------------------------------------------------
+
+
+class Command(argparse.Namespace):
+    """What a command line says; each script has its own, with its options.
+
+    Attributes:
+        settings: key=value, as typed.
+        config: the file after --config, where it was given.
+        checkpoint: the file that it goes on from, or uses.
+        places: where each setting in force was given.
+    """
+
+    settings: list[str]
+    config: Path | None
+    checkpoint: Path | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: dict[str, str] = {}
+
+    def typed(self) -> set[str]:
+        """The keys given on the command line."""
+        return {setting.partition("=")[0] for setting in self.settings}
 
     def load_config(self, base: dict[str, Any] | None = None) -> tuple[Config, dict[str, str]]:
         """Today's settings, checked, and where each was given.
@@ -50,128 +158,65 @@ class Command:
             base: a checkpoint's settings, which then stand in for the default file.
         """
         path = self.config or (default_config() if base is None else None)
-        return config.load_config(path, self.settings, base)
-
-    def typed(self) -> set[str]:
-        """The keys given on the command line."""
-        return {setting.partition("=")[0] for setting in self.settings}
+        return load_config(path, self.settings, base)
 
 
-def parse(argv: list[str], description: str) -> Command:
-    """Reads the command line; ends with exit status 2 and the usage where it cannot be read."""
-    parser = argparse.ArgumentParser(
-        prog="train.py",
+def default_config() -> Path:
+    """configs/config.yaml here, or else the one beside train.py."""
+    here = Path("configs/config.yaml")
+    return here if here.exists() else Path(__file__).resolve().parents[1] / here
+
+
+def parser(name: str, description: str) -> argparse.ArgumentParser:
+    """A parser whose help keeps the lines of a script's docstring."""
+    return argparse.ArgumentParser(
+        prog=name,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--config", type=Path, metavar="FILE", help="settings (default configs/config.yaml)")
-    add("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE, or the latest")
-    add("--dry-run", action="store_true", help="two batches of everything, in a scratch folder")
-    add("--drill", action="store_true", help="kill a short run of yours and compare every bit")
-    add("--find-lr", action="store_true", help="try ever higher learning rates, suggest one")
-    add("--print-config", action="store_true", help="print every setting with its meaning")
-    add("settings", nargs="*", metavar="key=value", help="change a setting: optim.lr=0.01")
-    args, unknown = parser.parse_known_intermixed_args(_separate(argv))
-    if unknown:
-        parser.error(
-            f"unrecognized arguments: {' '.join(unknown)}; settings are written"
-            f" {_as_setting(unknown[0], argv)}"
-        )
-    for word in args.settings:
-        if word.endswith((".yaml", ".yml")):
-            parser.error(f"expected key=value, got {word!r}; settings of a file: --config {word}")
-        if "=" not in word:
-            parser.error(
-                f"expected key=value, got {word!r} (a file goes after --config or --resume)"
-            )
-    modes = ("dry_run", "drill", "find_lr", "print_config")
-    asked = [f"--{mode.replace('_', '-')}" for mode in modes if getattr(args, mode)]
-    if args.resume is not None and asked:
-        parser.error(f"{asked[0]} cannot go with --resume: it looks at settings, and at no run")
-    return Command(
-        config=args.config,
-        settings=args.settings,
-        resume=args.resume is not None,
-        checkpoint=Path(args.resume) if args.resume else None,
-        dry_run=args.dry_run,
-        drill=args.drill,
-        find_lr=args.find_lr,
-        print_config=args.print_config,
-    )
 
 
-def _separate(argv: list[str]) -> list[str]:
-    """Keeps `--resume key=value` from taking the setting for a file."""
-    return [
-        "--resume=" if word == "--resume" and "=" in following else word
-        for word, following in zip(argv, [*argv[1:], ""])
-    ]
+def checkpoint_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """A parser that knows --checkpoint."""
+    made = parser(name, description)
+    about = f"the trained model (default {BEST})"
+    made.add_argument("--checkpoint", type=Path, default=BEST, metavar="FILE", help=about)
+    return made
 
 
-def _as_setting(option: str, argv: list[str]) -> str:
-    """`--epochs 5` as `train.epochs=5`."""
-    name, equals, value = option.lstrip("-").replace("-", "_").partition("=")
-    if not equals:
-        following = argv[argv.index(option) + 1 :][:1] if option in argv else []
-        value = following[0] if following and not following[0].startswith("--") else "..."
-    known = [key for key in config.resume_rules() if name in (key, key.rpartition(".")[2])]
-    return f"{known[0]}={value}" if known else "key=value: train.epochs=5"
+def check_settings(words: Sequence[str], allowed: Sequence[str]) -> None:
+    """Holds `key=value` words against the settings, of which only some can be changed here.
 
+    Names of code may be typed too, which says that a checkpoint's code is meant to run.
 
-def run(act: Callable[["Log", "StopSignals"], int | None], places: dict[str, str]) -> int:
-    """Runs `act` with log and signals set up; turns how it ended into a message and a status.
-
-    Args:
-        act: may give an exit status of its own.
-        places: where each setting was given; a refusal that begins with one is told with it.
+    Raises:
+        Refused: with every mistake, a line each.
     """
-    from cnn.utils.importing import collector_paused
-    from cnn.utils.launch import find_launch
-    from cnn.utils.logger import Log
-    from cnn.utils.memory import keep_freed_memory
-    from cnn.utils.signals import Stopped, StopSignals
-
-    keep_freed_memory()
-    launch = find_launch()
-    log, stop = Log(launch.rank), StopSignals(deferred=True)
-    stop.install()
-    if launch.size > 1:  # looked for unused parameters, found none: no news
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # Two seconds of importing torch, in which a signal waits: no half of a module is left, and
-    # nobody's `except Exception` there takes it.
-    with collector_paused():
-        from cnn.datasets.loading import DataFailed
-        from cnn.distributed import Elsewhere, Lost
-        from cnn.saving import Failed
-
-    stop.deferred = False
-    try:
-        stop.check()
-        return act(log, stop) or DONE
-    except Elsewhere:
-        return REFUSED
-    except Refused as refusal:
-        key = re.match(r"[a-z_]+\.[a-z_]+|\w+", str(refusal))
-        place = places.get(key.group()) if key else None
-        logger.error("%s%s", f"{place}: " if place else "", refusal)
-        return REFUSED
-    except Stopped as stopped:
-        return _say_stopped(stopped)
-    except (Failed, DataFailed, Lost) as failure:
-        logger.error("%s", failure)
-        return FAILED
-    except Exception:
-        if stop.raised:  # and what it came in the middle of has fallen over it
-            return _say_stopped(Stopped(stop.received))
-        logger.exception("failed")
-        return FAILED
-    finally:
-        stop.uninstall()
-        log.close()
+    load_config(None, words)
+    for key in (word.partition("=")[0] for word in words):
+        if key not in (*allowed, *code_keys()):
+            raise Refused(
+                f"command line: {key}: cannot be changed here, where only {', '.join(allowed)} can"
+            )
 
 
-def _say_stopped(stopped: "Stopped") -> int:
-    logger.warning("stopped by %s", stopped)
-    return 128 + stopped.number
+def check_checkpoint(path: Path) -> None:
+    """Refuses a checkpoint that is not there, and names those that are."""
+    if os.path.exists(path):  # False for a name that no file can have, where Path raises
+        return
+    found = [file for pattern in ("*.pth", "*/best.pth") for file in BEST.parent.glob(pattern)]
+    others = sorted(file.as_posix() for file in found)
+    advice = "train first: python train.py"
+    if others:
+        more = ", ..." if len(others) > MAX_NAMED else ""
+        advice = f"--checkpoint takes one of {', '.join(others[:MAX_NAMED])}{more}"
+    raise Refused(f"{path}: no such file; {advice}")
+
+
+def check_output(option: str, path: Path) -> None:
+    """Refuses a file that cannot be written, before the work and not after it."""
+    if not path.parent.is_dir():
+        raise Refused(f"{option}: expected a file in a folder that exists, got {path}")
+    if path.exists() and not path.is_file():
+        raise Refused(f"{option}: expected a file, got {path}, which is a folder or a device")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 FIRST_FORMAT = Path(__file__).parent / "data" / "format_1.pth"
+FIRST_DRAWS = FIRST_FORMAT.with_name("draws_1.pth")
 
 # What would tell that a file was executed.
 MARKER = Path("executed")

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import train as script
-from cnn.state import TIME_COLUMNS
+from cnn.drill.differences import differences
+from cnn.training.state import TIME_COLUMNS
 from cnn.utils.checkpoint import load_checkpoint
-from cnn.utils.compare import differences
 
 ROOT = Path(__file__).resolve().parents[1]
 # sweep.py's file is none: it says what is tried, not what a run is.

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 import train
-from cnn import engine, saving
-from cnn.trace import digest
+from cnn.drill.trace import digest
+from cnn.training import engine, saver
 from cnn.utils import checkpoint, files
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as cli.run does, before torch is imported
@@ -33,7 +33,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 @functools.cache
 def start_server() -> None:
     """Starts the server where it finds what it is to import: it looks nowhere else, and says nothing."""
-    ours = ["cnn.building", "cnn.records", "train", "processes"]
+    ours = ["cnn.training.setup", "cnn.records.records", "train", "processes"]
     CONTEXT.set_forkserver_preload(["pytest", "torchvision.transforms.v2", *ours])
     before = os.environ.get("PYTHONPATH")
     root = Path(train.__file__).parent
@@ -156,15 +156,15 @@ def _run(
 # -- traps: a signal at an exact place --------------------------------------------------------
 
 TRAPS = {
-    "training": (saving.Saver, "between_steps"),
+    "training": (saver.Saver, "between_steps"),
     "before validation": (engine, "evaluate"),
     "validation": (engine, "loss_of"),  # called for every batch, also of training
-    "after the epoch": (saving.Saver, "end_epoch"),
+    "after the epoch": (saver.Saver, "end_epoch"),
     "copying": (checkpoint, "snapshot"),
     "writing": (torch, "save"),
     "before best.pth is renamed": (files.os, "replace"),
     "before last.pth is renamed": (files.os, "replace"),
-    "before the test": (saving.Saver, "best_model"),
+    "before the test": (saver.Saver, "best_model"),
 }
 
 

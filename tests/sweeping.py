@@ -18,12 +18,12 @@ from conftest import ROOT
 from processes import CONTEXT
 
 import sweep
-from cnn import comparing
-from cnn import study as study_module
-from cnn import trial as trial_module
-from cnn.trial import COMPLETE, Outcome
-from cnn.utils import locks
-from cnn.utils.run import RunFolder
+from cnn.records import compare_runs
+from cnn.sweeps import locks
+from cnn.sweeps import study as study_module
+from cnn.sweeps import trial as trial_module
+from cnn.sweeps.trial import COMPLETE, Outcome
+from cnn.utils.run_folder import RunFolder
 
 # All that a sweep writes down, between which it may be killed.
 WRITES = [
@@ -157,6 +157,6 @@ class Sweeping:
 
 def count_epochs(name: str) -> int:
     try:
-        return len(comparing.read_history(Path("logs", name, "history.csv")))
+        return len(compare_runs.read_history(Path("logs", name, "history.csv")))
     except OSError:
         return 0

@@ -13,9 +13,10 @@ from processes import run
 from test_train import write_folder
 
 from cnn.datasets import decode
-from cnn.datasets.decode import BadImage, open_image
+from cnn.datasets.decode import open_image
 from cnn.datasets.images import FileImages, Files
 from cnn.datasets.scan import SCAN
+from cnn.errors import BadImage
 from cnn.utils.checkpoint import load_checkpoint
 
 FOLDER = [

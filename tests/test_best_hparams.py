@@ -7,8 +7,8 @@ import yaml
 from conftest import history
 from processes import CONTEXT
 
-from cnn.best_hparams import file_of, update
 from cnn.config import load_config, replaced
+from cnn.records.best_hparams import file_of, update
 
 FOLDER = Path("configs/best_hparams")
 TAGGED = ["model.name=mine:Net", "data.tag=A b", "run=first"]

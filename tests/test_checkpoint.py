@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from archives import FIRST_FORMAT, changed, content, rezipped, saved
+from archives import FIRST_DRAWS, FIRST_FORMAT, changed, content, rezipped, saved
+from PIL import Image
 
-from cnn.config import Refused
-from cnn.utils.archive import write_archive
+import evaluate as evaluate_script
+import predict as predict_script
+from cnn.drill.differences import differences
+from cnn.errors import Refused
+from cnn.utils.checked_zip import write_archive
 from cnn.utils.checkpoint import (
     FORMAT,
     KEYS,
@@ -19,7 +23,6 @@ from cnn.utils.checkpoint import (
     save_checkpoint,
     snapshot,
 )
-from cnn.utils.compare import differences
 
 
 def written(name: str) -> bytes:
@@ -113,6 +116,34 @@ def test_a_file_of_the_first_format_resumes(train):
     assert train("--resume") == 0
     after = load_checkpoint(Path("checkpoints/last.pth"))
     assert after["epoch"] == 4 and after["history"][:2] == before["history"]
+
+
+def test_a_file_of_before_the_draws_had_a_number_resumes_and_says_so_once(train, capfd):
+    """draws_1.pth, see tests/data/README.md."""
+    Path("checkpoints").mkdir()
+    shutil.copy(FIRST_DRAWS, "checkpoints/last.pth")
+    before = load_checkpoint(FIRST_DRAWS)
+    assert "draws" not in before and before["epoch"] == 2
+    assert train("--resume") == 0
+    said = capfd.readouterr().err
+    assert said.count("drawn in a new way since this file was written (draws 1 → 2)") == 1
+    after = load_checkpoint(Path("checkpoints/last.pth"))
+    assert after["draws"] == 2 and after["epoch"] == 4
+    assert after["history"][:2] == before["history"]
+    assert train("--resume", "train.epochs=5") == 0
+    assert "drawn in a new way" not in capfd.readouterr().err
+
+
+def test_a_file_of_before_the_draws_had_a_number_evaluates_and_predicts(capfd):
+    checkpoint = ["--checkpoint", str(FIRST_DRAWS)]
+    assert evaluate_script.main([*checkpoint, "--split", "val"]) == 0
+    said = capfd.readouterr()
+    assert "training reported" in said.out
+    if "the same figures" not in said.out:  # another torch or CPU rounds otherwise
+        assert "equal up to rounding" in said.out
+    Image.new("RGB", (8, 8)).save("a.png")
+    assert predict_script.main(["a.png", *checkpoint]) == 0
+    assert "pattern" in capfd.readouterr().out
 
 
 def test_a_setting_younger_than_the_file_is_held_to_its_default(train, capfd):
@@ -248,7 +279,7 @@ def test_the_message_names_another_file_of_the_run_that_is_whole():
 
 
 def test_weights_that_have_become_nan_are_not_saved(train, capfd, monkeypatch):
-    from cnn.state import TrainingState
+    from cnn.training.state import TrainingState
 
     assert train("train.epochs=1") == 0
     good = Path("checkpoints/last.pth").read_bytes()

@@ -8,7 +8,7 @@ from conftest import TINY, finish
 
 import train as script
 from cnn import cli
-from cnn.saving import Saver
+from cnn.training.saver import Saver
 
 
 def refusal(capfd, *words: str) -> str:
@@ -86,7 +86,7 @@ sys.meta_path.insert(0, Press)
 
 @pytest.mark.parametrize(
     "name, module",
-    [("SIGINT", "torch"), ("SIGTERM", "cnn.building")],
+    [("SIGINT", "torch"), ("SIGTERM", "cnn.training.setup")],
 )
 def test_a_signal_while_torch_is_imported_is_one_line_and_its_status(name, module):
     Path("sitecustomize.py").write_text(CTRL_C.format(name=name, module=module))
@@ -111,7 +111,7 @@ def test_a_signal_over_which_a_library_s_clean_up_falls_is_still_a_signal(capfd)
         finally:
             raise AttributeError("a lock that was not made yet")
 
-    assert cli.run(act, {}) == 143
+    assert cli.run(cli.Task(act)) == 143
     assert capfd.readouterr().err == "warning: stopped by SIGTERM\n"
 
 
@@ -124,5 +124,5 @@ def test_a_failure_after_a_signal_that_waits_is_told_as_what_it_is(capfd):
         finally:
             stop.deferred = False
 
-    assert cli.run(act, {}) == 1
+    assert cli.run(cli.Task(act)) == 1
     assert "ArithmeticError: on purpose" in capfd.readouterr().err

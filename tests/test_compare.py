@@ -12,12 +12,12 @@ import pytest
 from conftest import ROOT, TINY
 from processes import run
 
-from cnn import comparing
-from cnn.comparing import differing, groups_of, read_run, verdict
+import compare as script
+from cnn.records.compare_runs import differing, groups_of, read_run, verdict
 
 
 def compare(*runs: str) -> int:
-    return comparing.main(list(runs), "")
+    return script.main(list(runs))
 
 
 def test_six_runs_are_two_groups_with_the_right_difference(train, capsys):
@@ -79,5 +79,5 @@ def test_what_is_no_run_is_refused(capsys):
 
 
 def test_it_needs_no_torch():
-    code = "import sys, cnn.comparing; sys.exit('torch' in sys.modules)"
+    code = "import sys, compare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import RECIPES
 
-from cnn import config
-from cnn.config import Config, Refused, load_config, replaced, resume_rules, to_dict, to_yaml
-from cnn.utils.run import CHECKPOINTS, LOGS, OWNER
+from cnn.config import Config, load_config, replaced, resume_rules, to_dict, to_yaml
+from cnn.config.settings import keys_of
+from cnn.errors import Refused
+from cnn.utils.run_folder import CHECKPOINTS, EXPORTS, OWNER, RunLogs
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = RECIPES
@@ -48,7 +49,7 @@ def test_what_is_printed_tells_the_choices():
     printed = to_yaml(Config())
     assert "  # how lr changes: constant, step, multistep, cosine, onecycle, plateau\n" in printed
     assert "crop, flip, rotate, color, resized_crop, erase, package.module:name\n" in printed
-    for key, field, _ in config._keys(Config):
+    for key, field, _ in keys_of(Config):
         about = f"  # {field.metadata['about']}"
         (comment,) = (
             about + line.partition(about)[2] for line in printed.splitlines() if about in line
@@ -118,6 +119,25 @@ MISTAKES = {
     "unknown in a group": ("optim: {groups: [{mach: a}]}", "groups[0].mach", "mean 'match'?"),
     "twice in a group": ("optim: {groups: [{match: a, match: b}]}", "groups[0].match: given twice"),
     "twice in args": ("data: {args: {a: 1, a: 2}}", "my.yaml:1: data.args", "given twice"),
+    "unknown in a mapping": (
+        "data: {augment: [{name: crop, sale: 1}]}",
+        "augment[0].sale: no such",
+    ),
+    "mapping without a name": ("data: {augment: [{scale: [1]}]}", "augment[0].name: missing"),
+    "mapping of no choice": ("data: {augment: [{name: flop}]}", "augment[0].name", "mean 'flip'?"),
+    "wrong in a mapping": (
+        "data: {augment: [{name: crop, scale: 1}]}",
+        "[0].scale: expected a list",
+    ),
+    "range in a mapping": ("data: {augment: [{name: resized_crop, scale: [0, 1]}]}", "scale[0]"),
+    "bounds the wrong way": (
+        "data:\n  augment: [flip, {name: resized_crop, scale: [1, 0.5]}]",
+        "my.yaml:2: data.augment[1].scale: expected the least and the largest share",
+    ),
+    "scale of another": (
+        "data: {augment: [{name: crop, scale: [0.5, 1]}]}",
+        "my.yaml:1: data.augment[0].scale: is for resized_crop, not for crop",
+    ),
     "group no mapping": ("optim: {groups: [fc]}", "my.yaml:1: optim.groups[0]: expected {match"),
     "group frozen below 0": ("optim: {groups: [{match: a, lr_scale: -1}]}", "groups[0].lr_scale"),
     "bad pattern": ("optim:\n  groups: [{match: (, lr_scale: 1}]", "my.yaml:2", "[0].match: not a"),
@@ -229,8 +249,22 @@ def test_a_word_on_the_command_line_is_taken_as_it_is(value):
 def test_lists_mappings_and_quoted_text_come_on_the_command_line_as_yaml():
     words = ["data.augment=[crop, flip]", "data.args={a: [1, x]}", "run='my run'", "data.tag=null"]
     cfg, _ = load_config(None, words)
-    assert (cfg.data.augment, cfg.data.args) == (["crop", "flip"], {"a": [1, "x"]})
+    assert (to_dict(cfg)["data"]["augment"], cfg.data.args) == (["crop", "flip"], {"a": [1, "x"]})
     assert (cfg.run, cfg.data.tag) == ("my run", None)
+
+
+def test_a_list_takes_mappings_with_keys_that_may_be_left_out(tmp_path):
+    text = "data:\n  augment: [flip, {name: crop}, {name: resized_crop, scale: [0.2, 1]}]"
+    cfg, _ = load_config(write(tmp_path, text))
+    crop = {"name": "resized_crop", "scale": [0.2, 1.0]}
+    assert [change.name for change in cfg.data.augment] == ["flip", "crop", "resized_crop"]
+    assert to_dict(cfg)["data"]["augment"] == ["flip", "crop", crop]
+    assert "  augment: [flip, crop, {name: resized_crop, scale: [0.2, 1.0]}]" in to_yaml(cfg)
+    assert load_config(write(tmp_path, to_yaml(cfg)))[0] == cfg
+    assert load_config(None, base=to_dict(cfg))[0] == cfg, "as it comes out of a checkpoint"
+    assert load_config(None, ["data.augment=[{name: crop}]"]) == load_config(
+        None, ["data.augment=[crop]"]
+    )
 
 
 def test_an_empty_file_and_empty_sections_give_the_defaults(tmp_path):
@@ -248,7 +282,11 @@ def test_replaced_changes_what_it_is_told_and_nothing_else():
     assert replaced(cfg, run=None, train={"epochs": Config().train.epochs}) == Config()
 
 
-@pytest.mark.parametrize("name", [*LOGS, *CHECKPOINTS, "archive", OWNER, ".run.lock"])
+FILES = [path.name for path in RunLogs(Path()).paths()]
+FILES += [name + ending for name in CHECKPOINTS for ending in (".pth", *EXPORTS.values())]
+
+
+@pytest.mark.parametrize("name", [*FILES, "archive", OWNER, ".run.lock"])
 def test_no_run_can_be_called_as_what_a_run_leaves(name):
     with pytest.raises(Refused, match="run: expected a name"):
         load_config(None, [f"run={name.replace('*', '001')}"])

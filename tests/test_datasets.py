@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cnn.config import DataConfig, Refused
-from cnn.datasets import Data, build_data, known, synthetic
-from cnn.datasets.decode import BadImage, decode
+from cnn.config import DataConfig
+from cnn.datasets import synthetic, torchvision_datasets
+from cnn.datasets.build import Data, build_data
+from cnn.datasets.decode import decode
+from cnn.errors import BadImage, Refused
 
 
 @pytest.fixture(autouse=True)
@@ -426,7 +428,9 @@ def test_mnist_is_read_from_its_files(tmp_path):
 
 def test_colour_pixels_of_a_known_set_are_kept_as_they_came_without_a_copy():
     array = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
-    images = known._images(SimpleNamespace(data=array, targets=[0, 1, 0, 1, 2]), "cifar10 train")
+    images = torchvision_datasets._images(
+        SimpleNamespace(data=array, targets=[0, 1, 0, 1, 2]), "cifar10 train"
+    )
     np.testing.assert_array_equal(images[3], array[3].transpose(2, 0, 1))
     assert np.shares_memory(images.store.numpy(), array)
 

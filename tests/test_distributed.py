@@ -17,8 +17,9 @@ from processes import Ranks, free_port, run, run_ranks, trained_on, wait_for_lis
 from torch import nn
 
 from cnn.config import load_config
-from cnn.datasets import build_data, sharing
-from cnn.datasets.loading import share_of
+from cnn.datasets.build import build_data
+from cnn.datasets.order import share_of
+from cnn.training import shared_data
 from cnn.utils.checkpoint import load_checkpoint
 
 # Batches of 11 images, which no number of processes divides; the last of the epoch has 4.
@@ -324,23 +325,23 @@ def test_pixels_are_in_memory_once_a_machine(tmp_path):
     (tmp_path / "plain.py").write_text("from test_distributed import Watching\n")
     data = "data.args={num_images: 30000, num_test: 20, num_classes: 3, image_size: 8}"
     words = [*PLAIN, data, "model.name=plain:Watching", "train.epochs=1", "data.limit=100"]
-    before = set(sharing.MEMORY.glob("cnn_shared_*"))  # of runs that were killed
+    before = set(shared_data.MEMORY.glob("cnn_shared_*"))  # of runs that were killed
     run_ranks(2, tmp_path, *words)
     for rank in range(2):
         assert int((tmp_path / f"shared_{rank}").read_text()) >= 30_000 * 64
-    left, deadline = set(sharing.MEMORY.glob("cnn_shared_*")) - before, time.monotonic() + 10
+    left, deadline = set(shared_data.MEMORY.glob("cnn_shared_*")) - before, time.monotonic() + 10
     while any(folder.exists() for folder in left):  # those of tests at the same time go too
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
 
 
 def test_data_that_are_handed_on_are_the_same_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(sharing, "MEMORY", tmp_path / "none")  # as on a Mac
-    monkeypatch.setattr(sharing.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(shared_data, "MEMORY", tmp_path / "none")  # as on a Mac
+    monkeypatch.setattr(shared_data.tempfile, "gettempdir", lambda: str(tmp_path))
     cfg = load_config(None, ["data.name=synthetic", "data.args={num_images: 30000}"])[0]
     data = build_data(cfg.data, 0)
-    folder = sharing._write(data)
-    one, other = sharing._read(folder), sharing._read(folder)
+    folder = shared_data._write(data)
+    one, other = shared_data._read(folder), shared_data._read(folder)
     assert torch.equal(one.train.store, data.train.store)
     assert one.fingerprint() == data.fingerprint()
     one.val.store[5] = 7

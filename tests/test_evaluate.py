@@ -16,12 +16,13 @@ from PIL import Image
 
 import evaluate as script
 import train as train_script
-from cnn import figures
-from cnn.evaluation import as_text
-from cnn.predict import load
+from cnn.inference.predictor import load
+from cnn.records import figures
+from cnn.utils import files
 from cnn.utils.checkpoint import load_checkpoint, save_checkpoint
-from cnn.utils.run import RunFolder
+from cnn.utils.run_folder import RunFolder
 from cnn.utils.screen import width
+from evaluate import as_text
 
 
 def evaluate(*words: str) -> dict:
@@ -285,7 +286,7 @@ def test_a_file_that_cannot_be_written_is_told_and_ends_with_1(trained, capfd, m
     def full(path, write):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(script, "write_atomically", full)
+    monkeypatch.setattr(files, "write_atomically", full)
     assert script.main(["--json", "a.json"]) == 1
     said = capfd.readouterr()
     assert "error: a.json: cannot be written: No space left on device" in said.err
@@ -417,7 +418,7 @@ def test_a_typo_is_answered_without_importing_torch():
 
 
 def test_the_precision_is_the_runs_but_on_another_kind_of_device(train):
-    from cnn.trained import load_trained
+    from cnn.inference.trained_model import load_trained
 
     assert train("train.precision=bf16", "train.epochs=1") == 0
     path = Path("checkpoints/best.pth")
@@ -436,7 +437,7 @@ def test_the_precision_is_the_runs_but_on_another_kind_of_device(train):
 
 
 def test_the_weights_are_those_that_were_validated(train):
-    from cnn.trained import load_trained
+    from cnn.inference.trained_model import load_trained
 
     assert train("train.ema_decay=0.9", "train.epochs=1") == 0
     path = Path("checkpoints/best.pth")

@@ -20,6 +20,7 @@ NAMES = {
     "own_data": "load",
     "own_model": "Patches",
     "own_loss": "Focal",
+    "own_optimizer": "Lion",
     "own_augmentation": "noise",
 }
 

@@ -15,9 +15,9 @@ from conftest import TINY
 
 import export as script
 import train as train_script
-from cnn import exporting
 from cnn.config import ModelConfig
-from cnn.models import build_model
+from cnn.inference import export
+from cnn.models.build import build_model
 
 COLOUR = "data.args={num_images: 40, num_test: 20, num_classes: 4, image_size: 16, channels: 3}"
 RUNS = {
@@ -113,9 +113,9 @@ def test_so_do_the_files_of_large_models(train, capfd, name):
 
 
 def test_a_file_that_does_not_agree_is_not_left_behind(best, capfd, monkeypatch):
-    forward = exporting.Deployed.forward
+    forward = export.Deployed.forward
     monkeypatch.setattr(
-        exporting.Deployed, "forward", lambda self, images: forward(self, images) + 3e-4
+        export.Deployed, "forward", lambda self, images: forward(self, images) + 3e-4
     )
     earlier = Path("checkpoints/best.pt2")
     earlier.write_bytes(b"of before")

@@ -13,9 +13,9 @@ from processes import run
 from test_train import move_to, write_folder
 from torchvision import models
 
-from cnn.saving import Saver
+from cnn.errors import Stopped
+from cnn.training.saver import Saver
 from cnn.utils.checkpoint import load_checkpoint
-from cnn.utils.signals import Stopped
 
 FINETUNE = [
     *("--config", str(ROOT / "configs/finetune.yaml"), "data.root=photos", "data.image_size=32"),

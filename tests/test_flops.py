@@ -6,8 +6,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cnn.config import ModelConfig
-from cnn.models import build_model
-from cnn.utils.flops import count_flops
+from cnn.models.build import build_model
+from cnn.models.flops import count_flops
 
 ATTENTION = {"image_size": 32, "patch_size": 8, "num_layers": 1, "num_heads": 2, "hidden_dim": 16}
 

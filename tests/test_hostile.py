@@ -1,7 +1,9 @@
 """Files from strangers: forty broken or hostile checkpoints, each refused, and nothing executed."""
 
+import ast
 import builtins
 import codecs
+import dataclasses
 import operator
 import os
 import pickle
@@ -9,8 +11,9 @@ import re
 import runpy
 import subprocess
 import tarfile
+import typing
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +37,9 @@ import evaluate as evaluate_script
 import export as export_script
 import predict as predict_script
 import train as train_script
+from cnn.config import Config, code_keys
+from cnn.config.settings import keys_of
+from cnn.training.resume import check_code
 from cnn.utils.importing import outside_code
 
 TOUCH = f"open({str(MARKER)!r}, 'w').close()"
@@ -299,3 +305,41 @@ def test_code_of_others_resumes_where_it_is_typed(train, capfd):
     assert train("--resume", "train.epochs=3") == 2
     assert "type loss.name=torch.nn:CrossEntropyLoss" in capfd.readouterr().err
     assert train("--resume", "train.epochs=3", words[0]) == 0
+
+
+def forms_of(key: str, name: str) -> Iterator[object]:
+    """The ways in which a setting may name code, as deep as its lists and mappings go."""
+    kind = next(kind for known, _, kind in keys_of(Config) if known == key)
+    if typing.get_origin(kind) is not list:
+        yield name
+        return
+    (item,) = typing.get_args(kind)
+    yield ["flip", name]
+    for below, field, _ in keys_of(item) if dataclasses.is_dataclass(item) else ():
+        if field.metadata["names_code"]:
+            yield ["flip", {below: name}]
+
+
+@pytest.mark.parametrize("key", code_keys())
+def test_every_key_that_may_name_code_is_refused_from_a_file_unless_typed(key, capfd):
+    section, _, name = key.partition(".")
+    forms = list(forms_of(key, "os:remove"))
+    assert forms
+    for form in forms:
+        tree = content()
+        tree["config"][section][name] = form
+        Path("mine.pth").write_bytes(saved(tree))
+        assert train_script.main(["--resume", "mine.pth"]) == 2
+        said = capfd.readouterr().err
+        assert f"mine.pth: {key}: names code outside this folder, os:remove" in said, form
+        check_code(Path("mine.pth"), tree["config"], typed={key})  # typed, it is taken
+
+
+def test_every_setting_whose_word_is_imported_is_known_to_name_code():
+    """Every `import_object(name, "section.key")` of the package, and what code_keys() knows."""
+    used = set()
+    for path in (ROOT / "cnn").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_object":
+                used.add(node.args[1].value)
+    assert used == set(code_keys())

@@ -15,14 +15,26 @@ import pytest
 import torch
 from PIL import Image
 
-from cnn.config import DataConfig, Refused
-from cnn.datasets import build_data, cache
-from cnn.datasets.augment import NUM_DRAWS, BatchAugmentation, build_augmentations
-from cnn.datasets.loading import Samples, build_loader, split_epoch
+from cnn.config import DataConfig
+from cnn.config.settings import AugmentationConfig
+from cnn.datasets import cache
+from cnn.datasets.augment import (
+    AUGMENTATIONS,
+    BATCH_DRAWS,
+    Augmentation,
+    BatchAugmentation,
+    crop,
+    flip,
+)
+from cnn.datasets.build import build_data
+from cnn.datasets.loader import Samples, build_loader
+from cnn.datasets.order import split_epoch
+from cnn.errors import Refused
 
 CPU = torch.device("cpu")
 AUGMENT = ["crop", "flip"]
 ALL = ["resized_crop", "flip", "rotate", "color", "erase"]
+ALL_BATCH = list(BATCH_DRAWS)
 STREAM, MEMORY = {"in_memory": False}, {"in_memory": True}
 BOTH = pytest.mark.parametrize("way", [STREAM, MEMORY], ids=["stream", "memory"])
 
@@ -35,7 +47,8 @@ def data():
 
 
 def loader(data, augment=(), part="train", batch_size=8, seed=0, **settings):
-    cfg = DataConfig(batch_size=batch_size, augment=list(augment), **settings)
+    changes = [AugmentationConfig(name) for name in augment]
+    cfg = DataConfig(batch_size=batch_size, augment=changes, **settings)
     images, training = getattr(data, part), part == "train"
     return build_loader(cfg, images, data.preprocessing, CPU, seed, training=training)
 
@@ -191,21 +204,20 @@ def test_crop_and_flip_are_torchvisions_with_the_same_draws():
     from torchvision.transforms import v2
 
     theirs = v2.Compose([v2.RandomCrop(8, padding=1), v2.RandomHorizontalFlip()])
-    ours = build_augmentations(["crop", "flip"], 8)[1:]
     for number, (height, width) in itertools.product(range(30), [(8, 8), (8, 11), (13, 8)]):
         image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
         torch.manual_seed(number)
         expected, after = theirs(image), torch.rand(1)
         torch.manual_seed(number)
-        assert ours[1](ours[0](image)).equal(expected) and torch.rand(1).equal(after)
+        assert flip(crop(image, 8)).equal(expected) and torch.rand(1).equal(after)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("names", [["crop"], ["flip"], ["crop", "flip", "erase"]])
 def test_a_cpu_copies_the_pixels_that_a_gpu_gathers(names, channels):
     store = torch.randint(0, 256, (20, 8, 8, channels), dtype=torch.uint8)
-    rows, draws = torch.arange(200) % 20, torch.rand(200, NUM_DRAWS)
     batch = BatchAugmentation(store, names)
+    rows, draws = torch.arange(200) % 20, batch.draws(200, 0, 1)
     copied = batch(rows, draws)
     batch._copy = batch._gather
     assert batch(rows, draws).equal(copied)
@@ -367,8 +379,55 @@ def test_a_change_of_the_users_own_is_used_with_the_generators_keyed(data, tmp_p
     assert dark.image((1, 5)).equal(data.train[5] // 2)
 
 
+def test_a_change_draws_the_same_whatever_stands_beside_it(data, monkeypatch):
+    store = torch.zeros((3, 8, 8, 1), dtype=torch.uint8)
+    alone = {name: BatchAugmentation(store, [name]).draws(50, 0, 1) for name in BATCH_DRAWS}
+    assert torch.cat(list(alone.values()), 1).equal(
+        BatchAugmentation(store, ALL_BATCH).draws(50, 0, 1)
+    )
+    assert not alone["crop"][:, :1].equal(alone["flip"]), "each its own"
+
+    drawn: dict[str, float] = {}
+
+    def recording(name):
+        def change(image):
+            drawn[f"{name} {list(drawn).count(name)}" if name in drawn else name] = torch.rand(
+                ()
+            ).item()
+            return image
+
+        return lambda cfg, size: change
+
+    for name in AUGMENTATIONS:
+        monkeypatch.setitem(AUGMENTATIONS, name, recording(name))
+
+    def draws_of(*names, key=(3, 5)):
+        drawn.clear()
+        Augmentation([AugmentationConfig(name) for name in names], 8, 0)(data.train[5], key)
+        return dict(drawn)
+
+    together = draws_of(*ALL)
+    for name in ALL:
+        assert draws_of(name) == {name: together[name]}
+    assert draws_of("flip", "color")["flip"] == draws_of("color", "flip")["flip"]
+    assert len(set(together.values())) == len(ALL)
+    assert draws_of("flip", key=(3, 6)) != draws_of("flip", key=(4, 5)) != draws_of("flip")
+    twice = draws_of("flip", "flip")
+    assert len(set(twice.values())) == 2, "the second of two draws otherwise"
+
+
+def test_a_change_takes_its_arguments(data):
+    whole = AugmentationConfig("resized_crop", [1.0, 1.0])
+    images = [Augmentation([whole], 8, 0)(image, (1, 2)) for image in (data.train[0],)]
+    assert images[0].equal(data.train[0]), "all of the area, at the model's size"
+    assert not Augmentation([AugmentationConfig("resized_crop")], 8, 0)(
+        data.train[0], (1, 2)
+    ).equal(data.train[0])
+
+
 def test_a_loader_process_may_be_spawned(data):
-    samples = Samples(data.train, 8, build_augmentations(ALL, 8), 0)
+    changes = Augmentation([AugmentationConfig(name) for name in ALL], 8, 0)
+    samples = Samples(data.train, 8, changes, 0)
     copied = pickle.loads(pickle.dumps(samples))
     assert copied.image((1, 2)).equal(samples.image((1, 2)))
 

@@ -9,12 +9,14 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 
-from cnn.config import LossConfig, Refused, ScheduleConfig
-from cnn.engine import train_one_epoch
-from cnn.losses import build_loss
-from cnn.metrics import Sums, improves, loss_of, weight_of
-from cnn.optim import Schedule
-from cnn.state import TrainingState
+from cnn.config import LossConfig, ScheduleConfig
+from cnn.errors import Refused
+from cnn.metrics.running import Sums, loss_of, weight_of
+from cnn.metrics.scores import improves
+from cnn.training.engine import train_one_epoch
+from cnn.training.losses import build_loss
+from cnn.training.schedule import Schedule
+from cnn.training.state import TrainingState
 
 CPU = torch.device("cpu")
 

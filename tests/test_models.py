@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from cnn.config import ModelConfig, Refused
-from cnn.models import MODELS, build_model
+from cnn.config import ModelConfig
+from cnn.errors import Refused
+from cnn.models.build import MODELS, build_model
 from cnn.models.simple_cnn import halving
-from cnn.models.torchvision_models import adapt_first_convolution
+from cnn.models.weights import adapt_first_convolution
 
 NATURAL = {"simple_cnn": (8, 28), "lenet5": (28, 32), "resnet9": (16, 32), "resnet20": (28, 32)}
 

@@ -2,14 +2,23 @@
 
 import copy
 import math
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_same_run
 from torch import nn
 from torch.optim import lr_scheduler
 
-from cnn.config import GroupConfig, OptimConfig, Refused, ScheduleConfig
-from cnn.optim import FUSED, OPTIMIZERS, WITH_MOMENTUM, Schedule, build_optimizer, freeze
+from cnn.config import OptimConfig, ScheduleConfig
+from cnn.config.settings import GroupConfig
+from cnn.errors import Refused
+from cnn.training.optim import OPTIMIZERS, build_optimizer, freeze
+from cnn.training.schedule import Schedule
+from cnn.utils.checkpoint import load_checkpoint
 
 STEPS, EPOCHS = 5, 8  # an epoch, a run
 ALL = STEPS * EPOCHS
@@ -74,6 +83,10 @@ def test_an_optimizer_that_cannot_be_built_is_refused(settings, part):
         build_optimizer(OptimConfig(**settings), model())
 
 
+FUSED = ("sgd", "adam", "adamw", "adagrad")  # have a kernel for that, on CPU and CUDA
+WITH_MOMENTUM = ("sgd", "rmsprop")
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_is_torchs_bit_for_bit_and_goes_on_from_its_state(name):
     net = model()
@@ -123,6 +136,101 @@ def test_what_is_frozen_at_first_steps_afterwards_and_goes_on_from_its_state(nam
             assert net[0].weight.equal(first) == (step < 2)
         after.append(torch.cat([parameter.flatten() for parameter in net.parameters()]))
     assert all(other.equal(after[0]) for other in after[1:])
+
+
+# ---------------------------------------------------------------------------------------------
+# Of the user's own, by import path
+
+OWN = """
+import torch
+
+class Counting(torch.optim.Optimizer):
+    '''Keeps a row for each weight matrix, and a counter in its groups: no setting of ours.'''
+
+    def __init__(self, params, lr, momentum=0.5, rise=0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "rise": rise, "steps": 0})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["steps"] += 1
+            for p in group["params"]:
+                row = self.state[p].setdefault("row", torch.zeros(7))
+                row += group["steps"]
+                p -= group["lr"] * (1 + group["rise"]) ** group["steps"] * (p.grad + row[0] / 1000)
+
+def no_optimizer(params, lr):
+    return list(params)
+
+def counting(params, lr, **more):
+    return Counting(params, lr, **more)
+
+class Asks(Counting):
+    def step(self, closure):
+        closure()
+"""
+
+
+@pytest.fixture
+def own(monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("mine", None)
+
+
+def test_an_optimizer_of_ones_own_is_given_the_settings_that_its_signature_has(own, caplog):
+    made = build_optimizer(OptimConfig("mine:Counting", momentum=0.25, args={"rise": 0.1}), model())
+    assert type(made).__name__ == "Counting"
+    assert {(group["momentum"], group["rise"]) for group in made.param_groups} == {(0.25, 0.1)}
+    assert "optim.weight_decay: mine:Counting takes none" in caplog.text
+    made = build_optimizer(OptimConfig("mine:counting", weight_decay=0.0), model())
+    assert made.param_groups[0]["momentum"] == 0.5, "a factory that names no momentum has its own"
+
+
+@pytest.mark.parametrize(
+    "name, args, part",
+    [
+        ("mine:Counting", {"momentum": 1}, "optim.args: momentum has a setting of its own"),
+        ("mine:Counting", {"weight_decay": 1}, "optim.args: weight_decay has a setting of its own"),
+        ("mine:Counting", {"speed": 1}, "optim.args: mine:Counting: .*speed"),
+        ("mine:no_optimizer", {}, "optim.name: mine:no_optimizer: expected an Optimizer, got list"),
+        ("mine:Asks", {}, "optim.name: mine:Asks: needs a closure"),
+        ("torch.optim:LBFGS", {}, "optim.args: torch.optim:LBFGS: .*parameter groups"),
+        ("mine:Nobody", {}, "optim.name: the module mine .* has no 'Nobody'"),
+    ],
+)
+def test_an_optimizer_that_no_step_here_can_use_is_refused(own, name, args, part):
+    with pytest.raises(Refused, match=part):
+        build_optimizer(OptimConfig(name, args=args), model())
+
+
+def test_a_run_with_an_optimizer_of_ones_own_goes_on_with_all_that_it_remembers(own, train):
+    words = ["optim.name=mine:Counting", "optim.args={rise: 0.01}", "train.epochs=3"]
+    assert train(*words) == 0
+    Path("whole").mkdir()
+    for kind in ("logs", "checkpoints"):
+        shutil.move(kind, f"whole/{kind}")
+    assert train(*words, "train.epochs=1") == 0
+    assert train("--resume", "train.epochs=3") == 0
+    assert_same_run("whole", ".")
+    saved = load_checkpoint(Path("checkpoints/last.pth"))["optimizer_state_dict"]
+    assert {group["steps"] for group in saved["param_groups"]} == {12}
+    assert train("--resume", "train.epochs=4", "optim.args={rise: 0.5}") == 0
+    saved = load_checkpoint(Path("checkpoints/last.pth"))["optimizer_state_dict"]
+    assert {(group["steps"], group["rise"]) for group in saved["param_groups"]} == {(16, 0.5)}
+
+
+def test_a_keyword_that_becomes_a_setting_is_no_longer_one_of_args():
+    @dataclass(frozen=True)
+    class More(OptimConfig):
+        nesterov: bool = False
+
+    assert build_optimizer(More(nesterov=True), model()).param_groups[0]["nesterov"] is True
+    made = build_optimizer(OptimConfig(args={"nesterov": True}), model())
+    assert made.param_groups[0]["nesterov"] is True
+    with pytest.raises(Refused, match="optim.args: nesterov has a setting of its own"):
+        build_optimizer(More(args={"nesterov": True}), model())
 
 
 # ---------------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ from torchvision.transforms.v2 import functional
 
 import predict as script
 import train as train_script
-from cnn.datasets.augment import fit
-from cnn.datasets.decode import BadImage
-from cnn.predict import Prediction, load
+from cnn.datasets.preprocessing import fit
+from cnn.errors import BadImage
+from cnn.inference.predictor import Prediction, load
 from cnn.utils.checkpoint import load_checkpoint
 
 # ---------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def test_the_middle_of_a_line_of_pixels_is_cut_out_before_it_is_resized(monkeypa
 
 def test_what_validation_said_of_its_images_comes_out(digits, monkeypatch):
     from cnn.config import DataConfig
-    from cnn.datasets import build_data
+    from cnn.datasets.build import build_data
 
     content = load_checkpoint(digits)
     images = build_data(DataConfig(), 0).val

@@ -28,9 +28,10 @@ from PIL import Image
 from processes import run_ranks
 from test_datasets import write_mnist
 
-from cnn import drill, figures
-from cnn.datasets import loading
-from cnn.predict import load
+from cnn.datasets import loader
+from cnn.drill import drill
+from cnn.inference.predictor import load
+from cnn.records import figures
 
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 CLASSES = {"猫": 180, "汽车": 110, "船": 40}  # and how bright they are
@@ -234,8 +235,8 @@ def the_schema(patch: pytest.MonkeyPatch) -> None:
     """Writes what is there already; other tests may be reading it just now."""
     written = {}
     patch.setattr(Path, "write_text", lambda path, text, **_: written.update({path: text}))
-    patch.delitem(sys.modules, "cnn.schema", raising=False)  # whatever ran before
-    runpy.run_module("cnn.schema", run_name="__main__")
+    patch.delitem(sys.modules, "cnn.config.schema", raising=False)  # whatever ran before
+    runpy.run_module("cnn.config.schema", run_name="__main__")
     assert written == {ROOT / "configs/schema.json": (ROOT / "configs/schema.json").read_text()}
 
 
@@ -257,7 +258,7 @@ WAYS: list[tuple[str, Callable]] = [
     (r"pip install -r ([\w.-]+)(?: && (.*))?", an_installation),
     (r"torchrun (.*) train\.py(?: (.*))?", several),
     (r"tensorboard (.*)", tensorboard),
-    (r"python -m cnn\.schema", the_schema),
+    (r"python -m cnn\.config\.schema", the_schema),
 ]
 
 
@@ -282,7 +283,7 @@ def check_snippet(code: str, said: dict, printed: str) -> None:
         expected = [dict(zip(answer.classes, answer.probabilities))[n] for n in predict.classes]
         within = 5e-4 if "onnx" in code else 1e-6  # Pillow cuts before it resizes, and rounds
         assert said["probabilities"].tolist() == pytest.approx(expected, abs=within)
-    assert len(code.splitlines()) <= 16 and "cnn." not in re.sub(r"#.*|cnn\.predict", "", code)
+    assert len(code.splitlines()) <= 16 and "cnn." not in re.sub(r"#.*|cnn\.inference", "", code)
 
 
 @pytest.mark.parametrize("part", [p for p in PARTS if p.blocks], ids=lambda part: part.title)
@@ -412,14 +413,14 @@ class Trouble:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
         with self.patch.context() as patch:
-            patch.setattr("cnn.engine.train_one_epoch", full)
+            patch.setattr("cnn.training.engine.train_one_epoch", full)
             said = self.train(*QUICK, status=1)
         self.train(*QUICK, "data.batch_size=32", "train.accumulate=2", status=0)
         assert "cannot change" in self.train("--resume", "data.batch_size=16")
         return said
 
     def two_at_once(self) -> str:
-        from cnn.utils.run import RunFolder
+        from cnn.utils.run_folder import RunFolder
 
         with RunFolder(None):
             return self.train(*QUICK)
@@ -452,7 +453,7 @@ class Trouble:
 
     def a_killed_loader(self) -> str:
         """Killed for real in test_train.py; here its words."""
-        return inspect.getsource(loading)
+        return inspect.getsource(loader)
 
     def no_matplotlib(self) -> str:
         self.patch.setattr(figures, "is_available", lambda: False)

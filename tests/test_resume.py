@@ -12,10 +12,10 @@ from conftest import TINY, assert_same_run, history
 from processes import run, run_through_kills
 from test_train import write_folder
 
-from cnn.saving import Saver
+from cnn.errors import Stopped
+from cnn.training.saver import Saver
 from cnn.utils import checkpoint
 from cnn.utils.checkpoint import load_checkpoint
-from cnn.utils.signals import Stopped
 
 # Everything that has state: EMA, bf16, dropout, accumulation that does not divide the epoch. Each of
 # 3 epochs has 3 batches in 2 steps, then 3 batches of validation; the test has 3.

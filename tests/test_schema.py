@@ -7,9 +7,12 @@ import jsonschema
 import pytest
 from conftest import RECIPES, ROOT
 
-from cnn import schema
-from cnn.best_hparams import update
-from cnn.config import Config, Refused, _compose, _keys, _plain, load_config, to_yaml
+from cnn.config import Config, load_config, schema, to_yaml
+from cnn.config.reader import compose
+from cnn.config.settings import keys_of
+from cnn.config.values import plain_value
+from cnn.errors import Refused
+from cnn.records.best_hparams import update
 
 FILES = [*RECIPES, ROOT / "tests/tiny.yaml"]
 VALIDATOR = jsonschema.Draft7Validator(json.loads(schema.FILE.read_text(encoding="utf-8")))
@@ -17,16 +20,18 @@ VALIDATOR = jsonschema.Draft7Validator(json.loads(schema.FILE.read_text(encoding
 
 def mistakes(text: str) -> list[str]:
     """What the schema says of a file. PyYAML would take 1e-3 for text, editors do not."""
-    return [error.message for error in VALIDATOR.iter_errors(_plain(_compose(text, "file")))]
+    return [error.message for error in VALIDATOR.iter_errors(plain_value(compose(text, "file")))]
 
 
 def test_the_file_is_what_the_dataclasses_say():
-    assert schema.FILE.read_text(encoding="utf-8") == schema.text(), "run: python -m cnn.schema"
+    assert schema.FILE.read_text(encoding="utf-8") == schema.text(), (
+        "run: python -m cnn.config.schema"
+    )
 
 
 def test_it_is_a_schema_and_knows_every_key_with_its_meaning_and_default():
     jsonschema.Draft7Validator.check_schema(schema.schema())
-    for key, field, _ in _keys(Config):
+    for key, field, _ in keys_of(Config):
         entry = schema.schema()
         for part in key.split("."):
             entry = entry["properties"][part]
@@ -72,7 +77,7 @@ RIGHT = [
 def test_what_the_loader_takes_is_valid(text, tmp_path):
     Path("my.yaml").write_text(text.replace("base: config.yaml", ""), encoding="utf-8")
     load_config(Path("my.yaml"))
-    document = _compose(text, "file")
+    document = compose(text, "file")
     assert not mistakes(text) if document else True
 
 

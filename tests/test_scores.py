@@ -9,8 +9,8 @@ import torch
 from scipy.stats import binomtest
 from sklearn import metrics as sk
 
-from cnn import scores
-from cnn.metrics import Outcome
+from cnn.metrics import scores
+from cnn.metrics.running import Outcome
 
 CLOSE = {"rel": 1e-12, "abs": 1e-12}
 

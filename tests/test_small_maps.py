@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from cnn.building import build_run
 from cnn.config import load_config
 from cnn.models import small_maps
 from cnn.models.resnet import ResNet9
+from cnn.training.setup import build_run
 from cnn.utils import environment
 
 

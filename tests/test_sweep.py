@@ -19,13 +19,15 @@ from processes import CONTEXT, run
 from sweeping import Sweeping, hold_one_after_the_other, sweeping
 
 import sweep as script
-from cnn import best_hparams, comparing, config
-from cnn import trial as trial_module
-from cnn.config import Refused
-from cnn.study import Study
-from cnn.sweep_config import load_sweep
-from cnn.trial import COMPLETE, FAILED, PRUNED, Outcome, run_trial
-from cnn.utils import locks
+from cnn import config
+from cnn.config import to_dict
+from cnn.errors import Refused
+from cnn.records import best_hparams, compare_runs
+from cnn.sweeps import locks
+from cnn.sweeps import trial as trial_module
+from cnn.sweeps.settings import load_sweep
+from cnn.sweeps.study import Study
+from cnn.sweeps.trial import COMPLETE, FAILED, PRUNED, Outcome, run_trial
 from cnn.utils.signals import StopSignals
 
 SHIPPED = ROOT / "configs/sweep.yaml"
@@ -84,7 +86,7 @@ optim.lr: 3""")
         8: "optim.lr.log: expected a number above 0, got 0",
         9: "optim.weight_decay.between: expected low below high, got 1.0 and 0.0",
         10: "optim.name[1]: expected one of sgd, adam, adamw, nadam, radam, rmsprop, adagrad,"
-        " adamax, got adamv — did you mean 'adam'?",
+        " adamax, package.module:name, got adamv — did you mean 'adam'?",
         11: "data.batch_size.log: expected a whole number of at least 1, got 0.5",
         12: "data.sampler: is no number that could be between two; expected [a, b, ...]",
         13: "data.limit[1]: given twice",
@@ -160,7 +162,7 @@ space:
                 _, path, *words = trial.words()
                 cfg, _ = script.load_config(Path(path), words)
                 assert cfg.run == f"small_{len(seen):04}"
-                found = cfg.data.augment, cfg.model.args, cfg.train.clip_grad_norm
+                found = to_dict(cfg)["data"]["augment"], cfg.model.args, cfg.train.clip_grad_norm
                 assert list(found) == list(trial.values.values())
                 seen.append(found)
                 trial.end(Outcome(COMPLETE, 1.0, 1))
@@ -435,7 +437,7 @@ def check_that_each_was_run_once(name: str, number: int, url: str | None = None)
     for trial, run_name in zip(trials, names):
         log = Path("logs", run_name, "train.log").read_text()
         assert log.count("a new run starts") == 1 and not Path("logs", run_name, "archive").exists()
-        record = comparing.read_run(f"logs/{run_name}")
+        record = compare_runs.read_run(f"logs/{run_name}")
         assert {key: record.settings[key] for key in trial.params} == trial.params
         if trial.state == TrialState.COMPLETE:
             assert record.status == "finished" and record.best()[record.monitor] == trial.value

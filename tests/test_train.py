@@ -295,7 +295,7 @@ def test_changed_data_is_refused(train, capfd):
 
 
 def test_two_processes_never_write_one_run(train):
-    from cnn.utils.run import RunFolder
+    from cnn.utils.run_folder import RunFolder
 
     with RunFolder(None):
         status, output = finish(*TINY)

@@ -1,50 +1,86 @@
-"""Random changes to training images, and the fixed way to the size that the model gets.
+"""Random changes to training images: one by one, and on whole batches.
 
-Every function takes and gives an image tensor (C, H, W), uint8 as a rule. torchvision is imported
-only where one of them is used.
+What a change draws is a function of (seed, epoch, image) and of its own name, so that another one
+beside it changes nothing. torchvision is imported only where one of its changes is used.
 """
 
 import functools
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from cnn.config.settings import AugmentationConfig
+from cnn.datasets.order import Key
+from cnn.datasets.preprocessing import fit
+from cnn.utils import seeding
 from cnn.utils.importing import import_object
 
-Transform = Callable[[torch.Tensor], torch.Tensor]
+Transform = Callable[[torch.Tensor], torch.Tensor]  # image (C, H, W), uint8 as a rule, to another
+
+DRAWS = 2  # the way in which changes draw; counted up with it, and told where a run goes on
+RESIZED_CROP_SCALE = (0.35, 1.0)  # Wightman et al. (2021); gentler than Inception's 0.08
 
 
-def build_augmentations(names: list[str], image_size: int) -> list[Transform]:
-    """The named changes, in their order; each draws from the global generators.
+def _v2() -> Any:
+    from torchvision.transforms import v2
+
+    return v2
+
+
+# From the settings and the model's image size; all draw from torch's global generator.
+AUGMENTATIONS: dict[str, Callable[[AugmentationConfig, int], Transform]] = {
+    "crop": lambda cfg, size: functools.partial(crop, size=size),
+    "flip": lambda cfg, size: flip,
+    "rotate": lambda cfg, size: _v2().RandomRotation(10, _v2().InterpolationMode.BILINEAR),
+    "color": lambda cfg, size: _v2().ColorJitter(0.2, 0.2, 0.2),
+    "resized_crop": lambda cfg, size: _v2().RandomResizedCrop(
+        size, tuple(cfg.scale or RESIZED_CROP_SCALE), antialias=True
+    ),
+    "erase": lambda cfg, size: erase,
+}
+
+
+class Augmentation:
+    """Changes an image in the ways that are set, in their order.
 
     They see images of the model's size, but for `resized_crop`, which cuts it out of the whole.
     """
-    if not names:
-        return []
-    known: dict[str, Callable[[], Transform]] = {
-        "crop": lambda: functools.partial(crop, size=image_size),
-        "flip": lambda: flip,
-        "erase": lambda: erase,
-        **{name: functools.partial(_torchvisions, name, image_size) for name in TORCHVISIONS},
-    }
-    names = sorted(names, key=lambda name: name != "resized_crop")  # that one first
-    made = [known[name]() if name in known else _own(name) for name in names]
-    return made if "resized_crop" in names else [functools.partial(fit, size=image_size), *made]
+
+    def __init__(self, changes: Sequence[AugmentationConfig], size: int, seed: int):
+        changes = sorted(changes, key=lambda cfg: cfg.name != "resized_crop")  # that one first
+        names = [cfg.name for cfg in changes]
+        self.size, self.seed, self.fits_first = size, seed, "resized_crop" not in names
+        self._changes = [
+            # Where one comes twice, the second draws otherwise.
+            (_build(cfg, size), cfg.name, (word(cfg.name), names[:number].count(cfg.name)))
+            for number, cfg in enumerate(changes)
+        ]
+
+    def __call__(self, image: torch.Tensor, key: Key) -> torch.Tensor:
+        """The image (C, H, W) as an epoch has it, (C, size, size)."""
+        if self.fits_first:
+            image = fit(image, self.size)
+        for change, name, words in self._changes:
+            # What others have written may draw from any generator.
+            seed = seeding.seed_torch if name in AUGMENTATIONS else seeding.seed_sample
+            seed(self.seed, seeding.AUGMENT, *key, *words)
+            image = change(image)
+        return fit(image, self.size)
 
 
-TORCHVISIONS = ("rotate", "color", "resized_crop")
+def word(name: str) -> int:
+    """A name as a word of a key."""
+    return zlib.crc32(name.encode())
 
 
-def _torchvisions(name: str, image_size: int) -> Transform:
-    from torchvision.transforms import v2
-
-    if name == "rotate":
-        return v2.RandomRotation(10, v2.InterpolationMode.BILINEAR)
-    if name == "color":
-        return v2.ColorJitter(0.2, 0.2, 0.2)
-    # The scale of Wightman et al. (2021), gentler than Inception's 0.08.
-    return v2.RandomResizedCrop(image_size, (0.35, 1.0), antialias=True)
+def _build(cfg: AugmentationConfig, size: int) -> Transform:
+    if cfg.name in AUGMENTATIONS:
+        return AUGMENTATIONS[cfg.name](cfg, size)
+    found = import_object(cfg.name, "data.augment")
+    return found() if isinstance(found, type) else found
 
 
 def crop(image: torch.Tensor, size: int) -> torch.Tensor:
@@ -78,28 +114,6 @@ def flip(image: torch.Tensor) -> torch.Tensor:
     return image if torch.rand(1) >= 0.5 else image.flip(-1)
 
 
-def _own(path: str) -> Transform:
-    found = import_object(path, "data.augment")
-    return found() if isinstance(found, type) else found
-
-
-MAX_RESIZED = 20_000_000  # pixels of an image before its middle is cut out
-
-
-def fit(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Resizes the shorter side to `size` and cuts the middle out; an image of that size stays."""
-    height, width = image.shape[-2:]
-    if height == width == size:
-        return image
-    from torchvision.transforms.v2 import functional
-
-    shorter = min(height, width)
-    if size**2 * max(height, width) > MAX_RESIZED * shorter:
-        # A line of pixels: made as wide as that, it would fill the memory, to be thrown away.
-        image = functional.center_crop(image, [min(height, 16 * shorter), min(width, 16 * shorter)])
-    return functional.center_crop(functional.resize(image, [size], antialias=True), [size])
-
-
 # -- cutout (DeVries and Taylor, 2017) ----------------------------------------------------------
 
 ERASED = 0.5  # side of the erased square over the image's
@@ -128,8 +142,7 @@ def erased(draws: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 # -- the same for whole batches ---------------------------------------------------------------
 
-BATCH_AUGMENTATIONS = ("crop", "flip", "erase")
-NUM_DRAWS = 6  # an image: two for crop, one for flip, three for erase
+BATCH_DRAWS = {"crop": 2, "flip": 1, "erase": 3}  # numbers for each image
 
 
 class BatchAugmentation:
@@ -137,33 +150,48 @@ class BatchAugmentation:
 
     Args:
         store: all images, uint8 (M, S, S, C), on the device.
-        names: of BATCH_AUGMENTATIONS; none of them: images come as they are.
+        names: of BATCH_DRAWS; none of them: images come as they are.
     """
 
-    def __init__(self, store: torch.Tensor, names: list[str]):
-        self.names = names
+    def __init__(self, store: torch.Tensor, names: Sequence[str]):
+        self.names = [name for name in BATCH_DRAWS if name in names]
         self.size, self.channels = store.shape[1], store.shape[3]
         self._store = store
         self._sides = torch.arange(self.size, device=store.device)
-        self._padding = padding_of(self.size) if "crop" in names else 0
+        self._padding = padding_of(self.size)
+
+    def draws(self, number: int, seed: int, epoch: int) -> torch.Tensor:
+        """What is random about each of so many images in an epoch, in [0, 1): (number, draws).
+
+        By a counter-based generator (Philox; Salmon et al., SC 2011) for each change.
+        """
+        tables = []
+        for name in self.names:
+            key = seeding.mix(seed, seeding.AUGMENT, epoch, word(name))
+            rng = np.random.Generator(np.random.Philox(key=key))
+            tables.append(rng.random((number, BATCH_DRAWS[name]), dtype=np.float32))
+        return torch.from_numpy(np.concatenate(tables, axis=1))
 
     def __call__(self, rows: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
         """Images uint8 (N, C, S, S), channels last.
 
         Args:
             rows: in the store (N).
-            draws: in [0, 1), (N, NUM_DRAWS); None changes nothing.
+            draws: of these images, as `draws` gives them; None changes nothing.
         """
         if draws is None or not self.names:
             return self._store.index_select(0, rows).permute(0, 3, 1, 2)
-        is_flipped = (
-            draws[:, 2] < 0.5 if "flip" in self.names else torch.zeros_like(draws[:, 2]).bool()
-        )
-        offsets = (draws[:, :2] * (2 * self._padding + 1)).long() - self._padding  # N, 2: y, x
+        of = dict(zip(self.names, draws.split([BATCH_DRAWS[name] for name in self.names], dim=1)))
+        is_flipped = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        offsets = torch.zeros((len(rows), 2), dtype=torch.int64, device=rows.device)  # N, 2: y, x
+        if "flip" in of:
+            is_flipped = of["flip"][:, 0] < 0.5
+        if "crop" in of:
+            offsets = (of["crop"] * (2 * self._padding + 1)).long() - self._padding
         move = self._copy if self._store.device.type == "cpu" else self._gather
         images = move(rows, is_flipped, offsets)
-        if "erase" in self.names:
-            images *= ~erased(draws[:, 3:], self.size, self.size).unsqueeze(3)
+        if "erase" in of:
+            images *= ~erased(of["erase"], self.size, self.size).unsqueeze(3)
         return images.permute(0, 3, 1, 2)
 
     def _gather(

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cnn.config import Refused
-from cnn.datasets.augment import fit
-from cnn.datasets.decode import VERSION, BadImage, decode
+from cnn.datasets.decode import VERSION, decode
+from cnn.datasets.preprocessing import fit
+from cnn.errors import BadImage, Refused
 from cnn.utils.files import sync_folder
 
 OLD = 24 * 3600  # seconds; no decoding takes a day

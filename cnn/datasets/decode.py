@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from cnn.errors import BadImage
+
 VERSION = 2  # counted up when a file decodes to other pixels, so that no cache has those of before
 GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
 MAX_PIXELS = 120_000_000  # of one image: 360 MB as RGB; more is taken for a decompression bomb
@@ -15,10 +17,6 @@ MAX_OF_16_BITS = 2**16 - 1
 Image.MAX_IMAGE_PIXELS = None  # our own limit below, an error and not a warning
 # Pillow warns of what it can live with, as a broken EXIF block, and names no file.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-
-
-class BadImage(Exception):
-    """An image that cannot be had: no image, not whole, gone. As `decode` raises it, without path."""
 
 
 # What Pillow's decoders raise on broken files.

@@ -14,18 +14,43 @@ from typing import Any
 import numpy as np
 import torch
 
-from cnn.config import Refused
 from cnn.datasets.cache import decode_all
-from cnn.datasets.decode import BadImage, decode
+from cnn.datasets.decode import decode
+from cnn.errors import BadImage, Refused
 from cnn.utils import seeding
 
 MAX_IMAGES_FOR_STATISTICS = 2_000  # of a dataset that has to be read one by one
 
 
-class ArrayImages:
-    """Images of one size in memory, or a part of them: pixels uint8 (N, C, H, W), labels (N)."""
+class Images:
+    """Labelled images; each kind says where they come from.
 
+    Attributes:
+        labels: int64 (N).
+        skip: whether an image that cannot be read during the run is left out of its batch.
+    """
+
+    labels: np.ndarray
     skip = False
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def checksum(self) -> int:
+        """Of the pixels; 0 where reading them all may take long."""
+        return 0
+
+    def num_decoded(self) -> int:
+        """How many images `decoded` gives: this part's and the others' of the same store."""
+        return len(self)
+
+    def decoded(self, size: int, channels: int) -> torch.Tensor | None:
+        """All of them, uint8 (M, size, size, C); None where they cannot be had so."""
+        return None
+
+
+class ArrayImages(Images):
+    """Images of one size in memory, or a part of them: pixels uint8 (N, C, H, W), labels (N)."""
 
     def __init__(self, pixels: np.ndarray | torch.Tensor, labels: Sequence[int], name: str):
         pixels = torch.as_tensor(pixels)
@@ -34,9 +59,6 @@ class ArrayImages:
         self.rows = np.arange(len(pixels))  # of this part, in the store
         self.labels = np.asarray(labels, dtype=np.int64)
         self._name = name
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self.store[self.rows[index]].permute(2, 0, 1)
@@ -70,7 +92,6 @@ class ArrayImages:
         return zlib.crc32(self.store.numpy())
 
     def num_decoded(self) -> int:
-        """How many images `decoded` gives: this part's and the others' of the same store."""
         return len(self.store)
 
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
@@ -89,7 +110,7 @@ class Files:
     skip: bool = False  # whether a file that goes bad during the run is left out of its batch
 
 
-class FileImages:
+class FileImages(Images):
     """Images in files, or a part of them, decoded when asked for."""
 
     def __init__(self, files: Files, labels: Sequence[int], rows: np.ndarray | None = None):
@@ -100,9 +121,6 @@ class FileImages:
     @property
     def skip(self) -> bool:
         return self.files.skip
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         path = self.files.paths[self.rows[index]]
@@ -150,10 +168,11 @@ class FileImages:
         return decode_all(self.files.root, self.files.paths, self.files.scans, size, channels)
 
 
-class UserImages:
-    """A map-style dataset of (image, label): PIL, uint8 array (H, W[, C]) or tensor (C, H, W)."""
+class UserImages(Images):
+    """A map-style dataset of (image, label): PIL, uint8 array (H, W[, C]) or tensor (C, H, W).
 
-    skip = False
+    Nothing is decoded once and kept: what it gives is not known to stay the same.
+    """
 
     def __init__(self, dataset: Any, name: str):
         self.dataset = dataset
@@ -163,9 +182,6 @@ class UserImages:
         if known is None:
             known = [int(dataset[i][1]) for i in range(len(dataset))]
         self.labels = np.asarray(known, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.indices)
 
     def __getitem__(self, index: int) -> torch.Tensor:
         try:
@@ -208,20 +224,6 @@ class UserImages:
             sums = sums + values.sum(1).numpy()
             squares = squares + values.square().sum(1).numpy()
         return number, sums, squares
-
-    def checksum(self) -> int:
-        """None is taken: reading them all may take long."""
-        return 0
-
-    def num_decoded(self) -> int:
-        return len(self)
-
-    def decoded(self, size: int, channels: int) -> torch.Tensor | None:
-        """None: what the user's dataset gives is not known to stay the same."""
-        return None
-
-
-Images = ArrayImages | FileImages | UserImages
 
 
 def _as_tensor(image: Any, name: str) -> torch.Tensor:

@@ -13,7 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from cnn.datasets.cache import cache_folder
-from cnn.datasets.decode import GRAY_MODES, VERSION, BadImage, open_image, to_array
+from cnn.datasets.decode import GRAY_MODES, VERSION, open_image, to_array
+from cnn.errors import BadImage
 from cnn.utils.files import write_atomically
 
 SCAN = np.dtype(

@@ -1,1 +1,1 @@
-"""What a run needs besides data, model and mathematics; one subject a file."""
+"""What belongs to no room above: files, folders, log, signals, seeds; one subject a file."""

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from cnn.config import Refused
-from cnn.utils.archive import read_archive_and_size, write_archive
+from cnn.errors import Refused
+from cnn.utils.checked_zip import read_archive_and_size, write_archive
 from cnn.utils.files import write_atomically
+from cnn.utils.run_folder import checkpoints_in
 
 logger = logging.getLogger(__name__)
 
@@ -25,35 +26,17 @@ FORMAT = 1  # of the content; counted up when a reader of before could not read 
 
 # What a checkpoint holds at least, and as what.
 STRUCTURE: dict[str, tuple[type, ...]] = {
-    "format": (int,),
-    "model_state_dict": (dict,),
-    "optimizer_state_dict": (dict,),
-    "scheduler_state_dict": (dict,),
-    "scaler_state_dict": (dict,),
-    "ema_state_dict": (dict, NoneType),
-    "epoch": (int,),
-    "step": (int,),
-    "lr": (int, float),
-    "unfinished_epoch": (dict,),
-    "unfinished_epoch.batch": (int,),
-    "unfinished_epoch.sums": (dict,),
-    "unfinished_epoch.seconds": (int, float),
-    "best": (dict, NoneType),
-    "best.metric": (str,),
-    "best.value": (int, float),
-    "best.epoch": (int,),
-    "early_stop": (dict,),
-    "early_stop.waited": (int,),
-    "history": (list,),
-    "test": (dict, NoneType),
-    "config": (dict,),
-    "classes": (list,),
-    "preprocessing": (dict,),
-    "data": (dict,),
+    **dict.fromkeys(("format", "epoch", "step"), (int,)),
+    **dict.fromkeys(("model_state_dict", "optimizer_state_dict"), (dict,)),
+    **dict.fromkeys(("scheduler_state_dict", "scaler_state_dict"), (dict,)),
+    **dict.fromkeys(("ema_state_dict", "best", "test"), (dict, NoneType)),
+    **dict.fromkeys(("unfinished_epoch", "early_stop", "config", "preprocessing"), (dict,)),
+    **dict.fromkeys(("data", "environment", "unfinished_epoch.sums"), (dict,)),
+    **dict.fromkeys(("lr", "unfinished_epoch.seconds", "best.value"), (int, float)),
+    **dict.fromkeys(("unfinished_epoch.batch", "best.epoch", "early_stop.waited"), (int,)),
     **{f"data.{key}": (int,) for key in ("train", "val", "test", "checksum")},
-    "environment": (dict,),
-    "environment.precision": (str,),
-    "started": (str,),
+    **dict.fromkeys(("history", "classes"), (list,)),
+    **dict.fromkeys(("started", "best.metric", "environment.precision"), (str,)),
 }
 KEYS = tuple(key for key in STRUCTURE if "." not in key)
 
@@ -94,12 +77,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def files_of_run(folder: Path) -> list[Path]:
-    """The checkpoints in a run's folder: last.pth, best.pth, the kept epochs from the latest on."""
-    epochs = sorted(folder.glob("epoch_*.pth"), reverse=True)
-    return [path for path in (folder / "last.pth", folder / "best.pth", *epochs) if path.exists()]
-
-
 def where(content: dict[str, Any]) -> str:
     """Where a checkpoint stands, in words."""
     batch = content["unfinished_epoch"]["batch"]
@@ -109,7 +86,7 @@ def where(content: dict[str, Any]) -> str:
 
 def _advice(path: Path, option: str) -> str:
     """Which other file of the run is good."""
-    for other in files_of_run(path if path.is_dir() else path.parent):
+    for other in checkpoints_in(path if path.is_dir() else path.parent):
         if other != path:
             try:
                 return f"{other} is whole ({where(read_checkpoint(other))}): {option} {other}"

@@ -1,19 +1,17 @@
 """What a run runs on: device, precision, versions, code; what its bits depend on."""
 
 import datetime
-import functools
 import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 
-from cnn.config import Refused
+from cnn.errors import Refused
 from cnn.utils.launch import ALONE, Launch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -71,11 +69,9 @@ def choose_precision(name: str, device: torch.device, earlier: str | None = None
     return "fp32"
 
 
-def autocast(device: torch.device, precision: str) -> Callable[[], torch.autocast]:
-    """Makes the context in which a forward pass has that precision."""
-    return functools.partial(
-        torch.autocast, device.type, DTYPES[precision], enabled=precision != "fp32"
-    )
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a forward pass has that precision."""
+    return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def cpu_has(*features: str) -> bool:

@@ -1,10 +1,16 @@
 """Files that are either the old one or the new one, whenever the power fails."""
 
 import contextlib
+import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
+
+from cnn.errors import Failed
+
+logger = logging.getLogger(__name__)
 
 
 def write_atomically(
@@ -47,9 +53,30 @@ def write_atomically(
         raise
 
 
+def write_output(path: Path, data: bytes) -> None:
+    """Writes what the user asked for.
+
+    Raises:
+        Failed: as the system says it.
+    """
+    try:
+        write_atomically(path, lambda file: file.write(data))
+    except OSError as error:
+        raise Failed(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replaces the file by this text, UTF-8, durably."""
-    write_atomically(path, lambda file: file.write(text.encode()))
+    """Replaces the file by this text, UTF-8, durably; half a character becomes a question mark."""
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "replace")))
+
+
+def write_record(path: Path, text: str) -> None:
+    """Replaces a file that tells of the run; where that fails, says so, and training goes on."""
+    try:
+        write_text(path, text)
+    except OSError as error:
+        reason = f"{error.strerror or error}; training goes on, and no checkpoint lacks anything"
+        logger.warning("%s: cannot be written: %s", path, reason)
 
 
 def temporary_name(path: Path) -> Path:
@@ -83,7 +110,6 @@ def sync_folder(folder: Path) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     with open(source, "rb") as old, open(target, "wb") as new:
-        while block := old.read(1 << 20):
-            new.write(block)
+        shutil.copyfileobj(old, new)
         new.flush()
         os.fsync(new.fileno())

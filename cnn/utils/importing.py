@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cnn.config import Refused
+from cnn.errors import Refused
 
-OURS = ("cnn", "train", "evaluate", "predict", "export", "compare", "tests", "bench")
+OURS = ("cnn", "train", "evaluate", "predict", "export", "compare", "sweep", "tests", "bench")
 
 
 @contextlib.contextmanager

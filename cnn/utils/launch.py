@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from cnn.config import Refused
+from cnn.errors import Refused
 
 
 @dataclass(frozen=True)

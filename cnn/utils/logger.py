@@ -1,25 +1,15 @@
-"""Logging to the console and logs/train.log, and history.csv."""
+"""Logging to the console and logs/train.log."""
 
 import contextlib
-import csv
-import io
-import logging
 import logging.handlers
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
-from cnn.utils.files import write_text
-
-logger = logging.getLogger(__name__)
-
 FILE_FORMAT = "%(asctime)s %(levelname)s %(message)s"
-NAMES = (
-    "cnn",
-    "train",
-    "py.warnings",
-)  # whose messages are shown; libraries' below WARNING are not
+# Whose messages are shown; libraries' below WARNING are not.
+NAMES = ("cnn", "train", "py.warnings")
 
 
 class _Console(logging.Handler):
@@ -126,31 +116,3 @@ class Log:
         self.root.handlers = handlers
         if self._file is not None:
             self._file.close()
-
-
-def write_history(path: Path, history: list[dict[str, float | None]]) -> None:
-    """Writes history.csv as the history says, whole; so a resume leaves no gap and no double.
-
-    What is undefined is an empty cell.
-    """
-    text = io.StringIO()
-    if history:
-        # Rows may know different metrics, where a resume changed the one monitored; times come last.
-        columns = dict.fromkeys(name for row in history for name in list(row)[:-2])
-        columns |= dict.fromkeys(list(history[-1])[-2:])
-        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-    write_record(path, text.getvalue())
-
-
-def write_record(path: Path, text: str) -> None:
-    """Replaces a file that tells of the run; where that fails, says so, and training goes on."""
-    try:
-        write_text(path, text)
-    except OSError as error:
-        logger.warning(
-            "%s: cannot be written: %s; training goes on, and no checkpoint lacks anything",
-            path,
-            error.strerror or error,
-        )

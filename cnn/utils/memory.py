@@ -3,10 +3,9 @@
 import contextlib
 import ctypes
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from cnn.datasets.loading import Batch
+Batch = TypeVar("Batch", bound=tuple)  # images first
 
 # Of glibc's malloc.h
 M_TRIM_THRESHOLD = -1
@@ -67,7 +66,7 @@ class Heap:
         self._met: set[tuple[str, int]] = set()
         self._largest: int | None = None
 
-    def follow(self, kind: str, batches: "Iterable[Batch]") -> "Iterator[Batch]":
+    def follow(self, kind: str, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Passes batches of one kind on, "train" or "evaluate"."""
         return_freed_memory()
         for batch in batches:

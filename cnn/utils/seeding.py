@@ -1,9 +1,9 @@
 """Randomness without state: every draw is a function of the seed and of where in the run it is.
 
 The order of an epoch depends on (seed, epoch), what is random about a training image on (seed,
-epoch, index of the image) and, where an image may come twice, its place in the epoch; what is random
-inside a step on (seed, step), and inside an evaluation on (seed, epoch, batch). No generator has to be saved, and any number of loader processes draws the
-same.
+epoch, index of the image, name of the change) and, where an image may come twice, its place in the
+epoch; what is random inside a step on (seed, step), and inside an evaluation on (seed, epoch,
+batch). No generator has to be saved, and any number of loader processes draws the same.
 """
 
 import random
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 # What a draw is for; keeps, say, step 3's dropout and epoch 3's order apart.
-INIT, ORDER, SAMPLE, STEP, SPLIT, EVALUATE = range(1, 7)
+INIT, ORDER, SAMPLE, STEP, SPLIT, EVALUATE, AUGMENT = range(1, 8)
 
 _MASK = 2**64 - 1
 
@@ -33,10 +33,15 @@ def generator(*words: int) -> torch.Generator:
     return torch.Generator().manual_seed(mix(*words))
 
 
+def seed_torch(*words: int) -> None:
+    """Keys torch's global generator on the CPU."""
+    torch.default_generator.manual_seed(mix(*words))  # torch.manual_seed is 60 times slower
+
+
 def seed_sample(*words: int) -> None:
-    """Keys the global generators of torch, numpy and Python, for whichever an augmentation uses."""
+    """Keys the global generators of torch, numpy and Python, for whichever is drawn from."""
     key = mix(*words)
-    torch.default_generator.manual_seed(key)  # torch.manual_seed is 60 times slower
+    torch.default_generator.manual_seed(key)
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)
 

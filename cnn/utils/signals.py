@@ -6,17 +6,11 @@ import signal
 import types
 from collections.abc import Iterator
 
+from cnn.errors import Stopped
+
 # Ctrl-C, a scheduler's end, a scheduler's warning, a terminal closed or a connection lost.
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 NUMBERS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows has two
-
-
-class Stopped(BaseException):
-    """A signal asked the run to stop."""
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.number = number
 
 
 class StopSignals:

@@ -1,0 +1,21 @@
+"""The settings of a run: what keys there are, how they are read, checked and written. Without torch."""
+
+from cnn.config.reader import load_config
+from cnn.config.settings import (
+    Config,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ScheduleConfig,
+    beside_the_experiment,
+    code_keys,
+    flat,
+    for_scratch,
+    import_paths,
+    is_import_path,
+    replaced,
+    resume_rules,
+    to_dict,
+)
+from cnn.config.writer import as_text, to_yaml

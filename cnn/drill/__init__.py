@@ -1,0 +1,1 @@
+"""Can this run be stopped anywhere?"""

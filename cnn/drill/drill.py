@@ -1,0 +1,197 @@
+"""The drill: is *your* run, with your data, model and settings, one that can be stopped anywhere?
+
+`python train.py --drill [settings]` trains a short stretch three times in a scratch folder: unbroken,
+unbroken again, and killed (SIGKILL) and resumed several times. Every batch, every tensor after every
+step, and the final checkpoints are compared bit by bit; the first difference is traced to where it
+comes from.
+"""
+
+import contextlib
+import json
+import logging
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cnn.config import Config, for_scratch, load_config, to_yaml
+from cnn.drill.culprit import Key, Record, Stretch, find_culprit, key_of, log_table
+from cnn.drill.trace import Trace
+from cnn.errors import Failed
+from cnn.training.distributed import ALONE
+from cnn.utils.checkpoint import load_checkpoint
+from cnn.utils.logger import Log
+from cnn.utils.run_folder import RunFolder
+from cnn.utils.signals import StopSignals
+
+logger = logging.getLogger(__name__)
+
+STEPS = 6  # optimizer steps an epoch of the stretch
+EPOCHS = 2
+# Where the run is killed: epoch, and share of its training batches (1: in validation); at each, once.
+KILLS = ((1, 0.5), (1, 1.0), (2, 0.0), (2, 0.7), (2, 1.0))
+TIMEOUT = 600  # seconds for one process
+
+Train = Callable[..., None]
+
+# Each process is a fork of a server that has imported torch once. A fork inherits what it hashes by,
+# so that one way through is in an interpreter of its own.
+FRESH = multiprocessing.get_context("spawn")
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "torchvision.transforms.v2", "cnn.training.setup"])
+
+
+def hold_drill(cfg: Config, stop: StopSignals, train: Train) -> None:
+    """Holds the drill and says what it found.
+
+    Args:
+        train: the story of a run, train.py's.
+
+    Raises:
+        Failed: the runs differ; the message names the culprit.
+    """
+    batches = STEPS * cfg.train.accumulate - (cfg.train.accumulate > 1)  # a short last step
+    short = for_scratch(
+        cfg,
+        train={"epochs": EPOCHS},
+        schedule={"warmup_epochs": min(cfg.schedule.warmup_epochs, 1)},
+        checkpoint={"every_steps": 1},
+    )
+    with tempfile.TemporaryDirectory(prefix="drill_") as scratch:
+        settings = Path(scratch, "settings.yaml")
+        settings.write_text(to_yaml(short), encoding="utf-8")
+
+        def through(name: str, kills: list[Key], *, fresh: bool = False) -> Stretch:
+            stop.check()
+            logger.info("%s ...", name)
+            return _through(train, settings, Path(scratch, name), batches, kills, fresh)
+
+        first = through("unbroken", [])
+        training = [record["batch"] for record in first.records if not record["validation"]]
+        kills = [(epoch, int(share * (max(training) + 1))) for epoch, share in KILLS]
+        again = through("unbroken again", [], fresh=True)
+        culprit = find_culprit(short, batches, first, again)
+        if culprit is not None:  # then a resume may be refused, and tell less
+            log_table(first, {"again": again})
+            raise Failed(f"drill: a second, unbroken run is not the same: {culprit}")
+        killed = through(f"killed {len(kills)} times and resumed", kills)
+    log_table(first, {"again": again, "killed": killed})
+    culprit = find_culprit(short, batches, first, killed)
+    if culprit is not None:
+        raise Failed(f"drill: the killed run is not the same: {culprit}")
+    logger.info("drill OK: identical, every batch and every bit; this run can be stopped anywhere")
+
+
+# -- one way through the stretch ---------------------------------------------------------------
+
+
+def _through(
+    train: Train, settings: Path, folder: Path, max_batches: int, kills: list[Key], fresh: bool
+) -> Stretch:
+    """Runs the stretch in processes of its own, each but the last killed at its place.
+
+    Args:
+        fresh: in new interpreters that hash in another way, not in forks.
+    """
+    folder.mkdir()
+    trace = folder / "trace.jsonl"
+    trace.touch()
+    starts = []
+    for kill in [*kills, None]:
+        starts.append(len(_read(trace)))
+        method = multiprocessing.get_start_method()  # that the run's own loaders would use
+        process = (FRESH if fresh else CONTEXT).Process(
+            target=_child, args=(train, settings, folder, trace, max_batches, method)
+        )
+        with _other_hashes() if fresh else contextlib.nullcontext():
+            process.start()
+        try:
+            _wait(process, trace, starts[-1], kill)
+        finally:
+            _kill(process)  # its workers too
+        if process.exitcode not in (0, -signal.SIGKILL):
+            log = (folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+            raise Failed(f"drill: the run itself failed:\n{log.strip()[-3000:]}")
+    run = RunFolder(None, folder)
+    checkpoints = {path.name: load_checkpoint(path) for path in (run.last, run.best)}
+    return Stretch(_read(trace), checkpoints, starts)
+
+
+@contextlib.contextmanager
+def _other_hashes() -> Iterator[None]:
+    """Interpreters started within put a set of text into another order."""
+    before = os.environ.get("PYTHONHASHSEED")
+    os.environ["PYTHONHASHSEED"] = "1" if before != "1" else "2"
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONHASHSEED"]
+        if before is not None:
+            os.environ["PYTHONHASHSEED"] = before
+
+
+def _wait(process: BaseProcess, trace: Path, start: int, kill: Key | None) -> None:
+    """Until the process ends, or has begun the batch before which it is to be killed."""
+    deadline = time.monotonic() + TIMEOUT
+    while process.exitcode is None:
+        if kill is not None:
+            begun = [key_of(record) for record in _read(trace)[start:]]
+            if begun and begun[-1] >= kill:
+                return
+        if time.monotonic() > deadline:
+            raise Failed(f"drill: a run did not end within {TIMEOUT} s")
+        process.join(0.01)
+
+
+def _kill(process: BaseProcess) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        process.kill()  # it has no group of its own yet, or is gone
+    process.join()
+
+
+def _read(trace: Path) -> list[Record]:
+    """The whole lines of a trace; a killed process may have left half of one."""
+    lines = trace.read_text(encoding="utf-8").split("\n")[:-1]
+    records = []
+    for line in lines:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def _child(
+    train: Train, settings: Path, folder: Path, trace: Path, max_batches: int, method: str
+) -> None:
+    """The process that is killed: goes on from what it finds in the folder."""
+    from cnn import cli
+    from cnn.training.resume import ResumePoint, find_checkpoint
+
+    os.setsid()
+    multiprocessing.set_start_method(method, force=True)
+    output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    cfg, _ = load_config(settings)
+    for seed_by_chance in (torch.seed, np.random.seed, random.seed):  # as a new process finds them
+        seed_by_chance()
+
+    def act(log: Log, stop: StopSignals) -> None:
+        with RunFolder(None, folder, scratch=True) as run_folder:
+            found = find_checkpoint(run_folder)
+            point = ResumePoint(*found, cfg) if found else None
+            train(cfg, run_folder, log, stop, ALONE, point, max_batches, Trace(trace))
+
+    sys.exit(cli.run(cli.Task(act)))

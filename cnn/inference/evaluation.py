@@ -1,0 +1,186 @@
+"""A trained model held against labelled images: which ones, what comes out, and is it as reported?"""
+
+import copy
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from cnn import config
+from cnn.datasets.build import Data, read_splits
+from cnn.datasets.division import Splits, divide
+from cnn.datasets.folder_and_csv import unknown_classes
+from cnn.datasets.images import FileImages, Images
+from cnn.errors import Refused
+from cnn.inference.trained_model import Trained
+from cnn.metrics.scores import Metrics
+from cnn.training.losses import build_loss
+from cnn.utils import environment as env
+from cnn.utils.checkpoint import read_checkpoint
+from cnn.utils.run_folder import LAST
+
+logger = logging.getLogger(__name__)
+
+OTHER_DATA = {"data.name", "data.root", "data.args"}  # typed, they may name other data
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated on."""
+
+    images: Images
+    train_labels: np.ndarray | None  # of the run's own data
+    about: str
+
+    @property
+    def is_own(self) -> bool:
+        """Whether they are the images of the run that made the checkpoint, divided as there."""
+        return self.train_labels is not None
+
+
+def choose_images(trained: Trained, split: str) -> Subject:
+    """The split of the run's own data; of other data that split, or where they have none, all.
+
+    Nothing of other data was trained on, so that nothing has to be held out.
+
+    Raises:
+        Refused: the data cannot be had, have other classes, or have changed since the training.
+    """
+    cfg, known = trained.cfg.data, trained.classes
+    splits, classes = read_splits(cfg, known)
+    own = _as_in_training(trained, splits, classes)
+    source = cfg.name if cfg.name not in ("folder", "csv") else cfg.root
+    if own is not None:
+        images = getattr(own, split)
+        _set_channels(trained, images)
+        return Subject(images, own.train.labels, f"{split} of {source}")
+    if not trained.typed & OTHER_DATA:
+        raise Refused(
+            f"{trained.path}: the data have changed since the training ({source}); some of what is"
+            f" there now may have been trained on. To evaluate on it all the same, type"
+            f" data.root={cfg.root}; to evaluate on other images, data.root=FOLDER"
+        )
+    if split not in splits and "train" not in splits:
+        raise Refused(f"data.root: expected images of {split} or train in {source}, got neither")
+    if set(splits) == {"train"}:
+        images, about = splits["train"], f"all of {source}"
+    else:
+        held_out = splits if split in splits else divide(splits, cfg, trained.cfg.seed)
+        images, about = held_out[split], f"{split} of {source}"
+    if _is_same_place(trained):
+        logger.warning(
+            "%s has changed since the training, and images that were trained on may be among these",
+            source,
+        )
+    images = _numbered_as(known, classes, images)
+    _set_channels(trained, images)
+    return Subject(images, None, f"{about}, other data than in training")
+
+
+def _as_in_training(trained: Trained, splits: Splits, classes: list[str]) -> Data | None:
+    """The data divided as in the training, if they are what they were then."""
+    if "train" not in splits or classes != trained.classes:
+        return None
+    try:
+        parts = divide(splits, trained.cfg.data, trained.cfg.seed)
+    except Refused:  # too few to hold any out
+        return None
+    data = Data(parts["train"], parts["val"], parts["test"], classes, trained.preprocessing)
+    return data if data.fingerprint() == trained.content["data"] else None
+
+
+def _is_same_place(trained: Trained) -> bool:
+    then, now = trained.content["config"]["data"], trained.cfg.data
+    return (then["name"], Path(then["root"]).resolve()) == (now.name, Path(now.root).resolve())
+
+
+def _numbered_as(known: list[str], classes: list[str], images: Images) -> Images:
+    """The images with the model's numbers for their classes, which go by name."""
+    present = np.unique(images.labels).tolist()
+    unknown = [classes[number] for number in present if classes[number] not in known]
+    if unknown:
+        raise Refused(unknown_classes("data.name", unknown, known))
+    numbers = np.array([known.index(name) if name in known else -1 for name in classes])
+    images = copy.copy(images)
+    images.labels = numbers[images.labels]
+    return images
+
+
+def _set_channels(trained: Trained, images: Images) -> None:
+    """Has files decoded to the model's channels; refuses pixels that have others."""
+    wanted = trained.preprocessing.channels
+    if isinstance(images, FileImages) and wanted in (1, 3):
+        images.files.channels = wanted
+    elif images.sizes()[0] != wanted:
+        raise Refused(
+            f"data.name: expected images of {wanted} channels, as the model was trained on, got"
+            f" {images.sizes()[0]}"
+        )
+
+
+def build_loss_of(trained: Trained, subject: Subject) -> nn.Module:
+    """The loss of the training, its class weights those of the training images.
+
+    Raises:
+        Refused: the checkpoint holds weights that are none.
+    """
+    cfg, saved = trained.cfg.loss, trained.content.get("class_weights")
+    number = len(trained.classes)
+    if saved is not None:
+        if not (isinstance(saved, list) and all(type(weight) is float for weight in saved)):
+            raise Refused(f"{trained.path}: class_weights: expected {number} numbers")
+        cfg = replace(cfg, class_weights=saved)
+    elif cfg.class_weights == "balanced" and not subject.is_own:  # a file of before
+        logger.warning("the loss is without class weights, which %s does not tell", trained.path)
+        cfg = replace(cfg, class_weights=None)
+    loss = build_loss(cfg, subject.train_labels, trained.classes).to(trained.device)
+    if config.is_import_path(cfg.name):
+        try:
+            loss.load_state_dict(trained.content.get("loss_state_dict", {}))
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise Refused(f"{trained.path}: loss_state_dict does not fit: {error}") from None
+    return loss
+
+
+# -- what training reported ------------------------------------------------------------------------
+
+
+def reported(trained: Trained, split: str) -> Metrics | None:
+    """What training reported of these very weights, or None where it has not measured them."""
+    content = trained.content
+    if trained.is_within_epoch:
+        return None
+    if split == "val":
+        row = content["history"][-1] if content["history"] else {}
+        measured = row.get("epoch") == content["epoch"]
+        return {k: v for k, v in row.items() if k.startswith("val_")} if measured else None
+    if content["test"] is None:  # best.pth is from before the test, last.pth from after it
+        try:
+            content = read_checkpoint(trained.path.with_name(LAST))
+        except Refused:
+            return None
+        if content["started"] != trained.content["started"]:
+            return None
+    best = content["best"]
+    is_best = best is None or best["epoch"] == trained.content["epoch"]
+    return content["test"] if is_best else None
+
+
+def verdict(trained: Trained, metrics: Metrics, split: str) -> str | None:
+    """Whether the figures are those that training reported; None where it reported none."""
+    before = reported(trained, split)
+    if before is None:
+        return None
+    differing = [name for name in before if name in metrics and before[name] != metrics[name]]
+    if not differing:
+        return "training reported the same figures, to the last digit"
+    changes = env.differences(
+        trained.content["environment"], env.describe(trained.device, trained.precision)
+    )
+    then, now = trained.content["config"]["data"]["batch_size"], trained.cfg.data.batch_size
+    changes += [f"data.batch_size {then} → {now}"] if then != now else []
+    reason = f"{', '.join(changes)}: equal up to rounding" if changes else "has the code changed?"
+    figures = ", ".join(f"{name} {before[name]}, now {metrics[name]}" for name in differing)
+    return f"training reported {figures} ({reason})"

@@ -1,0 +1,71 @@
+"""What models there are: a table of names, and the way from a name to a model."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cnn.config import ModelConfig, is_import_path
+from cnn.errors import Refused
+from cnn.models import torchvision_models
+from cnn.models.lenet5 import LeNet5
+from cnn.models.resnet import ResNet9, ResNet20
+from cnn.models.simple_cnn import SimpleCNN
+from cnn.models.weights import load_weights
+from cnn.utils import seeding
+from cnn.utils.importing import import_object
+
+MODELS = {"simple_cnn": SimpleCNN, "lenet5": LeNet5, "resnet9": ResNet9, "resnet20": ResNet20}
+
+
+def build_model(
+    cfg: ModelConfig, num_classes: int, in_channels: int, image_size: int, seed: int
+) -> nn.Module:
+    """Builds the model on the CPU, its first weights a function of the seed.
+
+    Raises:
+        Refused: no such model, arguments it does not take, weights that do not fit, or images of
+            a size that it cannot take.
+    """
+    seeding.seed_sample(seed, seeding.INIT)
+    pretrained = cfg.pretrained and not cfg.weights
+    if cfg.name in MODELS or is_import_path(cfg.name):
+        make = MODELS.get(cfg.name) or import_object(cfg.name, "model.name")
+        if pretrained:
+            raise Refused(
+                f"model.pretrained: only torchvision's models have weights, not {cfg.name}"
+            )
+        try:
+            model = make(num_classes=num_classes, in_channels=in_channels, **cfg.args)
+        except TypeError as error:
+            raise Refused(f"model.args: {cfg.name}: {error}") from error
+        except (ValueError, RuntimeError) as error:
+            if cfg.name not in MODELS:
+                raise  # the user's own code: its traceback is worth having
+            raise Refused(f"model.args: {cfg.name}: {error}") from None
+    else:
+        model = torchvision_models.build(cfg.name, num_classes, in_channels, pretrained, cfg.args)
+    if cfg.weights:
+        load_weights(model, Path(cfg.weights))
+    _try_out(model, cfg.name, num_classes, (in_channels, image_size, image_size))
+    return model
+
+
+def _try_out(model: nn.Module, name: str, num_classes: int, shape: tuple[int, ...]) -> None:
+    """Sends two empty images through, so that what does not fit is told before the first epoch."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(torch.zeros(2, *shape))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        size = "x".join(map(str, shape))
+        raise Refused(
+            f"model.name: {name} cannot take images of {size} ({str(error).splitlines()[0]});"
+            f" a larger data.image_size may help"
+        ) from error
+    finally:
+        model.train(training)
+    got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if got != (2, num_classes):
+        raise Refused(f"model.name: {name}: expected logits of shape (2, {num_classes}), got {got}")

@@ -1,0 +1,1 @@
+"""A run: its parts, its state, the steps, when it is saved, where it goes on."""

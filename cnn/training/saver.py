@@ -1,0 +1,171 @@
+"""When a run is saved, and as what: between steps, at an epoch's end, when it is told to stop."""
+
+import copy
+import logging
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NoReturn, Self, TypeVar
+
+from torch import nn
+
+from cnn.errors import DataFailed, Failed, Refused, Stopped
+from cnn.training.setup import Run
+from cnn.utils import launch
+from cnn.utils.checkpoint import CheckpointWriter, read_checkpoint, where
+from cnn.utils.run_folder import RunFolder
+from cnn.utils.signals import StopSignals
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Saver:
+    """Saves the state of a run to last.pth, best.pth and epoch_NNN.pth.
+
+    As a context it sees how the run ends: stopped by a signal, or for want of data, it saves; in any
+    case it waits for the file under way, and says how to go on.
+    """
+
+    def __init__(self, run: Run, folder: RunFolder, stop: StopSignals):
+        self.cfg, self.state, self.about = run.cfg.checkpoint, run.state, run.about
+        self.folder, self.stop = folder, stop
+        self.writer = CheckpointWriter()
+        self.group = self.state.group  # its first process writes
+        self._saved_at = self._ticked_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self.stop.deferred = True  # from here on a signal waits for the end of the step
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (Stopped, DataFailed)):
+            self.save()
+        self.writer.wait()
+        if isinstance(error, (Stopped, DataFailed)):
+            self.group.wait()  # torchrun kills the others as soon as one has left
+        self.stop.deferred = False
+        if self.writer.failure is not None:
+            before = f"{error}; and " if isinstance(error, (Failed, DataFailed)) else ""
+            raise Failed(
+                f"{before}the latest state could not be saved: {self.writer.failure}. {self._safe()}"
+            ) from error
+        hint = self.folder.last.exists() and not self.folder.scratch and self.group.is_first
+        if error is not None and not isinstance(error, Failed) and hint:
+            logger.warning("go on with: %s", self.resume_command())
+
+    def _safe(self) -> str:
+        """What of the run is on the disk and whole."""
+        for path in self.folder.saved():
+            try:
+                return f"Safe is {path}, {where(read_checkpoint(path))}: --resume {path}"
+            except Refused as refusal:
+                logger.warning("%s", refusal)
+        return f"No file of this run can be read in {self.folder.checkpoints}"
+
+    def resume_command(self) -> str:
+        """The exact command that goes on with this run."""
+        last = self.folder.last.as_posix()
+        return shlex.join(launch.command(sys.argv[0], "--resume", last))
+
+    def seconds(self) -> float:
+        """Seconds since the last call of this kind, or since the run began."""
+        now = time.monotonic()
+        passed, self._ticked_at = now - self._ticked_at, now
+        return passed
+
+    def between_steps(self) -> None:
+        """After every step: saves where it is time to, and stops where a signal says so.
+
+        Raises:
+            Failed: the loss is no number any more; nothing is saved.
+            Stopped: a signal has come.
+        """
+        self.state.seconds += self.seconds()
+        if self.state.device.type == "cpu":  # elsewhere it would wait for the device
+            self.check_finite()
+        every = self.cfg.every_steps
+        due = every is not None and self.state.step % every == 0
+        minutes = (time.monotonic() - self._saved_at) / 60
+        if due or minutes >= (self.cfg.every_minutes or math.inf):
+            self.save()
+        self.stop.check()
+
+    def interruptible(self, batches: Iterable[T]) -> Iterator[T]:
+        """Passes batches on; between two of them a signal stops the run."""
+        for batch in batches:
+            yield batch
+            self.stop.check()
+
+    def end_epoch(self, improved: bool) -> None:
+        """Saves a completed epoch: last.pth, and what else it has earned.
+
+        Raises:
+            Failed: its losses are no numbers; nothing is saved.
+        """
+        row = self.state.history[-1]
+        for name in ("train_loss", "val_loss"):
+            if not math.isfinite(row[name]):
+                self._diverged(f"{name} is no longer a number")
+        every = self.cfg.every_epochs
+        keep = every is not None and self.state.epoch % every == 0
+        kept = (self.folder.kept_epoch(self.state.epoch),) if keep else ()
+        self.save(self.folder.best if improved else None, kept)
+
+    def save(self, best: Path | None = None, also: tuple[Path, ...] = ()) -> None:
+        """Saves last.pth, and the same as the best epoch or under further names, in the background.
+
+        Raises:
+            Failed: the loss or a weight is no number any more; nothing is saved.
+        """
+        assert all(map(self.folder.owns, also)), f"{also}: in no pattern of utils.run.CHECKPOINTS"
+        self.check_finite()
+        self._check_weights()
+        if not self.group.is_first:
+            return
+        self.writer.save(self.state.state_dict() | self.about, self.folder.last, best, also)
+        self._saved_at = time.monotonic()
+
+    def check_finite(self) -> None:
+        """Raises Failed where the loss is no number any more; waits for the device."""
+        if not self.state.sums.is_finite():
+            self._diverged("the loss is no longer a number")
+
+    def _check_weights(self) -> None:
+        """Raises Failed where a weight is NaN, which the loss shows only a step later."""
+        for name, tensor in self.state.model.state_dict().items():
+            if tensor.is_floating_point() and tensor.isnan().any():
+                self._diverged(f"{name} is no longer a number")
+
+    def _diverged(self, what: str) -> NoReturn:
+        state = self.state
+        raise Failed(
+            f"{what}: epoch {state.epoch + 1}, step {state.step}, lr {state.lr:g}; the checkpoints"
+            f" are from before. A lower optim.lr, a warm-up (schedule.warmup_epochs) or"
+            f" train.clip_grad_norm may help"
+        )
+
+    def best_model(self) -> nn.Module:
+        """A copy of the model with the weights of best.pth, or the latest where it has gone bad."""
+        self.writer.wait()
+        model = copy.deepcopy(self.state.evaluated_model())
+        best = self.state.best
+        if not self.group.is_first:
+            return model  # the evaluation gives it the first one's weights
+        if best is None:
+            logger.warning("no epoch was the best one; testing the latest weights")
+            return model
+        try:
+            content = read_checkpoint(self.folder.best)
+            if content["epoch"] != best["epoch"]:
+                raise Refused(
+                    f"{self.folder.best}: is epoch {content['epoch']}, not {best['epoch']}"
+                )
+            model.load_state_dict(content["ema_state_dict"] or content["model_state_dict"])
+        except Refused as refusal:
+            logger.error("%s; testing the latest weights instead", refusal)
+        return model

@@ -1,0 +1,204 @@
+"""From the settings to everything that a run is made of, in the order things depend on each other."""
+
+import dataclasses
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from cnn.config import Config, is_import_path, to_dict
+from cnn.datasets.augment import DRAWS
+from cnn.datasets.build import Data, build_data
+from cnn.datasets.loader import Loader, build_loader
+from cnn.datasets.preprocessing import Preprocessing
+from cnn.errors import Refused
+from cnn.metrics.running import Outcome
+from cnn.metrics.scores import epoch_metrics, mode, result_metrics
+from cnn.models import small_maps
+from cnn.models.build import build_model
+from cnn.training.distributed import ALONE, Group
+from cnn.training.losses import build_loss, class_weights
+from cnn.training.optim import build_optimizer
+from cnn.training.resume import ResumePoint, restore
+from cnn.training.schedule import Schedule
+from cnn.training.shared_data import build_once_per_node
+from cnn.training.state import TrainingState
+from cnn.utils import environment as env
+from cnn.utils.checkpoint import FORMAT
+from cnn.utils.memory import Heap
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's parts.
+
+    Attributes:
+        about: what a checkpoint holds besides the state.
+    """
+
+    cfg: Config
+    data: Data
+    train_loader: Loader
+    val_loader: Loader
+    test_loader: Loader
+    loss: nn.Module
+    state: TrainingState
+    precision: str
+    about: dict[str, Any]
+    heap: Heap = field(default_factory=Heap)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return _num_steps(self.cfg, self.train_loader)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        return self.about["environment"]
+
+    def autocast(self) -> torch.autocast:
+        """Around a forward pass: the arithmetic's precision."""
+        return env.autocast(self.state.device, self.precision)
+
+    def outcome(self, *, of_result: bool = False) -> Outcome:
+        """What an evaluation is to be added to: an epoch's, or the one that is the run's result."""
+        number, monitor = len(self.data.classes), self.cfg.checkpoint.monitor
+        names = result_metrics(number) if of_result else epoch_metrics(number, monitor)
+        return Outcome(self.state.device, number, names)
+
+
+def build_run(
+    cfg: Config,
+    point: ResumePoint | None = None,
+    max_batches: int | None = None,
+    group: Group = ALONE,
+) -> Run:
+    """Builds a run and, given a resume point, puts it there.
+
+    Args:
+        max_batches: use only so many batches of every split.
+        group: the processes that train together; each builds its own.
+
+    Raises:
+        Refused: something cannot be had or does not fit.
+    """
+    device = env.choose_device(cfg.device, group.launch)
+    check_group(cfg, device, group)
+    earlier = point.content["environment"]["precision"] if point else None
+    precision = env.choose_precision(cfg.train.precision, device, earlier)
+    if cfg.train.deterministic:
+        env.make_deterministic()
+    data = build_once_per_node(group, lambda: build_data(cfg.data, cfg.seed))
+    if point is not None:
+        saved = point.content["preprocessing"]
+        data = data.prepared_as(Preprocessing.of_checkpoint(point.path, saved))
+    check_monitor(cfg.checkpoint.monitor, data)
+    if max_batches is not None:
+        data = data.head(max_batches * cfg.data.batch_size)
+    # A resume brings its weights along; those that the run began with may be gone.
+    begun = replace(cfg.model, weights=None, pretrained=False) if point else cfg.model
+    pre = data.preprocessing
+    model = build_model(begun, len(data.classes), pre.channels, pre.image_size, cfg.seed)
+    model = _made_ready(model, cfg, device, precision, group)
+    loss = build_loss(cfg.loss, data.train.labels, data.classes).to(device)
+    loaders = _build_loaders(cfg, data, device, group)
+    state = _build_state(cfg, model, loss, _num_steps(cfg, loaders[0]), precision, group)
+    about = {
+        "format": FORMAT,
+        "draws": DRAWS,
+        "started": point.content["started"] if point else env.timestamp(),
+        "config": to_dict(cfg),
+        "classes": data.classes,
+        "preprocessing": dataclasses.asdict(pre),
+        "class_weights": class_weights(loss),
+        "data": data.fingerprint(),
+        "environment": env.describe(device, precision, group.size),
+    }
+    if point is not None:
+        restore(state, point, data)
+    return Run(cfg, data, *loaders, loss, state, precision, about)
+
+
+def _num_steps(cfg: Config, loader: Loader) -> int:
+    """Optimizer steps in an epoch."""
+    return -(-len(loader) // cfg.train.accumulate)
+
+
+def _made_ready(
+    model: nn.Module, cfg: Config, device: torch.device, precision: str, group: Group
+) -> nn.Module:
+    """The model on its device, with what is quicker or shared there in the place of torch's own."""
+    if cfg.train.sync_batchnorm and group.size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = model.to(device, memory_format=torch.channels_last)
+    on_amx = precision == "bf16" and device.type == "cpu" and env.cpu_has("amx_bf16")
+    if on_amx and not cfg.train.compile:
+        small_maps.quicken(model)
+    return model
+
+
+def _build_loaders(cfg: Config, data: Data, device: torch.device, group: Group) -> list[Loader]:
+    """Of train, val and test; what they decode, one process of a machine does for all there."""
+    splits = ((data.train, True), (data.val, False), (data.test, False))
+    share = {"rank": group.rank, "num_ranks": group.size}
+    common = (data.preprocessing, device, cfg.seed)
+    return group.leaders_first(
+        lambda: [
+            build_loader(cfg.data, images, *common, training=training, **share)
+            for images, training in splits
+        ]
+    )
+
+
+def _build_state(
+    cfg: Config, model: nn.Module, loss: nn.Module, steps: int, precision: str, group: Group
+) -> TrainingState:
+    """The state of a run that has not begun: the model with its optimizer, schedule and scaler."""
+    device, optimizer = next(model.parameters()).device, build_optimizer(cfg.optim, model)
+    better = mode(cfg.checkpoint.monitor)
+    return TrainingState(
+        model,
+        optimizer,
+        Schedule(cfg.schedule, optimizer, steps, cfg.train.epochs, better),
+        torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
+        device,
+        ema_decay=cfg.train.ema_decay,
+        compile=cfg.train.compile,
+        loss=loss if is_import_path(cfg.loss.name) else None,
+        group=group,
+    )
+
+
+def check_group(cfg: Config, device: torch.device, group: Group) -> None:
+    """Refuses what several processes cannot do."""
+    if group.size == 1:
+        return
+    if device.type == "mps":
+        raise Refused("device: several processes train on CPUs or CUDA devices, not on mps")
+    if cfg.data.batch_size < 2 * group.size:
+        raise Refused(
+            f"data.batch_size: expected at least 2 images for each of {group.size} processes, which"
+            f" share every batch; got {cfg.data.batch_size}"
+        )
+    if cfg.train.sync_batchnorm and device.type != "cuda":
+        raise Refused("train.sync_batchnorm: torch's SyncBatchNorm needs CUDA devices; say false")
+
+
+def check_monitor(monitor: str, data: Data) -> None:
+    """Refuses to look for the best epoch by a metric that these validation images leave undefined."""
+    classes, present = data.classes, set(data.val.labels.tolist())
+    if monitor in ("val_sensitivity", "val_specificity"):
+        if len(classes) != 2:
+            raise Refused(
+                f"checkpoint.monitor: {monitor} is for two classes, there are {len(classes)};"
+                f" val_balanced_acc is the mean of every class's sensitivity"
+            )
+        needed = {1} if monitor == "val_sensitivity" else {0}
+    else:
+        needed = {0, 1} if monitor == "val_auc" and len(classes) == 2 else set()
+    absent = [classes[number] for number in sorted(needed - present)]
+    if absent or (monitor == "val_auc" and len(present) < 2):
+        raise Refused(
+            f"checkpoint.monitor: {monitor} is undefined, since there is no validation image of"
+            f" {', '.join(absent) or 'a second class'}; a larger data.val_fraction may help"
+        )

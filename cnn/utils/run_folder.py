@@ -1,0 +1,249 @@
+"""The folders of a run: one process writes them, and an earlier run's files are moved aside."""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from cnn.errors import Refused
+from cnn.utils.files import make_folder, remove_leftovers
+
+# Every checkpoint has one of these names, as a pattern; in this order --resume looks for one.
+CHECKPOINTS = ("last", "best", "epoch_*")
+# What export.py makes of one.
+EXPORTS = {"torch": ".pt2", "onnx": ".onnx", "weights": "_weights.pt"}
+LAST = "last.pth"
+
+OWNER = ".run.json"
+ARCHIVE = "archive"
+PATIENCE = 10.0  # seconds; loader processes look every 5 whether the one they load for is alive
+
+logger = logging.getLogger(__name__)
+
+
+class RunLogs:
+    """The files of a run in logs/[NAME/]; only here are their names."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.log = folder / "train.log"
+        self.history = folder / "history.csv"
+        self.config = folder / "config.yaml"
+        self.model = folder / "model.txt"
+        self.result = folder / "result.json"
+        self.val_predictions = folder / "predictions_val.csv"
+        self.report = folder / "report.html"
+        self.curves = folder / "curves.png"
+        self.confusion_matrix = folder / "confusion_matrix.png"
+        self.tensorboard = folder / "tensorboard"
+
+    def paths(self) -> list[Path]:
+        """All that a run leaves there, so that only that is ever moved."""
+        return [path for path in vars(self).values() if path != self.folder]
+
+
+class RunFolder:
+    """logs/[NAME/] and checkpoints/[NAME/] below `root`.
+
+    Args:
+        scratch: it is removed when the run ends, so that nobody goes on with it.
+        first: has the first process of the run do something, and all know how it went.
+    """
+
+    def __init__(
+        self,
+        name: str | None,
+        root: Path = Path(),
+        *,
+        scratch: bool = False,
+        first: Callable[[Callable[[], None]], None] = lambda act: act(),
+    ):
+        self.scratch, self._first = scratch, first
+        self.logs = RunLogs(root / "logs" / (name or ""))
+        self.checkpoints = root / "checkpoints" / (name or "")
+        self.last = self.checkpoints / LAST
+        self.best = self.checkpoints / "best.pth"
+        self.best_hparams = root / "configs" / "best_hparams"  # of all runs
+        self._lock: FileLock | None = None
+
+    def __enter__(self) -> Self:
+        self._first(self.lock)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.unlock()
+
+    def lock(self) -> None:
+        """Makes the folders and this process their only writer.
+
+        Raises:
+            Refused: another process is, and which; or the folders cannot be written.
+        """
+        try:
+            for folder in (self.logs.folder, self.checkpoints):
+                make_folder(folder)
+            self._acquire()
+            owner = {
+                "process": os.getpid(),
+                "machine": platform.node(),
+                "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+                "command": " ".join(sys.argv),
+            }
+            with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+                (self.checkpoints / OWNER).write_text(json.dumps(owner), encoding="utf-8")
+            for folder in (self.logs.folder, self.checkpoints):
+                remove_leftovers(folder)
+        except OSError as error:
+            self.unlock()
+            raise Refused(
+                f"{error.filename or self.checkpoints}: cannot be written: {error.strerror}"
+            ) from None
+
+    def _acquire(self) -> None:
+        """Takes the lock, or finds out who has it.
+
+        It may have been taken an instant ago by a process that has not yet written who it is, or
+        still be held by the loader processes of a run just killed, which leave within seconds.
+        """
+        self._lock = FileLock(self.checkpoints / ".run.lock")
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                self._lock.acquire(timeout=0)
+                return
+            except NotImplementedError:
+                logger.warning(
+                    "%s: the file system has no locks; see to it that no second run writes there",
+                    self.checkpoints,
+                )
+                return
+            except Timeout:
+                owner = self._owner()
+                if owner is None and time.monotonic() < deadline:
+                    time.sleep(0.05)
+                    continue
+                raise Refused(
+                    f"{self.checkpoints}: {owner or 'another process'} is training there; wait for"
+                    f" it, or give this run a folder of its own with run=NAME"
+                ) from None
+
+    def unlock(self) -> None:
+        if self._lock is not None and self._lock.is_locked:
+            with contextlib.suppress(OSError):  # a folder gone, or read-only by now
+                (self.checkpoints / OWNER).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._lock.release()
+
+    def _owner(self) -> str | None:
+        """The living process that has written itself down, or None."""
+        owner = _read_owner(self.checkpoints)
+        if owner is None or not _is_alive(owner):
+            return None
+        return "process {process} on {machine} ({command}, since {since})".format_map(owner)
+
+    def kept_epoch(self, epoch: int) -> Path:
+        """The checkpoint of an epoch that is kept: epoch_005.pth."""
+        return self.checkpoints / f"epoch_{epoch:03}.pth"
+
+    def saved(self) -> list[Path]:
+        """The run's checkpoints, in the order in which --resume looks for one."""
+        return checkpoints_in(self.checkpoints)
+
+    def owns(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint has a name by which it is archived and found again."""
+        return any(checkpoint.match(f"{name}.pth") for name in CHECKPOINTS)
+
+    def _leftovers(self) -> tuple[list[Path], list[Path]]:
+        """What a run has left in logs, and in checkpoints."""
+        names = [name + ending for name in CHECKPOINTS for ending in (".pth", *EXPORTS.values())]
+        checkpoints = [path for name in names for path in self.checkpoints.glob(name)]
+        return [path for path in self.logs.paths() if path.exists()], checkpoints
+
+    def has_files(self) -> bool:
+        """Whether a run has left anything here."""
+        return any(self._leftovers())
+
+    def archive(self) -> Path | None:
+        """Moves an earlier run's files to archive/<its start>/; returns where its logs went."""
+        logs, checkpoints = self._leftovers()
+        if not logs and not checkpoints:
+            return None
+        name = start = self._start_of_earlier(logs + checkpoints)
+        number = 1
+        while any((f / ARCHIVE / name).exists() for f in (self.logs.folder, self.checkpoints)):
+            number += 1
+            name = f"{start}-{number}"
+        for path in checkpoints + logs:
+            target = path.parent / ARCHIVE / name
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.move(path, target / path.name)
+        return self.logs.folder / ARCHIVE / name
+
+    def set_aside(self, checkpoints: list[Path]) -> Path:
+        """Moves checkpoints to checkpoints/archive/<now>/, with a copy of the history."""
+        target = self.checkpoints / ARCHIVE / time.strftime("%Y-%m-%d_%H-%M-%S")
+        make_folder(target)
+        if self.logs.history.exists():
+            shutil.copy2(self.logs.history, target / self.logs.history.name)
+        for path in checkpoints:
+            shutil.move(path, target / path.name)
+        return target
+
+    def _start_of_earlier(self, paths: list[Path]) -> str:
+        try:
+            with open(self.logs.log, encoding="utf-8") as file:
+                stamp = file.readline()[:19]
+        except (OSError, UnicodeDecodeError):
+            stamp = ""
+        if not re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", stamp):
+            oldest = min(path.stat().st_mtime for path in paths)
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(oldest))
+        return stamp.replace(" ", "_").replace(":", "-")
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a folder: last.pth, best.pth, then the others, the latest first."""
+    return [
+        path for name in CHECKPOINTS for path in sorted(folder.glob(f"{name}.pth"), reverse=True)
+    ]
+
+
+def is_running(logs: Path) -> bool:
+    """Whether a process of this machine, or any of another, is writing the run with these logs."""
+    parts = list(logs.resolve().parts)
+    if "logs" not in parts:
+        return False
+    parts[len(parts) - 1 - parts[::-1].index("logs")] = "checkpoints"
+    owner = _read_owner(Path(*parts))
+    return owner is not None and _is_alive(owner)
+
+
+def _read_owner(checkpoints: Path) -> dict[str, Any] | None:
+    """What the process that has a run has written down of itself."""
+    try:
+        owner = json.loads((checkpoints / OWNER).read_text(encoding="utf-8"))
+        return {key: owner.get(key) for key in ("process", "machine", "command", "since")}
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _is_alive(owner: dict[str, Any]) -> bool:
+    if owner["machine"] != platform.node() or os.name == "nt":
+        return True  # it cannot be asked from here; the file goes when the run does
+    try:
+        os.kill(owner["process"], 0)
+    except PermissionError:
+        pass
+    except (OSError, TypeError, OverflowError):
+        return False
+    return True

@@ -1,0 +1,93 @@
+"""One fact, one place: what settings.py names, a table of another room has, and nothing else."""
+
+import dataclasses
+import importlib.util
+
+import pytest
+import torch
+from conftest import ROOT
+
+from cnn.config import code_keys, settings
+from cnn.config.settings import ASKED, FIXED, FREE, Config, LogConfig, for_scratch, keys_of
+from cnn.datasets.augment import AUGMENTATIONS, BATCH_DRAWS
+from cnn.datasets.build import DATASETS
+from cnn.datasets.torchvision_datasets import FILES
+from cnn.metrics import scores
+from cnn.metrics.running import Outcome
+from cnn.models.build import MODELS
+from cnn.training.optim import OPTIMIZERS
+from cnn.training.schedule import SCHEDULES
+from cnn.utils.importing import OURS
+
+TABLES = {
+    "DATA_NAMES": DATASETS,
+    "KNOWN_DATASETS": FILES,
+    "AUGMENTATIONS": AUGMENTATIONS,
+    "MODEL_NAMES": MODELS,
+    "OPTIMIZERS": OPTIMIZERS,
+    "SCHEDULES": SCHEDULES,
+}
+
+
+@pytest.mark.parametrize("names", TABLES)
+def test_the_names_in_the_settings_are_those_of_the_table(names):
+    assert sorted(getattr(settings, names)) == sorted(TABLES[names])
+
+
+def test_what_is_done_to_batches_is_done_to_images_too():
+    assert BATCH_DRAWS.keys() <= AUGMENTATIONS.keys()
+
+
+def test_every_metric_has_a_better_side_and_what_can_be_monitored_is_measured():
+    monitored = {name.removeprefix("val_") for name in settings.MONITORED}
+    assert monitored | {scores.TOP_K_ACC} == set(scores.HIGHER + scores.LOWER)
+    assert [scores.mode(f"val_{name}") for name in scores.LOWER] == ["min"] * len(scores.LOWER)
+    for number in (2, scores.MIN_CLASSES_FOR_TOP_K):
+        names = scores.result_metrics(number)
+        outcome = Outcome(torch.device("cpu"), number, names)
+        labels = torch.arange(2 * number) % number
+        logits = torch.randn(2 * number, number, generator=torch.Generator().manual_seed(0))
+        outcome.add(torch.tensor(1.0), logits, labels)
+        values = outcome.compute()
+        assert values.keys() == set(names) and None not in values.values()
+    assert set(scores.result_metrics(2)) | set(names) == set(scores.HIGHER + scores.LOWER)
+
+
+def test_every_setting_says_what_it_means():
+    for key, field, _ in keys_of(Config):
+        meta = field.metadata
+        assert meta["about"] and meta["resume"] in (FREE, ASKED, FIXED), key
+        assert isinstance(meta["experiment"], bool), key
+
+
+def test_a_setting_says_nothing_that_nobody_reads():
+    with pytest.raises(AssertionError, match="expected"):
+        settings.setting(0, "a number", FREE, lest=1)
+
+
+def test_a_scratch_run_writes_nothing_beside_its_folder():
+    """A logger that is added under log. says what it is there, or this fails."""
+    short = for_scratch(dataclasses.replace(Config(), run="a"))
+    assert short.run is None
+    for field in dataclasses.fields(LogConfig):
+        if field.name != "every_seconds":
+            assert field.metadata["scratch"] is not ..., f"log.{field.name}: scratch=..."
+            assert not getattr(short.log, field.name), field.name
+
+
+def test_what_is_logged_makes_no_other_experiment():
+    assert {f"log.{field.name}" for field in dataclasses.fields(LogConfig)} <= set(
+        settings.beside_the_experiment()
+    )
+    fixed = {key for key, rule in settings.resume_rules().items() if rule == FIXED}
+    assert not fixed & settings.beside_the_experiment()
+
+
+def test_the_keys_that_may_name_code_are_known():
+    assert code_keys() == ["data.name", "data.augment", "model.name", "loss.name", "optim.name"]
+
+
+def test_what_is_ours_cannot_be_named_as_code_by_a_file():
+    scripts = {path.stem for path in ROOT.glob("*.py")}
+    assert scripts | {"cnn", "tests", "bench"} == set(OURS)
+    assert all(importlib.util.find_spec(name) for name in scripts)
