@@ -54,7 +54,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def prepare(argv: list[str]) -> cli.Task:
     command = parse(argv)
-    return cli.Task(lambda log, stop: evaluate_checkpoint(command, log, stop), command.places)
+    return cli.Task(
+        lambda log, stop: evaluate_checkpoint(command, log, stop),
+        command.places,
+        "cnn.inference.evaluation",
+    )
 
 
 def parse(argv: list[str]) -> Command:

@@ -62,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def prepare(argv: list[str]) -> cli.Task:
     command = parse(argv)
-    return cli.Task(lambda log, stop: predict(command, log, stop), command.places)
+    return cli.Task(
+        lambda log, stop: predict(command, log, stop), command.places, "cnn.inference.predictor"
+    )
 
 
 def parse(argv: list[str]) -> Command:

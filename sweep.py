@@ -56,7 +56,9 @@ def prepare(argv: list[str]) -> cli.Task:
     check_packages()
     sweep = load_sweep(command.file, command.settings)
     hint = "; the same command goes on"
-    return cli.Task(lambda log, stop: run(sweep, command, log, stop), torch=False, hint=hint)
+    return cli.Task(
+        lambda log, stop: run(sweep, command, log, stop), module="cnn.sweeps.study", hint=hint
+    )
 
 
 def check_packages() -> None:

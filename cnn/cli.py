@@ -6,6 +6,7 @@ exit status: 0 done, 1 failed, 2 refused, 128 + N stopped by signal N.
 """
 
 import argparse
+import importlib
 import logging
 import os
 import re
@@ -39,13 +40,13 @@ class Task:
     Attributes:
         act: does it; may give an exit status of its own.
         places: where each setting was given; a refusal that begins with one is told with it.
-        torch: whether it needs that.
+        module: what it needs of ours; with torch beneath, that takes seconds to import.
         hint: what is said after the reason where it is stopped or fails.
     """
 
     act: Callable[["Log", "StopSignals"], int | None]
     places: dict[str, str] = field(default_factory=dict)
-    torch: bool = True
+    module: str = "cnn.training.setup"
     hint: str = ""
 
 
@@ -95,9 +96,8 @@ def run(task: Task) -> int:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Two seconds of importing torch, in which a signal waits: no half of a module is left, and
     # nobody's `except Exception` there takes it.
-    if task.torch:
-        with collector_paused():
-            import torch.utils.data  # noqa: F401
+    with collector_paused():
+        importlib.import_module(task.module)
     stop.deferred = False
     try:
         stop.check()

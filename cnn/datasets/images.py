@@ -28,10 +28,11 @@ class Images:
     Attributes:
         labels: int64 (N).
         skip: whether an image that cannot be read during the run is left out of its batch.
+        may_draw: whether what gives an image may draw from the global generators.
     """
 
     labels: np.ndarray
-    skip = False
+    skip = may_draw = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -173,6 +174,8 @@ class UserImages(Images):
 
     Nothing is decoded once and kept: what it gives is not known to stay the same.
     """
+
+    may_draw = True
 
     def __init__(self, dataset: Any, name: str):
         self.dataset = dataset

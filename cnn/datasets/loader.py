@@ -68,7 +68,8 @@ class Samples(Dataset):
         return len(self.images)
 
     def raw(self, key: Key) -> torch.Tensor:
-        seeding.seed_sample(self.seed, seeding.SAMPLE, *key)
+        if self.images.may_draw:
+            seeding.seed_sample(self.seed, seeding.SAMPLE, *key)
         return self.images[key[1]]
 
     def image(self, key: Key) -> torch.Tensor:
