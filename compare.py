@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from cnn import cli
-from cnn.errors import Failed
 from cnn.records.compare_runs import compare, read_run
+from cnn.utils.files import failing
 
 PAGE = Path("logs", "compare.html")
 
@@ -25,12 +25,9 @@ def prepare(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, default=PAGE, help=f"page (default {PAGE})")
     args = parser.parse_args(argv)
     runs = [read_run(where) for where in args.runs]
-    try:
+    with failing(args.output):
         args.output.parent.mkdir(parents=True, exist_ok=True)
         sys.stdout.write(compare(runs, args.output))
-    except OSError as error:
-        place = error.filename or args.output
-        raise Failed(f"{place}: cannot be written: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

@@ -12,19 +12,18 @@ Commands:
 A picture that cannot be read is named and the rest goes on; the exit status is then 1.
 """
 
-import contextlib
 import csv
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from cnn import cli
 from cnn.datasets.image_files import find_images
-from cnn.errors import Refused
+from cnn.errors import BadImage, Refused
+from cnn.utils.files import failing
 from cnn.utils.screen import padded, printable, say, shortened, width
 
 if TYPE_CHECKING:
@@ -114,7 +113,6 @@ def read_list() -> list[str]:
 
 def predict(command: Command, log: "Log", stop: "StopSignals") -> int:
     """Predicts every picture as it is read; gives the exit status."""
-    from cnn.errors import BadImage
     from cnn.inference.predictor import Predictor
     from cnn.inference.trained_model import load_trained
     from cnn.utils.progress import follow
@@ -178,7 +176,7 @@ class CsvFile:
 
     def __enter__(self) -> Self:
         if self.path is not None:
-            with self._told():
+            with failing(self.path):
                 self.file = open(self.path, "w", encoding="utf-8", errors=BYTES, newline="")
                 self.writer = csv.writer(self.file, lineterminator="\n")
                 self.writer.writerow(self.names)
@@ -186,24 +184,15 @@ class CsvFile:
 
     def __exit__(self, *_: object) -> None:
         if self.file is not None:
-            with self._told():
+            with failing(self.path):
                 self.file.close()
 
     def row(self, image: Path, said: "Prediction") -> None:
         if self.file is not None:
             pairs = zip(said.classes, said.probabilities)
             cells = [cell for name, given in pairs for cell in (name, f"{given:.6g}")]
-            with self._told():
+            with failing(self.path):
                 self.writer.writerow([image, *cells])
-
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        from cnn.errors import Failed
-
-        try:
-            yield
-        except OSError as error:
-            raise Failed(f"{self.path}: cannot be written: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

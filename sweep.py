@@ -103,7 +103,7 @@ def hold_trial(trial: "TakenTrial", study: "Study", stop: "StopSignals") -> None
             *(trial.run, trial.words(), study.sweep.monitor, trial.report),
             *(trial.lock, trial.output, stop),
         )
-    trial.end(outcome)
+    study.end(trial.number, outcome)
     say_outcome(trial, study, outcome)
 
 

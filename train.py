@@ -72,7 +72,9 @@ def prepare(argv: list[str]) -> cli.Task | None:
         return None
     acts = {"dry_run": dry_run, "drill": drill, "find_lr": find_lr}
     act = next((act for name, act in acts.items() if getattr(command, name)), start)
-    return cli.Task(lambda log, stop: act(cfg, command, log, stop), command.places)
+    return cli.Task(
+        lambda log, stop: act(cfg, command, log, stop), command.places, "cnn.training.setup"
+    )
 
 
 def start(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:

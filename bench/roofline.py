@@ -6,7 +6,7 @@
 
 The step is the whole one of throughput.py's CIFAR-10 task: gather, crop, flip, normalise, ResNet-9 of
 width 32 forward and back in bf16, SGD, sums; 32 x 32, batches of 128. A multiply-add is two
-operations, as `cnn.utils.flops` counts: 0.19 GFLOP an image forward, and three times that for a step
+operations, as `cnn.models.flops` counts: 0.19 GFLOP an image forward, and three times that for a step
 (the gradients of the images and of the weights cost as much each; that of the first layer's images is
 not computed, 0.3 % of it all). What the edges multiply with zeros is counted, as everywhere; kernels
 that leave it out, a third of a map of 4 x 4, may pass what the machine multiplies in matrices.

@@ -148,7 +148,7 @@ def parts(number: int) -> dict[str, float]:
     validation = most_alive(
         lambda: evaluate(state.model, largest, run.loss, run.autocast, "val_", **key)
     )
-    of_image = SIDE**2 * CHANNELS + 3 * 8 + 4 * sum(BATCH_DRAWS.values())
+    of_image = SIDE**2 * CHANNELS + 3 * 8 + 4 * sum(BATCH_DRAWS[name] for name in ("crop", "flip"))
     momentum = [value for of in state.optimizer.state.values() for value in of.values()]
     sizes = [(number + TEST) * of_image]
     for tensors in (chain(state.model.parameters(), state.model.buffers()), momentum):

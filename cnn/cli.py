@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from cnn.config import Config, code_keys, load_config
 from cnn.errors import Elsewhere, Refused, RunError, Stopped
 from cnn.utils import launch
+from cnn.utils.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from cnn.utils.logger import Log
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 DONE, FAILED, REFUSED = 0, RunError.status, Refused.status
 
-BEST = Path("checkpoints/best.pth")
+BEST = RunFolder(None).best
 MAX_NAMED = 5  # checkpoints in a message
 
 
@@ -46,7 +47,7 @@ class Task:
 
     act: Callable[["Log", "StopSignals"], int | None]
     places: dict[str, str] = field(default_factory=dict)
-    module: str = "cnn.training.setup"
+    module: str = "torch"
     hint: str = ""
 
 
@@ -205,7 +206,8 @@ def check_checkpoint(path: Path) -> None:
     """Refuses a checkpoint that is not there, and names those that are."""
     if os.path.exists(path):  # False for a name that no file can have, where Path raises
         return
-    found = [file for pattern in ("*.pth", "*/best.pth") for file in BEST.parent.glob(pattern)]
+    patterns = ("*.pth", f"*/{BEST.name}")
+    found = [file for pattern in patterns for file in BEST.parent.glob(pattern)]
     others = sorted(file.as_posix() for file in found)
     advice = "train first: python train.py"
     if others:

@@ -104,7 +104,12 @@ MISTAKES = {
     "nothing for int": ("seed:", "my.yaml:1: seed: expected a whole number", "got nothing"),
     "not a choice": ("data: {name: cifer10}", "my.yaml:1: data.name", "did you mean 'cifar10'?"),
     "not a choice, in a list": ("data:\n  augment: [crop, flop]", "my.yaml:2: data.augment[1]"),
-    "scalar for a list": ("data:\n  augment: crop", "my.yaml:2: data.augment: expected a list"),
+    "scalar for a list": (
+        "data:\n  augment: crop",
+        "my.yaml:2: data.augment: expected a list",
+        "one of crop, flip,",
+        "or {name, scale}, got crop",
+    ),
     "scalar for a mapping": ("data:\n  args: 3", "my.yaml:2: data.args: expected a mapping"),
     "list for a scalar": ("seed: [1]", "my.yaml:1: seed: expected a whole number", "got a list"),
     "mapping for a scalar": ("seed: {a: 1}", "my.yaml:1: seed: expected", "got a mapping"),
@@ -290,6 +295,10 @@ FILES += [name + ending for name in CHECKPOINTS for ending in (".pth", *EXPORTS.
 def test_no_run_can_be_called_as_what_a_run_leaves(name):
     with pytest.raises(Refused, match="run: expected a name"):
         load_config(None, [f"run={name.replace('*', '001')}"])
+
+
+def test_a_name_that_a_checkpoint_has_from_before_is_kept():
+    assert load_config(None, base={"run": "v1.csv"})[0].run == "v1.csv"
 
 
 @pytest.mark.parametrize("name", ["archived", "my.run-2", "config", "-1", "pth"])

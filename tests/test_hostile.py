@@ -165,6 +165,8 @@ FILES: dict[str, Callable[[], bytes]] = {
     "settings with numbers for keys": lambda: changed(lambda tree: tree.update(config={1: 2})),
     "other classes": lambda: changed(lambda tree: tree.update(classes=["a", "b"])),
     "other data": lambda: changed(lambda tree: tree["data"].update(train=3)),
+    "predictions that are none": lambda: changed(lambda tree: tree.update(predictions=[1])),
+    "learning rates that are none": lambda: changed(lambda tree: tree.update(group_lrs=5)),
     "data that is none": lambda: changed(lambda tree: tree.update(data={})),
 }
 

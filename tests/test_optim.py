@@ -71,15 +71,15 @@ def test_an_lr_scale_of_0_freezes():
 @pytest.mark.parametrize(
     "settings, part",
     [
-        ({"groups": [GroupConfig("^3", 1), GroupConfig("fc", 1)]}, r"groups\[1\].match: .*'fc'"),
-        ({"groups": [GroupConfig("", 0)]}, "every parameter is frozen"),
+        ({"groups": [GroupConfig("^3", 1), GroupConfig("fc", 1)]}, r"optim.groups\[1\].match: .*'fc'"),
+        ({"groups": [GroupConfig("", 0)]}, "optim.groups: every parameter is frozen"),
         ({"args": {"nestrov": True}}, "optim.args: sgd: .*'nestrov'"),
         ({"args": {"nesterov": True}, "momentum": 0.0}, "optim.args: sgd: Nesterov"),
         ({"args": {"lr": 1}}, "optim.args: lr has a setting of its own: optim.lr"),
     ],
 )
 def test_an_optimizer_that_cannot_be_built_is_refused(settings, part):
-    with pytest.raises(Refused, match=part):
+    with pytest.raises(Refused, match=f"^{part}"):
         build_optimizer(OptimConfig(**settings), model())
 
 
@@ -155,9 +155,12 @@ class Counting(torch.optim.Optimizer):
         for group in self.param_groups:
             group["steps"] += 1
             for p in group["params"]:
-                row = self.state[p].setdefault("row", torch.zeros(7))
-                row += group["steps"]
-                p -= group["lr"] * (1 + group["rise"]) ** group["steps"] * (p.grad + row[0] / 1000)
+                memory = self.state[p]
+                row = memory.setdefault("row", torch.zeros(7, dtype=torch.float64))
+                row += group["steps"] / 3
+                memory.setdefault("count", {"of": torch.zeros((), dtype=torch.int64)})["of"] += 1
+                rise = (1 + group["rise"]) ** group["steps"]
+                p -= group["lr"] * rise * (p.grad + (row[0] / 1000).float())
 
 def no_optimizer(params, lr):
     return list(params)
@@ -184,7 +187,9 @@ def test_an_optimizer_of_ones_own_is_given_the_settings_that_its_signature_has(o
     assert type(made).__name__ == "Counting"
     assert {(group["momentum"], group["rise"]) for group in made.param_groups} == {(0.25, 0.1)}
     assert "optim.weight_decay: mine:Counting takes none" in caplog.text
-    made = build_optimizer(OptimConfig("mine:counting", weight_decay=0.0), model())
+    caplog.clear()
+    made = build_optimizer(OptimConfig("mine:counting"), model())
+    assert "takes none" not in caplog.text, "it may hand it on"
     assert made.param_groups[0]["momentum"] == 0.5, "a factory that names no momentum has its own"
 
 
@@ -201,7 +206,7 @@ def test_an_optimizer_of_ones_own_is_given_the_settings_that_its_signature_has(o
     ],
 )
 def test_an_optimizer_that_no_step_here_can_use_is_refused(own, name, args, part):
-    with pytest.raises(Refused, match=part):
+    with pytest.raises(Refused, match=f"^{part}"):
         build_optimizer(OptimConfig(name, args=args), model())
 
 
@@ -229,7 +234,7 @@ def test_a_keyword_that_becomes_a_setting_is_no_longer_one_of_args():
     assert build_optimizer(More(nesterov=True), model()).param_groups[0]["nesterov"] is True
     made = build_optimizer(OptimConfig(args={"nesterov": True}), model())
     assert made.param_groups[0]["nesterov"] is True
-    with pytest.raises(Refused, match="optim.args: nesterov has a setting of its own"):
+    with pytest.raises(Refused, match="^optim.args: nesterov has a setting of its own"):
         build_optimizer(More(args={"nesterov": True}), model())
 
 

@@ -1,4 +1,4 @@
-"""predict.py and cnn.predict: odd pictures, lists of them, and the answers that validation gives."""
+"""predict.py and cnn.inference: odd pictures, lists of them, and the answers that validation gives."""
 
 import csv
 import io

@@ -97,16 +97,18 @@ def test_only_the_run_folder_knows_the_names_of_a_runs_files():
     names |= {f"{name}{ending}" for name in CHECKPOINTS for ending in (".pth", *EXPORTS.values())}
     names -= {"tensorboard"}  # a package and a setting are called so too
     elsewhere = [
-        f"{module}:{node.lineno}: {node.value}"
-        for module, path in MODULES.items()
+        f"{path.relative_to(ROOT).as_posix()}: {node.value}"
+        for path in [*MODULES.values(), *ROOT.glob("*.py")]
         for node in ast.walk(tree_of(path))
-        if isinstance(node, ast.Constant) and node.value in names
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and " " not in node.value  # prose
+        and Path(node.value).name in names
     ]
-    of_sweeps = "config.yaml"  # the file that a sweep begins from
-    allowed = (
-        "cnn.utils.run_folder:",
-        "cnn.config.checks:",
-    )  # the latter is held to it in test_config.py
-    assert [line for line in elsewhere if not line.startswith(allowed)] == [
-        line for line in elsewhere if line.startswith("cnn.sweeps.settings") and of_sweeps in line
-    ]
+    allowed = {
+        "cnn/config/checks.py: archive",  # is held to the run folder in test_config.py
+        "cnn/sweeps/settings.py: config.yaml",  # the file that a sweep begins from
+        "cnn/cli.py: configs/config.yaml",
+    }
+    here = "cnn/utils/run_folder.py"
+    assert {line for line in elsewhere if not line.startswith(here)} == allowed

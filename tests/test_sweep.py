@@ -165,7 +165,7 @@ space:
                 found = to_dict(cfg)["data"]["augment"], cfg.model.args, cfg.train.clip_grad_norm
                 assert list(found) == list(trial.values.values())
                 seen.append(found)
-                trial.end(Outcome(COMPLETE, 1.0, 1))
+                study.end(trial.number, Outcome(COMPLETE, 1.0, 1))
     assert seen == [
         (augment, args, norm)
         for augment in ([], ["crop", "flip"])
@@ -390,12 +390,12 @@ def test_the_median_decides_on_a_worse_trial_and_spares_the_better():
             with study.take(StopSignals()) as trial:
                 trial.begin()
                 assert not any(trial.report(epoch, value) for epoch in (1, 2, 3))
-                trial.end(Outcome(COMPLETE, value, 3))
+                study.end(trial.number, Outcome(COMPLETE, value, 3))
         for value, expected in ((0.54, [False, False, False]), (0.58, [False, True, True])):
             with study.take(StopSignals()) as trial:
                 trial.begin()
                 assert [trial.report(epoch, value) for epoch in (1, 2, 3)] == expected
-                trial.end(Outcome(PRUNED, epoch=3))
+                study.end(trial.number, Outcome(PRUNED, epoch=3))
         assert [trial.number for trial in study.ranking()] == [2, 0, 1, 3]
 
 

@@ -26,7 +26,7 @@ def check_together(cfg: Config, at: Callable[[str], str]) -> list[str]:
             f"{at('run')}: expected a name of letters, digits, '.', '_' and '-' that begins with no"
             f" '.', got {cfg.run!r}"
         )
-    elif cfg.run is not None and is_taken(cfg.run):
+    elif cfg.run is not None and is_taken(cfg.run) and not at("run").startswith("checkpoint"):
         mistakes.append(
             f"{at('run')}: expected a name for folders, got {cfg.run!r}, which a file of the run"
             f" without a name may have"

@@ -144,7 +144,7 @@ class LossConfig:
     )
     class_weights: str | list[float] | None = setting(
         None,
-        "balanced (by the training counts), or a number a class",
+        "balanced (by training counts), or a number a class",
         ASKED,
         choices=("balanced",),
         above=0,
@@ -206,12 +206,7 @@ class TrainConfig:
         None, "average the weights: share kept a step, 0.999 say", ASKED, above=0, below=1
     )
     early_stop_patience: int | None = setting(
-        None,
-        "stop after that many epochs without improvement",
-        FREE,
-        least=1,
-        experiment=True,
-        scratch=None,
+        None, "epochs without improvement, then stop", FREE, least=1, experiment=True, scratch=None
     )
 
 

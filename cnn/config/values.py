@@ -162,7 +162,11 @@ def _expected(kind: Any, meta: Mapping[str, Any]) -> str:
     if typing.get_origin(kind) is dict:
         return "a mapping {key: value}"
     if dataclasses.is_dataclass(kind):
-        return "{" + ", ".join(field.name for field in dataclasses.fields(kind)) + "}"
+        fields = dataclasses.fields(kind)
+        mapping = "{" + ", ".join(field.name for field in fields) + "}"
+        if required_keys(kind) == [fields[0].name]:  # its value alone will do
+            return f"{_expected(str, fields[0].metadata)}, or {mapping}"
+        return mapping
     if kind is bool:
         return "true or false"
     if kind is str:

@@ -131,10 +131,8 @@ def _choose_preprocessing(cfg: DataConfig, train: Images) -> Preprocessing:
     image_size = cfg.image_size or (largest if smallest == largest else DEFAULT_IMAGE_SIZE)
     if cfg.image_size is None and smallest != largest:
         logger.info(
-            "images have sides of %d to %d pixels; resized and cropped to %d (data.image_size)",
-            smallest,
-            largest,
-            image_size,
+            f"images have sides of {smallest} to {largest} pixels; resized and cropped to"
+            f" {image_size} (data.image_size)"
         )
     number, sums, squares = train.pixel_sums()
     mean = sums[:channels] / number / 255

@@ -29,9 +29,6 @@ class Stretch:
     starts: list[int]  # numbers of the records that came first in a process
 
 
-# -- what differs, and why ---------------------------------------------------------------------
-
-
 def log_table(first: Stretch, others: dict[str, Stretch]) -> None:
     """Says of every other way through what was identical, and where it first was not."""
     rows = [("", "batches", "images", "model", "optimizer", "metrics", *first.checkpoints)]

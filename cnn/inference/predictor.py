@@ -1,6 +1,6 @@
 """What a trained model says of pictures: for predict.py, and for programs of your own.
 
-    from cnn.predict import load
+    from cnn.inference import load
 
     predict = load("checkpoints/best.pth")
     said = predict("photo.jpg")                  # a path, a PIL image, an array; or a list of them

@@ -62,16 +62,12 @@ def _of_attention(args: tuple, out: Any) -> int:
     return 2 * math.prod(query.shape[:-1]) * key.shape[-2] * (key.shape[-1] + value.shape[-1])
 
 
-COUNTS = {
-    aten.convolution: _of_convolution,
-    **dict.fromkeys((aten.mm, aten.bmm, aten.addmm, aten.baddbmm), _of_product),
-    **dict.fromkeys(
-        (
-            aten._scaled_dot_product_flash_attention,
-            aten._scaled_dot_product_flash_attention_for_cpu,
-            aten._scaled_dot_product_efficient_attention,
-            aten._scaled_dot_product_cudnn_attention,
-        ),
-        _of_attention,
-    ),
-}
+PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)
+ATTENTION = (
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_cudnn_attention,
+)
+COUNTS = dict.fromkeys(PRODUCTS, _of_product) | dict.fromkeys(ATTENTION, _of_attention)
+COUNTS[aten.convolution] = _of_convolution

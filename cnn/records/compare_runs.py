@@ -238,10 +238,6 @@ def settings_table(runs: Sequence[RunRecord], found: dict[str, list[Any]]) -> li
     return rows + [[key, *map(shown_setting, values)] for key, values in found.items()]
 
 
-def as_text(rows: list[list[str]]) -> str:
-    return "\n".join(aligned(rows))
-
-
 # -- the whole ----------------------------------------------------------------------------------
 
 
@@ -279,7 +275,7 @@ def compare(runs: Sequence[RunRecord], output: Path | None) -> str:
         sets = [(name, values_of(group, figure)) for name, group in zip(names, groups)]
         for (one, its), (other, others) in itertools.combinations(sets, 2):
             verdicts.append(verdict((one, other), (its, others), figure))
-    text = "\n\n".join(f"{head}\n\n{as_text(rows)}" for head, rows in parts)
+    text = "\n\n".join("\n".join([head, "", *aligned(rows)]) for head, rows in parts)
     text += "".join(f"\n\n{line}" if n == 0 else f"\n{line}" for n, line in enumerate(verdicts))
     if output is not None:
         text += "\n\n" + write_page(output, runs, groups, names, parts, verdicts)

@@ -108,6 +108,7 @@ def draw_curves(
     axes.set_xlabel(scale.get("xlabel", "epoch"))
     if "xscale" in scale:
         axes.set_xscale(scale["xscale"])
+        axes.xaxis.set_major_formatter("{x:g}")  # powers are math, which is not parsed
     else:
         axes.xaxis.get_major_locator().set_params(integer=True)
         longest = max((curve.xs[-1] for curve in curves if len(curve.xs)), default=1)
@@ -176,8 +177,8 @@ def curves_png(
     from matplotlib.figure import Figure
 
     with _style("#222222", "#dddddd"):
-        width = 4.4 * len(panels) if len(panels) > 1 else 6.4
-        figure = Figure(figsize=(width, width / len(panels) * 0.7), layout="constrained")
+        size = (4.4 * len(panels), 3.2) if len(panels) > 1 else (6.4, 4.0)  # inches
+        figure = Figure(figsize=size, layout="constrained")
         for axes, (title, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
             draw_curves(axes, title, curves, marks, **scale)
         return _png(figure)

@@ -86,7 +86,7 @@ class Records:
 
     def _write_tables(self) -> None:
         logs, state = self.folder.logs, self.state
-        write_history(logs.history, state.history)
+        self._attempt(logs.history.name, lambda: write_history(logs.history, state.history))
         path, best = logs.val_predictions, state.best and state.best["epoch"]
         if "val" not in state.predictions:
             path.unlink(missing_ok=True)  # of an epoch that this state does not know
@@ -177,9 +177,9 @@ def say_what_is_left_out(cfg: Config) -> None:
     left_out = {}
     if (cfg.log.report or cfg.log.tensorboard) and not figures.is_available():
         of_report = "report.html, curves.png, confusion_matrix.png"
-        left_out["matplotlib"] = [of_report if cfg.log.report else "TensorBoard's pictures"]
+        left_out["matplotlib"] = of_report if cfg.log.report else "TensorBoard's pictures"
     if cfg.log.tensorboard and not has_tensorboard():
-        left_out["tensorboard"] = ["logs/tensorboard"]
+        left_out["tensorboard"] = "logs/tensorboard"
     if left_out:
-        what = ", ".join(word for words in left_out.values() for word in words)
+        what = ", ".join(left_out.values())
         logger.info("left out: %s (pip install %s)", what, " ".join(left_out))

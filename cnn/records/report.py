@@ -117,7 +117,7 @@ class Report:
             "splits": [self._once(split, lambda s=split: self._judged(s)) for split in splits],
             "mistakes": self._once("mistakes", self._mistakes),
             "training": self._once("training", self._training_images, ever=True),
-            "changes": as_text(cfg.data.augment),
+            "changes": as_text(cfg.data.augment)[1:-1] or "none",
             "parts": list(SPLITS),
             "counts": self._counts(),
             "columns": columns,

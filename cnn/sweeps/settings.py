@@ -111,7 +111,8 @@ class Sweep:
 
     @property
     def trials(self) -> int:
-        return self.cfg.trials or grid_size(self.space)
+        # None is for a grid alone, which tries all combinations
+        return self.cfg.trials or math.prod(len(tried.values) for tried in self.space.values())
 
     def run_of(self, number: int) -> str:
         return f"{self.name}_{number:04}"
@@ -123,10 +124,6 @@ class Sweep:
             number, place = divmod(number, len(choice.values))
             values[key] = choice.values[place]
         return values
-
-
-def grid_size(space: dict[str, Choice | Range]) -> int:
-    return math.prod(len(choice.values) for choice in space.values())
 
 
 # -- reading ------------------------------------------------------------------------------------

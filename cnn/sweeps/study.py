@@ -121,10 +121,6 @@ class TakenTrial:
         epochs = self.values.get("train.epochs", self.study.sweep.base.train.epochs)
         return self.epoch < epochs and self.study.patiently(self.trial.should_prune)
 
-    def end(self, outcome: Outcome) -> None:
-        """Writes down what came of it."""
-        self.study.end(self.number, outcome)
-
 
 class Grid(optuna.samplers.BaseSampler):
     """Proposes what it is given."""

@@ -286,16 +286,11 @@ def joined(stop: StopSignals) -> Iterator[Group]:
     try:
         yield group
     except (dist.DistError, RuntimeError) as error:
-        if group.size > 1 and is_lost(error):
+        of_connection = "gloo" in str(error) or "Connection" in str(error)
+        if group.size > 1 and (isinstance(error, dist.DistError) or of_connection):
             raise Lost(
                 "another process of this run is gone; what ended it is told by that one, above or"
                 " in its own output"
             ) from None
         raise
     group.leave()
-
-
-def is_lost(error: BaseException) -> bool:
-    """Whether an error is that of a connection to another process."""
-    words = str(error)
-    return isinstance(error, dist.DistError) or "gloo" in words or "Connection" in words

@@ -46,6 +46,8 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
     try:
         options = _keywords(cfg, make)
         made = make([{"params": p, **group} for group, p in groups], lr=cfg.lr, **options)
+    except Refused:
+        raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise Refused(f"optim.args: {cfg.name}: {error}") from None
     if not isinstance(made, Optimizer):
@@ -65,7 +67,8 @@ def _keywords(cfg: OptimConfig, make: Callable[..., Optimizer]) -> dict[str, Any
     doubled = sorted(cfg.args.keys() & (own | {*OF_GROUPS}))
     if doubled:
         raise Refused(f"optim.args: {doubled[0]} has a setting of its own: optim.{doubled[0]}")
-    if "weight_decay" not in signature and cfg.weight_decay:
+    takes_any = any(keyword.kind == keyword.VAR_KEYWORD for keyword in signature.values())
+    if cfg.weight_decay and "weight_decay" not in signature and not takes_any:
         logger.warning("optim.weight_decay: %s takes none, so that none is applied", cfg.name)
     options = {name: getattr(cfg, name) for name in sorted(own - {*OF_GROUPS})} | cfg.args
     if cfg.name in OPTIMIZERS and "fused" in signature and "foreach" not in options:

@@ -122,7 +122,7 @@ class Saver:
         Raises:
             Failed: the loss or a weight is no number any more; nothing is saved.
         """
-        assert all(map(self.folder.owns, also)), f"{also}: in no pattern of utils.run.CHECKPOINTS"
+        assert all(map(self.folder.owns, also)), f"{also}: in no pattern of run_folder.CHECKPOINTS"
         self.check_finite()
         self._check_weights()
         if not self.group.is_first:

@@ -11,6 +11,7 @@ from cnn.metrics.running import Sums
 from cnn.metrics.scores import Metrics, improves
 from cnn.training.distributed import ALONE, Group
 from cnn.training.schedule import Schedule
+from cnn.utils.checkpoint import snapshot
 
 # Attributes that are plain values, in a checkpoint under their own names.
 AS_THEY_ARE = ("epoch", "step", "lr", "group_lrs", "best", "history", "test", "predictions")
@@ -115,7 +116,7 @@ class TrainingState:
                     check_like(tensor, weights[name], f"{part}.{name}")
         if self._configured() is not None:
             return  # an optimizer of the user's own may remember whatever it likes
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = self._parameters()
         for number, memory in saved["optimizer_state_dict"]["state"].items():
             for name, value in memory.items():
                 if isinstance(value, torch.Tensor) and value.ndim > 0:
@@ -132,6 +133,10 @@ class TrainingState:
             self._configured(),
         )
         self.optimizer.load_state_dict(saved)
+        if configured is not None:  # torch has cast all to the parameters' dtype, but for `step`
+            for number, parameter in enumerate(self._parameters()):
+                memory = saved["state"].get(number, {})
+                self.optimizer.state[parameter] |= snapshot(memory, parameter.device)
         for group, settings in zip(self.optimizer.param_groups, built):
             lr = group["lr"] * (settings["initial_lr"] / group["initial_lr"])
             kept = (
@@ -139,6 +144,10 @@ class TrainingState:
             )
             group |= {key: settings[key] for key in kept}
             group["lr"] = lr
+
+    def _parameters(self) -> list[nn.Parameter]:
+        """In the order in which the optimizer numbers them."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _configured(self) -> set[str] | None:
         """What of the optimizer's groups the settings say; None: all of it."""

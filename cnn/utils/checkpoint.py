@@ -1,7 +1,7 @@
 """Checkpoints: saved so that none is ever torn, read so that none is silently wrong.
 
 What a file must hold is checked here before anything of it is used; that its bytes are those that
-were written, in `archive`.
+were written, in `checked_zip`.
 """
 
 import logging
@@ -161,6 +161,9 @@ def _check_structure(path: Path, content: dict[str, Any]) -> None:
             raise Refused(f"{path}: {key}: expected {expected}, got {_kind(value)}")
         if type(value) in (int, float) and key != "best.value" and not 0 <= value < math.inf:
             raise Refused(f"{path}: {key}: expected {expected} of at least 0, got {value}")
+    for key in ("group_lrs", "predictions"):  # not in files of before
+        if not isinstance(content.get(key, {}), dict):
+            raise Refused(f"{path}: {key}: expected dict, got {_kind(content[key])}")
     for section, values in content["config"].items():
         for key in (section, *(values if isinstance(values, dict) else ())):
             if not isinstance(key, str):
@@ -182,14 +185,14 @@ def _kind(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def snapshot(tree: Any) -> Any:
-    """A copy on the CPU that goes on training cannot change."""
+def snapshot(tree: Any, device: torch.device | str = "cpu") -> Any:
+    """A copy of a tree of tensors and plain values that training cannot change, on the device."""
     if isinstance(tree, torch.Tensor):
-        return tree.detach().to("cpu", copy=True)
+        return tree.detach().to(device, copy=True)
     if isinstance(tree, dict):
-        return {key: snapshot(value) for key, value in tree.items()}
+        return {key: snapshot(value, device) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(snapshot(value) for value in tree)
+        return type(tree)(snapshot(value, device) for value in tree)
     return tree
 
 

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -59,8 +59,15 @@ def write_output(path: Path, data: bytes) -> None:
     Raises:
         Failed: as the system says it.
     """
-    try:
+    with failing(path):
         write_atomically(path, lambda file: file.write(data))
+
+
+@contextlib.contextmanager
+def failing(path: Path) -> Iterator[None]:
+    """Has what the system says while a file is written raise Failed, with its name."""
+    try:
+        yield
     except OSError as error:
         raise Failed(f"{path}: cannot be written: {error.strerror or error}") from None
 

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from filelock import FileLock, Timeout
-
 from cnn.errors import Refused
 from cnn.utils.files import make_folder, remove_leftovers
 
@@ -74,7 +72,7 @@ class RunFolder:
         self.last = self.checkpoints / LAST
         self.best = self.checkpoints / "best.pth"
         self.best_hparams = root / "configs" / "best_hparams"  # of all runs
-        self._lock: FileLock | None = None
+        self._lock: Any = None  # a FileLock
 
     def __enter__(self) -> Self:
         self._first(self.lock)
@@ -115,6 +113,8 @@ class RunFolder:
         It may have been taken an instant ago by a process that has not yet written who it is, or
         still be held by the loader processes of a run just killed, which leave within seconds.
         """
+        from filelock import FileLock, Timeout  # takes as long as all else here
+
         self._lock = FileLock(self.checkpoints / ".run.lock")
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -168,10 +168,6 @@ class RunFolder:
         names = [name + ending for name in CHECKPOINTS for ending in (".pth", *EXPORTS.values())]
         checkpoints = [path for name in names for path in self.checkpoints.glob(name)]
         return [path for path in self.logs.paths() if path.exists()], checkpoints
-
-    def has_files(self) -> bool:
-        """Whether a run has left anything here."""
-        return any(self._leftovers())
 
     def archive(self) -> Path | None:
         """Moves an earlier run's files to archive/<its start>/; returns where its logs went."""
@@ -232,8 +228,8 @@ def _read_owner(checkpoints: Path) -> dict[str, Any] | None:
     """What the process that has a run has written down of itself."""
     try:
         owner = json.loads((checkpoints / OWNER).read_text(encoding="utf-8"))
-        return {key: owner.get(key) for key in ("process", "machine", "command", "since")}
-    except (OSError, ValueError, AttributeError):
+        return {key: owner[key] for key in ("process", "machine", "command", "since")}
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -44,14 +44,13 @@ def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[st
         right: the columns whose cells end below each other: figures.
     """
     widths = [max(width(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
+    return [
         "  ".join(
             padded(cell, columns, right=number in right)
             for number, (cell, columns) in enumerate(zip(row, widths))
-        )
+        ).rstrip()
         for row in rows
     ]
-    return [line.rstrip() for line in lines]
 
 
 def printable(text: str) -> str:
