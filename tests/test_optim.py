@@ -71,7 +71,10 @@ def test_an_lr_scale_of_0_freezes():
 @pytest.mark.parametrize(
     "settings, part",
     [
-        ({"groups": [GroupConfig("^3", 1), GroupConfig("fc", 1)]}, r"optim.groups\[1\].match: .*'fc'"),
+        (
+            {"groups": [GroupConfig("^3", 1), GroupConfig("fc", 1)]},
+            r"optim.groups\[1\].match: .*'fc'",
+        ),
         ({"groups": [GroupConfig("", 0)]}, "optim.groups: every parameter is frozen"),
         ({"args": {"nestrov": True}}, "optim.args: sgd: .*'nestrov'"),
         ({"args": {"nesterov": True}, "momentum": 0.0}, "optim.args: sgd: Nesterov"),
