@@ -74,6 +74,15 @@ class ForgetsInValidation(Unsure):
         scale = 1 if self.training else 1 + self.rng.random()
         return super().forward(images) * scale
 
+class Forgets(torch.optim.SGD):
+    '''An optimizer that remembers something outside its state.'''
+    def step(self, closure=None):
+        self.steps = getattr(self, "steps", 0) + 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad *= 1 + self.steps / 10
+        super().step()
+
 def by_the_clock(image):
     '''An augmentation that reads the clock.'''
     return image.roll(time.time_ns() // 1000 % 8, -1)
@@ -125,6 +134,7 @@ AT_ONCE = (
     "a dataset with a generator of its own",
     "a model with state outside its state_dict",
     "an augmentation that reads the clock",
+    "an optimizer that remembers outside its state",
 )
 CULPRITS = {
     "a dataset in the order of a set": (
@@ -149,6 +159,10 @@ CULPRITS = {
     "a model with state outside its state_dict": (
         ["model.name=examples:Counting", "model.args={}"],
         "drill: the killed run is not the same: model randomness: ",
+    ),
+    "an optimizer that remembers outside its state": (
+        ["optim.name=examples:Forgets"],
+        "drill: the killed run is not the same: optimizer: at epoch 1, batch ",
     ),
     "an augmentation that reads the clock": (
         ["data.augment=[flip, examples:by_the_clock]"],

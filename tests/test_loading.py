@@ -213,12 +213,13 @@ def test_crop_and_flip_are_torchvisions_with_the_same_draws():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("names", [["crop"], ["flip"], ["crop", "flip", "erase"]])
+@pytest.mark.parametrize("names", [*([name] for name in BATCH_DRAWS), ALL_BATCH])
 def test_a_cpu_copies_the_pixels_that_a_gpu_gathers(names, channels):
     store = torch.randint(0, 256, (20, 8, 8, channels), dtype=torch.uint8)
     batch = BatchAugmentation(store, names)
     rows, draws = torch.arange(200) % 20, batch.draws(200, 0, 1)
     copied = batch(rows, draws)
+    assert not copied.equal(batch(rows, None)), "it does something"
     batch._copy = batch._gather
     assert batch(rows, draws).equal(copied)
     assert copied.is_contiguous(memory_format=torch.channels_last)

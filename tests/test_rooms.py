@@ -1,6 +1,7 @@
 """The rooms of cnn/: what lies where, and which way the imports go."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,3 +113,11 @@ def test_only_the_run_folder_knows_the_names_of_a_runs_files():
     }
     here = "cnn/utils/run_folder.py"
     assert {line for line in elsewhere if not line.startswith(here)} == allowed
+
+
+def test_no_file_of_a_run_is_named_beside_the_run_folder():
+    """`logs.folder / "x"` would be a file that is neither archived nor found again."""
+    by_hand = re.compile(r"(logs\.folder|folder\.checkpoints) / (?!ARCHIVE)")
+    for module, path in MODULES.items():
+        if module != "cnn.utils.run_folder":
+            assert not by_hand.search(path.read_text(encoding="utf-8")), module

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from cnn.config import code_keys, settings
+from cnn.config import code_keys, load_config, settings
 from cnn.config.settings import ASKED, FIXED, FREE, Config, LogConfig, for_scratch, keys_of
 from cnn.datasets.augment import AUGMENTATIONS, BATCH_DRAWS
 from cnn.datasets.build import DATASETS
@@ -15,14 +15,18 @@ from cnn.datasets.torchvision_datasets import FILES
 from cnn.metrics import scores
 from cnn.metrics.running import Outcome
 from cnn.models.build import MODELS
+from cnn.training.losses import LOSSES
 from cnn.training.optim import OPTIMIZERS
 from cnn.training.schedule import SCHEDULES
+from cnn.training.setup import build_run
+from cnn.training.state import AS_THEY_ARE
 from cnn.utils.importing import OURS
 
 TABLES = {
     "DATA_NAMES": DATASETS,
     "KNOWN_DATASETS": FILES,
     "AUGMENTATIONS": AUGMENTATIONS,
+    "LOSSES": LOSSES,
     "MODEL_NAMES": MODELS,
     "OPTIMIZERS": OPTIMIZERS,
     "SCHEDULES": SCHEDULES,
@@ -31,7 +35,9 @@ TABLES = {
 
 @pytest.mark.parametrize("names", TABLES)
 def test_the_names_in_the_settings_are_those_of_the_table(names):
-    assert sorted(getattr(settings, names)) == sorted(TABLES[names])
+    named, table = set(getattr(settings, names)), set(TABLES[names])
+    assert not named - table, f"in settings.{names}, and not in the table"
+    assert not table - named, f"in the table, and not in settings.{names}"
 
 
 def test_what_is_done_to_batches_is_done_to_images_too():
@@ -90,3 +96,25 @@ def test_what_is_ours_cannot_be_named_as_code_by_a_file():
     scripts = {path.stem for path in ROOT.glob("*.py")}
     assert scripts | {"cnn", "tests", "bench"} == set(OURS)
     assert all(importlib.util.find_spec(name) for name in scripts)
+
+
+# What a run's state has beside the plain values: saved under other names, or live parts of the run.
+OTHERWISE = {"model", "optimizer", "schedule", "scaler", "loss", "ema", "sums", "batch", "seconds"}
+OTHERWISE |= {"waited", "group", "device", "forward"}
+
+
+def test_what_changes_during_a_run_is_saved():
+    """An attribute that is added to the state stands in AS_THEY_ARE, or is named here."""
+    run = build_run(load_config(None, [])[0])
+    assert set(vars(run.state)) == OTHERWISE | set(AS_THEY_ARE)
+    saved = run.state.state_dict()
+    assert set(AS_THEY_ARE) <= saved.keys()
+
+
+@pytest.mark.parametrize("name", BATCH_DRAWS)
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_every_augmentation_of_batches_changes_images_wherever_they_come_from(name, in_memory):
+    run = build_run(load_config(None, [f"data.augment=[{name}]", f"data.in_memory={in_memory}"])[0])
+    loader, images = run.train_loader, run.data.train
+    changed = [not loader.image((1, index)).equal(images[index]) for index in range(60)]
+    assert 15 < sum(changed)

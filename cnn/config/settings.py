@@ -56,6 +56,7 @@ DATA_NAMES = ("digits", "synthetic", *KNOWN_DATASETS, "folder", "csv")
 AUGMENTATIONS = ("crop", "flip", "rotate", "color", "resized_crop", "erase")
 MODEL_NAMES = ("simple_cnn", "lenet5", "resnet9", "resnet20")  # beside torchvision's
 OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "radam", "rmsprop", "adagrad", "adamax")
+LOSSES = ("cross_entropy",)
 SCHEDULES = ("constant", "step", "multistep", "cosine", "onecycle", "plateau")
 # Of the validation; f1 is the mean over the classes, and so is auc, but of two classes class 1's.
 MONITORED = (
@@ -133,11 +134,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class LossConfig:
     name: str = setting(
-        "cross_entropy",
-        "what is minimised: cross_entropy, or package.module:Class",
-        ASKED,
-        choices=("cross_entropy",),
-        names_code=True,
+        "cross_entropy", "what is minimised", ASKED, choices=LOSSES, names_code=True
     )
     label_smoothing: float = setting(
         0.0, "share of the target spread over all classes", ASKED, least=0, below=1

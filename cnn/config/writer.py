@@ -32,7 +32,7 @@ def _yaml_line(field: dataclasses.Field, value: Any, indent: str) -> str:
             meta = meta | dataclasses.fields(item)[0].metadata | {"about": meta["about"]}
     words = choices_of(meta)
     # One choice alone is a word beside numbers or paths: its meaning tells it.
-    choices = f": {', '.join(words)}" if len(meta["choices"]) > 1 else ""
+    choices = f": {', '.join(words)}" if len(words) > 1 else ""
     return f"{indent}{field.name}: {as_text(value)}".ljust(32) + f"  # {meta['about']}{choices}"
 
 

@@ -94,7 +94,8 @@ def find_culprit(cfg: Config, max_batches: int, first: Stretch, other: Stretch) 
                 f" load_state_dict()"
             )
         if differing:
-            return _blame_step(differing, before, first, other)
+            at_end = before and (record["validation"] or record["epoch"] > before["epoch"])
+            return _blame_step(differing, before, bool(at_end), first, other)
         if record["images"] != known["images"]:
             return _blame_images(cfg, max_batches, record, where)
         before = record
@@ -108,16 +109,20 @@ def find_culprit(cfg: Config, max_batches: int, first: Stretch, other: Stretch) 
     return None
 
 
-def _blame_step(differing: list[str], before: Record | None, first: Stretch, other: Stretch) -> str:
-    """The step before started from the same state and images, and ended elsewhere."""
+def _blame_step(
+    differing: list[str], before: Record | None, at_end: bool, first: Stretch, other: Stretch
+) -> str:
+    """The step before started from the same state and images, and ended elsewhere.
+
+    Args:
+        at_end: whether it was the epoch's last, whose loss the epoch's mean alone tells.
+    """
     where = _where(before) if before else "the start"
-    losses = [
-        [row["train_loss"] for row in stretch.checkpoints[LAST]["history"]]
-        for stretch in (first, other)
-    ]
     if before is None:
         return "model: its first weights differ: it draws them from a generator of its own"
-    if "metrics" in differing or losses[0][before["epoch"] - 1] != losses[1][before["epoch"] - 1]:
+    histories = (stretch.checkpoints[LAST]["history"] for stretch in (first, other))
+    losses = {rows[before["epoch"] - 1]["train_loss"] for rows in histories}
+    if (len(losses) > 1) if at_end else ("metrics" in differing):
         return (
             f"model randomness: at {where} it gave another loss for the same weights and images."
             f" It holds state that is not in its state_dict (a counter, a cache: register a buffer),"

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from cnn import config
 from cnn.datasets.build import Data, read_splits
 from cnn.datasets.division import Splits, divide
 from cnn.datasets.folder_and_csv import unknown_classes
@@ -16,7 +15,7 @@ from cnn.datasets.images import FileImages, Images
 from cnn.errors import Refused
 from cnn.inference.trained_model import Trained
 from cnn.metrics.scores import Metrics
-from cnn.training.losses import build_loss
+from cnn.training.losses import build_loss, has_state
 from cnn.utils import environment as env
 from cnn.utils.checkpoint import read_checkpoint
 from cnn.utils.run_folder import LAST
@@ -136,7 +135,7 @@ def build_loss_of(trained: Trained, subject: Subject) -> nn.Module:
         logger.warning("the loss is without class weights, which %s does not tell", trained.path)
         cfg = replace(cfg, class_weights=None)
     loss = build_loss(cfg, subject.train_labels, trained.classes).to(trained.device)
-    if config.is_import_path(cfg.name):
+    if has_state(loss):
         try:
             loss.load_state_dict(trained.content.get("loss_state_dict", {}))
         except (RuntimeError, TypeError, AttributeError) as error:

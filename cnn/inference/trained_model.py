@@ -101,7 +101,8 @@ def _read_settings(
     # Typed, these only say that their code is meant to run; other data it may be given.
     for key in typed.intersection(config.code_keys()) - {"data.name"}:
         if then.get(key) != now[key]:
-            raise Refused(f"{key}: {path} has {then.get(key)}, and a trained model keeps it")
+            has = config.as_text(then.get(key))
+            raise Refused(f"{key}: {path} has {has}, and a trained model keeps it")
     if then.get("data.name") != cfg.data.name and "data.args" not in typed:
         cfg = config.replaced(cfg, data={"args": {}})  # those were another set's
     return cfg, places

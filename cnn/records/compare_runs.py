@@ -177,7 +177,7 @@ def verdict(names: tuple[str, str], values: tuple[list[float], list[float]], fig
 
 
 def shown_setting(value: Any) -> str:
-    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else config.as_text(value)
 
 
 def run_table(runs: Sequence[RunRecord]) -> list[list[str]]:

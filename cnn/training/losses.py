@@ -21,9 +21,22 @@ def build_loss(cfg: LossConfig, labels: np.ndarray, classes: list[str]) -> nn.Mo
         Refused: weights that do not fit the classes, keywords that the loss does not take.
     """
     weights = _class_weights(cfg.class_weights, labels, classes)
-    if cfg.name == "cross_entropy":
-        return nn.CrossEntropyLoss(weights, label_smoothing=cfg.label_smoothing)
-    return _own(cfg)
+    return LOSSES[cfg.name](cfg, weights) if cfg.name in LOSSES else _own(cfg)
+
+
+def _cross_entropy(cfg: LossConfig, weights: torch.Tensor | None) -> nn.Module:
+    return nn.CrossEntropyLoss(weights, label_smoothing=cfg.label_smoothing)
+
+
+# From the settings and the weights of the classes.
+LOSSES: dict[str, Callable[[LossConfig, torch.Tensor | None], nn.Module]] = {
+    "cross_entropy": _cross_entropy
+}
+
+
+def has_state(loss: nn.Module) -> bool:
+    """Whether what the loss holds is its own, and not the settings' as cross-entropy's weights are."""
+    return not isinstance(loss, nn.CrossEntropyLoss)
 
 
 def class_weights(loss: nn.Module) -> list[float] | None:

@@ -49,12 +49,15 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
     except Refused:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
-        raise Refused(f"optim.args: {cfg.name}: {error}") from None
+        key = "optim.args" if cfg.args else "optim.name"
+        raise Refused(f"{key}: {cfg.name}: {error}") from None
     if not isinstance(made, Optimizer):
         raise Refused(f"optim.name: {cfg.name}: expected an Optimizer, got {type(made).__name__}")
     closure = inspect.signature(made.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:
         raise Refused(f"optim.name: {cfg.name}: needs a closure; a step here takes one gradient")
+    if cfg.weight_decay and "weight_decay" not in made.defaults:
+        logger.warning("optim.weight_decay: %s takes none, so that none is applied", cfg.name)
     # What a resume sets as configured; the rest of a group is the optimizer's own, to be restored.
     made.configured = None if known else {*OF_GROUPS, *options, "initial_lr", FREEZE}
     return made
@@ -67,9 +70,6 @@ def _keywords(cfg: OptimConfig, make: Callable[..., Optimizer]) -> dict[str, Any
     doubled = sorted(cfg.args.keys() & (own | {*OF_GROUPS}))
     if doubled:
         raise Refused(f"optim.args: {doubled[0]} has a setting of its own: optim.{doubled[0]}")
-    takes_any = any(keyword.kind == keyword.VAR_KEYWORD for keyword in signature.values())
-    if cfg.weight_decay and "weight_decay" not in signature and not takes_any:
-        logger.warning("optim.weight_decay: %s takes none, so that none is applied", cfg.name)
     options = {name: getattr(cfg, name) for name in sorted(own - {*OF_GROUPS})} | cfg.args
     if cfg.name in OPTIMIZERS and "fused" in signature and "foreach" not in options:
         options.setdefault("fused", True)  # all parameters in one pass, on CPU and CUDA

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cnn.config import Config, is_import_path, to_dict
+from cnn.config import Config, to_dict
 from cnn.datasets.augment import DRAWS
 from cnn.datasets.build import Data, build_data
 from cnn.datasets.loader import Loader, build_loader
@@ -18,7 +18,7 @@ from cnn.metrics.scores import epoch_metrics, mode, result_metrics
 from cnn.models import small_maps
 from cnn.models.build import build_model
 from cnn.training.distributed import ALONE, Group
-from cnn.training.losses import build_loss, class_weights
+from cnn.training.losses import build_loss, class_weights, has_state
 from cnn.training.optim import build_optimizer
 from cnn.training.resume import ResumePoint, restore
 from cnn.training.schedule import Schedule
@@ -164,7 +164,7 @@ def _build_state(
         device,
         ema_decay=cfg.train.ema_decay,
         compile=cfg.train.compile,
-        loss=loss if is_import_path(cfg.loss.name) else None,
+        loss=loss if has_state(loss) else None,
         group=group,
     )
 
@@ -187,15 +187,14 @@ def check_group(cfg: Config, device: torch.device, group: Group) -> None:
 def check_monitor(monitor: str, data: Data) -> None:
     """Refuses to look for the best epoch by a metric that these validation images leave undefined."""
     classes, present = data.classes, set(data.val.labels.tolist())
-    if monitor in ("val_sensitivity", "val_specificity"):
-        if len(classes) != 2:
-            raise Refused(
-                f"checkpoint.monitor: {monitor} is for two classes, there are {len(classes)};"
-                f" val_balanced_acc is the mean of every class's sensitivity"
-            )
-        needed = {1} if monitor == "val_sensitivity" else {0}
-    else:
-        needed = {0, 1} if monitor == "val_auc" and len(classes) == 2 else set()
+    of_two = {"val_sensitivity": {1}, "val_specificity": {0}}  # and the class that each is about
+    if monitor in of_two and len(classes) != 2:
+        raise Refused(
+            f"checkpoint.monitor: {monitor} is for two classes, there are {len(classes)};"
+            f" val_balanced_acc is the mean of every class's sensitivity"
+        )
+    both = {0, 1} if monitor == "val_auc" and len(classes) == 2 else set()
+    needed = of_two.get(monitor, both)
     absent = [classes[number] for number in sorted(needed - present)]
     if absent or (monitor == "val_auc" and len(present) < 2):
         raise Refused(

@@ -227,10 +227,11 @@ def is_running(logs: Path) -> bool:
 def _read_owner(checkpoints: Path) -> dict[str, Any] | None:
     """What the process that has a run has written down of itself."""
     try:
-        owner = json.loads((checkpoints / OWNER).read_text(encoding="utf-8"))
-        return {key: owner[key] for key in ("process", "machine", "command", "since")}
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads((checkpoints / OWNER).read_text(encoding="utf-8"))
+        owner = {"command": "?", "since": "?", **found}
+    except (OSError, ValueError, TypeError):
         return None
+    return owner if {"process", "machine"} <= owner.keys() else None
 
 
 def _is_alive(owner: dict[str, Any]) -> bool:
