@@ -117,12 +117,13 @@ def _blame_step(
     Args:
         at_end: whether it was the epoch's last, whose loss the epoch's mean alone tells.
     """
-    where = _where(before) if before else "the start"
     if before is None:
         return "model: its first weights differ: it draws them from a generator of its own"
+    where = _where(before)
     histories = (stretch.checkpoints[LAST]["history"] for stretch in (first, other))
     losses = {rows[before["epoch"] - 1]["train_loss"] for rows in histories}
-    if (len(losses) > 1) if at_end else ("metrics" in differing):
+    other_loss = len(losses) > 1 if at_end else "metrics" in differing
+    if other_loss or before["validation"]:  # where no optimizer steps
         return (
             f"model randomness: at {where} it gave another loss for the same weights and images."
             f" It holds state that is not in its state_dict (a counter, a cache: register a buffer),"
