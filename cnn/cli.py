@@ -206,8 +206,7 @@ def check_checkpoint(path: Path) -> None:
     """Refuses a checkpoint that is not there, and names those that are."""
     if os.path.exists(path):  # False for a name that no file can have, where Path raises
         return
-    patterns = ("*.pth", f"*/{BEST.name}")
-    found = [file for pattern in patterns for file in BEST.parent.glob(pattern)]
+    found = [f for pattern in ("*.pth", f"*/{BEST.name}") for f in BEST.parent.glob(pattern)]
     others = sorted(file.as_posix() for file in found)
     advice = "train first: python train.py"
     if others:

@@ -228,6 +228,7 @@ def test_a_run_with_an_optimizer_of_ones_own_goes_on_with_all_that_it_remembers(
     assert_same_run("whole", ".")
     saved = load_checkpoint(Path("checkpoints/last.pth"))["optimizer_state_dict"]
     assert {group["steps"] for group in saved["param_groups"]} == {12}
+    assert all(memory for memory in saved["state"].values()), "of what never stepped there is none"
     assert train("--resume", "train.epochs=4", "optim.args={rise: 0.5}") == 0
     saved = load_checkpoint(Path("checkpoints/last.pth"))["optimizer_state_dict"]
     assert {(group["steps"], group["rise"]) for group in saved["param_groups"]} == {(16, 0.5)}

@@ -181,5 +181,4 @@ def say_what_is_left_out(cfg: Config) -> None:
     if cfg.log.tensorboard and not has_tensorboard():
         left_out["tensorboard"] = "logs/tensorboard"
     if left_out:
-        what = ", ".join(left_out.values())
-        logger.info("left out: %s (pip install %s)", what, " ".join(left_out))
+        logger.info(f"left out: {', '.join(left_out.values())} (pip install {' '.join(left_out)})")

@@ -128,20 +128,20 @@ class TrainingState:
         They equal the saved ones unless the user changed them for this resume. The learning rate
         is the schedule's to say; plateau's, which it has lowered, keeps its ratio to the first.
         """
-        built, configured = (
-            [dict(group) for group in self.optimizer.param_groups],
-            self._configured(),
-        )
+        built = [dict(group) for group in self.optimizer.param_groups]
+        configured, parameters = self._configured(), self._parameters()
         self.optimizer.load_state_dict(saved)
         if configured is not None:  # torch has cast all to the parameters' dtype, but for `step`
-            for number, parameter in enumerate(self._parameters()):
-                memory = saved["state"].get(number, {})
-                self.optimizer.state[parameter] |= snapshot(memory, parameter.device)
+            for number, memory in saved["state"].items():
+                held = self.optimizer.state[parameters[number]]
+                for name, value in memory.items():
+                    if getattr(held.get(name), "dtype", None) != getattr(value, "dtype", "none"):
+                        held[name] = snapshot(value, parameters[number].device)
         for group, settings in zip(self.optimizer.param_groups, built):
             lr = group["lr"] * (settings["initial_lr"] / group["initial_lr"])
-            kept = (
-                settings.keys() - {"params"} if configured is None else configured & settings.keys()
-            )
+            kept = settings.keys() - {"params"}
+            if configured is not None:
+                kept &= configured
             group |= {key: settings[key] for key in kept}
             group["lr"] = lr
 
