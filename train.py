@@ -135,7 +135,7 @@ def train(
             saver.seconds()  # what the records took is not the next epoch's
 
         if state.test is None:
-            test(run, saver)
+            test(run, saver, trace)
         else:
             summary.log_finished(cfg, state)
         summary.log_test(state, len(run.data.test))
@@ -168,7 +168,7 @@ def train_steps(run: "Run", trace: "Trace | None") -> "Iterator[int]":
     batches = run.heap.follow("train", batches)
     return train_one_epoch(
         state,
-        trace.follow(batches, state) if trace else batches,
+        trace.follow(batches, state, "training", state.sums) if trace else batches,
         loader.own_sizes,
         run.loss,
         run.autocast,
@@ -193,25 +193,29 @@ def validate(
 
     cfg, state, loader = run.cfg, run.state, run.val_loader
     batches = evaluation_batches(run, loader, saver)
-    batches = trace.follow(batches, state, said) if trace else batches
+    batches = trace.follow(batches, state, "validation", said) if trace else batches
     batches = follow(batches, label, loader.num_turns(), 0, cfg.log.every_seconds)
     key = {"seed": cfg.seed, "epoch": state.epoch, "group": state.group}
     model = state.evaluated_model()
     return evaluate(model, batches, run.loss, run.autocast, "val_", said, **key)
 
 
-def test(run: "Run", saver: "Saver") -> None:
+def test(run: "Run", saver: "Saver", trace: "Trace | None") -> None:
     """Tests the best epoch, the one time that the test images are looked at."""
     from cnn.training.engine import evaluate
+    from cnn.utils.unchanged import unchanged
 
     logger.info("testing the best epoch, once")
     state = run.state
-    model, said = saver.best_model(), run.outcome(of_result=True)
+    model, said = state.evaluated_model(), run.outcome(of_result=True)
     batches = evaluation_batches(run, run.test_loader, saver)
+    batches = trace.follow(batches, state, "test", said) if trace else batches
     epoch = state.best["epoch"] if state.best else state.epoch
     key = {"seed": run.cfg.seed, "epoch": epoch, "group": state.group}
-    state.test = evaluate(model, batches, run.loss, run.autocast, "test_", said, **key)
-    state.predictions["test"] = said.predictions()
+    with unchanged(model):
+        saver.load_best(model)
+        test = evaluate(model, batches, run.loss, run.autocast, "test_", said, **key)
+    state.test, state.predictions["test"] = test, said.predictions()
     saver.save()
 
 

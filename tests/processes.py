@@ -164,7 +164,7 @@ TRAPS = {
     "writing": (torch, "save"),
     "before best.pth is renamed": (files.os, "replace"),
     "before last.pth is renamed": (files.os, "replace"),
-    "before the test": (saver.Saver, "best_model"),
+    "before the test": (saver.Saver, "load_best"),
 }
 
 

@@ -150,19 +150,19 @@ CULPRITS = {
     },
     "a model that draws in validation from a generator of its own": (
         ["model.name=examples:ForgetsInValidation", "model.args={}", *MUCH_VALIDATION],
-        "drill: the killed run is not the same: model randomness: at epoch 2, batch 6, in validation",
+        "drill: the stopped run is not the same: model randomness: at epoch 2, batch 6, in validation",
     ),
     "a dataset with a generator of its own": (
         ["data.name=examples:hidden_generator", "data.args={}", "data.augment=[]"],
-        "drill: the killed run is not the same: dataset: ",
+        "drill: the stopped run is not the same: dataset: ",
     ),
     "a model with state outside its state_dict": (
         ["model.name=examples:Counting", "model.args={}"],
-        "drill: the killed run is not the same: model randomness: ",
+        "drill: the stopped run is not the same: model randomness: ",
     ),
     "an optimizer that remembers outside its state": (
         ["optim.name=examples:Forgets"],
-        "drill: the killed run is not the same: optimizer: at epoch 1, batch ",
+        "drill: the stopped run is not the same: optimizer: at epoch 1, batch ",
     ),
     "an augmentation that reads the clock": (
         ["data.augment=[flip, examples:by_the_clock]"],

@@ -67,8 +67,8 @@ def key_of(record: Record) -> Key:
 
 
 def _where(record: Record) -> str:
-    validation = ", in validation" if record["validation"] else ""
-    return f"epoch {record['epoch']}, batch {record['batch']}{validation}"
+    part = f", in {record['part']}" if record["part"] != "training" else ""
+    return f"epoch {record['epoch']}, batch {record['batch']}{part}"
 
 
 def find_culprit(cfg: Config, max_batches: int, first: Stretch, other: Stretch) -> str | None:
@@ -94,7 +94,7 @@ def find_culprit(cfg: Config, max_batches: int, first: Stretch, other: Stretch) 
                 f" load_state_dict()"
             )
         if differing:
-            at_end = before and (record["validation"] or record["epoch"] > before["epoch"])
+            at_end = before and (record["part"] != "training" or record["epoch"] > before["epoch"])
             return _blame_step(differing, before, bool(at_end), first, other)
         if record["images"] != known["images"]:
             return _blame_images(cfg, max_batches, record, where)
@@ -123,7 +123,7 @@ def _blame_step(
     histories = (stretch.checkpoints[LAST]["history"] for stretch in (first, other))
     losses = {rows[before["epoch"] - 1]["train_loss"] for rows in histories}
     other_loss = len(losses) > 1 if at_end else "metrics" in differing
-    if other_loss or before["validation"]:  # where no optimizer steps
+    if other_loss or before["part"] != "training":  # where no optimizer steps
         return (
             f"model randomness: at {where} it gave another loss for the same weights and images."
             f" It holds state that is not in its state_dict (a counter, a cache: register a buffer),"
@@ -141,8 +141,10 @@ def _blame_images(cfg: Config, max_batches: int, record: Record, where: str) -> 
     """Asks for the same images twice, before and after the augmentations."""
     run = build_run(cfg, max_batches=max_batches)
     loader, epoch, batch = run.train_loader, record["epoch"], record["batch"]
-    if record["validation"]:
+    if record["part"] == "validation":
         loader, epoch, batch = run.val_loader, EVALUATION, batch - len(loader)
+    elif record["part"] == "test":
+        loader, epoch = run.test_loader, EVALUATION
     keys = loader.keys(epoch, batch)[:8]
     raw = [[digest(loader.raw(key)) for key in keys] for _ in _two_moments()]
     if raw[0] != raw[1]:

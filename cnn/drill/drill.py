@@ -1,9 +1,9 @@
 """The drill: is *your* run, with your data, model and settings, one that can be stopped anywhere?
 
 `python train.py --drill [settings]` trains a short stretch three times in a scratch folder: unbroken,
-unbroken again, and killed (SIGKILL) and resumed several times. Every batch, every tensor after every
-step, and the final checkpoints are compared bit by bit; the first difference is traced to where it
-comes from.
+unbroken again, and stopped (SIGKILL and SIGTERM, in training, validation and test) and resumed. Every
+batch, every tensor after every step, and the final checkpoints are compared bit by bit; the first
+difference is traced to where it comes from.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import random
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,8 +23,8 @@ import numpy as np
 import torch
 
 from cnn.config import Config, for_scratch, load_config, to_yaml
-from cnn.drill.culprit import Key, Record, Stretch, find_culprit, key_of, log_table
-from cnn.drill.trace import Trace
+from cnn.drill.culprit import Record, Stretch, find_culprit, log_table
+from cnn.drill.trace import Stop, Trace
 from cnn.errors import Failed
 from cnn.training.distributed import ALONE
 from cnn.utils.checkpoint import load_checkpoint
@@ -37,8 +36,17 @@ logger = logging.getLogger(__name__)
 
 STEPS = 6  # optimizer steps an epoch of the stretch
 EPOCHS = 2
-# Where the run is killed: epoch, and share of its training batches (1: in validation); at each, once.
-KILLS = ((1, 0.5), (1, 1.0), (2, 0.0), (2, 0.7), (2, 1.0))
+# Where the run is stopped: epoch, and share of its training batches (1: in validation); the epoch after
+# the last is the test. Killed, it goes on from the last step; told to stop, it saves where it is.
+STOPS = (
+    *((1, 0.5, signal.SIGKILL), (1, 0.7, signal.SIGTERM), (1, 1.0, signal.SIGKILL)),
+    *((1, 1.0, signal.SIGTERM), (2, 0.0, signal.SIGTERM), (2, 0.7, signal.SIGKILL)),
+    *(
+        (2, 1.0, signal.SIGTERM),
+        (EPOCHS + 1, 0.0, signal.SIGKILL),
+        (EPOCHS + 1, 0.0, signal.SIGTERM),
+    ),
+)
 TIMEOUT = 600  # seconds for one process
 
 Train = Callable[..., None]
@@ -70,24 +78,24 @@ def hold_drill(cfg: Config, stop: StopSignals, train: Train) -> None:
         settings = Path(scratch, "settings.yaml")
         settings.write_text(to_yaml(short), encoding="utf-8")
 
-        def through(name: str, kills: list[Key], *, fresh: bool = False) -> Stretch:
+        def through(name: str, stops: list[Stop], *, fresh: bool = False) -> Stretch:
             stop.check()
             logger.info("%s ...", name)
-            return _through(train, settings, Path(scratch, name), batches, kills, fresh)
+            return _through(train, settings, Path(scratch, name), batches, stops, fresh)
 
         first = through("unbroken", [])
-        training = [record["batch"] for record in first.records if not record["validation"]]
-        kills = [(epoch, int(share * (max(training) + 1))) for epoch, share in KILLS]
+        number = 1 + max(r["batch"] for r in first.records if r["part"] == "training")
+        stops = [Stop((epoch, int(share * number)), by) for epoch, share, by in STOPS]
         again = through("unbroken again", [], fresh=True)
         culprit = find_culprit(short, batches, first, again)
         if culprit is not None:  # then a resume may be refused, and tell less
             log_table(first, {"again": again})
             raise Failed(f"drill: a second, unbroken run is not the same: {culprit}")
-        killed = through(f"killed {len(kills)} times and resumed", kills)
-    log_table(first, {"again": again, "killed": killed})
-    culprit = find_culprit(short, batches, first, killed)
+        stopped = through(f"stopped {len(stops)} times and resumed", stops)
+    log_table(first, {"again": again, "stopped": stopped})
+    culprit = find_culprit(short, batches, first, stopped)
     if culprit is not None:
-        raise Failed(f"drill: the killed run is not the same: {culprit}")
+        raise Failed(f"drill: the stopped run is not the same: {culprit}")
     logger.info("drill OK: identical, every batch and every bit; this run can be stopped anywhere")
 
 
@@ -95,9 +103,9 @@ def hold_drill(cfg: Config, stop: StopSignals, train: Train) -> None:
 
 
 def _through(
-    train: Train, settings: Path, folder: Path, max_batches: int, kills: list[Key], fresh: bool
+    train: Train, settings: Path, folder: Path, max_batches: int, stops: list[Stop], fresh: bool
 ) -> Stretch:
-    """Runs the stretch in processes of its own, each but the last killed at its place.
+    """Runs the stretch in processes of its own, each but the last stopped at its place.
 
     Args:
         fresh: in new interpreters that hash in another way, not in forks.
@@ -106,19 +114,22 @@ def _through(
     trace = folder / "trace.jsonl"
     trace.touch()
     starts = []
-    for kill in [*kills, None]:
+    for stop in [*stops, None]:
         starts.append(len(_read(trace)))
         method = multiprocessing.get_start_method()  # that the run's own loaders would use
         process = (FRESH if fresh else CONTEXT).Process(
-            target=_child, args=(train, settings, folder, trace, max_batches, method)
+            target=_child, args=(train, settings, folder, trace, stop, max_batches, method)
         )
         with _other_hashes() if fresh else contextlib.nullcontext():
             process.start()
         try:
-            _wait(process, trace, starts[-1], kill)
+            process.join(TIMEOUT)
         finally:
+            hangs = process.exitcode is None
             _kill(process)  # its workers too
-        if process.exitcode not in (0, -signal.SIGKILL):
+        if hangs:
+            raise Failed(f"drill: a run did not end within {TIMEOUT} s")
+        if process.exitcode != expected_status(stop):
             log = (folder / "output.txt").read_text(encoding="utf-8", errors="replace")
             raise Failed(f"drill: the run itself failed:\n{log.strip()[-3000:]}")
     run = RunFolder(None, folder)
@@ -139,17 +150,11 @@ def _other_hashes() -> Iterator[None]:
             os.environ["PYTHONHASHSEED"] = before
 
 
-def _wait(process: BaseProcess, trace: Path, start: int, kill: Key | None) -> None:
-    """Until the process ends, or has begun the batch before which it is to be killed."""
-    deadline = time.monotonic() + TIMEOUT
-    while process.exitcode is None:
-        if kill is not None:
-            begun = [key_of(record) for record in _read(trace)[start:]]
-            if begun and begun[-1] >= kill:
-                return
-        if time.monotonic() > deadline:
-            raise Failed(f"drill: a run did not end within {TIMEOUT} s")
-        process.join(0.01)
+def expected_status(stop: Stop | None) -> int:
+    """What a process of the run ends with: killed, it says nothing; told to stop, by which signal."""
+    if stop is None:
+        return 0
+    return -stop.signal if stop.signal == signal.SIGKILL else 128 + stop.signal
 
 
 def _kill(process: BaseProcess) -> None:
@@ -173,9 +178,15 @@ def _read(trace: Path) -> list[Record]:
 
 
 def _child(
-    train: Train, settings: Path, folder: Path, trace: Path, max_batches: int, method: str
+    train: Train,
+    settings: Path,
+    folder: Path,
+    trace: Path,
+    stop_at: Stop | None,
+    max_batches: int,
+    method: str,
 ) -> None:
-    """The process that is killed: goes on from what it finds in the folder."""
+    """The process that is stopped: goes on from what it finds in the folder."""
     from cnn import cli
     from cnn.training.resume import ResumePoint, find_checkpoint
 
@@ -192,6 +203,6 @@ def _child(
         with RunFolder(None, folder, scratch=True) as run_folder:
             found = find_checkpoint(run_folder)
             point = ResumePoint(*found, cfg) if found else None
-            train(cfg, run_folder, log, stop, ALONE, point, max_batches, Trace(trace))
+            train(cfg, run_folder, log, stop, ALONE, point, max_batches, Trace(trace, stop_at))
 
     sys.exit(cli.run(cli.Task(act)))

@@ -1,10 +1,11 @@
-"""A record of every batch a run trains on or validates on, and of the state it meets: what two runs are compared by."""
+"""A record of every batch that a run computes, and of the state it meets: what two runs are compared by."""
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -13,26 +14,39 @@ from cnn.metrics.running import Sums
 from cnn.training.state import TrainingState
 
 
-class Trace:
-    """Writes a line of JSON for each batch, before the model sees it."""
+class Stop(NamedTuple):
+    """Where a run is stopped on purpose, and by which signal."""
 
-    def __init__(self, path: Path):
+    at: tuple[int, int]  # epoch, batch
+    signal: int
+
+
+class Trace:
+    """Writes a line of JSON for each batch, before the model sees it.
+
+    Args:
+        stop: the batch at which the process, and with it its loader processes, is sent a signal.
+    """
+
+    def __init__(self, path: Path, stop: Stop | None = None):
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  as long as the process
+        self._stop = stop
 
     def follow(
-        self, batches: Iterable[Batch], state: TrainingState, validation: Sums | None = None
+        self, batches: Iterable[Batch], state: TrainingState, part: str, sums: Sums
     ) -> Iterator[Batch]:
-        """Passes the batches of an epoch on, each recorded.
+        """Passes batches on, each recorded.
 
         Args:
-            validation: where those of validation are added up; they count on from the training's.
+            part: training, validation, whose batches count on from the training's, or test, which is
+                the epoch after the last.
+            sums: where they are added up.
         """
-        sums = state.sums if validation is None else validation
         for number, (images, labels) in enumerate(batches, start=state.batch):
             record = {
                 "epoch": state.epoch + 1,
                 "batch": number,
-                "validation": validation is not None,
+                "part": part,
                 "labels": digest(labels),
                 "images": digest(images),
                 "model": digest(state.model.state_dict()),
@@ -42,6 +56,8 @@ class Trace:
             }
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+            if self._stop is not None and (state.epoch + 1, number) == self._stop.at:
+                os.killpg(0, self._stop.signal)
             yield images, labels
 
 

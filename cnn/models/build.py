@@ -14,6 +14,7 @@ from cnn.models.simple_cnn import SimpleCNN
 from cnn.models.weights import load_weights
 from cnn.utils import seeding
 from cnn.utils.importing import import_object
+from cnn.utils.unchanged import unchanged
 
 MODELS = {"simple_cnn": SimpleCNN, "lenet5": LeNet5, "resnet9": ResNet9, "resnet20": ResNet20}
 
@@ -56,7 +57,7 @@ def _try_out(model: nn.Module, name: str, num_classes: int, shape: tuple[int, ..
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unchanged(model):
             logits = model(torch.zeros(2, *shape))
     except (RuntimeError, ValueError, AssertionError) as error:
         size = "x".join(map(str, shape))

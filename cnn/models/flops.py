@@ -4,6 +4,7 @@ torch.utils.flop_counter does the same; importing it takes half as long as torch
 brings in Triton and torch._dynamo.
 """
 
+import copy
 import math
 from typing import Any
 
@@ -14,17 +15,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 
 
-def count_flops(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Operations of one image's way forward, a multiply-add as two; as torch, of products alone.
+def count_flops(model: nn.Module, shape: tuple[int, ...]) -> int | None:
+    """Counts the operations of one image's way forward, a multiply-add as two; of products alone.
+
+    A copy of the model computes, so that nothing in the model moves. (Not on the meta device: for
+    that torch loads its decompositions first, as long as it takes to load torch.)
 
     Args:
         shape: of an image, (C, H, W).
+
+    Returns:
+        None for a model that cannot be copied.
     """
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    with torch.no_grad(), _Counter() as counter:
-        model(torch.zeros(1, *shape, device=device))
-    model.train(training)
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad(), _Counter() as counter:
+            copy.deepcopy(model).eval()(torch.zeros(1, *shape, device=device))
+    except Exception:  # noqa: BLE001  the user's own code, and no figure is worth a training
+        return None
     return counter.total
 
 

@@ -60,7 +60,7 @@ def _log_resume(run: Run, point: ResumePoint) -> None:
         )
 
 
-def log_start(run: Run, flops: int) -> None:
+def log_start(run: Run, flops: int | None) -> None:
     """At most eight lines: versions and device, data, model, optimizer."""
     cfg, data, state, env = run.cfg, run.data, run.state, run.environment
     device = env["device"]
@@ -93,7 +93,9 @@ def _counts(labels: np.ndarray, classes: list[str]) -> str:
     return f"{counts.min()} to {counts.max()} a class"
 
 
-def _flops_text(flops: int) -> str:
+def _flops_text(flops: int | None) -> str:
+    if flops is None:
+        return "unknown FLOP"
     for limit, unit in ((1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP")):
         if flops >= limit:
             return f"{flops / limit:.3g} {unit}"
@@ -136,7 +138,7 @@ def log_test(state: TrainingState, num_images: int) -> None:
     logger.info("test_loss %.4f  test_acc %s%s", test["test_loss"], accuracy, of)
 
 
-def model_text(run: Run, flops: int) -> str:
+def model_text(run: Run, flops: int | None) -> str:
     """logs/model.txt: structure, parameters, FLOPs, environment, command line."""
     model = run.state.model
     lines = [str(model), ""]

@@ -6,6 +6,7 @@ they go on from there. Pictures and the graph of before are carried over.
 """
 
 import contextlib
+import copy
 import io
 import os
 import platform
@@ -159,7 +160,7 @@ class TensorBoard:
         try:
             with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")  # of tracing, that a shape is taken for a constant
-                made, _ = graph(model, image)
+                made, _ = graph(copy.deepcopy(model), image)  # tracing runs it
         except Exception:  # noqa: BLE001  not every model can be traced; it is one picture less
             return []
         return [Event(wall_time=self._began(), graph_def=made.SerializeToString())]

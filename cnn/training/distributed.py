@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cnn.errors import DataFailed, Elsewhere, Lost, Refused, Stopped
+from cnn.errors import DataFailed, Elsewhere, Failed, Lost, Refused, Stopped
 from cnn.metrics.running import Outcome, Sums
 from cnn.utils.launch import Launch, find_launch
 from cnn.utils.signals import StopSignals
@@ -99,14 +99,14 @@ class Group:
         """What `act` gives, in every process its own.
 
         Raises:
-            Refused: in one, and with it everywhere; one of them tells why.
+            Refused, Failed: in one, and with it everywhere; one of them tells why.
         """
         if self.size == 1:
             return act()
         given, refusal = None, None
         try:
             given = act()
-        except Refused as refused:
+        except (Refused, Failed) as refused:
             refusal = refused
         kinds = self.all_of(type(refusal).__name__)
         if any(kind != "NoneType" for kind in kinds):

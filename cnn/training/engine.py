@@ -11,6 +11,7 @@ from cnn.training.distributed import ALONE, Group
 from cnn.training.optim import freeze
 from cnn.training.state import TrainingState
 from cnn.utils import seeding
+from cnn.utils.unchanged import unchanged
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # images float (N, C, H, W), labels int64 (N)
 
@@ -105,6 +106,9 @@ def evaluate(
 ) -> Metrics:
     """Loss and accuracy of the model over all the batches, named PREFIXloss and PREFIXacc.
 
+    Model and loss are left as they were, also where the batches end with an exception: what is saved
+    then is where the evaluation began.
+
     Args:
         sums: where to add the batches, for more than these two: an `Outcome`.
         seed, epoch: what a model that draws, such as Monte-Carlo dropout, is keyed by, with the
@@ -117,13 +121,14 @@ def evaluate(
     group.equalize(model)
     device = next(model.parameters()).device
     sums = Sums(device) if sums is None else sums
-    for turn, (images, labels) in enumerate(batches):
-        number = turn * group.size + group.rank
-        seeding.seed_step(device, seed, seeding.EVALUATE, epoch, number)
-        with autocast():
-            logits = model(images)
-        loss = loss_of(loss_function, logits, labels)
-        sums.add(loss, logits, labels, weight_of(loss_function, labels))
+    with unchanged(model, loss_function):
+        for turn, (images, labels) in enumerate(batches):
+            number = turn * group.size + group.rank
+            seeding.seed_step(device, seed, seeding.EVALUATE, epoch, number)
+            with autocast():
+                logits = model(images)
+            loss = loss_of(loss_function, logits, labels)
+            sums.add(loss, logits, labels, weight_of(loss_function, labels))
     model.train(was_training)
     group.gather(sums)
     return {prefix + name: value for name, value in sums.compute().items()}

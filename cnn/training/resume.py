@@ -16,7 +16,7 @@ from cnn.config.settings import ASKED, FIXED, FREE
 from cnn.datasets.build import Data
 from cnn.errors import Refused
 from cnn.training.state import TrainingState
-from cnn.utils.checkpoint import load_checkpoint, read_checkpoint
+from cnn.utils.checkpoint import is_end_of, load_checkpoint, read_checkpoint
 from cnn.utils.files import write_atomically
 from cnn.utils.importing import outside_code
 from cnn.utils.run_folder import ARCHIVE, RunFolder, checkpoints_in
@@ -251,22 +251,21 @@ class _Place(NamedTuple):
     """Where a checkpoint stands in which run."""
 
     started: str
-    epoch: int
-    batch: int
     step: int
+
+
+def _read(path: Path, point: ResumePoint) -> dict[str, Any] | None:
+    """The content of a checkpoint; None where it is damaged."""
+    try:
+        return point.content if path == point.path else read_checkpoint(path)
+    except Refused:
+        return None
 
 
 def _places(paths: list[Path], point: ResumePoint) -> dict[Path, _Place | None]:
     """Where each of the checkpoints stands; None for one that is damaged."""
-    places: dict[Path, _Place | None] = {}
-    for path in paths:
-        try:
-            content = point.content if path == point.path else read_checkpoint(path)
-            batch = content["unfinished_epoch"]["batch"]
-            places[path] = _Place(content["started"], content["epoch"], batch, content["step"])
-        except Refused:
-            places[path] = None
-    return places
+    contents = ((path, _read(path, point)) for path in paths)
+    return {path: c and _Place(c["started"], c["step"]) for path, c in contents}
 
 
 def _set_aside_what_is_ahead(
@@ -310,8 +309,8 @@ def _bring_best_along(folder: RunFolder, point: ResumePoint) -> None:
     if best is None:
         return
     for path in (folder.best, *checkpoints_in(point.path.parent), *folder.saved(), point.path):
-        at = _places([path], point)[path]
-        if at is not None and (at.started, at.epoch, at.batch) == (started, best["epoch"], 0):
+        content = _read(path, point)
+        if content is not None and is_end_of(content, started, best["epoch"]):
             if path != folder.best:
                 _copy(path, folder.best)
             return

@@ -1,6 +1,5 @@
 """When a run is saved, and as what: between steps, at an epoch's end, when it is told to stop."""
 
-import copy
 import logging
 import math
 import shlex
@@ -8,14 +7,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 from torch import nn
 
 from cnn.errors import DataFailed, Failed, Refused, Stopped
 from cnn.training.setup import Run
 from cnn.utils import launch
-from cnn.utils.checkpoint import CheckpointWriter, read_checkpoint, where
+from cnn.utils.checkpoint import CheckpointWriter, is_end_of, read_checkpoint, where
 from cnn.utils.run_folder import RunFolder
 from cnn.utils.signals import StopSignals
 
@@ -149,23 +148,39 @@ class Saver:
             f" train.clip_grad_norm may help"
         )
 
-    def best_model(self) -> nn.Module:
-        """A copy of the model with the weights of best.pth, or the latest where it has gone bad."""
+    def load_best(self, model: nn.Module) -> None:
+        """Loads the best epoch's weights; where no epoch was the best one, the latest stay.
+
+        Of several processes the first one does; an evaluation gives its weights to the others.
+
+        Raises:
+            Failed: they are in no file any more, nor in memory.
+        """
         self.writer.wait()
-        model = copy.deepcopy(self.state.evaluated_model())
         best = self.state.best
-        if not self.group.is_first:
-            return model  # the evaluation gives it the first one's weights
         if best is None:
             logger.warning("no epoch was the best one; testing the latest weights")
-            return model
-        try:
-            content = read_checkpoint(self.folder.best)
-            if content["epoch"] != best["epoch"]:
-                raise Refused(
-                    f"{self.folder.best}: is epoch {content['epoch']}, not {best['epoch']}"
-                )
-            model.load_state_dict(content["ema_state_dict"] or content["model_state_dict"])
-        except Refused as refusal:
-            logger.error("%s; testing the latest weights instead", refusal)
-        return model
+            return
+        found = self.group.together(
+            lambda: (
+                (self.writer.owed or self._find_best(best["epoch"])) if self.group.is_first else {}
+            )
+        )
+        if found:
+            model.load_state_dict(found["ema_state_dict"] or found["model_state_dict"])
+
+    def _find_best(self, epoch: int) -> dict[str, Any]:
+        """The content of best.pth, or of another file that was saved at the end of the same epoch."""
+        for path in sorted(self.folder.saved(), key=lambda path: path != self.folder.best):
+            try:
+                content = read_checkpoint(path)
+            except Refused as refusal:
+                logger.error("%s", refusal)
+                continue
+            if is_end_of(content, self.about["started"], epoch):
+                return content
+        raise Failed(
+            f"the weights of the best epoch, {epoch}, are in no file that can be read, and without"
+            f" them there is no test. What the latest ones reach: python evaluate.py --checkpoint"
+            f" {self.folder.last}"
+        )

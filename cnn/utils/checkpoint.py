@@ -84,6 +84,12 @@ def where(content: dict[str, Any]) -> str:
     return f"after epoch {content['epoch']}{within}, step {content['step']}"
 
 
+def is_end_of(content: dict[str, Any], started: str, epoch: int) -> bool:
+    """Whether a checkpoint is what that run had at the end of that epoch."""
+    at = content["started"], content["epoch"], content["unfinished_epoch"]["batch"]
+    return at == (started, epoch, 0)
+
+
 def _advice(path: Path, option: str) -> str:
     """Which other file of the run is good."""
     for other in checkpoints_in(path if path.is_dir() else path.parent):
@@ -185,8 +191,12 @@ def _kind(value: Any) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def snapshot(tree: Any, device: torch.device | str = "cpu") -> Any:
-    """A copy of a tree of tensors and plain values that training cannot change, on the device."""
+def snapshot(tree: Any, device: torch.device | str | None = "cpu") -> Any:
+    """A copy of a tree of tensors and plain values that training cannot change.
+
+    Args:
+        device: where its tensors are put; None: where they are.
+    """
     if isinstance(tree, torch.Tensor):
         return tree.detach().to(device, copy=True)
     if isinstance(tree, dict):
@@ -264,6 +274,11 @@ class CheckpointWriter:
                 " tries again",
                 self.failure,
             )
+
+    @property
+    def owed(self) -> dict[str, Any] | None:
+        """The best epoch's content, where it could not be written yet."""
+        return self._owed and self._owed[0]
 
     def wait(self) -> None:
         """Until what was given is on the disk, or its failure told."""
