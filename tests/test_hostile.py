@@ -220,7 +220,7 @@ def test_what_evaluation_and_prediction_rest_on_is_checked_before(capfd, change)
     Image.new("L", (8, 8)).save("a.png")
     for name in ("evaluate.py", *USES):
         status, said = SCRIPTS[name](), capfd.readouterr().err
-        if name in USES and "class_weights" in change:
+        if name in USES and change.get("class_weights") == [1.0]:
             assert status == 0
             continue
         assert status == 2 and "mine.pth: " in said and "Traceback" not in said, f"{name}: {said}"

@@ -1,5 +1,6 @@
 """Settings as text: YAML that `--config` takes again, values as they are typed."""
 
+import contextlib
 import dataclasses
 import typing
 from typing import Any
@@ -8,6 +9,7 @@ import yaml
 
 from cnn.config.settings import Config, plain
 from cnn.config.values import choices_of, is_null, plain_value
+from cnn.errors import Mistake
 
 
 def to_yaml(cfg: Config) -> str:
@@ -55,8 +57,9 @@ class _Dumper(yaml.SafeDumper):
 
     def represent_text(self, text: str) -> yaml.Node:
         node = self.represent_scalar("tag:yaml.org,2002:str", text)
-        if not isinstance(plain_value(node), str) or is_null(node):
-            node.style = "'"
+        with contextlib.suppress(Mistake):  # of control characters, which YAML escapes by itself
+            if not isinstance(plain_value(node), str) or is_null(node):
+                node.style = "'"
         return node
 
 

@@ -101,7 +101,7 @@ def read_splits(cfg: DataConfig, known: list[str] | None = None) -> tuple[Splits
         made = import_object(cfg.name, "data.name")(root=cfg.root, **cfg.args)
     except TypeError as error:  # a keyword that the function does not take
         raise Refused(f"data.args: {cfg.name}: {error}") from error
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, MemoryError, OverflowError) as error:
         if cfg.name != "synthetic" or isinstance(error, Refused):
             raise
         raise Refused(f"data.args: synthetic cannot be made of {cfg.args}: {error}") from None

@@ -23,27 +23,18 @@ class Preprocessing:
 
     @classmethod
     def of_checkpoint(cls, path: Path, saved: dict[str, Any]) -> "Preprocessing":
-        """What a checkpoint says, which may come from anybody.
+        """What a checkpoint says.
 
         Raises:
-            Refused: it is none.
+            Refused: it does not fit together.
         """
-        sides = [saved.get("image_size"), saved.get("channels")]
-        numbers = [saved.get("mean"), saved.get("std")]
-        if not (
-            len(saved) == 4
-            and all(type(side) is int and side > 0 for side in sides)
-            and all(isinstance(given, list) and len(given) == sides[1] for given in numbers)
-            and all(
-                type(x) in (int, float) and math.isfinite(x) for given in numbers for x in given
-            )
-            and all(std > 0 for std in numbers[1])
-        ):
+        made = cls(**saved)
+        if not made.channels == len(made.mean) == len(made.std):
             raise Refused(
-                f"{path}: preprocessing: expected image_size, channels, and as many numbers for"
-                f" mean and std, got {str(saved)[:200]}"
+                f"{path}: preprocessing: expected a number for each of {made.channels} channels for"
+                f" mean and std, got {len(made.mean)} and {len(made.std)}"
             )
-        return cls(**saved)
+        return made
 
 
 def fit(image: torch.Tensor, size: int) -> torch.Tensor:

@@ -126,10 +126,7 @@ def build_loss_of(trained: Trained, subject: Subject) -> nn.Module:
         Refused: the checkpoint holds weights that are none.
     """
     cfg, saved = trained.cfg.loss, trained.content.get("class_weights")
-    number = len(trained.classes)
     if saved is not None:
-        if not (isinstance(saved, list) and all(type(weight) is float for weight in saved)):
-            raise Refused(f"{trained.path}: class_weights: expected {number} numbers")
         cfg = replace(cfg, class_weights=saved)
     elif cfg.class_weights == "balanced" and not subject.is_own:  # a file of before
         logger.warning("the loss is without class weights, which %s does not tell", trained.path)

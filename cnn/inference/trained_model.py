@@ -14,7 +14,7 @@ from cnn.config import Config
 from cnn.datasets.preprocessing import Preprocessing
 from cnn.errors import Refused
 from cnn.models.build import build_model
-from cnn.training.resume import DOES_NOT_FIT, check_code, naming
+from cnn.training.resume import DOES_NOT_FIT, check_code, naming, placed
 from cnn.training.state import check_like
 from cnn.utils import environment as env
 from cnn.utils.checkpoint import load_checkpoint
@@ -79,15 +79,13 @@ def load_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
     # The weights come out of the checkpoint; those that the run began with may be gone.
     begun = dataclasses.replace(cfg.model, weights=None, pretrained=False)
     number = len(content["classes"])
-    if number == 0 or len(set(content["classes"])) < number:
-        raise Refused(f"{path}: classes: expected names, each once, got {content['classes'][:10]}")
     try:
         model = build_model(begun, number, pre.channels, pre.image_size, cfg.seed)
     except Refused as refusal:
         raise Refused(f"{path}: {refusal}") from None
     model = model.to(device, memory_format=torch.channels_last)
     _load_weights(path, model, content)
-    places = {key: str(path) if at == "checkpoint" else at for key, at in places.items()}
+    places = placed(places, path)
     return Trained(path, content, cfg, typed, places, model.eval(), pre, device, precision)
 
 
@@ -125,7 +123,7 @@ def _load_weights(path: Path, model: nn.Module, content: dict[str, Any]) -> None
     weights, expected = content["ema_state_dict"] or content["model_state_dict"], model.state_dict()
     try:
         for name, tensor in weights.items():
-            if name in expected:
+            if isinstance(expected.get(name), torch.Tensor):
                 check_like(tensor, expected[name], name)
         model.load_state_dict(weights)
     except DOES_NOT_FIT as error:

@@ -44,7 +44,8 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
     known = OPTIMIZERS.get(cfg.name)
     make = _without_compiler(known) if known else import_object(cfg.name, "optim.name")
     try:
-        options = _keywords(cfg, make)
+        fused = all(p.is_floating_point() for _, part in groups for p in part)
+        options = _keywords(cfg, make, fused)
         made = make([{"params": p, **group} for group, p in groups], lr=cfg.lr, **options)
     except Refused:
         raise
@@ -63,8 +64,12 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
     return made
 
 
-def _keywords(cfg: OptimConfig, make: Callable[..., Optimizer]) -> dict[str, Any]:
-    """What the optimizer is given beside parameters and lr: settings that its signature has, and args."""
+def _keywords(cfg: OptimConfig, make: Callable[..., Optimizer], fused: bool) -> dict[str, Any]:
+    """What the optimizer is given beside parameters and lr: settings that its signature has, and args.
+
+    Args:
+        fused: whether the parameters can be stepped in one pass; complex ones cannot.
+    """
     signature = inspect.signature(make).parameters
     own = ({field.name for field in fields(cfg)} - {*NO_KEYWORDS}) & signature.keys()
     doubled = sorted(cfg.args.keys() & (own | {*OF_GROUPS}))
@@ -72,7 +77,7 @@ def _keywords(cfg: OptimConfig, make: Callable[..., Optimizer]) -> dict[str, Any
         raise Refused(f"optim.args: {doubled[0]} has a setting of its own: optim.{doubled[0]}")
     options = {name: getattr(cfg, name) for name in sorted(own - {*OF_GROUPS})} | cfg.args
     if cfg.name in OPTIMIZERS and "fused" in signature and "foreach" not in options:
-        options.setdefault("fused", True)  # all parameters in one pass, on CPU and CUDA
+        options.setdefault("fused", fused)  # all parameters in one pass, on CPU and CUDA
     return options
 
 

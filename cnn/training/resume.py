@@ -14,6 +14,7 @@ from cnn.cli import Command
 from cnn.config import Config, as_text
 from cnn.config.settings import ASKED, FIXED, FREE
 from cnn.datasets.build import Data
+from cnn.datasets.loader import Loader
 from cnn.errors import Refused
 from cnn.training.state import TrainingState
 from cnn.utils.checkpoint import is_end_of, load_checkpoint, read_checkpoint
@@ -73,7 +74,7 @@ def find_resume_point(command: Command, cfg: Config) -> ResumePoint | None:
     with naming(path):
         cfg, places = command.load_config(base)
     command.places.clear()
-    command.places.update(places)
+    command.places.update(placed(places, path))
     changes = check_settings(path, content["config"], cfg, command.typed(), places)
     return ResumePoint(path, content, cfg, tuple(changes), stamp)
 
@@ -87,6 +88,11 @@ def naming(path: Path) -> Iterator[None]:
         raise Refused(
             re.sub("^checkpoint: ", f"{path}: ", str(refusal), flags=re.MULTILINE)
         ) from None
+
+
+def placed(places: dict[str, str], path: Path) -> dict[str, str]:
+    """Where each setting was given, those of the checkpoint by its name."""
+    return {key: str(path) if place == "checkpoint" else place for key, place in places.items()}
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -180,7 +186,7 @@ def check_settings(
                 asked if key in untyped else rules[key] if key in refused else FREE,
             )
         )
-    place = places.get(refused[0], "")
+    place = places.get(refused[0], "").removeprefix("checkpoint")
     raise Refused(
         f"{place + ': ' if place else ''}{path} was made with other settings:\n"
         + "\n".join(f"  {line}" for line in aligned(rows))
@@ -189,8 +195,11 @@ def check_settings(
     )
 
 
-def restore(state: TrainingState, point: ResumePoint, data: Data) -> None:
+def restore(state: TrainingState, point: ResumePoint, data: Data, loader: Loader) -> None:
     """Puts the run where the checkpoint was.
+
+    Args:
+        loader: of the training images.
 
     Raises:
         Refused: the data or the model is another one.
@@ -211,6 +220,7 @@ def restore(state: TrainingState, point: ResumePoint, data: Data) -> None:
             f"{path}: the data has changed since ({counts}), so that the run could not go on"
             f" as it was. To begin a new run from its weights: model.weights={path}"
         )
+    _check_place(point, loader)
     try:
         state.load_state_dict(content)
     except DOES_NOT_FIT as error:
@@ -223,6 +233,23 @@ def restore(state: TrainingState, point: ResumePoint, data: Data) -> None:
     if not state.is_finished(cfg.epochs, cfg.early_stop_patience):
         state.test = None  # there are more epochs now; it will be another best one's
         state.predictions.pop("test", None)
+
+
+def _check_place(point: ResumePoint, loader: Loader) -> None:
+    """Refuses a place that no run over these batches comes to."""
+    content, accumulate = point.content, point.cfg.train.accumulate
+    epoch, step, batch = content["epoch"], content["step"], content["unfinished_epoch"]["batch"]
+    of_epoch, of_this_one = (-(-number // accumulate) for number in (len(loader), batch))
+    images = content["unfinished_epoch"]["sums"]["count"]
+    if (
+        batch > len(loader)
+        or step != epoch * of_epoch + of_this_one
+        or images > sum(loader.sizes[:batch])
+    ):
+        raise Refused(
+            f"{point.path}: step {step} and {images} images do not fit {epoch} epochs and {batch}"
+            f" batches of {len(loader)}"
+        )
 
 
 def make_ready(folder: RunFolder, point: ResumePoint | None) -> None:

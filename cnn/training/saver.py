@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, Self, TypeVar
 
+import torch
 from torch import nn
 
 from cnn.errors import DataFailed, Failed, Refused, Stopped
@@ -137,7 +138,7 @@ class Saver:
     def _check_weights(self) -> None:
         """Raises Failed where a weight is NaN, which the loss shows only a step later."""
         for name, tensor in self.state.model.state_dict().items():
-            if tensor.is_floating_point() and tensor.isnan().any():
+            if isinstance(tensor, torch.Tensor) and tensor.isnan().any():
                 self._diverged(f"{name} is no longer a number")
 
     def _diverged(self, what: str) -> NoReturn:

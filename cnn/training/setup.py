@@ -12,7 +12,7 @@ from cnn.datasets.augment import DRAWS
 from cnn.datasets.build import Data, build_data
 from cnn.datasets.loader import Loader, build_loader
 from cnn.datasets.preprocessing import Preprocessing
-from cnn.errors import Refused
+from cnn.errors import Mistake, Refused
 from cnn.metrics.running import Outcome
 from cnn.metrics.scores import epoch_metrics, mode, result_metrics
 from cnn.models import small_maps
@@ -25,7 +25,7 @@ from cnn.training.schedule import Schedule
 from cnn.training.shared_data import build_once_per_node
 from cnn.training.state import TrainingState
 from cnn.utils import environment as env
-from cnn.utils.checkpoint import FORMAT
+from cnn.utils.checkpoint import FORMAT, check_readable, snapshot
 from cnn.utils.memory import Heap
 
 
@@ -114,8 +114,12 @@ def build_run(
         "data": data.fingerprint(),
         "environment": env.describe(device, precision, group.size),
     }
+    try:
+        check_readable(snapshot(state.state_dict()) | about)
+    except Mistake as mistake:
+        raise Refused(f"a checkpoint of this run could not be read again: {mistake}") from None
     if point is not None:
-        restore(state, point, data)
+        restore(state, point, data, loaders[0])
     return Run(cfg, data, *loaders, loss, state, precision, about)
 
 

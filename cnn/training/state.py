@@ -1,6 +1,7 @@
 """All that changes during a run, in one object, with its save and its load side by side."""
 
 import copy
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -110,17 +111,28 @@ class TrainingState:
     def _check_fit(self, saved: dict[str, Any]) -> None:
         """Raises ValueError where tensors have another shape or dtype; torch would convert some."""
         weights = self.model.state_dict()
+        missing = sorted(weights.keys() - saved["model_state_dict"].keys())
+        if missing:  # torch passes over some, such as BatchNorm's count of batches
+            raise ValueError(f"model_state_dict.{missing[0]}: missing")
         for part in ("model_state_dict", "ema_state_dict"):
             for name, tensor in (saved[part] or {}).items():
-                if name in weights:
+                if isinstance(weights.get(name), torch.Tensor):  # else what a module keeps beside
                     check_like(tensor, weights[name], f"{part}.{name}")
+        parameters, remembered = self._parameters(), saved["optimizer_state_dict"]
+        numbers = [n for group in remembered["param_groups"] for n in group["params"]]
+        if numbers != list(range(len(parameters))):
+            raise ValueError(
+                f"optimizer_state_dict: expected {len(parameters)} parameters in order"
+            )
         if self._configured() is not None:
             return  # an optimizer of the user's own may remember whatever it likes
-        parameters = self._parameters()
-        for number, memory in saved["optimizer_state_dict"]["state"].items():
-            for name, value in memory.items():
-                if isinstance(value, torch.Tensor) and value.ndim > 0:
-                    check_like(value, parameters[number], f"optimizer_state_dict.{number}.{name}")
+        expected = remembered_of_one(self.optimizer)
+        for number, memory in remembered["state"].items():
+            if number not in numbers:
+                raise ValueError(f"optimizer_state_dict.state.{number}: no such parameter")
+            for name, like in expected.items():
+                key = f"optimizer_state_dict.state.{number}.{name}"
+                check_like(memory.get(name), parameters[number] if like.ndim else like, key)
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
         """Loads what the optimizer remembers, but keeps the settings that it was built with.
@@ -130,9 +142,11 @@ class TrainingState:
         """
         built = [dict(group) for group in self.optimizer.param_groups]
         configured, parameters = self._configured(), self._parameters()
-        self.optimizer.load_state_dict(saved)
+        of_parameters = {n: part for n, part in saved["state"].items() if type(n) is int}
+        state = {n: laid_out(part, parameters[n]) for n, part in of_parameters.items()}
+        self.optimizer.load_state_dict(saved | {"state": snapshot(saved["state"]) | state})
         if configured is not None:  # torch has cast all to the parameters' dtype, but for `step`
-            for number, memory in saved["state"].items():
+            for number, memory in state.items():
                 held = self.optimizer.state[parameters[number]]
                 for name, value in memory.items():
                     if getattr(held.get(name), "dtype", None) != getattr(value, "dtype", "none"):
@@ -142,6 +156,9 @@ class TrainingState:
             kept = settings.keys() - {"params"}
             if configured is not None:
                 kept &= configured
+            else:  # a key more would go from file to file
+                for key in group.keys() - settings.keys():
+                    del group[key]
             group |= {key: settings[key] for key in kept}
             group["lr"] = lr
 
@@ -203,8 +220,38 @@ class TrainingState:
         )
 
 
-def check_like(tensor: torch.Tensor, expected: torch.Tensor, name: str) -> None:
+def remembered_of_one(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What the optimizer remembers of a parameter (1), learnt from a step of a copy; by name.
+
+    What has its shape is as large as the parameter, the rest are single numbers ().
+    """
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    trial = copy.copy(optimizer)
+    trial.state = defaultdict(dict)
+    trial.param_groups = [optimizer.param_groups[0] | {"params": [parameter]}]
+    trial.step()
+    return dict(trial.state[parameter])
+
+
+def laid_out(tree: Any, parameter: nn.Parameter) -> Any:
+    """A copy of what an optimizer remembers of a parameter, in memory laid out as the parameter is.
+
+    Fused optimizers take it for granted; a file may say otherwise.
+    """
+    if isinstance(tree, dict):
+        return {name: laid_out(value, parameter) for name, value in tree.items()}
+    if isinstance(tree, torch.Tensor) and tree.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=tree.dtype, device=tree.device).copy_(tree)
+    if isinstance(tree, torch.Tensor):
+        return tree.clone(memory_format=torch.contiguous_format)
+    return tree
+
+
+def check_like(tensor: Any, expected: torch.Tensor, name: str) -> None:
     """Raises ValueError where a tensor has another shape or dtype; torch would convert some."""
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")  # noqa: TRY004
     if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
         kinds = [
             f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (expected, tensor)

@@ -31,7 +31,10 @@ TAIL_BYTES = END_BYTES + 200  # the end and the longest comment of ours
 LOCAL_HEADER_BYTES = 30
 
 # What a tree of tensors and plain values is pickled with.
-STORAGES = ("Float", "Double", "Half", "BFloat16", "Bool", "Byte", "Char", "Short", "Int", "Long")
+STORAGES = (
+    *("Float", "Double", "Half", "BFloat16", "ComplexFloat", "ComplexDouble"),
+    *("Bool", "Byte", "Char", "Short", "Int", "Long"),
+)
 PLAIN = {
     *("collections OrderedDict", "torch Size"),
     *("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"),

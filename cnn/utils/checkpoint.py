@@ -5,45 +5,24 @@ were written, in `checked_zip`.
 """
 
 import logging
-import math
 import shutil
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import torch
 
-from cnn.errors import Refused
+from cnn.errors import Failed, Mistake, Refused
+from cnn.utils import checkpoint_structure as structure
 from cnn.utils.checked_zip import read_archive_and_size, write_archive
 from cnn.utils.files import write_atomically
 from cnn.utils.run_folder import checkpoints_in
 
 logger = logging.getLogger(__name__)
 
+OUTLINE = "outline"  # the key of a hash over all but the many numbers in tensors
 FORMAT = 1  # of the content; counted up when a reader of before could not read it
-
-# What a checkpoint holds at least, and as what.
-STRUCTURE: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("format", "epoch", "step"), (int,)),
-    **dict.fromkeys(("model_state_dict", "optimizer_state_dict"), (dict,)),
-    **dict.fromkeys(("scheduler_state_dict", "scaler_state_dict"), (dict,)),
-    **dict.fromkeys(("ema_state_dict", "best", "test"), (dict, NoneType)),
-    **dict.fromkeys(("unfinished_epoch", "early_stop", "config", "preprocessing"), (dict,)),
-    **dict.fromkeys(("data", "environment", "unfinished_epoch.sums"), (dict,)),
-    **dict.fromkeys(("lr", "unfinished_epoch.seconds", "best.value"), (int, float)),
-    **dict.fromkeys(("unfinished_epoch.batch", "best.epoch", "early_stop.waited"), (int,)),
-    **{f"data.{key}": (int,) for key in ("train", "val", "test", "checksum")},
-    **dict.fromkeys(("history", "classes"), (list,)),
-    **dict.fromkeys(("started", "best.metric", "environment.precision"), (str,)),
-}
-KEYS = tuple(key for key in STRUCTURE if "." not in key)
-
-CONTAINERS = (dict, list, tuple)
-PLAIN = (NoneType, bool, int, float, str)
-MAX_DEPTH = 50
-MAX_INT = 2**64
 
 
 def load_checkpoint(path: Path, option: str = "--resume") -> dict[str, Any]:
@@ -66,15 +45,35 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """As `load_checkpoint`, for a caller that itself looks for another file."""
     content, size = read_archive_and_size(path)
     _check_kind(path, content)
-    _check_values(path, content, size)
-    _check_structure(path, content)
-    for part in ("model_state_dict", "ema_state_dict"):
-        for name, tensor in (content[part] or {}).items():
-            if not isinstance(tensor, torch.Tensor):
-                raise Refused(f"{path}: {part}.{name}: expected a tensor, got {_kind(tensor)}")
-            if tensor.is_floating_point() and tensor.isnan().any():
-                raise Refused(f"{path}: {part}.{name}: holds values that are no numbers (NaN)")
+    try:
+        _check_content(content, size)
+    except Mistake as mistake:
+        raise Refused(f"{path}: {mistake}") from None
     return content
+
+
+def _check_content(content: dict[str, Any], size: int) -> None:
+    """Holds what a file holds against what it must; raises Mistake, beginning with the key."""
+    claimed = structure.check_values(content)
+    if claimed > size:
+        raise Mistake(f"its tensors claim {claimed:,} bytes, the file has {size:,}")
+    outline = content.pop(OUTLINE, None)  # not in files of before
+    structure.check_content(content)
+    if outline not in (None, structure.outline_of(content)):
+        raise Mistake(
+            f"its settings, numbers or shapes are not those that were saved; where they were changed"
+            f" on purpose, take the entry {OUTLINE!r} out too"
+        )
+    for part in ("model_state_dict", "ema_state_dict"):
+        for name, value in (content[part] or {}).items():
+            if isinstance(value, torch.Tensor) and value.isnan().any():
+                raise Mistake(f"{part}.{name}: holds values that are no numbers (NaN)")
+
+
+def check_readable(content: dict[str, Any]) -> None:
+    """Raises Mistake, beginning with the key, where a file with this content would be refused."""
+    structure.check_values(content)
+    structure.check_content(content)
 
 
 def where(content: dict[str, Any]) -> str:
@@ -104,7 +103,7 @@ def _advice(path: Path, option: str) -> str:
 def _check_kind(path: Path, content: Any) -> None:
     """Refuses what is no checkpoint of ours, and what a later version wrote."""
     if not isinstance(content, dict):
-        raise Refused(f"{path}: expected a checkpoint of train.py, got {_kind(content)}")
+        raise Refused(f"{path}: expected a checkpoint of train.py, got {structure.shown(content)}")
     is_state = bool(content) and all(isinstance(value, torch.Tensor) for value in content.values())
     of_a_run = {"optimizer_state_dict", "step"} & content.keys()
     if is_state or ("model_state_dict" in content and not of_a_run):  # export.py's
@@ -118,77 +117,13 @@ def _check_kind(path: Path, content: Any) -> None:
             f"{path}: written by a newer version of this project (format {version}, this one reads"
             f" {FORMAT}); update it"
         )
-    missing = [key for key in KEYS if key not in content]
+    missing = [key for key in structure.KEYS if key not in content]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise Refused(
             f"{path}: not a checkpoint of train.py, or not all of one: {', '.join(missing[:5])}"
             f"{more} missing"
         )
-
-
-def _check_values(path: Path, content: dict[str, Any], size: int) -> None:
-    """Refuses values that are not plain, and tensors that claim more than the file has."""
-    seen: set[int] = set()
-    claimed = 0
-
-    def walk(tree: Any, key: str, depth: int) -> None:
-        nonlocal claimed
-        if type(tree) is torch.Tensor and tree.layout == torch.strided:
-            claimed += tree.numel() * tree.element_size()
-        elif isinstance(tree, CONTAINERS):
-            # A tree: what hangs at two places or in itself could be endless to walk.
-            if (id(tree) in seen and len(tree)) or depth > MAX_DEPTH:
-                raise Refused(f"{path}: {key}: not a tree of plain values")
-            seen.add(id(tree))
-            items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-            for name, value in items:
-                if not isinstance(name, (str, int)):
-                    raise Refused(f"{path}: {key}: expected plain keys, got {_kind(name)}")
-                walk(value, f"{key}.{name}" if key else str(name), depth + 1)
-        elif type(tree) not in PLAIN or (isinstance(tree, int) and abs(tree) > MAX_INT):
-            raise Refused(f"{path}: {key}: expected a plain value, got {_kind(tree)}")
-
-    walk(content, "", 0)
-    if claimed > size:
-        raise Refused(f"{path}: its tensors claim {claimed:,} bytes, the file has {size:,}")
-
-
-def _check_structure(path: Path, content: dict[str, Any]) -> None:
-    """Holds the content against STRUCTURE."""
-    for key, kinds in STRUCTURE.items():
-        value: Any = content
-        for part in key.split("."):
-            value = value.get(part, ...) if isinstance(value, dict) else None
-        if "." in key and content[key.split(".")[0]] is None:
-            continue
-        expected = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
-        if type(value) not in kinds and not (dict in kinds and isinstance(value, dict)):
-            raise Refused(f"{path}: {key}: expected {expected}, got {_kind(value)}")
-        if type(value) in (int, float) and key != "best.value" and not 0 <= value < math.inf:
-            raise Refused(f"{path}: {key}: expected {expected} of at least 0, got {value}")
-    for key in ("group_lrs", "predictions"):  # not in files of before
-        if not isinstance(content.get(key, {}), dict):
-            raise Refused(f"{path}: {key}: expected dict, got {_kind(content[key])}")
-    for section, values in content["config"].items():
-        for key in (section, *(values if isinstance(values, dict) else ())):
-            if not isinstance(key, str):
-                raise Refused(f"{path}: config: expected keys of text, got {key!r}")
-    for name in ("history", "classes"):
-        kind = dict if name == "history" else str
-        for number, item in enumerate(content[name]):
-            if not isinstance(item, kind):
-                raise Refused(
-                    f"{path}: {name}[{number}]: expected {kind.__name__}, got {_kind(item)}"
-                )
-
-
-def _kind(value: Any) -> str:
-    if value is ...:
-        return "nothing"
-    if isinstance(value, torch.Tensor):
-        return f"a tensor {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    return "null" if value is None else type(value).__name__
 
 
 def snapshot(tree: Any, device: torch.device | str | None = "cpu") -> Any:
@@ -210,7 +145,7 @@ def estimate_bytes(tree: Any) -> int:
     """About how large the file of a content is: its tensors, and what torch.save adds to each."""
     if isinstance(tree, torch.Tensor):
         return tree.numel() * tree.element_size() + 300  # zip headers, alignment, pickled shape
-    if isinstance(tree, CONTAINERS):
+    if isinstance(tree, structure.CONTAINERS):
         values: Iterable[Any] = tree.values() if isinstance(tree, dict) else tree
         return 20 + sum(estimate_bytes(value) for value in values)
     return 20
@@ -222,6 +157,7 @@ def save_checkpoint(content: dict[str, Any], path: Path, also: tuple[Path, ...] 
     Raises:
         OSError: the files of before are as they were.
     """
+    content = content | {OUTLINE: structure.outline_of(content)}
     write_atomically(path, lambda file: write_archive(content, file), also)
 
 
@@ -249,9 +185,18 @@ class CheckpointWriter:
         Args:
             best: where the same goes as the best epoch, if it is that.
             also: further names for it.
+
+        Raises:
+            Failed: the file could not be read again; nothing is saved.
         """
         self.wait()
         copy = snapshot(content)
+        try:
+            check_readable(copy)
+        except Mistake as mistake:
+            raise Failed(
+                f"this state could not be read again: {mistake}; nothing is saved"
+            ) from None
         if best is not None:
             self._owed = copy, best
         # No daemon: the interpreter waits for a write under way, whatever ends the run.

@@ -1,0 +1,294 @@
+"""What a checkpoint holds: one description of the whole file, to its leaves, and the check against it.
+
+A file may come from anybody, and a state that could not be read again must not be written: so both
+what is read and what is to be saved is held against the same description.
+"""
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from types import NoneType
+from typing import Any, NamedTuple
+
+import torch
+
+from cnn.errors import Mistake
+
+CONTAINERS = (dict, list, tuple)
+MAX_DEPTH = 50
+MAX_INT = 2**63
+
+# Of the tensors in a file; `checked_zip` reads no others.
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+DTYPES = (*FLOATS, *INTEGERS, torch.complex64, torch.complex128)
+
+
+class Leaf(NamedTuple):
+    """A value: how it is called in a message, and whether one is of this kind."""
+
+    expected: str
+    holds: Callable[[Any], bool]
+
+
+def whole(least: int = 0) -> Leaf:
+    """A whole number from `least` on."""
+    return Leaf(
+        f"a whole number of at least {least}",
+        lambda value: type(value) is int and least <= value < MAX_INT,
+    )
+
+
+def number(expected: str, holds: Callable[[float], bool]) -> Leaf:
+    """A number within limits."""
+    return Leaf(expected, lambda value: type(value) in (int, float) and holds(value))
+
+
+def tensor(expected: str, dtypes: tuple[torch.dtype, ...], ndim: int) -> Leaf:
+    """A tensor of one of these dtypes, with so many dimensions."""
+    return Leaf(
+        expected,
+        lambda value: (
+            isinstance(value, torch.Tensor) and value.dtype in dtypes and value.ndim == ndim
+        ),
+    )
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it is made of what YAML has: no tensor in it, and text for keys."""
+    if isinstance(value, dict):
+        return all(type(key) is str and is_plain(inner) for key, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(is_plain, value))
+    return not isinstance(value, torch.Tensor)
+
+
+ANY = Leaf("plain values or tensors", lambda value: True)
+PLAIN = Leaf("plain values", is_plain)
+NULL = Leaf("null", lambda value: value is None)
+TEXT = Leaf("text", lambda value: type(value) is str)
+WHOLE = whole()
+NUMBER = number("a number", lambda value: not math.isnan(value))
+AMOUNT = number("a finite number of at least 0", lambda value: 0 <= value < math.inf)
+POSITIVE = number("a finite number above 0", lambda value: 0 < value < math.inf)
+METRIC = Leaf("a number or null", lambda value: type(value) in (int, float, NoneType))
+TENSOR = Leaf("a tensor", lambda value: isinstance(value, torch.Tensor))
+COUNT = tensor("a tensor () of whole numbers", INTEGERS, 0)
+TOTAL = tensor("a tensor () of floats", FLOATS, 0)
+
+# A mapping: names, those that may be missing with a `?`; then patterns for all others. A list of one:
+# so many of them. A tuple: one of these.
+WEIGHTS = {"*_extra_state": ANY, "*": TENSOR}
+PREDICTIONS = {
+    "prediction": tensor("a tensor (N) of classes", INTEGERS, 1),
+    "probability": tensor("a tensor (N) of floats", FLOATS, 1),
+}
+CHECKPOINT = {
+    "format": whole(1),
+    "draws?": whole(1),
+    "started": TEXT,
+    "config": {"*": PLAIN},
+    "classes": [TEXT],
+    "preprocessing": {
+        "image_size": whole(1),
+        "channels": whole(1),
+        "mean": [NUMBER],
+        "std": [POSITIVE],
+    },
+    "class_weights?": (NULL, [AMOUNT]),
+    "data": {"train": WHOLE, "val": WHOLE, "test": WHOLE, "checksum": WHOLE},
+    "environment": {"precision": TEXT, "*": PLAIN},
+    "model_state_dict": WEIGHTS,
+    "ema_state_dict": (NULL, WEIGHTS),
+    "loss_state_dict?": WEIGHTS,
+    "optimizer_state_dict": {
+        "state": {int: {"*": ANY}, "*": ANY},
+        "param_groups": [{"params": [WHOLE], "lr": AMOUNT, "initial_lr": AMOUNT, "*": ANY}],
+    },
+    "scheduler_state_dict": {
+        "by_step": {"last_epoch": WHOLE},
+        "plateau?": {"best": NUMBER, **dict.fromkeys(("num_bad_epochs", "cooldown_counter"), WHOLE)}
+        | {"last_epoch": WHOLE},
+    },
+    "scaler_state_dict": (
+        {},
+        {"scale": POSITIVE, "growth_factor": POSITIVE, "backoff_factor": POSITIVE}
+        | {"growth_interval": WHOLE, "_growth_tracker": WHOLE},
+    ),
+    "epoch": WHOLE,
+    "step": WHOLE,
+    "lr": AMOUNT,
+    "group_lrs?": {"*": AMOUNT},
+    "unfinished_epoch": {
+        "batch": WHOLE,
+        "sums": {"loss": TOTAL, "correct": COUNT, "weight?": (AMOUNT, TOTAL), "count": WHOLE},
+        "seconds": AMOUNT,
+    },
+    "early_stop": {"waited": WHOLE},
+    "best": (NULL, {"metric": TEXT, "value": NUMBER, "epoch": whole(1)}),
+    "history": [
+        {"epoch": whole(1), "step": WHOLE, **dict.fromkeys(("lr", "seconds"), AMOUNT)}
+        | {"images_per_second": AMOUNT, "*": METRIC}
+    ],
+    "test": (NULL, {"*": METRIC}),
+    "predictions?": {"val?": PREDICTIONS, "test?": PREDICTIONS},
+    "*": PLAIN,  # of a later version
+}
+
+
+def _needed(kinds: dict[Any, Any]) -> list[str]:
+    """The names that a mapping must have."""
+    return [name for name in kinds if type(name) is str and not set(name) & set("?*")]
+
+
+KEYS = _needed(CHECKPOINT)
+
+
+def check_content(content: dict[str, Any]) -> None:
+    """Holds the content of a checkpoint against the description, and its parts against each other.
+
+    Raises:
+        Mistake: beginning with the key.
+    """
+    check(content, CHECKPOINT)
+    classes = content["classes"]
+    if not classes or len(set(classes)) < len(classes):
+        raise Mistake(f"classes: expected names, each once, got {classes[:10]}")
+    epoch, best, history = content["epoch"], content["best"], content["history"]
+    if [row["epoch"] for row in history] != list(range(1, epoch + 1)):
+        raise Mistake(f"history: expected the epochs 1 to {epoch}, got {len(history)} others")
+    if best is not None and (
+        best["epoch"] > epoch or history[best["epoch"] - 1].get(best["metric"]) != best["value"]
+    ):
+        raise Mistake(f"best: expected an epoch of the history, got {best}")
+    waited = epoch - (best["epoch"] if best else 0)
+    if content["early_stop"]["waited"] != waited:
+        raise Mistake(
+            f"early_stop.waited: expected {waited}, got {content['early_stop']['waited']}"
+        )
+    for split, said in content.get("predictions", {}).items():
+        predicted, number = said["prediction"], len(said["probability"])
+        if len(predicted) != number or not set(predicted.tolist()) <= {*range(len(classes))}:
+            raise Mistake(f"predictions.{split}: expected a class of these for each image")
+
+
+def check(value: Any, kind: Any, key: str = "") -> None:
+    """Holds a value against a description; raises Mistake, beginning with the key."""
+    if isinstance(kind, Leaf):
+        if not kind.holds(value):
+            raise Mistake(f"{key}: expected {kind.expected}, got {shown(value)}")
+    elif isinstance(kind, tuple):
+        *others, last = kind
+        for one in others:
+            with contextlib.suppress(Mistake):
+                return check(value, one, key)
+        check(value, last, key)
+    elif isinstance(kind, list):
+        if not isinstance(value, list):
+            raise Mistake(f"{key}: expected a list, got {shown(value)}")
+        for number, item in enumerate(value):
+            check(item, kind[0], f"{key}[{number}]")
+    else:
+        _check_mapping(value, kind, key)
+
+
+def _check_mapping(value: Any, kinds: dict[Any, Any], key: str) -> None:
+    if not isinstance(value, dict):
+        raise Mistake(f"{key}: expected a mapping, got {shown(value)}")
+    missing = [name for name in _needed(kinds) if name not in value]
+    if missing:
+        raise Mistake(f"{_below(key, missing[0])}: missing")
+    for name, item in value.items():
+        kind = next((kind for known, kind in kinds.items() if _is_name(name, known)), None)
+        if kind is None:
+            raise Mistake(f"{_below(key, name)}: no such key")
+        check(item, kind, _below(key, name))
+
+
+def _is_name(name: Any, known: Any) -> bool:
+    if known is int:
+        return type(name) is int
+    return type(name) is str and fnmatchcase(name, known.removesuffix("?"))
+
+
+def _below(key: str, name: Any) -> str:
+    return f"{key}.{name}" if key else str(name)
+
+
+def check_values(content: Any) -> int:
+    """Refuses what is no tree of plain values and plain tensors.
+
+    Returns:
+        The bytes that the tensors have, in memory that several may share.
+
+    Raises:
+        Mistake: beginning with the key.
+    """
+    seen: set[int] = set()
+    storages: dict[int, int] = {}
+
+    def walk(tree: Any, key: str, depth: int) -> None:
+        if isinstance(tree, torch.Tensor):
+            fault = _fault_of(tree)
+            if fault is not None:
+                raise Mistake(f"{key}: expected a plain tensor, got {fault}")
+            storages[tree.untyped_storage().data_ptr()] = tree.untyped_storage().nbytes()
+        elif isinstance(tree, CONTAINERS):
+            # A tree: what hangs at two places or in itself could be endless to walk.
+            if (id(tree) in seen and len(tree)) or depth > MAX_DEPTH:
+                raise Mistake(f"{key}: not a tree of plain values")
+            seen.add(id(tree))
+            items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+            for name, value in items:
+                if type(name) not in (str, int):
+                    raise Mistake(f"{key}: expected plain keys, got {shown(name)}")
+                walk(value, _below(key, name), depth + 1)
+        elif type(tree) not in (NoneType, bool, int, float, str):
+            raise Mistake(f"{key}: expected a plain value, got {shown(tree)}")
+        elif type(tree) is int and not -MAX_INT <= tree < 2 * MAX_INT:
+            raise Mistake(f"{key}: expected a number of 64 bits, got a larger one")
+
+    walk(content, "", 0)
+    return sum(storages.values())
+
+
+def _fault_of(tensor: torch.Tensor) -> str | None:
+    """What keeps a tensor from being a plain one, each of whose numbers has a place of its own."""
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return "a sparse or quantised one"
+    if tensor.is_conj() or tensor.is_neg():
+        return "a conjugated or negated view"
+    if tensor.dtype not in DTYPES:
+        return f"one of {str(tensor.dtype).removeprefix('torch.')}, which is not kept"
+    reached = 0  # from the first number, by the dimensions of smaller strides
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        if size > 1 and stride <= reached:
+            return "one whose numbers overlap in memory"
+        reached += stride * max(size - 1, 0)
+    return None
+
+
+def outline_of(content: dict[str, Any]) -> str:
+    """A hash over a content: all but the many numbers in tensors, which a file's checksums cover."""
+
+    def outline(tree: Any) -> Any:
+        if isinstance(tree, torch.Tensor):
+            return tree.dtype, tuple(tree.shape), tree.item() if tree.ndim == 0 else None
+        if isinstance(tree, dict):
+            return sorted((repr(key), outline(value)) for key, value in tree.items())
+        if isinstance(tree, (list, tuple)):
+            return [outline(value) for value in tree]
+        return repr(tree)
+
+    return hashlib.sha256(repr(outline(content)).encode()).hexdigest()
+
+
+def shown(value: Any) -> str:
+    """A value as a message tells it: what it is, and a number itself."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if type(value) in (int, float):
+        return str(value)[:40]
+    return "null" if value is None else type(value).__name__
