@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from archives import content, saved
 from conftest import assert_same_run
 from torch import nn
 from torch.optim import lr_scheduler
@@ -392,3 +393,30 @@ def test_a_lengthened_run_goes_on_along_the_longer_curve():
     other.load_state_dict(optimizer.state_dict())
     longer.load_state_dict(schedule.state_dict())
     assert run(longer, other, 20, done=20) == run(*start("cosine", epochs=2 * EPOCHS))[20:]
+
+
+SLOW = "^(([a-z0-9_.]+)+)+!$"  # takes three to the power of the length of a name
+
+
+def test_patterns_that_would_take_for_ever_are_refused(train, capfd, monkeypatch):
+    monkeypatch.setattr("cnn.training.optim.MATCHING", 0.5)
+    for words in (
+        [f"optim.groups=[{{match: '{SLOW}', lr_scale: 0.5}}]"],
+        [f"optim.freeze={SLOW}", "optim.freeze_epochs=1"],
+    ):
+        assert train(*words) == 2
+        assert "takes more than 0.5 s to be held against" in capfd.readouterr().err
+    assert train("optim.freeze=" + "a" * 501, "optim.freeze_epochs=1") == 2
+    assert "optim.freeze: expected at most 500 characters, got 501" in capfd.readouterr().err
+    for pattern in ("a{99999999999999999999}", "(" * 250 + ")" * 250):
+        assert train(f"optim.freeze={pattern}", "optim.freeze_epochs=1") == 2
+        assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_pattern_of_a_file_cannot_hang_a_resume(train, capfd, monkeypatch):
+    tree = content()
+    tree["config"]["optim"] |= {"freeze": SLOW, "freeze_epochs": 1}
+    Path("mine.pth").write_bytes(saved(tree))
+    monkeypatch.setattr("cnn.training.optim.MATCHING", 0.5)
+    assert train("--resume", "mine.pth") == 2
+    assert "takes more than 0.5 s" in capfd.readouterr().err

@@ -12,6 +12,7 @@ ENDINGS_TAKEN = (
     *(".log", ".csv", ".yaml", ".txt", ".html", ".png", ".json", ".tmp"),
     *(".pth", ".pt2", ".pt", ".onnx"),
 )
+MAX_PATTERN = 500  # characters of a regular expression
 
 
 def check_together(cfg: Config, at: Callable[[str], str]) -> list[str]:
@@ -50,14 +51,24 @@ def check_together(cfg: Config, at: Callable[[str], str]) -> list[str]:
             mistakes.append(
                 f"{where}: expected the least and the largest share of the area, got {change.scale}"
             )
+    return mistakes + _check_patterns(cfg, at)
+
+
+def _check_patterns(cfg: Config, at: Callable[[str], str]) -> list[str]:
+    mistakes = []
     patterns = {
         f"{at('optim.groups')}[{number}].match": group.match
         for number, group in enumerate(cfg.optim.groups)
     }
     for where, pattern in (patterns | {at("optim.freeze"): cfg.optim.freeze or ""}).items():
+        if len(pattern) > MAX_PATTERN:
+            mistakes.append(
+                f"{where}: expected at most {MAX_PATTERN} characters, got {len(pattern)}"
+            )
+            continue
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             mistakes.append(f"{where}: not a regular expression: {error}")
     return mistakes
 

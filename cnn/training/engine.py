@@ -119,6 +119,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     group.equalize(model)
+    group.equalize(loss_function)
     device = next(model.parameters()).device
     sums = Sums(device) if sums is None else sums
     with unchanged(model, loss_function):

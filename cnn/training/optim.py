@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from cnn.config import OptimConfig
 from cnn.errors import Refused
 from cnn.utils.importing import import_object
+from cnn.utils.signals import at_most
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ OPTIMIZERS = {
 OF_GROUPS = ("lr", "weight_decay")  # keywords whose values differ from group to group
 FREEZE = "freeze_epochs"  # in the optimizer's groups that are frozen at first
 NO_KEYWORDS = ("name", "groups", "freeze", FREEZE, "args")  # settings that say something else
+MATCHING = 10  # seconds that patterns may take; some would take longer than any run
 
 
 def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
@@ -40,7 +42,11 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
         Refused: a pattern that matches nothing, everything frozen, unknown `optim.args`, an
             optimizer that a training step cannot use.
     """
-    groups = _group_parameters(cfg, model)
+    slow = (
+        f"takes more than {MATCHING} s to be held against the parameters' names; say it otherwise"
+    )
+    with at_most(MATCHING, Refused(f"optim.groups: a pattern of it, or optim.freeze, {slow}")):
+        groups = _group_parameters(cfg, model)
     known = OPTIMIZERS.get(cfg.name)
     make = _without_compiler(known) if known else import_object(cfg.name, "optim.name")
     try:

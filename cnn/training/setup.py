@@ -12,12 +12,13 @@ from cnn.datasets.augment import DRAWS
 from cnn.datasets.build import Data, build_data
 from cnn.datasets.loader import Loader, build_loader
 from cnn.datasets.preprocessing import Preprocessing
-from cnn.errors import Mistake, Refused
+from cnn.errors import Refused
 from cnn.metrics.running import Outcome
 from cnn.metrics.scores import epoch_metrics, mode, result_metrics
 from cnn.models import small_maps
 from cnn.models.build import build_model
 from cnn.training.distributed import ALONE, Group
+from cnn.training.engine import set_training
 from cnn.training.losses import build_loss, class_weights, has_state
 from cnn.training.optim import build_optimizer
 from cnn.training.resume import ResumePoint, restore
@@ -27,6 +28,7 @@ from cnn.training.state import TrainingState
 from cnn.utils import environment as env
 from cnn.utils.checkpoint import FORMAT, check_readable, snapshot
 from cnn.utils.memory import Heap
+from cnn.utils.unchanged import unchanged
 
 
 @dataclass(frozen=True)
@@ -103,24 +105,29 @@ def build_run(
     loss = build_loss(cfg.loss, data.train.labels, data.classes).to(device)
     loaders = _build_loaders(cfg, data, device, group)
     state = _build_state(cfg, model, loss, _num_steps(cfg, loaders[0]), precision, group)
-    about = {
-        "format": FORMAT,
-        "draws": DRAWS,
+    if 1 in loaders[0].sizes:
+        check_one_image(model, (pre.channels, pre.image_size, pre.image_size))
+    about = _describe(cfg, data, loss) | {
         "started": point.content["started"] if point else env.timestamp(),
-        "config": to_dict(cfg),
-        "classes": data.classes,
-        "preprocessing": dataclasses.asdict(pre),
-        "class_weights": class_weights(loss),
-        "data": data.fingerprint(),
         "environment": env.describe(device, precision, group.size),
     }
-    try:
-        check_readable(snapshot(state.state_dict()) | about)
-    except Mistake as mistake:
-        raise Refused(f"a checkpoint of this run could not be read again: {mistake}") from None
+    check_readable(snapshot(state.state_dict()) | about)
     if point is not None:
         restore(state, point, data, loaders[0])
     return Run(cfg, data, *loaders, loss, state, precision, about)
+
+
+def _describe(cfg: Config, data: Data, loss: nn.Module) -> dict[str, Any]:
+    """What a checkpoint says of the run whatever process goes on with it."""
+    return {
+        "format": FORMAT,
+        "draws": DRAWS,
+        "config": to_dict(cfg),
+        "classes": data.classes,
+        "preprocessing": dataclasses.asdict(data.preprocessing),
+        "class_weights": class_weights(loss),
+        "data": data.fingerprint(),
+    }
 
 
 def _num_steps(cfg: Config, loader: Loader) -> int:
@@ -186,6 +193,20 @@ def check_group(cfg: Config, device: torch.device, group: Group) -> None:
         )
     if cfg.train.sync_batchnorm and device.type != "cuda":
         raise Refused("train.sync_batchnorm: torch's SyncBatchNorm needs CUDA devices; say false")
+
+
+def check_one_image(model: nn.Module, shape: tuple[int, ...]) -> None:
+    """Refuses steps of one image, where a norm would have one value a channel to go by."""
+    image = torch.zeros(1, *shape, device=next(model.parameters()).device)
+    set_training(model)
+    try:
+        with torch.no_grad(), unchanged(model):
+            model(image)
+    except ValueError as error:  # torch's BatchNorm
+        raise Refused(
+            f"data.batch_size: the model cannot train on one image at a time ({error}); more images in"
+            f" a batch (data.batch_size, data.limit) or a larger data.image_size may help"
+        ) from None
 
 
 def check_monitor(monitor: str, data: Data) -> None:

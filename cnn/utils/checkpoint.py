@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cnn.errors import Failed, Mistake, Refused
+from cnn.errors import Mistake, Refused
 from cnn.utils import checkpoint_structure as structure
 from cnn.utils.checked_zip import read_archive_and_size, write_archive
 from cnn.utils.files import write_atomically
@@ -71,9 +71,12 @@ def _check_content(content: dict[str, Any], size: int) -> None:
 
 
 def check_readable(content: dict[str, Any]) -> None:
-    """Raises Mistake, beginning with the key, where a file with this content would be refused."""
-    structure.check_values(content)
-    structure.check_content(content)
+    """Refuses a content that would be refused where it is read."""
+    try:
+        structure.check_values(content)
+        structure.check_content(content)
+    except Mistake as mistake:
+        raise Refused(f"this state could not be read again from a checkpoint: {mistake}") from None
 
 
 def where(content: dict[str, Any]) -> str:
@@ -187,16 +190,11 @@ class CheckpointWriter:
             also: further names for it.
 
         Raises:
-            Failed: the file could not be read again; nothing is saved.
+            Refused: the file could not be read again; nothing is saved.
         """
         self.wait()
         copy = snapshot(content)
-        try:
-            check_readable(copy)
-        except Mistake as mistake:
-            raise Failed(
-                f"this state could not be read again: {mistake}; nothing is saved"
-            ) from None
+        check_readable(copy)
         if best is not None:
             self._owed = copy, best
         # No daemon: the interpreter waits for a write under way, whatever ends the run.

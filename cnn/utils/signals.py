@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 import types
 from collections.abc import Iterator
 
@@ -66,3 +67,22 @@ def _is_ignored_on_purpose(number: int) -> bool:
     """nohup has a process ignore SIGHUP, so that it outlives its terminal."""
     is_hangup = signal.Signals(number).name == "SIGHUP"
     return is_hangup and signal.getsignal(number) == signal.SIG_IGN
+
+
+@contextlib.contextmanager
+def at_most(seconds: float, refusal: Exception) -> Iterator[None]:
+    """Raises the refusal where what is within takes longer; in the main thread, and not on Windows."""
+    if os.name == "nt" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def give_up(number: int, frame: types.FrameType | None) -> None:
+        raise refusal
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
