@@ -190,11 +190,11 @@ def check_stopped(ranks: Ranks, statuses: list[int], number: int) -> None:
 
 
 def tracebacks(ranks: Ranks, stop: Stop) -> Iterator[str]:
-    """Of every process that has said more than its message, the end of it."""
+    """Of every process that has said more than its message, all of it."""
     for rank, process in enumerate(ranks.processes):
         output = process.output.read_text()
         if "Traceback" in output:
-            yield f"{stop}: rank {rank} ends with a traceback: {output.strip().splitlines()[-1]}"
+            yield f"{stop}: rank {rank} has a traceback:\n{output}"
 
 
 # -- every record --------------------------------------------------------------------------------
