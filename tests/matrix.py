@@ -245,8 +245,8 @@ def draw_settings(draw: random.Random) -> Settings:
     model, monitor = MODELS[name], draw.choice(MONITORED)
     settings |= draw_data(draw, draw.choice(model.sides), monitor)
     settings |= {"model.name": name, "model.args": draw.choice(model.args)}
-    if model.is_large:
-        settings["data.limit"] = 60
+    if model.is_large:  # the digits held out are many
+        settings |= {"data.limit": 60, "data.val_fraction": 0.1}
     settings |= draw_loss(draw, settings)
     settings |= draw_optimizer(draw, model)
     settings |= draw_schedule(draw)
