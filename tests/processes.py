@@ -72,10 +72,19 @@ class Process:
         start_server()
         folder.mkdir(parents=True, exist_ok=True)
         self.output = folder / output
+        self.output.unlink(missing_ok=True)
         self.process = CONTEXT.Process(
             target=_run, args=(folder, words, trap, room, self.output, rank)
         )
         self.process.start()
+
+    def kill_after(self, seconds: float, number: int) -> None:
+        """Sends a signal so long after the run has begun, if it lasts; before, it would be Python's."""
+        while not self.output.exists() and self.process.exitcode is None:
+            time.sleep(0.005)
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.kill(number)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Sends a signal to the whole group."""

@@ -76,11 +76,12 @@ def server(tmp_path_factory) -> None:
 @pytest.mark.usefixtures("server")
 @pytest.mark.parametrize("number", ROWS, ids=name_of)
 def test_a_run_stopped_five_times_leaves_what_an_unbroken_one_leaves(tmp_path, number):
-    row, began = draw_row(SEED, number), time.time()
+    row = draw_row(SEED, number)
     print(f"\nSOAK_SEED={SEED} SOAK_ROW={number}", *(f"[{mark}]" for mark in row.marks))
     print(f"  python train.py {shlex.join(row.words)}")
     unbroken = tmp_path / "unbroken"
     row.prepare(unbroken)
+    began = time.time()
     ranks = start(row, unbroken, *row.words)
     assert ranks.wait() == [0] * row.size, ranks.output()
     took = time.time() - began
@@ -145,8 +146,7 @@ def run_through_stops(
         words, stop = resume_words(row, folder, draw), draw_stop(row, draw, stopped, stops, times)
         ranks = start(row, folder, *words, traps={stop.rank: stop.traps})
         if stop.seconds is not None:
-            ranks.processes[stop.rank].process.join(stop.seconds)
-            ranks.processes[stop.rank].kill(stop.number)
+            ranks.processes[stop.rank].kill_after(stop.seconds, stop.number)
         statuses = ranks.wait_as_launcher()
         print(f"  {shlex.join(words[-2:])}: {stop}: {statuses}")
         if statuses == [0] * row.size:
