@@ -220,13 +220,20 @@ def draw_row(seed: int, number: int) -> Row:
         settings, size = draw_settings(draw), draw.choices((1, 2, 3), (7, 2, 1))[0]
         if is_taken(settings):
             words = [f"{key}={as_text(value)}" for key, value in settings.items()]
-            marks = [f"{size} processes"] if size > 1 else []
-            if any(settings[key] in MOVES_IN_EVALUATION for key in ("model.name", "loss.name")):
-                marks.append("moves in evaluation")
-            if settings["model.name"] == "own:Untraceable" and settings["log.tensorboard"]:
-                marks.append("has no graph")
             classes = 2 if is_of_two(settings["checkpoint.monitor"]) else 3
-            return Row(seed, number, (*TINY, *words), size, classes, tuple(marks))
+            return Row(seed, number, (*TINY, *words), size, classes, marks_of(settings, size))
+
+
+def marks_of(settings: Settings, size: int) -> tuple[str, ...]:
+    """The kinds of it that have failed alone before."""
+    code = {settings["model.name"], settings["loss.name"]}
+    kinds = {
+        f"{size} processes": size > 1,
+        "moves in evaluation": bool(code & {*MOVES_IN_EVALUATION}),
+        "own loss in several processes": size > 1 and settings["loss.name"] != "cross_entropy",
+        "has no graph": "own:Untraceable" in code and settings["log.tensorboard"],
+    }
+    return tuple(kind for kind, is_so in kinds.items() if is_so)
 
 
 def is_taken(settings: Settings) -> bool:
