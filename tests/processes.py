@@ -23,6 +23,7 @@ import torch
 
 import train
 from cnn.drill.trace import digest
+from cnn.records import records
 from cnn.training import engine, saver
 from cnn.utils import checkpoint, files
 
@@ -31,10 +32,14 @@ CONTEXT = multiprocessing.get_context("forkserver")
 
 
 @functools.cache
-def start_server() -> None:
-    """Starts the server where it finds what it is to import: it looks nowhere else, and says nothing."""
+def start_server(*more: str) -> None:
+    """Starts the server where it finds what it is to import: it looks nowhere else, and says nothing.
+
+    Args:
+        more: modules that it imports besides, where it does not run yet.
+    """
     ours = ["cnn.training.setup", "cnn.records.records", "train", "processes"]
-    CONTEXT.set_forkserver_preload(["pytest", "torchvision.transforms.v2", *ours])
+    CONTEXT.set_forkserver_preload(["pytest", "torchvision.transforms.v2", *ours, *more])
     before = os.environ.get("PYTHONPATH")
     root = Path(train.__file__).parent
     os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (root, root / "tests")))
@@ -49,7 +54,7 @@ class Process:
 
     Args:
         trap: a place in the run (TRAPS), how often it is passed before, and the signal that the
-            process group gets there.
+            process group gets there; or several, of which the first that is reached stops it.
         room: bytes that a file may have, as on a disk that is full then.
         rank: of several processes that train together, what torchrun tells this one in the
             environment; it then also records what it trains on in `trained_RANK.jsonl`.
@@ -59,7 +64,7 @@ class Process:
         self,
         folder: Path,
         *words: str,
-        trap: tuple[str, int, int] | None = None,
+        trap: "Trap | list[Trap] | None" = None,
         room: int | None = None,
         output: str = "output.txt",
         rank: dict[str, str] | None = None,
@@ -67,10 +72,19 @@ class Process:
         start_server()
         folder.mkdir(parents=True, exist_ok=True)
         self.output = folder / output
+        self.output.unlink(missing_ok=True)
         self.process = CONTEXT.Process(
             target=_run, args=(folder, words, trap, room, self.output, rank)
         )
         self.process.start()
+
+    def kill_after(self, seconds: float, number: int) -> None:
+        """Sends a signal so long after the run has begun, if it lasts; before, it would be Python's."""
+        while not self.output.exists() and self.process.exitcode is None:
+            time.sleep(0.005)
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.kill(number)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Sends a signal to the whole group."""
@@ -126,7 +140,7 @@ def run_through_kills(
 def _run(
     folder: Path,
     words: tuple[str, ...],
-    trap: tuple[str, int, int] | None,
+    trap: "Trap | list[Trap] | None",
     room: int | None,
     output: Path,
     rank: dict[str, str] | None,
@@ -143,8 +157,8 @@ def _run(
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
     sys.argv = ["train.py", *words]
-    if trap is not None:
-        set_trap(*trap)
+    for each in trap if isinstance(trap, list) else [trap] if trap else []:
+        set_trap(*each)
     if rank is not None:
         os.environ.update(rank)
         record_training(folder / f"trained_{rank['RANK']}.jsonl")
@@ -154,6 +168,8 @@ def _run(
 
 
 # -- traps: a signal at an exact place --------------------------------------------------------
+
+Trap = tuple[str, int, int]  # the place, how often it is passed before, the signal
 
 TRAPS = {
     "training": (saver.Saver, "between_steps"),
@@ -165,6 +181,9 @@ TRAPS = {
     "before best.pth is renamed": (files.os, "replace"),
     "before last.pth is renamed": (files.os, "replace"),
     "before the test": (saver.Saver, "load_best"),
+    "an evaluation": (engine, "loss_of"),  # called for every batch of validation and test
+    "before a file is renamed": (files.os, "replace"),  # whichever it is
+    "after the test": (records.Records, "finish"),
 }
 
 
@@ -172,11 +191,16 @@ def set_trap(place: str, passes: int, number: int) -> None:
     """Has the group killed when `place` is reached after so many passes."""
     owner, name = TRAPS[place]
     original = getattr(owner, name)
-    file = place.split()[1] if name == "replace" else None
+    file = place.split()[1] if place.endswith(".pth is renamed") else None
     left = [passes]
 
+    def is_there(args: tuple) -> bool:
+        if place == "an evaluation":
+            return not torch.is_grad_enabled()
+        return file is None or Path(args[1]).name == file
+
     def trapped(*args, **keywords):
-        if file is None or Path(args[1]).name == file:
+        if is_there(args):
             if left[0] == 0:
                 os.killpg(0, number)
                 time.sleep(0.02)  # let a handler in the main thread run if this is another
@@ -201,7 +225,7 @@ class Ranks:
         size: int,
         folder: Path,
         *words: str,
-        traps: dict[int, tuple[str, int, int]] | None = None,
+        traps: "dict[int, Trap | list[Trap]] | None" = None,
     ):
         common = {
             "MASTER_ADDR": "127.0.0.1",
@@ -238,6 +262,15 @@ class Ranks:
 
     def output(self) -> str:
         return "\n".join(process.output.read_text() for process in self.processes)
+
+
+class Alone(Ranks):
+    """A run in one process, started without torchrun, in the place of several."""
+
+    def __init__(
+        self, folder: Path, *words: str, traps: "dict[int, Trap | list[Trap]] | None" = None
+    ):
+        self.processes = [Process(folder, *words, trap=(traps or {}).get(0))]
 
 
 def run_ranks(size: int, folder: Path, *words: str) -> str:
