@@ -181,7 +181,7 @@ CONTENTS = {
     ),
     "a list": (lambda: saved([1, 2]), "expected a checkpoint of train.py, got list"),
     "a tensor": (lambda: saved(torch.ones(2)), "got a tensor float32 (2,)"),
-    "another program's": (lambda: saved({"state_dict": {}, "epoch": 3}), "format, started"),
+    "another program's": (lambda: saved({"state_dict": {}, "epoch": 3}), "format, step, started"),
     "a missing key": (lambda: changed(lambda tree: tree.pop("step")), "all of one: step missing"),
     "newer": (lambda: changed(lambda tree: tree.update(format=FORMAT + 1)), "newer version"),
     "no format": (lambda: changed(lambda tree: tree.update(format="1")), "format: expected a whole"),

@@ -29,10 +29,13 @@ class Preprocessing:
             Refused: it does not fit together.
         """
         made = cls(**saved)
-        if not made.channels == len(made.mean) == len(made.std):
+        if not made.channels == len(made.mean) == len(made.std) or 0 in (
+            made.image_size,
+            *made.std,
+        ):
             raise Refused(
-                f"{path}: preprocessing: expected a number for each of {made.channels} channels for"
-                f" mean and std, got {len(made.mean)} and {len(made.std)}"
+                f"{path}: preprocessing: expected an image_size, and for each of the channels a mean"
+                f" and a std above 0, got {str(saved)[:200]}"
             )
         return made
 

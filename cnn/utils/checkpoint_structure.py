@@ -33,27 +33,14 @@ class Leaf(NamedTuple):
     holds: Callable[[Any], bool]
 
 
-def whole(least: int = 0) -> Leaf:
-    """A whole number from `least` on."""
-    return Leaf(
-        f"a whole number of at least {least}",
-        lambda value: type(value) is int and least <= value < MAX_INT,
-    )
+def is_number(value: Any, least: float = -math.inf) -> bool:
+    """Whether it is a number of at least `least`; no number is not."""
+    return type(value) in (int, float) and value >= least
 
 
-def number(expected: str, holds: Callable[[float], bool]) -> Leaf:
-    """A number within limits."""
-    return Leaf(expected, lambda value: type(value) in (int, float) and holds(value))
-
-
-def tensor(expected: str, dtypes: tuple[torch.dtype, ...], ndim: int) -> Leaf:
-    """A tensor of one of these dtypes, with so many dimensions."""
-    return Leaf(
-        expected,
-        lambda value: (
-            isinstance(value, torch.Tensor) and value.dtype in dtypes and value.ndim == ndim
-        ),
-    )
+def is_tensor(value: Any, dtypes: tuple[torch.dtype, ...], ndim: int) -> bool:
+    """Whether it is a tensor of one of these dtypes, with so many dimensions."""
+    return isinstance(value, torch.Tensor) and value.dtype in dtypes and value.ndim == ndim
 
 
 def is_plain(value: Any) -> bool:
@@ -69,36 +56,42 @@ ANY = Leaf("plain values or tensors", lambda value: True)
 PLAIN = Leaf("plain values", is_plain)
 NULL = Leaf("null", lambda value: value is None)
 TEXT = Leaf("text", lambda value: type(value) is str)
-WHOLE = whole()
-NUMBER = number("a number", lambda value: not math.isnan(value))
-AMOUNT = number("a finite number of at least 0", lambda value: 0 <= value < math.inf)
-POSITIVE = number("a finite number above 0", lambda value: 0 < value < math.inf)
+WHOLE = Leaf(
+    "a whole number of at least 0", lambda value: type(value) is int and 0 <= value < MAX_INT
+)
+NUMBER = Leaf("a number", is_number)
+AMOUNT = Leaf("a finite number of at least 0", lambda v: is_number(v, 0) and v < math.inf)
 METRIC = Leaf("a number or null", lambda value: type(value) in (int, float, NoneType))
 TENSOR = Leaf("a tensor", lambda value: isinstance(value, torch.Tensor))
-COUNT = tensor("a tensor () of whole numbers", INTEGERS, 0)
-TOTAL = tensor("a tensor () of floats", FLOATS, 0)
+COUNT = Leaf("a tensor () of whole numbers", lambda value: is_tensor(value, INTEGERS, 0))
+TOTAL = Leaf("a tensor () of floats", lambda value: is_tensor(value, FLOATS, 0))
+CLASSES = Leaf("a tensor (N) of whole numbers", lambda value: is_tensor(value, INTEGERS, 1))
+SHARES = Leaf("a tensor (N) of floats", lambda value: is_tensor(value, FLOATS, 1))
 
 # A mapping: names, those that may be missing with a `?`; then patterns for all others. A list of one:
 # so many of them. A tuple: one of these.
 WEIGHTS = {"*_extra_state": ANY, "*": TENSOR}
-PREDICTIONS = {
-    "prediction": tensor("a tensor (N) of classes", INTEGERS, 1),
-    "probability": tensor("a tensor (N) of floats", FLOATS, 1),
+PREDICTIONS = {"prediction": CLASSES, "probability": SHARES}
+SUMS = {"loss": TOTAL, "correct": COUNT, "weight?": (AMOUNT, TOTAL), "count": WHOLE}
+SCALES = dict.fromkeys(("scale", "growth_factor", "backoff_factor"), AMOUNT)
+SCALING = SCALES | dict.fromkeys(("growth_interval", "_growth_tracker"), WHOLE)
+PLATEAU = {
+    "best": NUMBER,
+    **dict.fromkeys(("num_bad_epochs", "cooldown_counter", "last_epoch"), WHOLE),
+}
+EPOCH = {
+    "epoch": WHOLE,
+    "step": WHOLE,
+    **dict.fromkeys(("lr", "images_per_second", "seconds"), AMOUNT),
 }
 CHECKPOINT = {
-    "format": whole(1),
-    "draws?": whole(1),
+    **dict.fromkeys(("format", "draws?", "epoch", "step"), WHOLE),
     "started": TEXT,
     "config": {"*": PLAIN},
     "classes": [TEXT],
-    "preprocessing": {
-        "image_size": whole(1),
-        "channels": whole(1),
-        "mean": [NUMBER],
-        "std": [POSITIVE],
-    },
+    "preprocessing": {"image_size": WHOLE, "channels": WHOLE, "mean": [AMOUNT], "std": [AMOUNT]},
     "class_weights?": (NULL, [AMOUNT]),
-    "data": {"train": WHOLE, "val": WHOLE, "test": WHOLE, "checksum": WHOLE},
+    "data": dict.fromkeys(("train", "val", "test", "checksum"), WHOLE),
     "environment": {"precision": TEXT, "*": PLAIN},
     "model_state_dict": WEIGHTS,
     "ema_state_dict": (NULL, WEIGHTS),
@@ -107,31 +100,14 @@ CHECKPOINT = {
         "state": {int: {"*": ANY}, "*": ANY},
         "param_groups": [{"params": [WHOLE], "lr": AMOUNT, "initial_lr": AMOUNT, "*": ANY}],
     },
-    "scheduler_state_dict": {
-        "by_step": {"last_epoch": WHOLE},
-        "plateau?": {"best": NUMBER, **dict.fromkeys(("num_bad_epochs", "cooldown_counter"), WHOLE)}
-        | {"last_epoch": WHOLE},
-    },
-    "scaler_state_dict": (
-        {},
-        {"scale": POSITIVE, "growth_factor": POSITIVE, "backoff_factor": POSITIVE}
-        | {"growth_interval": WHOLE, "_growth_tracker": WHOLE},
-    ),
-    "epoch": WHOLE,
-    "step": WHOLE,
+    "scheduler_state_dict": {"by_step": {"last_epoch": WHOLE}, "plateau?": PLATEAU},
+    "scaler_state_dict": ({}, SCALING),
     "lr": AMOUNT,
     "group_lrs?": {"*": AMOUNT},
-    "unfinished_epoch": {
-        "batch": WHOLE,
-        "sums": {"loss": TOTAL, "correct": COUNT, "weight?": (AMOUNT, TOTAL), "count": WHOLE},
-        "seconds": AMOUNT,
-    },
+    "unfinished_epoch": {"batch": WHOLE, "sums": SUMS, "seconds": AMOUNT},
     "early_stop": {"waited": WHOLE},
-    "best": (NULL, {"metric": TEXT, "value": NUMBER, "epoch": whole(1)}),
-    "history": [
-        {"epoch": whole(1), "step": WHOLE, **dict.fromkeys(("lr", "seconds"), AMOUNT)}
-        | {"images_per_second": AMOUNT, "*": METRIC}
-    ],
+    "best": (NULL, {"metric": TEXT, "value": NUMBER, "epoch": WHOLE}),
+    "history": [EPOCH | {"*": METRIC}],
     "test": (NULL, {"*": METRIC}),
     "predictions?": {"val?": PREDICTIONS, "test?": PREDICTIONS},
     "*": PLAIN,  # of a later version
@@ -160,7 +136,8 @@ def check_content(content: dict[str, Any]) -> None:
     if [row["epoch"] for row in history] != list(range(1, epoch + 1)):
         raise Mistake(f"history: expected the epochs 1 to {epoch}, got {len(history)} others")
     if best is not None and (
-        best["epoch"] > epoch or history[best["epoch"] - 1].get(best["metric"]) != best["value"]
+        not 0 < best["epoch"] <= epoch
+        or history[best["epoch"] - 1].get(best["metric"]) != best["value"]
     ):
         raise Mistake(f"best: expected an epoch of the history, got {best}")
     waited = epoch - (best["epoch"] if best else 0)
