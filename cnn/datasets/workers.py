@@ -1,17 +1,121 @@
-"""Loader processes: deaf to signals, gone with the process that they load for."""
+"""Loader processes: deaf to signals, gone with the process that they load for, missed when late."""
 
-import contextlib
+import logging
 import multiprocessing
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
+from torch.utils.data import DataLoader
+
+from cnn.errors import DataFailed, Stopped, describe
 from cnn.utils import signals
+
+logger = logging.getLogger(__name__)
+
+TELL_EVERY = 30  # seconds of waiting for a batch
+
+
+class Parcel:
+    """A batch on its way out of a loader process: pickled, its tensors in shared memory.
+
+    torch would do that in a thread beside the process's work. What goes wrong there, for want of
+    shared memory or of descriptors, is printed, and the batch never comes.
+    """
+
+    def __init__(self, batch: Any):
+        self._data = bytes(ForkingPickler.dumps(batch))
+
+    def open(self) -> Any:
+        return ForkingPickler.loads(self._data)
+
+    def pin_memory(self) -> Any:
+        """Called by torch in a thread of the process that loads, which reads ahead for a GPU."""
+        (images, labels), left_out = self.open()
+        return (images.pin_memory(), labels.pin_memory()), left_out
+
+
+def packed(batch: Any) -> Parcel | DataFailed:
+    """What a loader process sends: a batch, or why there is none."""
+    try:
+        return batch if isinstance(batch, DataFailed) else Parcel(batch)
+    except Exception as error:  # noqa: BLE001  whatever it is, the run is to hear of it
+        return failed(error)
+
+
+def follow(loader: DataLoader, start: int, what: str) -> Iterator[Any]:
+    """Passes the loader's batches on, unpacked; tells every so often which one is waited for.
+
+    Args:
+        start: the number of the first.
+        what: they are of.
+
+    Raises:
+        DataFailed: given in the place of a batch, or because there is none.
+    """
+    awaited, ended, workers = start, threading.Event(), []
+    what += " from the loader processes" if loader.num_workers else ""
+
+    def tell() -> None:  # in a thread: the wait is inside of torch
+        before, times = None, 0
+        while not ended.wait(TELL_EVERY):
+            before, times = awaited, times + 1 if awaited == before else 0
+            if times and awaited is not None:
+                logger.warning(
+                    "waiting for batch %d of %s: %d s", awaited, what, times * TELL_EVERY
+                )
+
+    try:
+        threading.Thread(target=tell, daemon=True).start()
+        batches = enumerate(loader, start)  # its processes begin
+        ignore_end_of_workers()
+        workers = multiprocessing.active_children()
+        for number, batch in batches:
+            batch = batch.open() if isinstance(batch, Parcel) else batch
+            if isinstance(batch, DataFailed):
+                raise batch
+            awaited = None
+            yield batch
+            del batch  # before another one is made
+            awaited = number + 1
+    except (DataFailed, Stopped):
+        kill_workers()  # they may never come back from what they read
+        raise
+    except Exception as error:  # noqa: BLE001  torch has many ways to fail
+        told = failed(error, workers=workers)
+        kill_workers()
+        # It holds what torch has half made, and so descriptors that saving needs; torch trips over it.
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        error.__traceback__ = None
+        sys.unraisablehook = hook
+        raise told from None
+    finally:
+        ended.set()
+
+
+def failed(
+    error: Exception, what: str = "the next batch", workers: Sequence[BaseProcess] = ()
+) -> DataFailed:
+    """Why an image or a batch is not to be had: what was noticed of it, or how a worker ended."""
+    ended = [worker.exitcode for worker in workers if has_ended(worker)]
+    if not ended:
+        return DataFailed(f"{what}: {describe(error)}")
+    how = "was killed" if ended[0] < 0 else "has ended"
+    return DataFailed(
+        f"a loader process {how} (exit code {ended[0]}), most often because the memory ran out, or"
+        f" /dev/shm; fewer data.num_workers need less of it"
+    )
 
 
 def kill_workers() -> None:
-    """Kills the loader processes of this one."""
+    """Kills the loader processes of this one.
+
+    Asked to end by a SIGTERM, they would ignore it, and be waited for.
+    """
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
@@ -32,20 +136,8 @@ def has_ended(worker: BaseProcess) -> bool:
     return worker.exitcode is not None
 
 
-def ignore_signals(worker: int) -> None:
-    """A signal to the whole group is for the main process, which needs its workers to save."""
+def begin_worker(worker: int) -> None:
+    """A signal to the whole group is for the main process; what fails here is told by it too."""
+    sys.excepthook = lambda *_: None  # of threads that share tensors, again and again
     for number in signals.NUMBERS:
         signal.signal(number, signal.SIG_IGN)
-
-
-@contextlib.contextmanager
-def signals_blocked() -> Iterator[None]:
-    """Has signals wait until the context ends."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
