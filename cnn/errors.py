@@ -79,9 +79,8 @@ def describe(error: Exception) -> str:
     The place is where our code called another's, or else the last line of ours.
     """
     frames = traceback.extract_tb(error.__traceback__)
-    outside = (frame for frame in frames if not frame.filename.startswith(OURS))
-    place = next(outside, frames[-1])
+    place = next((frame for frame in frames if not frame.filename.startswith(OURS)), frames[-1])
     words = f"{type(error).__name__}: {error}".strip().splitlines()[0].removesuffix(":")
     scarce = getattr(error, "errno", None) in SCARCITIES or SCARCE.search(words)
-    file = place.filename.removeprefix(os.getcwd() + os.sep)
-    return f"{words} ({file}:{place.lineno}){f'; {ADVICE}' if scarce else ''}"
+    words += f" ({place.filename.removeprefix(os.getcwd() + os.sep)}:{place.lineno})"
+    return f"{words}; {ADVICE}" if scarce else words

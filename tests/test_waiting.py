@@ -22,8 +22,8 @@ from cnn.utils.checkpoint import load_checkpoint
 
 
 @pytest.fixture(autouse=True)
-def reader_of_its_own(monkeypatch):
-    monkeypatch.delitem(sys.modules, "reader", raising=False)
+def module_of_its_own(monkeypatch):
+    monkeypatch.delitem(sys.modules, "slides", raising=False)
 
 
 WORKERS = [*TINY, "data.in_memory=false", "data.num_workers=1", "data.batch_size=4"]
@@ -68,8 +68,8 @@ def reader(what: str, part: str = "train", images: int = 120 + 30) -> list[str]:
             open("there", "w").close()
             {what}
 """
-    Path("reader.py").write_text(READER.format(after=after))
-    return ["data.name=reader:data", "data.args={}", "train.epochs=3"]
+    Path("slides.py").write_text(READER.format(after=after))
+    return ["data.name=slides:data", "data.args={}", "train.epochs=3"]
 
 
 def unbroken_run(*words: str) -> None:
@@ -195,7 +195,7 @@ multiprocessing.set_executable("/bin/false")
 def test_a_loader_process_that_does_not_come_up_ends_the_run_with_the_reason(birth):
     what, expected = BIRTHS[birth]
     words = [*WORKERS, *reader("pass")]
-    with open("reader.py", "a") as file:
+    with open("slides.py", "a") as file:
         file.write(what)
     status, output = run(Path.cwd(), *words)
     assert status == 1 and expected in output.partition("error: ")[2], output
@@ -205,8 +205,8 @@ def test_a_loader_process_that_does_not_come_up_ends_the_run_with_the_reason(bir
 
 
 def test_a_signal_ends_the_wait_for_a_dead_loader_process_to_take_its_data():
-    words = [*WORKERS, *reader("pass"), "data.augment=[reader:Large]"]
-    with open("reader.py", "a") as file:
+    words = [*WORKERS, *reader("pass"), "data.augment=[slides:Large]"]
+    with open("slides.py", "a") as file:
         file.write(BIRTHS["ends"][0])
         file.write("class Large:\n    def __init__(self): self.pad = bytes(300_000)\n")
         file.write("    def __call__(self, image): return image\n")
@@ -240,12 +240,12 @@ def test_too_few_descriptors_are_no_bad_image_to_be_left_out(train, monkeypatch,
 # -- a dataset of the user's own ------------------------------------------------------------------
 
 WRONG = {
-    "raise ValueError('no such slide\\nat all')": "ValueError: no such slide (reader.py:8)",
+    "raise ValueError('no such slide\\nat all')": "ValueError: no such slide (slides.py:8)",
     "raise KeyError(index)": "KeyError: ",
     "eval('1 +')": "SyntaxError: invalid syntax",
-    "raise MemoryError": "MemoryError (reader.py:8)",
+    "raise MemoryError": "MemoryError (slides.py:8)",
     "open('share/17.png')": "FileNotFoundError: [Errno 2] No such file or directory: 'share/17.png'",
-    "del self.targets[:]": "IndexError: list index out of range (reader.py:",
+    "del self.targets[:]": "IndexError: list index out of range (slides.py:",
     "return torch.ones(1, 8, 8), 1, 2": "expected (image, label), got tuple",
     "return None": "expected (image, label), got NoneType",
     "return torch.ones(8), 1": "expected an image as PIL",
@@ -255,7 +255,7 @@ WRONG = {
 
 def data_that(what: str, reads: int) -> list[str]:
     """The settings of a dataset of the user's that does something from so many readings on."""
-    Path("reader.py").write_text(
+    Path("slides.py").write_text(
         "import torch\n"
         "class Data:\n"
         "    def __init__(self): self.targets, self.reads = [0, 1] * 20, 0\n"
@@ -267,7 +267,7 @@ def data_that(what: str, reads: int) -> list[str]:
         "        return torch.rand(1, 8, 8), self.targets[index]\n"
         "def data(root): return {'train': Data(), 'classes': ['a', 'b']}\n"
     )
-    return ["data.name=reader:data", "data.args={}", "train.epochs=20"]
+    return ["data.name=slides:data", "data.args={}", "train.epochs=20"]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -280,7 +280,7 @@ def test_an_error_in_a_dataset_of_the_users_is_told_in_a_line_and_the_run_saved(
     said = capfd.readouterr().err
     assert said.count("error: ") == 1 and "Traceback" not in said, said
     line = said.splitlines()[-1]
-    named = "error: reader:data train[" in line or "ones(3" in what
+    named = "error: slides:data train[" in line or "ones(3" in what
     assert named and WRONG[what] in line, said
     assert ("fewer data.num_workers need less" in line) == ("MemoryError" in what)
     assert load_checkpoint(Path("checkpoints/last.pth"))["step"] > 0
@@ -296,12 +296,12 @@ def test_an_error_in_a_dataset_of_the_users_is_refused_before_the_first_epoch(wh
 
 def test_an_error_while_the_labels_are_read_is_refused_too(train, capfd):
     words = data_that("raise ValueError('no label')", reads=10)
-    path = Path("reader.py")
+    path = Path("slides.py")
     path.write_text(path.read_text().replace("self.targets, ", "self.marks, ").replace(
         "self.targets[", "self.marks["
     ))  # fmt: skip
     assert train(*words) == 2
-    assert "error: reader:data train[9]: ValueError: no label (reader.py:" in capfd.readouterr().err
+    assert "error: slides:data train[9]: ValueError: no label (slides.py:" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("labels, expected", [

@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -61,18 +60,15 @@ def follow(loader: DataLoader, start: int, what: str) -> Iterator[Any]:
     what += " from the loader processes" if loader.num_workers else ""
 
     def tell() -> None:  # in a thread: the wait is inside of torch
-        before, times = None, 0
+        before, waited = None, 0
         while not ended.wait(TELL_EVERY):
-            before, times = awaited, times + 1 if awaited == before else 0
-            if times and awaited is not None:
-                logger.warning(
-                    "waiting for batch %d of %s: %d s", awaited, what, times * TELL_EVERY
-                )
+            before, waited = awaited, waited + TELL_EVERY if awaited == before else 0
+            if waited and awaited is not None:
+                logger.warning("waiting for batch %d of %s: %d s", awaited, what, waited)
 
     try:
         threading.Thread(target=tell, daemon=True).start()
-        batches = enumerate(loader, start)  # its processes begin
-        ignore_end_of_workers()
+        batches = enumerate(_begun(loader), start)
         workers = multiprocessing.active_children()
         for number, batch in batches:
             batch = batch.open() if isinstance(batch, Parcel) else batch
@@ -97,17 +93,33 @@ def follow(loader: DataLoader, start: int, what: str) -> Iterator[Any]:
         ended.set()
 
 
-def failed(
-    error: Exception, what: str = "the next batch", workers: Sequence[BaseProcess] = ()
-) -> DataFailed:
+def _begun(loader: DataLoader) -> Iterator[Any]:
+    """The loader's batches, its processes started.
+
+    Where they are forked, signals wait until they are deaf to them. Where they are new interpreters,
+    a signal has to end the wait for one that is dead and will never take its data.
+    """
+    forked = multiprocessing.get_start_method() == "fork"
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS) if forked else None
+    try:
+        return iter(loader)
+    finally:
+        ignore_end_of_workers()
+        if forked:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def failed(error: Exception, what: str = "the next batch", workers: Sequence = ()) -> DataFailed:
     """Why an image or a batch is not to be had: what was noticed of it, or how a worker ended."""
-    ended = [worker.exitcode for worker in workers if has_ended(worker)]
+    for worker in workers:
+        worker.join(0.2)  # its pipe closes a moment before it is gone
+    ended = [worker.exitcode for worker in workers if worker.exitcode is not None]
     if not ended:
         return DataFailed(f"{what}: {describe(error)}")
-    how = "was killed" if ended[0] < 0 else "has ended"
+    what = "a loader process was killed" if ended[0] < 0 else "a loader process has ended"
     return DataFailed(
-        f"a loader process {how} (exit code {ended[0]}), most often because the memory ran out, or"
-        f" /dev/shm; fewer data.num_workers need less of it"
+        f"{what} (exit code {ended[0]}), most often because the memory ran out, or /dev/shm; fewer"
+        f" data.num_workers need less of it"
     )
 
 
@@ -128,12 +140,6 @@ def ignore_end_of_workers() -> None:
     """
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-
-def has_ended(worker: BaseProcess) -> bool:
-    """Whether a loader process is gone."""
-    worker.join(0.2)  # its pipe closes a moment before it is gone
-    return worker.exitcode is not None
 
 
 def begin_worker(worker: int) -> None:
