@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -14,6 +15,8 @@ T = TypeVar("T")
 # Ctrl-C, a scheduler's end, a scheduler's warning, a terminal closed or a connection lost.
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 NUMBERS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows has two
+
+PARENT = "CNN_PARENT"  # environment variable: the read end of a pipe whose other end the parent has
 
 
 class StopSignals:
@@ -81,6 +84,21 @@ class StopSignals:
     def _obey(self) -> None:
         if self.received is not None:
             raise Stopped(self.received)
+
+
+def stop_with_parent() -> None:
+    """Has this process stopped by SIGTERM when its parent is gone, if the parent asks for that.
+
+    However that ends, the kernel closes its end of the pipe, into which nothing is ever written.
+    """
+
+    def watch() -> None:
+        os.read(pipe, 1)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+
+    if PARENT in os.environ:
+        pipe = int(os.environ.pop(PARENT))  # not for what this process starts
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _is_ignored_on_purpose(number: int) -> bool:
