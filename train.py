@@ -179,9 +179,9 @@ def train_steps(run: "Run", trace: "Trace | None") -> "Iterator[int]":
 
 
 def evaluation_batches(run: "Run", loader: "Loader", saver: "Saver") -> "Iterator[Batch]":
-    """This process's batches of an evaluation; between two of them a signal stops the run."""
+    """This process's batches of an evaluation; in the wait for one a signal stops the run."""
     batches = saver.group.in_step(loader.batches(), loader.num_turns())
-    return saver.interruptible(run.heap.follow("evaluate", batches))
+    return run.heap.follow("evaluate", batches)
 
 
 def validate(

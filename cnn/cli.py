@@ -87,12 +87,13 @@ def run(task: Task) -> int:
     from cnn.utils.importing import collector_paused
     from cnn.utils.logger import Log
     from cnn.utils.memory import keep_freed_memory
-    from cnn.utils.signals import StopSignals
+    from cnn.utils.signals import StopSignals, stop_with_parent
 
     keep_freed_memory()
     processes = launch.find_launch()
     log, stop = Log(processes.rank), StopSignals(deferred=True)
     stop.install()
+    stop_with_parent()
     if processes.size > 1:  # looked for unused parameters, found none: no news
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Two seconds of importing torch, in which a signal waits: no half of a module is left, and

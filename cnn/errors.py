@@ -3,7 +3,11 @@
 0 is done, and 128 + N stopped by signal N after saving.
 """
 
+import errno
+import os
+import re
 import signal
+import traceback
 
 
 class Refused(ValueError):
@@ -58,3 +62,25 @@ class Mistake(Exception):
 
 class BadImage(Exception):
     """An image that cannot be had: no image, not whole, gone. As `decode` raises it, without path."""
+
+
+# -- other people's ------------------------------------------------------------------------------
+
+# What this machine has too little of: as the system tells it, and as torch and Python do.
+SCARCITIES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EAGAIN)
+SCARCE = re.compile("memory|MemoryError|EOFError|file <|open files|ancdata|thread|worker|AF_UNIX")
+OURS = os.path.join(os.path.dirname(__file__), "")
+ADVICE = "fewer data.num_workers need less (ulimit -n, ulimit -u, df /dev/shm, a short TMPDIR)"
+
+
+def describe(error: Exception) -> str:
+    """An error that the user's own code may have raised, in one line: what it is, where, what to do.
+
+    The place is where our code called another's, or else the last line of ours.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    place = next((frame for frame in frames if not frame.filename.startswith(OURS)), frames[-1])
+    words = f"{type(error).__name__}: {error}".strip().splitlines()[0].removesuffix(":")
+    scarce = getattr(error, "errno", None) in SCARCITIES or SCARCE.search(words)
+    words += f" ({place.filename.removeprefix(os.getcwd() + os.sep)}:{place.lineno})"
+    return f"{words}; {ADVICE}" if scarce else words

@@ -28,7 +28,7 @@ from PIL import Image
 from processes import run_ranks
 from test_datasets import write_mnist
 
-from cnn.datasets import loader
+from cnn.datasets import workers
 from cnn.drill import drill
 from cnn.inference.predictor import load
 from cnn.records import figures
@@ -453,7 +453,7 @@ class Trouble:
 
     def a_killed_loader(self) -> str:
         """Killed for real in test_train.py; here its words."""
-        return inspect.getsource(loader)
+        return inspect.getsource(workers)
 
     def no_matplotlib(self) -> str:
         self.patch.setattr(figures, "is_available", lambda: False)

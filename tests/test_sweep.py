@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, TINY, assert_same_run, history
 from optuna.trial import TrialState
 from processes import CONTEXT, run
-from sweeping import Sweeping, hold_one_after_the_other, sweeping
+from sweeping import STAND_IN, Sweeping, hold_one_after_the_other, sweeping
 
 import sweep as script
 from cnn import config
@@ -228,6 +228,24 @@ def test_killed_before_and_after_every_write_it_comes_to_the_same_trials(unbroke
     assert all(trial.state == TrialState.COMPLETE for trial in trials)
     words = Counter(json.dumps(entry) for entry in begun())
     assert sorted(json.loads(entry)[0] for entry in words) == [f"small_{n:04}" for n in range(2)]
+
+
+def test_a_trial_ends_with_a_sweep_that_is_killed_and_the_next_one_goes_on_with_it():
+    """The second sweep begins while the run of the first, told by nobody, is about to save."""
+    script = Path("stand_in.py").resolve()
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{STAND_IN}")
+    write(f"trials: 2\n{LR}")
+    first = sweeping(script=script)
+    deadline = time.monotonic() + 60
+    while not Path("begun.txt").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.kill()
+    second = sweeping(script=script)
+    second.join(60)
+    assert second.exitcode == 1, "no trial came to an end"
+    (one, words), (other, again), (last, _) = begun()
+    assert one == other == "small_0000" and words == again and last == "small_0001"
+    assert "waiting for the run of trial 0" in Path("logs/sweeps/small/sweep.log").read_text()
 
 
 def test_many_processes_some_of_them_killed_share_the_trials_and_none_is_lost_or_run_twice():

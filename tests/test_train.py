@@ -306,13 +306,12 @@ def test_two_processes_never_write_one_run(train):
 
 def test_an_error_while_running_is_in_the_log_with_its_traceback():
     Path("mine.py").write_text(
-        "calls = []\n"
-        "def fail(image):\n"
-        "    calls.append(1)\n"
-        "    assert len(calls) < 20, 'the twentieth image'\n"
-        "    return image\n"
+        "from torch import nn\n"
+        "class Fails(nn.CrossEntropyLoss):\n"
+        "    def forward(self, logits, labels):\n"
+        "        assert not self.training, 'the first batch'\n"
     )
-    status, output = finish(*TINY, "data.augment=[mine:fail]")
+    status, output = finish(*TINY, "loss.name=mine:Fails")
     assert status == 1, output
     log = Path("logs/train.log").read_text()
-    assert "Traceback" in log and "the twentieth image" in log
+    assert "Traceback" in log and "the first batch" in log

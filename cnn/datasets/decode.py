@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from cnn.errors import BadImage
+from cnn.errors import ADVICE, SCARCITIES, BadImage, DataFailed
 
 VERSION = 2  # counted up when a file decodes to other pixels, so that no cache has those of before
 GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
@@ -42,6 +42,8 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     except FileNotFoundError:
         raise BadImage("the file is gone") from None
     except BROKEN as error:
+        if getattr(error, "errno", None) in SCARCITIES:  # which says nothing of the image
+            raise DataFailed(f"{path}: {_reason(path, error)}; {ADVICE}") from None
         raise BadImage(_reason(path, error)) from None
 
 

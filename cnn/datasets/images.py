@@ -16,7 +16,7 @@ import torch
 
 from cnn.datasets.cache import decode_all
 from cnn.datasets.decode import decode
-from cnn.errors import BadImage, Refused
+from cnn.errors import BadImage, Refused, describe
 from cnn.utils import seeding
 
 MAX_IMAGES_FOR_STATISTICS = 2_000  # of a dataset that has to be read one by one
@@ -181,19 +181,23 @@ class UserImages(Images):
         self.dataset = dataset
         self._name = name
         self.indices = np.arange(len(dataset))
-        known = getattr(dataset, "targets", getattr(dataset, "labels", None))
+        given = (getattr(dataset, attribute, None) for attribute in ("targets", "labels"))
+        known = next((labels for labels in given if labels is not None), None)
         if known is None:
-            known = [int(dataset[i][1]) for i in range(len(dataset))]
-        self.labels = np.asarray(known, dtype=np.int64)
+            known = [self._item(index)[1] for index in range(len(dataset))]
+        self.labels = _whole_numbers(known, name)
 
     def __getitem__(self, index: int) -> torch.Tensor:
+        return _as_tensor(self._item(index)[0], self.name(index))
+
+    def _item(self, index: int) -> tuple[Any, Any]:
         try:
             item = self.dataset[int(self.indices[index])]
-        except OSError as error:  # a file of the user's is gone; Pillow's errors are of this kind
-            raise BadImage(f"{self.name(index)}: {error}") from error
+        except Exception as error:
+            raise Refused(f"{self.name(index)}: {describe(error)}") from error
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise Refused(f"{self.name(index)}: expected (image, label), got {type(item).__name__}")
-        return _as_tensor(item[0], self.name(index))
+        return item
 
     def name(self, index: int) -> str:
         return f"{self._name}[{self.indices[index]}]"
@@ -227,6 +231,18 @@ class UserImages(Images):
             sums = sums + values.sum(1).numpy()
             squares = squares + values.square().sum(1).numpy()
         return number, sums, squares
+
+
+def _whole_numbers(labels: Any, name: str) -> np.ndarray:
+    """The labels as int64 (N). Refuses others than whole numbers: cut off, 1.7 would be class 1."""
+    plain = [label.tolist() if hasattr(label, "tolist") else label for label in labels]
+    for number, label in enumerate(plain):
+        if not isinstance(label, int):
+            raise Refused(
+                f"{name}[{number}]: expected a label that is a whole number, the number of a class;"
+                f" got {label!r} ({type(label).__name__}): give int(label) if it stands for one"
+            )
+    return np.asarray(plain, dtype=np.int64)
 
 
 def _as_tensor(image: Any, name: str) -> torch.Tensor:

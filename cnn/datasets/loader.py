@@ -7,9 +7,7 @@ entered at any batch, at once, with any number of workers.
 
 import functools
 import logging
-import multiprocessing
 from collections.abc import Callable, Iterator
-from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -23,13 +21,7 @@ from cnn.datasets.augment import BATCH_DRAWS, Augmentation, BatchAugmentation
 from cnn.datasets.images import Images
 from cnn.datasets.order import EVALUATION, Key, draw_balanced, keys_of, share_of, split_epoch
 from cnn.datasets.preprocessing import Normalize, Preprocessing, fit
-from cnn.datasets.workers import (
-    has_ended,
-    ignore_end_of_workers,
-    ignore_signals,
-    kill_workers,
-    signals_blocked,
-)
+from cnn.datasets.workers import begin_worker, failed, follow, kill_workers, packed
 from cnn.errors import BadImage, DataFailed, Refused
 from cnn.utils import seeding
 
@@ -76,8 +68,8 @@ class Samples(Dataset):
         image = self.raw(key)
         return fit(image, self.size) if key[0] == EVALUATION else self.augment(image, key)
 
-    def __getitems__(self, keys: list[Key]) -> Batch | tuple[Batch, list[str]] | Exception:
-        """A batch; with the names of what was left out of it; or why there is none.
+    def __getitems__(self, keys: list[Key]) -> tuple[Batch, list[str]] | DataFailed:
+        """A batch, and the names of what was left out of it; or why there is none.
 
         An error is given back, not raised: torch would wrap it in a loader process's traceback.
         """
@@ -92,14 +84,18 @@ class Samples(Dataset):
                     if not self.images.skip:
                         raise
                     left_out.append(str(bad))
-        except (BadImage, Refused) as error:
-            return error
-        if not left_out:
-            return self.collate(images), self.labels[indices]
-        # BatchNorm cannot train on one image; and a lost folder is not left out bit by bit.
-        if len(kept) < (1 if keys[0][0] == EVALUATION else 2):
-            return BadImage(f"{left_out[0]}, and so nearly all of its batch of {len(keys)}")
-        return (self.collate(images), self.labels[indices[kept]]), left_out
+            # BatchNorm cannot train on one image; and a lost folder is not left out bit by bit.
+            if left_out and len(kept) < (1 if keys[0][0] == EVALUATION else 2):
+                raise BadImage(f"{left_out[0]}, and so nearly all of its batch of {len(keys)}")
+            return (self.collate(images), self.labels[indices[kept]]), left_out
+        except BadImage as bad:
+            advice = "put the image back as it was, and a run goes on at this very batch"
+            return DataFailed(f"{bad}; {advice}")
+        except (DataFailed, Refused) as error:  # too late to refuse the run
+            return DataFailed(str(error))
+        except Exception as error:  # noqa: BLE001  whatever an augmentation of the user's raises
+            is_one = len(kept) + len(left_out) < len(keys)  # and not that of making a batch of them
+            return failed(error, self.images.name(key[1]) if is_one else "the next batch")
 
 
 class _Plan:
@@ -214,69 +210,35 @@ class StreamLoader(Loader):
         self._samples = Samples(self.images, self.size, changes, self.seed, collate)
         self.raw, self.image = self._samples.raw, self._samples.image
         self._plan = _Plan()
-        self._end: Finalize | None = None
+        Finalize(None, kill_workers, exitpriority=0)  # when this process ends
         self._loader = DataLoader(
             self._samples,
             batch_sampler=self._plan,
-            collate_fn=_as_it_is,
+            collate_fn=packed if num_workers else _as_it_is,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=begin_worker,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # the loader draws a seed that nothing here uses
         )
 
     def _batches(self, epoch: int, order: np.ndarray, start: int) -> Iterator[Batch]:
+        """The planned batches as the loader gives them.
+
+        Raises:
+            DataFailed: an image cannot be read, or the loader processes do not load.
+        """
         # Nothing of self: the loader would live in a circle, its workers until that is collected.
         keys = functools.partial(keys_of, epoch, order, self.balanced)
         self._plan.set(keys, self._spans(epoch, start))
-        for images, labels in self._read():
+        where = "the evaluation" if epoch == EVALUATION else f"epoch {epoch}"
+        for (images, labels), left_out in follow(self._loader, start + 1, where):
+            for bad in left_out:
+                logger.warning("%s; left out of its batch (data.on_bad_image=skip)", bad)
             yield (
                 self._finish(images.to(self.device, non_blocking=True)),
                 labels.to(self.device, non_blocking=True),
             )
-
-    def _end_with_process(self) -> None:
-        """Kills the workers when this process ends.
-
-        multiprocessing asks them with a SIGTERM, which they ignore, and then waits for them.
-        """
-        if self._end is None:
-            self._end = Finalize(None, kill_workers, exitpriority=0)
-
-    def _read(self) -> Iterator[Batch]:
-        """The planned batches as the loader gives them.
-
-        Raises:
-            DataFailed: an image cannot be read, or a loader process is gone.
-        """
-        workers: list[BaseProcess] = []
-        try:
-            with signals_blocked():  # until the workers that start here ignore them
-                batches = iter(self._loader)
-            ignore_end_of_workers()
-            self._end_with_process()
-            workers = multiprocessing.active_children()
-            for batch in batches:
-                if isinstance(batch, Exception):
-                    raise batch
-                if isinstance(batch[1], list):
-                    batch, left_out = batch
-                    for bad in left_out:
-                        logger.warning("%s; left out of its batch (data.on_bad_image=skip)", bad)
-                yield batch
-        except BadImage as bad:
-            raise DataFailed(
-                f"{bad}; put the image back as it was, and a run goes on at this very batch"
-            ) from None
-        except Exception:  # a worker that is killed ends its loader in many ways
-            gone = [worker for worker in workers if has_ended(worker)]
-            if not gone:
-                raise
-            raise DataFailed(
-                f"a loader process was killed (exit code {gone[0].exitcode}), most often because the"
-                f" memory ran out; fewer data.num_workers need less of it"
-            ) from None
 
 
 class MemoryLoader(Loader):

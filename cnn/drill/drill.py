@@ -26,7 +26,7 @@ from cnn.config import Config, for_scratch, load_config, to_yaml
 from cnn.drill.culprit import Record, Stretch, find_culprit, log_table
 from cnn.drill.trace import Stop, Trace
 from cnn.errors import Failed
-from cnn.training.distributed import ALONE
+from cnn.training.distributed import Group
 from cnn.utils.checkpoint import load_checkpoint
 from cnn.utils.logger import Log
 from cnn.utils.run_folder import RunFolder
@@ -203,6 +203,7 @@ def _child(
         with RunFolder(None, folder, scratch=True) as run_folder:
             found = find_checkpoint(run_folder)
             point = ResumePoint(*found, cfg) if found else None
-            train(cfg, run_folder, log, stop, ALONE, point, max_batches, Trace(trace, stop_at))
+            trace_to = Trace(trace, stop_at)
+            train(cfg, run_folder, log, stop, Group(stop=stop), point, max_batches, trace_to)
 
     sys.exit(cli.run(cli.Task(act)))

@@ -2,9 +2,10 @@
 
 A sweep of N trials is the study's trials 0 to N-1, whatever processes there are and however they
 end. A trial is taken by the lock on its file in logs/sweeps/NAME/trials/, which the run holds too,
-and then by the database, from waiting to running. One that is running in the database and whose
-lock is free was broken off: whoever takes it goes on with it, the same number and values in the same
-run. What is proposed is a function of (seed, number) and of the trials that were done before.
+by one that the run does not hold, and then by the database, from waiting to running. One that is
+running in the database and whose locks are free was broken off: whoever takes it goes on with it, the
+same number and values in the same run. What is proposed is a function of (seed, number) and of the
+trials that were done before.
 
 Machines that share a database and no disk cannot see each other's locks: there a trial goes on where
 its file is.
@@ -53,8 +54,11 @@ T = TypeVar("T")
 class TakenTrial:
     """A trial that this process has; as a context it lets go of it in the end."""
 
-    def __init__(self, study: "Study", number: int, trial: optuna.Trial, lock: SharedLock):
-        self.study, self.number, self.trial, self.lock = study, number, trial, lock
+    def __init__(
+        self, study: "Study", number: int, trial: optuna.Trial, lock: SharedLock, owner: SharedLock
+    ):
+        self.study, self.number, self.trial = study, number, trial
+        self.lock, self.owner = lock, owner  # the run holds the first one too
         self.run = study.sweep.run_of(number)
         self.output = lock.path.with_suffix(".txt")
         self.again = False  # it was begun before
@@ -66,6 +70,7 @@ class TakenTrial:
 
     def __exit__(self, *_: object) -> None:
         self.lock.release()
+        self.owner.release()
 
     def begin(self) -> None:
         """Has it propose its values, and makes its run's folder ready; again where it broke off."""
@@ -282,7 +287,7 @@ class Study:
             trials = self.trials()
             left = [trial for trial in trials if not trial.state.is_finished()]
             for trial in sorted(left, key=lambda trial: trial.state == TrialState.WAITING):
-                taken = self._try_to_take(trial)
+                taken = self._try_to_take(trial, stop)
                 if taken is not None:
                     return taken
             if len(trials) < self.sweep.trials:
@@ -306,18 +311,31 @@ class Study:
                 new = optuna.create_trial(state=TrialState.WAITING)
                 self.patiently(lambda: self.study.add_trial(new))
 
-    def _try_to_take(self, seen: FrozenTrial) -> TakenTrial | None:
-        """Takes the trial, unless a living process has it, or it is another machine's."""
+    def _try_to_take(self, seen: FrozenTrial, stop: StopSignals) -> TakenTrial | None:
+        """Takes the trial, unless a living process has it, or it is another machine's.
+
+        Where that process is gone, its run is about to save and to end, and is waited for.
+        """
         file = self.folder / "trials" / f"{seen.number:04}.lock"
         lock = SharedLock.take(file, create=seen.state == TrialState.WAITING)
-        if lock is None:
+        if lock is None and not file.exists():
             return None
-        if not self.patiently(lambda: self._is_ours(self.frozen(seen.number), lock)):
-            lock.release()
+        owner = SharedLock.take(file.with_suffix(".owner"), create=True)
+        if owner is not None and lock is None:
+            logger.info("waiting for the run of trial %d, broken off, to save", seen.number)
+        while owner is not None and lock is None:
+            stop.check()
+            time.sleep(PAUSE)
+            lock = SharedLock.take(file, create=False)
+        if owner is None or not self.patiently(
+            lambda: self._is_ours(self.frozen(seen.number), lock)
+        ):
+            for held in filter(None, (lock, owner)):
+                held.release()
             return None
         self.study.sampler = self._sampler(seen.number)
         trial = self.patiently(lambda: optuna.Trial(self.study, seen._trial_id))
-        return TakenTrial(self, seen.number, trial, lock)
+        return TakenTrial(self, seen.number, trial, lock, owner)
 
     def _is_ours(self, trial: FrozenTrial, lock: SharedLock) -> bool:
         """Signs for the trial, whose lock we have, with the word in the lock's file.

@@ -15,7 +15,7 @@ from cnn.records.compare_runs import RunRecord, read_run
 from cnn.records.history import read_history
 from cnn.sweeps.locks import SharedLock
 from cnn.utils.run_folder import RunFolder
-from cnn.utils.signals import StopSignals
+from cnn.utils.signals import PARENT, StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -109,8 +109,10 @@ def _train(
 ) -> tuple[int, bool]:
     """train.py to its end: its exit status, and whether it was we who ended it as not worth more.
 
-    It has a session of its own, so that Ctrl-C in a terminal reaches it once, from here.
+    It has a session of its own, so that Ctrl-C in a terminal reaches it once, from here; and a pipe
+    from here, so that it saves and ends too where this process is killed.
     """
+    watched, held = os.pipe()
     command = [sys.executable, os.path.relpath(TRAIN), "--resume", *words]
     with open(output, "ab") as file:
         process = subprocess.Popen(
@@ -119,8 +121,10 @@ def _train(
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            pass_fds=[lock.descriptor],
+            pass_fds=[lock.descriptor, watched],
+            env={**os.environ, PARENT: str(watched)},
         )
+    os.close(watched)
     passed_on, pruned = None, False
     try:
         while True:
@@ -138,6 +142,8 @@ def _train(
         process.terminate()
         process.wait()
         raise
+    finally:
+        os.close(held)
 
 
 def _result(record: RunRecord, report: Callable[[int, float], bool]) -> Outcome:

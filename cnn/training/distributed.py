@@ -202,10 +202,10 @@ class Group:
             Stopped: one of them was sent a signal.
             DataFailed: one of them cannot have its batch.
         """
-        if self.size == 1:
-            yield from batches
-            return
         own = iter(batches)
+        if self.size == 1:
+            yield from iter(lambda: self._next(own), None)
+            return
         following = self._agree_on(own) if number else None
         for left in reversed(range(number)):
             batch, agreement = following
@@ -215,13 +215,19 @@ class Group:
                 yield batch
             del batch  # before another one is made
 
+    def _next(self, batches: Iterator[T]) -> T | None:
+        """The next batch, None after the last; a signal ends the wait for it."""
+        return self.stop.wait_for(lambda: next(batches, None)) if self.stop else next(batches, None)
+
     def _agree_on(self, batches: Iterator[T]) -> "tuple[T | None, _Agreement]":
         """The next batch, if it can be had, and the agreement on it, under way."""
         batch = failure = None
         try:
-            batch = next(batches, None)
+            batch = self._next(batches)
         except DataFailed as error:
             failure = error
+        except Stopped:
+            pass  # the others are told, and all stop before this batch
         said = torch.tensor([self._signal(), self.rank + 1 if failure else 0])
         work = dist.all_reduce(said, dist.ReduceOp.MAX, async_op=True)
         return batch, _Agreement(said, work, failure)

@@ -5,9 +5,8 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import nn
@@ -20,8 +19,6 @@ from cnn.utils.run_folder import RunFolder
 from cnn.utils.signals import StopSignals
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 class Saver:
@@ -43,6 +40,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.stop.deferred = True  # also where one has come in the very moment that a wait ended
         if isinstance(error, (Stopped, DataFailed)):
             self.save()
         self.writer.wait()
@@ -94,12 +92,6 @@ class Saver:
         if due or minutes >= (self.cfg.every_minutes or math.inf):
             self.save()
         self.stop.check()
-
-    def interruptible(self, batches: Iterable[T]) -> Iterator[T]:
-        """Passes batches on; between two of them a signal stops the run."""
-        for batch in batches:
-            yield batch
-            self.stop.check()
 
     def end_epoch(self, improved: bool) -> None:
         """Saves a completed epoch: last.pth, and what else it has earned.

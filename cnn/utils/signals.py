@@ -5,17 +5,22 @@ import os
 import signal
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from cnn.errors import Stopped
+
+T = TypeVar("T")
 
 # Ctrl-C, a scheduler's end, a scheduler's warning, a terminal closed or a connection lost.
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 NUMBERS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows has two
 
+PARENT = "CNN_PARENT"  # environment variable: the read end of a pipe whose other end the parent has
+
 
 class StopSignals:
-    """Turns a signal into `Stopped`: at once before training, between two steps during it.
+    """Turns a signal into `Stopped`: at once before training, then between steps or in a wait.
 
     A second SIGINT leaves at once; what was last saved is whole.
     """
@@ -59,8 +64,41 @@ class StopSignals:
 
     def check(self) -> None:
         """Raises Stopped if a signal has come; called where a run may be saved."""
-        if self.received is not None and self.alone:
+        if self.alone:
+            self._obey()
+
+    def wait_for(self, act: Callable[[], T]) -> T:
+        """What `act` gives, in which nothing is half done: a signal raises Stopped in its midst.
+
+        So does one that has come before; and, after it, one that other code has caught.
+        """
+        before, self.deferred = self.deferred, False
+        try:
+            self._obey()
+            given = act()
+            self._obey()
+            return given
+        finally:
+            self.deferred = before
+
+    def _obey(self) -> None:
+        if self.received is not None:
             raise Stopped(self.received)
+
+
+def stop_with_parent() -> None:
+    """Has this process stopped by SIGTERM when its parent is gone, if the parent asks for that.
+
+    However that ends, the kernel closes its end of the pipe, into which nothing is ever written.
+    """
+
+    def watch() -> None:
+        os.read(pipe, 1)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+
+    if PARENT in os.environ:
+        pipe = int(os.environ.pop(PARENT))  # not for what this process starts
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _is_ignored_on_purpose(number: int) -> bool:
