@@ -22,7 +22,7 @@ from cnn.training.resume import find_checkpoint
 from cnn.training.saver import Saver
 from cnn.utils import checkpoint, files
 from cnn.utils.checkpoint import load_checkpoint, save_checkpoint
-from cnn.utils.files import remove_leftovers, temporary_name, write_record
+from cnn.utils.files import TEMPORARY, remove_leftovers, temporary_name, write_record
 from cnn.utils.run_folder import RunFolder
 
 NAMES = ("last.pth", "best.pth", "epoch_002.pth")
@@ -164,7 +164,7 @@ def kill_saves(megabytes: int, kills: int) -> int:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(read), os.close(ready)
-        within += temporary_name(path).exists()
+        within += bool(list(path.parent.glob(f".*{TEMPORARY}")))
         remove_leftovers(path.parent)
         try:
             load_checkpoint(path)

@@ -238,7 +238,7 @@ def make_ready(folder: RunFolder, point: ResumePoint | None) -> None:
             if where is not None:
                 logger.info("the earlier run is moved to %s", where)
         if point is not None:
-            _set_aside_what_is_ahead(folder, point, here)
+            _set_others_aside(folder, point, here)
             _bring_best_along(folder, point)
     except OSError as error:
         raise Refused(
@@ -269,27 +269,32 @@ def _places(paths: list[Path], point: ResumePoint) -> dict[Path, _Place | None]:
     return places
 
 
-def _set_aside_what_is_ahead(
+def _set_others_aside(
     folder: RunFolder, point: ResumePoint, here: dict[Path, _Place | None]
 ) -> None:
-    """Going on from an earlier file than the run's latest: moves what is ahead of it away.
+    """Moves away what the run would write over: what is ahead of the file that it goes on from.
 
     What is ahead may go another way than the run now will. last.pth is then where the run goes on.
     """
-    others = {path: at for path, at in here.items() if not _is_same_file(path, point.path)}
-    ahead = [path for path, at in others.items() if at and at.step > point.content["step"]]
-    damaged = [path for path, at in others.items() if at is None]
-    if not ahead and not damaged:
-        return
-    if _is_same_file(folder.last, point.path):
-        return  # what is ahead was written an instant before a kill, and will be again
-    target = folder.set_aside(ahead + damaged)
-    if point.path.exists():
+    goes_on = _is_same_file(folder.last, point.path)
+    aside = {}
+    for path, at in here.items():
+        if _is_same_file(path, point.path):
+            continue
+        if at is not None and at.started != point.content["started"]:
+            aside[path] = "of another run"
+        elif goes_on:
+            continue  # what is ahead was written an instant before a kill, and will be again
+        elif at is None:
+            aside[path] = "damaged"
+        elif at.step > point.content["step"]:
+            aside[path] = f"further than {point.path}"
+    if aside:
+        target = folder.set_aside(list(aside))
+        for path, reason in aside.items():
+            logger.info("%s is %s; kept as %s", path, reason, target / path.name)
+    if not goes_on and point.path.exists():
         _copy(point.path, folder.last)
-    for path in ahead:
-        logger.info("%s is further than %s; kept as %s", path, point.path, target / path.name)
-    for path in damaged:
-        logger.info("%s is damaged; kept as %s", path, target / path.name)
 
 
 def _is_same_file(one: Path, other: Path) -> bool:
@@ -309,7 +314,8 @@ def _bring_best_along(folder: RunFolder, point: ResumePoint) -> None:
     best, started = point.content["best"], point.content["started"]
     if best is None:
         return
-    for path in (folder.best, *checkpoints_in(point.path.parent), *folder.saved(), point.path):
+    beside = [point.path.with_name(folder.best.name), *checkpoints_in(point.path.parent)]
+    for path in (folder.best, *beside, *folder.saved(), point.path):
         at = _places([path], point)[path]
         if at is not None and (at.started, at.epoch, at.batch) == (started, best["epoch"], 0):
             if path != folder.best:

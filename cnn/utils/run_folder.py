@@ -1,6 +1,7 @@
 """The folders of a run: one process writes them, and an earlier run's files are moved aside."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -13,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from cnn.errors import Refused
-from cnn.utils.files import make_folder, remove_leftovers
+from cnn.errors import Refused, Stopped
+from cnn.utils.files import make_folder, remove_leftovers, sync_folder, write_text
 
 # Every checkpoint has one of these names, as a pattern; in this order --resume looks for one.
 CHECKPOINTS = ("last", "best", "epoch_*")
@@ -22,8 +23,9 @@ CHECKPOINTS = ("last", "best", "epoch_*")
 EXPORTS = {"torch": ".pt2", "onnx": ".onnx", "weights": "_weights.pt"}
 LAST = "last.pth"
 
-OWNER = ".run.json"
+OWNER, LOCK = ".run.json", ".run.lock"
 ARCHIVE = "archive"
+UNFINISHED = ".unfinished"  # in checkpoints/archive/: the name of the folder that files move to
 PATIENCE = 10.0  # seconds; loader processes look every 5 whether the one they load for is alive
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class RunFolder:
         self.best = self.checkpoints / "best.pth"
         self.best_hparams = root / "configs" / "best_hparams"  # of all runs
         self._lock: Any = None  # a FileLock
+        self._made: list[Path] = []  # folders that were not there before
 
     def __enter__(self) -> Self:
         self._first(self.lock)
@@ -89,8 +92,9 @@ class RunFolder:
         """
         try:
             for folder in (self.logs.folder, self.checkpoints):
-                make_folder(folder)
+                self._made += make_folder(folder)
             self._acquire()
+            self._put_back()
             owner = {
                 "process": os.getpid(),
                 "machine": platform.node(),
@@ -101,6 +105,9 @@ class RunFolder:
                 (self.checkpoints / OWNER).write_text(json.dumps(owner), encoding="utf-8")
             for folder in (self.logs.folder, self.checkpoints):
                 remove_leftovers(folder)
+        except Refused:
+            self.unlock()
+            raise
         except OSError as error:
             self.unlock()
             raise Refused(
@@ -115,7 +122,7 @@ class RunFolder:
         """
         from filelock import FileLock, Timeout  # takes as long as all else here
 
-        self._lock = FileLock(self.checkpoints / ".run.lock")
+        self._lock = FileLock(self.checkpoints / LOCK)
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
@@ -138,9 +145,17 @@ class RunFolder:
                 ) from None
 
     def unlock(self) -> None:
-        if self._lock is not None and self._lock.is_locked:
-            with contextlib.suppress(OSError):  # a folder gone, or read-only by now
+        """Lets others write there; of folders made for a run that left nothing, none stays."""
+        held = self._lock is not None and self._lock.is_locked
+        with contextlib.suppress(OSError):  # a folder gone, or read-only by now
+            if held:
                 (self.checkpoints / OWNER).unlink(missing_ok=True)
+            if held and self.checkpoints in self._made and os.listdir(self.checkpoints) == [LOCK]:
+                (self.checkpoints / LOCK).unlink()
+        for folder in reversed(self._made):
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+        if held:
             with contextlib.suppress(OSError):
                 self._lock.release()
 
@@ -174,26 +189,58 @@ class RunFolder:
         logs, checkpoints = self._leftovers()
         if not logs and not checkpoints:
             return None
-        name = start = self._start_of_earlier(logs + checkpoints)
-        number = 1
-        while any((f / ARCHIVE / name).exists() for f in (self.logs.folder, self.checkpoints)):
-            number += 1
-            name = f"{start}-{number}"
-        for path in checkpoints + logs:
-            target = path.parent / ARCHIVE / name
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.move(path, target / path.name)
+        name = self._move(checkpoints + logs, self._start_of_earlier(logs + checkpoints))
         return self.logs.folder / ARCHIVE / name
 
     def set_aside(self, checkpoints: list[Path]) -> Path:
         """Moves checkpoints to checkpoints/archive/<now>/, with a copy of the history."""
-        target = self.checkpoints / ARCHIVE / time.strftime("%Y-%m-%d_%H-%M-%S")
-        make_folder(target)
-        if self.logs.history.exists():
+        name = self._move(checkpoints, time.strftime("%Y-%m-%d_%H-%M-%S"))
+        target = self.checkpoints / ARCHIVE / name
+        with contextlib.suppress(OSError):  # the checkpoints hold it too
             shutil.copy2(self.logs.history, target / self.logs.history.name)
-        for path in checkpoints:
-            shutil.move(path, target / path.name)
         return target
+
+    def _move(self, paths: list[Path], stamp: str) -> str:
+        """Moves all of the files or none to archive/<stamp>/, or <stamp>-2, that nobody has used.
+
+        Cut short at any instant, it is undone by the next process that has the lock.
+        """
+        folders = [self.checkpoints, self.logs.folder]
+        names = (f"{stamp}-{number}" if number > 1 else stamp for number in itertools.count(1))
+        name = next(n for n in names if not any(os.path.lexists(f / ARCHIVE / n) for f in folders))
+        folders = [f for f in folders if f == self.checkpoints or any(p.parent == f for p in paths)]
+        for folder in folders:
+            self._made += make_folder(folder / ARCHIVE)
+        unfinished = self.checkpoints / ARCHIVE / UNFINISHED
+        write_text(unfinished, name)
+        try:
+            for folder in folders:
+                (folder / ARCHIVE / name).mkdir()
+            for path in paths:
+                shutil.move(path, path.parent / ARCHIVE / name / path.name)
+            for folder in folders:
+                sync_folder(folder / ARCHIVE / name)
+                sync_folder(folder)
+        except (OSError, Stopped):
+            self._put_back()
+            raise
+        unfinished.unlink()
+        return name
+
+    def _put_back(self) -> None:
+        """Undoes a move that was cut short: files are where they were, as if it had not begun."""
+        unfinished = self.checkpoints / ARCHIVE / UNFINISHED
+        if not unfinished.exists():
+            return
+        name = unfinished.read_text(encoding="utf-8")
+        for folder in (self.checkpoints, self.logs.folder):
+            moved = folder / ARCHIVE / name
+            for path in sorted(moved.iterdir()) if moved.is_dir() else ():
+                if not os.path.lexists(folder / path.name):
+                    shutil.move(path, folder / path.name)
+            with contextlib.suppress(OSError):  # it was not made yet
+                moved.rmdir()
+        unfinished.unlink()
 
     def _start_of_earlier(self, paths: list[Path]) -> str:
         try:
