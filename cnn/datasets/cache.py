@@ -26,9 +26,12 @@ OLD = 24 * 3600  # seconds; no decoding takes a day
 
 
 def cache_folder() -> Path:
-    """Where what was learnt of the user's images is kept between runs."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "cnn"
+    """Where what was learnt of the user's images is kept between runs.
+
+    Without a home it is no folder: what is tried there fails as on a disk that says no.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.devnull if base.startswith("~") else base) / "cnn"
 
 
 def decode_all(
@@ -41,16 +44,14 @@ def decode_all(
     """
     shape = (len(paths), size, size, channels)
     file = cache_folder() / f"pixels_{_key(root, paths, scans, shape)}.bin"
-    if not (file.is_file() and file.stat().st_size == np.prod(shape)):
-        try:
+    try:
+        if not (file.is_file() and file.stat().st_size == np.prod(shape)):
             _write(file, paths, shape)
-        except OSError:  # no room, or no right to write there: keep them in memory alone
-            pixels = np.empty(shape, np.uint8)
-            _decode_into(pixels, paths, size, channels)
-            return torch.from_numpy(pixels)
-    return torch.from_numpy(
-        np.memmap(file, np.uint8, mode="c", shape=shape)
-    )  # c: never written back
+        pixels = np.memmap(file, np.uint8, mode="c", shape=shape)  # c: never written back
+    except OSError:  # no room, or no right to write or read there: keep them in memory alone
+        pixels = np.empty(shape, np.uint8)
+        _decode_into(pixels, paths, size, channels)
+    return torch.from_numpy(pixels)
 
 
 def _key(root: Path, paths: list[Path], scans: np.ndarray, shape: tuple[int, ...]) -> str:

@@ -84,8 +84,13 @@ def write_record(path: Path, text: str) -> None:
     try:
         write_text(path, text)
     except OSError as error:
-        reason = f"{error.strerror or error}; training goes on, and no checkpoint lacks anything"
-        logger.warning("%s: cannot be written: %s", path, reason)
+        tell_unwritten(path, error.strerror or str(error))
+
+
+def tell_unwritten(what: Path | str, reason: str) -> None:
+    """Says that something that tells of the run is missing, and that this stops nothing."""
+    goes_on = "training goes on, and no checkpoint lacks anything"
+    logger.warning("%s: cannot be written: %s; %s", what, reason, goes_on)
 
 
 def temporary_name(path: Path) -> Path:
