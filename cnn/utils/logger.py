@@ -111,8 +111,6 @@ class Log:
 
     def close(self) -> None:
         logging.captureWarnings(False)
-        level, handlers = self._before
+        self.close_file()
+        level, self.root.handlers = self._before
         self.root.setLevel(level)
-        self.root.handlers = handlers
-        if self._file is not None:
-            self._file.close()

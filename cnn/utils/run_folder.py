@@ -161,10 +161,9 @@ class RunFolder:
 
     def _owner(self) -> str | None:
         """The living process that has written itself down, or None."""
-        owner = _read_owner(self.checkpoints)
-        if owner is None or not _is_alive(owner):
-            return None
-        return "process {process} on {machine} ({command}, since {since})".format_map(owner)
+        owner = _living_owner(self.checkpoints)
+        form = "process {process} on {machine} ({command}, since {since})"
+        return form.format_map(owner) if owner else None
 
     def kept_epoch(self, epoch: int) -> Path:
         """The checkpoint of an epoch that is kept: epoch_005.pth."""
@@ -267,18 +266,20 @@ def is_running(logs: Path) -> bool:
     if "logs" not in parts:
         return False
     parts[len(parts) - 1 - parts[::-1].index("logs")] = "checkpoints"
-    owner = _read_owner(Path(*parts))
-    return owner is not None and _is_alive(owner)
+    return _living_owner(Path(*parts)) is not None
 
 
-def _read_owner(checkpoints: Path) -> dict[str, Any] | None:
-    """What the process that has a run has written down of itself."""
+def _living_owner(checkpoints: Path) -> dict[str, Any] | None:
+    """What the living process that has a run has written down of itself, or None."""
     try:
         found = json.loads((checkpoints / OWNER).read_text(encoding="utf-8"))
         owner = {"command": "?", "since": "?", **found}
     except (OSError, ValueError, TypeError):
         return None
-    return owner if {"process", "machine"} <= owner.keys() else None
+    process = owner.get("process")  # 0 and below would be whole groups
+    if type(process) is not int or process < 1 or "machine" not in owner:
+        return None
+    return owner if _is_alive(owner) else None
 
 
 def _is_alive(owner: dict[str, Any]) -> bool:
@@ -288,6 +289,6 @@ def _is_alive(owner: dict[str, Any]) -> bool:
         os.kill(owner["process"], 0)
     except PermissionError:
         pass
-    except (OSError, TypeError, OverflowError):
+    except (OSError, OverflowError):
         return False
     return True

@@ -3,10 +3,12 @@
 import contextlib
 import os
 import signal
+import sys
+import threading
 import types
 from collections.abc import Iterator
 
-from cnn.errors import Stopped
+from cnn.errors import Refused, Stopped
 
 # Ctrl-C, a scheduler's end, a scheduler's warning, a terminal closed or a connection lost.
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
@@ -24,18 +26,29 @@ class StopSignals:
         self.raised = False  # at once, in the middle of whatever it was
         self.deferred = deferred  # it waits until `check`
         self.alone = True  # else all processes of the run stop together, where they agree to
+        self.settled = False  # how it ends is known, and no signal changes it any more
         self._process = os.getpid()
 
     def install(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise Refused("signals reach the main thread alone; call main() there, not in another")
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._tell_unraisable
         self._before = {
             number: signal.signal(number, self._handle)
             for number in NUMBERS
             if not _is_ignored_on_purpose(number)
         }
 
-    def uninstall(self) -> None:
+    def uninstall(self, *, is_last: bool = False) -> None:
+        """Gives the signals back to who had them; at a process's end, to nobody."""
+        sys.unraisablehook = self._unraisable
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if is_last else handler)
+
+    def _tell_unraisable(self, given: "sys.UnraisableHookArgs") -> None:
+        """Out of a `__del__` no Stopped comes, and no traceback of one: it waits until `check`."""
+        if not isinstance(given.exc_value, Stopped):
+            self._unraisable(given)
 
     @contextlib.contextmanager
     def not_installed(self) -> Iterator[None]:
@@ -47,8 +60,8 @@ class StopSignals:
             self.install()
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        if os.getpid() != self._process:
-            return  # a loader process just forked: the signal is for its parent
+        if self.settled or os.getpid() != self._process:
+            return  # too late; or a loader process just forked: the signal is for its parent
         if self.received == number == signal.SIGINT:
             os._exit(128 + number)
         self.received = number
