@@ -77,8 +77,10 @@ def main(
             task = prepare(sys.argv[1:] if argv is None else argv)
             return DONE if task is None else run(task, is_last=argv is None)
         except (Refused, RunError) as error:
+            from cnn.utils.screen import LINES, printable
+
             if launch.find_launch().is_first:
-                sys.stderr.write(f"{prefix}{error}\n")
+                sys.stderr.write(f"{prefix}{printable(error, kept=LINES)}\n")
             return error.status
     except KeyboardInterrupt:  # before `run` has taken the signals over
         sys.stderr.write("stopped by SIGINT\n")
@@ -91,6 +93,7 @@ def run(task: Task, *, is_last: bool = False) -> int:
     Args:
         is_last: nothing comes after it in this process, so that no signal is of use any more.
     """
+    from cnn.utils.importing import collector_paused
     from cnn.utils.logger import Log
     from cnn.utils.memory import keep_freed_memory
     from cnn.utils.signals import StopSignals
@@ -103,17 +106,6 @@ def run(task: Task, *, is_last: bool = False) -> int:
     if processes.size > 1:  # looked for unused parameters, found none: no news
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        return _carry_out(task, log, stop)
-    finally:
-        log.close()
-        stop.uninstall(is_last=is_last)
-
-
-def _carry_out(task: Task, log: "Log", stop: "StopSignals") -> int:
-    """From the instant that the outcome stands, no signal changes it: that is a plain assignment."""
-    from cnn.utils.importing import collector_paused
-
-    try:
         # Two seconds of importing torch, in which a signal waits: no half of a module is left, and
         # nobody's `except Exception` there takes it.
         with collector_paused():
@@ -122,10 +114,12 @@ def _carry_out(task: Task, log: "Log", stop: "StopSignals") -> int:
         stop.check()
         return task.act(log, stop) or DONE
     except (Exception, Stopped) as error:  # noqa: BLE001  it is told
-        stop.settled = True
+        stop.settled = True  # no call, before which a signal would be looked at
         return _tell(error, task, stop)
     finally:
         stop.settled = True
+        log.close()
+        stop.uninstall(is_last=is_last)
 
 
 def _tell(error: BaseException, task: Task, stop: "StopSignals") -> int:

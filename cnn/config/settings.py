@@ -177,7 +177,7 @@ class OptimConfig:
 class ScheduleConfig:
     name: str = setting("cosine", "how lr changes", FIXED, choices=SCHEDULES)
     warmup_epochs: float = setting(
-        0.0, "linear rise from 0 first, a step at a time; not for onecycle", ASKED, least=0
+        0.0, "linear rise from 0 first, by the step; not for onecycle", ASKED, least=0, most=10**6
     )
     gamma: float = setting(0.1, "factor of step, multistep and plateau", ASKED, above=0, below=1)
     step_epochs: int = setting(30, "step: epochs between two drops", ASKED, least=1)

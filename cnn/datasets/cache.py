@@ -8,7 +8,9 @@ of change: a changed folder gets another cache. It comes into being under its na
 import contextlib
 import hashlib
 import os
+import shutil
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -64,7 +66,7 @@ def _key(root: Path, paths: list[Path], scans: np.ndarray, shape: tuple[int, ...
 
 def _write(file: Path, paths: list[Path], shape: tuple[int, ...]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(file.parent)
+    remove_leftovers(file.parent.glob(".pixels_*.tmp"))
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # two processes may be at it
     try:
         with open(temporary, "wb") as out:
@@ -92,12 +94,12 @@ def allocate(out: IO[bytes], size: int) -> None:
         out.write(zeros[: size - start])
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_leftovers(leftovers: Iterable[Path]) -> None:
     """Removes what processes killed in the middle left; a young one may still be at work."""
-    for path in folder.glob(".pixels_*.tmp"):
-        with contextlib.suppress(OSError):  # another process was quicker
+    for path in leftovers:
+        with contextlib.suppress(OSError):  # another process was quicker, or it is another user's
             if time.time() - path.stat().st_mtime > OLD:
-                path.unlink()
+                (shutil.rmtree if path.is_dir() else os.unlink)(path)
 
 
 def _decode_into(pixels: np.ndarray, paths: list[Path], size: int, channels: int) -> None:

@@ -36,7 +36,7 @@ def is_available() -> bool:
 
 @dataclass(frozen=True)
 class Curve:
-    label: str
+    label: str | None  # None: not in the legend
     xs: Sequence[float]
     ys: Sequence[float]
     colour: str = BLUE
@@ -97,7 +97,7 @@ def draw_curves(
             linewidth=1.6,
             marker="o" if single else None,
             markersize=4,
-            label=curve.label,
+            label=_in_legend(curve.label),
             gid=f"{title} {curve.label}".replace(" ", "-"),
         )
     for number, x in enumerate(marks):
@@ -115,6 +115,11 @@ def draw_curves(
         axes.set_xlim(1 - 0.03 * longest, max(longest * 1.03, 1.5))
     if len(curves) > 1 or marks:
         axes.legend(fontsize=8)
+
+
+def _in_legend(label: str | None) -> str:
+    """The label for matplotlib, which leaves out what begins with `_`; None is to be left out."""
+    return "_" if label is None else f" {label}" if label.startswith("_") else label
 
 
 def draw_confusion(axes, matrix: np.ndarray, classes: Sequence[str], ink: str) -> None:

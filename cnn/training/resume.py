@@ -276,18 +276,16 @@ def _set_others_aside(
 
     What is ahead may go another way than the run now will. last.pth is then where the run goes on.
     """
+    step, started = point.content["step"], point.content["started"]
+    # Where last.pth goes on, what is ahead was written an instant before a kill, and will be again.
     goes_on = _is_same_file(folder.last, point.path)
     aside = {}
     for path, at in here.items():
-        if _is_same_file(path, point.path):
-            continue
-        if at is not None and at.started != point.content["started"]:
+        if at is not None and at.started != started:
             aside[path] = "of another run"
-        elif goes_on:
-            continue  # what is ahead was written an instant before a kill, and will be again
-        elif at is None:
+        elif at is None and not goes_on:
             aside[path] = "damaged"
-        elif at.step > point.content["step"]:
+        elif not goes_on and at.step > step and not _is_same_file(path, point.path):
             aside[path] = f"further than {point.path}"
     if aside:
         target = folder.set_aside(list(aside))

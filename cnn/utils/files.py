@@ -105,14 +105,12 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def make_folder(folder: Path) -> list[Path]:
-    """Makes the folder and those above it, durably; gives those that were not there."""
-    if folder.is_dir():
-        return []
-    made = make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
-    sync_folder(folder.parent)
-    return [*made, folder]
+def make_folder(folder: Path) -> None:
+    """Makes the folder and those above it, durably."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -92,7 +92,7 @@ class RunFolder:
         """
         try:
             for folder in (self.logs.folder, self.checkpoints):
-                self._made += make_folder(folder)
+                self._make(folder)
             self._acquire()
             self._put_back()
             owner = {
@@ -113,6 +113,11 @@ class RunFolder:
             raise Refused(
                 f"{error.filename or self.checkpoints}: cannot be written: {error.strerror}"
             ) from None
+
+    def _make(self, folder: Path) -> None:
+        """Makes a folder, and remembers what was not there before."""
+        self._made += [f for f in (*folder.parents[::-1], folder) if not os.path.lexists(f)]
+        make_folder(folder)
 
     def _acquire(self) -> None:
         """Takes the lock, or finds out who has it.
@@ -177,19 +182,14 @@ class RunFolder:
         """Whether a checkpoint has a name by which it is archived and found again."""
         return any(checkpoint.match(f"{name}.pth") for name in CHECKPOINTS)
 
-    def _leftovers(self) -> tuple[list[Path], list[Path]]:
-        """What a run has left in logs, and in checkpoints."""
-        names = [name + ending for name in CHECKPOINTS for ending in (".pth", *EXPORTS.values())]
-        checkpoints = [path for name in names for path in self.checkpoints.glob(name)]
-        return [path for path in self.logs.paths() if path.exists()], checkpoints
-
     def archive(self) -> Path | None:
         """Moves an earlier run's files to archive/<its start>/; returns where its logs went."""
-        logs, checkpoints = self._leftovers()
-        if not logs and not checkpoints:
+        names = [name + ending for name in CHECKPOINTS for ending in (".pth", *EXPORTS.values())]
+        left = [path for name in names for path in self.checkpoints.glob(name)]
+        left += [path for path in self.logs.paths() if path.exists()]
+        if not left:
             return None
-        name = self._move(checkpoints + logs, self._start_of_earlier(logs + checkpoints))
-        return self.logs.folder / ARCHIVE / name
+        return self.logs.folder / ARCHIVE / self._move(left, self._start_of_earlier(left))
 
     def set_aside(self, checkpoints: list[Path]) -> Path:
         """Moves checkpoints to checkpoints/archive/<now>/, with a copy of the history."""
@@ -209,7 +209,7 @@ class RunFolder:
         name = next(n for n in names if not any(os.path.lexists(f / ARCHIVE / n) for f in folders))
         folders = [f for f in folders if f == self.checkpoints or any(p.parent == f for p in paths)]
         for folder in folders:
-            self._made += make_folder(folder / ARCHIVE)
+            self._make(folder / ARCHIVE)
         unfinished = self.checkpoints / ARCHIVE / UNFINISHED
         write_text(unfinished, name)
         try:
@@ -274,21 +274,17 @@ def _living_owner(checkpoints: Path) -> dict[str, Any] | None:
     try:
         found = json.loads((checkpoints / OWNER).read_text(encoding="utf-8"))
         owner = {"command": "?", "since": "?", **found}
-    except (OSError, ValueError, TypeError):
+        process, machine = owner["process"], owner["machine"]
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    process = owner.get("process")  # 0 and below would be whole groups
-    if type(process) is not int or process < 1 or "machine" not in owner:
+    if machine != platform.node() or os.name == "nt":
+        return owner  # it cannot be asked from here; the file goes when the run does
+    if type(process) is not int or process < 1:  # 0 and below are groups of processes
         return None
-    return owner if _is_alive(owner) else None
-
-
-def _is_alive(owner: dict[str, Any]) -> bool:
-    if owner["machine"] != platform.node() or os.name == "nt":
-        return True  # it cannot be asked from here; the file goes when the run does
     try:
-        os.kill(owner["process"], 0)
+        os.kill(process, 0)
     except PermissionError:
         pass
     except (OSError, OverflowError):
-        return False
-    return True
+        return None
+    return owner
