@@ -3,7 +3,10 @@
 import json
 import os
 import platform
+import resource
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -385,3 +388,26 @@ def test_pictures_with_chinese_names_are_drawn_in_any_locale():
     assert status == 0, output
     assert "warning" not in output and "Glyph" not in output
     assert Path("logs/confusion_matrix.png").exists() and Path("logs/curves.png").exists()
+
+
+def with_open_files(number: int, *words: str) -> tuple[int, str]:
+    """train.py with so few open files allowed."""
+    limits = (number, number)
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *TINY, "train.epochs=1", *words],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    return process.returncode, process.stderr
+
+
+def test_few_open_files_are_enough_and_too_few_for_loader_processes_are_refused():
+    assert with_open_files(10)[0] == 0
+    status, said = with_open_files(14, "data.num_workers=3", "data.in_memory=false")
+    assert status == 2
+    assert "data.num_workers: 3 need 56 open files, and ulimit -n allows 14" in said
+    assert said.count("error: ") == 1 and "Traceback" not in said
+    assert with_open_files(56, "data.num_workers=3", "data.in_memory=false")[0] == 0

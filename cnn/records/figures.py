@@ -97,7 +97,7 @@ def draw_curves(
             linewidth=1.6,
             marker="o" if single else None,
             markersize=4,
-            label=_in_legend(curve.label),
+            label=re.sub("^_", " _", curve.label or ""),  # those with _ first are left out
             gid=f"{title} {curve.label}".replace(" ", "-"),
         )
     for number, x in enumerate(marks):
@@ -115,11 +115,6 @@ def draw_curves(
         axes.set_xlim(1 - 0.03 * longest, max(longest * 1.03, 1.5))
     if len(curves) > 1 or marks:
         axes.legend(fontsize=8)
-
-
-def _in_legend(label: str | None) -> str:
-    """The label for matplotlib, which leaves out what begins with `_`; None is to be left out."""
-    return "_" if label is None else f" {label}" if label.startswith("_") else label
 
 
 def draw_confusion(axes, matrix: np.ndarray, classes: Sequence[str], ink: str) -> None:

@@ -126,13 +126,12 @@ def log_epoch(run: Run) -> None:
 
 def _warn_of_divergence(run: Run) -> None:
     """Says at the first epoch of which it is so that the loss is far beyond that of guessing."""
-    state, guessing = run.state, math.log(max(2, len(run.data.classes)))
-    if run.cfg.loss.name not in LOSSES or not state.group.is_first:
-        return  # of a loss of the user's own nobody knows what guessing costs
-    absurd = [row for row in state.history if row["val_loss"] > ABSURD * guessing]
-    if absurd and absurd[0] is state.history[-1]:
+    state, limit = run.state, ABSURD * math.log(max(2, len(run.data.classes)))
+    absurd = [row["epoch"] for row in state.history if row["val_loss"] > limit]
+    # Of a loss of the user's own nobody knows what guessing costs.
+    if run.cfg.loss.name in LOSSES and state.group.is_first and absurd[:1] == [state.epoch]:
         logger.warning(
-            f"val_loss {absurd[0]['val_loss']:.3g} is over {ABSURD} times that of guessing: the run"
+            f"val_loss {state.history[-1]['val_loss']:.3g} is over {ABSURD} times that of guessing: the run"
             f" diverges; a lower optim.lr, a warm-up or train.clip_grad_norm may help"
         )
 

@@ -272,8 +272,8 @@ def is_running(logs: Path) -> bool:
 def _living_owner(checkpoints: Path) -> dict[str, Any] | None:
     """What the living process that has a run has written down of itself, or None."""
     try:
-        found = json.loads((checkpoints / OWNER).read_text(encoding="utf-8"))
-        owner = {"command": "?", "since": "?", **found}
+        text = (checkpoints / OWNER).read_text(encoding="utf-8")
+        owner = {"command": "?", "since": "?", **json.loads(text)}
         process, machine = owner["process"], owner["machine"]
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -77,5 +77,4 @@ class StopSignals:
 
 def _is_ignored_on_purpose(number: int) -> bool:
     """nohup has a process ignore SIGHUP, so that it outlives its terminal."""
-    is_hangup = signal.Signals(number).name == "SIGHUP"
-    return is_hangup and signal.getsignal(number) == signal.SIG_IGN
+    return signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
