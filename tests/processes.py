@@ -23,7 +23,7 @@ import torch
 
 import train
 from cnn.drill.trace import digest
-from cnn.training import engine, saver
+from cnn.training import distributed, engine, saver
 from cnn.utils import checkpoint, files
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as cli.run does, before torch is imported
@@ -165,6 +165,7 @@ TRAPS = {
     "before best.pth is renamed": (files.os, "replace"),
     "before last.pth is renamed": (files.os, "replace"),
     "before the test": (saver.Saver, "best_model"),
+    "leaving": (distributed.Group, "leave"),
 }
 
 
