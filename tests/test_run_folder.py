@@ -1,5 +1,6 @@
 """What is in a run's folders is never written over: it is moved as a whole, or left as it was."""
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -181,8 +182,9 @@ def test_a_folder_that_was_there_stays_though_it_is_empty(train):
     assert Path("logs/a").is_dir() and not Path("checkpoints").exists()
 
 
-def test_a_refused_second_process_takes_nothing_from_the_first(train):
+def test_a_refused_second_process_takes_nothing_from_the_first(monkeypatch):
     with RunFolder("a") as first:
+        monkeypatch.setattr(os.path, "lexists", lambda path: False)  # both found it missing
         with pytest.raises(Refused), RunFolder("a"):
             pass
         assert first.checkpoints.is_dir() and first.logs.folder.is_dir()

@@ -91,9 +91,9 @@ class RunFolder:
             Refused: another process is, and which; or the folders cannot be written.
         """
         try:
-            for folder in (self.logs.folder, self.checkpoints):
-                self._make(folder)
+            self._make(self.checkpoints)
             self._acquire()
+            self._make(self.logs.folder)  # by now nobody else makes it, or takes it away again
             self._put_back()
             owner = {
                 "process": os.getpid(),
