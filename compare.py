@@ -2,14 +2,18 @@
 
 python compare.py first second            logs/first and logs/second (run=first, run=second)
 python compare.py logs/a logs/archive/*   folders of logs, wherever they are
+
+A run that cannot be read is named and the others are compared; the exit status is then 1.
 """
 
 import sys
 from pathlib import Path
 
 from cnn import cli
+from cnn.errors import Failed, Refused
 from cnn.records.compare_runs import compare, read_run
 from cnn.utils.files import failing
+from cnn.utils.screen import say
 
 PAGE = Path("logs", "compare.html")
 
@@ -24,10 +28,20 @@ def prepare(argv: list[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of logs, or a run's name")
     parser.add_argument("--output", type=Path, default=PAGE, help=f"page (default {PAGE})")
     args = parser.parse_args(argv)
-    runs = [read_run(where) for where in args.runs]
+    runs, refusals = [], []
+    for where in args.runs:
+        try:
+            runs.append(read_run(where))
+        except Refused as refusal:
+            refusals.append(str(refusal))
+    if not runs:
+        raise Refused("\n".join(refusals))
     with failing(args.output):
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        sys.stdout.write(compare(runs, args.output))
+        said = compare(runs, args.output)
+    say(said)
+    if refusals:
+        raise Failed("\n".join(refusals))
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def train(
         while not state.is_finished(cfg.train.epochs, cfg.train.early_stop_patience):
             train_epoch(run, saver, trace)
             records.write()
-            summary.log_epoch(state, cfg.train.epochs)
+            summary.log_epoch(run)
             saver.seconds()  # what the records took is not the next epoch's
 
         if state.test is None:

@@ -21,6 +21,7 @@ from cnn.config import Config, code_keys, load_config
 from cnn.errors import Elsewhere, Refused, RunError, Stopped
 from cnn.utils import launch
 from cnn.utils.run_folder import RunFolder
+from cnn.utils.streams import open_missing
 
 if TYPE_CHECKING:
     from cnn.utils.logger import Log
@@ -66,24 +67,32 @@ def main(
         prefix: of what is refused before anything has begun.
         several: whether torchrun may start it in several processes.
     """
+    open_missing()
     if hasattr(sys.stdout, "reconfigure"):  # a console without Chinese letters is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        if not several:
-            launch.refuse_several(Path(sys.argv[0]).name)
-        task = prepare(sys.argv[1:] if argv is None else argv)
-        return DONE if task is None else run(task)
-    except (Refused, RunError) as error:
-        if launch.find_launch().is_first:
-            sys.stderr.write(f"{prefix}{error}\n")
-        return error.status
-    except KeyboardInterrupt:  # before `run` has taken the signals over, or after
+        try:
+            if not several:
+                launch.refuse_several(Path(sys.argv[0]).name)
+            task = prepare(sys.argv[1:] if argv is None else argv)
+            return DONE if task is None else run(task, is_last=argv is None)
+        except (Refused, RunError) as error:
+            from cnn.utils.screen import LINES, printable
+
+            if launch.find_launch().is_first:
+                sys.stderr.write(f"{prefix}{printable(error, kept=LINES)}\n")
+            return error.status
+    except KeyboardInterrupt:  # before `run` has taken the signals over
         sys.stderr.write("stopped by SIGINT\n")
         return Stopped(signal.SIGINT).status
 
 
-def run(task: Task) -> int:
-    """Does the work with log and signals set up; turns how it ended into a message and a status."""
+def run(task: Task, *, is_last: bool = False) -> int:
+    """Does the work with log and signals set up; turns how it ended into a message and a status.
+
+    Args:
+        is_last: nothing comes after it in this process, so that no signal is of use any more.
+    """
     from cnn.utils.importing import collector_paused
     from cnn.utils.logger import Log
     from cnn.utils.memory import keep_freed_memory
@@ -91,41 +100,45 @@ def run(task: Task) -> int:
 
     keep_freed_memory()
     processes = launch.find_launch()
-    log, stop = Log(processes.rank), StopSignals(deferred=True)
+    stop = StopSignals(deferred=True)
     stop.install()
     stop_with_parent()
+    log = Log(processes.rank)
     if processes.size > 1:  # looked for unused parameters, found none: no news
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # Two seconds of importing torch, in which a signal waits: no half of a module is left, and
-    # nobody's `except Exception` there takes it.
-    with collector_paused():
-        importlib.import_module(task.module)
-    stop.deferred = False
     try:
+        # Two seconds of importing torch, in which a signal waits: no half of a module is left, and
+        # nobody's `except Exception` there takes it.
+        with collector_paused():
+            importlib.import_module(task.module)
+        stop.deferred = False
         stop.check()
         return task.act(log, stop) or DONE
-    except Stopped as stopped:
-        return _say_stopped(stopped, task)
-    except (Refused, RunError) as error:
+    except (Exception, Stopped) as error:  # noqa: BLE001  it is told
+        stop.settled = True  # no call, before which a signal would be looked at
+        return _tell(error, task, stop)
+    finally:
+        stop.settled = True
+        log.close()
+        stop.uninstall(is_last=is_last)
+
+
+def _tell(error: BaseException, task: Task, stop: "StopSignals") -> int:
+    """Says how it ended; gives the exit status."""
+    if isinstance(error, (Refused, RunError)):
         key = re.match(r"[a-z_]+\.[a-z_]+|\w+", str(error))
         place = task.places.get(key.group()) if key and isinstance(error, Refused) else None
         if not isinstance(error, Elsewhere):
             hint = task.hint if isinstance(error, RunError) else ""
             logger.error("%s%s%s", f"{place}: " if place else "", error, hint)
         return error.status
-    except Exception:
-        if stop.raised:  # and what it came in the middle of has fallen over it
-            return _say_stopped(Stopped(stop.received), task)
-        logger.exception("failed")
-        return FAILED
-    finally:
-        stop.uninstall()
-        log.close()
-
-
-def _say_stopped(stopped: Stopped, task: Task) -> int:
-    logger.warning("stopped by %s%s", stopped, task.hint)
-    return stopped.status
+    if stop.raised:  # and what it came in the middle of has fallen over it
+        error = Stopped(stop.received)
+    if isinstance(error, Stopped):
+        logger.warning("stopped by %s%s", error, task.hint)
+        return error.status
+    logger.error("failed", exc_info=error)
+    return FAILED
 
 
 # -- command lines -------------------------------------------------------------------------------

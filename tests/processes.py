@@ -24,7 +24,7 @@ import torch
 import train
 from cnn.drill.trace import digest
 from cnn.records import records
-from cnn.training import engine, saver
+from cnn.training import distributed, engine, saver
 from cnn.utils import checkpoint, files
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as cli.run does, before torch is imported
@@ -184,6 +184,7 @@ TRAPS = {
     "an evaluation": (engine, "loss_of"),  # called for every batch of validation and test
     "before a file is renamed": (files.os, "replace"),  # whichever it is
     "after the test": (records.Records, "finish"),
+    "leaving": (distributed.Group, "leave"),
 }
 
 

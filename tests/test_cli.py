@@ -1,14 +1,22 @@
 """The command line: what it refuses, what it says, and how a run that is not yet one ends."""
 
 import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
-from conftest import TINY, finish
+from conftest import ROOT, TINY, finish
+from PIL import Image
 
 import train as script
 from cnn import cli
+from cnn.errors import Refused
+from cnn.records.records import Records
 from cnn.training.saver import Saver
+from cnn.utils.checkpoint import load_checkpoint
+from cnn.utils.signals import StopSignals
 
 
 def refusal(capfd, *words: str) -> str:
@@ -126,3 +134,144 @@ def test_a_failure_after_a_signal_that_waits_is_told_as_what_it_is(capfd):
 
     assert cli.run(cli.Task(act)) == 1
     assert "ArithmeticError: on purpose" in capfd.readouterr().err
+
+
+# -- signals that come when the outcome stands --------------------------------------------------
+
+
+@pytest.fixture
+def late(monkeypatch) -> None:
+    """A SIGTERM while the handlers are taken down."""
+    original = StopSignals.uninstall
+
+    def uninstall(stop: StopSignals, **options) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        original(stop, **options)
+
+    monkeypatch.setattr(StopSignals, "uninstall", uninstall)
+
+
+def refuse(log, stop):
+    raise Refused("on purpose")
+
+
+@pytest.mark.parametrize("act, status", [(lambda log, stop: None, 0), (refuse, 2)])
+def test_a_signal_after_the_outcome_changes_neither_status_nor_message(late, capfd, act, status):
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.run(cli.Task(act)) == status
+    assert capfd.readouterr().err == ("error: on purpose\n" if status else "")
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_while_a_refusal_is_said_changes_nothing(capfd, monkeypatch):
+    original = cli.logger.error
+
+    def say(*words):
+        signal.raise_signal(signal.SIGTERM)
+        original(*words)
+
+    monkeypatch.setattr(cli.logger, "error", say)
+    assert cli.run(cli.Task(refuse)) == 2
+    assert capfd.readouterr().err == "error: on purpose\n"
+
+
+def test_a_signal_while_a_finished_run_writes_its_report_changes_nothing(train, monkeypatch):
+    original = Records.__exit__
+
+    def leave(*words):
+        signal.raise_signal(signal.SIGTERM)
+        original(*words)
+
+    monkeypatch.setattr(Records, "__exit__", leave)
+    assert train("train.epochs=1") == 0
+
+
+# Found by Python at its start; sends a SIGTERM as the process goes: in atexit, and later.
+LAST_INSTANT = """
+import atexit, os, signal
+
+class Late:
+    def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGTERM):
+        kill(process, number)
+
+atexit.register(os.kill, os.getpid(), signal.SIGTERM)
+os.late = Late()
+"""
+
+
+@pytest.mark.parametrize("words, status", [(["train.epochs=1"], 0), (["device=cuda:99"], 2)])
+def test_a_signal_while_the_process_goes_changes_nothing(words, status):
+    Path("sitecustomize.py").write_text(LAST_INSTANT)
+    found, output = finish(*TINY, *words)
+    assert found == status, output
+    assert "stopped by" not in output
+
+
+def test_a_stop_that_a_clean_up_swallows_is_silent_and_counts_at_the_next_check(capfd):
+    class Library:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    def act(log, stop):
+        Library()
+        stop.check()
+
+    assert cli.run(cli.Task(act)) == 143
+    assert capfd.readouterr().err == "warning: stopped by SIGTERM\n"
+
+
+@pytest.mark.parametrize("where", ["before it is said", "while it is said"])
+def test_ctrl_c_around_a_mistake_in_the_settings_is_one_line(train, capfd, monkeypatch, where):
+    class Interrupted(str):
+        def __str__(self):
+            raise KeyboardInterrupt
+
+    def refused(self):
+        raise KeyboardInterrupt if where.startswith("before") else Refused(Interrupted("x"))
+
+    monkeypatch.setattr(cli.Command, "load_config", refused)
+    assert train() == 130
+    assert capfd.readouterr().err == "stopped by SIGINT\n"
+
+
+def test_in_another_thread_than_the_main_one_it_is_refused(train, capfd):
+    said = []
+    thread = threading.Thread(target=lambda: said.append(train()))
+    thread.start()
+    thread.join()
+    assert said == [2]
+    assert capfd.readouterr().err.startswith("signals reach the main thread alone")
+
+
+# -- streams that are not there -----------------------------------------------------------------
+
+
+def shell(line: str, **options) -> int:
+    """The exit status of a command line, for a shell."""
+    words = f"exec {sys.executable} {ROOT}/{line}"
+    return subprocess.run(["bash", "-c", words], check=False, **options).returncode
+
+
+def test_with_its_streams_closed_every_script_does_its_work():
+    tiny = f"--config {ROOT}/tests/tiny.yaml train.epochs=1"
+    assert shell(f"train.py {tiny} <&- >&- 2>&-") == 0
+    assert load_checkpoint(Path("checkpoints/last.pth"))["epoch"] == 1
+    Image.new("L", (8, 8)).save("a.png")
+    for line, file in [
+        ("evaluate.py --json a.json 2>&-", "a.json"),
+        ("predict.py a.png --csv a.csv 2>&- >&-", "a.csv"),
+        ("export.py --format weights >&- 2>&-", "checkpoints/best_weights.pt"),
+        ("compare.py logs >&-", "logs/compare.html"),
+    ]:
+        assert shell(line, stdout=subprocess.DEVNULL) == 0, line
+        assert Path(file).stat().st_size > 0
+    assert b"warning" not in Path("a.csv").read_bytes()
+
+
+def test_without_sys_stdout_and_stderr_it_trains(train, monkeypatch):
+    """As under pythonw, and in some services."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert train("train.epochs=1") == 0
+    sys.stdout.close()
+    sys.stderr.close()

@@ -14,6 +14,7 @@ from processes import run
 
 import compare as script
 from cnn.records.compare_runs import differing, groups_of, read_run, verdict
+from cnn.records.figures import Curve, curves_png, curves_svg
 
 
 def compare(*runs: str) -> int:
@@ -81,3 +82,26 @@ def test_what_is_no_run_is_refused(capsys):
 def test_it_needs_no_torch():
     code = "import sys, compare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_run_that_cannot_be_read_is_named_and_the_others_are_compared(train, capsys):
+    assert train("run=a", "train.epochs=1") == 0
+    assert train("run=_b", "train.epochs=1", "seed=1") == 0
+    Path("logs/broken").mkdir()
+    Path("logs/broken/config.yaml").write_text("\x00")
+    assert compare("a", "broken", "_b", "nowhere") == 1
+    said = capsys.readouterr()
+    assert "\na " in said.out and "\n_b " in said.out and Path("logs/compare.html").exists()
+    assert "broken: cannot be read as a run" in said.err and "nowhere: no run there" in said.err
+    assert compare("broken", "nowhere") == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") >= 2 and "Traceback" not in said.err
+
+
+def test_a_name_that_begins_with_an_underline_is_in_the_legend():
+    curves = [Curve(label, [1, 2], [0.1, 0.2]) for label in ("_a", "b", None)]
+    drawn = curves_svg("Loss", curves)
+    legend = drawn[drawn.index('id="legend') :]
+    assert ">_a<" in legend.replace("> _a<", ">_a<") and ">b<" in legend
+    assert legend.count("<text") == 2
+    assert curves_png([("Loss", curves)]).startswith(b"\x89PNG")

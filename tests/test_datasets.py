@@ -3,12 +3,14 @@
 import itertools
 import logging
 import os
+import pwd
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -299,6 +301,36 @@ def test_a_cache_that_cannot_be_used_hinders_nothing(content, photos, cache):
     else:
         next(cache.rglob("*.npz")).write_bytes(content)
     assert folder(photos).preprocessing == expected
+
+
+def not_allowed(*_, **__):
+    raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.parametrize("owner, act", [(Path, "is_file"), (np, "load"), (np, "memmap")])
+def test_a_cache_that_is_another_users_hinders_nothing(owner, act, photos, monkeypatch):
+    fill(photos)
+    expected = folder(photos).train.decoded(8, 3)
+    if owner is Path:  # what a folder says that may not be looked into
+        monkeypatch.setattr(Path, act, not_allowed_for("pixels", Path.is_file))
+    else:
+        monkeypatch.setattr(owner, act, not_allowed)
+    assert torch.equal(folder(photos).train.decoded(8, 3), expected)
+
+
+def not_allowed_for(word, original):
+    return lambda path: not_allowed() if word in path.name else original(path)
+
+
+def test_without_a_home_nothing_is_remembered_and_nothing_else_happens(photos, monkeypatch):
+    """A container's user may have none."""
+    fill(photos)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
+    before = sorted(Path().rglob("*"))
+    assert len(folder(photos).train.decoded(8, 3)) == 20
+    assert sorted(Path().rglob("*")) == before
 
 
 def test_file_names_that_are_not_utf8_are_read(photos):

@@ -18,11 +18,12 @@ from torn_disk import PowerCut, TornDisk
 
 from cnn.drill.differences import differences
 from cnn.errors import Refused
+from cnn.records import records
 from cnn.training.resume import find_checkpoint
 from cnn.training.saver import Saver
 from cnn.utils import checkpoint, files
 from cnn.utils.checkpoint import load_checkpoint, save_checkpoint
-from cnn.utils.files import remove_leftovers, temporary_name, write_record
+from cnn.utils.files import TEMPORARY, remove_leftovers, temporary_name, write_record
 from cnn.utils.run_folder import RunFolder
 
 NAMES = ("last.pth", "best.pth", "epoch_002.pth")
@@ -164,7 +165,7 @@ def kill_saves(megabytes: int, kills: int) -> int:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         os.close(read), os.close(ready)
-        within += temporary_name(path).exists()
+        within += bool(list(path.parent.glob(f".*{TEMPORARY}")))
         remove_leftovers(path.parent)
         try:
             load_checkpoint(path)
@@ -342,6 +343,42 @@ def test_a_record_that_cannot_be_written_stops_nothing(train, capfd, name):
     said = capfd.readouterr().err
     assert f"logs/{name}: cannot be written: Is a directory; training goes on" in said
     assert "Traceback" not in said and load_checkpoint(Path("checkpoints/last.pth"))["epoch"] == 3
+
+
+def test_an_old_record_that_cannot_be_removed_stops_nothing(train, capfd, monkeypatch):
+    original = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "predictions_val.csv":
+            raise OSError(30, os.strerror(30), str(path))
+        original(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert train() == 0
+    said = capfd.readouterr().err
+    assert "logs/predictions_val.csv: cannot be written: Read-only file system; train" in said
+
+
+def test_leftovers_that_cannot_be_removed_stop_nothing(train, monkeypatch):
+    Path("logs").mkdir()
+    temporary_name(Path("logs/report.html")).mkdir()  # unlink fails
+    assert train("train.epochs=1") == 0
+
+
+def test_the_same_trouble_with_a_record_is_told_once_until_it_is_over(train, capfd, monkeypatch):
+    original, calls = records.write_history, []
+
+    def write(path: Path, history: list) -> None:
+        calls.append(path)
+        if len(calls) not in (4, 5):  # the first is before the first epoch
+            raise OSError(28 if len(calls) == 3 else 30, os.strerror(28 if len(calls) == 3 else 30))
+        original(path, history)
+
+    monkeypatch.setattr(records, "write_history", write)
+    assert train("train.epochs=9") == 0
+    said = capfd.readouterr().err
+    assert said.count("logs/history.csv: cannot be written: Read-only file system") == 2
+    assert said.count("logs/history.csv: cannot be written: No space left on device") == 1
 
 
 def test_a_full_log_says_so_once_and_stops_nothing(train):

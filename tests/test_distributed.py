@@ -204,6 +204,12 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(
     assert_same_run(unbroken, tmp_path)
 
 
+def test_a_signal_to_a_process_of_a_finished_run_changes_nothing(tmp_path):
+    ranks = Ranks(2, tmp_path, *RICH, "train.epochs=1", traps={1: ("leaving", 0, signal.SIGTERM)})
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert "stopped by" not in ranks.output()
+
+
 def test_the_images_go_on_where_they_were_with_another_number_of_processes(tmp_path):
     put_model(tmp_path / "whole")
     run_ranks(1, tmp_path / "whole", *PLAIN)

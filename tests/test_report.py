@@ -125,7 +125,7 @@ def test_a_report_that_fails_stops_nothing(train, capfd):
     Path("logs/report.html").mkdir()
     assert train("--resume", "train.epochs=3") == 0
     said = capfd.readouterr().err
-    assert said.count("report.html could not be written") == 1
+    assert said.count("report.html: cannot be written") == 1
     assert "Traceback" not in said
 
 

@@ -99,3 +99,22 @@ def test_graph_hyperparameters_and_the_rates_of_groups_are_there(train):
     curves = read(".")
     assert [value for _, value in curves["train/lr_x0.1"]] == [pytest.approx(0.005)] * 2
     assert "./hparam/test_acc" in curves and "./hparam/val_loss" in curves
+
+
+def test_a_model_that_cannot_be_traced_has_its_pictures_once_after_resumes(train):
+    Path("mine.py").write_text(
+        "import torch\n"
+        "class Model(torch.nn.Module):\n"
+        "    def __init__(self, in_channels=1, num_classes=3, **_):\n"
+        "        super().__init__()\n"
+        "        self.last = torch.nn.Linear(64 * in_channels, num_classes)\n"
+        "    def forward(self, images):\n"
+        "        if torch.jit.is_tracing():\n"
+        "            raise RuntimeError('on purpose')\n"
+        "        return self.last(images.flatten(1))\n"
+    )
+    words = ["log.tensorboard=true", "model.name=mine:Model", "model.args={}"]
+    assert train(*words, "train.epochs=1") == 0
+    for epochs in (2, 3):
+        assert train("--resume", f"train.epochs={epochs}", words[1]) == 0
+    assert [step for step, _ in read(".", "images")["train/training images"]] == [0]

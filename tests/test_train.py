@@ -1,6 +1,12 @@
 """Whole runs through the front door: what they leave, how they go on, what they refuse."""
 
+import json
+import os
+import platform
+import resource
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -11,6 +17,7 @@ from conftest import ROOT, TINY, assert_same_run, finish, history
 from PIL import Image
 
 from cnn.utils.checkpoint import load_checkpoint
+from cnn.utils.run_folder import is_running
 
 
 def move_to(name: str) -> Path:
@@ -315,3 +322,91 @@ def test_an_error_while_running_is_in_the_log_with_its_traceback():
     assert status == 1, output
     log = Path("logs/train.log").read_text()
     assert "Traceback" in log and "the first batch" in log
+
+
+def test_a_run_that_diverges_in_numbers_is_told_so_once(train, capfd):
+    assert train("optim.lr=100", "train.epochs=4") in (0, 1)
+    said = capfd.readouterr().err
+    assert said.count("times that of guessing: the run diverges; a lower optim.lr") == 1
+    assert train("optim.lr=0.05", "train.epochs=2") == 0
+    assert "diverges" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["logs", "checkpoints"])
+@pytest.mark.parametrize("kind", ["file", "dangling link", "name too long"])
+def test_a_folder_that_cannot_be_one_is_refused_in_one_line(train, capfd, folder, kind):
+    words = []
+    if kind == "file":
+        Path(folder).write_text("mine")
+    elif kind == "dangling link":
+        Path(folder).symlink_to("nowhere/at/all")
+    else:
+        words = ["run=" + 300 * "a"]
+    before = sorted(Path().rglob("*"))
+    assert train(*words) == 2
+    said = capfd.readouterr().err
+    assert "cannot be written: " in said and said.count("\n") == 1
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize("key", ["schedule.warmup_epochs=1e308", "schedule.warmup_epochs=1e17"])
+def test_a_number_beyond_all_use_is_refused(train, capfd, key):
+    assert train(key) == 2
+    assert "expected a number of at least 0 and at most 1000000" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("process", [0, -1, 10**14, 10**30, True, None, "1", 2.5])
+def test_a_process_number_that_is_none_is_nobody_and_gets_no_signal(process, monkeypatch):
+    sent = []
+    original = os.kill
+    monkeypatch.setattr(os, "kill", lambda *to: (sent.append(to), original(*to)))
+    Path("logs").mkdir()
+    Path("checkpoints").mkdir()
+    owner = {"process": process, "machine": platform.node()}
+    Path("checkpoints/.run.json").write_text(json.dumps(owner))
+    assert not is_running(Path("logs"))
+    assert all(number > 1 for number, _ in sent)
+
+
+def test_names_are_data_and_steer_no_terminal(train, capfd):
+    names = {"\x1b[31mred": 12, "two\nlines": 12, "\u202etfel": 12}
+    write_folder(Path("photos"), names)
+    words = ["data.name=folder", "data.root=photos", "data.image_size=16", "data.args={}"]
+    assert train(*words, "train.epochs=1", "log.report=true") == 0
+    said = capfd.readouterr().err + Path("logs/train.log").read_text(encoding="utf-8")
+    assert r"\x1b[31mred" in said and r"two\nlines" in said and r"\u202etfel" in said
+    assert not [letter for letter in said if not letter.isprintable() and letter not in "\n\t"]
+
+
+def test_pictures_with_chinese_names_are_drawn_in_any_locale():
+    write_folder(Path("照片"), {"猫": 12, "大狗": 12, "_鸟": 12})
+    words = ["data.name=folder", "data.root=照片", "data.image_size=16", "data.args={}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LC_ALL", "C")
+        status, output = finish(*TINY, *words, "train.epochs=1", "log.report=true")
+    assert status == 0, output
+    assert "warning" not in output and "Glyph" not in output
+    assert Path("logs/confusion_matrix.png").exists() and Path("logs/curves.png").exists()
+
+
+def with_open_files(number: int, *words: str) -> tuple[int, str]:
+    """train.py with so few open files allowed."""
+    limits = (number, number)
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *TINY, "train.epochs=1", *words],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    return process.returncode, process.stderr
+
+
+def test_few_open_files_are_enough_and_too_few_for_loader_processes_are_refused():
+    assert with_open_files(10)[0] == 0
+    status, said = with_open_files(14, "data.num_workers=3", "data.in_memory=false")
+    assert status == 2
+    assert "data.num_workers: 3 need 56 open files, and ulimit -n allows 14" in said
+    assert said.count("error: ") == 1 and "Traceback" not in said
+    assert with_open_files(56, "data.num_workers=3", "data.in_memory=false")[0] == 0

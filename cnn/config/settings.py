@@ -82,7 +82,7 @@ class DataConfig:
     download: bool = setting(False, "fetch missing files of a known set", FREE)
     args: dict[str, Any] = setting({}, "further keywords for synthetic or your own", FIXED)
     batch_size: int = setting(64, "images a batch, over all processes", FIXED, least=1)
-    num_workers: int = setting(0, "loader processes, 0 for none", FREE, least=0)
+    num_workers: int = setting(0, "loader processes, 0 for none", FREE, least=0, most=1024)
     val_fraction: float = setting(
         0.1, "share of train held out where there is no val", FIXED, above=0, below=1
     )
@@ -177,7 +177,7 @@ class OptimConfig:
 class ScheduleConfig:
     name: str = setting("cosine", "how lr changes", FIXED, choices=SCHEDULES)
     warmup_epochs: float = setting(
-        0.0, "linear rise from 0 first, a step at a time; not for onecycle", ASKED, least=0
+        0.0, "linear rise from 0 first, by the step; not for onecycle", ASKED, least=0, most=10**6
     )
     gamma: float = setting(0.1, "factor of step, multistep and plateau", ASKED, above=0, below=1)
     step_epochs: int = setting(30, "step: epochs between two drops", ASKED, least=1)

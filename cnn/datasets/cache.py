@@ -8,7 +8,9 @@ of change: a changed folder gets another cache. It comes into being under its na
 import contextlib
 import hashlib
 import os
+import shutil
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -26,9 +28,12 @@ OLD = 24 * 3600  # seconds; no decoding takes a day
 
 
 def cache_folder() -> Path:
-    """Where what was learnt of the user's images is kept between runs."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "cnn"
+    """Where what was learnt of the user's images is kept between runs.
+
+    Without a home it is no folder: what is tried there fails as on a disk that says no.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.devnull if base.startswith("~") else base) / "cnn"
 
 
 def decode_all(
@@ -41,16 +46,14 @@ def decode_all(
     """
     shape = (len(paths), size, size, channels)
     file = cache_folder() / f"pixels_{_key(root, paths, scans, shape)}.bin"
-    if not (file.is_file() and file.stat().st_size == np.prod(shape)):
-        try:
+    try:
+        if not (file.is_file() and file.stat().st_size == np.prod(shape)):
             _write(file, paths, shape)
-        except OSError:  # no room, or no right to write there: keep them in memory alone
-            pixels = np.empty(shape, np.uint8)
-            _decode_into(pixels, paths, size, channels)
-            return torch.from_numpy(pixels)
-    return torch.from_numpy(
-        np.memmap(file, np.uint8, mode="c", shape=shape)
-    )  # c: never written back
+        pixels = np.memmap(file, np.uint8, mode="c", shape=shape)  # c: never written back
+    except OSError:  # no room, or no right to write or read there: keep them in memory alone
+        pixels = np.empty(shape, np.uint8)
+        _decode_into(pixels, paths, size, channels)
+    return torch.from_numpy(pixels)
 
 
 def _key(root: Path, paths: list[Path], scans: np.ndarray, shape: tuple[int, ...]) -> str:
@@ -63,7 +66,7 @@ def _key(root: Path, paths: list[Path], scans: np.ndarray, shape: tuple[int, ...
 
 def _write(file: Path, paths: list[Path], shape: tuple[int, ...]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(file.parent)
+    remove_leftovers(file.parent.glob(".pixels_*.tmp"))
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # two processes may be at it
     try:
         with open(temporary, "wb") as out:
@@ -91,12 +94,12 @@ def allocate(out: IO[bytes], size: int) -> None:
         out.write(zeros[: size - start])
 
 
-def remove_leftovers(folder: Path) -> None:
+def remove_leftovers(leftovers: Iterable[Path]) -> None:
     """Removes what processes killed in the middle left; a young one may still be at work."""
-    for path in folder.glob(".pixels_*.tmp"):
-        with contextlib.suppress(OSError):  # another process was quicker
+    for path in leftovers:
+        with contextlib.suppress(OSError):  # another process was quicker, or it is another user's
             if time.time() - path.stat().st_mtime > OLD:
-                path.unlink()
+                (shutil.rmtree if path.is_dir() else os.unlink)(path)
 
 
 def _decode_into(pixels: np.ndarray, paths: list[Path], size: int, channels: int) -> None:

@@ -25,7 +25,7 @@ from cnn.records.pages import render
 from cnn.utils.files import write_atomically, write_text
 from cnn.utils.progress import duration
 from cnn.utils.run_folder import RunLogs, is_running
-from cnn.utils.screen import aligned
+from cnn.utils.screen import aligned, printable
 
 SEED = "seed"
 
@@ -98,7 +98,7 @@ def read_run(where: str) -> RunRecord:
         raise Refused(f"{where}: cannot be read as a run: {error}") from None
     going_on = "running" if is_running(logs.folder) else "broken off"
     status = "finished" if result.get("test") else going_on
-    return RunRecord(where.rstrip("/\\"), settings, history, result, status)
+    return RunRecord(printable(where.rstrip("/\\")), settings, history, result, status)
 
 
 # -- comparing ----------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ def panels_of(runs: Sequence[RunRecord], groups: list[list[RunRecord]], names: l
         for number, (group, name) in enumerate(zip(groups, names)):
             for member, run in enumerate(group):
                 colour = COLOURS[(number if several else member) % len(COLOURS)]
-                label = (name if member == 0 else "_") if several else run.name
+                label = (name if member == 0 else None) if several else run.name
                 xs, ys = [r["epoch"] for r in run.history], [r.get(column) for r in run.history]
                 curves.append(Curve(label, xs, ys, colour, dashed=number >= len(COLOURS)))
         panels.append((title, curves))

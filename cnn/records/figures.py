@@ -36,7 +36,7 @@ def is_available() -> bool:
 
 @dataclass(frozen=True)
 class Curve:
-    label: str
+    label: str | None  # None: not in the legend
     xs: Sequence[float]
     ys: Sequence[float]
     colour: str = BLUE
@@ -97,7 +97,7 @@ def draw_curves(
             linewidth=1.6,
             marker="o" if single else None,
             markersize=4,
-            label=curve.label,
+            label=re.sub("^_", " _", curve.label or ""),  # those with _ first are left out
             gid=f"{title} {curve.label}".replace(" ", "-"),
         )
     for number, x in enumerate(marks):

@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 
 from cnn.metrics.scores import Metrics
-from cnn.utils.files import write_record
+from cnn.utils.files import write_text
 
 
 def read_history(path: Path) -> list[Metrics]:
@@ -32,4 +32,4 @@ def write_history(path: Path, history: list[Metrics]) -> None:
         writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
-    write_record(path, text.getvalue())
+    write_text(path, text.getvalue())

@@ -10,15 +10,15 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Self
 
 from cnn.config import Config
-from cnn.errors import Stopped
 from cnn.metrics.scores import Metrics
 from cnn.records import best_hparams, figures
 from cnn.records.history import write_history
 from cnn.training.setup import Run
-from cnn.utils.files import write_text
+from cnn.utils.files import tell_unwritten, write_text
 from cnn.utils.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ class Records:
         self._predictions_of: int | None = None  # the epoch whose predictions are in the file
         self._report_at, self._report_took = time.monotonic(), FIRST_REPORT
         self._report = self._tensorboard = None
+        self._told: dict[Path | str, str] = {}  # why what could not be written the last time
         say_what_is_left_out(cfg)
         if cfg.log.report and figures.is_available():
             from cnn.records.report import Report
@@ -86,12 +87,13 @@ class Records:
 
     def _write_tables(self) -> None:
         logs, state = self.folder.logs, self.state
-        self._attempt(logs.history.name, lambda: write_history(logs.history, state.history))
+        self._attempt(logs.history, lambda: write_history(logs.history, state.history))
         path, best = logs.val_predictions, state.best and state.best["epoch"]
         if "val" not in state.predictions:
-            path.unlink(missing_ok=True)  # of an epoch that this state does not know
+            # What is there is of an epoch that this state does not know.
+            self._attempt(path, lambda: path.unlink(missing_ok=True))
         elif best != self._predictions_of:
-            written = self._attempt(path.name, lambda: write_text(path, self._predictions()))
+            written = self._attempt(path, lambda: write_text(path, self._predictions()))
             self._predictions_of = best if written else None
 
     def _write_result(self) -> None:
@@ -104,7 +106,7 @@ class Records:
             "test": state.test,
         }
         text, path = json.dumps(result, indent=2) + "\n", self.folder.logs.result
-        self._attempt(path.name, lambda: write_text(path, text))
+        self._attempt(path, lambda: write_text(path, text))
 
     def _predictions(self) -> str:
         """predictions_val.csv: what the best epoch said of each validation image."""
@@ -123,7 +125,7 @@ class Records:
         if self._report is None:
             return
         began = time.monotonic()
-        self._attempt(self.folder.logs.report.name, self._report.write)
+        self._attempt(self.folder.logs.report, self._report.write)
         if last:
             self._attempt("curves.png and confusion_matrix.png", self._report.write_pictures)
         self._report_at = time.monotonic()
@@ -135,15 +137,18 @@ class Records:
         if path is not None:
             logger.info("the best settings yet for this model and data: %s", path)
 
-    def _attempt(self, what: str, act: Callable[[], object]) -> bool:
+    def _attempt(self, what: Path | str, act: Callable[[], object]) -> bool:
+        """Whether it succeeds; where it does not, tells why, and the same again only after it has."""
         try:
             act()
+            self._told.pop(what, None)
             return True
-        except Stopped:
-            raise
         except Exception as error:  # noqa: BLE001  nothing of this is worth a training
             words = str(error).strip().splitlines() or [""]
-            logger.warning("%s could not be written: %s: %s", what, type(error).__name__, words[0])
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {words[0]}"
+            if self._told.get(what) != reason:
+                tell_unwritten(what, reason)
+            self._told[what] = reason
             return False
 
 

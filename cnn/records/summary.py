@@ -1,12 +1,14 @@
 """What a run says of itself: the lines at the start, the line of an epoch, model.txt."""
 
 import logging
+import math
 import shlex
 import sys
 
 import numpy as np
 
 from cnn.config import Config, to_yaml
+from cnn.config.settings import LOSSES
 from cnn.datasets.augment import DRAWS
 from cnn.metrics.scores import with_interval
 from cnn.models.flops import count_flops
@@ -18,10 +20,12 @@ from cnn.utils.environment import differences
 from cnn.utils.files import write_record
 from cnn.utils.progress import duration
 from cnn.utils.run_folder import RunLogs
+from cnn.utils.screen import printable
 
 logger = logging.getLogger(__name__)
 
 MAX_LISTED = 140  # characters of a line that counts the classes
+ABSURD = 1000  # times the loss of guessing; what has learnt nothing, or by heart, stays below 100
 QUIET = {"val_balanced_acc", "val_f1", "val_top5_acc"}  # in history.csv, not in an epoch's line
 
 
@@ -87,7 +91,7 @@ def log_start(run: Run, flops: int | None) -> None:
 
 def _counts(labels: np.ndarray, classes: list[str]) -> str:
     counts = np.bincount(labels, minlength=len(classes))
-    listed = "  ".join(f"{name}: {count}" for name, count in zip(classes, counts))
+    listed = "  ".join(f"{printable(name)}: {count}" for name, count in zip(classes, counts))
     if len(listed) <= MAX_LISTED:
         return listed
     return f"{counts.min()} to {counts.max()} a class"
@@ -102,8 +106,9 @@ def _flops_text(flops: int | None) -> str:
     return f"{flops} FLOP"
 
 
-def log_epoch(state: TrainingState, epochs: int) -> None:
+def log_epoch(run: Run) -> None:
     """The line of the epoch that was just completed; the words before the figures are stable."""
+    state, epochs = run.state, run.cfg.train.epochs
     row, best, said = state.history[-1], state.best, "no best"
     quiet = QUIET - {best["metric"] if best else None}
     metrics = "  ".join(
@@ -118,6 +123,19 @@ def log_epoch(state: TrainingState, epochs: int) -> None:
         f"epoch {state.epoch}/{epochs}  {metrics}  {said}  lr {row['lr']:.3g}"
         f"  {row['images_per_second']:.0f} images/s  {duration(row['seconds'])}  ETA {duration(left)}"
     )
+    _warn_of_divergence(run)
+
+
+def _warn_of_divergence(run: Run) -> None:
+    """Says at the first epoch of which it is so that the loss is far beyond that of guessing."""
+    state, limit = run.state, ABSURD * math.log(max(2, len(run.data.classes)))
+    absurd = [row["epoch"] for row in state.history if row["val_loss"] > limit]
+    # Of a loss of the user's own nobody knows what guessing costs.
+    if run.cfg.loss.name in LOSSES and state.group.is_first and absurd[:1] == [state.epoch]:
+        logger.warning(
+            f"val_loss {state.history[-1]['val_loss']:.3g} is over {ABSURD} times that of guessing: the run"
+            f" diverges; a lower optim.lr, a warm-up or train.clip_grad_norm may help"
+        )
 
 
 def log_finished(cfg: Config, state: TrainingState) -> None:

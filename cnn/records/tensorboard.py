@@ -50,7 +50,7 @@ class TensorBoard:
         """Writes the files anew: what the state knows, and what was kept of the pictures."""
         self._whole = False
         rows, kept = self.state.history, self._kept()
-        if not any(event.HasField("graph_def") for event in kept["train"]):
+        if not kept["train"]:
             kept["train"] += self._opening()
         pictured = {event.step for event in kept["val"]}
         self._pictured = None

@@ -265,7 +265,7 @@ def make_ready(folder: RunFolder, point: ResumePoint | None) -> None:
             if where is not None:
                 logger.info("the earlier run is moved to %s", where)
         if point is not None:
-            _set_aside_what_is_ahead(folder, point, here)
+            _set_others_aside(folder, point, here)
             _bring_best_along(folder, point)
     except OSError as error:
         raise Refused(
@@ -295,27 +295,30 @@ def _places(paths: list[Path], point: ResumePoint) -> dict[Path, _Place | None]:
     return {path: c and _Place(c["started"], c["step"]) for path, c in contents}
 
 
-def _set_aside_what_is_ahead(
+def _set_others_aside(
     folder: RunFolder, point: ResumePoint, here: dict[Path, _Place | None]
 ) -> None:
-    """Going on from an earlier file than the run's latest: moves what is ahead of it away.
+    """Moves away what the run would write over: what is ahead of the file that it goes on from.
 
     What is ahead may go another way than the run now will. last.pth is then where the run goes on.
     """
-    others = {path: at for path, at in here.items() if not _is_same_file(path, point.path)}
-    ahead = [path for path, at in others.items() if at and at.step > point.content["step"]]
-    damaged = [path for path, at in others.items() if at is None]
-    if not ahead and not damaged:
-        return
-    if _is_same_file(folder.last, point.path):
-        return  # what is ahead was written an instant before a kill, and will be again
-    target = folder.set_aside(ahead + damaged)
-    if point.path.exists():
+    step, started = point.content["step"], point.content["started"]
+    # Where last.pth goes on, what is ahead was written an instant before a kill, and will be again.
+    goes_on = _is_same_file(folder.last, point.path)
+    aside = {}
+    for path, at in here.items():
+        if at is not None and at.started != started:
+            aside[path] = "of another run"
+        elif at is None and not goes_on:
+            aside[path] = "damaged"
+        elif not goes_on and at.step > step and not _is_same_file(path, point.path):
+            aside[path] = f"further than {point.path}"
+    if aside:
+        target = folder.set_aside(list(aside))
+        for path, reason in aside.items():
+            logger.info("%s is %s; kept as %s", path, reason, target / path.name)
+    if not goes_on and point.path.exists():
         _copy(point.path, folder.last)
-    for path in ahead:
-        logger.info("%s is further than %s; kept as %s", path, point.path, target / path.name)
-    for path in damaged:
-        logger.info("%s is damaged; kept as %s", path, target / path.name)
 
 
 def _is_same_file(one: Path, other: Path) -> bool:
@@ -335,7 +338,8 @@ def _bring_best_along(folder: RunFolder, point: ResumePoint) -> None:
     best, started = point.content["best"], point.content["started"]
     if best is None:
         return
-    for path in (folder.best, *checkpoints_in(point.path.parent), *folder.saved(), point.path):
+    beside = [point.path.with_name(folder.best.name), *checkpoints_in(point.path.parent)]
+    for path in (folder.best, *beside, *folder.saved(), point.path):
         content = _read(path, point)
         if content is not None and is_end_of(content, started, best["epoch"]):
             if path != folder.best:

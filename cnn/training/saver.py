@@ -36,7 +36,8 @@ class Saver:
         self._saved_at = self._ticked_at = time.monotonic()
 
     def __enter__(self) -> Self:
-        self.stop.deferred = True  # from here on a signal waits for the end of the step
+        # From here on a signal waits for the end of the step; after the last, none is left.
+        self.stop.deferred = True
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -46,7 +47,6 @@ class Saver:
         self.writer.wait()
         if isinstance(error, (Stopped, DataFailed)):
             self.group.wait()  # torchrun kills the others as soon as one has left
-        self.stop.deferred = False
         if self.writer.failure is not None:
             before = f"{error}; and " if isinstance(error, (Failed, DataFailed)) else ""
             raise Failed(

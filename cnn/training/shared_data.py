@@ -1,11 +1,9 @@
 """Data once a machine, not once a process: the first process there reads, the others map its memory."""
 
-import contextlib
 import math
 import pickle
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -13,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from cnn.datasets.build import Data
-from cnn.datasets.cache import OLD, allocate
+from cnn.datasets.cache import allocate, remove_leftovers
 from cnn.datasets.images import UserImages
 
 if TYPE_CHECKING:
@@ -62,7 +60,7 @@ def _write(data: Data) -> Path | None:
     for place in (MEMORY, Path(tempfile.gettempdir())):
         folder = None
         try:
-            _remove_leftovers(place)
+            remove_leftovers(place.glob(f"{PREFIX}*"))
             folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=place))  # nobody else may read it
             with open(folder / "data", "wb") as file:
                 _Pickler(file, folder).dump(data)
@@ -71,14 +69,6 @@ def _write(data: Data) -> Path | None:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
     return None
-
-
-def _remove_leftovers(place: Path) -> None:
-    """Removes what runs killed while they handed their data on have left."""
-    for folder in place.glob(f"{PREFIX}*"):
-        with contextlib.suppress(OSError):  # another process was quicker, or it is another user's
-            if time.time() - folder.stat().st_mtime > OLD:
-                shutil.rmtree(folder)
 
 
 def _read(folder: Path) -> Data:

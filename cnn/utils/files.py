@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -11,6 +12,8 @@ from typing import IO
 from cnn.errors import Failed
 
 logger = logging.getLogger(__name__)
+
+TEMPORARY = ".cnn.tmp"  # how our files end that are not yet whole; another's .tmp is left alone
 
 
 def write_atomically(
@@ -36,7 +39,6 @@ def write_atomically(
             file.flush()
             os.fsync(file.fileno())
         for other, link in zip(also, links):
-            link.unlink(missing_ok=True)
             try:
                 os.link(temporary, link)
             except OSError:  # a file system without hard links
@@ -82,18 +84,25 @@ def write_record(path: Path, text: str) -> None:
     try:
         write_text(path, text)
     except OSError as error:
-        reason = f"{error.strerror or error}; training goes on, and no checkpoint lacks anything"
-        logger.warning("%s: cannot be written: %s", path, reason)
+        tell_unwritten(path, error.strerror or str(error))
+
+
+def tell_unwritten(what: Path | str, reason: str) -> None:
+    """Says that something that tells of the run is missing, and that this stops nothing."""
+    goes_on = "training goes on, and no checkpoint lacks anything"
+    logger.warning("%s: cannot be written: %s; %s", what, reason, goes_on)
 
 
 def temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
+    """A name beside the file that no other file has, nor another process takes."""
+    return path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}{TEMPORARY}")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a crash in the middle of a write has left in the folder."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+    """Removes what a crash in the middle of a write has left in the folder, where it may."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f".*{TEMPORARY}"):
+            path.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:

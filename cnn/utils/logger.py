@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from cnn.utils.screen import LINES, printable
+
 FILE_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 # Whose messages are shown; libraries' below WARNING are not.
 NAMES = ("cnn", "train", "py.warnings")
@@ -30,7 +32,14 @@ class _Console(logging.Handler):
         if record.exc_info:
             message += "\n" + logging.Formatter().formatException(record.exc_info)
         with contextlib.suppress(OSError, ValueError):  # a terminal gone, a full disk behind 2>
-            tqdm.write(message, file=sys.stderr)
+            tqdm.write(printable(message, kept=LINES), file=sys.stderr)
+
+
+class _Printable(logging.Formatter):
+    """What would steer the terminal that shows the file, in a name say, is written as its code."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), kept=LINES)
 
 
 class _File(logging.FileHandler):
@@ -40,9 +49,7 @@ class _File(logging.FileHandler):
         # Of another process than the first the file begins, if at all, with what it has to say.
         late = bool(speaker)
         super().__init__(path, mode="a", encoding="utf-8", delay=late, errors="backslashreplace")
-        self.setFormatter(
-            logging.Formatter(FILE_FORMAT.replace("%(message)s", f"{speaker}%(message)s"))
-        )
+        self.setFormatter(_Printable(FILE_FORMAT.replace("%(message)s", f"{speaker}%(message)s")))
         self._told = False
 
     def flush(self) -> None:
@@ -111,8 +118,6 @@ class Log:
 
     def close(self) -> None:
         logging.captureWarnings(False)
-        level, handlers = self._before
+        self.close_file()
+        level, self.root.handlers = self._before
         self.root.setLevel(level)
-        self.root.handlers = handlers
-        if self._file is not None:
-            self._file.close()

@@ -1,6 +1,7 @@
 """The folders of a run: one process writes them, and an earlier run's files are moved aside."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -13,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
-from cnn.errors import Refused
-from cnn.utils.files import make_folder, remove_leftovers
+from cnn.errors import Refused, Stopped
+from cnn.utils.files import make_folder, remove_leftovers, sync_folder, write_text
 
 # Every checkpoint has one of these names, as a pattern; in this order --resume looks for one.
 CHECKPOINTS = ("last", "best", "epoch_*")
@@ -22,8 +23,9 @@ CHECKPOINTS = ("last", "best", "epoch_*")
 EXPORTS = {"torch": ".pt2", "onnx": ".onnx", "weights": "_weights.pt"}
 LAST = "last.pth"
 
-OWNER = ".run.json"
+OWNER, LOCK = ".run.json", ".run.lock"
 ARCHIVE = "archive"
+UNFINISHED = ".unfinished"  # in checkpoints/archive/: the name of the folder that files move to
 PATIENCE = 10.0  # seconds; loader processes look every 5 whether the one they load for is alive
 
 logger = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class RunFolder:
         self.best = self.checkpoints / "best.pth"
         self.best_hparams = root / "configs" / "best_hparams"  # of all runs
         self._lock: Any = None  # a FileLock
+        self._made: list[Path] = []  # folders that were not there before
 
     def __enter__(self) -> Self:
         self._first(self.lock)
@@ -88,9 +91,10 @@ class RunFolder:
             Refused: another process is, and which; or the folders cannot be written.
         """
         try:
-            for folder in (self.logs.folder, self.checkpoints):
-                make_folder(folder)
+            self._make(self.checkpoints)
             self._acquire()
+            self._make(self.logs.folder)  # by now nobody else makes it, or takes it away again
+            self._put_back()
             owner = {
                 "process": os.getpid(),
                 "machine": platform.node(),
@@ -101,11 +105,19 @@ class RunFolder:
                 (self.checkpoints / OWNER).write_text(json.dumps(owner), encoding="utf-8")
             for folder in (self.logs.folder, self.checkpoints):
                 remove_leftovers(folder)
+        except Refused:
+            self.unlock()
+            raise
         except OSError as error:
             self.unlock()
             raise Refused(
                 f"{error.filename or self.checkpoints}: cannot be written: {error.strerror}"
             ) from None
+
+    def _make(self, folder: Path) -> None:
+        """Makes a folder, and remembers what was not there before."""
+        self._made += [f for f in (*folder.parents[::-1], folder) if not os.path.lexists(f)]
+        make_folder(folder)
 
     def _acquire(self) -> None:
         """Takes the lock, or finds out who has it.
@@ -115,7 +127,7 @@ class RunFolder:
         """
         from filelock import FileLock, Timeout  # takes as long as all else here
 
-        self._lock = FileLock(self.checkpoints / ".run.lock")
+        self._lock = FileLock(self.checkpoints / LOCK)
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
@@ -138,18 +150,25 @@ class RunFolder:
                 ) from None
 
     def unlock(self) -> None:
-        if self._lock is not None and self._lock.is_locked:
-            with contextlib.suppress(OSError):  # a folder gone, or read-only by now
+        """Lets others write there; of folders made for a run that left nothing, none stays."""
+        held = self._lock is not None and self._lock.is_locked
+        with contextlib.suppress(OSError):  # a folder gone, or read-only by now
+            if held:
                 (self.checkpoints / OWNER).unlink(missing_ok=True)
+            if held and self.checkpoints in self._made and os.listdir(self.checkpoints) == [LOCK]:
+                (self.checkpoints / LOCK).unlink()
+        for folder in reversed(self._made):
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+        if held:
             with contextlib.suppress(OSError):
                 self._lock.release()
 
     def _owner(self) -> str | None:
         """The living process that has written itself down, or None."""
-        owner = _read_owner(self.checkpoints)
-        if owner is None or not _is_alive(owner):
-            return None
-        return "process {process} on {machine} ({command}, since {since})".format_map(owner)
+        owner = _living_owner(self.checkpoints)
+        form = "process {process} on {machine} ({command}, since {since})"
+        return form.format_map(owner) if owner else None
 
     def kept_epoch(self, epoch: int) -> Path:
         """The checkpoint of an epoch that is kept: epoch_005.pth."""
@@ -163,37 +182,64 @@ class RunFolder:
         """Whether a checkpoint has a name by which it is archived and found again."""
         return any(checkpoint.match(f"{name}.pth") for name in CHECKPOINTS)
 
-    def _leftovers(self) -> tuple[list[Path], list[Path]]:
-        """What a run has left in logs, and in checkpoints."""
-        names = [name + ending for name in CHECKPOINTS for ending in (".pth", *EXPORTS.values())]
-        checkpoints = [path for name in names for path in self.checkpoints.glob(name)]
-        return [path for path in self.logs.paths() if path.exists()], checkpoints
-
     def archive(self) -> Path | None:
         """Moves an earlier run's files to archive/<its start>/; returns where its logs went."""
-        logs, checkpoints = self._leftovers()
-        if not logs and not checkpoints:
+        names = [name + ending for name in CHECKPOINTS for ending in (".pth", *EXPORTS.values())]
+        left = [path for name in names for path in self.checkpoints.glob(name)]
+        left += [path for path in self.logs.paths() if path.exists()]
+        if not left:
             return None
-        name = start = self._start_of_earlier(logs + checkpoints)
-        number = 1
-        while any((f / ARCHIVE / name).exists() for f in (self.logs.folder, self.checkpoints)):
-            number += 1
-            name = f"{start}-{number}"
-        for path in checkpoints + logs:
-            target = path.parent / ARCHIVE / name
-            target.mkdir(parents=True, exist_ok=True)
-            shutil.move(path, target / path.name)
-        return self.logs.folder / ARCHIVE / name
+        return self.logs.folder / ARCHIVE / self._move(left, self._start_of_earlier(left))
 
     def set_aside(self, checkpoints: list[Path]) -> Path:
         """Moves checkpoints to checkpoints/archive/<now>/, with a copy of the history."""
-        target = self.checkpoints / ARCHIVE / time.strftime("%Y-%m-%d_%H-%M-%S")
-        make_folder(target)
-        if self.logs.history.exists():
+        name = self._move(checkpoints, time.strftime("%Y-%m-%d_%H-%M-%S"))
+        target = self.checkpoints / ARCHIVE / name
+        with contextlib.suppress(OSError):  # the checkpoints hold it too
             shutil.copy2(self.logs.history, target / self.logs.history.name)
-        for path in checkpoints:
-            shutil.move(path, target / path.name)
         return target
+
+    def _move(self, paths: list[Path], stamp: str) -> str:
+        """Moves all of the files or none to archive/<stamp>/, or <stamp>-2, that nobody has used.
+
+        Cut short at any instant, it is undone by the next process that has the lock.
+        """
+        folders = [self.checkpoints, self.logs.folder]
+        names = (f"{stamp}-{number}" if number > 1 else stamp for number in itertools.count(1))
+        name = next(n for n in names if not any(os.path.lexists(f / ARCHIVE / n) for f in folders))
+        folders = [f for f in folders if f == self.checkpoints or any(p.parent == f for p in paths)]
+        for folder in folders:
+            self._make(folder / ARCHIVE)
+        unfinished = self.checkpoints / ARCHIVE / UNFINISHED
+        write_text(unfinished, name)
+        try:
+            for folder in folders:
+                (folder / ARCHIVE / name).mkdir()
+            for path in paths:
+                shutil.move(path, path.parent / ARCHIVE / name / path.name)
+            for folder in folders:
+                sync_folder(folder / ARCHIVE / name)
+                sync_folder(folder)
+        except (OSError, Stopped):
+            self._put_back()
+            raise
+        unfinished.unlink()
+        return name
+
+    def _put_back(self) -> None:
+        """Undoes a move that was cut short: files are where they were, as if it had not begun."""
+        unfinished = self.checkpoints / ARCHIVE / UNFINISHED
+        if not unfinished.exists():
+            return
+        name = unfinished.read_text(encoding="utf-8")
+        for folder in (self.checkpoints, self.logs.folder):
+            moved = folder / ARCHIVE / name
+            for path in sorted(moved.iterdir()) if moved.is_dir() else ():
+                if not os.path.lexists(folder / path.name):
+                    shutil.move(path, folder / path.name)
+            with contextlib.suppress(OSError):  # it was not made yet
+                moved.rmdir()
+        unfinished.unlink()
 
     def _start_of_earlier(self, paths: list[Path]) -> str:
         try:
@@ -220,27 +266,25 @@ def is_running(logs: Path) -> bool:
     if "logs" not in parts:
         return False
     parts[len(parts) - 1 - parts[::-1].index("logs")] = "checkpoints"
-    owner = _read_owner(Path(*parts))
-    return owner is not None and _is_alive(owner)
+    return _living_owner(Path(*parts)) is not None
 
 
-def _read_owner(checkpoints: Path) -> dict[str, Any] | None:
-    """What the process that has a run has written down of itself."""
+def _living_owner(checkpoints: Path) -> dict[str, Any] | None:
+    """What the living process that has a run has written down of itself, or None."""
     try:
-        found = json.loads((checkpoints / OWNER).read_text(encoding="utf-8"))
-        owner = {"command": "?", "since": "?", **found}
-    except (OSError, ValueError, TypeError):
+        text = (checkpoints / OWNER).read_text(encoding="utf-8")
+        owner = {"command": "?", "since": "?", **json.loads(text)}
+        process, machine = owner["process"], owner["machine"]
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    return owner if {"process", "machine"} <= owner.keys() else None
-
-
-def _is_alive(owner: dict[str, Any]) -> bool:
-    if owner["machine"] != platform.node() or os.name == "nt":
-        return True  # it cannot be asked from here; the file goes when the run does
+    if machine != platform.node() or os.name == "nt":
+        return owner  # it cannot be asked from here; the file goes when the run does
+    if type(process) is not int or process < 1:  # 0 and below are groups of processes
+        return None
     try:
-        os.kill(owner["process"], 0)
+        os.kill(process, 0)
     except PermissionError:
         pass
-    except (OSError, TypeError, OverflowError):
-        return False
-    return True
+    except (OSError, OverflowError):
+        return None
+    return owner

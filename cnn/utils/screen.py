@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
+LINES = "\n\t"  # what of our own text is not printable
 MAX_NAME = 22  # columns of a class name
 
 
@@ -23,7 +24,7 @@ def width(text: str) -> int:
 
 def shortened(name: str) -> str:
     """A class name on one line, at most 22 columns wide."""
-    name = " ".join(name.split())
+    name = printable(" ".join(name.split()))
     if width(name) <= MAX_NAME:
         return name
     while width(name) > MAX_NAME - 1:
@@ -53,15 +54,19 @@ def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[st
     ]
 
 
-def printable(text: str) -> str:
-    """The text for a terminal: what would steer it, or is no character at all, as its code."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(text))
+def printable(text: str, kept: str = "") -> str:
+    """The text for a terminal: what would steer it, or is no character at all, as its code.
+
+    Args:
+        kept: of that, what is ours and not from names that are data: line ends.
+    """
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in str(text))
 
 
 def say(text: str) -> None:
     """Writes to stdout, past a bar; ends quietly, as other programs do, where nobody reads on."""
     try:
-        tqdm.write(text, sys.stdout, end="")
+        tqdm.write(printable(text, kept=LINES), sys.stdout, end="")
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,12 +3,13 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from cnn.errors import Stopped
+from cnn.errors import Refused, Stopped
 
 T = TypeVar("T")
 
@@ -30,18 +31,29 @@ class StopSignals:
         self.raised = False  # at once, in the middle of whatever it was
         self.deferred = deferred  # it waits until `check`
         self.alone = True  # else all processes of the run stop together, where they agree to
+        self.settled = False  # how it ends is known, and no signal changes it any more
         self._process = os.getpid()
 
     def install(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            raise Refused("signals reach the main thread alone; call main() there, not in another")
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._tell_unraisable
         self._before = {
             number: signal.signal(number, self._handle)
             for number in NUMBERS
             if not _is_ignored_on_purpose(number)
         }
 
-    def uninstall(self) -> None:
+    def uninstall(self, *, is_last: bool = False) -> None:
+        """Gives the signals back to who had them; at a process's end, to nobody."""
+        sys.unraisablehook = self._unraisable
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if is_last else handler)
+
+    def _tell_unraisable(self, given: "sys.UnraisableHookArgs") -> None:
+        """Out of a `__del__` no Stopped comes, and no traceback of one: it waits until `check`."""
+        if not isinstance(given.exc_value, Stopped):
+            self._unraisable(given)
 
     @contextlib.contextmanager
     def not_installed(self) -> Iterator[None]:
@@ -53,8 +65,8 @@ class StopSignals:
             self.install()
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        if os.getpid() != self._process:
-            return  # a loader process just forked: the signal is for its parent
+        if self.settled or os.getpid() != self._process:
+            return  # too late; or a loader process just forked: the signal is for its parent
         if self.received == number == signal.SIGINT:
             os._exit(128 + number)
         self.received = number
@@ -103,8 +115,7 @@ def stop_with_parent() -> None:
 
 def _is_ignored_on_purpose(number: int) -> bool:
     """nohup has a process ignore SIGHUP, so that it outlives its terminal."""
-    is_hangup = signal.Signals(number).name == "SIGHUP"
-    return is_hangup and signal.getsignal(number) == signal.SIG_IGN
+    return signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
 
 
 @contextlib.contextmanager
