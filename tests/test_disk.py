@@ -32,6 +32,8 @@ NAMES = ("last.pth", "best.pth", "epoch_002.pth")
 def older() -> dict:
     tree = content()
     tree["epoch"], tree["step"] = 1, 4
+    del tree["history"][1:]
+    tree["best"] |= {"epoch": 1, "value": tree["history"][0][tree["best"]["metric"]]}
     return tree
 
 

@@ -196,7 +196,7 @@ def a_script(patch: pytest.MonkeyPatch, script: str, rest: str) -> None:
             torchvision.models._api, "load_state_dict_from_url", lambda *_, **__: dict(state)
         )
     if "--drill" in words:  # more kills, and other hashes, are in test_drill.py
-        patch.setattr(drill, "KILLS", drill.KILLS[1:2])
+        patch.setattr(drill, "STOPS", drill.STOPS[1:2])
         patch.setattr(drill, "FRESH", drill.CONTEXT)
     assert run_python(patch, script, *words, *fewer) == 0
 

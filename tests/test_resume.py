@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from archives import content
 from conftest import TINY, assert_same_run, history
 from processes import run, run_through_kills
 from test_train import write_folder
@@ -174,13 +175,12 @@ def test_what_is_saved_is_the_state_at_the_call_and_not_later(tmp_path, monkeypa
     monkeypatch.setattr(checkpoint, "save_checkpoint", slow_disk)
     weights = torch.zeros(3)
     writer = checkpoint.CheckpointWriter()
-    writer.save({"weights": weights, "list": [weights]}, tmp_path / "last.pth")
+    writer.save(content() | {"model_state_dict": {"weights": weights}}, tmp_path / "last.pth")
     weights += 1  # the next step, while the file is being written
     going_on.set()
     writer.wait()
     saved = torch.load(tmp_path / "last.pth", weights_only=True)
-    assert torch.equal(saved["weights"], torch.zeros(3))
-    assert torch.equal(saved["list"][0], torch.zeros(3))
+    assert torch.equal(saved["model_state_dict"]["weights"], torch.zeros(3))
 
 
 def test_every_position_resumes_to_the_same_end(train, monkeypatch):

@@ -102,7 +102,7 @@ def test_graph_hyperparameters_and_the_rates_of_groups_are_there(train):
 
 
 def test_a_model_that_cannot_be_traced_has_its_pictures_once_after_resumes(train):
-    Path("mine.py").write_text(
+    Path("untraced.py").write_text(
         "import torch\n"
         "class Model(torch.nn.Module):\n"
         "    def __init__(self, in_channels=1, num_classes=3, **_):\n"
@@ -113,7 +113,7 @@ def test_a_model_that_cannot_be_traced_has_its_pictures_once_after_resumes(train
         "            raise RuntimeError('on purpose')\n"
         "        return self.last(images.flatten(1))\n"
     )
-    words = ["log.tensorboard=true", "model.name=mine:Model", "model.args={}"]
+    words = ["log.tensorboard=true", "model.name=untraced:Model", "model.args={}"]
     assert train(*words, "train.epochs=1") == 0
     for epochs in (2, 3):
         assert train("--resume", f"train.epochs={epochs}", words[1]) == 0

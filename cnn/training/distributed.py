@@ -291,6 +291,7 @@ def joined(stop: StopSignals) -> Iterator[Group]:
     group.meet()
     try:
         yield group
+        group.leave()
     except (dist.DistError, RuntimeError) as error:
         of_connection = "gloo" in str(error) or "Connection" in str(error)
         if group.size > 1 and (isinstance(error, dist.DistError) or of_connection):
@@ -299,4 +300,3 @@ def joined(stop: StopSignals) -> Iterator[Group]:
                 " in its own output"
             ) from None
         raise
-    group.leave()
