@@ -6,14 +6,24 @@ python compare.py logs/a logs/archive/*   folders of logs, wherever they are
 A run that cannot be read is named and the others are compared; the exit status is then 1.
 """
 
+import itertools
+import math
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from cnn import cli
+from cnn import cli, config
 from cnn.errors import Failed, Refused
-from cnn.records.compare_runs import compare, read_run
-from cnn.utils.files import failing
-from cnn.utils.screen import say
+from cnn.metrics.scores import mode, with_interval
+from cnn.records import figures
+from cnn.records.figures import COLOURS, Curve
+from cnn.records.pages import render
+from cnn.records.run_record import SEED, RunRecord, read_run, shown_setting
+from cnn.utils.files import failing, write_atomically, write_text
+from cnn.utils.progress import duration
+from cnn.utils.screen import aligned, say
 
 PAGE = Path("logs", "compare.html")
 
@@ -42,6 +52,196 @@ def prepare(argv: list[str]) -> None:
     say(said)
     if refusals:
         raise Failed("\n".join(refusals))
+
+
+# -- comparing ----------------------------------------------------------------------------------
+
+
+def differing(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
+    """The settings that are not the same in all runs, with every run's value."""
+    values = {key: [run.settings.get(key) for run in runs] for key in runs[0].settings}
+    return {
+        key: found
+        for key, found in values.items()
+        if key != "run" and any(value != found[0] for value in found)
+    }
+
+
+def groups_of(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
+    """Runs of one configuration together, in the order they were named."""
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        groups.setdefault(run.identity(), []).append(run)
+    return list(groups.values())
+
+
+def names_of(groups: list[list[RunRecord]], keys: Sequence[str]) -> list[str]:
+    """What tells each group from the others: its values of the settings that differ."""
+    keys = [key for key in keys if key not in config.beside_the_experiment() | {SEED}]
+    return [
+        ", ".join(f"{key}={shown_setting(group[0].settings[key])}" for key in keys) or "all runs"
+        for group in groups
+    ]
+
+
+def chosen_figure(runs: Sequence[RunRecord]) -> str:
+    """What is compared: the test where all have it, else the metric all looked for, else accuracy."""
+    if all(run.figure("test_acc") is not None for run in runs):
+        return "test_acc"
+    monitors = {run.monitor for run in runs}
+    return monitors.pop() if len(monitors) == 1 else "val_acc"
+
+
+def spread_of(values: Sequence[float]) -> float | None:
+    """The standard deviation from run to run; None of a single run."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def verdict(names: tuple[str, str], values: tuple[list[float], list[float]], figure: str) -> str:
+    """Whether two groups differ by more than their spread.
+
+    The spread of two groups is that of the difference between a run of the one and a run of the
+    other, sqrt(s1² + s2²): a difference within it is one that another seed may turn round.
+    """
+    if not all(values):
+        return f"{names[0]} and {names[1]}: no {figure} yet"
+    means, spreads = [statistics.fmean(v) for v in values], [spread_of(v) for v in values]
+    difference = means[0] - means[1]
+    better = names[0] if (difference > 0) != (mode(figure) == "min") else names[1]
+    said = f"{figure} {means[0]:.4f} and {means[1]:.4f}"
+    if None in spreads:
+        return (
+            f"{names[0]} and {names[1]}: {said}, {abs(difference):.4f} apart; a group of one run has"
+            f" no spread, so this says little: train each with several seeds"
+        )
+    spread = math.hypot(*spreads)
+    if abs(difference) > spread:
+        return (
+            f"{better} is better: {said} differ by {abs(difference):.4f}, more than their spread"
+            f" of {spread:.4f}"
+        )
+    return (
+        f"{names[0]} and {names[1]} do not differ by more than their spread: {said},"
+        f" {abs(difference):.4f} apart, spread {spread:.4f}"
+    )
+
+
+# -- what is shown -------------------------------------------------------------------------------
+
+
+def run_table(runs: Sequence[RunRecord]) -> list[list[str]]:
+    """A row a run: how it stands, best epoch, figures with intervals, time, images a second."""
+    monitors = list(dict.fromkeys(run.monitor for run in runs if run.monitor != "val_acc"))
+    head = ["run", "status", "epochs", "best", *monitors, "val_acc", "test_acc", "time", "images/s"]
+    rows = [head]
+    for run in runs:
+        best, (seconds, speed) = run.best(), run.times()
+        rows.append(
+            [
+                run.name,
+                run.status,
+                f"{len(run.history)}/{run.settings['train.epochs']}",
+                f"{best['epoch']:.0f}" if best else "n/a",
+                *(shown_figure(run.figure(name)) for name in monitors),
+                *(accuracy_of(run, split) for split in ("val", "test")),
+                duration(seconds),
+                f"{speed:.0f}" if speed else "n/a",
+            ]
+        )
+    return rows
+
+
+def accuracy_of(run: RunRecord, split: str) -> str:
+    value, number = run.figure(f"{split}_acc"), run.images(split)
+    return with_interval(value, number) if number else shown_figure(value)
+
+
+def shown_figure(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}"
+
+
+def group_table(
+    groups: list[list[RunRecord]], names: list[str], compared: Sequence[str]
+) -> list[list[str]]:
+    """A row a group: how many runs, and mean ± standard deviation of each figure."""
+    rows = [["group", "runs", *compared]]
+    for name, group in zip(names, groups):
+        cells = []
+        for figure in compared:
+            values = values_of(group, figure)
+            spread = spread_of(values)
+            mean = f"{statistics.fmean(values):.4f}" if values else "n/a"
+            cells.append(mean if spread is None else f"{mean} ± {spread:.4f}")
+        rows.append([name, str(len(group)), *cells])
+    return rows
+
+
+def values_of(group: list[RunRecord], figure: str) -> list[float]:
+    """The group's figures, one a seed: the same run twice tells nothing of the spread."""
+    found = {run.settings[SEED]: run.figure(figure) for run in group}
+    return [value for value in found.values() if value is not None]
+
+
+def settings_table(runs: Sequence[RunRecord], found: dict[str, list[Any]]) -> list[list[str]]:
+    rows = [["setting", *(run.name for run in runs)]]
+    return rows + [[key, *map(shown_setting, values)] for key, values in found.items()]
+
+
+def panels_of(runs: Sequence[RunRecord], groups: list[list[RunRecord]], names: list[str]):
+    """Curves of all runs over each other; the seeds of a group share a colour."""
+    several = len(groups) > 1
+    panels = []
+    for title, column in (
+        ("Validation accuracy", "val_acc"),
+        ("Validation loss", "val_loss"),
+        ("Training loss", "train_loss"),
+    ):
+        curves = []
+        for number, (group, name) in enumerate(zip(groups, names)):
+            for member, run in enumerate(group):
+                colour = COLOURS[(number if several else member) % len(COLOURS)]
+                label = (name if member == 0 else None) if several else run.name
+                xs, ys = [r["epoch"] for r in run.history], [r.get(column) for r in run.history]
+                curves.append(Curve(label, xs, ys, colour, dashed=number >= len(COLOURS)))
+        panels.append((title, curves))
+    return panels
+
+
+def compare(runs: Sequence[RunRecord], output: Path | None) -> str:
+    """The comparison as text; with `output`, as an HTML page and a picture too."""
+    found, groups = differing(runs), groups_of(runs)
+    names, figure = names_of(groups, list(found)), chosen_figure(runs)
+    parts = [("Runs", run_table(runs))]
+    parts.append(("Settings that differ", settings_table(runs, found) if found else [["none"]]))
+    verdicts = []
+    if len(groups) < len(runs):
+        compared = list(dict.fromkeys([figure, "val_acc", "val_loss"]))
+        parts.append(("Groups, mean ± standard deviation", group_table(groups, names, compared)))
+    if len(groups) > 1:
+        sets = [(name, values_of(group, figure)) for name, group in zip(names, groups)]
+        for (one, its), (other, others) in itertools.combinations(sets, 2):
+            verdicts.append(verdict((one, other), (its, others), figure))
+    text = "\n\n".join("\n".join([head, "", *aligned(rows)]) for head, rows in parts)
+    text += "".join(f"\n\n{line}" if n == 0 else f"\n{line}" for n, line in enumerate(verdicts))
+    if output is not None:
+        text += "\n\n" + write_page(output, runs, groups, names, parts, verdicts)
+    return text + "\n"
+
+
+def write_page(output: Path, runs, groups, names, parts, verdicts: list[str]) -> str:
+    """Writes the page and beside it the picture; says where."""
+    said, curves = str(output), []
+    if figures.is_available():
+        panels = panels_of(runs, groups, names)
+        curves = [figures.curves_svg(title, curves) for title, curves in panels]
+        picture = figures.curves_png(panels)
+        write_atomically(output.with_suffix(".png"), lambda file: file.write(picture))
+        said += f", {output.with_suffix('.png')}"
+    else:
+        said += " (without curves: pip install matplotlib)"
+    content = {"curves": curves, "verdicts": verdicts, "parts": parts}
+    write_text(output, render("compare.jinja", title="Comparison", **content))
+    return said
 
 
 if __name__ == "__main__":

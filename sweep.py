@@ -124,7 +124,7 @@ def say_begin(study: "Study") -> None:
 
 
 def say_trial(trial: "TakenTrial") -> None:
-    from cnn.records.compare_runs import shown_setting
+    from cnn.records.run_record import shown_setting
 
     logger.info(
         "trial %d %s: %s  (logs/%s)",
@@ -153,7 +153,7 @@ def say_result(study: "Study") -> int:
     """The best trials, where to look at them, and the exit status."""
     from optuna.trial import TrialState
 
-    from cnn.records.compare_runs import shown_setting
+    from cnn.records.run_record import shown_setting
     from cnn.utils.screen import aligned
 
     monitor, ranking = study.sweep.monitor, study.ranking()

@@ -153,7 +153,7 @@ def train_epoch(run: "Run", saver: "Saver", trace: "Trace | None") -> None:
         saver.between_steps()
 
     said = run.outcome()
-    metrics = validate(run, saver, said, f"{label} val", trace)
+    metrics = validate(run, said, f"{label} val", trace)
     improved = state.end_epoch(metrics, cfg.checkpoint.monitor, saver.seconds(), said.predictions())
     saver.end_epoch(improved)
 
@@ -165,7 +165,6 @@ def train_steps(run: "Run", trace: "Trace | None") -> "Iterator[int]":
     cfg, state, loader = run.cfg, run.state, run.train_loader
     batches = loader.train_batches(state.epoch + 1, start=state.batch)
     batches = state.group.in_step(batches, len(loader) - state.batch)
-    batches = run.heap.follow("train", batches)
     return train_one_epoch(
         state,
         trace.follow(batches, state, "training", state.sums) if trace else batches,
@@ -178,21 +177,20 @@ def train_steps(run: "Run", trace: "Trace | None") -> "Iterator[int]":
     )
 
 
-def evaluation_batches(run: "Run", loader: "Loader", saver: "Saver") -> "Iterator[Batch]":
+def evaluation_batches(run: "Run", loader: "Loader") -> "Iterator[Batch]":
     """This process's batches of an evaluation; in the wait for one a signal stops the run."""
-    batches = saver.group.in_step(loader.batches(), loader.num_turns())
-    return run.heap.follow("evaluate", batches)
+    return run.state.group.in_step(loader.batches(), loader.num_turns())
 
 
 def validate(
-    run: "Run", saver: "Saver", said: "Outcome", label: str, trace: "Trace | None"
+    run: "Run", said: "Outcome", label: str, trace: "Trace | None"
 ) -> dict[str, float | None]:
     """The metrics of the epoch that is trained; what is said of each image goes into `said`."""
     from cnn.training.engine import evaluate
     from cnn.utils.progress import follow
 
     cfg, state, loader = run.cfg, run.state, run.val_loader
-    batches = evaluation_batches(run, loader, saver)
+    batches = evaluation_batches(run, loader)
     batches = trace.follow(batches, state, "validation", said) if trace else batches
     batches = follow(batches, label, loader.num_turns(), 0, cfg.log.every_seconds)
     key = {"seed": cfg.seed, "epoch": state.epoch, "group": state.group}
@@ -208,7 +206,7 @@ def test(run: "Run", saver: "Saver", trace: "Trace | None") -> None:
     logger.info("testing the best epoch, once")
     state = run.state
     model, said = state.evaluated_model(), run.outcome(of_result=True)
-    batches = evaluation_batches(run, run.test_loader, saver)
+    batches = evaluation_batches(run, run.test_loader)
     batches = trace.follow(batches, state, "test", said) if trace else batches
     epoch = state.best["epoch"] if state.best else state.epoch
     key = {"seed": run.cfg.seed, "epoch": epoch, "group": state.group}

@@ -18,7 +18,7 @@ from conftest import ROOT
 from processes import CONTEXT
 
 import sweep
-from cnn.records import compare_runs
+from cnn.records import run_record
 from cnn.sweeps import locks
 from cnn.sweeps import study as study_module
 from cnn.sweeps import trial as trial_module
@@ -198,6 +198,6 @@ class Sweeping:
 
 def count_epochs(name: str) -> int:
     try:
-        return len(compare_runs.read_history(Path("logs", name, "history.csv")))
+        return len(run_record.read_history(Path("logs", name, "history.csv")))
     except OSError:
         return 0

@@ -13,8 +13,9 @@ from conftest import ROOT, TINY
 from processes import run
 
 import compare as script
-from cnn.records.compare_runs import differing, groups_of, read_run, verdict
 from cnn.records.figures import Curve, curves_png, curves_svg
+from cnn.records.run_record import read_run
+from compare import differing, groups_of, verdict
 
 
 def compare(*runs: str) -> int:

@@ -22,7 +22,7 @@ import sweep as script
 from cnn import config
 from cnn.config import to_dict
 from cnn.errors import Refused
-from cnn.records import best_hparams, compare_runs
+from cnn.records import best_hparams, run_record
 from cnn.sweeps import locks
 from cnn.sweeps import trial as trial_module
 from cnn.sweeps.settings import load_sweep
@@ -455,7 +455,7 @@ def check_that_each_was_run_once(name: str, number: int, url: str | None = None)
     for trial, run_name in zip(trials, names):
         log = Path("logs", run_name, "train.log").read_text()
         assert log.count("a new run starts") == 1 and not Path("logs", run_name, "archive").exists()
-        record = compare_runs.read_run(f"logs/{run_name}")
+        record = run_record.read_run(f"logs/{run_name}")
         assert {key: record.settings[key] for key in trial.params} == trial.params
         if trial.state == TrialState.COMPLETE:
             assert record.status == "finished" and record.best()[record.monitor] == trial.value

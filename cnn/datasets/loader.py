@@ -7,7 +7,6 @@ entered at any batch, at once, with any number of workers.
 
 import functools
 import logging
-import os
 from collections.abc import Callable, Iterator
 from multiprocessing.util import Finalize
 from typing import Any
@@ -294,7 +293,7 @@ def build_loader(
     Which one it is depends on settings and data alone, never on the machine: they draw differently.
 
     Raises:
-        Refused: data.in_memory is true and cannot be; too few files may be open at once.
+        Refused: data.in_memory is true and cannot be.
     """
     augment = cfg.augment if training else []
     batch_size = cfg.batch_size
@@ -314,11 +313,4 @@ def build_loader(
                 f"data.augment: {', '.join(slow)}" if slow else "images of a dataset of your own"
             )
             raise Refused(f"data.in_memory: true cannot go with {reason}; say auto")
-    if cfg.num_workers and os.name != "nt":
-        import resource
-
-        limit, needed = resource.getrlimit(resource.RLIMIT_NOFILE)[0], 32 + 8 * cfg.num_workers
-        if 0 <= limit < needed:  # they could not hand their images on, and all would wait for ever
-            few = f"need {needed} open files, and ulimit -n allows {limit}; raise it, or take fewer"
-            raise Refused(f"data.num_workers: {cfg.num_workers} {few}")
     return StreamLoader(*common, augment=augment, num_workers=cfg.num_workers)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from cnn import cli
 from cnn.errors import Refused
-from cnn.records.compare_runs import RunRecord, read_run
 from cnn.records.history import read_history
+from cnn.records.run_record import RunRecord, read_run
 from cnn.sweeps.locks import SharedLock
 from cnn.utils.run_folder import RunFolder
 from cnn.utils.signals import PARENT, StopSignals

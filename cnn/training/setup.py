@@ -1,7 +1,7 @@
 """From the settings to everything that a run is made of, in the order things depend on each other."""
 
 import dataclasses
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,6 @@ from cnn.training.shared_data import build_once_per_node
 from cnn.training.state import TrainingState
 from cnn.utils import environment as env
 from cnn.utils.checkpoint import FORMAT, check_readable, snapshot
-from cnn.utils.memory import Heap
 from cnn.utils.unchanged import unchanged
 
 
@@ -48,7 +47,6 @@ class Run:
     state: TrainingState
     precision: str
     about: dict[str, Any]
-    heap: Heap = field(default_factory=Heap)
 
     @property
     def steps_per_epoch(self) -> int:
