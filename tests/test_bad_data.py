@@ -17,6 +17,7 @@ from cnn.datasets.decode import open_image
 from cnn.datasets.images import FileImages, Files
 from cnn.datasets.scan import SCAN
 from cnn.errors import BadImage
+from cnn.training import engine, setup
 from cnn.utils.checkpoint import load_checkpoint
 
 FOLDER = [
@@ -260,3 +261,38 @@ def test_broken_images_raise_nothing_but_bad_image(suffix):
 def test_the_images_keep_their_policy_in_a_part():
     files = Files(Path(), [Path("a"), Path("b")], np.zeros(2, SCAN), channels=1, skip=True)
     assert FileImages(files, [0, 1]).subset(np.array([1])).skip
+
+
+def test_predictions_are_not_written_beside_other_images_than_their_own(train, capfd, monkeypatch):
+    write_folder(Path("photos"), {"cat": 30, "dog": 30})
+    original = engine.evaluate
+
+    def lose_one(model, batches, *args, **keywords):
+        if not Path("gone").exists():  # the first that is read again
+            Path("gone").touch()
+            decoded = FileImages.__getitem__
+
+            def gone(images, index):
+                if index == 1 and images.name(index) == lost:
+                    raise BadImage("the file is gone")
+                return decoded(images, index)
+
+            lost = next(iter(validated)).name(1)
+            monkeypatch.setattr(FileImages, "__getitem__", gone)
+        return original(model, batches, *args, **keywords)
+
+    validated = []
+    loader = setup.build_loader
+
+    def remember(cfg, images, *args, **keywords):
+        if not keywords["training"]:
+            validated.append(images)
+        return loader(cfg, images, *args, **keywords)
+
+    monkeypatch.setattr(setup, "build_loader", remember)
+    monkeypatch.setattr(engine, "evaluate", lose_one)
+    words = [*FOLDER, "data.on_bad_image=skip", "data.val_fraction=0.3", "train.epochs=1"]
+    assert train(*words) == 0
+    said = capfd.readouterr().err
+    assert "predictions_val.csv" in said and "some images were left out of the validation" in said
+    assert not Path("logs/predictions_val.csv").exists()

@@ -112,6 +112,8 @@ class Records:
         """predictions_val.csv: what the best epoch said of each validation image."""
         images, classes = self.run.data.val, self.run.data.classes
         said = self.state.predictions["val"]
+        if len(said["prediction"]) != len(images):  # then nobody knows which are whose
+            raise ValueError("some images were left out of the validation (data.on_bad_image=skip)")
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["image", "label", "prediction", "probability"])
