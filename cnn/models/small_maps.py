@@ -3,7 +3,9 @@
 oneDNN computes a weight's gradient from rows of the feature map, and pads each to the 32 numbers
 that AMX takes at once; of a map 4 wide seven eighths of the work are lost. Here several images are
 laid side by side, so that the rows are long. On the deeper layers of a network that is two to nine
-times as fast; the sum is the same, up to the order in which it is added up.
+times as fast; the sum is the same, up to the order in which it is added up. resnet18 trains twice as
+fast at 224 pixels (18 to 26 images a second without, 39 to 45 with, 3 pairs of runs on 2 cores with
+AMX, other work beside) and 1.3 times at 32; ResNet-9 no faster.
 """
 
 import math

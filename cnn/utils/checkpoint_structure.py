@@ -38,9 +38,9 @@ def is_number(value: Any, least: float = -math.inf) -> bool:
     return type(value) in (int, float) and value >= least
 
 
-def is_tensor(value: Any, dtypes: tuple[torch.dtype, ...], ndim: int) -> bool:
-    """Whether it is a tensor of one of these dtypes, with so many dimensions."""
-    return isinstance(value, torch.Tensor) and value.dtype in dtypes and value.ndim == ndim
+def is_real(value: Any, ndim: int) -> bool:
+    """Whether it is a tensor of real numbers, with so many dimensions."""
+    return isinstance(value, torch.Tensor) and value.ndim == ndim and not value.is_complex()
 
 
 def is_plain(value: Any) -> bool:
@@ -56,34 +56,25 @@ ANY = Leaf("plain values or tensors", lambda value: True)
 PLAIN = Leaf("plain values", is_plain)
 NULL = Leaf("null", lambda value: value is None)
 TEXT = Leaf("text", lambda value: type(value) is str)
-WHOLE = Leaf(
-    "a whole number of at least 0", lambda value: type(value) is int and 0 <= value < MAX_INT
-)
+WHOLE = Leaf("a whole number of at least 0", lambda v: type(v) is int and 0 <= v < MAX_INT)
 NUMBER = Leaf("a number", is_number)
 AMOUNT = Leaf("a finite number of at least 0", lambda v: is_number(v, 0) and v < math.inf)
 METRIC = Leaf("a number or null", lambda value: type(value) in (int, float, NoneType))
 TENSOR = Leaf("a tensor", lambda value: isinstance(value, torch.Tensor))
-COUNT = Leaf("a tensor () of whole numbers", lambda value: is_tensor(value, INTEGERS, 0))
-TOTAL = Leaf("a tensor () of floats", lambda value: is_tensor(value, FLOATS, 0))
-CLASSES = Leaf("a tensor (N) of whole numbers", lambda value: is_tensor(value, INTEGERS, 1))
-SHARES = Leaf("a tensor (N) of floats", lambda value: is_tensor(value, FLOATS, 1))
+SCALAR = Leaf("a tensor () of real numbers", lambda value: is_real(value, 0))
+VECTOR = Leaf("a tensor (N) of real numbers", lambda value: is_real(value, 1))
 
 # A mapping: names, those that may be missing with a `?`; then patterns for all others. A list of one:
 # so many of them. A tuple: one of these.
 WEIGHTS = {"*_extra_state": ANY, "*": TENSOR}
-PREDICTIONS = {"prediction": CLASSES, "probability": SHARES}
-SUMS = {"loss": TOTAL, "correct": COUNT, "weight?": (AMOUNT, TOTAL), "count": WHOLE}
+PREDICTIONS = {"prediction": VECTOR, "probability": VECTOR}
+SUMS = {"loss": SCALAR, "correct": SCALAR, "weight?": (AMOUNT, SCALAR), "count": WHOLE}
 SCALES = dict.fromkeys(("scale", "growth_factor", "backoff_factor"), AMOUNT)
 SCALING = SCALES | dict.fromkeys(("growth_interval", "_growth_tracker"), WHOLE)
-PLATEAU = {
-    "best": NUMBER,
-    **dict.fromkeys(("num_bad_epochs", "cooldown_counter", "last_epoch"), WHOLE),
-}
-EPOCH = {
-    "epoch": WHOLE,
-    "step": WHOLE,
-    **dict.fromkeys(("lr", "images_per_second", "seconds"), AMOUNT),
-}
+COUNTERS = dict.fromkeys(("num_bad_epochs", "cooldown_counter", "last_epoch"), WHOLE)
+PLATEAU = {"best": NUMBER, **COUNTERS}
+RATES = dict.fromkeys(("lr", "images_per_second", "seconds"), AMOUNT)
+EPOCH = {"epoch": WHOLE, "step": WHOLE, **RATES}
 CHECKPOINT = {
     **dict.fromkeys(("format", "draws?", "epoch", "step"), WHOLE),
     "started": TEXT,
