@@ -1,9 +1,12 @@
 """The drill: says identical where a run can be stopped anywhere, and names the culprit where not."""
 
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+
+from cnn.drill import drill
 
 EXAMPLES = """
 import random
@@ -182,6 +185,14 @@ SOON = [
 def test_the_drill_names(train, capfd, settings, expected):
     assert train("--drill", *settings) == 1
     assert expected in capfd.readouterr().err
+
+
+def test_it_stops_in_training_validation_and_test_by_either_signal():
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        places = {(epoch, share) for epoch, share, by in drill.STOPS if by == number}
+        assert {share for epoch, share in places if epoch <= drill.EPOCHS} >= {1.0}
+        assert [share for epoch, share in places if epoch <= drill.EPOCHS and 0 < share < 1]
+        assert (drill.EPOCHS + 1, 0.0) in places
 
 
 def test_a_run_that_fails_by_itself_is_told_with_its_own_words(train, capfd):

@@ -30,6 +30,7 @@ from test_datasets import write_mnist
 
 from cnn.datasets import workers
 from cnn.drill import drill
+from cnn.errors import ADVICE
 from cnn.inference.predictor import load
 from cnn.records import figures
 
@@ -451,9 +452,16 @@ class Trouble:
     def divergence(self) -> str:
         return self.train("optim.lr=1e9", status=1)
 
+    def one_image(self) -> str:
+        return self.train(*QUICK, "data.batch_size=1", "data.image_size=8", "model.name=resnet18")
+
     def a_killed_loader(self) -> str:
         """Killed for real in test_train.py; here its words."""
         return inspect.getsource(workers)
+
+    def too_few_files(self) -> str:
+        """Too few for real in test_waiting.py; here its words."""
+        return f"a word; {ADVICE}"
 
     def no_matplotlib(self) -> str:
         self.patch.setattr(figures, "is_available", lambda: False)
