@@ -241,11 +241,8 @@ def _check_place(point: ResumePoint, loader: Loader) -> None:
     epoch, step, batch = content["epoch"], content["step"], content["unfinished_epoch"]["batch"]
     of_epoch, of_this_one = (-(-number // accumulate) for number in (len(loader), batch))
     images = content["unfinished_epoch"]["sums"]["count"]
-    if (
-        batch > len(loader)
-        or step != epoch * of_epoch + of_this_one
-        or images > sum(loader.sizes[:batch])
-    ):
+    fits = batch <= len(loader) and step == epoch * of_epoch + of_this_one
+    if not fits or images > sum(loader.sizes[:batch]):
         raise Refused(
             f"{point.path}: step {step} and {images} images do not fit {epoch} epochs and {batch}"
             f" batches of {len(loader)}"

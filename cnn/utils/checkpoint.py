@@ -70,11 +70,16 @@ def _check_content(content: dict[str, Any], size: int) -> None:
                 raise Mistake(f"{part}.{name}: holds values that are no numbers (NaN)")
 
 
-def check_readable(content: dict[str, Any]) -> None:
-    """Refuses a content that would be refused where it is read."""
+def check_readable(content: dict[str, Any], *, whole: bool = True) -> None:
+    """Refuses a content that would be refused where it is read.
+
+    Args:
+        whole: else only whether it is a tree of plain values and tensors, which is quick.
+    """
     try:
         structure.check_values(content)
-        structure.check_content(content)
+        if whole:
+            structure.check_content(content)
     except Mistake as mistake:
         raise Refused(f"this state could not be read again from a checkpoint: {mistake}") from None
 
@@ -175,6 +180,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._owed: tuple[dict[str, Any], Path] | None = None  # a best epoch not yet on the disk
         self.failure: str | None = None  # why the latest save did not succeed
+        self._is_first = True  # the next save, which is held against the whole description
 
     def save(
         self,
@@ -194,7 +200,8 @@ class CheckpointWriter:
         """
         self.wait()
         copy = snapshot(content)
-        check_readable(copy)
+        check_readable(copy, whole=self._is_first)
+        self._is_first = False
         if best is not None:
             self._owed = copy, best
         # No daemon: the interpreter waits for a write under way, whatever ends the run.

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -169,16 +168,18 @@ def _check_mapping(value: Any, kinds: dict[Any, Any], key: str) -> None:
     if missing:
         raise Mistake(f"{_below(key, missing[0])}: missing")
     for name, item in value.items():
-        kind = next((kind for known, kind in kinds.items() if _is_name(name, known)), None)
+        kind = _kind_of(name, kinds)
         if kind is None:
             raise Mistake(f"{_below(key, name)}: no such key")
         check(item, kind, _below(key, name))
 
 
-def _is_name(name: Any, known: Any) -> bool:
-    if known is int:
-        return type(name) is int
-    return type(name) is str and fnmatchcase(name, known.removesuffix("?"))
+def _kind_of(name: Any, kinds: dict[Any, Any]) -> Any:
+    """What is expected under a name; None where no such name is."""
+    if type(name) is not str:
+        return kinds.get(type(name))
+    pattern = "*_extra_state" if name.endswith("_extra_state") and "*_extra_state" in kinds else "*"
+    return kinds.get(name, kinds.get(f"{name}?", kinds.get(pattern)))
 
 
 def _below(key: str, name: Any) -> str:
