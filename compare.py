@@ -7,6 +7,7 @@ A run that cannot be read is named and the others are compared; the exit status 
 """
 
 import itertools
+import json
 import math
 import statistics
 import sys
@@ -20,12 +21,13 @@ from cnn.metrics.scores import mode, with_interval
 from cnn.records import figures
 from cnn.records.figures import COLOURS, Curve
 from cnn.records.pages import render
-from cnn.records.run_record import SEED, RunRecord, read_run, shown_setting
+from cnn.records.run_record import RunRecord, read_run, shown_setting
 from cnn.utils.files import failing, write_atomically, write_text
 from cnn.utils.progress import duration
 from cnn.utils.screen import aligned, say
 
 PAGE = Path("logs", "compare.html")
+SEED = "seed"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,6 +59,27 @@ def prepare(argv: list[str]) -> None:
 # -- comparing ----------------------------------------------------------------------------------
 
 
+def figure_of(run: RunRecord, name: str) -> float | None:
+    """A final figure: of the test, or of the best epoch's validation."""
+    if name.startswith("test_"):
+        return (run.result.get("test") or {}).get(name)
+    return run.best().get(name)
+
+
+def times_of(run: RunRecord) -> tuple[float, float | None]:
+    """Seconds of all epochs, and images per second, the median epoch's."""
+    speeds = [row["images_per_second"] for row in run.history]
+    seconds = sum(row["seconds"] for row in run.history)
+    return seconds, statistics.median(speeds) if speeds else None
+
+
+def identity(run: RunRecord) -> str:
+    """What makes it the same experiment as another: all settings but seed and place."""
+    beside = config.beside_the_experiment() | {SEED}
+    kept = {key: value for key, value in run.settings.items() if key not in beside}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
 def differing(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     """The settings that are not the same in all runs, with every run's value."""
     values = {key: [run.settings.get(key) for run in runs] for key in runs[0].settings}
@@ -71,7 +94,7 @@ def groups_of(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
     """Runs of one configuration together, in the order they were named."""
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
-        groups.setdefault(run.identity(), []).append(run)
+        groups.setdefault(identity(run), []).append(run)
     return list(groups.values())
 
 
@@ -86,7 +109,7 @@ def names_of(groups: list[list[RunRecord]], keys: Sequence[str]) -> list[str]:
 
 def chosen_figure(runs: Sequence[RunRecord]) -> str:
     """What is compared: the test where all have it, else the metric all looked for, else accuracy."""
-    if all(run.figure("test_acc") is not None for run in runs):
+    if all(figure_of(run, "test_acc") is not None for run in runs):
         return "test_acc"
     monitors = {run.monitor for run in runs}
     return monitors.pop() if len(monitors) == 1 else "val_acc"
@@ -135,14 +158,14 @@ def run_table(runs: Sequence[RunRecord]) -> list[list[str]]:
     head = ["run", "status", "epochs", "best", *monitors, "val_acc", "test_acc", "time", "images/s"]
     rows = [head]
     for run in runs:
-        best, (seconds, speed) = run.best(), run.times()
+        best, (seconds, speed) = run.best(), times_of(run)
         rows.append(
             [
                 run.name,
                 run.status,
                 f"{len(run.history)}/{run.settings['train.epochs']}",
                 f"{best['epoch']:.0f}" if best else "n/a",
-                *(shown_figure(run.figure(name)) for name in monitors),
+                *(shown_figure(figure_of(run, name)) for name in monitors),
                 *(accuracy_of(run, split) for split in ("val", "test")),
                 duration(seconds),
                 f"{speed:.0f}" if speed else "n/a",
@@ -152,7 +175,7 @@ def run_table(runs: Sequence[RunRecord]) -> list[list[str]]:
 
 
 def accuracy_of(run: RunRecord, split: str) -> str:
-    value, number = run.figure(f"{split}_acc"), run.images(split)
+    value, number = figure_of(run, f"{split}_acc"), run.result.get("images", {}).get(split, 0)
     return with_interval(value, number) if number else shown_figure(value)
 
 
@@ -171,14 +194,16 @@ def group_table(
             values = values_of(group, figure)
             spread = spread_of(values)
             mean = f"{statistics.fmean(values):.4f}" if values else "n/a"
-            cells.append(mean if spread is None else f"{mean} ± {spread:.4f}")
+            mean += "" if spread is None else f" ± {spread:.4f}"
+            lacking = bool(values) and any(figure_of(run, figure) is None for run in group)
+            cells.append(f"{mean} (of {len(values)})" if lacking else mean)
         rows.append([name, str(len(group)), *cells])
     return rows
 
 
 def values_of(group: list[RunRecord], figure: str) -> list[float]:
     """The group's figures, one a seed: the same run twice tells nothing of the spread."""
-    found = {run.settings[SEED]: run.figure(figure) for run in group}
+    found = {run.settings[SEED]: figure_of(run, figure) for run in group}
     return [value for value in found.values() if value is not None]
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnn import cli
+from cnn.errors import Refused
 from cnn.utils.files import write_output
 from cnn.utils.screen import say
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from cnn.inference.evaluation import Subject
     from cnn.inference.trained_model import Trained
+    from cnn.metrics.scores import Metrics
     from cnn.utils.logger import Log
     from cnn.utils.signals import StopSignals
 
@@ -112,11 +114,11 @@ def evaluate_checkpoint(command: Command, log: "Log", stop: "StopSignals") -> No
     key = {"seed": cfg.seed, "epoch": trained.drawing_epoch(split)}
     metrics = evaluate(trained.model, batches, loss, trained.autocast, f"{split}_", outcome, **key)
     matrix = outcome.confusion().numpy()
-    said = evaluation.verdict(trained, metrics, split) if subject.is_own else None
+    said = verdict(trained, metrics, split) if subject.is_own else None
     say("\n".join(["", as_text(metrics, matrix, classes), *([f"{said}\n"] if said else [])]))
     if command.json:
         text = as_json(trained, subject, split, metrics, matrix)
-        write_output(command.json, text.encode("utf-8", "replace"))
+        write_output(command.json, text.encode("utf-8", "backslashreplace"))
     if command.figure:
         draw(command.figure, matrix, classes, f"{subject.about}, {command.checkpoint}")
 
@@ -129,6 +131,53 @@ def draw(path: Path, matrix: "np.ndarray", classes: list[str], title: str) -> No
         logger.warning("%s is left out (pip install matplotlib)", path)
         return
     write_output(path, figures.confusion_png(matrix, classes, title))
+
+
+# -- what training reported ------------------------------------------------------------------------
+
+
+def reported(trained: "Trained", split: str) -> "Metrics | None":
+    """What training reported of these very weights, or None where it has not measured them."""
+    from cnn.utils.checkpoint import read_checkpoint
+    from cnn.utils.run_folder import LAST
+
+    content = trained.content
+    if trained.is_within_epoch:
+        return None
+    if split == "val":
+        row = content["history"][-1] if content["history"] else {}
+        measured = row.get("epoch") == content["epoch"]
+        return {k: v for k, v in row.items() if k.startswith("val_")} if measured else None
+    if content["test"] is None:  # best.pth is from before the test, last.pth from after it
+        try:
+            content = read_checkpoint(trained.path.with_name(LAST))
+        except Refused:
+            return None
+        if content["started"] != trained.content["started"]:
+            return None
+    best = content["best"]
+    is_best = best is None or best["epoch"] == trained.content["epoch"]
+    return content["test"] if is_best else None
+
+
+def verdict(trained: "Trained", metrics: "Metrics", split: str) -> str | None:
+    """Whether the figures are those that training reported; None where it reported none."""
+    from cnn.utils import environment as env
+
+    before = reported(trained, split)
+    if before is None:
+        return None
+    differing = [name for name in before if name in metrics and before[name] != metrics[name]]
+    if not differing:
+        return "training reported the same figures, to the last digit"
+    changes = env.differences(
+        trained.content["environment"], env.describe(trained.device, trained.precision)
+    )
+    then, now = trained.content["config"]["data"]["batch_size"], trained.cfg.data.batch_size
+    changes += [f"data.batch_size {then} → {now}"] if then != now else []
+    reason = f"{', '.join(changes)}: equal up to rounding" if changes else "has the code changed?"
+    figures = ", ".join(f"{name} {before[name]}, now {metrics[name]}" for name in differing)
+    return f"training reported {figures} ({reason})"
 
 
 # -- what is shown ---------------------------------------------------------------------------------
@@ -184,7 +233,6 @@ def as_json(
     matrix: "np.ndarray",
 ) -> str:
     """All of it, every digit; what is undefined is null."""
-    from cnn.inference.evaluation import reported
     from cnn.metrics import scores
     from cnn.utils import environment as env
 

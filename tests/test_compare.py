@@ -106,3 +106,16 @@ def test_a_name_that_begins_with_an_underline_is_in_the_legend():
     assert ">_a<" in legend.replace("> _a<", ">_a<") and ">b<" in legend
     assert legend.count("<text") == 2
     assert curves_png([("Loss", curves)]).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name, text", [("result.json", "[]"), ("history.csv", "epoch,step,l")])
+def test_records_that_are_cut_off_are_named_and_the_others_compared(train, capsys, name, text):
+    for run_name in ("a", "b"):
+        assert train(f"run={run_name}", "train.epochs=1") == 0
+    path = Path("logs/b", name)
+    path.write_text(text if name == "result.json" else text + "\n1,2,3\n")
+    capsys.readouterr()
+    assert compare("a", "b") == 1
+    said = capsys.readouterr()
+    assert "b: cannot be read as a run" in said.err and "Traceback" not in said.err
+    assert "test_acc" in said.out

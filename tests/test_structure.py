@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from archives import content
 from conftest import TINY, assert_same_run
 
 import train as train_script
@@ -378,3 +379,77 @@ def test_a_state_that_could_not_be_read_again_ends_the_run_at_once(train, capfd)
         in said
     )
     assert "epoch 2/9" not in said and "Traceback" not in said
+
+
+# -- optimizers of one's own keep the layout that they chose, which bits depend on -----------------
+
+LAYOUTS = """
+import torch
+
+class Normed(torch.optim.Optimizer):
+    '''Momentum that is kept contiguous, its step scaled by its norm, as LAMB and LARS do.'''
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    mean = self.state[p].setdefault("mean", torch.zeros(p.shape))
+                    mean.mul_(0.9).add_(p.grad)
+                    p.add_(mean, alpha=-group["lr"] / (float(mean.norm()) + 1e-6))
+
+class Factored(torch.optim.Optimizer):
+    '''Keeps a factor as linear algebra gives it, column by column, as Shampoo and SOAP do.'''
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    rows = p.grad.reshape(len(p), -1)
+                    if "q" not in self.state[p]:
+                        self.state[p]["q"] = torch.linalg.qr(rows @ rows.T + torch.eye(len(p)))[0]
+                    q = self.state[p]["q"]
+                    p.sub_((q @ (q.T @ rows)).reshape(p.shape), alpha=group["lr"])
+                    self.state[p][0] = p.abs().sum()  # under a key that is no text
+"""
+
+
+@pytest.mark.parametrize("name", ["Normed", "Factored"])
+@pytest.mark.filterwarnings("ignore:optim.weight_decay")
+def test_an_optimizer_of_ones_own_has_its_memory_as_it_was(train, name):
+    Path(f"layouts_{name}.py").write_text(LAYOUTS)
+    words = [f"optim.name=layouts_{name}:{name}", "model.args={width: 16}", "optim.weight_decay=0"]
+    assert train(*words, "train.epochs=4") == 0
+    for folder in ("logs", "checkpoints"):
+        shutil.move(folder, Path("whole", folder))
+    assert train(*words, "train.epochs=1") == 0
+    assert train("--resume", "train.epochs=4") == 0
+    assert_same_run("whole", ".")
+
+
+# -- what a file that nobody outlined could do ------------------------------------------------------
+
+EDITS = {
+    "an epoch beyond all": lambda tree: tree.update(epoch=10**12),
+    "another step of the schedule": lambda tree: tree["scheduler_state_dict"].update(
+        by_step={"last_epoch": 7}
+    ),
+    "a loss that is none": lambda tree: tree["history"][1].update(val_loss=None),
+    "a time to come": lambda tree: tree.update(draws=99),
+    "a best epoch of nowhere": lambda tree: tree["best"].update(epoch=99),
+    "a count of text": lambda tree: tree["unfinished_epoch"]["sums"].update(count="3"),
+    "rows of nothing": lambda tree: tree.update(history=[{}]),
+}
+
+
+@pytest.mark.parametrize("change", EDITS.values(), ids=EDITS)
+def test_a_file_without_its_outline_is_held_against_what_can_be(train, capfd, change):
+    tree = content()
+    change(tree)
+    torch.save(tree, "odd.pth")
+    assert train("--resume", "odd.pth") == 2
+    said = capfd.readouterr().err
+    assert said.count("error: ") == 1 and "odd.pth: " in said and "Traceback" not in said

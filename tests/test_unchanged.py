@@ -10,6 +10,7 @@ import torch
 from conftest import TINY, assert_same_run
 from processes import Ranks, run, run_ranks
 
+import evaluate as evaluate_script
 from cnn.training.saver import Saver
 from cnn.utils.checkpoint import load_checkpoint
 
@@ -173,3 +174,58 @@ def test_two_processes_whose_best_epoch_is_lost_both_fail(tmp_path):
     statuses = ranks.wait()
     assert statuses[0] == 1 and 0 not in statuses, ranks.output()
     assert "Traceback" not in ranks.output()
+
+
+# -- models that are odd ----------------------------------------------------------------------------
+
+
+def test_what_a_module_keeps_beside_its_tensors_is_the_best_epochs_in_every_process(
+    train, tmp_path
+):
+    """Rank 1 tests with what rank 0 has read; alone, evaluate.py finds the same."""
+    (tmp_path / "beside.py").write_text(
+        "from torch import nn\n"
+        "class Beside(nn.Sequential):\n"
+        "    def __init__(self, num_classes, in_channels):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(in_channels * 64, num_classes))\n"
+        "        self.steps = 0\n"
+        "    def forward(self, images):\n"
+        "        self.steps += self.training\n"
+        "        return super().forward(images) * (1 + self.steps / 10)\n"
+        "    def get_extra_state(self):\n"
+        "        return self.steps\n"
+        "    def set_extra_state(self, state):\n"
+        "        self.steps = state\n"
+    )
+    words = [*TINY, "model.name=beside:Beside", "model.args={}", "train.epochs=6", "optim.lr=0.5"]
+    output = run_ranks(2, tmp_path, *words)
+    assert "best val_loss" in output
+    assert result()["best"]["epoch"] < 6, output
+    tested = result()["test"]
+    assert evaluate_script.main(["--json", "evaluated.json"]) == 0
+    evaluated = json.loads(Path("evaluated.json").read_text())["metrics"]
+    assert evaluated["test_loss"] == pytest.approx(tested["test_loss"], rel=1e-6)
+
+
+def test_modules_that_know_their_version_train_resume_and_predict(train):
+    words = ["model.name=mnasnet0_5", "model.args={}", "data.batch_size=64", "optim.lr=0.01"]
+    assert train(*words, "train.epochs=1") == 0
+    assert train("--resume", "train.epochs=2") == 0
+    assert evaluate_script.main([]) == 0
+
+
+def test_a_buffer_that_could_not_be_put_back_is_told_as_that(train, capfd):
+    Path("growing.py").write_text(
+        "import torch\n"
+        "class Growing(torch.nn.Linear):\n"
+        "    def __init__(self, num_classes, in_channels):\n"
+        "        super().__init__(in_channels * 64, num_classes)\n"
+        "        self.register_buffer('seen', torch.zeros(1))\n"
+        "    def forward(self, images):\n"
+        "        self.seen = torch.zeros(len(images))\n"
+        "        return super().forward(images.flatten(1))\n"
+    )
+    assert train("model.name=growing:Growing", "model.args={}") == 2
+    said = capfd.readouterr().err
+    assert "Growing: what its forward pass changes can neither be put back" in said
+    assert "size mismatch for seen" in said and "Traceback" not in said

@@ -111,6 +111,10 @@ def read_splits(cfg: DataConfig, known: list[str] | None = None) -> tuple[Splits
             f" are, val and test; got {type(made).__name__}"
         )
     classes = [str(name) for name in made["classes"]]
+    if len(set(classes)) < len(classes):
+        raise Refused(
+            f"data.name: {cfg.name}: expected classes of different names, got {classes[:9]}"
+        )
     splits: dict[str, Any] = {
         part: UserImages(made[part], f"{cfg.name} {part}")
         for part in ("train", "val", "test")
@@ -136,6 +140,8 @@ def _choose_preprocessing(cfg: DataConfig, train: Images) -> Preprocessing:
         )
     number, sums, squares = train.pixel_sums()
     mean = sums[:channels] / number / 255
+    if not np.isfinite(mean).all():
+        raise Refused(f"data.name: {cfg.name}: some images hold values that are no numbers (NaN)")
     std = np.sqrt(np.maximum(squares[:channels] / number / 255**2 - mean**2, 0))
     std = np.where(std > 0, std, 1.0)  # images of one value: nothing to divide by
     return Preprocessing(image_size, channels, mean.tolist(), std.tolist())

@@ -1,5 +1,6 @@
 """Loader processes: deaf to signals, gone with the process that they load for, missed when late."""
 
+import contextlib
 import logging
 import multiprocessing
 import signal
@@ -104,8 +105,9 @@ def _begun(loader: DataLoader) -> Iterator[Any]:
     """
     forked = multiprocessing.get_start_method() == "fork"
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS) if forked else None
-    try:
-        return iter(loader)
+    try:  # the mask is this thread's; what comes to another one is held back too
+        with signals.held_back() if forked else contextlib.nullcontext():
+            return iter(loader)
     finally:
         ignore_end_of_workers()
         if forked:

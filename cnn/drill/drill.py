@@ -30,7 +30,7 @@ from cnn.training.distributed import Group
 from cnn.utils.checkpoint import load_checkpoint
 from cnn.utils.logger import Log
 from cnn.utils.run_folder import RunFolder
-from cnn.utils.signals import StopSignals
+from cnn.utils.signals import StopSignals, held_back
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +120,9 @@ def _through(
         process = (FRESH if fresh else CONTEXT).Process(
             target=_child, args=(train, settings, folder, trace, stop, max_batches, method)
         )
-        with _other_hashes() if fresh else contextlib.nullcontext():
-            process.start()
         try:
+            with held_back(), _other_hashes() if fresh else contextlib.nullcontext():
+                process.start()
             process.join(TIMEOUT)
         finally:
             hangs = process.exitcode is None

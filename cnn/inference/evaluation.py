@@ -14,11 +14,7 @@ from cnn.datasets.folder_and_csv import unknown_classes
 from cnn.datasets.images import FileImages, Images
 from cnn.errors import Refused
 from cnn.inference.trained_model import Trained
-from cnn.metrics.scores import Metrics
 from cnn.training.losses import build_loss, has_state
-from cnn.utils import environment as env
-from cnn.utils.checkpoint import read_checkpoint
-from cnn.utils.run_folder import LAST
 
 logger = logging.getLogger(__name__)
 
@@ -138,45 +134,3 @@ def build_loss_of(trained: Trained, subject: Subject) -> nn.Module:
         except (RuntimeError, TypeError, AttributeError) as error:
             raise Refused(f"{trained.path}: loss_state_dict does not fit: {error}") from None
     return loss
-
-
-# -- what training reported ------------------------------------------------------------------------
-
-
-def reported(trained: Trained, split: str) -> Metrics | None:
-    """What training reported of these very weights, or None where it has not measured them."""
-    content = trained.content
-    if trained.is_within_epoch:
-        return None
-    if split == "val":
-        row = content["history"][-1] if content["history"] else {}
-        measured = row.get("epoch") == content["epoch"]
-        return {k: v for k, v in row.items() if k.startswith("val_")} if measured else None
-    if content["test"] is None:  # best.pth is from before the test, last.pth from after it
-        try:
-            content = read_checkpoint(trained.path.with_name(LAST))
-        except Refused:
-            return None
-        if content["started"] != trained.content["started"]:
-            return None
-    best = content["best"]
-    is_best = best is None or best["epoch"] == trained.content["epoch"]
-    return content["test"] if is_best else None
-
-
-def verdict(trained: Trained, metrics: Metrics, split: str) -> str | None:
-    """Whether the figures are those that training reported; None where it reported none."""
-    before = reported(trained, split)
-    if before is None:
-        return None
-    differing = [name for name in before if name in metrics and before[name] != metrics[name]]
-    if not differing:
-        return "training reported the same figures, to the last digit"
-    changes = env.differences(
-        trained.content["environment"], env.describe(trained.device, trained.precision)
-    )
-    then, now = trained.content["config"]["data"]["batch_size"], trained.cfg.data.batch_size
-    changes += [f"data.batch_size {then} → {now}"] if then != now else []
-    reason = f"{', '.join(changes)}: equal up to rounding" if changes else "has the code changed?"
-    figures = ", ".join(f"{name} {before[name]}, now {metrics[name]}" for name in differing)
-    return f"training reported {figures} ({reason})"

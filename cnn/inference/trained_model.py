@@ -18,6 +18,7 @@ from cnn.training.resume import DOES_NOT_FIT, check_code, naming, placed
 from cnn.training.state import check_like
 from cnn.utils import environment as env
 from cnn.utils.checkpoint import load_checkpoint
+from cnn.utils.unchanged import load_into
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _load_weights(path: Path, model: nn.Module, content: dict[str, Any]) -> None
         for name, tensor in weights.items():
             if isinstance(expected.get(name), torch.Tensor):
                 check_like(tensor, expected[name], name)
-        model.load_state_dict(weights)
+        load_into(model, weights)
     except DOES_NOT_FIT as error:
         lines = [line.strip() for line in str(error).strip().splitlines()[:3]]
         raise Refused(f"{path}: its weights do not fit its model: {' '.join(lines)}") from None

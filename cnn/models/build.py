@@ -56,17 +56,16 @@ def _try_out(model: nn.Module, name: str, num_classes: int, shape: tuple[int, ..
     """Sends two empty images through, so that what does not fit is told before the first epoch."""
     training = model.training
     model.eval()
-    try:
-        with torch.no_grad(), unchanged(model):
+    with torch.no_grad(), unchanged(model):
+        try:
             logits = model(torch.zeros(2, *shape))
-    except (RuntimeError, ValueError, AssertionError) as error:
-        size = "x".join(map(str, shape))
-        raise Refused(
-            f"model.name: {name} cannot take images of {size} ({str(error).splitlines()[0]});"
-            f" a larger data.image_size may help"
-        ) from error
-    finally:
-        model.train(training)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            size = "x".join(map(str, shape))
+            raise Refused(
+                f"model.name: {name} cannot take images of {size} ({str(error).splitlines()[0]});"
+                f" a larger data.image_size may help"
+            ) from error
+    model.train(training)
     got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if got != (2, num_classes):
         raise Refused(f"model.name: {name}: expected logits of shape (2, {num_classes}), got {got}")

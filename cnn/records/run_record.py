@@ -1,7 +1,6 @@
 """What a run has left in logs/, read again; finished, running or broken off. Nothing here imports torch."""
 
 import json
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from cnn.metrics.scores import Metrics, mode
 from cnn.records.history import read_history
 from cnn.utils.run_folder import RunLogs, is_running
 from cnn.utils.screen import printable
-
-SEED = "seed"
 
 
 @dataclass(frozen=True)
@@ -38,27 +35,6 @@ class RunRecord:
         rows = [row for row in self.history if row.get(self.monitor) is not None]
         choose = min if mode(self.monitor) == "min" else max
         return choose(rows, key=lambda row: row[self.monitor], default={})
-
-    def figure(self, name: str) -> float | None:
-        """A final figure: of the test, or of the best epoch's validation."""
-        if name.startswith("test_"):
-            return (self.result.get("test") or {}).get(name)
-        return self.best().get(name)
-
-    def images(self, split: str) -> int:
-        return self.result.get("images", {}).get(split, 0)
-
-    def times(self) -> tuple[float, float | None]:
-        """Seconds of all epochs, and images a second, the median epoch's."""
-        speeds = [row["images_per_second"] for row in self.history]
-        seconds = sum(row["seconds"] for row in self.history)
-        return seconds, statistics.median(speeds) if speeds else None
-
-    def identity(self) -> str:
-        """What makes it the same experiment as another: all settings but seed and place."""
-        beside = config.beside_the_experiment() | {SEED}
-        kept = {key: value for key, value in self.settings.items() if key not in beside}
-        return json.dumps(kept, sort_keys=True, default=str)
 
 
 # -- reading ------------------------------------------------------------------------------------
@@ -83,7 +59,10 @@ def read_run(where: str) -> RunRecord:
         history, result = read_history(logs.history), {}
         if logs.result.is_file():
             result = json.loads(logs.result.read_text(encoding="utf-8"))
-    except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
+        result.get("test")  # else it is no mapping
+        for row in history:  # cut off, it lacks some
+            row["epoch"] + row["images_per_second"] + row["seconds"]
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, yaml.YAMLError) as error:
         raise Refused(f"{where}: cannot be read as a run: {error}") from None
     going_on = "running" if is_running(logs.folder) else "broken off"
     status = "finished" if result.get("test") else going_on

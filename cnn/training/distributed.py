@@ -21,6 +21,7 @@ from cnn.errors import DataFailed, Elsewhere, Failed, Lost, Refused, Stopped
 from cnn.metrics.running import Outcome, Sums
 from cnn.utils.launch import Launch, find_launch
 from cnn.utils.signals import StopSignals
+from cnn.utils.unchanged import load_into
 
 T = TypeVar("T")
 
@@ -79,7 +80,7 @@ class Group:
         """What `act` gives in the first process, in all of them; plain values and tensors.
 
         Raises:
-            Refused: there, and with it everywhere.
+            Refused, Failed: there, and with it everywhere.
         """
         if self.size == 1:
             return act()
@@ -87,7 +88,7 @@ class Group:
         if self.is_first:
             try:
                 given = act()
-            except Refused as refused:
+            except (Refused, Failed) as refused:
                 refusal = refused
         told = [(given, refusal is not None)]
         dist.broadcast_object_list(told, src=0, group=self._patient)
@@ -99,14 +100,14 @@ class Group:
         """What `act` gives, in every process its own.
 
         Raises:
-            Refused, Failed: in one, and with it everywhere; one of them tells why.
+            Refused: in one, and with it everywhere; one of them tells why.
         """
         if self.size == 1:
             return act()
         given, refusal = None, None
         try:
             given = act()
-        except (Refused, Failed) as refused:
+        except Refused as refused:
             refusal = refused
         kinds = self.all_of(type(refusal).__name__)
         if any(kind != "NoneType" for kind in kinds):
@@ -187,9 +188,14 @@ class Group:
         What BatchNorm has seen differs: it sees the process's own images.
         """
         if self.size > 1 and module is not None:
-            for tensor in module.state_dict().values():
-                if isinstance(tensor, torch.Tensor):
-                    dist.broadcast(tensor, src=0)
+            extra = {}  # of get_extra_state
+            for name, value in module.state_dict().items():
+                if isinstance(value, torch.Tensor):
+                    dist.broadcast(value, src=0)
+                else:
+                    extra[name] = value
+            if extra:
+                load_into(module, self.first(lambda: extra), strict=False)
 
     def in_step(self, batches: Iterable[T], number: int) -> Iterator[T]:
         """Passes batches on, each once every process has its own, and `number` times.

@@ -13,6 +13,7 @@ from cnn import config
 from cnn.cli import Command
 from cnn.config import Config, as_text
 from cnn.config.settings import ASKED, FIXED, FREE
+from cnn.datasets.augment import DRAWS
 from cnn.datasets.build import Data
 from cnn.datasets.loader import Loader
 from cnn.errors import Refused
@@ -66,6 +67,8 @@ def find_resume_point(command: Command, cfg: Config) -> ResumePoint | None:
             logger.info("nothing to go on from in %s; a new run starts", folder.checkpoints)
             return None
         (path, content), stamp = found, None
+    if content.get("draws", 1) > DRAWS:
+        raise Refused(f"{path}: written by a newer version of this project, which draws otherwise")
     base = None if command.config else content["config"]
     if base is not None:
         check_code(path, base, command.typed())

@@ -17,6 +17,7 @@ from cnn.utils import launch
 from cnn.utils.checkpoint import CheckpointWriter, is_end_of, read_checkpoint, where
 from cnn.utils.run_folder import RunFolder
 from cnn.utils.signals import StopSignals
+from cnn.utils.unchanged import load_into
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class Saver:
         row = self.state.history[-1]
         for name in ("train_loss", "val_loss"):
             if not math.isfinite(row[name]):
-                self._diverged(f"{name} is no longer a number")
+                self._diverged(f"{name} is no longer a number", row["epoch"])
         every = self.cfg.every_epochs
         keep = every is not None and self.state.epoch % every == 0
         kept = (self.folder.kept_epoch(self.state.epoch),) if keep else ()
@@ -133,18 +134,16 @@ class Saver:
             if isinstance(tensor, torch.Tensor) and tensor.isnan().any():
                 self._diverged(f"{name} is no longer a number")
 
-    def _diverged(self, what: str) -> NoReturn:
+    def _diverged(self, what: str, epoch: int | None = None) -> NoReturn:
         state = self.state
         raise Failed(
-            f"{what}: epoch {state.epoch + 1}, step {state.step}, lr {state.lr:g}; the checkpoints"
+            f"{what}: epoch {epoch or state.epoch + 1}, step {state.step}, lr {state.lr:g}; the checkpoints"
             f" are from before. A lower optim.lr, a warm-up (schedule.warmup_epochs) or"
             f" train.clip_grad_norm may help"
         )
 
     def load_best(self, model: nn.Module) -> None:
         """Loads the best epoch's weights; where no epoch was the best one, the latest stay.
-
-        Of several processes the first one does; an evaluation gives its weights to the others.
 
         Raises:
             Failed: they are in no file any more, nor in memory.
@@ -154,13 +153,8 @@ class Saver:
         if best is None:
             logger.warning("no epoch was the best one; testing the latest weights")
             return
-        found = self.group.together(
-            lambda: (
-                (self.writer.owed or self._find_best(best["epoch"])) if self.group.is_first else {}
-            )
-        )
-        if found:
-            model.load_state_dict(found["ema_state_dict"] or found["model_state_dict"])
+        found = self.group.first(lambda: self.writer.owed or self._find_best(best["epoch"]))
+        load_into(model, found["ema_state_dict"] or found["model_state_dict"])
 
     def _find_best(self, epoch: int) -> dict[str, Any]:
         """The content of best.pth, or of another file that was saved at the end of the same epoch."""

@@ -13,6 +13,7 @@ from cnn.metrics.scores import Metrics, improves
 from cnn.training.distributed import ALONE, Group
 from cnn.training.schedule import Schedule
 from cnn.utils.checkpoint import snapshot
+from cnn.utils.unchanged import load_into
 
 # Attributes that are plain values, in a checkpoint under their own names.
 AS_THEY_ARE = ("epoch", "step", "lr", "group_lrs", "best", "history", "test", "predictions")
@@ -90,7 +91,7 @@ class TrainingState:
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self._check_fit(saved)
-        self.model.load_state_dict(saved["model_state_dict"])
+        load_into(self.model, saved["model_state_dict"])
         self._load_optimizer(saved["optimizer_state_dict"])
         self.schedule.load_state_dict(saved["scheduler_state_dict"])
         if saved["scaler_state_dict"] and self.scaler.is_enabled():
@@ -98,7 +99,7 @@ class TrainingState:
         if self.loss is not None:
             self.loss.load_state_dict(saved.get("loss_state_dict", {}))  # not in files of before
         if self.ema is not None:
-            self.ema.module.load_state_dict(saved["ema_state_dict"] or saved["model_state_dict"])
+            load_into(self.ema.module, saved["ema_state_dict"] or saved["model_state_dict"])
             self.ema.n_averaged.fill_(saved["step"])
         self.batch = saved["unfinished_epoch"]["batch"]
         self.sums.load_state_dict(saved["unfinished_epoch"]["sums"])
@@ -142,13 +143,14 @@ class TrainingState:
         """
         built = [dict(group) for group in self.optimizer.param_groups]
         configured, parameters = self._configured(), self._parameters()
-        of_parameters = {n: part for n, part in saved["state"].items() if type(n) is int}
-        state = {n: laid_out(part, parameters[n]) for n, part in of_parameters.items()}
-        self.optimizer.load_state_dict(saved | {"state": snapshot(saved["state"]) | state})
+        state = snapshot(saved["state"])
+        if configured is None:
+            state = {n: laid_out(part, parameters[n]) for n, part in state.items()}
+        self.optimizer.load_state_dict(saved | {"state": state})
         if configured is not None:  # torch has cast all to the parameters' dtype, but for `step`
-            for number, memory in state.items():
-                held = self.optimizer.state[parameters[number]]
-                for name, value in memory.items():
+            for number in [number for number in state if type(number) is int]:
+                held, memory = self.optimizer.state[parameters[number]], state[number]
+                for name, value in memory.items() if isinstance(memory, dict) else ():
                     if getattr(held.get(name), "dtype", None) != getattr(value, "dtype", "none"):
                         held[name] = snapshot(value, parameters[number].device)
         for group, settings in zip(self.optimizer.param_groups, built):
@@ -229,7 +231,8 @@ def remembered_of_one(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
     parameter.grad = torch.zeros(1)
     trial = copy.copy(optimizer)
     trial.state = defaultdict(dict)
-    trial.param_groups = [optimizer.param_groups[0] | {"params": [parameter]}]
+    group = {"params": [parameter], "capturable": False}  # which is for CUDA alone
+    trial.param_groups = [optimizer.param_groups[0] | group]
     trial.step()
     return dict(trial.state[parameter])
 

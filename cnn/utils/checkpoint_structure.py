@@ -73,7 +73,7 @@ SCALING = SCALES | dict.fromkeys(("growth_interval", "_growth_tracker"), WHOLE)
 COUNTERS = dict.fromkeys(("num_bad_epochs", "cooldown_counter", "last_epoch"), WHOLE)
 PLATEAU = {"best": NUMBER, **COUNTERS}
 RATES = dict.fromkeys(("lr", "images_per_second", "seconds"), AMOUNT)
-EPOCH = {"epoch": WHOLE, "step": WHOLE, **RATES}
+EPOCH = {"epoch": WHOLE, "step": WHOLE, "train_loss": NUMBER, "val_loss": NUMBER, **RATES}
 CHECKPOINT = {
     **dict.fromkeys(("format", "draws?", "epoch", "step"), WHOLE),
     "started": TEXT,
@@ -87,7 +87,7 @@ CHECKPOINT = {
     "ema_state_dict": (NULL, WEIGHTS),
     "loss_state_dict?": WEIGHTS,
     "optimizer_state_dict": {
-        "state": {int: {"*": ANY}, "*": ANY},
+        "state": {int: ANY, "*": ANY},
         "param_groups": [{"params": [WHOLE], "lr": AMOUNT, "initial_lr": AMOUNT, "*": ANY}],
     },
     "scheduler_state_dict": {"by_step": {"last_epoch": WHOLE}, "plateau?": PLATEAU},
@@ -123,13 +123,16 @@ def check_content(content: dict[str, Any]) -> None:
     if not classes or len(set(classes)) < len(classes):
         raise Mistake(f"classes: expected names, each once, got {classes[:10]}")
     epoch, best, history = content["epoch"], content["best"], content["history"]
-    if [row["epoch"] for row in history] != list(range(1, epoch + 1)):
+    if len(history) != epoch or any(row["epoch"] != n for n, row in enumerate(history, start=1)):
         raise Mistake(f"history: expected the epochs 1 to {epoch}, got {len(history)} others")
     if best is not None and (
         not 0 < best["epoch"] <= epoch
         or history[best["epoch"] - 1].get(best["metric"]) != best["value"]
     ):
         raise Mistake(f"best: expected an epoch of the history, got {best}")
+    schedule = content["scheduler_state_dict"]
+    if "plateau" not in schedule and schedule["by_step"]["last_epoch"] != content["step"]:
+        raise Mistake(f"scheduler_state_dict.by_step.last_epoch: expected {content['step']}")
     waited = epoch - (best["epoch"] if best else 0)
     if content["early_stop"]["waited"] != waited:
         raise Mistake(

@@ -75,8 +75,8 @@ def failing(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces the file by this text, UTF-8, durably; half a character becomes a question mark."""
-    write_atomically(path, lambda file: file.write(text.encode("utf-8", "replace")))
+    """Replaces the file by this text, UTF-8, durably; what is no character becomes its code."""
+    write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def write_record(path: Path, text: str) -> None:

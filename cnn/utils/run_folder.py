@@ -183,13 +183,13 @@ class RunFolder:
         return any(checkpoint.match(f"{name}.pth") for name in CHECKPOINTS)
 
     def archive(self) -> Path | None:
-        """Moves an earlier run's files to archive/<its start>/; returns where its logs went."""
+        """Moves an earlier run's files to archive/<its start>/; returns where its logs went, if any."""
         names = [name + ending for name in CHECKPOINTS for ending in (".pth", *EXPORTS.values())]
         left = [path for name in names for path in self.checkpoints.glob(name)]
         left += [path for path in self.logs.paths() if path.exists()]
         if not left:
             return None
-        return self.logs.folder / ARCHIVE / self._move(left, self._start_of_earlier(left))
+        return left[-1].parent / ARCHIVE / self._move(left, self._start_of_earlier(left))
 
     def set_aside(self, checkpoints: list[Path]) -> Path:
         """Moves checkpoints to checkpoints/archive/<now>/, with a copy of the history."""
@@ -224,6 +224,7 @@ class RunFolder:
             self._put_back()
             raise
         unfinished.unlink()
+        sync_folder(unfinished.parent)  # lest a power cut has it undone when there is a new run
         return name
 
     def _put_back(self) -> None:

@@ -26,6 +26,8 @@ class StopSignals:
     A second SIGINT leaves at once; what was last saved is whole.
     """
 
+    installed: "StopSignals | None" = None
+
     def __init__(self, *, deferred: bool = False) -> None:
         self.received: int | None = None
         self.raised = False  # at once, in the middle of whatever it was
@@ -37,6 +39,7 @@ class StopSignals:
     def install(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             raise Refused("signals reach the main thread alone; call main() there, not in another")
+        StopSignals.installed = self
         self._unraisable, sys.unraisablehook = sys.unraisablehook, self._tell_unraisable
         self._before = {
             number: signal.signal(number, self._handle)
@@ -96,6 +99,19 @@ class StopSignals:
     def _obey(self) -> None:
         if self.received is not None:
             raise Stopped(self.received)
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Has a signal wait until the context ends."""
+    stop = StopSignals.installed or StopSignals()
+    before, stop.deferred = stop.deferred, True
+    try:
+        yield
+    finally:
+        stop.deferred = before
+    if not before:
+        stop._obey()
 
 
 def stop_with_parent() -> None:

@@ -1,11 +1,14 @@
-"""Modules that are run, and left as they were."""
+"""Modules that are run, and left as they were; and the way from a checkpoint into a module."""
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from cnn.errors import Refused
 from cnn.utils.checkpoint import snapshot
 
 
@@ -28,4 +31,17 @@ def unchanged(*modules: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, state in zip(modules, held):
-            module.load_state_dict(state, strict=False)
+            try:
+                load_into(module, state, strict=False)
+            except RuntimeError as error:
+                raise Refused(
+                    f"{type(module).__name__}: what its forward pass changes can neither be put back nor"
+                    f" be resumed: {str(error).splitlines()[-1].strip()}"
+                ) from None
+
+
+def load_into(module: nn.Module, state: dict[str, Any], *, strict: bool = True) -> None:
+    """Loads a plain dict, which holds no versions of modules: they are taken for today's."""
+    whole = OrderedDict(state)
+    whole._metadata = module.state_dict()._metadata
+    module.load_state_dict(whole, strict=strict)
