@@ -32,6 +32,7 @@ NAMES = ("last.pth", "best.pth", "epoch_002.pth")
 def older() -> dict:
     tree = content()
     tree["epoch"], tree["step"] = 1, 4
+    tree["scheduler_state_dict"]["by_step"]["last_epoch"] = 4
     del tree["history"][1:]
     tree["best"] |= {"epoch": 1, "value": tree["history"][0][tree["best"]["metric"]]}
     return tree
@@ -158,7 +159,7 @@ def kill_saves(megabytes: int, kills: int) -> int:
         read, ready = os.pipe()
         child = os.fork()
         if child == 0:
-            tree["step"] = number
+            tree["step"] = tree["scheduler_state_dict"]["by_step"]["last_epoch"] = number
             os.write(ready, b"!")
             save_checkpoint(tree, path)
             os.kill(os.getpid(), signal.SIGSTOP)

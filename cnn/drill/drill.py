@@ -16,6 +16,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -30,22 +31,20 @@ from cnn.training.distributed import Group
 from cnn.utils.checkpoint import load_checkpoint
 from cnn.utils.logger import Log
 from cnn.utils.run_folder import RunFolder
-from cnn.utils.signals import StopSignals, held_back
+from cnn.utils.signals import NUMBERS, StopSignals, held_back
 
 logger = logging.getLogger(__name__)
 
 STEPS = 6  # optimizer steps an epoch of the stretch
 EPOCHS = 2
+KILL, TERM = signal.SIGKILL, signal.SIGTERM
 # Where the run is stopped: epoch, and share of its training batches (1: in validation); the epoch after
-# the last is the test. Killed, it goes on from the last step; told to stop, it saves where it is.
+# the last is the test. Killed, it goes on from the last step; told to stop, it takes the step and saves:
+# no record tells of that step from that process, so that such a stop is the first one, when nothing can
+# have been lost yet, or comes after others that would have shown it.
 STOPS = (
-    *((1, 0.5, signal.SIGKILL), (1, 0.7, signal.SIGTERM), (1, 1.0, signal.SIGKILL)),
-    *((1, 1.0, signal.SIGTERM), (2, 0.0, signal.SIGTERM), (2, 0.7, signal.SIGKILL)),
-    *(
-        (2, 1.0, signal.SIGTERM),
-        (EPOCHS + 1, 0.0, signal.SIGKILL),
-        (EPOCHS + 1, 0.0, signal.SIGTERM),
-    ),
+    *((1, 0.3, TERM), (1, 0.7, KILL), (1, 1.0, KILL), (1, 1.0, TERM), (2, 0.0, TERM)),
+    *((2, 0.7, KILL), (2, 1.0, TERM), (EPOCHS + 1, 0.0, KILL), (EPOCHS + 1, 0.0, TERM)),
 )
 TIMEOUT = 600  # seconds for one process
 
@@ -121,8 +120,10 @@ def _through(
             target=_child, args=(train, settings, folder, trace, stop, max_batches, method)
         )
         try:
-            with held_back(), _other_hashes() if fresh else contextlib.nullcontext():
-                process.start()
+            with _other_hashes() if fresh else contextlib.nullcontext():
+                resource_tracker.ensure_running()  # it would let signals through again
+                with held_back():  # those that come to another thread
+                    _start(process)
             process.join(TIMEOUT)
         finally:
             hangs = process.exitcode is None
@@ -148,6 +149,15 @@ def _other_hashes() -> Iterator[None]:
         del os.environ["PYTHONHASHSEED"]
         if before is not None:
             os.environ["PYTHONHASHSEED"] = before
+
+
+def _start(process: BaseProcess) -> None:
+    """Starts it, deaf to signals until it is ready: Ctrl-C goes to a terminal's whole group."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def expected_status(stop: Stop | None) -> int:
@@ -191,6 +201,7 @@ def _child(
     from cnn.training.resume import ResumePoint, find_checkpoint
 
     os.setsid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS)
     multiprocessing.set_start_method(method, force=True)
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)

@@ -25,7 +25,7 @@ class Trace:
     """Writes a line of JSON for each batch, before the model sees it.
 
     Args:
-        stop: the batch at which the process, and with it its loader processes, is sent a signal.
+        stop: the batch from which on the process, and with it its loader processes, gets a signal.
     """
 
     def __init__(self, path: Path, stop: Stop | None = None):
@@ -56,7 +56,7 @@ class Trace:
             }
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-            if self._stop is not None and (state.epoch + 1, number) == self._stop.at:
+            if self._stop is not None and (state.epoch + 1, number) >= self._stop.at:
                 os.killpg(0, self._stop.signal)
             yield images, labels
 
