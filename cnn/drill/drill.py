@@ -130,7 +130,8 @@ def _through(
             _kill(process)  # its workers too
         if hangs:
             raise Failed(f"drill: a run did not end within {TIMEOUT} s")
-        if process.exitcode != expected_status(stop):
+        by = stop and stop.signal
+        if process.exitcode != (-KILL if by == KILL else 128 + TERM if by else 0):
             log = (folder / "output.txt").read_text(encoding="utf-8", errors="replace")
             raise Failed(f"drill: the run itself failed:\n{log.strip()[-3000:]}")
     run = RunFolder(None, folder)
@@ -158,13 +159,6 @@ def _start(process: BaseProcess) -> None:
         process.start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def expected_status(stop: Stop | None) -> int:
-    """What a process of the run ends with: killed, it says nothing; told to stop, by which signal."""
-    if stop is None:
-        return 0
-    return -stop.signal if stop.signal == signal.SIGKILL else 128 + stop.signal
 
 
 def _kill(process: BaseProcess) -> None:

@@ -17,7 +17,7 @@ from cnn.models.build import build_model
 from cnn.training.resume import DOES_NOT_FIT, check_code, naming, placed
 from cnn.training.state import check_like
 from cnn.utils import environment as env
-from cnn.utils.checkpoint import load_checkpoint
+from cnn.utils.checkpoint import load_checkpoint, weights_of
 from cnn.utils.unchanged import load_into
 
 
@@ -121,7 +121,7 @@ def _choose_precision(
 
 
 def _load_weights(path: Path, model: nn.Module, content: dict[str, Any]) -> None:
-    weights, expected = content["ema_state_dict"] or content["model_state_dict"], model.state_dict()
+    weights, expected = weights_of(content), model.state_dict()
     try:
         for name, tensor in weights.items():
             if isinstance(expected.get(name), torch.Tensor):

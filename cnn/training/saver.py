@@ -14,7 +14,7 @@ from torch import nn
 from cnn.errors import DataFailed, Failed, Refused, Stopped
 from cnn.training.setup import Run
 from cnn.utils import launch
-from cnn.utils.checkpoint import CheckpointWriter, is_end_of, read_checkpoint, where
+from cnn.utils.checkpoint import CheckpointWriter, is_end_of, read_checkpoint, weights_of, where
 from cnn.utils.run_folder import RunFolder
 from cnn.utils.signals import StopSignals
 from cnn.utils.unchanged import load_into
@@ -153,8 +153,11 @@ class Saver:
         if best is None:
             logger.warning("no epoch was the best one; testing the latest weights")
             return
-        found = self.group.first(lambda: self.writer.owed or self._find_best(best["epoch"]))
-        load_into(model, found["ema_state_dict"] or found["model_state_dict"])
+
+        def find() -> dict[str, Any]:
+            return weights_of(self.writer.owed or self._find_best(best["epoch"]))
+
+        load_into(model, self.group.first(find))
 
     def _find_best(self, epoch: int) -> dict[str, Any]:
         """The content of best.pth, or of another file that was saved at the end of the same epoch."""

@@ -91,6 +91,11 @@ def where(content: dict[str, Any]) -> str:
     return f"after epoch {content['epoch']}{within}, step {content['step']}"
 
 
+def weights_of(content: dict[str, Any]) -> dict[str, Any]:
+    """The weights that were validated: the averaged ones where there are some."""
+    return content["ema_state_dict"] or content["model_state_dict"]
+
+
 def is_end_of(content: dict[str, Any], started: str, epoch: int) -> bool:
     """Whether a checkpoint is what that run had at the end of that epoch."""
     at = content["started"], content["epoch"], content["unfinished_epoch"]["batch"]
