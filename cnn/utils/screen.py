@@ -5,8 +5,6 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 LINES = "\n\t"  # what of our own text is not printable
 MAX_NAME = 22  # columns of a class name
 
@@ -65,6 +63,8 @@ def printable(text: str, kept: str = "") -> str:
 
 def say(text: str) -> None:
     """Writes to stdout, past a bar; ends quietly, as other programs do, where nobody reads on."""
+    from tqdm import tqdm  # a third of the time that a typo is answered in
+
     try:
         tqdm.write(printable(text, kept=LINES), sys.stdout, end="")
         sys.stdout.flush()
