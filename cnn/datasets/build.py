@@ -112,9 +112,7 @@ def read_splits(cfg: DataConfig, known: list[str] | None = None) -> tuple[Splits
         )
     classes = [str(name) for name in made["classes"]]
     if len(set(classes)) < len(classes):
-        raise Refused(
-            f"data.name: {cfg.name}: expected classes of different names, got {classes[:9]}"
-        )
+        raise Refused(f"data.name: {cfg.name}: expected classes that differ, got {classes[:9]}")
     splits: dict[str, Any] = {
         part: UserImages(made[part], f"{cfg.name} {part}")
         for part in ("train", "val", "test")
