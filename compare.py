@@ -21,10 +21,10 @@ from cnn.metrics.scores import mode, with_interval
 from cnn.records import figures
 from cnn.records.figures import COLOURS, Curve
 from cnn.records.pages import render
-from cnn.records.run_record import RunRecord, read_run, shown_setting
-from cnn.utils.files import failing, write_atomically, write_text
+from cnn.records.run_record import RunRecord, format_setting, read_run
+from cnn.utils.files import raising_failed, write_atomically, write_text
 from cnn.utils.progress import duration
-from cnn.utils.screen import aligned, say
+from cnn.utils.screen import aligned, write_stdout
 
 PAGE = Path("logs", "compare.html")
 SEED = "seed"
@@ -48,10 +48,10 @@ def prepare(argv: list[str]) -> None:
             refusals.append(str(refusal))
     if not runs:
         raise Refused("\n".join(refusals))
-    with failing(args.output):
+    with raising_failed(args.output):
         args.output.parent.mkdir(parents=True, exist_ok=True)
         said = compare(runs, args.output)
-    say(said)
+    write_stdout(said)
     if refusals:
         raise Failed("\n".join(refusals))
 
@@ -75,7 +75,7 @@ def times_of(run: RunRecord) -> tuple[float, float | None]:
 
 def identity(run: RunRecord) -> str:
     """What makes it the same experiment as another: all settings but seed and place."""
-    beside = config.beside_the_experiment() | {SEED}
+    beside = config.non_experiment_keys() | {SEED}
     kept = {key: value for key, value in run.settings.items() if key not in beside}
     return json.dumps(kept, sort_keys=True, default=str)
 
@@ -100,9 +100,9 @@ def groups_of(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
 
 def names_of(groups: list[list[RunRecord]], keys: Sequence[str]) -> list[str]:
     """What tells each group from the others: its values of the settings that differ."""
-    keys = [key for key in keys if key not in config.beside_the_experiment() | {SEED}]
+    keys = [key for key in keys if key not in config.non_experiment_keys() | {SEED}]
     return [
-        ", ".join(f"{key}={shown_setting(group[0].settings[key])}" for key in keys) or "all runs"
+        ", ".join(f"{key}={format_setting(group[0].settings[key])}" for key in keys) or "all runs"
         for group in groups
     ]
 
@@ -209,7 +209,7 @@ def values_of(group: list[RunRecord], figure: str) -> list[float]:
 
 def settings_table(runs: Sequence[RunRecord], found: dict[str, list[Any]]) -> list[list[str]]:
     rows = [["setting", *(run.name for run in runs)]]
-    return rows + [[key, *map(shown_setting, values)] for key, values in found.items()]
+    return rows + [[key, *map(format_setting, values)] for key, values in found.items()]
 
 
 def panels_of(runs: Sequence[RunRecord], groups: list[list[RunRecord]], names: list[str]):

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 from cnn import cli
 from cnn.errors import Refused
 from cnn.utils.files import write_output
-from cnn.utils.screen import say
+from cnn.utils.screen import write_stdout
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from cnn.inference.evaluation import Subject
-    from cnn.inference.trained_model import Trained
+    from cnn.inference.evaluation import EvaluationData
+    from cnn.inference.trained_model import TrainedModel
     from cnn.metrics.scores import Metrics
     from cnn.utils.logger import Log
     from cnn.utils.signals import StopSignals
@@ -90,14 +90,14 @@ def evaluate_checkpoint(command: Command, log: "Log", stop: "StopSignals") -> No
     """Reads the checkpoint, evaluates as training does, and says what came out."""
     from cnn.datasets.loader import build_loader
     from cnn.inference import evaluation
-    from cnn.inference.trained_model import load_trained
-    from cnn.metrics.running import Outcome
+    from cnn.inference.trained_model import load_trained_model
+    from cnn.metrics.running import EvaluationMetrics
     from cnn.metrics.scores import result_metrics
     from cnn.training.engine import evaluate
     from cnn.utils.environment import make_deterministic
-    from cnn.utils.progress import follow
+    from cnn.utils.progress import show_progress
 
-    split, trained = command.split, load_trained(command.checkpoint, command.settings)
+    split, trained = command.split, load_trained_model(command.checkpoint, command.settings)
     command.places.update(trained.places)
     cfg, classes, device = trained.cfg, trained.classes, trained.device
     if cfg.train.deterministic:
@@ -105,22 +105,26 @@ def evaluate_checkpoint(command: Command, log: "Log", stop: "StopSignals") -> No
     logger.info("%s", trained)
     subject = evaluation.choose_images(trained, split)
     number = len(subject.images)
-    logger.info("%s: %d images; %s on %s", subject.about, number, trained.precision, device)
+    logger.info("%s: %d images; %s on %s", subject.description, number, trained.precision, device)
     pre = trained.preprocessing
     loader = build_loader(cfg.data, subject.images, pre, device, cfg.seed, training=False)
     loss = evaluation.build_loss_of(trained, subject)
-    outcome = Outcome(device, len(classes), result_metrics(len(classes)))
-    batches = follow(loader.batches(), split, len(loader), 0, cfg.log.every_seconds)
+    evaluation_metrics = EvaluationMetrics(device, len(classes), result_metrics(len(classes)))
+    batches = show_progress(loader.batches(), split, len(loader), 0, cfg.log.every_seconds)
     key = {"seed": cfg.seed, "epoch": trained.drawing_epoch(split)}
-    metrics = evaluate(trained.model, batches, loss, trained.autocast, f"{split}_", outcome, **key)
-    matrix = outcome.confusion().numpy()
+    metrics = evaluate(
+        trained.model, batches, loss, trained.autocast, f"{split}_", evaluation_metrics, **key
+    )
+    matrix = evaluation_metrics.confusion().numpy()
     said = verdict(trained, metrics, split) if subject.is_own else None
-    say("\n".join(["", as_text(metrics, matrix, classes), *([f"{said}\n"] if said else [])]))
+    write_stdout(
+        "\n".join(["", as_text(metrics, matrix, classes), *([f"{said}\n"] if said else [])])
+    )
     if command.json:
         text = as_json(trained, subject, split, metrics, matrix)
         write_output(command.json, text.encode("utf-8", "backslashreplace"))
     if command.figure:
-        draw(command.figure, matrix, classes, f"{subject.about}, {command.checkpoint}")
+        draw(command.figure, matrix, classes, f"{subject.description}, {command.checkpoint}")
 
 
 def draw(path: Path, matrix: "np.ndarray", classes: list[str], title: str) -> None:
@@ -136,7 +140,7 @@ def draw(path: Path, matrix: "np.ndarray", classes: list[str], title: str) -> No
 # -- what training reported ------------------------------------------------------------------------
 
 
-def reported(trained: "Trained", split: str) -> "Metrics | None":
+def reported(trained: "TrainedModel", split: str) -> "Metrics | None":
     """What training reported of these very weights, or None where it has not measured them."""
     from cnn.utils.checkpoint import read_checkpoint
     from cnn.utils.run_folder import LAST
@@ -160,7 +164,7 @@ def reported(trained: "Trained", split: str) -> "Metrics | None":
     return content["test"] if is_best else None
 
 
-def verdict(trained: "Trained", metrics: "Metrics", split: str) -> str | None:
+def verdict(trained: "TrainedModel", metrics: "Metrics", split: str) -> str | None:
     """Whether the figures are those that training reported; None where it reported none."""
     from cnn.utils import environment as env
 
@@ -226,8 +230,8 @@ def _shown(name: str, value: float | None, matrix: "np.ndarray") -> str:
 
 
 def as_json(
-    trained: "Trained",
-    subject: "Subject",
+    trained: "TrainedModel",
+    subject: "EvaluationData",
     split: str,
     metrics: dict[str, float | None],
     matrix: "np.ndarray",

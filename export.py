@@ -87,9 +87,9 @@ def check_packages(form: str) -> None:
 def export(command: Command, log: "Log", stop: "StopSignals") -> None:
     """Reads the checkpoint, makes the file, compares, and only then writes it."""
     from cnn.inference import export
-    from cnn.inference.trained_model import load_trained
+    from cnn.inference.trained_model import load_trained_model
 
-    trained = load_trained(command.checkpoint, [*command.settings, "device=cpu"])
+    trained = load_trained_model(command.checkpoint, [*command.settings, "device=cpu"])
     command.places.update(trained.places)
     logger.info("%s", trained)
     data, said = export.export(trained, command.format)

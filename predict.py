@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Self
 from cnn import cli
 from cnn.datasets.image_files import find_images
 from cnn.errors import BadImage, Refused
-from cnn.utils.files import failing
-from cnn.utils.screen import padded, printable, say, shortened, width
+from cnn.utils.files import raising_failed
+from cnn.utils.screen import padded, printable, shortened, width, write_stdout
 
 if TYPE_CHECKING:
     from cnn.inference.predictor import Prediction
@@ -114,10 +114,10 @@ def read_list() -> list[str]:
 def predict(command: Command, log: "Log", stop: "StopSignals") -> int:
     """Predicts every picture as it is read; gives the exit status."""
     from cnn.inference.predictor import Predictor
-    from cnn.inference.trained_model import load_trained
-    from cnn.utils.progress import follow
+    from cnn.inference.trained_model import load_trained_model
+    from cnn.utils.progress import show_progress
 
-    trained = load_trained(command.checkpoint, command.settings)
+    trained = load_trained_model(command.checkpoint, command.settings)
     command.places.update(trained.places)
     logger.info("%s", trained)
     predictor, images, bad = Predictor(trained), command.images, len(command.missing)
@@ -127,7 +127,7 @@ def predict(command: Command, log: "Log", stop: "StopSignals") -> int:
     with CsvFile(command.csv, top) as file:
         table = Table(images, predictor.classes, top)
         table.head()
-        each = follow(predictor.each(images, top), "predicting", len(images))
+        each = show_progress(predictor.each(images, top), "predicting", len(images))
         for path, said in zip(images, each):
             if isinstance(said, BadImage):
                 bad += 1
@@ -151,14 +151,14 @@ class Table:
 
     def head(self) -> None:
         cells = [padded(head, self.name + 7) for head in ["prediction", "then"][: self.top]]
-        say("  ".join([padded("image", self.path), *cells]).rstrip() + "\n")
+        write_stdout("  ".join([padded("image", self.path), *cells]).rstrip() + "\n")
 
     def row(self, path: Path, said: "Prediction") -> None:
         cells = [
             f"{padded(shortened(printable(name)), self.name)} {probability:.4f}"
             for name, probability in zip(said.classes, said.probabilities)
         ]
-        say(f"{padded(printable(path), self.path)}  {'  '.join(cells)}\n")
+        write_stdout(f"{padded(printable(path), self.path)}  {'  '.join(cells)}\n")
 
 
 class CsvFile:
@@ -176,7 +176,7 @@ class CsvFile:
 
     def __enter__(self) -> Self:
         if self.path is not None:
-            with failing(self.path):
+            with raising_failed(self.path):
                 self.file = open(self.path, "w", encoding="utf-8", errors=BYTES, newline="")
                 self.writer = csv.writer(self.file, lineterminator="\n")
                 self.writer.writerow(self.names)
@@ -184,14 +184,14 @@ class CsvFile:
 
     def __exit__(self, *_: object) -> None:
         if self.file is not None:
-            with failing(self.path):
+            with raising_failed(self.path):
                 self.file.close()
 
     def row(self, image: Path, said: "Prediction") -> None:
         if self.file is not None:
             pairs = zip(said.classes, said.probabilities)
             cells = [cell for name, given in pairs for cell in (name, f"{given:.6g}")]
-            with failing(self.path):
+            with raising_failed(self.path):
                 self.writer.writerow([image, *cells])
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from cnn.sweeps.study import Study, TakenTrial
-    from cnn.sweeps.trial import Outcome
+    from cnn.sweeps.trial import TrialResult
     from cnn.utils.logger import Log
     from cnn.utils.signals import StopSignals
 
@@ -92,12 +92,12 @@ def hold_sweep(study: "Study", stop: "StopSignals") -> int:
 
 def hold_trial(trial: "TakenTrial", study: "Study", stop: "StopSignals") -> None:
     """A trial to its end, from wherever it is."""
-    from cnn.sweeps.trial import PRUNED, Outcome, is_finished, run_trial
+    from cnn.sweeps.trial import PRUNED, TrialResult, is_finished, run_trial
 
     trial.begin()
     say_trial(trial)
     if trial.is_hopeless() and not is_finished(trial.run):  # it was, when it broke off
-        outcome = Outcome(PRUNED, epoch=trial.epoch)
+        outcome = TrialResult(PRUNED, epoch=trial.epoch)
     else:
         outcome = run_trial(
             *(trial.run, trial.words(), study.sweep.monitor, trial.report),
@@ -133,7 +133,7 @@ def say_trial(trial: "TakenTrial") -> None:
     )
 
 
-def say_outcome(trial: "TakenTrial", study: "Study", outcome: "Outcome") -> None:
+def say_outcome(trial: "TakenTrial", study: "Study", outcome: "TrialResult") -> None:
     from cnn.sweeps.trial import PRUNED
 
     monitor, best = study.sweep.monitor, study.best()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnn import cli
-from cnn.config import Config, for_scratch, replaced, resume_rules, to_yaml
+from cnn.config import Config, for_scratch, resume_rules, to_yaml, with_values
 from cnn.errors import Refused
 from cnn.utils import launch
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
     from cnn.datasets.loader import Batch, Loader
     from cnn.drill.trace import Trace
-    from cnn.metrics.running import Outcome
+    from cnn.metrics.running import EvaluationMetrics
     from cnn.training.distributed import Group
-    from cnn.training.resume import ResumePoint
+    from cnn.training.resume import Checkpoint
     from cnn.training.saver import Saver
     from cnn.training.setup import Run
     from cnn.utils.logger import Log
@@ -68,7 +68,7 @@ def prepare(argv: list[str]) -> cli.Task | None:
     cfg, places = command.load_config()
     command.places.update(places)
     if command.print_config:
-        sys.stdout.write(to_yaml(cfg) if launch.find_launch().is_first else "")
+        sys.stdout.write(to_yaml(cfg) if launch.find_launch().is_rank0 else "")
         return None
     acts = {"dry_run": dry_run, "drill": drill, "find_lr": find_lr}
     act = next((act for name, act in acts.items() if getattr(command, name)), start)
@@ -79,14 +79,14 @@ def prepare(argv: list[str]) -> cli.Task | None:
 
 def start(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
     """Starts a run or goes on with one, as the command says."""
-    from cnn.training.distributed import joined
-    from cnn.training.resume import find_resume_point
+    from cnn.training.distributed import process_group
+    from cnn.training.resume import find_checkpoint_to_resume
     from cnn.utils.run_folder import RunFolder
 
-    def find() -> "ResumePoint | None":
-        return group.first(lambda: find_resume_point(command, cfg))
+    def find() -> "Checkpoint | None":
+        return group.first(lambda: find_checkpoint_to_resume(command, cfg))
 
-    with joined(stop) as group:
+    with process_group(stop) as group:
         point = find() if command.checkpoint else None  # it knows its folder
         with RunFolder((point.cfg if point else cfg).run, first=group.first) as folder:
             if command.resume is not None and group.first(
@@ -102,7 +102,7 @@ def train(
     log: "Log",
     stop: "StopSignals",
     group: "Group",
-    point: "ResumePoint | None" = None,
+    point: "Checkpoint | None" = None,
     max_batches: int | None = None,
     trace: "Trace | None" = None,
 ) -> None:
@@ -116,15 +116,15 @@ def train(
     """
     from cnn.records import summary
     from cnn.records.records import open_records
-    from cnn.training.resume import make_ready
+    from cnn.training.resume import prepare_folder
     from cnn.training.saver import Saver
     from cnn.training.setup import build_run
 
     run = group.together(lambda: build_run(cfg, point, max_batches, group))
     state = run.state
-    group.first(lambda: make_ready(folder, point))
+    group.first(lambda: prepare_folder(folder, point))
     log.open_file(folder.logs.log)
-    if group.is_first:
+    if group.is_rank0:
         summary.write(folder.logs, run, point)
 
     with open_records(folder, run) as records, Saver(run, folder, stop) as saver:
@@ -144,15 +144,15 @@ def train(
 
 def train_epoch(run: "Run", saver: "Saver", trace: "Trace | None") -> None:
     """The rest of the epoch that the run is in: its steps, its validation, its checkpoints."""
-    from cnn.utils.progress import follow
+    from cnn.utils.progress import show_progress
 
     cfg, state = run.cfg, run.state
     label = f"epoch {state.epoch + 1}/{cfg.train.epochs}"
     done, total = state.batch // cfg.train.accumulate, run.steps_per_epoch
-    for _ in follow(train_steps(run, trace), label, total, done, cfg.log.every_seconds):
+    for _ in show_progress(train_steps(run, trace), label, total, done, cfg.log.every_seconds):
         saver.between_steps()
 
-    said = run.outcome()
+    said = run.evaluation_metrics()
     metrics = validate(run, said, f"{label} val", trace)
     improved = state.end_epoch(metrics, cfg.checkpoint.monitor, saver.seconds(), said.predictions())
     saver.end_epoch(improved)
@@ -167,7 +167,7 @@ def train_steps(run: "Run", trace: "Trace | None") -> "Iterator[int]":
     batches = state.group.in_step(batches, len(loader) - state.batch)
     return train_one_epoch(
         state,
-        trace.follow(batches, state, "training", state.sums) if trace else batches,
+        trace.record(batches, state, "training", state.running_metrics) if trace else batches,
         loader.own_sizes,
         run.loss,
         run.autocast,
@@ -179,20 +179,20 @@ def train_steps(run: "Run", trace: "Trace | None") -> "Iterator[int]":
 
 def evaluation_batches(run: "Run", loader: "Loader") -> "Iterator[Batch]":
     """This process's batches of an evaluation; in the wait for one a signal stops the run."""
-    return run.state.group.in_step(loader.batches(), loader.num_turns())
+    return run.state.group.in_step(loader.batches(), loader.num_batches_per_rank())
 
 
 def validate(
-    run: "Run", said: "Outcome", label: str, trace: "Trace | None"
+    run: "Run", said: "EvaluationMetrics", label: str, trace: "Trace | None"
 ) -> dict[str, float | None]:
     """The metrics of the epoch that is trained; what is said of each image goes into `said`."""
     from cnn.training.engine import evaluate
-    from cnn.utils.progress import follow
+    from cnn.utils.progress import show_progress
 
     cfg, state, loader = run.cfg, run.state, run.val_loader
     batches = evaluation_batches(run, loader)
-    batches = trace.follow(batches, state, "validation", said) if trace else batches
-    batches = follow(batches, label, loader.num_turns(), 0, cfg.log.every_seconds)
+    batches = trace.record(batches, state, "validation", said) if trace else batches
+    batches = show_progress(batches, label, loader.num_batches_per_rank(), 0, cfg.log.every_seconds)
     key = {"seed": cfg.seed, "epoch": state.epoch, "group": state.group}
     model = state.evaluated_model()
     return evaluate(model, batches, run.loss, run.autocast, "val_", said, **key)
@@ -201,16 +201,16 @@ def validate(
 def test(run: "Run", saver: "Saver", trace: "Trace | None") -> None:
     """Tests the best epoch, the one time that the test images are looked at."""
     from cnn.training.engine import evaluate
-    from cnn.utils.unchanged import unchanged
+    from cnn.utils.module_state import state_preserved
 
     logger.info("testing the best epoch, once")
     state = run.state
-    model, said = state.evaluated_model(), run.outcome(of_result=True)
+    model, said = state.evaluated_model(), run.evaluation_metrics(of_result=True)
     batches = evaluation_batches(run, run.test_loader)
-    batches = trace.follow(batches, state, "test", said) if trace else batches
+    batches = trace.record(batches, state, "test", said) if trace else batches
     epoch = state.best["epoch"] if state.best else state.epoch
     key = {"seed": run.cfg.seed, "epoch": epoch, "group": state.group}
-    with unchanged(model):
+    with state_preserved(model):
         saver.load_best(model)
         test = evaluate(model, batches, run.loss, run.autocast, "test_", said, **key)
     state.test, state.predictions["test"] = test, said.predictions()
@@ -219,21 +219,21 @@ def test(run: "Run", saver: "Saver", trace: "Trace | None") -> None:
 
 def dry_run(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
     """Two batches of everything: train, validate, save, resume, test; in a scratch folder."""
-    from cnn.training.distributed import joined
-    from cnn.training.resume import ResumePoint
+    from cnn.training.distributed import process_group
+    from cnn.training.resume import Checkpoint
     from cnn.utils.checkpoint import load_checkpoint
     from cnn.utils.run_folder import RunFolder
 
     began = time.monotonic()
     with (
-        joined(stop) as group,
+        process_group(stop) as group,
         tempfile.TemporaryDirectory() as scratch,
         RunFolder(None, Path(scratch), scratch=True, first=group.first) as folder,
     ):
         short = for_scratch(cfg, train={"epochs": 1})
         train(short, folder, log, stop, group, max_batches=2)
-        longer = replaced(short, train={"epochs": 2})
-        point = group.first(lambda: ResumePoint(folder.last, load_checkpoint(folder.last), longer))
+        longer = with_values(short, train={"epochs": 2})
+        point = group.first(lambda: Checkpoint(folder.last, load_checkpoint(folder.last), longer))
         train(longer, folder, log, stop, group, point, max_batches=2)
         log.close_file()  # before the folder goes
     logger.info("dry run OK: trained, saved, resumed, tested (%.1f s)", time.monotonic() - began)
@@ -244,9 +244,9 @@ def drill(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> Non
     launch.refuse_several("--drill")
     if os.name == "nt":
         raise Refused("--drill needs signals that Windows has not; under WSL it works")
-    from cnn.drill.drill import hold_drill
+    from cnn.drill.drill import run_drill
 
-    hold_drill(cfg, stop, train)
+    run_drill(cfg, stop, train)
 
 
 def find_lr(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:

@@ -61,16 +61,16 @@ def ours(task: str, tuned: bool, steps: int, root: str, device: str) -> None:
     settings += [f"optim.lr={LR}", f"optim.momentum={MOMENTUM}", "optim.weight_decay=0"]
     settings += ["loss.label_smoothing=0", "schedule.name=constant", "schedule.warmup_epochs=0"]
     settings += ["data.augment=[]"] if task == "mnist" else []
-    clock, follow = Clock(), progress.follow
+    clock, original = Clock(), progress.show_progress
 
     def timed(items, *args):
-        for item in follow(items, *args):
+        for item in original(items, *args):
             clock.tick()
             yield item
         clock.report()
         os._exit(0)  # the epoch is trained; what comes after is not compared
 
-    progress.follow = timed
+    progress.show_progress = timed
     sys.exit(train.main([*settings, f"device={device}", "train.epochs=1", "log.report=false"]))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cnn.config import Config, code_keys, load_config
-from cnn.errors import Elsewhere, Refused, RunError, Stopped
+from cnn.errors import Refused, RefusedElsewhere, RunError, Stopped
 from cnn.utils import launch
 from cnn.utils.run_folder import RunFolder
 from cnn.utils.streams import open_missing
@@ -40,13 +40,13 @@ class Task:
     """What a command line asks for, found possible.
 
     Attributes:
-        act: does it; may give an exit status of its own.
+        run: does it; may give an exit status of its own.
         places: where each setting was given; a refusal that begins with one is told with it.
         module: what it needs of ours; with torch beneath, that takes seconds to import.
         hint: what is said after the reason where it is stopped or fails.
     """
 
-    act: Callable[["Log", "StopSignals"], int | None]
+    run: Callable[["Log", "StopSignals"], int | None]
     places: dict[str, str] = field(default_factory=dict)
     module: str = "torch"
     hint: str = ""
@@ -75,19 +75,19 @@ def main(
             if not several:
                 launch.refuse_several(Path(sys.argv[0]).name)
             task = prepare(sys.argv[1:] if argv is None else argv)
-            return DONE if task is None else run(task, is_last=argv is None)
+            return DONE if task is None else run_command(task, is_last=argv is None)
         except (Refused, RunError) as error:
             from cnn.utils.screen import LINES, printable
 
-            if launch.find_launch().is_first:
+            if launch.find_launch().is_rank0:
                 sys.stderr.write(f"{prefix}{printable(error, kept=LINES)}\n")
             return error.status
-    except KeyboardInterrupt:  # before `run` has taken the signals over
+    except KeyboardInterrupt:  # before `run_command` has taken the signals over
         sys.stderr.write("stopped by SIGINT\n")
         return Stopped(signal.SIGINT).status
 
 
-def run(task: Task, *, is_last: bool = False) -> int:
+def run_command(task: Task, *, is_last: bool = False) -> int:
     """Does the work with log and signals set up; turns how it ended into a message and a status.
 
     Args:
@@ -113,7 +113,7 @@ def run(task: Task, *, is_last: bool = False) -> int:
             importlib.import_module(task.module)
         stop.deferred = False
         stop.check()
-        return task.act(log, stop) or DONE
+        return task.run(log, stop) or DONE
     except (Exception, Stopped) as error:  # noqa: BLE001  it is told
         stop.settled = True  # no call, before which a signal would be looked at
         return _tell(error, task, stop)
@@ -128,7 +128,7 @@ def _tell(error: BaseException, task: Task, stop: "StopSignals") -> int:
     if isinstance(error, (Refused, RunError)):
         key = re.match(r"[a-z_]+\.[a-z_]+|\w+", str(error))
         place = task.places.get(key.group()) if key and isinstance(error, Refused) else None
-        if not isinstance(error, Elsewhere):
+        if not isinstance(error, RefusedElsewhere):
             hint = task.hint if isinstance(error, RunError) else ""
             logger.error("%s%s%s", f"{place}: " if place else "", error, hint)
         return error.status

@@ -16,7 +16,7 @@ class Refused(ValueError):
     status = 2
 
 
-class Elsewhere(Refused):
+class RefusedElsewhere(Refused):
     """Refused by another process, which has said why."""
 
 
@@ -34,7 +34,7 @@ class DataFailed(RunError):
     """The next batch cannot be had; the run is whole and can go on once its cause is mended."""
 
 
-class Lost(RunError):
+class ProcessLost(RunError):
     """Another process of the run is gone."""
 
 
@@ -53,7 +53,7 @@ class Stopped(BaseException):
 # -- taken care of before they end anything ------------------------------------------------------
 
 
-class Mistake(Exception):
+class InvalidValue(Exception):
     """A wrong value in the configuration: what was expected and what came.
 
     Begins with the rest of the key, or with ': '.

@@ -27,7 +27,9 @@ from cnn.records import records
 from cnn.training import distributed, engine, saver
 from cnn.utils import checkpoint, files
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as cli.run does, before torch is imported
+os.environ.setdefault(
+    "TORCH_CPP_LOG_LEVEL", "ERROR"
+)  # as cli.run_command does, before torch is imported
 CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -304,7 +306,7 @@ def record_training(path: Path) -> None:
     original = engine.train_one_epoch
 
     def recorded(state, batches, sizes, *args, **keywords):
-        seen, before = [], state.sums.loss.item()
+        seen, before = [], state.running_metrics.loss.item()
 
         def follow():
             for number, (images, labels) in enumerate(batches, start=state.batch):
@@ -314,8 +316,8 @@ def record_training(path: Path) -> None:
                 yield images, labels
 
         for step in original(state, follow(), sizes, *args, **keywords):
-            seen[-1] |= {"loss": state.sums.loss.item() - before}
-            before = state.sums.loss.item()
+            seen[-1] |= {"loss": state.running_metrics.loss.item() - before}
+            before = state.running_metrics.loss.item()
             with open(path, "a") as file:
                 file.writelines(json.dumps(batch) + "\n" for batch in seen)
             seen.clear()

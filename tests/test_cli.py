@@ -119,7 +119,7 @@ def test_a_signal_over_which_a_library_s_clean_up_falls_is_still_a_signal(capfd)
         finally:
             raise AttributeError("a lock that was not made yet")
 
-    assert cli.run(cli.Task(act)) == 143
+    assert cli.run_command(cli.Task(act)) == 143
     assert capfd.readouterr().err == "warning: stopped by SIGTERM\n"
 
 
@@ -132,7 +132,7 @@ def test_a_failure_after_a_signal_that_waits_is_told_as_what_it_is(capfd):
         finally:
             stop.deferred = False
 
-    assert cli.run(cli.Task(act)) == 1
+    assert cli.run_command(cli.Task(act)) == 1
     assert "ArithmeticError: on purpose" in capfd.readouterr().err
 
 
@@ -158,7 +158,7 @@ def refuse(log, stop):
 @pytest.mark.parametrize("act, status", [(lambda log, stop: None, 0), (refuse, 2)])
 def test_a_signal_after_the_outcome_changes_neither_status_nor_message(late, capfd, act, status):
     before = signal.getsignal(signal.SIGTERM)
-    assert cli.run(cli.Task(act)) == status
+    assert cli.run_command(cli.Task(act)) == status
     assert capfd.readouterr().err == ("error: on purpose\n" if status else "")
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -166,12 +166,12 @@ def test_a_signal_after_the_outcome_changes_neither_status_nor_message(late, cap
 def test_a_signal_while_a_refusal_is_said_changes_nothing(capfd, monkeypatch):
     original = cli.logger.error
 
-    def say(*words):
+    def log_and_signal(*words):
         signal.raise_signal(signal.SIGTERM)
         original(*words)
 
-    monkeypatch.setattr(cli.logger, "error", say)
-    assert cli.run(cli.Task(refuse)) == 2
+    monkeypatch.setattr(cli.logger, "error", log_and_signal)
+    assert cli.run_command(cli.Task(refuse)) == 2
     assert capfd.readouterr().err == "error: on purpose\n"
 
 
@@ -216,7 +216,7 @@ def test_a_stop_that_a_clean_up_swallows_is_silent_and_counts_at_the_next_check(
         Library()
         stop.check()
 
-    assert cli.run(cli.Task(act)) == 143
+    assert cli.run_command(cli.Task(act)) == 143
     assert capfd.readouterr().err == "warning: stopped by SIGTERM\n"
 
 

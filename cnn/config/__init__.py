@@ -8,14 +8,14 @@ from cnn.config.settings import (
     ModelConfig,
     OptimConfig,
     ScheduleConfig,
-    beside_the_experiment,
     code_keys,
     flat,
     for_scratch,
     import_paths,
     is_import_path,
-    replaced,
+    non_experiment_keys,
     resume_rules,
     to_dict,
+    with_values,
 )
 from cnn.config.writer import as_text, to_yaml

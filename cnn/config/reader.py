@@ -13,9 +13,9 @@ import yaml
 
 from cnn.config.checks import check_together
 from cnn.config.settings import SECTIONS, Config, keys_of
-from cnn.config.values import is_null, read_value, shown, suggest
+from cnn.config.values import describe_node, is_null, read_value, suggest
 from cnn.config.writer import dump
-from cnn.errors import Mistake, Refused
+from cnn.errors import InvalidValue, Refused
 
 MAX_CONFIG_BYTES = 100_000  # the files shipped have about 2,000
 MAX_DEPTH = 20  # of brackets and indents; PyYAML takes minutes for some thousands
@@ -80,7 +80,7 @@ def read_file(path: Path, mistakes: list[str], seen: tuple[Path, ...] = ()) -> d
     # os.path's is False for a name that no file can have, where Path's raises
     if not isinstance(base.node, yaml.ScalarNode) or not os.path.isfile(base_path):
         raise Refused(
-            f"{base.where}: base: expected a file beside this one, got {shown(base.node)}"
+            f"{base.where}: base: expected a file beside this one, got {describe_node(base.node)}"
         )
     return read_file(base_path, mistakes, (*seen, path.resolve())) | given
 
@@ -146,7 +146,7 @@ class _Composer(yaml.SafeLoader):
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode):
                 at = place_of(self.where, key)
-                raise Refused(f"{at}: expected a plain key, got {shown(key)}")
+                raise Refused(f"{at}: expected a plain key, got {describe_node(key)}")
         return node
 
 
@@ -184,7 +184,7 @@ def flatten(root: yaml.Node | None, where: str, mistakes: list[str]) -> dict[str
         return {}
     if not isinstance(root, yaml.MappingNode):
         raise Refused(
-            f"{place_of(where, root)}: expected `section:` and `key: value` lines, got {shown(root)}"
+            f"{place_of(where, root)}: expected `section:` and `key: value` lines, got {describe_node(root)}"
         )
     given: dict[str, Given] = {}
     first: dict[str, str] = {}
@@ -224,7 +224,7 @@ def build(cls: type, given: dict[str, Given], mistakes: list[str]) -> Any:
         field, kind = known[key]
         try:
             values[key] = read_value(item.node, kind, field.metadata)
-        except Mistake as mistake:
+        except InvalidValue as mistake:
             found.append(f"{item.where}: {key}{mistake}")
     made = _assemble(cls, "", values)
     if cls is Config and not found:

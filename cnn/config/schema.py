@@ -65,10 +65,10 @@ def _section(cls: type) -> dict[str, Any]:
 
 def _key(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
     meta = field.metadata
-    about = meta["about"]
+    description = meta["description"]
     if meta["resume"] != FREE:
-        about += f" (on a resume: {meta['resume']})"
-    result = {"description": about} | _any_of(_alternatives(kind, meta))
+        description += f" (on a resume: {meta['resume']})"
+    result = {"description": description} | _any_of(_alternatives(kind, meta))
     if field.default_factory is not dataclasses.MISSING:
         result["default"] = field.default_factory()
     elif field.default is not dataclasses.MISSING:

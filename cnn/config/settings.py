@@ -30,17 +30,17 @@ UNSAID: dict[str, Any] = {
 }
 
 
-def setting(default: Any, about: str, resume: str, **more: Any) -> Any:
+def setting(default: Any, description: str, resume: str, **more: Any) -> Any:
     """Makes a dataclass field that knows what its setting means.
 
     Args:
         default: MISSING where it has to be given.
-        about: its meaning, for --print-config and editors.
+        description: its meaning, for --print-config and editors.
         resume: FREE, ASKED or FIXED.
         more: of UNSAID.
     """
-    assert more.keys() <= UNSAID.keys(), f"{about}: expected {list(UNSAID)}, got {list(more)}"
-    metadata = UNSAID | {"about": about, "resume": resume} | more
+    assert more.keys() <= UNSAID.keys(), f"{description}: expected {list(UNSAID)}, got {list(more)}"
+    metadata = UNSAID | {"description": description, "resume": resume} | more
     if metadata["experiment"] is None:
         metadata["experiment"] = resume != FREE
     if isinstance(default, (list, dict)):
@@ -277,7 +277,7 @@ def resume_rules() -> dict[str, str]:
     return {key: field.metadata["resume"] for key, field, _ in keys_of(Config)}
 
 
-def beside_the_experiment() -> set[str]:
+def non_experiment_keys() -> set[str]:
     """The keys that do not make it another experiment: where it ran and what it wrote beside."""
     return {key for key, field, _ in keys_of(Config) if not field.metadata["experiment"]}
 
@@ -347,8 +347,8 @@ def required_keys(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is MISSING]
 
 
-def replaced(cfg: Config, **sections: Any) -> Config:
-    """The configuration with some values replaced: `replaced(cfg, run="a", train={"epochs": 3})`."""
+def with_values(cfg: Config, **sections: Any) -> Config:
+    """The configuration with some values replaced: `with_values(cfg, run="a", train={"epochs": 3})`."""
     changed = {
         name: dataclasses.replace(getattr(cfg, name), **value) if name in SECTIONS else value
         for name, value in sections.items()
@@ -362,8 +362,8 @@ def for_scratch(cfg: Config, **sections: Any) -> Config:
         section, _, name = key.rpartition(".")
         value = field.metadata["scratch"]
         if value is not ...:
-            cfg = replaced(cfg, **({section: {name: value}} if section else {name: value}))
-    return replaced(cfg, **sections)
+            cfg = with_values(cfg, **({section: {name: value}} if section else {name: value}))
+    return with_values(cfg, **sections)
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

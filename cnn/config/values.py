@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from cnn.config.settings import is_import_path, required_keys
-from cnn.errors import Mistake
+from cnn.errors import InvalidValue
 
 LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "least": (operator.ge, "of at least"),
@@ -25,7 +25,7 @@ LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
 
 
 def read_value(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
-    """Reads a value of that type within its limits; Mistake where it is none."""
+    """Reads a value of that type within its limits; InvalidValue where it is none."""
     alternatives = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     if types.NoneType in alternatives and is_null(node):
         return None
@@ -47,7 +47,7 @@ def read_value(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
             if _allowed(value, meta):
                 return value
     near = suggest(node.value.lower(), meta["choices"]) if isinstance(node, yaml.ScalarNode) else ""
-    raise Mistake(f": expected {_expected(kind, meta)}, got {shown(node)}{near}")
+    raise InvalidValue(f": expected {_expected(kind, meta)}, got {describe_node(node)}{near}")
 
 
 def read_list(node: yaml.SequenceNode, kind: Any, meta: Mapping[str, Any]) -> list[Any]:
@@ -59,8 +59,8 @@ def read_list(node: yaml.SequenceNode, kind: Any, meta: Mapping[str, Any]) -> li
                 values.append(_read_mapping(item, kind))
             else:
                 values.append(read_value(item, kind, meta))
-        except Mistake as mistake:
-            raise Mistake(f"[{number}]{mistake}") from None
+        except InvalidValue as mistake:
+            raise InvalidValue(f"[{number}]{mistake}") from None
     return values
 
 
@@ -71,21 +71,21 @@ def _read_mapping(node: yaml.Node, cls: type) -> Any:
     if isinstance(node, yaml.ScalarNode) and required_keys(cls) == [first]:
         return cls(read_value(node, hints[first], fields[first].metadata))
     if not isinstance(node, yaml.MappingNode):
-        raise Mistake(f": expected {_expected(cls, {})}, got {shown(node)}")
+        raise InvalidValue(f": expected {_expected(cls, {})}, got {describe_node(node)}")
     values = {}
     for key_node, item in node.value:
         key = str(key_node.value)
         if key not in fields:
-            raise Mistake(f".{key}: no such key{suggest(key, fields)}")
+            raise InvalidValue(f".{key}: no such key{suggest(key, fields)}")
         if key in values:
-            raise Mistake(f".{key}: given twice")
+            raise InvalidValue(f".{key}: given twice")
         try:
             values[key] = read_value(item, hints[key], fields[key].metadata)
-        except Mistake as mistake:
-            raise Mistake(f".{key}{mistake}") from None
+        except InvalidValue as mistake:
+            raise InvalidValue(f".{key}{mistake}") from None
     missing = [name for name in required_keys(cls) if name not in values]
     if missing:
-        raise Mistake(f".{missing[0]}: missing; expected {_expected(cls, {})}")
+        raise InvalidValue(f".{missing[0]}: missing; expected {_expected(cls, {})}")
     return cls(**values)
 
 
@@ -125,7 +125,7 @@ def plain_value(node: yaml.Node) -> Any:
         keys = [str(key.value) for key, _ in node.value]
         if len(set(keys)) < len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise Mistake(f".{twice}: given twice")
+            raise InvalidValue(f".{twice}: given twice")
         return {key: plain_value(item) for key, (_, item) in zip(keys, node.value)}
     if is_null(node):
         return None
@@ -137,7 +137,7 @@ def plain_value(node: yaml.Node) -> Any:
     try:
         return _read_scalar(node, str)
     except ValueError:
-        raise Mistake(f": expected plain values, got {shown(node)}") from None
+        raise InvalidValue(f": expected plain values, got {describe_node(node)}") from None
 
 
 def _allowed(value: Any, meta: Mapping[str, Any]) -> bool:
@@ -172,7 +172,7 @@ def _expected(kind: Any, meta: Mapping[str, Any]) -> str:
     if kind is str:
         words = choices_of(meta)
         if not words:
-            return "text" if meta["pattern"] is None else meta["about"]
+            return "text" if meta["pattern"] is None else meta["description"]
         return ("one of " if len(words) > 1 else "") + ", ".join(words)
     name = "a whole number" if kind is int else "a number"
     limits = [
@@ -181,7 +181,7 @@ def _expected(kind: Any, meta: Mapping[str, Any]) -> str:
     return " ".join([name, " and ".join(limits)]).strip()
 
 
-def shown(node: yaml.Node) -> str:
+def describe_node(node: yaml.Node) -> str:
     """Tells what came instead of a value, on one line and not too long."""
     if isinstance(node, yaml.SequenceNode):
         return "a list"

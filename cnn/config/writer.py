@@ -9,7 +9,7 @@ import yaml
 
 from cnn.config.settings import Config, plain
 from cnn.config.values import choices_of, is_null, plain_value
-from cnn.errors import Mistake
+from cnn.errors import InvalidValue
 
 
 def to_yaml(cfg: Config) -> str:
@@ -31,11 +31,15 @@ def _yaml_line(field: dataclasses.Field, value: Any, indent: str) -> str:
     meta = field.metadata
     for item in typing.get_args(field.type):
         if dataclasses.is_dataclass(item):  # a list of mappings, of which the first key has choices
-            meta = meta | dataclasses.fields(item)[0].metadata | {"about": meta["about"]}
+            meta = (
+                meta | dataclasses.fields(item)[0].metadata | {"description": meta["description"]}
+            )
     words = choices_of(meta)
     # One choice alone is a word beside numbers or paths: its meaning tells it.
     choices = f": {', '.join(words)}" if len(words) > 1 else ""
-    return f"{indent}{field.name}: {as_text(value)}".ljust(32) + f"  # {meta['about']}{choices}"
+    return (
+        f"{indent}{field.name}: {as_text(value)}".ljust(32) + f"  # {meta['description']}{choices}"
+    )
 
 
 def as_text(value: Any) -> str:
@@ -57,7 +61,9 @@ class _Dumper(yaml.SafeDumper):
 
     def represent_text(self, text: str) -> yaml.Node:
         node = self.represent_scalar("tag:yaml.org,2002:str", text)
-        with contextlib.suppress(Mistake):  # of control characters, which YAML escapes by itself
+        with contextlib.suppress(
+            InvalidValue
+        ):  # of control characters, which YAML escapes by itself
             if not isinstance(plain_value(node), str) or is_null(node):
                 node.style = "'"
         return node

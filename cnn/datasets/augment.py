@@ -14,7 +14,7 @@ import torch
 
 from cnn.config.settings import AugmentationConfig
 from cnn.datasets.order import Key
-from cnn.datasets.preprocessing import fit
+from cnn.datasets.preprocessing import resize_and_crop
 from cnn.utils import seeding
 from cnn.utils.importing import import_object
 
@@ -55,23 +55,23 @@ class Augmentation:
         self.size, self.seed, self.fits_first = size, seed, "resized_crop" not in names
         self._changes = [
             # Where one comes twice, the second draws otherwise.
-            (_build(cfg, size), cfg.name, (word(cfg.name), names[:number].count(cfg.name)))
+            (_build(cfg, size), cfg.name, (name_key(cfg.name), names[:number].count(cfg.name)))
             for number, cfg in enumerate(changes)
         ]
 
     def __call__(self, image: torch.Tensor, key: Key) -> torch.Tensor:
         """The image (C, H, W) as an epoch has it, (C, size, size)."""
         if self.fits_first:
-            image = fit(image, self.size)
+            image = resize_and_crop(image, self.size)
         for change, name, words in self._changes:
             # What others have written may draw from any generator.
             seed = seeding.seed_torch if name in AUGMENTATIONS else seeding.seed_sample
             seed(self.seed, seeding.AUGMENT, *key, *words)
             image = change(image)
-        return fit(image, self.size)
+        return resize_and_crop(image, self.size)
 
 
-def word(name: str) -> int:
+def name_key(name: str) -> int:
     """A name as a word of a key."""
     return zlib.crc32(name.encode())
 
@@ -167,7 +167,7 @@ class BatchAugmentation:
         """
         tables = []
         for name in self.names:
-            key = seeding.mix(seed, seeding.AUGMENT, epoch, word(name))
+            key = seeding.mix(seed, seeding.AUGMENT, epoch, name_key(name))
             rng = np.random.Generator(np.random.Philox(key=key))
             tables.append(rng.random((number, BATCH_DRAWS[name]), dtype=np.float32))
         return torch.from_numpy(np.concatenate(tables, axis=1))

@@ -42,7 +42,7 @@ class Data:
     classes: list[str]
     preprocessing: Preprocessing
 
-    def prepared_as(self, preprocessing: Preprocessing) -> "Data":
+    def with_preprocessing(self, preprocessing: Preprocessing) -> "Data":
         """The same data, for a model that was trained on images prepared in that way."""
         return replace(self, preprocessing=preprocessing)
 

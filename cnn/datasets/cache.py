@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from cnn.datasets.decode import VERSION, decode
-from cnn.datasets.preprocessing import fit
+from cnn.datasets.preprocessing import resize_and_crop
 from cnn.errors import BadImage, Refused
 from cnn.utils.files import sync_folder
 
@@ -110,7 +110,7 @@ def _decode_into(pixels: np.ndarray, paths: list[Path], size: int, channels: int
             raise Refused(
                 f"data.root: {paths[number]}: was whole a moment ago and is not now: {bad}"
             ) from None
-        image = fit(image, size)  # C, H, W
+        image = resize_and_crop(image, size)  # C, H, W
         pixels[number] = image.permute(1, 2, 0).numpy()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -20,8 +20,8 @@ from cnn.config.settings import AugmentationConfig
 from cnn.datasets.augment import BATCH_DRAWS, Augmentation, BatchAugmentation
 from cnn.datasets.images import Images
 from cnn.datasets.order import EVALUATION, Key, draw_balanced, keys_of, share_of, split_epoch
-from cnn.datasets.preprocessing import Normalize, Preprocessing, fit
-from cnn.datasets.workers import begin_worker, failed, follow, kill_workers, packed
+from cnn.datasets.preprocessing import Normalize, Preprocessing, resize_and_crop
+from cnn.datasets.workers import begin_worker, failed, kill_workers, packed, receive_batches
 from cnn.errors import BadImage, DataFailed, Refused
 from cnn.utils import seeding
 
@@ -66,7 +66,9 @@ class Samples(Dataset):
 
     def image(self, key: Key) -> torch.Tensor:
         image = self.raw(key)
-        return fit(image, self.size) if key[0] == EVALUATION else self.augment(image, key)
+        return (
+            resize_and_crop(image, self.size) if key[0] == EVALUATION else self.augment(image, key)
+        )
 
     def __getitems__(self, keys: list[Key]) -> tuple[Batch, list[str]] | DataFailed:
         """A batch, and the names of what was left out of it; or why there is none.
@@ -149,7 +151,7 @@ class Loader:
     def __len__(self) -> int:
         return len(self.sizes)
 
-    def num_turns(self) -> int:
+    def num_batches_per_rank(self) -> int:
         """How many batches the busiest of the processes has in an evaluation."""
         return -(-len(self.sizes) // self.num_ranks)
 
@@ -232,7 +234,7 @@ class StreamLoader(Loader):
         keys = functools.partial(keys_of, epoch, order, self.balanced)
         self._plan.set(keys, self._spans(epoch, start))
         where = "the evaluation" if epoch == EVALUATION else f"epoch {epoch}"
-        for (images, labels), left_out in follow(self._loader, start + 1, where):
+        for (images, labels), left_out in receive_batches(self._loader, start + 1, where):
             for bad in left_out:
                 logger.warning("%s; left out of its batch (data.on_bad_image=skip)", bad)
             yield (

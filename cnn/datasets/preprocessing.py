@@ -22,7 +22,7 @@ class Preprocessing:
     std: list[float]
 
     @classmethod
-    def of_checkpoint(cls, path: Path, saved: dict[str, Any]) -> "Preprocessing":
+    def from_checkpoint(cls, path: Path, saved: dict[str, Any]) -> "Preprocessing":
         """What a checkpoint says.
 
         Raises:
@@ -40,7 +40,7 @@ class Preprocessing:
         return made
 
 
-def fit(image: torch.Tensor, size: int) -> torch.Tensor:
+def resize_and_crop(image: torch.Tensor, size: int) -> torch.Tensor:
     """Resizes the shorter side to `size` and cuts the middle out; an image of that size stays.
 
     Args:

@@ -48,7 +48,7 @@ def packed(batch: Any) -> Parcel | DataFailed:
         return failed(error)
 
 
-def follow(loader: DataLoader, start: int, what: str) -> Iterator[Any]:
+def receive_batches(loader: DataLoader, start: int, what: str) -> Iterator[Any]:
     """Passes the loader's batches on, unpacked; tells every so often which one is waited for.
 
     Args:
@@ -106,7 +106,7 @@ def _begun(loader: DataLoader) -> Iterator[Any]:
     forked = multiprocessing.get_start_method() == "fork"
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS) if forked else None
     try:  # the mask is this thread's; what comes to another one is held back too
-        with signals.held_back() if forked else contextlib.nullcontext():
+        with signals.signals_deferred() if forked else contextlib.nullcontext():
             return iter(loader)
     finally:
         ignore_end_of_workers()

@@ -21,7 +21,7 @@ Key = tuple[int, int]  # epoch, batch
 
 
 @dataclass(frozen=True)
-class Stretch:
+class DrillRun:
     """What one way through the stretch left behind."""
 
     records: list[Record]  # in the order they were written; after a kill, some batches twice
@@ -29,7 +29,7 @@ class Stretch:
     starts: list[int]  # numbers of the records that came first in a process
 
 
-def log_table(first: Stretch, others: dict[str, Stretch]) -> None:
+def log_table(first: DrillRun, others: dict[str, DrillRun]) -> None:
     """Says of every other way through what was identical, and where it first was not."""
     rows = [("", "batches", "images", "model", "optimizer", "metrics", *first.checkpoints)]
     rows += [(name, *_compare(first, other)) for name, other in others.items()]
@@ -44,7 +44,7 @@ KEYED = (
 STATE = {"model": ["model"], "optimizer": ["optimizer"], "metrics": ["loss_sum", "correct"]}
 
 
-def _compare(first: Stretch, other: Stretch) -> list[str]:
+def _compare(first: DrillRun, other: DrillRun) -> list[str]:
     """The cells of the table: number of batches, then identical or where it first is not."""
     expected = {key_of(record): record for record in first.records}
     cells = [str(len(other.records))]
@@ -71,7 +71,7 @@ def _where(record: Record) -> str:
     return f"epoch {record['epoch']}, batch {record['batch']}{part}"
 
 
-def find_culprit(cfg: Config, max_batches: int, first: Stretch, other: Stretch) -> str | None:
+def find_culprit(cfg: Config, max_batches: int, first: DrillRun, other: DrillRun) -> str | None:
     """What the first difference comes from, in words that help; None where there is none."""
     expected = {key_of(record): record for record in first.records}
     before: Record | None = None
@@ -110,7 +110,7 @@ def find_culprit(cfg: Config, max_batches: int, first: Stretch, other: Stretch) 
 
 
 def _blame_step(
-    differing: list[str], before: Record | None, at_end: bool, first: Stretch, other: Stretch
+    differing: list[str], before: Record | None, at_end: bool, first: DrillRun, other: DrillRun
 ) -> str:
     """The step before started from the same state and images, and ended elsewhere.
 

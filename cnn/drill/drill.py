@@ -24,14 +24,14 @@ import numpy as np
 import torch
 
 from cnn.config import Config, for_scratch, load_config, to_yaml
-from cnn.drill.culprit import Record, Stretch, find_culprit, log_table
+from cnn.drill.culprit import DrillRun, Record, find_culprit, log_table
 from cnn.drill.trace import Stop, Trace
 from cnn.errors import Failed
 from cnn.training.distributed import Group
 from cnn.utils.checkpoint import load_checkpoint
 from cnn.utils.logger import Log
 from cnn.utils.run_folder import RunFolder
-from cnn.utils.signals import NUMBERS, StopSignals, held_back
+from cnn.utils.signals import NUMBERS, StopSignals, signals_deferred
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torchvision.transforms.v2", "cnn.training.setup"])
 
 
-def hold_drill(cfg: Config, stop: StopSignals, train: Train) -> None:
+def run_drill(cfg: Config, stop: StopSignals, train: Train) -> None:
     """Holds the drill and says what it found.
 
     Args:
@@ -77,7 +77,7 @@ def hold_drill(cfg: Config, stop: StopSignals, train: Train) -> None:
         settings = Path(scratch, "settings.yaml")
         settings.write_text(to_yaml(short), encoding="utf-8")
 
-        def through(name: str, stops: list[Stop], *, fresh: bool = False) -> Stretch:
+        def through(name: str, stops: list[Stop], *, fresh: bool = False) -> DrillRun:
             stop.check()
             logger.info("%s ...", name)
             return _through(train, settings, Path(scratch, name), batches, stops, fresh)
@@ -103,7 +103,7 @@ def hold_drill(cfg: Config, stop: StopSignals, train: Train) -> None:
 
 def _through(
     train: Train, settings: Path, folder: Path, max_batches: int, stops: list[Stop], fresh: bool
-) -> Stretch:
+) -> DrillRun:
     """Runs the stretch in processes of its own, each but the last stopped at its place.
 
     Args:
@@ -122,7 +122,7 @@ def _through(
         try:
             with _other_hashes() if fresh else contextlib.nullcontext():
                 resource_tracker.ensure_running()  # it would let signals through again
-                with held_back():  # those that come to another thread
+                with signals_deferred():  # those that come to another thread
                     _start(process)
             process.join(TIMEOUT)
         finally:
@@ -136,7 +136,7 @@ def _through(
             raise Failed(f"drill: the run itself failed:\n{log.strip()[-3000:]}")
     run = RunFolder(None, folder)
     checkpoints = {path.name: load_checkpoint(path) for path in (run.last, run.best)}
-    return Stretch(_read(trace), checkpoints, starts)
+    return DrillRun(_read(trace), checkpoints, starts)
 
 
 @contextlib.contextmanager
@@ -192,7 +192,7 @@ def _child(
 ) -> None:
     """The process that is stopped: goes on from what it finds in the folder."""
     from cnn import cli
-    from cnn.training.resume import ResumePoint, find_checkpoint
+    from cnn.training.resume import Checkpoint, latest_checkpoint
 
     os.setsid()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS)
@@ -206,9 +206,9 @@ def _child(
 
     def act(log: Log, stop: StopSignals) -> None:
         with RunFolder(None, folder, scratch=True) as run_folder:
-            found = find_checkpoint(run_folder)
-            point = ResumePoint(*found, cfg) if found else None
+            found = latest_checkpoint(run_folder)
+            point = Checkpoint(*found, cfg) if found else None
             trace_to = Trace(trace, stop_at)
             train(cfg, run_folder, log, stop, Group(stop=stop), point, max_batches, trace_to)
 
-    sys.exit(cli.run(cli.Task(act)))
+    sys.exit(cli.run_command(cli.Task(act)))

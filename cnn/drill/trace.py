@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from cnn.datasets.loader import Batch
-from cnn.metrics.running import Sums
+from cnn.metrics.running import RunningMetrics
 from cnn.training.state import TrainingState
 
 
@@ -32,8 +32,8 @@ class Trace:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  as long as the process
         self._stop = stop
 
-    def follow(
-        self, batches: Iterable[Batch], state: TrainingState, part: str, sums: Sums
+    def record(
+        self, batches: Iterable[Batch], state: TrainingState, part: str, sums: RunningMetrics
     ) -> Iterator[Batch]:
         """Passes batches on, each recorded.
 

@@ -1,4 +1,4 @@
-"""Trained models in use: predicting, evaluating, exporting.
+"""TrainedModel models in use: predicting, evaluating, exporting.
 
 from cnn.inference import load
 

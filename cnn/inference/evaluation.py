@@ -13,7 +13,7 @@ from cnn.datasets.division import Splits, divide
 from cnn.datasets.folder_and_csv import unknown_classes
 from cnn.datasets.images import FileImages, Images
 from cnn.errors import Refused
-from cnn.inference.trained_model import Trained
+from cnn.inference.trained_model import TrainedModel
 from cnn.training.losses import build_loss, has_state
 
 logger = logging.getLogger(__name__)
@@ -22,12 +22,12 @@ OTHER_DATA = {"data.name", "data.root", "data.args"}  # typed, they may name oth
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluationData:
     """What is evaluated on."""
 
     images: Images
     train_labels: np.ndarray | None  # of the run's own data
-    about: str
+    description: str
 
     @property
     def is_own(self) -> bool:
@@ -35,7 +35,7 @@ class Subject:
         return self.train_labels is not None
 
 
-def choose_images(trained: Trained, split: str) -> Subject:
+def choose_images(trained: TrainedModel, split: str) -> EvaluationData:
     """The split of the run's own data; of other data that split, or where they have none, all.
 
     Nothing of other data was trained on, so that nothing has to be held out.
@@ -50,7 +50,7 @@ def choose_images(trained: Trained, split: str) -> Subject:
     if own is not None:
         images = getattr(own, split)
         _set_channels(trained, images)
-        return Subject(images, own.train.labels, f"{split} of {source}")
+        return EvaluationData(images, own.train.labels, f"{split} of {source}")
     if not trained.typed & OTHER_DATA:
         raise Refused(
             f"{trained.path}: the data have changed since the training ({source}); some of what is"
@@ -60,10 +60,10 @@ def choose_images(trained: Trained, split: str) -> Subject:
     if split not in splits and "train" not in splits:
         raise Refused(f"data.root: expected images of {split} or train in {source}, got neither")
     if set(splits) == {"train"}:
-        images, about = splits["train"], f"all of {source}"
+        images, description = splits["train"], f"all of {source}"
     else:
         held_out = splits if split in splits else divide(splits, cfg, trained.cfg.seed)
-        images, about = held_out[split], f"{split} of {source}"
+        images, description = held_out[split], f"{split} of {source}"
     if _is_same_place(trained):
         logger.warning(
             "%s has changed since the training, and images that were trained on may be among these",
@@ -71,10 +71,10 @@ def choose_images(trained: Trained, split: str) -> Subject:
         )
     images = _numbered_as(known, classes, images)
     _set_channels(trained, images)
-    return Subject(images, None, f"{about}, other data than in training")
+    return EvaluationData(images, None, f"{description}, other data than in training")
 
 
-def _as_in_training(trained: Trained, splits: Splits, classes: list[str]) -> Data | None:
+def _as_in_training(trained: TrainedModel, splits: Splits, classes: list[str]) -> Data | None:
     """The data divided as in the training, if they are what they were then."""
     if "train" not in splits or classes != trained.classes:
         return None
@@ -86,7 +86,7 @@ def _as_in_training(trained: Trained, splits: Splits, classes: list[str]) -> Dat
     return data if data.fingerprint() == trained.content["data"] else None
 
 
-def _is_same_place(trained: Trained) -> bool:
+def _is_same_place(trained: TrainedModel) -> bool:
     then, now = trained.content["config"]["data"], trained.cfg.data
     return (then["name"], Path(then["root"]).resolve()) == (now.name, Path(now.root).resolve())
 
@@ -103,7 +103,7 @@ def _numbered_as(known: list[str], classes: list[str], images: Images) -> Images
     return images
 
 
-def _set_channels(trained: Trained, images: Images) -> None:
+def _set_channels(trained: TrainedModel, images: Images) -> None:
     """Has files decoded to the model's channels; refuses pixels that have others."""
     wanted = trained.preprocessing.channels
     if isinstance(images, FileImages) and wanted in (1, 3):
@@ -115,7 +115,7 @@ def _set_channels(trained: Trained, images: Images) -> None:
         )
 
 
-def build_loss_of(trained: Trained, subject: Subject) -> nn.Module:
+def build_loss_of(trained: TrainedModel, subject: EvaluationData) -> nn.Module:
     """The loss of the training, its class weights those of the training images.
 
     Raises:

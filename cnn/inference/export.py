@@ -17,9 +17,9 @@ from torch import nn
 
 from cnn.datasets.build import build_data
 from cnn.datasets.images import FileImages
-from cnn.datasets.preprocessing import Normalize, Preprocessing, fit
+from cnn.datasets.preprocessing import Normalize, Preprocessing, resize_and_crop
 from cnn.errors import Failed, Refused
-from cnn.inference.trained_model import Trained
+from cnn.inference.trained_model import TrainedModel
 from cnn.models.build import build_model
 from cnn.utils.checked_zip import write_archive
 
@@ -53,7 +53,7 @@ class Deployed(nn.Module):
         return self.model((images - self.mean) / self.std)  # N, num_classes
 
 
-def export(trained: Trained, form: str) -> tuple[bytes, str]:
+def export(trained: TrainedModel, form: str) -> tuple[bytes, str]:
     """The model as the content of a file, and how it was checked.
 
     Args:
@@ -81,18 +81,18 @@ def export(trained: Trained, form: str) -> tuple[bytes, str]:
 # -- the formats: to bytes, and from bytes to answers ------------------------------------------
 
 
-def to_torch(trained: Trained) -> bytes:
+def to_torch(trained: TrainedModel) -> bytes:
     buffer = io.BytesIO()
     text = json.dumps(metadata(trained), ensure_ascii=False, indent=1)
     torch.export.save(_program(trained), buffer, extra_files={METADATA: text})
     return buffer.getvalue()
 
 
-def from_torch(trained: Trained, data: bytes) -> Answer:
+def from_torch(trained: TrainedModel, data: bytes) -> Answer:
     return torch.export.load(io.BytesIO(data)).module()
 
 
-def to_onnx(trained: Trained) -> bytes:
+def to_onnx(trained: TrainedModel) -> bytes:
     import onnx
 
     program = _program(trained).run_decompositions({MAX_POOL: _largest})
@@ -113,21 +113,21 @@ def to_onnx(trained: Trained) -> bytes:
     return proto.SerializeToString()
 
 
-def from_onnx(trained: Trained, data: bytes) -> Answer:
+def from_onnx(trained: TrainedModel, data: bytes) -> Answer:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
-def to_weights(trained: Trained) -> bytes:
+def to_weights(trained: TrainedModel) -> bytes:
     buffer = io.BytesIO()
     weights = {"model_state_dict": trained.model.state_dict()}
     write_archive(weights | metadata(trained, normalizes=False), buffer)
     return buffer.getvalue()
 
 
-def from_weights(trained: Trained, data: bytes) -> Answer:
+def from_weights(trained: TrainedModel, data: bytes) -> Answer:
     saved = torch.load(io.BytesIO(data), weights_only=True)
     cfg, pre = replace(trained.cfg.model, pretrained=False, weights=None), trained.preprocessing
     another = trained.cfg.seed + 1  # other first weights than the trained model began with
@@ -136,7 +136,9 @@ def from_weights(trained: Trained, data: bytes) -> Answer:
     return Deployed(model.eval(), Preprocessing(**saved["preprocessing"]))
 
 
-FORMATS: dict[str, tuple[Callable[[Trained], bytes], Callable[[Trained, bytes], Answer]]] = {
+FORMATS: dict[
+    str, tuple[Callable[[TrainedModel], bytes], Callable[[TrainedModel, bytes], Answer]]
+] = {
     "torch": (to_torch, from_torch),
     "onnx": (to_onnx, from_onnx),
     "weights": (to_weights, from_weights),
@@ -154,7 +156,7 @@ def _largest(images: torch.Tensor, size: list[int]) -> tuple[torch.Tensor, torch
     return images.amax((-2, -1), keepdim=True), where
 
 
-def _program(trained: Trained) -> torch.export.ExportedProgram:
+def _program(trained: TrainedModel) -> torch.export.ExportedProgram:
     """The model and its normalisation as a graph for any number of images."""
     pre = trained.preprocessing
     deployed = Deployed(trained.model, pre).eval()
@@ -166,7 +168,7 @@ def _program(trained: Trained) -> torch.export.ExportedProgram:
         raise _cannot(trained, "torch.export", error) from error
 
 
-def _cannot(trained: Trained, what: str, error: Exception) -> Refused:
+def _cannot(trained: TrainedModel, what: str, error: Exception) -> Refused:
     while error.__cause__ is not None:  # torch wraps the reason in advice to its developers
         error = error.__cause__
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -179,7 +181,7 @@ def _cannot(trained: Trained, what: str, error: Exception) -> Refused:
 # -- what a file says of itself ----------------------------------------------------------------
 
 
-def metadata(trained: Trained, normalizes: bool = True) -> dict[str, Any]:
+def metadata(trained: TrainedModel, normalizes: bool = True) -> dict[str, Any]:
     """What is needed to use the file, as plain values.
 
     Args:
@@ -211,7 +213,7 @@ def metadata(trained: Trained, normalizes: bool = True) -> dict[str, Any]:
 # -- does it agree? ------------------------------------------------------------------------------
 
 
-def some_images(trained: Trained) -> tuple[torch.Tensor, str]:
+def some_images(trained: TrainedModel) -> tuple[torch.Tensor, str]:
     """Images as the data have them, in the model's size, (17, C, H, W); and which.
 
     Of the validation; random ones where the data are not there.
@@ -222,7 +224,9 @@ def some_images(trained: Trained) -> tuple[torch.Tensor, str]:
         if isinstance(found, FileImages):
             found.files.channels = pre.channels
         count = min(number, len(found))
-        images = torch.stack([fit(found[index], pre.image_size) for index in range(count)])
+        images = torch.stack(
+            [resize_and_crop(found[index], pre.image_size) for index in range(count)]
+        )
         if images.shape[1:] != (pre.channels, pre.image_size, pre.image_size):
             raise Refused(f"they are of {tuple(images.shape[1:])} now")
         which = f"{count} images of the validation"
@@ -235,7 +239,7 @@ def some_images(trained: Trained) -> tuple[torch.Tensor, str]:
     return torch.randint(256, shape, generator=generator, dtype=torch.uint8), "random images"
 
 
-def compare(trained: Trained, answer: Answer, images: torch.Tensor) -> tuple[float, float]:
+def compare(trained: TrainedModel, answer: Answer, images: torch.Tensor) -> tuple[float, float]:
     """Holds the answers against those of the model and the normalisation that it was trained with.
 
     Returns:

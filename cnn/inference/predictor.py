@@ -6,7 +6,7 @@
     said = predict("photo.jpg")                  # a path, a PIL image, an array; or a list of them
     print(said.classes[0], said.probabilities[0])
 
-A picture goes the way that a validation image goes: `decode`, `fit`, `Normalize`.
+A picture goes the way that a validation image goes: `decode`, `resize_and_crop`, `Normalize`.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ from PIL import Image
 from cnn.datasets.decode import decode, to_array, upright
 from cnn.datasets.loader import EVALUATION_BATCHES
 from cnn.datasets.order import split_epoch
-from cnn.datasets.preprocessing import Normalize, fit
+from cnn.datasets.preprocessing import Normalize, resize_and_crop
 from cnn.errors import BadImage, Refused
-from cnn.inference.trained_model import Trained, load_trained
+from cnn.inference.trained_model import TrainedModel, load_trained_model
 from cnn.utils import seeding
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
@@ -49,7 +49,7 @@ class Predictor:
         model: the network, in evaluation mode; takes normalised images (N, C, size, size).
     """
 
-    def __init__(self, trained: Trained):
+    def __init__(self, trained: TrainedModel):
         self.trained, self.model, self.classes = trained, trained.model, trained.classes
         self._pre = trained.preprocessing
         if self._pre.channels not in (1, 3):
@@ -129,7 +129,7 @@ class Predictor:
         except BadImage as bad:
             is_path = isinstance(picture, (str, os.PathLike))
             return BadImage(f"{os.fspath(picture) if is_path else 'picture'}: {bad}")
-        return fit(torch.from_numpy(pixels), self._pre.image_size)
+        return resize_and_crop(torch.from_numpy(pixels), self._pre.image_size)
 
     @torch.no_grad()
     def _predict(self, images: torch.Tensor, number: int, top: int | None) -> list[Prediction]:
@@ -160,7 +160,7 @@ def load(checkpoint: str | os.PathLike, *settings: str) -> Predictor:
         Refused: the file is none, is damaged, or names code outside this folder; a ValueError.
     """
     with _generators_kept(None):
-        return Predictor(load_trained(Path(checkpoint), settings))
+        return Predictor(load_trained_model(Path(checkpoint), settings))
 
 
 def _as_image(array: np.ndarray) -> Image.Image:

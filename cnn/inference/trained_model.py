@@ -17,12 +17,12 @@ from cnn.models.build import build_model
 from cnn.training.resume import DOES_NOT_FIT, check_code, naming, placed
 from cnn.training.state import check_like
 from cnn.utils import environment as env
-from cnn.utils.checkpoint import load_checkpoint, weights_of
-from cnn.utils.unchanged import load_into
+from cnn.utils.checkpoint import load_checkpoint, validated_weights
+from cnn.utils.module_state import load_state
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     path: Path
     content: dict[str, Any]  # of the checkpoint
     cfg: Config  # its settings, with those typed now
@@ -61,7 +61,7 @@ class Trained:
         )
 
 
-def load_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
+def load_trained_model(path: Path, settings: Sequence[str] = ()) -> TrainedModel:
     """Reads a checkpoint and builds its model with the weights that were validated.
 
     Args:
@@ -76,7 +76,7 @@ def load_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
     cfg, places = _read_settings(path, content["config"], settings, typed)
     device = env.choose_device(cfg.device)
     precision = _choose_precision(cfg, content["environment"], device, typed)
-    pre = Preprocessing.of_checkpoint(path, content["preprocessing"])
+    pre = Preprocessing.from_checkpoint(path, content["preprocessing"])
     # The weights come out of the checkpoint; those that the run began with may be gone.
     begun = dataclasses.replace(cfg.model, weights=None, pretrained=False)
     number = len(content["classes"])
@@ -87,7 +87,7 @@ def load_trained(path: Path, settings: Sequence[str] = ()) -> Trained:
     model = model.to(device, memory_format=torch.channels_last)
     _load_weights(path, model, content)
     places = placed(places, path)
-    return Trained(path, content, cfg, typed, places, model.eval(), pre, device, precision)
+    return TrainedModel(path, content, cfg, typed, places, model.eval(), pre, device, precision)
 
 
 def _read_settings(
@@ -103,7 +103,7 @@ def _read_settings(
             has = config.as_text(then.get(key))
             raise Refused(f"{key}: {path} has {has}, and a trained model keeps it")
     if then.get("data.name") != cfg.data.name and "data.args" not in typed:
-        cfg = config.replaced(cfg, data={"args": {}})  # those were another set's
+        cfg = config.with_values(cfg, data={"args": {}})  # those were another set's
     return cfg, places
 
 
@@ -121,12 +121,12 @@ def _choose_precision(
 
 
 def _load_weights(path: Path, model: nn.Module, content: dict[str, Any]) -> None:
-    weights, expected = weights_of(content), model.state_dict()
+    weights, expected = validated_weights(content), model.state_dict()
     try:
         for name, tensor in weights.items():
             if isinstance(expected.get(name), torch.Tensor):
                 check_like(tensor, expected[name], name)
-        load_into(model, weights)
+        load_state(model, weights)
     except DOES_NOT_FIT as error:
         lines = [line.strip() for line in str(error).strip().splitlines()[:3]]
         raise Refused(f"{path}: its weights do not fit its model: {' '.join(lines)}") from None

@@ -11,7 +11,7 @@ from cnn.metrics import scores
 from cnn.metrics.scores import Metrics
 
 
-class Sums:
+class RunningMetrics:
     """What an epoch's metrics are made of, image by image, so that a short batch weighs less."""
 
     def __init__(self, device: torch.device):
@@ -40,7 +40,7 @@ class Sums:
         self.correct += (logits.detach().argmax(1) == labels).sum()
         self.count += number
 
-    def merge(self, other: "Sums") -> None:
+    def merge(self, other: "RunningMetrics") -> None:
         """Adds what other sums hold."""
         self.loss += other.loss
         self.correct += other.correct
@@ -79,7 +79,7 @@ class Sums:
         self.weight = weight.to(self.loss) if isinstance(weight, torch.Tensor) else int(weight)
 
 
-class Outcome(Sums):
+class EvaluationMetrics(RunningMetrics):
     """An evaluation: besides the sums, the confusion matrix, and of each image what was said.
 
     What depends on the order of the batches is kept batch by batch, so that several processes that
@@ -95,7 +95,7 @@ class Outcome(Sums):
         # A row a class as labelled, a column a class as predicted; flat, to be added to at once.
         self.matrix = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
         self.in_top = torch.zeros((), dtype=torch.int64, device=device)
-        self._keeps_scores = bool(set(names) & set(scores.OF_SCORES))
+        self._keeps_scores = bool(set(names) & set(scores.FROM_PROBABILITIES))
         self._losses: list[tuple[torch.Tensor, float | torch.Tensor]] = []  # times weight; weight
         self._labels: list[torch.Tensor] = []
         self._predictions: list[torch.Tensor] = []
@@ -109,7 +109,7 @@ class Outcome(Sums):
         labels: torch.Tensor,
         weight: float | torch.Tensor | None = None,
     ) -> None:
-        """As `Sums.add`, and what was said of each image."""
+        """As `RunningMetrics.add`, and what was said of each image."""
         super().add(loss, logits, labels, weight)
         weight = len(labels) if weight is None else weight
         self._losses.append((loss.detach() * weight, weight))
@@ -148,11 +148,11 @@ class Outcome(Sums):
 
     def compute(self) -> Metrics:
         """The named metrics over the images so far; None for what is undefined."""
-        values = super().compute() | scores.of_matrix(self.confusion().numpy())
+        values = super().compute() | scores.from_confusion_matrix(self.confusion().numpy())
         values[scores.TOP_K_ACC] = self.in_top.item() / max(self.count, 1)
         if self._keeps_scores and self._scores:
             labels, given = torch.cat(self._labels).cpu(), torch.cat(self._scores).cpu()
-            values |= scores.of_scores(labels.numpy(), given.numpy())
+            values |= scores.from_probabilities(labels.numpy(), given.numpy())
         return {name: values.get(name) for name in self.names}
 
     def confusion(self) -> torch.Tensor:

@@ -22,7 +22,7 @@ TOP_K_ACC = f"top{TOP_K}_acc"
 HIGHER = ("acc", "balanced_acc", "f1", TOP_K_ACC, "auc", "sensitivity", "specificity")
 LOWER = ("loss", "log_loss", "ece")
 # Which of them need the probability of every class; the others are made of the matrix.
-OF_SCORES = ("auc", "log_loss", "ece")
+FROM_PROBABILITIES = ("auc", "log_loss", "ece")
 OF_TWO_CLASSES = ("auc", "sensitivity", "specificity")
 
 
@@ -40,7 +40,7 @@ def epoch_metrics(num_classes: int, monitor: str) -> tuple[str, ...]:
 def result_metrics(num_classes: int) -> tuple[str, ...]:
     """The metrics of the final test: all there are."""
     names = epoch_metrics(num_classes, "val_auc")
-    return (*names, *(name for name in OF_SCORES if name not in names))
+    return (*names, *(name for name in FROM_PROBABILITIES if name not in names))
 
 
 def mode(metric: str) -> str:
@@ -111,7 +111,7 @@ def weighted(values: np.ndarray, support: np.ndarray) -> float | None:
     return float((values[defined] * support[defined]).sum() / support[defined].sum())
 
 
-def of_matrix(matrix: np.ndarray) -> Metrics:
+def from_confusion_matrix(matrix: np.ndarray) -> Metrics:
     """Balanced accuracy, macro F1 and, of two classes, sensitivity and specificity of class 1."""
     classes = per_class(matrix)
     values = {"balanced_acc": macro(classes["recall"]), "f1": macro(classes["f1"])}
@@ -184,7 +184,7 @@ def calibration_error(labels: np.ndarray, scores: np.ndarray) -> float | None:
     return float(np.abs(gaps).sum() / len(labels))
 
 
-def of_scores(labels: np.ndarray, scores: np.ndarray) -> Metrics:
+def from_probabilities(labels: np.ndarray, scores: np.ndarray) -> Metrics:
     """AUC, log-loss and calibration error. labels int (N), scores (N, classes)."""
     return {
         "auc": auc(labels, scores),

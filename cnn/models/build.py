@@ -14,7 +14,7 @@ from cnn.models.simple_cnn import SimpleCNN
 from cnn.models.weights import load_weights
 from cnn.utils import seeding
 from cnn.utils.importing import import_object
-from cnn.utils.unchanged import unchanged
+from cnn.utils.module_state import state_preserved
 
 MODELS = {"simple_cnn": SimpleCNN, "lenet5": LeNet5, "resnet9": ResNet9, "resnet20": ResNet20}
 
@@ -56,7 +56,7 @@ def _try_out(model: nn.Module, name: str, num_classes: int, shape: tuple[int, ..
     """Sends two empty images through, so that what does not fit is told before the first epoch."""
     training = model.training
     model.eval()
-    with torch.no_grad(), unchanged(model):
+    with torch.no_grad(), state_preserved(model):
         try:
             logits = model(torch.zeros(2, *shape))
         except (RuntimeError, ValueError, AssertionError) as error:

@@ -13,7 +13,7 @@ import yaml
 from filelock import FileLock
 
 from cnn import config
-from cnn.config import Config, replaced
+from cnn.config import Config, with_values
 from cnn.config.reader import RECORDS
 from cnn.metrics.scores import Metrics, improves
 from cnn.utils.files import write_text
@@ -47,7 +47,7 @@ def update(
     folder.mkdir(parents=True, exist_ok=True)
     path = file_of(cfg, folder)
     # The device and the run's name say where it was, not how.
-    cfg = replaced(cfg, run=None, device="auto")
+    cfg = with_values(cfg, run=None, device="auto")
     with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS):
         earlier = _read(path)
         if earlier is not None:

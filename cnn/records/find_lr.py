@@ -56,7 +56,10 @@ def sweep(cfg: Config, run: Run) -> tuple[list[float], list[float]]:
     mean = loss_before = weight_before = 0
     set_lr(run, 0)
     for _ in endless_steps(cfg, run):
-        loss, weight = run.state.sums.loss.item(), float(run.state.sums.weight)
+        loss, weight = (
+            run.state.running_metrics.loss.item(),
+            float(run.state.running_metrics.weight),
+        )
         latest = (loss - loss_before) / (weight - weight_before)
         mean = SMOOTHING * mean + (1 - SMOOTHING) * latest
         smoothed = mean / (1 - SMOOTHING ** (len(lrs) + 1))

@@ -20,7 +20,7 @@ def render(template: str, **content: Any) -> str:
     return pages.get_template(template).render(content)
 
 
-def shown(value: float | None) -> str:
+def format_metric(value: float | None) -> str:
     """Four digits, whole numbers as they are, n/a where there is nothing."""
     if value is None or math.isnan(value):
         return "n/a"
@@ -34,13 +34,13 @@ def class_rows(matrix: np.ndarray, classes: list[str]) -> tuple[list[list[str]],
     values = scores.per_class(matrix)
     support = values.pop("support")
     rows = [
-        [name, *(shown(column[number]) for column in values.values()), f"{support[number]}"]
+        [name, *(format_metric(column[number]) for column in values.values()), f"{support[number]}"]
         for number, name in enumerate(classes)
     ]
     macro = [scores.macro(column) for column in values.values()]
     weighted = [scores.weighted(column, support) for column in values.values()]
     means = [
-        [name, *map(shown, figures_), f"{support.sum()}"]
+        [name, *map(format_metric, figures_), f"{support.sum()}"]
         for name, figures_ in (("mean", macro), ("weighted", weighted))
     ]
     return rows, means

@@ -18,7 +18,7 @@ from cnn.metrics.scores import Metrics
 from cnn.records import best_hparams, figures
 from cnn.records.history import write_history
 from cnn.training.setup import Run
-from cnn.utils.files import tell_unwritten, write_text
+from cnn.utils.files import warn_unwritten, write_text
 from cnn.utils.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class Records:
             words = str(error).strip().splitlines() or [""]
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {words[0]}"
             if self._told.get(what) != reason:
-                tell_unwritten(what, reason)
+                warn_unwritten(what, reason)
             self._told[what] = reason
             return False
 
@@ -172,7 +172,7 @@ class Unrecorded:
 
 def open_records(folder: RunFolder, run: Run) -> Records | Unrecorded:
     """The records of a run, which its first process writes."""
-    return Records(folder, run) if run.state.group.is_first else Unrecorded()
+    return Records(folder, run) if run.state.group.is_rank0 else Unrecorded()
 
 
 def has_tensorboard() -> bool:

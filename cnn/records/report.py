@@ -1,6 +1,6 @@
 """logs/report.html: a run on one page that is complete in itself, without network or script.
 
-Beside it curves.png and confusion_matrix.png. Everything shown is made from the run's state and
+Beside it curves.png and confusion_matrix.png. Everything format_metric is made from the run's state and
 data, but where it was resumed, which the log knows.
 """
 
@@ -21,7 +21,7 @@ from cnn.datasets.order import EVALUATION
 from cnn.metrics import scores
 from cnn.records import figures
 from cnn.records.figures import BLUE, ORANGE, Curve
-from cnn.records.pages import CLASS_HEAD, class_rows, render, shown
+from cnn.records.pages import CLASS_HEAD, class_rows, format_metric, render
 from cnn.training.setup import Run
 from cnn.utils.files import write_atomically, write_text
 from cnn.utils.progress import duration
@@ -121,7 +121,7 @@ class Report:
             "parts": list(SPLITS),
             "counts": self._counts(),
             "columns": columns,
-            "epochs": [[shown(row.get(name)) for name in columns] for row in history],
+            "epochs": [[format_metric(row.get(name)) for name in columns] for row in history],
             "environment": list(self.run.environment.items()),
             "config": to_yaml(cfg),
         }
@@ -167,7 +167,9 @@ class Report:
             head = f"Validation, {matrix.sum()} images, epoch {self.state.best['epoch']}"
         else:
             metrics = self.state.test.items()
-            figures_of = (f"{name.removeprefix('test_')} {shown(value)}" for name, value in metrics)
+            figures_of = (
+                f"{name.removeprefix('test_')} {format_metric(value)}" for name, value in metrics
+            )
             lines.append(" · ".join(figures_of))
         if len(classes) == 2:
             lines.append(f"positive: {classes[1]}")
@@ -189,7 +191,7 @@ class Report:
         }
 
     def _mistakes(self) -> dict[str, Any] | None:
-        """Validation images, so that nobody learns from the test's, the surest first."""
+        """Validation images, so that nobody learns from the test's, the most confident first."""
         if "val" not in self.state.predictions:
             return None
         images, classes = self.run.data.val, self.run.data.classes

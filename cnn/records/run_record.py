@@ -69,5 +69,5 @@ def read_run(where: str) -> RunRecord:
     return RunRecord(printable(where.rstrip("/\\")), settings, history, result, status)
 
 
-def shown_setting(value: Any) -> str:
+def format_setting(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else config.as_text(value)

@@ -13,7 +13,7 @@ from cnn.datasets.augment import DRAWS
 from cnn.metrics.scores import with_interval
 from cnn.models.flops import count_flops
 from cnn.training.optim import FREEZE
-from cnn.training.resume import ResumePoint
+from cnn.training.resume import Checkpoint
 from cnn.training.setup import Run
 from cnn.training.state import TrainingState
 from cnn.utils.environment import differences
@@ -29,7 +29,7 @@ ABSURD = 1000  # times the loss of guessing; what has learnt nothing, or by hear
 QUIET = {"val_balanced_acc", "val_f1", "val_top5_acc"}  # in history.csv, not in an epoch's line
 
 
-def write(logs: RunLogs, run: Run, point: ResumePoint | None) -> None:
+def write(logs: RunLogs, run: Run, point: Checkpoint | None) -> None:
     """Says what the run is, in the log, in config.yaml and in model.txt."""
     if point is not None:
         _log_resume(run, point)
@@ -40,7 +40,7 @@ def write(logs: RunLogs, run: Run, point: ResumePoint | None) -> None:
     write_record(logs.model, model_text(run, flops))
 
 
-def _log_resume(run: Run, point: ResumePoint) -> None:
+def _log_resume(run: Run, point: Checkpoint) -> None:
     state = run.state
     at = f"epoch {state.epoch + 1}, step {state.step}, batch {state.batch}"
     logger.info("==== resumed from %s: %s of %d ====", point.path, at, len(run.train_loader))
@@ -131,7 +131,7 @@ def _warn_of_divergence(run: Run) -> None:
     state, limit = run.state, ABSURD * math.log(max(2, len(run.data.classes)))
     absurd = [row["epoch"] for row in state.history if row["val_loss"] > limit]
     # Of a loss of the user's own nobody knows what guessing costs.
-    if run.cfg.loss.name in LOSSES and state.group.is_first and absurd[:1] == [state.epoch]:
+    if run.cfg.loss.name in LOSSES and state.group.is_rank0 and absurd[:1] == [state.epoch]:
         logger.warning(
             f"val_loss {state.history[-1]['val_loss']:.3g} is over {ABSURD} times that of guessing: the run"
             f" diverges; a lower optim.lr, a warm-up or train.clip_grad_norm may help"

@@ -124,7 +124,7 @@ class TensorBoard:
 
     def _began(self) -> float:
         """When the run started, whichever process goes on with it."""
-        return time.mktime(time.strptime(self.run.about["started"][:19], "%Y-%m-%d %H:%M:%S"))
+        return time.mktime(time.strptime(self.run.metadata["started"][:19], "%Y-%m-%d %H:%M:%S"))
 
     def _row_of_best(self) -> Metrics:
         return self.state.history[self.state.best["epoch"] - 1]

@@ -35,8 +35,8 @@ from cnn.config.reader import (
     read_text,
 )
 from cnn.config.settings import FIXED, FREE, SECTIONS, keys_of, plain, setting
-from cnn.config.values import read_list, read_value, shown, suggest
-from cnn.errors import Mistake, Refused
+from cnn.config.values import describe_node, read_list, read_value, suggest
+from cnn.errors import InvalidValue, Refused
 
 SEARCHES = ("grid", "random", "tpe")
 FORMS = "[a, b, ...], {between: [low, high]} or {log: [low, high]}"
@@ -218,7 +218,7 @@ def _read_space(
             read = _read_range if isinstance(node, yaml.MappingNode) else _read_choice
             try:
                 dimension, nodes = read(node, kind, field.metadata)
-            except Mistake as mistake:
+            except InvalidValue as mistake:
                 mistakes.append(f"{where}: {key}{mistake}")
                 continue
             yield key, (dimension, [Given(inner, where) for inner in nodes])
@@ -228,12 +228,12 @@ def _read_choice(
     node: yaml.Node, kind: Any, meta: typing.Mapping[str, Any]
 ) -> tuple[Choice, list[yaml.Node]]:
     if not isinstance(node, yaml.SequenceNode) or not node.value:
-        got = shown(node) if not isinstance(node, yaml.SequenceNode) else "an empty list"
-        raise Mistake(f": expected {FORMS}, got {got}")
+        got = describe_node(node) if not isinstance(node, yaml.SequenceNode) else "an empty list"
+        raise InvalidValue(f": expected {FORMS}, got {got}")
     values = plain(read_list(node, kind, meta))
     for number, value in enumerate(values):
         if value in values[:number]:
-            raise Mistake(f"[{number}]: given twice")
+            raise InvalidValue(f"[{number}]: given twice")
     return Choice(tuple(values)), node.value
 
 
@@ -243,21 +243,21 @@ def _read_range(
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     number = next((one for one in (int, float) if one in kinds), None)
     if number is None:
-        raise Mistake(": is no number that could be between two; expected [a, b, ...]")
+        raise InvalidValue(": is no number that could be between two; expected [a, b, ...]")
     forms = {str(key.value): value for key, value in node.value}
     (form, bounds), *more = forms.items() or [("", node)]
     if more or form not in ("between", "log") or not isinstance(bounds, yaml.SequenceNode):
-        raise Mistake(f": expected {FORMS}, got {{{', '.join(forms)}}}")
+        raise InvalidValue(f": expected {FORMS}, got {{{', '.join(forms)}}}")
     if len(bounds.value) != 2:
-        raise Mistake(f".{form}: expected [low, high], got {len(bounds.value)} values")
+        raise InvalidValue(f".{form}: expected [low, high], got {len(bounds.value)} values")
     try:
         low, high = (read_value(bound, number, meta) for bound in bounds.value)
-    except Mistake as mistake:
-        raise Mistake(f".{form}{mistake}") from None
+    except InvalidValue as mistake:
+        raise InvalidValue(f".{form}{mistake}") from None
     if not low < high:
-        raise Mistake(f".{form}: expected low below high, got {low} and {high}")
+        raise InvalidValue(f".{form}: expected low below high, got {low} and {high}")
     if form == "log" and low <= 0:
-        raise Mistake(f".{form}: expected low above 0, got {low}")
+        raise InvalidValue(f".{form}: expected low above 0, got {low}")
     return Range(low, high, form == "log"), bounds.value
 
 

@@ -33,7 +33,7 @@ from cnn.errors import DatabaseFailed, Refused
 from cnn.metrics.scores import mode
 from cnn.sweeps.locks import SharedLock
 from cnn.sweeps.settings import Range, Sweep
-from cnn.sweeps.trial import COMPLETE, FAILED, PRUNED, Outcome
+from cnn.sweeps.trial import COMPLETE, FAILED, PRUNED, TrialResult
 from cnn.utils.files import make_folder, write_text
 from cnn.utils.run_folder import RunFolder
 from cnn.utils.screen import aligned
@@ -382,12 +382,12 @@ class Study:
         lock = SharedLock.take(file, create=True)
         if lock is None:
             raise Refused(f"--skip: trial {number} is being worked on; stop that process first")
-        self.end(number, Outcome(FAILED, reason="left out by --skip"))
+        self.end(number, TrialResult(FAILED, reason="left out by --skip"))
         lock.release()
 
     # -- what came of them ----------------------------------------------------------------------
 
-    def end(self, number: int, outcome: Outcome) -> None:
+    def end(self, number: int, outcome: TrialResult) -> None:
         """Writes down what came of a trial."""
         trial = self.frozen(number)
         note = {"epoch": outcome.epoch} if outcome.epoch else {"reason": outcome.reason}
@@ -411,7 +411,7 @@ class Study:
 def definition(sweep: Sweep) -> dict[str, str]:
     """What makes the trials of a sweep comparable: what is tried, how, and all settings besides."""
     settings = config.flat(config.to_dict(sweep.base))
-    elsewhere = config.beside_the_experiment() | {"data.root", *sweep.space}
+    elsewhere = config.non_experiment_keys() | {"data.root", *sweep.space}
     return {
         "search": sweep.cfg.search,
         "seed of the search": str(sweep.cfg.seed),

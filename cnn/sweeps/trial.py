@@ -27,7 +27,7 @@ COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrialResult:
     state: str  # COMPLETE, PRUNED, FAILED
     value: float | None = None  # of the monitored metric, the best epoch's
     epoch: int | None = None  # the best; of a pruned one, the latest
@@ -67,7 +67,7 @@ def run_trial(
     lock: SharedLock,
     output: Path,
     stop: StopSignals,
-) -> Outcome:
+) -> TrialResult:
     """Trains the run, or goes on with it, until it has ended in one way or another.
 
     Args:
@@ -88,15 +88,15 @@ def run_trial(
         if status == cli.DONE:
             return _result(read_run(f"logs/{run}"), report)
         if status == cli.FAILED:
-            return Outcome(FAILED, reason=said)
+            return TrialResult(FAILED, reason=said)
         stop.check()
         if status == cli.REFUSED:
             raise Refused(said)
         if pruned:
-            return Outcome(PRUNED, epoch=epochs.seen)
+            return TrialResult(PRUNED, epoch=epochs.seen)
         name = signal_name(status)
         logger.warning("%s was ended by %s, and goes on from where it was saved", run, name)
-    return Outcome(FAILED, reason=f"ended by {name}, {MAX_KILLED} times; {said}")
+    return TrialResult(FAILED, reason=f"ended by {name}, {MAX_KILLED} times; {said}")
 
 
 def _train(
@@ -146,15 +146,15 @@ def _train(
         os.close(held)
 
 
-def _result(record: RunRecord, report: Callable[[int, float], bool]) -> Outcome:
+def _result(record: RunRecord, report: Callable[[int, float], bool]) -> TrialResult:
     """What a run came to that is done; what it has not told yet is told, but no longer weighed."""
     for row in record.history:
         if row.get(record.monitor) is not None:
             report(int(row["epoch"]), row[record.monitor])
     best = record.best()
     if not best:
-        return Outcome(FAILED, reason=f"{record.monitor} is undefined in every epoch")
-    return Outcome(COMPLETE, best[record.monitor], int(best["epoch"]))
+        return TrialResult(FAILED, reason=f"{record.monitor} is undefined in every epoch")
+    return TrialResult(COMPLETE, best[record.monitor], int(best["epoch"]))
 
 
 def is_finished(run: str) -> bool:

@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cnn.errors import DataFailed, Elsewhere, Failed, Lost, Refused, Stopped
-from cnn.metrics.running import Outcome, Sums
+from cnn.errors import DataFailed, Failed, ProcessLost, Refused, RefusedElsewhere, Stopped
+from cnn.metrics.running import EvaluationMetrics, RunningMetrics
 from cnn.utils.launch import Launch, find_launch
+from cnn.utils.module_state import load_state
 from cnn.utils.signals import StopSignals
-from cnn.utils.unchanged import load_into
 
 T = TypeVar("T")
 
@@ -37,13 +37,13 @@ class Group:
     def __init__(self, launch: Launch | None = None, stop: StopSignals | None = None):
         self.launch, self.stop = launch or Launch(), stop
         self.rank, self.size = self.launch.rank, self.launch.size
-        self.is_first = self.launch.is_first
+        self.is_rank0 = self.launch.is_rank0
         # What is random inside a step is each process's own, for the first the same as alone.
         self.key = (self.rank,) if self.rank else ()
         self._launcher = os.getppid()
         self._patient: dist.ProcessGroup | None = None  # for what may take long
 
-    def meet(self) -> None:
+    def connect(self) -> None:
         """Waits for the others.
 
         Raises:
@@ -54,7 +54,7 @@ class Group:
         self.stop.alone = False
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
-            with self.stop.not_installed():  # inside of torch no handler of ours would be called
+            with self.stop.default_handlers():  # inside of torch no handler of ours would be called
                 store, rank, size = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
                 store = dist.PrefixStore(_attempt(), store)
                 dist.init_process_group(
@@ -68,7 +68,7 @@ class Group:
                 f" {str(error).splitlines()[0]}"
             ) from None
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         """Waits until all are done, and takes the connections down."""
         if self.size > 1:
             dist.barrier(self._patient)
@@ -85,7 +85,7 @@ class Group:
         if self.size == 1:
             return act()
         given, refusal = None, None
-        if self.is_first:
+        if self.is_rank0:
             try:
                 given = act()
             except (Refused, Failed) as refused:
@@ -93,7 +93,7 @@ class Group:
         told = [(given, refusal is not None)]
         dist.broadcast_object_list(told, src=0, group=self._patient)
         if told[0][1]:
-            raise refusal or Elsewhere("refused by the first process")
+            raise refusal or RefusedElsewhere("refused by the first process")
         return told[0][0]
 
     def together(self, act: Callable[[], T]) -> T:
@@ -109,15 +109,19 @@ class Group:
             given = act()
         except Refused as refused:
             refusal = refused
-        kinds = self.all_of(type(refusal).__name__)
+        kinds = self.all_gather(type(refusal).__name__)
         if any(kind != "NoneType" for kind in kinds):
             told = [
-                rank for rank, kind in enumerate(kinds) if kind not in ("NoneType", "Elsewhere")
+                rank
+                for rank, kind in enumerate(kinds)
+                if kind not in ("NoneType", "RefusedElsewhere")
             ]
-            raise refusal if self.rank in told[:1] else Elsewhere("refused by another process")
+            raise (
+                refusal if self.rank in told[:1] else RefusedElsewhere("refused by another process")
+            )
         return given
 
-    def leaders_first(self, act: Callable[[], T]) -> T:
+    def local_rank0_first(self, act: Callable[[], T]) -> T:
         """What `act` gives in every process; one of each machine has done it before the others."""
         if self.launch.local_rank == 0:
             given = self.together(act)
@@ -125,7 +129,7 @@ class Group:
         self.together(lambda: None)
         return self.together(act)
 
-    def all_of(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Every process's value, in the order of ranks."""
         if self.size == 1:
             return [value]
@@ -169,7 +173,7 @@ class Group:
 
         return wait
 
-    def add_up(self, sums: Sums) -> Callable[[], None]:
+    def add_up(self, sums: RunningMetrics) -> Callable[[], None]:
         """Begins to make of every process's sums those of all; what it returns waits for them."""
         if self.size == 1:
             return lambda: None
@@ -177,12 +181,12 @@ class Group:
         total = self.sum(own, own.device)
         return lambda: sums.unpack(total())
 
-    def gather(self, outcome: Outcome) -> None:
+    def gather(self, outcome: EvaluationMetrics) -> None:
         """Makes of every process's part of an evaluation the whole."""
         if self.size > 1:
             outcome.gather(self.all_of)
 
-    def equalize(self, module: nn.Module | None) -> None:
+    def broadcast_module(self, module: nn.Module | None) -> None:
         """Gives every process the first one's weights and buffers of a module.
 
         What BatchNorm has seen differs: it sees the process's own images.
@@ -195,7 +199,7 @@ class Group:
                 else:
                     extra[name] = value
             if extra:
-                load_into(module, self.first(lambda: extra), strict=False)
+                load_state(module, self.first(lambda: extra), strict=False)
 
     def in_step(self, batches: Iterable[T], number: int) -> Iterator[T]:
         """Passes batches on, each once every process has its own, and `number` times.
@@ -223,7 +227,11 @@ class Group:
 
     def _next(self, batches: Iterator[T]) -> T | None:
         """The next batch, None after the last; a signal ends the wait for it."""
-        return self.stop.wait_for(lambda: next(batches, None)) if self.stop else next(batches, None)
+        return (
+            self.stop.interruptible(lambda: next(batches, None))
+            if self.stop
+            else next(batches, None)
+        )
 
     def _agree_on(self, batches: Iterator[T]) -> "tuple[T | None, _Agreement]":
         """The next batch, if it can be had, and the agreement on it, under way."""
@@ -287,21 +295,21 @@ ALONE = Group()
 
 
 @contextlib.contextmanager
-def joined(stop: StopSignals) -> Iterator[Group]:
+def process_group(stop: StopSignals) -> Iterator[Group]:
     """The group that torchrun has started this process in; alone without it.
 
     Raises:
-        Lost: another process has gone while this one needed it.
+        ProcessLost: another process has gone while this one needed it.
     """
     group = Group(find_launch(), stop)
-    group.meet()
+    group.connect()
     try:
         yield group
-        group.leave()
+        group.disconnect()
     except (dist.DistError, RuntimeError) as error:
         of_connection = "gloo" in str(error) or "Connection" in str(error)
         if group.size > 1 and (isinstance(error, dist.DistError) or of_connection):
-            raise Lost(
+            raise ProcessLost(
                 "another process of this run is gone; what ended it is told by that one, above or"
                 " in its own output"
             ) from None

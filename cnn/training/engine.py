@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
-from cnn.metrics.running import Sums, loss_of, weight_of
+from cnn.metrics.running import RunningMetrics, loss_of, weight_of
 from cnn.metrics.scores import Metrics
 from cnn.training.distributed import ALONE, Group
 from cnn.training.optim import freeze
 from cnn.training.state import TrainingState
 from cnn.utils import seeding
-from cnn.utils.unchanged import unchanged
+from cnn.utils.module_state import state_preserved
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # images float (N, C, H, W), labels int64 (N)
 
@@ -75,8 +75,8 @@ def _add_gradients(
     group = state.group
     weights = [weight_of(loss_function, labels[:own]) for (_, labels), own in zip(step, sizes)]
     total = group.sum(sum(weights), state.device)
-    group.equalize(state.loss)
-    sums = Sums(state.device)
+    group.broadcast_module(state.loss)
+    sums = RunningMetrics(state.device)
     for number, ((images, labels), own, weight) in enumerate(zip(step, sizes, weights)):
         more = number + 1 < len(step)
         seeding.seed_step(state.device, *(seed, seeding.STEP, state.step, number), *group.key)
@@ -88,7 +88,7 @@ def _add_gradients(
         # Gradients are averaged over the processes: times their number, it is the sum.
         state.scaler.scale(loss * (weight / total() * group.size)).backward()
     finish_sums()
-    state.sums.merge(sums)
+    state.running_metrics.merge(sums)
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def evaluate(
     loss_function: nn.Module,
     autocast: Callable[[], torch.autocast],
     prefix: str,
-    sums: Sums | None = None,
+    sums: RunningMetrics | None = None,
     *,
     seed: int,
     epoch: int,
@@ -110,19 +110,19 @@ def evaluate(
     then is where the evaluation began.
 
     Args:
-        sums: where to add the batches, for more than these two: an `Outcome`.
+        sums: where to add the batches, for more than these two: an `EvaluationMetrics`.
         seed, epoch: what a model that draws, such as Monte-Carlo dropout, is keyed by, with the
             number of the batch.
         group: whose processes each evaluate batches in turn; all are given the metrics. Of several,
-            `sums` is an `Outcome`.
+            `sums` is an `EvaluationMetrics`.
     """
     was_training = model.training
     model.eval()
-    group.equalize(model)
-    group.equalize(loss_function)
+    group.broadcast_module(model)
+    group.broadcast_module(loss_function)
     device = next(model.parameters()).device
-    sums = Sums(device) if sums is None else sums
-    with unchanged(model, loss_function):
+    sums = RunningMetrics(device) if sums is None else sums
+    with state_preserved(model, loss_function):
         for turn, (images, labels) in enumerate(batches):
             number = turn * group.size + group.rank
             seeding.seed_step(device, seed, seeding.EVALUATE, epoch, number)

@@ -18,7 +18,7 @@ from cnn.datasets.build import Data
 from cnn.datasets.loader import Loader
 from cnn.errors import Refused
 from cnn.training.state import TrainingState
-from cnn.utils.checkpoint import is_end_of, load_checkpoint, read_checkpoint
+from cnn.utils.checkpoint import is_end_of_epoch, load_checkpoint, read_checkpoint
 from cnn.utils.files import write_atomically
 from cnn.utils.importing import outside_code
 from cnn.utils.run_folder import ARCHIVE, RunFolder, checkpoints_in
@@ -31,7 +31,7 @@ DOES_NOT_FIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError
 
 
 @dataclass(frozen=True)
-class ResumePoint:
+class Checkpoint:
     """Where a run goes on."""
 
     path: Path
@@ -45,7 +45,7 @@ class ResumePoint:
         return self.stamp != _stamp(self.path)
 
 
-def find_resume_point(command: Command, cfg: Config) -> ResumePoint | None:
+def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | None:
     """Where `--resume` goes on, and with which settings: the checkpoint's, with those typed now.
 
     Args:
@@ -62,7 +62,7 @@ def find_resume_point(command: Command, cfg: Config) -> ResumePoint | None:
         content = load_checkpoint(path)
     else:
         folder = RunFolder(cfg.run)
-        found = find_checkpoint(folder)
+        found = latest_checkpoint(folder)
         if found is None:
             logger.info("nothing to go on from in %s; a new run starts", folder.checkpoints)
             return None
@@ -79,7 +79,7 @@ def find_resume_point(command: Command, cfg: Config) -> ResumePoint | None:
     command.places.clear()
     command.places.update(placed(places, path))
     changes = check_settings(path, content["config"], cfg, command.typed(), places)
-    return ResumePoint(path, content, cfg, tuple(changes), stamp)
+    return Checkpoint(path, content, cfg, tuple(changes), stamp)
 
 
 @contextlib.contextmanager
@@ -107,7 +107,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def find_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
+def latest_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
     """The run's latest file that is whole: last.pth, else the furthest of the others.
 
     Returns:
@@ -198,7 +198,7 @@ def check_settings(
     )
 
 
-def restore(state: TrainingState, point: ResumePoint, data: Data, loader: Loader) -> None:
+def restore(state: TrainingState, point: Checkpoint, data: Data, loader: Loader) -> None:
     """Puts the run where the checkpoint was.
 
     Args:
@@ -238,7 +238,7 @@ def restore(state: TrainingState, point: ResumePoint, data: Data, loader: Loader
         state.predictions.pop("test", None)
 
 
-def _check_place(point: ResumePoint, loader: Loader) -> None:
+def _check_place(point: Checkpoint, loader: Loader) -> None:
     """Refuses a place that no run over these batches comes to."""
     content, accumulate = point.content, point.cfg.train.accumulate
     epoch, step, batch = content["epoch"], content["step"], content["unfinished_epoch"]["batch"]
@@ -252,7 +252,7 @@ def _check_place(point: ResumePoint, loader: Loader) -> None:
         )
 
 
-def make_ready(folder: RunFolder, point: ResumePoint | None) -> None:
+def prepare_folder(folder: RunFolder, point: Checkpoint | None) -> None:
     """Sees to it that the run writes over nothing of another, nor of itself further on.
 
     Raises:
@@ -281,7 +281,7 @@ class _Place(NamedTuple):
     step: int
 
 
-def _read(path: Path, point: ResumePoint) -> dict[str, Any] | None:
+def _read(path: Path, point: Checkpoint) -> dict[str, Any] | None:
     """The content of a checkpoint; None where it is damaged."""
     try:
         return point.content if path == point.path else read_checkpoint(path)
@@ -289,14 +289,14 @@ def _read(path: Path, point: ResumePoint) -> dict[str, Any] | None:
         return None
 
 
-def _places(paths: list[Path], point: ResumePoint) -> dict[Path, _Place | None]:
+def _places(paths: list[Path], point: Checkpoint) -> dict[Path, _Place | None]:
     """Where each of the checkpoints stands; None for one that is damaged."""
     contents = ((path, _read(path, point)) for path in paths)
     return {path: c and _Place(c["started"], c["step"]) for path, c in contents}
 
 
 def _set_others_aside(
-    folder: RunFolder, point: ResumePoint, here: dict[Path, _Place | None]
+    folder: RunFolder, point: Checkpoint, here: dict[Path, _Place | None]
 ) -> None:
     """Moves away what the run would write over: what is ahead of the file that it goes on from.
 
@@ -330,7 +330,7 @@ def _copy(source: Path, target: Path) -> None:
         write_atomically(target, lambda new: shutil.copyfileobj(file, new))
 
 
-def _bring_best_along(folder: RunFolder, point: ResumePoint) -> None:
+def _bring_best_along(folder: RunFolder, point: Checkpoint) -> None:
     """Sees to it that best.pth is the best epoch that the point knows of.
 
     It may be another: going on in another folder, from an earlier file, or after a damage.
@@ -341,7 +341,7 @@ def _bring_best_along(folder: RunFolder, point: ResumePoint) -> None:
     beside = [point.path.with_name(folder.best.name), *checkpoints_in(point.path.parent)]
     for path in (folder.best, *beside, *folder.saved(), point.path):
         content = _read(path, point)
-        if content is not None and is_end_of(content, started, best["epoch"]):
+        if content is not None and is_end_of_epoch(content, started, best["epoch"]):
             if path != folder.best:
                 _copy(path, folder.best)
             return

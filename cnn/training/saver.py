@@ -14,10 +14,16 @@ from torch import nn
 from cnn.errors import DataFailed, Failed, Refused, Stopped
 from cnn.training.setup import Run
 from cnn.utils import launch
-from cnn.utils.checkpoint import CheckpointWriter, is_end_of, read_checkpoint, weights_of, where
+from cnn.utils.checkpoint import (
+    CheckpointWriter,
+    is_end_of_epoch,
+    read_checkpoint,
+    validated_weights,
+    where,
+)
+from cnn.utils.module_state import load_state
 from cnn.utils.run_folder import RunFolder
 from cnn.utils.signals import StopSignals
-from cnn.utils.unchanged import load_into
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +36,7 @@ class Saver:
     """
 
     def __init__(self, run: Run, folder: RunFolder, stop: StopSignals):
-        self.cfg, self.state, self.about = run.cfg.checkpoint, run.state, run.about
+        self.cfg, self.state, self.metadata = run.cfg.checkpoint, run.state, run.metadata
         self.folder, self.stop = folder, stop
         self.writer = CheckpointWriter()
         self.group = self.state.group  # its first process writes
@@ -53,7 +59,7 @@ class Saver:
             raise Failed(
                 f"{before}the latest state could not be saved: {self.writer.failure}. {self._safe()}"
             ) from error
-        hint = self.folder.last.exists() and not self.folder.scratch and self.group.is_first
+        hint = self.folder.last.exists() and not self.folder.scratch and self.group.is_rank0
         if error is not None and not isinstance(error, Failed) and hint:
             logger.warning("go on with: %s", self.resume_command())
 
@@ -106,7 +112,7 @@ class Saver:
                 self._diverged(f"{name} is no longer a number", row["epoch"])
         every = self.cfg.every_epochs
         keep = every is not None and self.state.epoch % every == 0
-        kept = (self.folder.kept_epoch(self.state.epoch),) if keep else ()
+        kept = (self.folder.epoch_checkpoint(self.state.epoch),) if keep else ()
         self.save(self.folder.best if improved else None, kept)
 
     def save(self, best: Path | None = None, also: tuple[Path, ...] = ()) -> None:
@@ -118,14 +124,14 @@ class Saver:
         assert all(map(self.folder.owns, also)), f"{also}: in no pattern of run_folder.CHECKPOINTS"
         self.check_finite()
         self._check_weights()
-        if not self.group.is_first:
+        if not self.group.is_rank0:
             return
-        self.writer.save(self.state.state_dict() | self.about, self.folder.last, best, also)
+        self.writer.save(self.state.state_dict() | self.metadata, self.folder.last, best, also)
         self._saved_at = time.monotonic()
 
     def check_finite(self) -> None:
         """Raises Failed where the loss is no number any more; waits for the device."""
-        if not self.state.sums.is_finite():
+        if not self.state.running_metrics.is_finite():
             self._diverged("the loss is no longer a number")
 
     def _check_weights(self) -> None:
@@ -155,9 +161,9 @@ class Saver:
             return
 
         def find() -> dict[str, Any]:
-            return weights_of(self.writer.owed or self._find_best(best["epoch"]))
+            return validated_weights(self.writer.owed or self._find_best(best["epoch"]))
 
-        load_into(model, self.group.first(find))
+        load_state(model, self.group.first(find))
 
     def _find_best(self, epoch: int) -> dict[str, Any]:
         """The content of best.pth, or of another file that was saved at the end of the same epoch."""
@@ -167,7 +173,7 @@ class Saver:
             except Refused as refusal:
                 logger.error("%s", refusal)
                 continue
-            if is_end_of(content, self.about["started"], epoch):
+            if is_end_of_epoch(content, self.metadata["started"], epoch):
                 return content
         raise Failed(
             f"the weights of the best epoch, {epoch}, are in no file that can be read, and without"

@@ -13,7 +13,7 @@ from cnn.datasets.build import Data, build_data
 from cnn.datasets.loader import Loader, build_loader
 from cnn.datasets.preprocessing import Preprocessing
 from cnn.errors import Refused
-from cnn.metrics.running import Outcome
+from cnn.metrics.running import EvaluationMetrics
 from cnn.metrics.scores import epoch_metrics, mode, result_metrics
 from cnn.models import small_maps
 from cnn.models.build import build_model
@@ -21,13 +21,13 @@ from cnn.training.distributed import ALONE, Group
 from cnn.training.engine import set_training
 from cnn.training.losses import build_loss, class_weights, has_state
 from cnn.training.optim import build_optimizer
-from cnn.training.resume import ResumePoint, restore
+from cnn.training.resume import Checkpoint, restore
 from cnn.training.schedule import Schedule
 from cnn.training.shared_data import build_once_per_node
 from cnn.training.state import TrainingState
 from cnn.utils import environment as env
 from cnn.utils.checkpoint import FORMAT, check_readable, snapshot
-from cnn.utils.unchanged import unchanged
+from cnn.utils.module_state import state_preserved
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Run:
     """A run's parts.
 
     Attributes:
-        about: what a checkpoint holds besides the state.
+        metadata: what a checkpoint holds besides the state.
     """
 
     cfg: Config
@@ -46,7 +46,7 @@ class Run:
     loss: nn.Module
     state: TrainingState
     precision: str
-    about: dict[str, Any]
+    metadata: dict[str, Any]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -54,22 +54,22 @@ class Run:
 
     @property
     def environment(self) -> dict[str, Any]:
-        return self.about["environment"]
+        return self.metadata["environment"]
 
     def autocast(self) -> torch.autocast:
         """Around a forward pass: the arithmetic's precision."""
         return env.autocast(self.state.device, self.precision)
 
-    def outcome(self, *, of_result: bool = False) -> Outcome:
+    def evaluation_metrics(self, *, of_result: bool = False) -> EvaluationMetrics:
         """What an evaluation is to be added to: an epoch's, or the one that is the run's result."""
         number, monitor = len(self.data.classes), self.cfg.checkpoint.monitor
         names = result_metrics(number) if of_result else epoch_metrics(number, monitor)
-        return Outcome(self.state.device, number, names)
+        return EvaluationMetrics(self.state.device, number, names)
 
 
 def build_run(
     cfg: Config,
-    point: ResumePoint | None = None,
+    point: Checkpoint | None = None,
     max_batches: int | None = None,
     group: Group = ALONE,
 ) -> Run:
@@ -91,7 +91,7 @@ def build_run(
     data = build_once_per_node(group, lambda: build_data(cfg.data, cfg.seed))
     if point is not None:
         saved = point.content["preprocessing"]
-        data = data.prepared_as(Preprocessing.of_checkpoint(point.path, saved))
+        data = data.with_preprocessing(Preprocessing.from_checkpoint(point.path, saved))
     check_monitor(cfg.checkpoint.monitor, data)
     if max_batches is not None:
         data = data.head(max_batches * cfg.data.batch_size)
@@ -99,20 +99,20 @@ def build_run(
     begun = replace(cfg.model, weights=None, pretrained=False) if point else cfg.model
     pre = data.preprocessing
     model = build_model(begun, len(data.classes), pre.channels, pre.image_size, cfg.seed)
-    model = _made_ready(model, cfg, device, precision, group)
+    model = _prepare_model(model, cfg, device, precision, group)
     loss = build_loss(cfg.loss, data.train.labels, data.classes).to(device)
     loaders = _build_loaders(cfg, data, device, group)
     state = _build_state(cfg, model, loss, _num_steps(cfg, loaders[0]), precision, group)
     if 1 in loaders[0].sizes:
         check_one_image(model, (pre.channels, pre.image_size, pre.image_size))
-    about = _describe(cfg, data, loss) | {
+    metadata = _describe(cfg, data, loss) | {
         "started": point.content["started"] if point else env.timestamp(),
         "environment": env.describe(device, precision, group.size),
     }
-    check_readable(snapshot(state.state_dict()) | about)
+    check_readable(snapshot(state.state_dict()) | metadata)
     if point is not None:
         restore(state, point, data, loaders[0])
-    return Run(cfg, data, *loaders, loss, state, precision, about)
+    return Run(cfg, data, *loaders, loss, state, precision, metadata)
 
 
 def _describe(cfg: Config, data: Data, loss: nn.Module) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _num_steps(cfg: Config, loader: Loader) -> int:
     return -(-len(loader) // cfg.train.accumulate)
 
 
-def _made_ready(
+def _prepare_model(
     model: nn.Module, cfg: Config, device: torch.device, precision: str, group: Group
 ) -> nn.Module:
     """The model on its device, with what is quicker or shared there in the place of torch's own."""
@@ -151,7 +151,7 @@ def _build_loaders(cfg: Config, data: Data, device: torch.device, group: Group) 
     splits = ((data.train, True), (data.val, False), (data.test, False))
     share = {"rank": group.rank, "num_ranks": group.size}
     common = (data.preprocessing, device, cfg.seed)
-    return group.leaders_first(
+    return group.local_rank0_first(
         lambda: [
             build_loader(cfg.data, images, *common, training=training, **share)
             for images, training in splits
@@ -198,7 +198,7 @@ def check_one_image(model: nn.Module, shape: tuple[int, ...]) -> None:
     image = torch.zeros(1, *shape, device=next(model.parameters()).device)
     set_training(model)
     try:
-        with torch.no_grad(), unchanged(model):
+        with torch.no_grad(), state_preserved(model):
             model(image)
     except ValueError as error:  # torch's BatchNorm
         raise Refused(
@@ -210,7 +210,7 @@ def check_one_image(model: nn.Module, shape: tuple[int, ...]) -> None:
 def check_monitor(monitor: str, data: Data) -> None:
     """Refuses to look for the best epoch by a metric that these validation images leave undefined."""
     classes, present = data.classes, set(data.val.labels.tolist())
-    of_two = {"val_sensitivity": {1}, "val_specificity": {0}}  # and the class that each is about
+    of_two = {"val_sensitivity": {1}, "val_specificity": {0}}  # and the class that each is metadata
     if monitor in of_two and len(classes) != 2:
         raise Refused(
             f"checkpoint.monitor: {monitor} is for two classes, there are {len(classes)};"

@@ -39,7 +39,7 @@ def build_once_per_node(group: "Group", build: Callable[[], Data]) -> Data:
     try:
         if leads:
             folder = _write(data)
-        folders = dict(group.all_of((group.launch.node, folder) if leads else (None, None)))
+        folders = dict(group.all_gather((group.launch.node, folder) if leads else (None, None)))
         given = folders[group.launch.node]
 
         def take() -> Data:

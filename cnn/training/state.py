@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cnn.metrics.running import Sums
+from cnn.metrics.running import RunningMetrics
 from cnn.metrics.scores import Metrics, improves
 from cnn.training.distributed import ALONE, Group
 from cnn.training.schedule import Schedule
 from cnn.utils.checkpoint import snapshot
-from cnn.utils.unchanged import load_into
+from cnn.utils.module_state import load_state
 
 # Attributes that are plain values, in a checkpoint under their own names.
 AS_THEY_ARE = ("epoch", "step", "lr", "group_lrs", "best", "history", "test", "predictions")
@@ -27,11 +27,11 @@ class TrainingState:
         epoch: epochs completed.
         step: optimizer steps taken.
         batch: batches done of the unfinished epoch; all of them means: to be validated.
-        sums: what the unfinished epoch's train metrics are made of.
+        running_metrics: what the unfinished epoch's train metrics are made of.
         seconds: spent on the unfinished epoch.
         lr: of the latest step.
         best: {"metric", "value", "epoch"} of the best epoch, or None.
-        waited: epochs since the best one.
+        epochs_since_best: epochs since the best one.
         group_lrs: where groups have learning rates of their own, theirs: {"lr_x0.1": ...}.
         loss: the user's own loss function, if it is a module: it may have state.
         group: the processes that train together.
@@ -62,12 +62,12 @@ class TrainingState:
             self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
         self.forward = group.wrap(torch.compile(model) if compile else model)
         self.epoch = self.step = self.batch = 0
-        self.sums = Sums(device)
+        self.running_metrics = RunningMetrics(device)
         self.seconds = 0.0
         self.lr = 0.0
         self.group_lrs: dict[str, float] = {}
         self.best: dict[str, Any] | None = None
-        self.waited = 0
+        self.epochs_since_best = 0
         self.history: list[Metrics] = []
         self.test: Metrics | None = None
         self.predictions: dict[str, dict[str, torch.Tensor]] = {}
@@ -82,16 +82,16 @@ class TrainingState:
             "ema_state_dict": self.ema.module.state_dict() if self.ema is not None else None,
             "unfinished_epoch": {
                 "batch": self.batch,
-                "sums": self.sums.state_dict(),
+                "sums": self.running_metrics.state_dict(),
                 "seconds": self.seconds,
             },
-            "early_stop": {"waited": self.waited},
+            "early_stop": {"waited": self.epochs_since_best},
             **{name: copy.copy(getattr(self, name)) for name in AS_THEY_ARE},
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self._check_fit(saved)
-        load_into(self.model, saved["model_state_dict"])
+        load_state(self.model, saved["model_state_dict"])
         self._load_optimizer(saved["optimizer_state_dict"])
         self.schedule.load_state_dict(saved["scheduler_state_dict"])
         if saved["scaler_state_dict"] and self.scaler.is_enabled():
@@ -99,12 +99,12 @@ class TrainingState:
         if self.loss is not None:
             self.loss.load_state_dict(saved.get("loss_state_dict", {}))  # not in files of before
         if self.ema is not None:
-            load_into(self.ema.module, saved["ema_state_dict"] or saved["model_state_dict"])
+            load_state(self.ema.module, saved["ema_state_dict"] or saved["model_state_dict"])
             self.ema.n_averaged.fill_(saved["step"])
         self.batch = saved["unfinished_epoch"]["batch"]
-        self.sums.load_state_dict(saved["unfinished_epoch"]["sums"])
+        self.running_metrics.load_state_dict(saved["unfinished_epoch"]["sums"])
         self.seconds = saved["unfinished_epoch"]["seconds"]
-        self.waited = saved["early_stop"]["waited"]
+        self.epochs_since_best = saved["early_stop"]["waited"]
         for name in AS_THEY_ARE:
             if name in saved:  # some are not in files of before
                 setattr(self, name, copy.copy(saved[name]))
@@ -198,27 +198,30 @@ class TrainingState:
             val_seconds: that the validation took.
             predictions: of the validation, as `Outcome` gives them; kept of the best epoch.
         """
-        train = {f"train_{name}": value for name, value in self.sums.compute().items()}
+        train = {f"train_{name}": value for name, value in self.running_metrics.compute().items()}
         value = metrics[monitor]
-        times = (int(self.sums.count) / max(self.seconds, 1e-9), self.seconds + val_seconds)
+        times = (
+            int(self.running_metrics.count) / max(self.seconds, 1e-9),
+            self.seconds + val_seconds,
+        )
         row = {"epoch": self.epoch + 1, "step": self.step, "lr": self.lr}
         row |= self.group_lrs | train | metrics
         self.history.append(row | dict(zip(TIME_COLUMNS, times)))
         self.epoch += 1
         if value is not None:
             self.schedule.end_epoch(value)
-        self.batch, self.seconds, self.sums = 0, 0.0, Sums(self.device)
+        self.batch, self.seconds, self.running_metrics = 0, 0.0, RunningMetrics(self.device)
         improved = improves(monitor, value, self.best and self.best["value"])
         if improved:
             self.best = {"metric": monitor, "value": value, "epoch": self.epoch}
             self.predictions = {} if predictions is None else {"val": predictions}
-        self.waited = 0 if improved else self.waited + 1
+        self.epochs_since_best = 0 if improved else self.epochs_since_best + 1
         return improved
 
     def is_finished(self, epochs: int, patience: int | None) -> bool:
         """Whether there is nothing left to train."""
         return self.batch == 0 and (
-            self.epoch >= epochs or (patience is not None and self.waited >= patience)
+            self.epoch >= epochs or (patience is not None and self.epochs_since_best >= patience)
         )
 
 

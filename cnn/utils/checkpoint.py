@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cnn.errors import Mistake, Refused
+from cnn.errors import InvalidValue, Refused
 from cnn.utils import checkpoint_structure as structure
 from cnn.utils.checked_zip import read_archive_and_size, write_archive
 from cnn.utils.files import write_atomically
@@ -47,27 +47,27 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     _check_kind(path, content)
     try:
         _check_content(content, size)
-    except Mistake as mistake:
+    except InvalidValue as mistake:
         raise Refused(f"{path}: {mistake}") from None
     return content
 
 
 def _check_content(content: dict[str, Any], size: int) -> None:
-    """Holds what a file holds against what it must; raises Mistake, beginning with the key."""
+    """Holds what a file holds against what it must; raises InvalidValue, beginning with the key."""
     claimed = structure.check_values(content)
     if claimed > size:
-        raise Mistake(f"its tensors claim {claimed:,} bytes, the file has {size:,}")
+        raise InvalidValue(f"its tensors claim {claimed:,} bytes, the file has {size:,}")
     outline = content.pop(OUTLINE, None)  # not in files of before
     structure.check_content(content)
     if outline not in (None, structure.outline_of(content)):
-        raise Mistake(
+        raise InvalidValue(
             f"its settings, numbers or shapes are not those that were saved; where they were changed"
             f" on purpose, take the entry {OUTLINE!r} out too"
         )
     for part in ("model_state_dict", "ema_state_dict"):
         for name, value in (content[part] or {}).items():
             if isinstance(value, torch.Tensor) and value.isnan().any():
-                raise Mistake(f"{part}.{name}: holds values that are no numbers (NaN)")
+                raise InvalidValue(f"{part}.{name}: holds values that are no numbers (NaN)")
 
 
 def check_readable(content: dict[str, Any], *, whole: bool = True) -> None:
@@ -80,7 +80,7 @@ def check_readable(content: dict[str, Any], *, whole: bool = True) -> None:
         structure.check_values(content)
         if whole:
             structure.check_content(content)
-    except Mistake as mistake:
+    except InvalidValue as mistake:
         raise Refused(f"this state could not be read again from a checkpoint: {mistake}") from None
 
 
@@ -91,12 +91,12 @@ def where(content: dict[str, Any]) -> str:
     return f"after epoch {content['epoch']}{within}, step {content['step']}"
 
 
-def weights_of(content: dict[str, Any]) -> dict[str, Any]:
+def validated_weights(content: dict[str, Any]) -> dict[str, Any]:
     """The weights that were validated: the averaged ones where there are some."""
     return content["ema_state_dict"] or content["model_state_dict"]
 
 
-def is_end_of(content: dict[str, Any], started: str, epoch: int) -> bool:
+def is_end_of_epoch(content: dict[str, Any], started: str, epoch: int) -> bool:
     """Whether a checkpoint is what that run had at the end of that epoch."""
     at = content["started"], content["epoch"], content["unfinished_epoch"]["batch"]
     return at == (started, epoch, 0)
@@ -116,7 +116,9 @@ def _advice(path: Path, option: str) -> str:
 def _check_kind(path: Path, content: Any) -> None:
     """Refuses what is no checkpoint of ours, and what a later version wrote."""
     if not isinstance(content, dict):
-        raise Refused(f"{path}: expected a checkpoint of train.py, got {structure.shown(content)}")
+        raise Refused(
+            f"{path}: expected a checkpoint of train.py, got {structure.describe_value(content)}"
+        )
     is_state = bool(content) and all(isinstance(value, torch.Tensor) for value in content.values())
     of_a_run = {"optimizer_state_dict", "step"} & content.keys()
     if is_state or ("model_state_dict" in content and not of_a_run):  # export.py's

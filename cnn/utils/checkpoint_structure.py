@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cnn.errors import Mistake
+from cnn.errors import InvalidValue
 
 CONTAINERS = (dict, list, tuple)
 MAX_DEPTH = 50
@@ -116,48 +116,48 @@ def check_content(content: dict[str, Any]) -> None:
     """Holds the content of a checkpoint against the description, and its parts against each other.
 
     Raises:
-        Mistake: beginning with the key.
+        InvalidValue: beginning with the key.
     """
     check(content, CHECKPOINT)
     classes = content["classes"]
     if not classes or len(set(classes)) < len(classes):
-        raise Mistake(f"classes: expected names, each once, got {classes[:10]}")
+        raise InvalidValue(f"classes: expected names, each once, got {classes[:10]}")
     epoch, best, history = content["epoch"], content["best"], content["history"]
     if len(history) != epoch or any(row["epoch"] != n for n, row in enumerate(history, start=1)):
-        raise Mistake(f"history: expected the epochs 1 to {epoch}, got {len(history)} others")
+        raise InvalidValue(f"history: expected the epochs 1 to {epoch}, got {len(history)} others")
     if best is not None and (
         not 0 < best["epoch"] <= epoch
         or history[best["epoch"] - 1].get(best["metric"]) != best["value"]
     ):
-        raise Mistake(f"best: expected an epoch of the history, got {best}")
+        raise InvalidValue(f"best: expected an epoch of the history, got {best}")
     schedule = content["scheduler_state_dict"]
     if "plateau" not in schedule and schedule["by_step"]["last_epoch"] != content["step"]:
-        raise Mistake(f"scheduler_state_dict.by_step.last_epoch: expected {content['step']}")
+        raise InvalidValue(f"scheduler_state_dict.by_step.last_epoch: expected {content['step']}")
     waited = epoch - (best["epoch"] if best else 0)
     if content["early_stop"]["waited"] != waited:
-        raise Mistake(
+        raise InvalidValue(
             f"early_stop.waited: expected {waited}, got {content['early_stop']['waited']}"
         )
     for split, said in content.get("predictions", {}).items():
         predicted, number = said["prediction"], len(said["probability"])
         if len(predicted) != number or not set(predicted.tolist()) <= {*range(len(classes))}:
-            raise Mistake(f"predictions.{split}: expected a class of these for each image")
+            raise InvalidValue(f"predictions.{split}: expected a class of these for each image")
 
 
 def check(value: Any, kind: Any, key: str = "") -> None:
-    """Holds a value against a description; raises Mistake, beginning with the key."""
+    """Holds a value against a description; raises InvalidValue, beginning with the key."""
     if isinstance(kind, Leaf):
         if not kind.holds(value):
-            raise Mistake(f"{key}: expected {kind.expected}, got {shown(value)}")
+            raise InvalidValue(f"{key}: expected {kind.expected}, got {describe_value(value)}")
     elif isinstance(kind, tuple):
         *others, last = kind
         for one in others:
-            with contextlib.suppress(Mistake):
+            with contextlib.suppress(InvalidValue):
                 return check(value, one, key)
         check(value, last, key)
     elif isinstance(kind, list):
         if not isinstance(value, list):
-            raise Mistake(f"{key}: expected a list, got {shown(value)}")
+            raise InvalidValue(f"{key}: expected a list, got {describe_value(value)}")
         for number, item in enumerate(value):
             check(item, kind[0], f"{key}[{number}]")
     else:
@@ -166,14 +166,14 @@ def check(value: Any, kind: Any, key: str = "") -> None:
 
 def _check_mapping(value: Any, kinds: dict[Any, Any], key: str) -> None:
     if not isinstance(value, dict):
-        raise Mistake(f"{key}: expected a mapping, got {shown(value)}")
+        raise InvalidValue(f"{key}: expected a mapping, got {describe_value(value)}")
     missing = [name for name in _needed(kinds) if name not in value]
     if missing:
-        raise Mistake(f"{_below(key, missing[0])}: missing")
+        raise InvalidValue(f"{_below(key, missing[0])}: missing")
     for name, item in value.items():
         kind = _kind_of(name, kinds)
         if kind is None:
-            raise Mistake(f"{_below(key, name)}: no such key")
+            raise InvalidValue(f"{_below(key, name)}: no such key")
         check(item, kind, _below(key, name))
 
 
@@ -196,7 +196,7 @@ def check_values(content: Any) -> int:
         The bytes that the tensors have, in memory that several may share.
 
     Raises:
-        Mistake: beginning with the key.
+        InvalidValue: beginning with the key.
     """
     seen: set[int] = set()
     storages: dict[int, int] = {}
@@ -205,22 +205,22 @@ def check_values(content: Any) -> int:
         if isinstance(tree, torch.Tensor):
             fault = _fault_of(tree)
             if fault is not None:
-                raise Mistake(f"{key}: expected a plain tensor, got {fault}")
+                raise InvalidValue(f"{key}: expected a plain tensor, got {fault}")
             storages[tree.untyped_storage().data_ptr()] = tree.untyped_storage().nbytes()
         elif isinstance(tree, CONTAINERS):
             # A tree: what hangs at two places or in itself could be endless to walk.
             if (id(tree) in seen and len(tree)) or depth > MAX_DEPTH:
-                raise Mistake(f"{key}: not a tree of plain values")
+                raise InvalidValue(f"{key}: not a tree of plain values")
             seen.add(id(tree))
             items = tree.items() if isinstance(tree, dict) else enumerate(tree)
             for name, value in items:
                 if type(name) not in (str, int):
-                    raise Mistake(f"{key}: expected plain keys, got {shown(name)}")
+                    raise InvalidValue(f"{key}: expected plain keys, got {describe_value(name)}")
                 walk(value, _below(key, name), depth + 1)
         elif type(tree) not in (NoneType, bool, int, float, str):
-            raise Mistake(f"{key}: expected a plain value, got {shown(tree)}")
+            raise InvalidValue(f"{key}: expected a plain value, got {describe_value(tree)}")
         elif type(tree) is int and not -MAX_INT <= tree < 2 * MAX_INT:
-            raise Mistake(f"{key}: expected a number of 64 bits, got a larger one")
+            raise InvalidValue(f"{key}: expected a number of 64 bits, got a larger one")
 
     walk(content, "", 0)
     return sum(storages.values())
@@ -257,7 +257,7 @@ def outline_of(content: dict[str, Any]) -> str:
     return hashlib.sha256(repr(outline(content)).encode()).hexdigest()
 
 
-def shown(value: Any) -> str:
+def describe_value(value: Any) -> str:
     """A value as a message tells it: what it is, and a number itself."""
     if isinstance(value, torch.Tensor):
         return f"a tensor {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"

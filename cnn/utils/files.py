@@ -61,12 +61,12 @@ def write_output(path: Path, data: bytes) -> None:
     Raises:
         Failed: as the system says it.
     """
-    with failing(path):
+    with raising_failed(path):
         write_atomically(path, lambda file: file.write(data))
 
 
 @contextlib.contextmanager
-def failing(path: Path) -> Iterator[None]:
+def raising_failed(path: Path) -> Iterator[None]:
     """Has what the system says while a file is written raise Failed, with its name."""
     try:
         yield
@@ -84,10 +84,10 @@ def write_record(path: Path, text: str) -> None:
     try:
         write_text(path, text)
     except OSError as error:
-        tell_unwritten(path, error.strerror or str(error))
+        warn_unwritten(path, error.strerror or str(error))
 
 
-def tell_unwritten(what: Path | str, reason: str) -> None:
+def warn_unwritten(what: Path | str, reason: str) -> None:
     """Says that something that tells of the run is missing, and that this stops nothing."""
     goes_on = "training goes on, and no checkpoint lacks anything"
     logger.warning("%s: cannot be written: %s; %s", what, reason, goes_on)

@@ -21,14 +21,14 @@ def collector_paused() -> Iterator[None]:
 
     A quarter of the time that torch takes goes into that.
     """
-    was_enabled, is_first = gc.isenabled(), "torch" not in sys.modules
+    was_enabled, is_rank0 = gc.isenabled(), "torch" not in sys.modules
     gc.disable()
     try:
         yield
     finally:
         if was_enabled:
             gc.enable()
-        if is_first:
+        if is_rank0:
             gc.freeze()  # nor is it looked through later, at every full collection
 
 

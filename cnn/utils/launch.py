@@ -24,7 +24,7 @@ class Launch:
     node: int = 0
 
     @property
-    def is_first(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
 

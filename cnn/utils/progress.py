@@ -15,11 +15,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def follow(
+def show_progress(
     items: Iterable[T], label: str, total: int, done: int = 0, every_seconds: float = 30.0
 ) -> Iterator[T]:
     """Passes the items on and shows how many have come: steps or batches, `done` before."""
-    on_terminal = sys.stderr.isatty() and find_launch().is_first
+    on_terminal = sys.stderr.isatty() and find_launch().is_rank0
     began = told = time.monotonic()
     with tqdm(desc=label, total=total, initial=done, leave=False, disable=not on_terminal) as bar:
         for number, item in enumerate(items, start=1):

@@ -170,7 +170,7 @@ class RunFolder:
         form = "process {process} on {machine} ({command}, since {since})"
         return form.format_map(owner) if owner else None
 
-    def kept_epoch(self, epoch: int) -> Path:
+    def epoch_checkpoint(self, epoch: int) -> Path:
         """The checkpoint of an epoch that is kept: epoch_005.pth."""
         return self.checkpoints / f"epoch_{epoch:03}.pth"
 

@@ -61,7 +61,7 @@ def printable(text: str, kept: str = "") -> str:
     return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in str(text))
 
 
-def say(text: str) -> None:
+def write_stdout(text: str) -> None:
     """Writes to stdout, past a bar; ends quietly, as other programs do, where nobody reads on."""
     from tqdm import tqdm  # a third of the time that a typo is answered in
 

@@ -59,7 +59,7 @@ class StopSignals:
             self._unraisable(given)
 
     @contextlib.contextmanager
-    def not_installed(self) -> Iterator[None]:
+    def default_handlers(self) -> Iterator[None]:
         """Signals end the process at once, as they would without this object."""
         self.uninstall()
         try:
@@ -82,7 +82,7 @@ class StopSignals:
         if self.alone:
             self._obey()
 
-    def wait_for(self, act: Callable[[], T]) -> T:
+    def interruptible(self, act: Callable[[], T]) -> T:
         """What `act` gives, in which nothing is half done: a signal raises Stopped in its midst.
 
         So does one that has come before; and, after it, one that other code has caught.
@@ -102,7 +102,7 @@ class StopSignals:
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[None]:
+def signals_deferred() -> Iterator[None]:
     """Has a signal wait until the context ends."""
     stop = StopSignals.installed or StopSignals()
     before, stop.deferred = stop.deferred, True

@@ -93,8 +93,8 @@ def losses_of(run: Run) -> list[float]:
         run.state, batches, run.train_loader.sizes, run.loss, run.autocast, **options
     )
     for _ in zip(range(3), steps):
-        losses.append((run.state.sums.loss.item() - before) / 64)
-        before = run.state.sums.loss.item()
+        losses.append((run.state.running_metrics.loss.item() - before) / 64)
+        before = run.state.running_metrics.loss.item()
     return losses
 
 

@@ -1,8 +1,8 @@
 """Whatever is set, a run stopped five times leaves what the unbroken one leaves, in every record.
 
-pytest -m soak tests/test_matrix.py                        60 rows of settings drawn at random
-SOAK_ROWS=1000 SOAK_SEED=7 pytest -m soak tests/test_matrix.py
-SOAK_ROW=12 pytest -s -m soak tests/test_matrix.py         one of them again, with what it tells
+pytest -m soak tests/test_training_matrix.py                        60 rows of settings drawn at random
+SOAK_ROWS=1000 SOAK_SEED=7 pytest -m soak tests/test_training_matrix.py
+SOAK_ROW=12 pytest -s -m soak tests/test_training_matrix.py         one of them again, with what it tells
 """
 
 import csv
@@ -20,7 +20,7 @@ import pytest
 from conftest import TINY
 from matrix import Row, draw_row
 from processes import Alone, Ranks, Trap, run, start_server
-from test_tensorboard import read
+from test_records_tensorboard import read
 
 from cnn.config import load_config
 from cnn.config.settings import AUGMENTATIONS, MONITORED, OPTIMIZERS, SCHEDULES

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from cnn.config import LossConfig, ScheduleConfig
 from cnn.errors import Refused
-from cnn.metrics.running import Sums, loss_of, weight_of
+from cnn.metrics.running import RunningMetrics, loss_of, weight_of
 from cnn.metrics.scores import improves
 from cnn.training.engine import train_one_epoch
 from cnn.training.losses import build_loss
@@ -30,7 +30,7 @@ def random_outputs(number=23, classes=5):
 @pytest.mark.parametrize("sizes", [[23], [10, 10, 3], [1] * 23, [22, 1]])
 def test_the_metrics_are_plain_means_over_the_images_whatever_the_batches(sizes):
     logits, labels = random_outputs()
-    sums = Sums(CPU)
+    sums = RunningMetrics(CPU)
     for some, of_them in zip(logits.split(sizes), labels.split(sizes)):
         sums.add(F.cross_entropy(some, of_them), some, of_them)
     result = sums.compute()
@@ -46,13 +46,13 @@ def test_a_weighted_loss_is_that_of_all_images_at_once_whatever_the_batches(size
     weights = [0.2, 1.0, 5.0, 0.7, 2.0]
     cfg = LossConfig(class_weights=weights, label_smoothing=smoothing)
     loss = build_loss(cfg, labels.numpy(), list("abcde"))
-    sums = Sums(CPU)
+    sums = RunningMetrics(CPU)
     for some, of_them in zip(logits.split(sizes), labels.split(sizes)):
         sums.add(loss(some, of_them), some, of_them, weight_of(loss, of_them))
     options = {"weight": torch.tensor(weights).double(), "label_smoothing": smoothing}
     expected = F.cross_entropy(logits.double(), labels, **options).item()
     assert sums.compute()["loss"] == pytest.approx(expected, 1e-6)
-    again = Sums(CPU)
+    again = RunningMetrics(CPU)
     again.load_state_dict(sums.state_dict())
     assert again.compute() == sums.compute()
 
@@ -91,7 +91,7 @@ def test_a_batch_that_has_lost_an_image_weighs_what_is_left():
 
 def test_sums_of_a_file_of_before_go_on_as_plain_means():
     logits, labels = random_outputs()
-    first, second = Sums(CPU), Sums(CPU)
+    first, second = RunningMetrics(CPU), RunningMetrics(CPU)
     first.add(F.cross_entropy(logits, labels), logits, labels)
     saved = first.state_dict()
     del saved["weight"]
@@ -102,7 +102,7 @@ def test_sums_of_a_file_of_before_go_on_as_plain_means():
 def test_sums_go_on_from_their_saved_state():
     logits, labels = random_outputs()
     loss = F.cross_entropy(logits, labels)
-    first, second = Sums(CPU), Sums(CPU)
+    first, second = RunningMetrics(CPU), RunningMetrics(CPU)
     first.add(loss, logits, labels)
     second.load_state_dict(first.state_dict())
     for sums in (first, second):
@@ -111,7 +111,7 @@ def test_sums_go_on_from_their_saved_state():
 
 
 def test_no_images_give_zeros_and_a_loss_that_is_not_finite_shows():
-    sums = Sums(CPU)
+    sums = RunningMetrics(CPU)
     assert sums.compute() == {"loss": 0.0, "acc": 0.0} and sums.is_finite()
     logits, labels = random_outputs()
     sums.add(torch.tensor(math.inf), logits, labels)

@@ -13,7 +13,7 @@ from cnn.datasets.augment import AUGMENTATIONS, BATCH_DRAWS
 from cnn.datasets.build import DATASETS
 from cnn.datasets.torchvision_datasets import FILES
 from cnn.metrics import scores
-from cnn.metrics.running import Outcome
+from cnn.metrics.running import EvaluationMetrics
 from cnn.models.build import MODELS
 from cnn.training.losses import LOSSES
 from cnn.training.optim import OPTIMIZERS
@@ -50,11 +50,11 @@ def test_every_metric_has_a_better_side_and_what_can_be_monitored_is_measured():
     assert [scores.mode(f"val_{name}") for name in scores.LOWER] == ["min"] * len(scores.LOWER)
     for number in (2, scores.MIN_CLASSES_FOR_TOP_K):
         names = scores.result_metrics(number)
-        outcome = Outcome(torch.device("cpu"), number, names)
+        evaluation_metrics = EvaluationMetrics(torch.device("cpu"), number, names)
         labels = torch.arange(2 * number) % number
         logits = torch.randn(2 * number, number, generator=torch.Generator().manual_seed(0))
-        outcome.add(torch.tensor(1.0), logits, labels)
-        values = outcome.compute()
+        evaluation_metrics.add(torch.tensor(1.0), logits, labels)
+        values = evaluation_metrics.compute()
         assert values.keys() == set(names) and None not in values.values()
     assert set(scores.result_metrics(2)) | set(names) == set(scores.HIGHER + scores.LOWER)
 
@@ -62,7 +62,7 @@ def test_every_metric_has_a_better_side_and_what_can_be_monitored_is_measured():
 def test_every_setting_says_what_it_means():
     for key, field, _ in keys_of(Config):
         meta = field.metadata
-        assert meta["about"] and meta["resume"] in (FREE, ASKED, FIXED), key
+        assert meta["description"] and meta["resume"] in (FREE, ASKED, FIXED), key
 
 
 def test_a_setting_says_nothing_that_nobody_reads():
@@ -82,10 +82,10 @@ def test_a_scratch_run_writes_nothing_beside_its_folder():
 
 def test_what_is_logged_makes_no_other_experiment():
     assert {f"log.{field.name}" for field in dataclasses.fields(LogConfig)} <= set(
-        settings.beside_the_experiment()
+        settings.non_experiment_keys()
     )
     fixed = {key for key, rule in settings.resume_rules().items() if rule == FIXED}
-    assert not fixed & settings.beside_the_experiment()
+    assert not fixed & settings.non_experiment_keys()
 
 
 def test_the_keys_that_may_name_code_are_known():
@@ -99,7 +99,17 @@ def test_what_is_ours_cannot_be_named_as_code_by_a_file():
 
 
 # What a run's state has beside the plain values: saved under other names, or live parts of the run.
-OTHERWISE = {"model", "optimizer", "schedule", "scaler", "loss", "ema", "sums", "batch", "seconds"}
+OTHERWISE = {
+    "model",
+    "optimizer",
+    "schedule",
+    "scaler",
+    "loss",
+    "ema",
+    "running_metrics",
+    "batch",
+    "seconds",
+}
 OTHERWISE |= {"waited", "group", "device", "forward"}
 
 

@@ -7,7 +7,7 @@ import yaml
 from conftest import history
 from processes import CONTEXT
 
-from cnn.config import load_config, replaced
+from cnn.config import load_config, with_values
 from cnn.records.best_hparams import file_of, update
 
 FOLDER = Path("configs/best_hparams")
@@ -85,7 +85,7 @@ def test_a_file_that_is_something_else_is_left_as_it_is(text):
 def update_often(folder: Path, number: int) -> None:
     for step in range(3):
         value = ((number * 7 + step * 13) % 60) / 100
-        update(folder, replaced(settings(), seed=number), *result(value))
+        update(folder, with_values(settings(), seed=number), *result(value))
 
 
 def test_twenty_processes_at_once_keep_the_best_of_all():

@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 from sklearn import metrics as sk
 
 from cnn.metrics import scores
-from cnn.metrics.running import Outcome
+from cnn.metrics.running import EvaluationMetrics
 
 CLOSE = {"rel": 1e-12, "abs": 1e-12}
 
@@ -99,12 +99,14 @@ def test_what_is_undefined_is_none_and_not_0():
     given = np.full((5, 2), 0.5)
     assert scores.auc(one_class, given) is None
     matrix = scores.confusion(one_class, one_class, 2)
-    found = scores.of_matrix(matrix)
+    found = scores.from_confusion_matrix(matrix)
     assert found["sensitivity"] is None and found["specificity"] == 1
     assert np.isnan(scores.per_class(matrix)["precision"][1])
-    nothing = scores.of_matrix(np.zeros((2, 2), int))
+    nothing = scores.from_confusion_matrix(np.zeros((2, 2), int))
     assert set(nothing.values()) == {None}
-    assert scores.of_scores(one_class, np.full((5, 2), np.nan)) == dict.fromkeys(scores.OF_SCORES)
+    assert scores.from_probabilities(one_class, np.full((5, 2), np.nan)) == dict.fromkeys(
+        scores.FROM_PROBABILITIES
+    )
     assert scores.wilson(0, 0) is None and scores.with_interval(0.0, 0) == "n/a"
 
 
@@ -130,30 +132,34 @@ def test_top_5_is_not_spoken_of_among_few_classes():
 @pytest.mark.parametrize("classes, batches", [(2, [7, 5]), (3, [12]), (25, [30, 30, 1])])
 def test_an_outcome_added_batch_by_batch_is_that_of_the_whole(classes, batches):
     torch.manual_seed(classes)
-    outcome = Outcome(torch.device("cpu"), classes, scores.result_metrics(classes))
+    evaluation_metrics = EvaluationMetrics(
+        torch.device("cpu"), classes, scores.result_metrics(classes)
+    )
     logits = [torch.randn(number, classes) for number in batches]
     labels = [torch.randint(classes, (number,)) for number in batches]
     for one, other in zip(logits, labels):
-        outcome.add(torch.nn.functional.cross_entropy(one, other), one, other)
+        evaluation_metrics.add(torch.nn.functional.cross_entropy(one, other), one, other)
     whole, truth = torch.cat(logits), torch.cat(labels).numpy()
     said, given = whole.argmax(1).numpy(), whole.softmax(1).numpy()
-    found = outcome.compute()
+    found = evaluation_metrics.compute()
     assert found["acc"] == pytest.approx(sk.accuracy_score(truth, said), **CLOSE)
     assert same(found["auc"], scores.auc(truth, given))
-    assert (outcome.confusion().numpy() == scores.confusion(truth, said, classes)).all()
+    assert (evaluation_metrics.confusion().numpy() == scores.confusion(truth, said, classes)).all()
     if classes == 25:
         top = sk.top_k_accuracy_score(truth, whole.numpy(), k=5, labels=range(classes))
         assert same(found["top5_acc"], top)
     if classes == 2:
         assert same(found["sensitivity"], sk.recall_score(truth, said))
         assert same(found["specificity"], sk.recall_score(truth, said, pos_label=0))
-    kept = outcome.predictions()
+    kept = evaluation_metrics.predictions()
     assert (kept["prediction"].numpy() == said).all()
     np.testing.assert_array_equal(kept["probability"].numpy(), given.max(1))
 
 
 def test_only_what_is_asked_for_is_kept():
-    outcome = Outcome(torch.device("cpu"), 3, scores.epoch_metrics(3, "val_acc"))
-    outcome.add(torch.tensor(1.0), torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
-    assert list(outcome.compute()) == ["loss", "acc", "balanced_acc", "f1"]
-    assert not outcome._scores
+    evaluation_metrics = EvaluationMetrics(
+        torch.device("cpu"), 3, scores.epoch_metrics(3, "val_acc")
+    )
+    evaluation_metrics.add(torch.tensor(1.0), torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+    assert list(evaluation_metrics.compute()) == ["loss", "acc", "balanced_acc", "f1"]
+    assert not evaluation_metrics._scores

@@ -27,7 +27,7 @@ from cnn.sweeps import locks
 from cnn.sweeps import trial as trial_module
 from cnn.sweeps.settings import load_sweep
 from cnn.sweeps.study import Study
-from cnn.sweeps.trial import COMPLETE, FAILED, PRUNED, Outcome, run_trial
+from cnn.sweeps.trial import COMPLETE, FAILED, PRUNED, TrialResult, run_trial
 from cnn.utils.signals import StopSignals
 
 SHIPPED = ROOT / "configs/sweep.yaml"
@@ -165,7 +165,7 @@ space:
                 found = to_dict(cfg)["data"]["augment"], cfg.model.args, cfg.train.clip_grad_norm
                 assert list(found) == list(trial.values.values())
                 seen.append(found)
-                study.end(trial.number, Outcome(COMPLETE, 1.0, 1))
+                study.end(trial.number, TrialResult(COMPLETE, 1.0, 1))
     assert seen == [
         (augment, args, norm)
         for augment in ([], ["crop", "flip"])
@@ -360,7 +360,7 @@ def own_lock() -> locks.SharedLock | None:
     return locks.SharedLock.take(Path("logs/a.lock"), create=True)
 
 
-def training(words: list[str], report=lambda epoch, value: False, lock=None) -> Outcome:
+def training(words: list[str], report=lambda epoch, value: False, lock=None) -> TrialResult:
     """A real one."""
     lock = lock or own_lock()
     try:
@@ -408,12 +408,12 @@ def test_the_median_decides_on_a_worse_trial_and_spares_the_better():
             with study.take(StopSignals()) as trial:
                 trial.begin()
                 assert not any(trial.report(epoch, value) for epoch in (1, 2, 3))
-                study.end(trial.number, Outcome(COMPLETE, value, 3))
+                study.end(trial.number, TrialResult(COMPLETE, value, 3))
         for value, expected in ((0.54, [False, False, False]), (0.58, [False, True, True])):
             with study.take(StopSignals()) as trial:
                 trial.begin()
                 assert [trial.report(epoch, value) for epoch in (1, 2, 3)] == expected
-                study.end(trial.number, Outcome(PRUNED, epoch=3))
+                study.end(trial.number, TrialResult(PRUNED, epoch=3))
         assert [trial.number for trial in study.ranking()] == [2, 0, 1, 3]
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import TINY, assert_same_run
 from PIL import Image
 from processes import run
-from test_train import write_folder
+from test_training_runs import write_folder
 
 from cnn.datasets import decode
 from cnn.datasets.decode import open_image

@@ -92,7 +92,7 @@ def plain_model(tmp_path: Path) -> None:
 def put_model(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plain.py").write_text(
-        "from test_distributed import Centred, Noisy, Plain, Remembering\n"
+        "from test_training_distributed import Centred, Noisy, Plain, Remembering\n"
     )
     (folder / "fails_at_40.py").write_text(OWN_DATA)
 
@@ -331,7 +331,7 @@ class Watching(Plain):
 
 
 def test_pixels_are_in_memory_once_a_machine(tmp_path):
-    (tmp_path / "plain.py").write_text("from test_distributed import Watching\n")
+    (tmp_path / "plain.py").write_text("from test_training_distributed import Watching\n")
     data = "data.args={num_images: 30000, num_test: 20, num_classes: 3, image_size: 8}"
     words = [*PLAIN, data, "model.name=plain:Watching", "train.epochs=1", "data.limit=100"]
     before = set(shared_data.MEMORY.glob("cnn_shared_*"))  # of runs that were killed

@@ -19,7 +19,7 @@ from torn_disk import PowerCut, TornDisk
 from cnn.drill.differences import differences
 from cnn.errors import Refused
 from cnn.records import records
-from cnn.training.resume import find_checkpoint
+from cnn.training.resume import latest_checkpoint
 from cnn.training.saver import Saver
 from cnn.utils import checkpoint, files
 from cnn.utils.checkpoint import load_checkpoint, save_checkpoint
@@ -84,7 +84,7 @@ def assert_goes_on(state: dict[str, bytes]) -> str:
     run = lay_out(state, Path("found"))
     remove_leftovers(run.checkpoints)
     assert not list(run.checkpoints.glob(".*"))
-    _, found = find_checkpoint(run)
+    _, found = latest_checkpoint(run)
     age = "new" if found["epoch"] == 2 else "old"
     assert not list(differences(found, content() if age == "new" else older()))
     epochs = {
@@ -251,7 +251,7 @@ def test_a_full_file_system_costs_a_save_and_not_the_run():
         subprocess.run(["umount", "small"], check=True)
 
 
-def failing(reason: int, fails: list[bool]):
+def raising_failed(reason: int, fails: list[bool]):
     """write_atomically on a disk that says no while `fails` says so."""
     original = files.write_atomically
 
@@ -270,7 +270,7 @@ def test_the_systems_own_reason_is_told_and_what_is_safe(train, capfd, monkeypat
     assert train("train.epochs=1") == 0
     fails = [True]
     monkeypatch.setattr(
-        checkpoint, "write_atomically", failing(number := getattr(errno, reason), fails)
+        checkpoint, "write_atomically", raising_failed(number := getattr(errno, reason), fails)
     )
     assert train("--resume", "train.epochs=3") == 1
     said = capfd.readouterr().err
@@ -289,7 +289,7 @@ def test_the_best_epoch_is_written_later_where_it_could_not_be(train, monkeypatc
     best = load_checkpoint(Path("checkpoints/best.pth"))["epoch"]
     assert best < 5, "this test needs a best epoch before the last"
     fails = [False]
-    monkeypatch.setattr(checkpoint, "write_atomically", failing(5, fails))
+    monkeypatch.setattr(checkpoint, "write_atomically", raising_failed(5, fails))
     original = Saver.end_epoch
 
     def end_epoch(saver: Saver, improved: bool) -> None:
@@ -327,7 +327,7 @@ def test_a_stop_that_cannot_be_saved_is_a_failure(train, capfd, monkeypatch):
     from cnn.errors import Stopped
 
     assert train("train.epochs=1") == 0
-    monkeypatch.setattr(checkpoint, "write_atomically", failing(28, [True]))
+    monkeypatch.setattr(checkpoint, "write_atomically", raising_failed(28, [True]))
 
     def stop(saver: Saver) -> None:
         raise Stopped(signal.SIGTERM)

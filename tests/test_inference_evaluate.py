@@ -419,29 +419,29 @@ def test_a_typo_is_answered_without_importing_torch():
 
 
 def test_the_precision_is_the_runs_but_on_another_kind_of_device(train):
-    from cnn.inference.trained_model import load_trained
+    from cnn.inference.trained_model import load_trained_model
 
     assert train("train.precision=bf16", "train.epochs=1") == 0
     path = Path("checkpoints/best.pth")
-    assert load_trained(path).precision == "bf16"
-    assert load_trained(path, ["train.precision=fp32"]).precision == "fp32"
+    assert load_trained_model(path).precision == "bf16"
+    assert load_trained_model(path, ["train.precision=fp32"]).precision == "fp32"
     content = load_checkpoint(path)
     content["environment"] |= {"device": "NVIDIA H200", "precision": "fp16"}
     save_checkpoint(content, path)
-    assert load_trained(path, ["device=cpu"]).precision in ("fp32", "bf16"), "as auto chooses"
+    assert load_trained_model(path, ["device=cpu"]).precision in ("fp32", "bf16"), "as auto chooses"
     content["environment"] |= {"device": "cpu"}
     save_checkpoint(content, path)
-    assert load_trained(path, ["device=cpu"]).precision == "fp16", "as the figures were made"
+    assert load_trained_model(path, ["device=cpu"]).precision == "fp16", "as the figures were made"
     content["environment"] |= {"precision": "fp1"}
     save_checkpoint(content, path)
-    assert load_trained(path, ["device=cpu"]).precision in ("fp32", "bf16")
+    assert load_trained_model(path, ["device=cpu"]).precision in ("fp32", "bf16")
 
 
 def test_the_weights_are_those_that_were_validated(train):
-    from cnn.inference.trained_model import load_trained
+    from cnn.inference.trained_model import load_trained_model
 
     assert train("train.ema_decay=0.9", "train.epochs=1") == 0
     path = Path("checkpoints/best.pth")
-    content, weights = load_checkpoint(path), load_trained(path).model.state_dict()
+    content, weights = load_checkpoint(path), load_trained_model(path).model.state_dict()
     assert all(torch.equal(weights[k], v) for k, v in content["ema_state_dict"].items())
     assert not all(torch.equal(weights[k], v) for k, v in content["model_state_dict"].items())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_same_run
 from PIL import Image
-from test_train import move_to
+from test_training_runs import move_to
 
 from cnn.utils.checkpoint import load_checkpoint
 from cnn.utils.importing import import_object

@@ -13,7 +13,7 @@ from cnn.utils.checkpoint import snapshot
 
 
 @contextlib.contextmanager
-def unchanged(*modules: nn.Module) -> Iterator[None]:
+def state_preserved(*modules: nn.Module) -> Iterator[None]:
     """Puts back what the modules' state dicts held, however the context ends.
 
     A forward pass may move a buffer, in evaluation too. What is made in the context, such as the
@@ -32,7 +32,7 @@ def unchanged(*modules: nn.Module) -> Iterator[None]:
     finally:
         for module, state in zip(modules, held):
             try:
-                load_into(module, state, strict=False)
+                load_state(module, state, strict=False)
             except RuntimeError as error:
                 raise Refused(
                     f"{type(module).__name__}: what its forward pass changes can neither be put back nor"
@@ -40,7 +40,7 @@ def unchanged(*modules: nn.Module) -> Iterator[None]:
                 ) from None
 
 
-def load_into(module: nn.Module, state: dict[str, Any], *, strict: bool = True) -> None:
+def load_state(module: nn.Module, state: dict[str, Any], *, strict: bool = True) -> None:
     """Loads a plain dict, which holds no versions of modules: they are taken for today's."""
     whole = OrderedDict(state)
     whole._metadata = module.state_dict()._metadata

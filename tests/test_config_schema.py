@@ -35,7 +35,7 @@ def test_it_is_a_schema_and_knows_every_key_with_its_meaning_and_default():
         entry = schema.schema()
         for part in key.split("."):
             entry = entry["properties"][part]
-        assert entry["description"].startswith(field.metadata["about"]), key
+        assert entry["description"].startswith(field.metadata["description"]), key
         VALIDATOR.evolve(schema=entry).validate(entry["default"])
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import RECIPES
 
-from cnn.config import Config, load_config, replaced, resume_rules, to_dict, to_yaml
+from cnn.config import Config, load_config, resume_rules, to_dict, to_yaml, with_values
 from cnn.config.settings import keys_of
 from cnn.errors import Refused
 from cnn.utils.run_folder import CHECKPOINTS, EXPORTS, OWNER, RunLogs
@@ -50,7 +50,7 @@ def test_what_is_printed_tells_the_choices():
     assert "  # how lr changes: constant, step, multistep, cosine, onecycle, plateau\n" in printed
     assert "crop, flip, rotate, color, resized_crop, erase, package.module:name\n" in printed
     for key, field, _ in keys_of(Config):
-        about = f"  # {field.metadata['about']}"
+        about = f"  # {field.metadata['description']}"
         (comment,) = (
             about + line.partition(about)[2] for line in printed.splitlines() if about in line
         )
@@ -282,9 +282,9 @@ def test_defaults_are_not_shared_between_configurations():
 
 
 def test_replaced_changes_what_it_is_told_and_nothing_else():
-    cfg = replaced(Config(), run="a", train={"epochs": 3})
+    cfg = with_values(Config(), run="a", train={"epochs": 3})
     assert cfg.run == "a" and cfg.train.epochs == 3
-    assert replaced(cfg, run=None, train={"epochs": Config().train.epochs}) == Config()
+    assert with_values(cfg, run=None, train={"epochs": Config().train.epochs}) == Config()
 
 
 FILES = [path.name for path in RunLogs(Path()).paths()]

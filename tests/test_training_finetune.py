@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, assert_same_run
 from processes import run
-from test_train import move_to, write_folder
+from test_training_runs import move_to, write_folder
 from torchvision import models
 
 from cnn.errors import Stopped

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import TINY, assert_same_run
 from processes import Process, Ranks, run, run_ranks
-from test_bad_data import FOLDER, photos
+from test_datasets_bad_files import FOLDER, photos
 
 from cnn.datasets import decode
 from cnn.datasets.images import UserImages
@@ -99,7 +99,7 @@ def stopped(process: Process, number: int | None = signal.SIGTERM) -> str:
     return process.output.read_text()
 
 
-def wait_for(path: str) -> None:
+def interruptible(path: str) -> None:
     deadline = time.monotonic() + 60
     while not Path(path).exists():
         assert time.monotonic() < deadline
@@ -110,7 +110,7 @@ def wait_for(path: str) -> None:
 def test_a_signal_ends_the_wait_for_a_loader_that_never_answers(part, images):
     unbroken_run()
     process = Process(Path.cwd(), *WORKERS, *reader("time.sleep(1000)", part, images))
-    wait_for("there")
+    interruptible("there")
     said = stopped(process)
     assert "go on with: " in said and "stopped by SIGTERM" in said and "Traceback" not in said
     status, output = run(Path.cwd(), "--resume")
@@ -121,7 +121,7 @@ def test_a_signal_ends_the_wait_for_a_loader_that_never_answers(part, images):
 def test_a_signal_ends_the_wait_without_loader_processes_too():
     words = [*WORKERS, *reader("time.sleep(1000)"), "data.num_workers=0"]
     process = Process(Path.cwd(), *words)
-    wait_for("there")
+    interruptible("there")
     stopped(process)
     saved = load_checkpoint(Path("checkpoints/last.pth"))
     assert (saved["epoch"], saved["unfinished_epoch"]["batch"]) == (1, 7), "of 4 images each"
@@ -134,7 +134,7 @@ def test_of_several_processes_one_that_waits_is_signalled_and_all_stop_before_th
     wait = "time.sleep(1000) if os.environ['RANK'] == '1' else 0"
     reader(wait, images=80 + 20 + 10)  # half of them are this rank's
     ranks = Ranks(2, Path.cwd(), *words)
-    wait_for("there")
+    interruptible("there")
     time.sleep(0.5)  # let the other come to where it waits for this one
     os.kill(ranks.processes[1].process.pid, signal.SIGTERM)
     for process in ranks.processes:
@@ -213,7 +213,7 @@ def test_a_signal_ends_the_wait_for_a_dead_loader_process_to_take_its_data():
         file.write("class Large:\n    def __init__(self): self.pad = bytes(300_000)\n")
         file.write("    def __call__(self, image): return image\n")
     process = Process(Path.cwd(), *words)
-    wait_for("checkpoints")
+    interruptible("checkpoints")
     while "sgd lr" not in process.output.read_text():
         time.sleep(0.02)
     time.sleep(0.3)  # more than a pipe takes; it hangs

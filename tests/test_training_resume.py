@@ -11,7 +11,7 @@ import torch
 from archives import content
 from conftest import TINY, assert_same_run, history
 from processes import run, run_through_kills
-from test_train import write_folder
+from test_training_runs import write_folder
 
 from cnn.errors import Stopped
 from cnn.training.saver import Saver

@@ -26,7 +26,7 @@ import torchvision
 from conftest import RECIPES, ROOT, assert_same_run
 from PIL import Image
 from processes import run_ranks
-from test_datasets import write_mnist
+from test_datasets_sources import write_mnist
 
 from cnn.datasets import workers
 from cnn.drill import drill
@@ -189,7 +189,9 @@ def a_script(patch: pytest.MonkeyPatch, script: str, rest: str) -> None:
         fewer = [f"train.epochs={2 if '--resume' in words else 1}", "log.report=false"]
     if script == "sweep.py":
         fewer = ["trials=1", "train.epochs=1"]
-    if "configs/finetune.yaml" in words:  # its own resnet18, of 45 MB, is in test_finetune.py
+    if (
+        "configs/finetune.yaml" in words
+    ):  # its own resnet18, of 45 MB, is in test_training_finetune.py
         fewer += ["data.image_size=32", "data.num_workers=0", "model.name=shufflenet_v2_x0_5"]
         state = torchvision.models.shufflenet_v2_x0_5().state_dict()
         torch.save(state, "resnet18-f37072fd.pth")
@@ -242,7 +244,7 @@ def the_schema(patch: pytest.MonkeyPatch) -> None:
 
 
 def several(patch: pytest.MonkeyPatch, options: str, rest: str) -> None:
-    """As torchrun would start them; it itself is in test_distributed.py."""
+    """As torchrun would start them; it itself is in test_training_distributed.py."""
     with warnings.catch_warnings(action="ignore"):
         known = torch.distributed.run.get_args_parser().parse_args(
             [*shlex.split(options), "train.py"]
@@ -456,11 +458,11 @@ class Trouble:
         return self.train(*QUICK, "data.batch_size=1", "data.image_size=8", "model.name=resnet18")
 
     def a_killed_loader(self) -> str:
-        """Killed for real in test_train.py; here its words."""
+        """Killed for real in test_training_runs.py; here its words."""
         return inspect.getsource(workers)
 
     def too_few_files(self) -> str:
-        """Too few for real in test_waiting.py; here its words."""
+        """Too few for real in test_datasets_waiting.py; here its words."""
         return f"a word; {ADVICE}"
 
     def no_matplotlib(self) -> str:

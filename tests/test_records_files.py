@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import assert_same_run, history
 from PIL import Image
-from test_train import move_to, write_folder
+from test_training_runs import move_to, write_folder
 
 from cnn.utils.checkpoint import load_checkpoint
 
