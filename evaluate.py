@@ -112,9 +112,8 @@ def evaluate_checkpoint(command: Command, log: "Log", stop: "StopSignals") -> No
     evaluation_metrics = EvaluationMetrics(device, len(classes), result_metrics(len(classes)))
     batches = show_progress(loader.batches(), split, len(loader), 0, cfg.log.every_seconds)
     key = {"seed": cfg.seed, "epoch": trained.drawing_epoch(split)}
-    metrics = evaluate(
-        trained.model, batches, loss, trained.autocast, f"{split}_", evaluation_metrics, **key
-    )
+    values = evaluate(trained.model, batches, loss, trained.autocast, evaluation_metrics, **key)
+    metrics = {f"{split}_{name}": value for name, value in values.items()}
     matrix = evaluation_metrics.confusion().numpy()
     said = verdict(trained, metrics, split) if subject.is_own else None
     write_stdout(

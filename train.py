@@ -12,6 +12,7 @@ Commands:
     torchrun --nproc-per-node 2 train.py --resume      in two processes, or on two GPUs
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -28,9 +29,7 @@ from cnn.utils import launch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from cnn.datasets.loader import Batch, Loader
     from cnn.drill.trace import Trace
-    from cnn.metrics.running import EvaluationMetrics
     from cnn.training.distributed import Group
     from cnn.training.resume import Checkpoint
     from cnn.training.saver import Saver
@@ -78,22 +77,23 @@ def prepare(argv: list[str]) -> cli.Task | None:
 
 
 def start(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
-    """Starts a run or goes on with one, as the command says."""
+    """Starts a run or resumes one."""
     from cnn.training.distributed import process_group
     from cnn.training.resume import find_checkpoint_to_resume
-    from cnn.utils.run_folder import RunFolder
-
-    def find() -> "Checkpoint | None":
-        return group.first(lambda: find_checkpoint_to_resume(command, cfg))
 
     with process_group(stop) as group:
-        point = find() if command.checkpoint else None  # it knows its folder
-        with RunFolder((point.cfg if point else cfg).run, first=group.first) as folder:
-            if command.resume is not None and group.first(
-                lambda: point is None or point.is_outdated()
-            ):
-                point = find()  # now that no other run writes there
-            train(point.cfg if point else cfg, folder, log, stop, group, point)
+
+        def find() -> "Checkpoint | None":
+            with group.agreement():
+                found = find_checkpoint_to_resume(command, cfg) if group.is_rank0 else None
+            return group.broadcast(found)
+
+        checkpoint = find() if command.checkpoint else None  # its settings name the folder
+        with locked_folder(group, checkpoint.cfg.run if checkpoint else cfg.run) as folder:
+            outdated = command.resume is not None and (not checkpoint or checkpoint.is_outdated())
+            if group.broadcast(outdated):
+                checkpoint = find()  # now that no other run writes there
+            train(checkpoint.cfg if checkpoint else cfg, folder, log, stop, group, checkpoint)
 
 
 def train(
@@ -102,17 +102,17 @@ def train(
     log: "Log",
     stop: "StopSignals",
     group: "Group",
-    point: "Checkpoint | None" = None,
+    checkpoint: "Checkpoint | None" = None,
     max_batches: int | None = None,
     trace: "Trace | None" = None,
 ) -> None:
-    """A run, from its settings to the test of its best epoch.
+    """Trains a run to its end, then tests its best epoch.
 
     Args:
-        group: the processes that train together; the first one talks and writes.
-        point: where to go on from; None begins.
+        group: the processes that train together; rank 0 logs and writes files.
+        checkpoint: where to resume; None starts.
         max_batches: of every split and epoch, for a dry run.
-        trace: where to record every batch, for the drill.
+        trace: records every batch, for the drill.
     """
     from cnn.records import summary
     from cnn.records.records import open_records
@@ -120,123 +120,111 @@ def train(
     from cnn.training.saver import Saver
     from cnn.training.setup import build_run
 
-    run = group.together(lambda: build_run(cfg, point, max_batches, group))
-    state = run.state
-    group.first(lambda: prepare_folder(folder, point))
+    with group.agreement():
+        run = build_run(cfg, folder, group, checkpoint, max_batches, trace)
+    with group.agreement():
+        if group.is_rank0:
+            prepare_folder(folder, checkpoint)
     log.open_file(folder.logs.log)
     if group.is_rank0:
-        summary.write(folder.logs, run, point)
+        summary.write(run, checkpoint)
 
-    with open_records(folder, run) as records, Saver(run, folder, stop) as saver:
-        while not state.is_finished(cfg.train.epochs, cfg.train.early_stop_patience):
-            train_epoch(run, saver, trace)
+    with open_records(run) as records, Saver(run, stop) as saver:
+        while not run.is_finished():
+            train_epoch(run, saver)
             records.write()
             summary.log_epoch(run)
-            saver.seconds()  # what the records took is not the next epoch's
+            saver.seconds()  # the time that records took does not count for the next epoch
 
-        if state.test is None:
-            test(run, saver, trace)
+        if run.state.test is None:
+            test(run, saver)
         else:
-            summary.log_finished(cfg, state)
-        summary.log_test(state, len(run.data.test))
+            summary.log_finished(cfg, run.state)
+        summary.log_test(run.state, len(run.data.test))
         records.finish()
 
 
-def train_epoch(run: "Run", saver: "Saver", trace: "Trace | None") -> None:
-    """The rest of the epoch that the run is in: its steps, its validation, its checkpoints."""
+def train_epoch(run: "Run", saver: "Saver") -> None:
+    """Trains the rest of the current epoch, validates and saves it."""
+    from cnn.training.engine import evaluate, train_one_epoch
     from cnn.utils.progress import show_progress
 
     cfg, state = run.cfg, run.state
-    label = f"epoch {state.epoch + 1}/{cfg.train.epochs}"
-    done, total = state.batch // cfg.train.accumulate, run.steps_per_epoch
-    for _ in show_progress(train_steps(run, trace), label, total, done, cfg.log.every_seconds):
+    label, every_seconds = f"epoch {state.epoch + 1}/{cfg.train.epochs}", cfg.log.every_seconds
+
+    steps = train_one_epoch(run, run.train_batches())
+    done = state.batch // cfg.train.accumulate
+    for _ in show_progress(steps, label, run.steps_per_epoch, done, every_seconds):
         saver.between_steps()
 
-    said = run.evaluation_metrics()
-    metrics = validate(run, said, f"{label} val", trace)
-    improved = state.end_epoch(metrics, cfg.checkpoint.monitor, saver.seconds(), said.predictions())
+    metrics, loader = run.evaluation_metrics(), run.val_loader
+    batches = run.evaluation_batches(loader, "validation", metrics)
+    total = loader.num_batches_per_rank()
+    batches = show_progress(batches, f"{label} val", total, 0, every_seconds)
+    key = {"seed": cfg.seed, "epoch": state.epoch, "group": run.group}
+    values = evaluate(state.evaluated_model(), batches, run.loss, run.autocast, metrics, **key)
+
+    monitor, predictions = cfg.checkpoint.monitor, metrics.predictions()
+    improved = state.end_epoch(values, monitor, saver.seconds(), predictions)
     saver.end_epoch(improved)
 
 
-def train_steps(run: "Run", trace: "Trace | None") -> "Iterator[int]":
-    """The optimizer steps that are left of the epoch that the run is in."""
-    from cnn.training.engine import train_one_epoch
-
-    cfg, state, loader = run.cfg, run.state, run.train_loader
-    batches = loader.train_batches(state.epoch + 1, start=state.batch)
-    batches = state.group.in_step(batches, len(loader) - state.batch)
-    return train_one_epoch(
-        state,
-        trace.record(batches, state, "training", state.running_metrics) if trace else batches,
-        loader.own_sizes,
-        run.loss,
-        run.autocast,
-        seed=cfg.seed,
-        accumulate=cfg.train.accumulate,
-        clip_grad_norm=cfg.train.clip_grad_norm,
-    )
-
-
-def evaluation_batches(run: "Run", loader: "Loader") -> "Iterator[Batch]":
-    """This process's batches of an evaluation; in the wait for one a signal stops the run."""
-    return run.state.group.in_step(loader.batches(), loader.num_batches_per_rank())
-
-
-def validate(
-    run: "Run", said: "EvaluationMetrics", label: str, trace: "Trace | None"
-) -> dict[str, float | None]:
-    """The metrics of the epoch that is trained; what is said of each image goes into `said`."""
-    from cnn.training.engine import evaluate
-    from cnn.utils.progress import show_progress
-
-    cfg, state, loader = run.cfg, run.state, run.val_loader
-    batches = evaluation_batches(run, loader)
-    batches = trace.record(batches, state, "validation", said) if trace else batches
-    batches = show_progress(batches, label, loader.num_batches_per_rank(), 0, cfg.log.every_seconds)
-    key = {"seed": cfg.seed, "epoch": state.epoch, "group": state.group}
-    model = state.evaluated_model()
-    return evaluate(model, batches, run.loss, run.autocast, "val_", said, **key)
-
-
-def test(run: "Run", saver: "Saver", trace: "Trace | None") -> None:
-    """Tests the best epoch, the one time that the test images are looked at."""
+def test(run: "Run", saver: "Saver") -> None:
+    """Tests the best epoch: the only time that the test images are used."""
     from cnn.training.engine import evaluate
     from cnn.utils.module_state import state_preserved
 
     logger.info("testing the best epoch, once")
-    state = run.state
-    model, said = state.evaluated_model(), run.evaluation_metrics(of_result=True)
-    batches = evaluation_batches(run, run.test_loader)
-    batches = trace.record(batches, state, "test", said) if trace else batches
+    state, model = run.state, run.state.evaluated_model()
+    metrics = run.evaluation_metrics(of_result=True)
+    batches = run.evaluation_batches(run.test_loader, "test", metrics)
     epoch = state.best["epoch"] if state.best else state.epoch
-    key = {"seed": run.cfg.seed, "epoch": epoch, "group": state.group}
+    key = {"seed": run.cfg.seed, "epoch": epoch, "group": run.group}
     with state_preserved(model):
         saver.load_best(model)
-        test = evaluate(model, batches, run.loss, run.autocast, "test_", said, **key)
-    state.test, state.predictions["test"] = test, said.predictions()
+        values = evaluate(model, batches, run.loss, run.autocast, metrics, **key)
+    state.test = {f"test_{name}": value for name, value in values.items()}
+    state.predictions["test"] = metrics.predictions()
     saver.save()
 
 
+@contextlib.contextmanager
+def locked_folder(
+    group: "Group", name: str | None, root: Path = Path(), *, scratch: bool = False
+) -> "Iterator[RunFolder]":
+    """Gives the folder of a run, which rank 0 locks so that no other run writes there."""
+    from cnn.utils.run_folder import RunFolder
+
+    folder = RunFolder(name, root, scratch=scratch)
+    with group.agreement():
+        if group.is_rank0:
+            folder.lock()
+    try:
+        yield folder
+    finally:
+        folder.unlock()
+
+
 def dry_run(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
-    """Two batches of everything: train, validate, save, resume, test; in a scratch folder."""
+    """Trains two batches, validates, saves, resumes and tests, in a scratch folder."""
     from cnn.training.distributed import process_group
     from cnn.training.resume import Checkpoint
     from cnn.utils.checkpoint import load_checkpoint
-    from cnn.utils.run_folder import RunFolder
 
-    began = time.monotonic()
+    started = time.monotonic()
     with (
         process_group(stop) as group,
         tempfile.TemporaryDirectory() as scratch,
-        RunFolder(None, Path(scratch), scratch=True, first=group.first) as folder,
+        locked_folder(group, None, Path(scratch), scratch=True) as folder,
     ):
         short = for_scratch(cfg, train={"epochs": 1})
         train(short, folder, log, stop, group, max_batches=2)
         longer = with_values(short, train={"epochs": 2})
-        point = group.first(lambda: Checkpoint(folder.last, load_checkpoint(folder.last), longer))
-        train(longer, folder, log, stop, group, point, max_batches=2)
-        log.close_file()  # before the folder goes
-    logger.info("dry run OK: trained, saved, resumed, tested (%.1f s)", time.monotonic() - began)
+        content = group.broadcast(load_checkpoint(folder.last) if group.is_rank0 else None)
+        checkpoint = Checkpoint(folder.last, content, longer)
+        train(longer, folder, log, stop, group, checkpoint, max_batches=2)
+        log.close_file()  # before the folder is removed
+    logger.info("dry run OK: trained, saved, resumed, tested (%.1f s)", time.monotonic() - started)
 
 
 def drill(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:

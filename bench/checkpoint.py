@@ -47,13 +47,12 @@ def main() -> None:
     pairs = 5 if args.quick else args.pairs
 
     cfg, _ = load_config(None, SETTINGS)
-    run = build_run(cfg)
     with (
         tempfile.TemporaryDirectory() as scratch,
         RunFolder(None, Path(scratch)) as folder,
-        Saver(run, folder, StopSignals()) as saver,
+        Saver(run := build_run(cfg, folder), StopSignals()) as saver,
     ):
-        steps = endless_steps(run, cfg.seed)
+        steps = endless_steps(run)
         timed(steps, 10)  # warm-up
         step_seconds = timed(steps, 10) / 10
         number = max(10, round(args.seconds / step_seconds))
@@ -99,12 +98,9 @@ def main() -> None:
         args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
-def endless_steps(run, seed):
+def endless_steps(run):
     while True:
-        batches = run.train_loader.train_batches(1, run.state.batch)
-        yield from train_one_epoch(
-            run.state, batches, run.train_loader.sizes, run.loss, run.autocast, seed=seed
-        )
+        yield from train_one_epoch(run, run.train_batches())
         run.state.batch = 0
 
 

@@ -88,7 +88,7 @@ def share_of_product(
     cfg, _ = load_config(None, [*STEP, *more, *settings])
     run = build_run(cfg)
     of_step = 3 * batch * count_flops(run.state.model, (3, side, side))
-    steps = endless_steps(run, cfg.seed)
+    steps = endless_steps(run)
     left, right = (torch.randn(square, square, device=device).bfloat16() for _ in range(2))
 
     def timed(act: Callable, number: int) -> float:

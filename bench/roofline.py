@@ -15,6 +15,7 @@ THE rate is the best square product's in bf16. In each round step, product, and 
 convolutions alone, forward and back, are measured one after the other; shares are taken within it.
 """
 
+import itertools
 import os
 import statistics
 import sys
@@ -72,7 +73,7 @@ def main() -> None:
 
     convolve, shapes = convolutions(run)
     products, best = matrix_products(shapes, seconds / 5)
-    steps = endless_steps(run, cfg.seed)
+    steps = endless_steps(run)
     measures = {
         "step": lambda: of_step / timed(lambda: next(steps), seconds),
         "convolutions": lambda: of_step / timed(convolve, seconds),
@@ -109,11 +110,11 @@ def timed(act: Callable, seconds: float) -> float:
     return taken / number
 
 
-def endless_steps(run: Run, seed: int) -> Iterator[int]:
+def endless_steps(run: Run) -> Iterator[int]:
     while True:
         batches = run.train_loader.train_batches(1, run.state.batch)
-        sizes = run.train_loader.sizes[:-1]  # the last is shorter
-        yield from train_one_epoch(run.state, batches, sizes, run.loss, run.autocast, seed=seed)
+        number = len(run.train_loader) - 1 - run.state.batch  # without the last, which is shorter
+        yield from train_one_epoch(run, itertools.islice(batches, number))
         run.state.batch = 0
 
 

@@ -138,15 +138,15 @@ def parts(number: int) -> dict[str, float]:
     cfg, _ = load_config(None, settings(number))
     run = build_run(cfg)
     state, loader = run.state, run.train_loader
-    batches, sizes = loader.train_batches(1), loader.sizes
-    steps = train_one_epoch(state, batches, sizes, run.loss, run.autocast, seed=0)
+    steps = train_one_epoch(run, loader.train_batches(1))
     for _ in range(2):  # the first makes the momentum
         next(steps)
     step = most_alive(lambda: next(steps))
     largest = [next(run.val_loader.batches())]
     key = {"seed": 0, "epoch": 0}
+    metrics = run.evaluation_metrics()
     validation = most_alive(
-        lambda: evaluate(state.model, largest, run.loss, run.autocast, "val_", **key)
+        lambda: evaluate(state.model, largest, run.loss, run.autocast, metrics, **key)
     )
     of_image = SIDE**2 * CHANNELS + 3 * 8 + 4 * sum(BATCH_DRAWS[name] for name in ("crop", "flip"))
     momentum = [value for of in state.optimizer.state.values() for value in of.values()]

@@ -176,14 +176,14 @@ Trap = tuple[str, int, int]  # the place, how often it is passed before, the sig
 TRAPS = {
     "training": (saver.Saver, "between_steps"),
     "before validation": (engine, "evaluate"),
-    "validation": (engine, "loss_of"),  # called for every batch, also of training
+    "validation": (engine, "compute_loss"),  # called for every batch, also of training
     "after the epoch": (saver.Saver, "end_epoch"),
     "copying": (checkpoint, "snapshot"),
     "writing": (torch, "save"),
     "before best.pth is renamed": (files.os, "replace"),
     "before last.pth is renamed": (files.os, "replace"),
     "before the test": (saver.Saver, "load_best"),
-    "an evaluation": (engine, "loss_of"),  # called for every batch of validation and test
+    "an evaluation": (engine, "compute_loss"),  # called for every batch of validation and test
     "before a file is renamed": (files.os, "replace"),  # whichever it is
     "after the test": (records.Records, "finish"),
     "leaving": (distributed.Group, "leave"),
@@ -305,17 +305,18 @@ def record_training(path: Path) -> None:
     """Has every batch that is trained on recorded: its images that count, and its loss."""
     original = engine.train_one_epoch
 
-    def recorded(state, batches, sizes, *args, **keywords):
-        seen, before = [], state.running_metrics.loss.item()
+    def recorded(run, batches):
+        state, seen = run.state, []
+        before = state.running_metrics.loss.item()
 
-        def follow():
-            for number, (images, labels) in enumerate(batches, start=state.batch):
-                own = zip(images[: sizes[number]], labels[: sizes[number]].tolist())
+        def watched():
+            for number, (images, labels, count) in enumerate(batches, start=state.batch):
+                own = zip(images[:count], labels[:count].tolist())
                 hashes = [f"{digest(image)} {label}" for image, label in own]
                 seen.append({"epoch": state.epoch + 1, "batch": number, "images": hashes})
-                yield images, labels
+                yield images, labels, count
 
-        for step in original(state, follow(), sizes, *args, **keywords):
+        for step in original(run, watched()):
             seen[-1] |= {"loss": state.running_metrics.loss.item() - before}
             before = state.running_metrics.loss.item()
             with open(path, "a") as file:

@@ -64,7 +64,7 @@ def normalized(data, images):
 
 def whole(batches):
     """All images and labels, and the sizes of the batches."""
-    images, labels = zip(*batches)
+    images, labels, _ = zip(*batches)
     return torch.cat(images), torch.cat(labels), [len(some) for some in labels]
 
 
@@ -145,7 +145,7 @@ def test_an_epoch_entered_at_any_batch_goes_on_bit_for_bit(augment, way, data):
     for start in (4, 0, 2, 5):
         rest = list(entered.train_batches(3, start))
         assert len(rest) == 5 - start
-        for (images, labels), (others, their) in zip(rest, expected[start:]):
+        for (images, labels, _), (others, their, _) in zip(rest, expected[start:]):
             assert images.equal(others) and labels.equal(their)
         torch.rand(3)  # what else is drawn in between does not matter
 
@@ -179,7 +179,7 @@ def test_two_images_of_the_same_pixels_are_changed_differently(way):
 @pytest.mark.parametrize("augment", [[], AUGMENT], ids=["plain", "augmented"])
 def test_a_single_image_is_the_one_of_the_batch(augment, way, data):
     train = loader(data, augment, **way)
-    images, labels = list(train.train_batches(2))[4]
+    images, labels, _ = list(train.train_batches(2))[4]
     keys = train.keys(2, 4)
     singles = torch.stack([train.image(key) for key in keys])
     torch.testing.assert_close(images.contiguous(), normalized(data, singles))
@@ -487,7 +487,7 @@ def test_a_balanced_epoch_entered_at_any_batch_goes_on_bit_for_bit(augment, way,
     for start in (5, 0, 3):
         rest = list(entered.train_batches(3, start))
         assert len(rest) == len(expected) - start
-        for (images, labels), (others, their) in zip(rest, expected[start:]):
+        for (images, labels, _), (others, their, _) in zip(rest, expected[start:]):
             assert images.equal(others) and labels.equal(their)
 
 
@@ -513,7 +513,7 @@ def test_an_image_that_comes_again_in_an_epoch_is_changed_in_another_way(way, sk
 @BOTH
 def test_a_single_balanced_image_is_the_one_of_the_batch(way, skewed):
     train = loader(skewed, AUGMENT, **BALANCED, **way)
-    images, labels = list(train.train_batches(2))[4]
+    images, labels, _ = list(train.train_batches(2))[4]
     keys = train.keys(2, 4)
     singles = torch.stack([train.image(key) for key in keys])
     torch.testing.assert_close(images.contiguous(), normalized(skewed, singles))

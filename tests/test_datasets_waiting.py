@@ -36,7 +36,7 @@ from pathlib import Path
 import torch
 from cnn.datasets import workers
 
-workers.TELL_EVERY = 1
+workers.WARN_EVERY = 1
 
 def after(part, index):
 {after}

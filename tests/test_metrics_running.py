@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 
-from cnn.config import LossConfig, ScheduleConfig
+from cnn.config import Config, LossConfig, ScheduleConfig, with_values
 from cnn.errors import Refused
-from cnn.metrics.running import RunningMetrics, loss_of, weight_of
+from cnn.metrics.running import RunningMetrics, compute_loss, weight_of
 from cnn.metrics.scores import improves
+from cnn.training.distributed import ALONE
 from cnn.training.engine import train_one_epoch
 from cnn.training.losses import build_loss
 from cnn.training.schedule import Schedule
@@ -64,12 +66,16 @@ def step_over(images: torch.Tensor, labels: torch.Tensor, sizes: list[int], loss
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     schedule = Schedule(ScheduleConfig("constant"), optimizer, 1, 1, "min")
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = TrainingState(model, optimizer, schedule, scaler, CPU)
-    batches = zip(images.split(sizes[0]), labels.split(sizes[0]))
-    steps = train_one_epoch(
-        state, batches, sizes, loss, contextlib.nullcontext, seed=0, accumulate=3
+    run = SimpleNamespace(
+        cfg=with_values(Config(), train={"accumulate": 3}),
+        state=TrainingState(model, optimizer, schedule, scaler, CPU),
+        train_model=model,
+        loss=loss,
+        group=ALONE,
+        autocast=contextlib.nullcontext,
     )
-    assert list(steps) == [len(sizes)]
+    batches = zip(images.split(sizes[0]), labels.split(sizes[0]), sizes)
+    assert list(train_one_epoch(run, batches)) == [len(sizes)]
     return model.weight
 
 
@@ -181,6 +187,6 @@ def test_a_loss_of_the_users_own_is_built_with_its_args(tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_the_loss_is_computed_in_float32_at_least(dtype):
     logits, labels = random_outputs()
-    loss = loss_of(torch.nn.CrossEntropyLoss(), logits.to(dtype), labels)
+    loss = compute_loss(torch.nn.CrossEntropyLoss(), logits.to(dtype), labels)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, F.cross_entropy(logits.to(dtype).float(), labels))

@@ -88,11 +88,7 @@ def losses_of(run: Run) -> list[float]:
     """The loss of each of the first three steps."""
     losses, before = [], 0.0
     batches = run.train_loader.train_batches(1)
-    options = {"seed": run.cfg.seed, "clip_grad_norm": run.cfg.train.clip_grad_norm}
-    steps = train_one_epoch(
-        run.state, batches, run.train_loader.sizes, run.loss, run.autocast, **options
-    )
-    for _ in zip(range(3), steps):
+    for _ in zip(range(3), train_one_epoch(run, batches)):
         losses.append((run.state.running_metrics.loss.item() - before) / 64)
         before = run.state.running_metrics.loss.item()
     return losses

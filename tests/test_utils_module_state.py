@@ -164,7 +164,7 @@ def test_two_processes_whose_best_epoch_is_lost_both_fail(tmp_path):
         "original = Saver.load_best\n"
         "def load_best(saver, model):\n"
         "    saver.writer.wait()\n"
-        "    if saver.group.is_rank0:\n"
+        "    if saver.run.group.is_rank0:\n"
         "        for path in Path('checkpoints').glob('*.pth'): path.unlink()\n"
         "    original(saver, model)\n"
         "Saver.load_best = load_best\n"

@@ -1,15 +1,15 @@
-"""Batches: which images, in which order, changed how, on the device, ready for the model.
+"""Batches of images and labels on the device, in the order and with the augmentations of an epoch.
 
-The order of an epoch is a function of (seed, epoch), what is random about an image one of (seed,
-epoch, index), and of its place in the epoch where an image may come twice; so an epoch can be
-entered at any batch, at once, with any number of workers.
+The order of an epoch is a function of (seed, epoch); everything random about an image is a function
+of (seed, epoch, index) and, where an image may come twice in an epoch, of its position there. So an
+epoch can be entered at any batch without reading those before, with any number of workers.
 """
 
 import functools
 import logging
 from collections.abc import Callable, Iterator
 from multiprocessing.util import Finalize
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,27 +21,33 @@ from cnn.datasets.augment import BATCH_DRAWS, Augmentation, BatchAugmentation
 from cnn.datasets.images import Images
 from cnn.datasets.order import EVALUATION, Key, draw_balanced, keys_of, share_of, split_epoch
 from cnn.datasets.preprocessing import Normalize, Preprocessing, resize_and_crop
-from cnn.datasets.workers import begin_worker, failed, kill_workers, packed, receive_batches
+from cnn.datasets.workers import (
+    data_failure,
+    init_worker,
+    kill_workers,
+    pickle_batch,
+    receive_batches,
+)
 from cnn.errors import BadImage, DataFailed, Refused
 from cnn.utils import seeding
 
 logger = logging.getLogger(__name__)
-Batch = tuple[torch.Tensor, torch.Tensor]  # images float (N, C, H, W), labels int64 (N)
 
-MEMORY_LIMIT = 2 * 2**30  # bytes of pixels that are kept in memory by data.in_memory=auto
+# Normalized images, float32 (N, C, H, W); labels, int64 (N); and how many of the images count: the
+# first ones. All do, except in a process that computes a share of another one (`order.share_of`).
+Batch = tuple[torch.Tensor, torch.Tensor, int]
+
+MEMORY_LIMIT = 2 * 2**30  # bytes of pixels that data.in_memory=auto keeps in memory
 EVALUATION_BATCHES = 2  # times the training batch; 4 are slower for ResNets on a CPU, and take more
 LARGEST_EVALUATION_BATCH = 512
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
 class Samples(Dataset):
-    """Image and label for a key; what an epoch changes about the image is drawn from the key.
+    """A dataset of batches: for a list of keys, the stacked images and their labels.
 
     Args:
-        collate: makes a batch of a list of images, in the loader process.
+        size: side of the images returned, in pixels.
+        collate: stacks images into a batch, in the worker process.
     """
 
     def __init__(
@@ -60,73 +66,64 @@ class Samples(Dataset):
         return len(self.images)
 
     def raw(self, key: Key) -> torch.Tensor:
+        """Returns the image as it is in the dataset, (C, H, W)."""
         if self.images.may_draw:
             seeding.seed_sample(self.seed, seeding.SAMPLE, *key)
         return self.images[key[1]]
 
     def image(self, key: Key) -> torch.Tensor:
+        """Returns the image resized and augmented, but not normalized: (C, size, size)."""
         image = self.raw(key)
         return (
             resize_and_crop(image, self.size) if key[0] == EVALUATION else self.augment(image, key)
         )
 
-    def __getitems__(self, keys: list[Key]) -> tuple[Batch, list[str]] | DataFailed:
-        """A batch, and the names of what was left out of it; or why there is none.
+    def __getitems__(self, keys: list[Key]) -> tuple[tuple, list[str]] | DataFailed:
+        """Returns (images, labels) and messages about images left out, or the error.
 
-        An error is given back, not raised: torch would wrap it in a loader process's traceback.
+        An error is returned, not raised, since torch would wrap it in a worker's traceback.
         """
-        indices = torch.tensor([key[1] for key in keys])
         images, kept, left_out = [], [], []
+        name = "the next batch"
         try:
-            for number, key in enumerate(keys):
+            for key in keys:
+                name = self.images.name(key[1])
                 try:
                     images.append(self.image(key))
-                    kept.append(number)
+                    kept.append(key[1])
                 except BadImage as bad:
                     if not self.images.skip:
                         raise
                     left_out.append(str(bad))
-            # BatchNorm cannot train on one image; and a lost folder is not left out bit by bit.
+            # BatchNorm needs two images; and a folder that is gone must not be left out piecemeal.
             if left_out and len(kept) < (1 if keys[0][0] == EVALUATION else 2):
                 raise BadImage(f"{left_out[0]}, and so nearly all of its batch of {len(keys)}")
-            return (self.collate(images), self.labels[indices[kept]]), left_out
+            name = "the next batch"
+            return (self.collate(images), self.labels[kept]), left_out
         except BadImage as bad:
-            advice = "put the image back as it was, and a run goes on at this very batch"
-            return DataFailed(f"{bad}; {advice}")
-        except (DataFailed, Refused) as error:  # too late to refuse the run
-            return DataFailed(str(error))
-        except Exception as error:  # noqa: BLE001  whatever an augmentation of the user's raises
-            is_one = len(kept) + len(left_out) < len(keys)  # and not that of making a batch of them
-            return failed(error, self.images.name(key[1]) if is_one else "the next batch")
+            return DataFailed(f"{bad}; put the image back, and the run resumes at this batch")
+        except (DataFailed, Refused) as error:
+            return DataFailed(str(error))  # training has started: too late to refuse
+        except Exception as error:  # noqa: BLE001  an augmentation or dataset may raise anything
+            return data_failure(error, name)
 
 
-class _Plan:
-    """The keys of each batch still to come; set anew before every epoch."""
+class Span(NamedTuple):
+    """The positions in an epoch of one batch, or of a process's share of it."""
 
-    def __init__(self):
-        self._keys: Callable[[int, int], list[Key]]
-        self._spans: list[tuple[int, int]] = []
-
-    def set(self, keys: Callable[[int, int], list[Key]], spans: list[tuple[int, int]]) -> None:
-        self._keys = keys  # of the images from one place of the epoch to another
-        self._spans = spans
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        return (self._keys(*span) for span in self._spans)
-
-    def __len__(self) -> int:
-        return len(self._spans)
+    start: int
+    end: int
+    count: int  # of the images, how many enter gradients and metrics
 
 
 class Loader:
-    """Gives a split's batches on the device, shuffled and changed for training or as they are.
+    """Loads a split's batches onto the device, shuffled and augmented for training or as they are.
 
-    Of several processes each has its share of every batch in training; in evaluation, where a batch
-    is to have the same bits whoever computes it, they take whole batches in turn.
+    With several processes, each loads its share of every training batch. In evaluation the processes
+    load whole batches in turn, so that a batch has the same bits whichever process computes it.
 
     Attributes:
-        sizes: images in each batch of an epoch.
-        own_sizes: those of them that are this process's in training.
+        sizes: number of images in each batch of an epoch, over all processes.
     """
 
     def __init__(
@@ -145,109 +142,115 @@ class Loader:
         self.balanced = sampler == "balanced"
         self.size = preprocessing.image_size
         self.sizes = split_epoch(len(images), batch_size)
-        self.own_sizes = [share_of(size, rank, num_ranks)[2] for size in self.sizes]
         self._normalize = Normalize(preprocessing, device)
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def num_batches_per_rank(self) -> int:
-        """How many batches the busiest of the processes has in an evaluation."""
+        """Returns the largest number of batches that a process evaluates."""
         return -(-len(self.sizes) // self.num_ranks)
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from number `start` on; those before are never read."""
-        return self._batches(epoch, self.order(epoch), start)
+        """Yields the batches of an epoch from number `start` on, without reading those before."""
+        shares = [share_of(size, self.rank, self.num_ranks) for size in self.sizes]
+        begins = np.cumsum([0, *self.sizes]).tolist()
+        spans = [Span(at + first, at + end, n) for at, (first, end, n) in zip(begins, shares)]
+        return self._batches(epoch, self.order(epoch), spans[start:], start)
 
     def batches(self) -> Iterator[Batch]:
-        """All images, in their order, unchanged; of several processes, each has batches in turn."""
-        return self._batches(EVALUATION, np.arange(len(self.images)), 0)
-
-    def _spans(self, epoch: int, start: int) -> list[tuple[int, int]]:
-        """From where to where in the epoch this process's batches go, from number `start` on."""
-        first = [0, *np.cumsum(self.sizes).tolist()]
-        if epoch == EVALUATION:
-            turns = range(self.rank, len(self.sizes), self.num_ranks)
-            return [(first[i], first[i + 1]) for i in turns]
-        shares = [share_of(size, self.rank, self.num_ranks) for size in self.sizes]
-        return [
-            (first[i] + shares[i][0], first[i] + shares[i][1]) for i in range(start, len(shares))
-        ]
+        """Yields all images in their order without augmentation, every `num_ranks`-th batch."""
+        ends = np.cumsum(self.sizes).tolist()
+        spans = [Span(end - size, end, size) for size, end in zip(self.sizes, ends)]
+        spans = spans[self.rank :: self.num_ranks]
+        return self._batches(EVALUATION, np.arange(len(self.images)), spans, 0)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Which image stands at each place of an epoch."""
+        """Returns the index of the image at each position of an epoch."""
         rng = np.random.default_rng(seeding.mix(self.seed, seeding.ORDER, epoch))
         if self.balanced:
             return draw_balanced(self.images.labels, rng)
         return rng.permutation(len(self.images))
 
     def keys(self, epoch: int, batch: int) -> list[Key]:
-        """The images of one batch."""
+        """Returns the keys of the images in one batch, over all processes."""
         start = sum(self.sizes[:batch])
         order = np.arange(len(self.images)) if epoch == EVALUATION else self.order(epoch)
         return keys_of(epoch, order, self.balanced, start, start + self.sizes[batch])
 
     def raw(self, key: Key) -> torch.Tensor:
-        """The image as the data has it, (C, H, W)."""
+        """Returns the image as it is in the dataset, (C, H, W)."""
         raise NotImplementedError
 
     def image(self, key: Key) -> torch.Tensor:
-        """The image as the model's batch gets it, before it is normalised: (C, size, size)."""
+        """Returns the image resized and augmented, but not normalized: (C, size, size)."""
         raise NotImplementedError
 
-    def _batches(self, epoch: int, order: np.ndarray, start: int) -> Iterator[Batch]:
+    def _batches(
+        self, epoch: int, order: np.ndarray, spans: list[Span], start: int
+    ) -> Iterator[Batch]:
+        """Yields the batches at `spans` of an epoch in this order; `start` is the first's number."""
         raise NotImplementedError
+
+
+class _Plan:
+    """The batch sampler of a DataLoader: the keys of the batches to load, set before every epoch."""
+
+    keys: Callable[[int, int], list[Key]]  # of the images from one position to another
+    spans: list[Span]
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return (self.keys(span.start, span.end) for span in self.spans)
 
 
 class StreamLoader(Loader):
-    """Reads image by image, in worker processes if there are any."""
+    """Loads image by image, in `num_workers` worker processes."""
 
     def __init__(self, *args, augment: list[AugmentationConfig], num_workers: int, **keywords):
         super().__init__(*args, **keywords)
-        changes = Augmentation(augment, self.size, self.seed)
-        # A GPU normalises itself, from a quarter of the bytes; on a CPU the workers do it.
-        collate, self._finish = torch.stack, self._normalize
-        if self.device.type == "cpu":
-            collate, self._finish = self._normalize.stacked, _as_it_is
-        self._samples = Samples(self.images, self.size, changes, self.seed, collate)
+        # A GPU normalizes, which quarters the bytes copied to it; for a CPU the workers do it.
+        on_cpu = self.device.type == "cpu"
+        collate = self._normalize.stacked if on_cpu else torch.stack
+        augmentation = Augmentation(augment, self.size, self.seed)
+        self._samples = Samples(self.images, self.size, augmentation, self.seed, collate)
         self.raw, self.image = self._samples.raw, self._samples.image
+        self._finish = _identity if on_cpu else self._normalize
         self._plan = _Plan()
         Finalize(None, kill_workers, exitpriority=0)  # when this process ends
         self._loader = DataLoader(
             self._samples,
             batch_sampler=self._plan,
-            collate_fn=packed if num_workers else _as_it_is,
+            collate_fn=pickle_batch if num_workers else _identity,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            worker_init_fn=begin_worker,
+            worker_init_fn=init_worker,
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # the loader draws a seed that nothing here uses
+            generator=torch.Generator(),  # the DataLoader draws a seed, which nothing here uses
         )
 
-    def _batches(self, epoch: int, order: np.ndarray, start: int) -> Iterator[Batch]:
-        """The planned batches as the loader gives them.
-
-        Raises:
-            DataFailed: an image cannot be read, or the loader processes do not load.
-        """
-        # Nothing of self: the loader would live in a circle, its workers until that is collected.
-        keys = functools.partial(keys_of, epoch, order, self.balanced)
-        self._plan.set(keys, self._spans(epoch, start))
+    def _batches(
+        self, epoch: int, order: np.ndarray, spans: list[Span], start: int
+    ) -> Iterator[Batch]:
+        # A partial without self: a reference cycle would keep the workers until it is collected.
+        self._plan.keys = functools.partial(keys_of, epoch, order, self.balanced)
+        self._plan.spans = spans
         where = "the evaluation" if epoch == EVALUATION else f"epoch {epoch}"
-        for (images, labels), left_out in receive_batches(self._loader, start + 1, where):
-            for bad in left_out:
-                logger.warning("%s; left out of its batch (data.on_bad_image=skip)", bad)
+        received = receive_batches(self._loader, start + 1, where)
+        for ((images, labels), left_out), span in zip(received, spans):
+            for message in left_out:
+                logger.warning("%s; left out of its batch (data.on_bad_image=skip)", message)
             yield (
                 self._finish(images.to(self.device, non_blocking=True)),
                 labels.to(self.device, non_blocking=True),
+                min(span.count, len(labels)),
             )
 
 
 class MemoryLoader(Loader):
-    """Gathers whole batches from pixels that lie on the device.
+    """Gathers whole batches from pixels in the memory of the device.
 
-    What is random about an image comes from a table of draws that is a function of (seed, epoch):
-    from row `index`, or from that of its place in the epoch where it may come twice.
+    Everything random about the images of an epoch is in a table that is a function of (seed, epoch),
+    whose rows belong to images or, where an image may come twice, to positions in the epoch.
     """
 
     def __init__(self, *args, pixels: torch.Tensor, augment: list[AugmentationConfig], **keywords):
@@ -257,18 +260,21 @@ class MemoryLoader(Loader):
         self._labels = torch.from_numpy(self.images.labels).to(self.device)
 
     def _draws(self, epoch: int) -> torch.Tensor | None:
+        """Returns the table of random numbers of an epoch, None where there are none."""
         if epoch == EVALUATION or not self._gather.names:
             return None
         return self._gather.draws(len(self.images), self.seed, epoch).to(self.device)
 
-    def _batches(self, epoch: int, order: np.ndarray, start: int) -> Iterator[Batch]:
+    def _batches(
+        self, epoch: int, order: np.ndarray, spans: list[Span], start: int
+    ) -> Iterator[Batch]:
         draws = self._draws(epoch)
         order = torch.from_numpy(order).to(self.device)
-        for begin, end in self._spans(epoch, start):
+        for begin, end, count in spans:
             indices = order[begin:end]
             rows = slice(begin, end) if self.balanced else indices
             images = self._gather(self._rows[indices], draws[rows] if draws is not None else None)
-            yield self._normalize(images), self._labels[indices]
+            yield self._normalize(images), self._labels[indices], count
 
     def raw(self, key: Key) -> torch.Tensor:
         return self.images[key[1]]
@@ -290,16 +296,16 @@ def build_loader(
     rank: int = 0,
     num_ranks: int = 1,
 ) -> Loader:
-    """The quickest loader that serves: from memory where the pixels fit, else image by image.
+    """Builds a loader from memory where the pixels fit, else one that reads image by image.
 
-    Which one it is depends on settings and data alone, never on the machine: they draw differently.
+    The two draw differently, so the choice depends on settings and data, never on the machine.
 
     Raises:
         Refused: data.in_memory is true and cannot be.
     """
     augment = cfg.augment if training else []
     batch_size = cfg.batch_size
-    if not training:  # not so large that several processes could not take them in turn
+    if not training:  # small enough that several processes have batches to evaluate in turn
         batch_size = min(EVALUATION_BATCHES * batch_size, max(batch_size, LARGEST_EVALUATION_BATCH))
     sampler = cfg.sampler if training else "shuffle"
     common = (images, preprocessing, batch_size, device, seed, sampler, rank, num_ranks)
@@ -311,8 +317,10 @@ def build_loader(
         if pixels is not None:
             return MemoryLoader(*common, pixels=pixels, augment=augment)
         if cfg.in_memory is True:
-            reason = (
-                f"data.augment: {', '.join(slow)}" if slow else "images of a dataset of your own"
-            )
+            reason = f"data.augment: {', '.join(slow)}" if slow else "a dataset of your own"
             raise Refused(f"data.in_memory: true cannot go with {reason}; say auto")
     return StreamLoader(*common, augment=augment, num_workers=cfg.num_workers)
+
+
+def _identity(value: Any) -> Any:
+    return value

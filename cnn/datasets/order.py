@@ -1,17 +1,17 @@
-"""Which image stands where in an epoch: batches, shares of several processes, balanced draws, keys."""
+"""The order of images in an epoch: batches, shares of several processes, balanced draws, keys."""
 
 import numpy as np
 
-# Epoch, index of the image; and its place in the epoch, where an image may come twice in it. What is
-# random about the image is drawn from all of them.
+# Epoch and index of an image and, where an image may come twice in an epoch, its position there.
+# Everything random about a training image is a function of its key.
 Key = tuple[int, int] | tuple[int, int, int]
-EVALUATION = 0  # stands for the epoch where images come as they are
+EVALUATION = 0  # stands for the epoch in keys of images that are not augmented
 
 
 def split_epoch(number: int, batch_size: int) -> list[int]:
-    """Sizes of an epoch's batches; a last image alone joins the batch before it.
+    """Returns the sizes of an epoch's batches; a single last image joins the batch before it.
 
-    BatchNorm cannot train on one value a channel, and no image is to be left out.
+    BatchNorm cannot train on one value per channel, and no image may be left out.
     """
     sizes = [batch_size] * (number // batch_size)
     rest = number % batch_size
@@ -22,31 +22,33 @@ def split_epoch(number: int, batch_size: int) -> list[int]:
     return sizes
 
 
-def share_of(number: int, rank: int, num_ranks: int) -> tuple[int, int, int]:
-    """What one of several processes computes of a batch: from, to, and how many of them count.
+def share_of(size: int, rank: int, num_ranks: int) -> tuple[int, int, int]:
+    """Returns the share of a batch that one of several processes computes: start, end, count.
 
-    BatchNorm cannot train on one value a channel. Where there are not two images for everybody, those
-    who get none compute the first two of the batch with the others, and these do not count.
+    The first `count` images of the share enter gradients and metrics. Where a batch has fewer than
+    two images per process, which BatchNorm needs, the processes without a share compute the first
+    two images of the batch with a count of 0, so that all processes take the same steps.
     """
-    sharers = max(1, min(num_ranks, number // 2))
+    sharers = max(1, min(num_ranks, size // 2))
     if rank >= sharers:
-        return 0, min(number, 2), 0
-    start, end = number * rank // sharers, number * (rank + 1) // sharers
+        return 0, min(size, 2), 0
+    start, end = size * rank // sharers, size * (rank + 1) // sharers
     return start, end, end - start
 
 
 def keys_of(epoch: int, order: np.ndarray, balanced: bool, start: int, end: int) -> list[Key]:
-    """The images from one place of the epoch to another."""
+    """Returns the keys of the images at positions `start` to `end` of an epoch."""
     indices = order[start:end].tolist()
     if balanced and epoch != EVALUATION:
-        return [(epoch, index, place) for place, index in enumerate(indices, start)]
+        return [(epoch, index, position) for position, index in enumerate(indices, start)]
     return [(epoch, index) for index in indices]
 
 
 def draw_balanced(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """As many images as there are, with replacement, every class that has some equally likely.
+    """Draws as many indices as there are labels, with replacement, all classes equally likely.
 
-    The distribution of torch's WeightedRandomSampler with weights of 1 over the class's images.
+    The distribution is that of torch's WeightedRandomSampler with a weight of 1 / (images of the
+    class) for each image.
     """
     counts = np.unique(labels, return_counts=True)[1]
     by_class, starts = np.argsort(labels, kind="stable"), np.cumsum(counts) - counts

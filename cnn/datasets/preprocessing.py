@@ -21,6 +21,11 @@ class Preprocessing:
     mean: list[float]  # a channel, of values in 0..1
     std: list[float]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of an image that the model takes: channels, height, width."""
+        return self.channels, self.image_size, self.image_size
+
     @classmethod
     def from_checkpoint(cls, path: Path, saved: dict[str, Any]) -> "Preprocessing":
         """What a checkpoint says.

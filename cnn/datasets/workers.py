@@ -1,4 +1,4 @@
-"""Loader processes: deaf to signals, gone with the process that they load for, missed when late."""
+"""Worker processes of a DataLoader: they ignore signals, end with their parent, and are watched."""
 
 import contextlib
 import logging
@@ -18,137 +18,141 @@ from cnn.utils import signals
 
 logger = logging.getLogger(__name__)
 
-TELL_EVERY = 30  # seconds of waiting for a batch
+WARN_EVERY = 30  # seconds of waiting for a batch
 
 
-class Parcel:
-    """A batch on its way out of a loader process: pickled, its tensors in shared memory.
+class PickledBatch:
+    """A batch on its way out of a worker: pickled, with its tensors in shared memory.
 
-    torch would do that in a thread beside the process's work. What goes wrong there, for want of
-    shared memory or of descriptors, is printed, and the batch never comes.
+    torch would pickle it in a thread of the worker, where an error, for want of shared memory or of
+    file descriptors, is only printed, and the batch never arrives.
     """
 
     def __init__(self, batch: Any):
         self._data = bytes(ForkingPickler.dumps(batch))
 
-    def open(self) -> Any:
+    def unpickle(self) -> Any:
+        """Returns the batch."""
         return ForkingPickler.loads(self._data)
 
     def pin_memory(self) -> Any:
-        """Called by torch in a thread of the process that loads, which reads ahead for a GPU."""
-        (images, labels), left_out = self.open()
+        """Returns the batch in pinned memory; torch calls this in a thread that prefetches."""
+        (images, labels), left_out = self.unpickle()
         return (images.pin_memory(), labels.pin_memory()), left_out
 
 
-def packed(batch: Any) -> Parcel | DataFailed:
-    """What a loader process sends: a batch, or why there is none."""
+def pickle_batch(batch: Any) -> PickledBatch | DataFailed:
+    """Pickles a batch in a worker; returns the error where there is one."""
     try:
-        return batch if isinstance(batch, DataFailed) else Parcel(batch)
-    except Exception as error:  # noqa: BLE001  whatever it is, the run is to hear of it
-        return failed(error)
+        return batch if isinstance(batch, DataFailed) else PickledBatch(batch)
+    except Exception as error:  # noqa: BLE001  whatever it is, it has to reach the run
+        return data_failure(error)
 
 
-def receive_batches(loader: DataLoader, start: int, what: str) -> Iterator[Any]:
-    """Passes the loader's batches on, unpacked; tells every so often which one is waited for.
+def receive_batches(loader: DataLoader, start: int, source: str) -> Iterator[Any]:
+    """Yields the batches of a loader, and warns every 30 s while one does not arrive.
 
     Args:
-        start: the number of the first.
-        what: they are of.
+        start: number of the first batch, for the warning.
+        source: what the batches belong to, for the warning.
 
     Raises:
-        DataFailed: given in the place of a batch, or because there is none.
+        DataFailed: a batch cannot be loaded, or a worker has ended.
     """
     awaited, since, ended, workers = start, time.monotonic(), threading.Event(), []
-    what += " from the loader processes" if loader.num_workers else ""
+    source += " from the loader processes" if loader.num_workers else ""
 
-    def tell() -> None:  # in a thread: the wait is inside of torch
-        told = 0.0
-        while not ended.wait(min(TELL_EVERY, 1)):
-            waited = time.monotonic() - since if awaited is not None else 0
-            told = min(told, waited)  # less: of another batch
-            if waited >= told + TELL_EVERY:
-                told = waited
-                logger.warning("waiting for batch %d of %s: %.0f s", awaited, what, waited)
+    def warn() -> None:  # in a thread, since the wait is inside of torch
+        warned_at = 0.0
+        while not ended.wait(min(WARN_EVERY, 1)):
+            waited = time.monotonic() - since if awaited is not None else 0.0
+            warned_at = min(warned_at, waited)  # a shorter wait is for another batch
+            if waited >= warned_at + WARN_EVERY:
+                warned_at = waited
+                logger.warning("waiting for batch %d of %s: %.0f s", awaited, source, waited)
 
     try:
-        threading.Thread(target=tell, daemon=True).start()
-        batches = enumerate(_begun(loader), start)
+        threading.Thread(target=warn, daemon=True).start()
+        batches = enumerate(_start_workers(loader), start)
         workers = multiprocessing.active_children()
         for number, batch in batches:
-            batch = batch.open() if isinstance(batch, Parcel) else batch
+            batch = batch.unpickle() if isinstance(batch, PickledBatch) else batch
             if isinstance(batch, DataFailed):
                 raise batch
             awaited = None
             yield batch
-            del batch  # before another one is made
+            del batch  # frees its memory before another one is made
             awaited, since = number + 1, time.monotonic()
     except (DataFailed, Stopped):
-        kill_workers()  # they may never come back from what they read
+        kill_workers()  # they may hang in what they read
         raise
-    except Exception as error:  # noqa: BLE001  torch has many ways to fail
-        told = failed(error, workers=workers)
+    except Exception as error:  # noqa: BLE001  torch fails in many ways
+        failure = data_failure(error, workers=workers)
         kill_workers()
-        # It holds what torch has half made, and so descriptors that saving needs; torch trips over it.
+        # The traceback keeps half-made objects of torch, whose file descriptors saving may need;
+        # freeing them makes torch print errors that nobody can use.
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
         error.__traceback__ = None
         sys.unraisablehook = hook
-        raise told from None
+        raise failure from None
     finally:
         ended.set()
 
 
-def _begun(loader: DataLoader) -> Iterator[Any]:
-    """The loader's batches, its processes started.
+def _start_workers(loader: DataLoader) -> Iterator[Any]:
+    """Starts the loader's workers.
 
-    Where they are forked, signals wait until they are deaf to them. Where they are new interpreters,
-    a signal has to end the wait for one that is dead and will never take its data.
+    While workers are forked, signals are deferred until the workers ignore them. Workers that are
+    spawned may die before they take their data; then a signal must be able to end the wait.
     """
     forked = multiprocessing.get_start_method() == "fork"
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS) if forked else None
-    try:  # the mask is this thread's; what comes to another one is held back too
+    try:  # the mask is of this thread; signals that reach other threads are deferred too
         with signals.signals_deferred() if forked else contextlib.nullcontext():
             return iter(loader)
     finally:
-        ignore_end_of_workers()
+        restore_sigchld()
         if forked:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def failed(error: Exception, what: str = "the next batch", workers: Sequence = ()) -> DataFailed:
-    """Why an image or a batch is not to be had: what was noticed of it, or how a worker ended."""
+def data_failure(
+    error: Exception, what: str = "the next batch", workers: Sequence = ()
+) -> DataFailed:
+    """Describes why an image or a batch cannot be loaded, or how a worker ended."""
     for worker in workers:
-        worker.join(0.2)  # its pipe closes a moment before it is gone
-    ended = [worker.exitcode for worker in workers if worker.exitcode is not None]
-    if not ended:
+        worker.join(0.2)  # its pipe closes a moment before it ends
+    codes = [worker.exitcode for worker in workers if worker.exitcode is not None]
+    if not codes:
         return DataFailed(f"{what}: {describe(error)}")
-    what = "a loader process was killed" if ended[0] < 0 else "a loader process has ended"
+    ending = "was killed" if codes[0] < 0 else "has ended"
     return DataFailed(
-        f"{what} (exit code {ended[0]}), most often because the memory ran out, or /dev/shm; fewer"
-        f" data.num_workers need less of it"
+        f"a loader process {ending} (exit code {codes[0]}), most often because the memory ran out, or"
+        f" /dev/shm; fewer data.num_workers need less of it"
     )
 
 
 def kill_workers() -> None:
-    """Kills the loader processes of this one.
-
-    Asked to end by a SIGTERM, they would ignore it, and be waited for.
-    """
+    """Kills the workers of this process, which ignore SIGTERM."""
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
 
 
-def ignore_end_of_workers() -> None:
-    """Takes back torch's signal handler, which raises in the middle of a step when a worker dies.
+def restore_sigchld() -> None:
+    """Removes torch's handler of SIGCHLD, which raises in the middle of a step when a worker dies.
 
-    Its loader notices within 5 seconds too, where it waits for the batch.
+    The DataLoader notices a dead worker within 5 seconds too, while it waits for a batch.
     """
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def begin_worker(worker: int) -> None:
-    """A signal to the whole group is for the main process; what fails here is told by it too."""
-    sys.excepthook = lambda *_: None  # of threads that share tensors, again and again
+def init_worker(worker: int) -> None:
+    """Makes a worker ignore the signals that the main process handles, and print no tracebacks.
+
+    Threads that share tensors would print the same error again and again; the main process reports.
+    """
+    sys.excepthook = lambda *_: None
     for number in signals.NUMBERS:
         signal.signal(number, signal.SIG_IGN)

@@ -42,7 +42,8 @@ class Trace:
                 the epoch after the last.
             sums: where they are added up.
         """
-        for number, (images, labels) in enumerate(batches, start=state.batch):
+        for number, batch in enumerate(batches, start=state.batch):
+            images, labels, _ = batch
             record = {
                 "epoch": state.epoch + 1,
                 "batch": number,
@@ -58,7 +59,7 @@ class Trace:
             self._file.flush()
             if self._stop is not None and (state.epoch + 1, number) >= self._stop.at:
                 os.killpg(0, self._stop.signal)
-            yield images, labels
+            yield batch
 
 
 def digest(tree: Any) -> str:

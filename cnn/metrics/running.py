@@ -1,8 +1,9 @@
-"""Loss, accuracy and more from sums that stay on the device: one transfer where they are read."""
+"""Running metrics: sums that stay on the device, copied to the host only where they are read."""
 
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,15 +11,20 @@ from torch import nn
 from cnn.metrics import scores
 from cnn.metrics.scores import Metrics
 
+SUMS = ("loss", "weight", "correct", "count")
+
 
 class RunningMetrics:
-    """What an epoch's metrics are made of, image by image, so that a short batch weighs less."""
+    """Sums over images, from which mean loss and accuracy are computed.
+
+    Summing over images rather than averaging batches gives a short last batch its smaller weight.
+    """
 
     def __init__(self, device: torch.device):
         exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self.loss = torch.zeros((), dtype=exact, device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
-        self.weight: float | torch.Tensor = 0  # what the loss is divided by
+        self.weight: float | torch.Tensor = 0  # the divisor of the mean loss
         self.count: int | torch.Tensor = 0
 
     def add(
@@ -28,10 +34,13 @@ class RunningMetrics:
         labels: torch.Tensor,
         weight: float | torch.Tensor | None = None,
     ) -> None:
-        """Adds a batch: mean loss (), logits (N, classes), labels (N).
+        """Adds a batch.
 
         Args:
-            weight: of the batch in the mean loss, as `weight_of` gives it; None: its images.
+            loss: mean over the batch, ().
+            logits: (N, classes).
+            labels: (N).
+            weight: of the batch in the mean loss, from `weight_of`; None: the number of images.
         """
         number = len(labels)
         weight = number if weight is None else weight
@@ -41,66 +50,70 @@ class RunningMetrics:
         self.count += number
 
     def merge(self, other: "RunningMetrics") -> None:
-        """Adds what other sums hold."""
+        """Adds the sums of another object."""
         self.loss += other.loss
         self.correct += other.correct
         self.weight = self.weight + other.weight
         self.count = self.count + other.count
 
     def pack(self) -> torch.Tensor:
-        """The four sums in one tensor, float64 (4)."""
-        numbers = (self.loss, self.weight, self.correct, self.count)
-        return torch.stack([torch.as_tensor(n).to(self.loss, non_blocking=True) for n in numbers])
+        """Returns the four sums as one float64 tensor (4), ready to be all-reduced."""
+        sums = (getattr(self, name) for name in SUMS)
+        return torch.stack([torch.as_tensor(s).to(self.loss, non_blocking=True) for s in sums])
 
     def unpack(self, total: torch.Tensor) -> None:
-        """Takes over what `pack` gave, added up with that of other processes."""
+        """Sets the sums from a tensor (4) of the form that `pack` returns."""
         self.loss, self.weight, correct, count = total.unbind()
         self.correct, self.count = correct.to(torch.int64), count.to(torch.int64)
 
     def is_finite(self) -> bool:
-        """Whether every loss so far was a number; waits for the device."""
+        """Returns whether every loss so far was finite; waits for the device."""
         return math.isfinite(self.loss.item())
 
-    def compute(self) -> dict[str, float]:
-        """Mean loss and accuracy (a fraction) over the images so far."""
+    def compute(self) -> Metrics:
+        """Returns mean loss and accuracy (a fraction) over the images so far."""
         count = int(self.count)
         weight = float(self.weight) if count else 1.0
         return {"loss": self.loss.item() / weight, "acc": self.correct.item() / max(count, 1)}
 
-    def state_dict(self) -> dict:
-        names = ("loss", "correct", "weight")
-        return {name: getattr(self, name) for name in names} | {"count": int(self.count)}
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the sums, for a checkpoint."""
+        return {name: getattr(self, name) for name in SUMS} | {"count": int(self.count)}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Sets the sums from `state_dict`; older checkpoints lack the weight, which is the count."""
         self.loss.copy_(state["loss"])
         self.correct.copy_(state["correct"])
         self.count = state["count"]
-        weight = state.get("weight", self.count)  # not in files of before
+        weight = state.get("weight", self.count)
         self.weight = weight.to(self.loss) if isinstance(weight, torch.Tensor) else int(weight)
 
 
 class EvaluationMetrics(RunningMetrics):
-    """An evaluation: besides the sums, the confusion matrix, and of each image what was said.
+    """Metrics of an evaluation: running metrics, confusion matrix, and the prediction of each image.
 
-    What depends on the order of the batches is kept batch by batch, so that several processes that
-    take them in turn come to the same bits as one.
+    Keeps what depends on the order of the batches as a list over batches, so that several processes
+    which evaluate batches in turn compute the same bits as one.
 
     Args:
-        names: of the metrics that `compute` gives; what they do not need is not kept.
+        names: metrics that `compute` returns; nothing is kept that they do not need.
     """
+
+    PER_BATCH = ("_losses", "_labels", "_predictions", "_confidences", "_probabilities")
+    COUNTS = ("correct", "matrix", "in_top", "count")
 
     def __init__(self, device: torch.device, num_classes: int, names: Sequence[str]):
         super().__init__(device)
         self.num_classes, self.names = num_classes, tuple(names)
-        # A row a class as labelled, a column a class as predicted; flat, to be added to at once.
+        # Row: label, column: prediction; kept flat, which index_add_ needs.
         self.matrix = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
         self.in_top = torch.zeros((), dtype=torch.int64, device=device)
-        self._keeps_scores = bool(set(names) & set(scores.FROM_PROBABILITIES))
-        self._losses: list[tuple[torch.Tensor, float | torch.Tensor]] = []  # times weight; weight
+        self._needs_probabilities = bool(set(names) & set(scores.FROM_PROBABILITIES))
+        self._losses: list[tuple[torch.Tensor, float | torch.Tensor]] = []  # loss * weight, weight
         self._labels: list[torch.Tensor] = []
         self._predictions: list[torch.Tensor] = []
-        self._probabilities: list[torch.Tensor] = []  # of the class that was predicted
-        self._scores: list[torch.Tensor] = []
+        self._confidences: list[torch.Tensor] = []  # probabilities of the predicted classes
+        self._probabilities: list[torch.Tensor] = []
 
     def add(
         self,
@@ -109,7 +122,7 @@ class EvaluationMetrics(RunningMetrics):
         labels: torch.Tensor,
         weight: float | torch.Tensor | None = None,
     ) -> None:
-        """As `RunningMetrics.add`, and what was said of each image."""
+        """Adds a batch as `RunningMetrics.add` does, and the prediction of each of its images."""
         super().add(loss, logits, labels, weight)
         weight = len(labels) if weight is None else weight
         self._losses.append((loss.detach() * weight, weight))
@@ -121,25 +134,23 @@ class EvaluationMetrics(RunningMetrics):
             top = logits.topk(scores.TOP_K).indices  # N, 5
             self.in_top += (top == labels[:, None]).sum()
         self._predictions.append(predictions)
-        self._probabilities.append(probabilities.gather(1, predictions[:, None])[:, 0])
-        if self._keeps_scores:
+        self._confidences.append(probabilities.gather(1, predictions[:, None])[:, 0])
+        if self._needs_probabilities:
             self._labels.append(labels)
-            self._scores.append(probabilities)
+            self._probabilities.append(probabilities)
 
-    def gather(self, from_processes: Callable[[dict], list[dict]]) -> None:
-        """Makes of each process's part, the batches that it took in its turn, the whole in every one.
+    def gather(self, all_gather: Callable[[dict], list[dict]]) -> None:
+        """Merges the batches that each process evaluated in turn; all processes get the same result.
 
         Args:
-            from_processes: gives everybody's part for one's own.
+            all_gather: returns the values of all processes for the value of this one.
         """
-        lists = ("_losses", "_labels", "_predictions", "_probabilities", "_scores")
-        counts = ("correct", "matrix", "in_top", "count")
-        names = (*lists, *counts)
-        parts = from_processes({name: _on_cpu(getattr(self, name)) for name in names})
-        for name in lists:
+        names = self.PER_BATCH + self.COUNTS
+        parts = all_gather({name: _on_cpu(getattr(self, name)) for name in names})
+        for name in self.PER_BATCH:
             turns = itertools.zip_longest(*(part[name] for part in parts))
             setattr(self, name, [batch for turn in turns for batch in turn if batch is not None])
-        for name in counts:
+        for name in self.COUNTS:
             setattr(self, name, sum(part[name] for part in parts))
         self.loss, self.weight = torch.zeros_like(self.loss, device="cpu"), 0
         for loss, weight in self._losses:
@@ -147,36 +158,38 @@ class EvaluationMetrics(RunningMetrics):
             self.weight = self.weight + weight
 
     def compute(self) -> Metrics:
-        """The named metrics over the images so far; None for what is undefined."""
+        """Returns the metrics named at construction; None for one that is undefined."""
         values = super().compute() | scores.from_confusion_matrix(self.confusion().numpy())
         values[scores.TOP_K_ACC] = self.in_top.item() / max(self.count, 1)
-        if self._keeps_scores and self._scores:
-            labels, given = torch.cat(self._labels).cpu(), torch.cat(self._scores).cpu()
-            values |= scores.from_probabilities(labels.numpy(), given.numpy())
+        if self._probabilities:
+            labels = torch.cat(self._labels).cpu().numpy()
+            values |= scores.from_probabilities(
+                labels, torch.cat(self._probabilities).cpu().numpy()
+            )
         return {name: values.get(name) for name in self.names}
 
     def confusion(self) -> torch.Tensor:
-        """The confusion matrix, on the CPU: int64 (classes, classes)."""
+        """Returns the confusion matrix on the CPU, int64 (classes, classes); a row per label."""
         return self.matrix.view(self.num_classes, self.num_classes).cpu()
 
     def predictions(self) -> dict[str, torch.Tensor]:
-        """Of each image, in the order they came: the class predicted, and its probability."""
+        """Returns the predicted class of each image, in their order, and its probability."""
         return {
             "prediction": torch.cat(self._predictions).to("cpu", torch.int32),
-            "probability": torch.cat(self._probabilities).to("cpu", torch.float32),
+            "probability": torch.cat(self._confidences).to("cpu", torch.float32),
         }
 
 
-def loss_of(function: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The loss in float32 at least, whatever precision the logits have."""
+def compute_loss(function: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Computes the loss in float32, or in float64 where the logits are."""
     return function(logits.float() if logits.dtype != torch.float64 else logits, labels)
 
 
 def weight_of(function: nn.Module, labels: torch.Tensor) -> int | torch.Tensor:
-    """What a batch weighs in the mean over several: its images, or the sum of their class weights.
+    """Returns the weight of a batch in a mean loss over several batches.
 
-    The mean is then the one that the loss would give of all the images at once, however they are
-    divided into batches: with class weights, torch's divides by the sum of these, a float64 ().
+    It is the number of images or, for cross-entropy with class weights, the sum of their weights (),
+    by which torch divides. Means weighted in this way do not depend on the division into batches.
     """
     weights = getattr(function, "weight", None)
     if not isinstance(function, nn.CrossEntropyLoss) or weights is None:
@@ -186,7 +199,7 @@ def weight_of(function: nn.Module, labels: torch.Tensor) -> int | torch.Tensor:
 
 
 def _on_cpu(value: object) -> object:
-    """The same, its tensors on the CPU."""
+    """Copies the tensors in nested lists and tuples to the CPU."""
     if isinstance(value, (list, tuple)):
         return type(value)(_on_cpu(part) for part in value)
     return value.cpu() if isinstance(value, torch.Tensor) else value

@@ -28,7 +28,7 @@ def range_test(cfg: Config) -> float:
     Returns:
         The suggestion: a tenth of where the smoothed loss is lowest.
     """
-    lrs, losses = sweep(cfg, build_run(cfg))
+    lrs, losses = sweep(build_run(cfg))
     lowest = min(range(len(losses)), key=losses.__getitem__)
     suggestion = float(f"{lrs[lowest] / 10:.1g}")
     for number in range(0, len(lrs), max(1, len(lrs) // 12)):
@@ -49,13 +49,13 @@ def range_test(cfg: Config) -> float:
     return suggestion
 
 
-def sweep(cfg: Config, run: Run) -> tuple[list[float], list[float]]:
+def sweep(run: Run) -> tuple[list[float], list[float]]:
     """Trains with lr rising geometrically; gives each step's lr and smoothed loss."""
     lrs: list[float] = []
     losses: list[float] = []
     mean = loss_before = weight_before = 0
     set_lr(run, 0)
-    for _ in endless_steps(cfg, run):
+    for _ in endless_steps(run):
         loss, weight = (
             run.state.running_metrics.loss.item(),
             float(run.state.running_metrics.weight),
@@ -74,21 +74,11 @@ def sweep(cfg: Config, run: Run) -> tuple[list[float], list[float]]:
     return lrs, losses
 
 
-def endless_steps(cfg: Config, run: Run) -> Iterator[int]:
+def endless_steps(run: Run) -> Iterator[int]:
     """The steps of one epoch after the other."""
-    state = run.state
     while True:
-        yield from train_one_epoch(
-            state,
-            run.train_loader.train_batches(state.epoch + 1),
-            run.train_loader.sizes,
-            run.loss,
-            run.autocast,
-            seed=cfg.seed,
-            accumulate=cfg.train.accumulate,
-            clip_grad_norm=cfg.train.clip_grad_norm,
-        )
-        state.batch, state.epoch = 0, state.epoch + 1
+        yield from train_one_epoch(run, run.train_loader.train_batches(run.state.epoch + 1))
+        run.state.batch, run.state.epoch = 0, run.state.epoch + 1
 
 
 def set_lr(run: Run, step: int) -> None:

@@ -19,7 +19,6 @@ from cnn.records import best_hparams, figures
 from cnn.records.history import write_history
 from cnn.training.setup import Run
 from cnn.utils.files import warn_unwritten, write_text
-from cnn.utils.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +35,9 @@ class Records:
     report at the end, however that comes.
     """
 
-    def __init__(self, folder: RunFolder, run: Run):
+    def __init__(self, run: Run):
         cfg = run.cfg
-        self.folder, self.run, self.state = folder, run, run.state
+        self.folder, self.run, self.state = run.folder, run, run.state
         self._predictions_of: int | None = None  # the epoch whose predictions are in the file
         self._report_at, self._report_took = time.monotonic(), FIRST_REPORT
         self._report = self._tensorboard = None
@@ -47,14 +46,14 @@ class Records:
         if cfg.log.report and figures.is_available():
             from cnn.records.report import Report
 
-            self._report = Report(folder.logs, run)
+            self._report = Report(run)
         if cfg.log.tensorboard and has_tensorboard():
             self._attempt("logs/tensorboard", self._open_tensorboard)
 
     def _open_tensorboard(self) -> None:
         from cnn.records.tensorboard import TensorBoard
 
-        self._tensorboard = TensorBoard(self.folder.logs, self.run)
+        self._tensorboard = TensorBoard(self.run)
 
     def __enter__(self) -> Self:
         self._write_result()
@@ -170,9 +169,9 @@ class Unrecorded:
         pass
 
 
-def open_records(folder: RunFolder, run: Run) -> Records | Unrecorded:
+def open_records(run: Run) -> Records | Unrecorded:
     """The records of a run, which its first process writes."""
-    return Records(folder, run) if run.state.group.is_rank0 else Unrecorded()
+    return Records(run) if run.group.is_rank0 else Unrecorded()
 
 
 def has_tensorboard() -> bool:

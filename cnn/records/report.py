@@ -25,7 +25,6 @@ from cnn.records.pages import CLASS_HEAD, class_rows, format_metric, render
 from cnn.training.setup import Run
 from cnn.utils.files import write_atomically, write_text
 from cnn.utils.progress import duration
-from cnn.utils.run_folder import RunLogs
 
 NUM_MISTAKES = 24
 NUM_TRAINING_IMAGES = 32
@@ -38,8 +37,8 @@ RESUMED = re.compile(r"==== resumed from .*: epoch \d+, step (\d+), batch")
 class Report:
     """Writes the page and the two pictures; remembers what it need not draw again."""
 
-    def __init__(self, logs: RunLogs, run: Run):
-        self.cfg, self.logs, self.run, self.state = run.cfg, logs, run, run.state
+    def __init__(self, run: Run):
+        self.cfg, self.logs, self.run, self.state = run.cfg, run.folder.logs, run, run.state
         self._drawn: dict[str, tuple[object, Any]] = {}
 
     def write(self) -> None:

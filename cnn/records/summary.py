@@ -19,7 +19,6 @@ from cnn.training.state import TrainingState
 from cnn.utils.environment import differences
 from cnn.utils.files import write_record
 from cnn.utils.progress import duration
-from cnn.utils.run_folder import RunLogs
 from cnn.utils.screen import printable
 
 logger = logging.getLogger(__name__)
@@ -29,13 +28,14 @@ ABSURD = 1000  # times the loss of guessing; what has learnt nothing, or by hear
 QUIET = {"val_balanced_acc", "val_f1", "val_top5_acc"}  # in history.csv, not in an epoch's line
 
 
-def write(logs: RunLogs, run: Run, point: Checkpoint | None) -> None:
+def write(run: Run, point: Checkpoint | None) -> None:
     """Says what the run is, in the log, in config.yaml and in model.txt."""
     if point is not None:
         _log_resume(run, point)
     pre = run.data.preprocessing
     flops = count_flops(run.state.model, (pre.channels, pre.image_size, pre.image_size))
     log_start(run, flops)
+    logs = run.folder.logs
     write_record(logs.config, to_yaml(run.cfg))
     write_record(logs.model, model_text(run, flops))
 
@@ -57,7 +57,7 @@ def _log_resume(run: Run, point: Checkpoint) -> None:
         logger.warning(
             "not as before: %s; the run goes on, equal up to rounding", ", ".join(different)
         )
-    if state.group.size != point.content["environment"].get("world_size", 1):
+    if run.group.size != point.content["environment"].get("world_size", 1):
         logger.warning(
             "the images that follow are the same; dropout and BatchNorm, if the model has them, go by"
             " each process's share"
@@ -131,7 +131,7 @@ def _warn_of_divergence(run: Run) -> None:
     state, limit = run.state, ABSURD * math.log(max(2, len(run.data.classes)))
     absurd = [row["epoch"] for row in state.history if row["val_loss"] > limit]
     # Of a loss of the user's own nobody knows what guessing costs.
-    if run.cfg.loss.name in LOSSES and state.group.is_rank0 and absurd[:1] == [state.epoch]:
+    if run.cfg.loss.name in LOSSES and run.group.is_rank0 and absurd[:1] == [state.epoch]:
         logger.warning(
             f"val_loss {state.history[-1]['val_loss']:.3g} is over {ABSURD} times that of guessing: the run"
             f" diverges; a lower optim.lr, a warm-up or train.clip_grad_norm may help"

@@ -30,7 +30,6 @@ from cnn.records import figures, report
 from cnn.training.setup import Run
 from cnn.training.state import TIME_COLUMNS
 from cnn.utils.files import write_atomically
-from cnn.utils.run_folder import RunLogs
 
 STAMP = re.compile(r"tfevents\.(\d+)\.")
 PARTS = ("train", "val", "test", "")  # folders; hyperparameters lie in the one above
@@ -39,8 +38,8 @@ PARTS = ("train", "val", "test", "")  # folders; hyperparameters lie in the one 
 class TensorBoard:
     """The event files of a run."""
 
-    def __init__(self, logs: RunLogs, run: Run):
-        self.folder, self.run, self.state = logs.tensorboard, run, run.state
+    def __init__(self, run: Run):
+        self.folder, self.run, self.state = run.folder.logs.tensorboard, run, run.state
         self.files: dict[str, Path] = {}
         self._whole = False  # whether the files hold all that the state knows
         self._tested = False

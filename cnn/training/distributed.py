@@ -1,4 +1,4 @@
-"""One run in several processes, started by torchrun: what they do together, and what they agree on.
+"""One run in several processes, started by torchrun: what they exchange, and where they agree.
 
 Every process holds the whole model (DistributedDataParallel; Li et al., VLDB 2020) and computes its
 share of every batch. With one process, all of this does nothing.
@@ -8,8 +8,7 @@ import contextlib
 import datetime
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -18,33 +17,39 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cnn.errors import DataFailed, Failed, ProcessLost, Refused, RefusedElsewhere, Stopped
-from cnn.metrics.running import EvaluationMetrics, RunningMetrics
+from cnn.metrics.running import RunningMetrics
 from cnn.utils.launch import Launch, find_launch
 from cnn.utils.module_state import load_state
 from cnn.utils.signals import StopSignals
 
 T = TypeVar("T")
 
-# How long a process waits for the others before it gives up: within a step, and while the first one
-# of a machine decodes a large set of images.
+# How long a process waits for the others before it gives up: within a step, and while the first
+# process of a machine decodes a large set of images.
 STEP_TIMEOUT = datetime.timedelta(minutes=10)
 BUILD_TIMEOUT = datetime.timedelta(days=1)
 
 
 class Group:
-    """The processes of a run, as one of them sees it."""
+    """The processes that train together.
+
+    Attributes:
+        rank, size: number of this process, and how many there are.
+        is_rank0: whether this is the process that logs and writes files.
+        key: added to the key of random numbers inside a step, which differ between processes; that
+            of rank 0 is empty, so that it draws what a single process draws.
+    """
 
     def __init__(self, launch: Launch | None = None, stop: StopSignals | None = None):
         self.launch, self.stop = launch or Launch(), stop
         self.rank, self.size = self.launch.rank, self.launch.size
         self.is_rank0 = self.launch.is_rank0
-        # What is random inside a step is each process's own, for the first the same as alone.
         self.key = (self.rank,) if self.rank else ()
         self._launcher = os.getppid()
-        self._patient: dist.ProcessGroup | None = None  # for what may take long
+        self._patient: dist.ProcessGroup | None = None  # for exchanges that may take long
 
     def connect(self) -> None:
-        """Waits for the others.
+        """Waits for the other processes and connects to them.
 
         Raises:
             Refused: they do not come, or cannot be reached.
@@ -54,7 +59,7 @@ class Group:
         self.stop.alone = False
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
-            with self.stop.default_handlers():  # inside of torch no handler of ours would be called
+            with self.stop.default_handlers():  # torch would call no handlers while it waits
                 store, rank, size = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
                 store = dist.PrefixStore(_attempt(), store)
                 dist.init_process_group(
@@ -62,89 +67,84 @@ class Group:
                 )
                 self._patient = dist.new_group(backend="gloo", timeout=BUILD_TIMEOUT)
         except (RuntimeError, ValueError) as error:
-            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            reason = str(error).splitlines()[0]
             raise Refused(
-                f"torchrun: the {self.size} processes did not meet at {where}:"
-                f" {str(error).splitlines()[0]}"
+                f"torchrun: the {self.size} processes did not meet at {address}: {reason}"
             ) from None
 
     def disconnect(self) -> None:
-        """Waits until all are done, and takes the connections down."""
+        """Waits until all processes are done, and closes the connections."""
         if self.size > 1:
-            dist.barrier(self._patient)
+            self.barrier()
             dist.destroy_process_group()
 
-    # -- before training -----------------------------------------------------------------------
+    # -- before and after training -------------------------------------------------------------
 
-    def first(self, act: Callable[[], T]) -> T:
-        """What `act` gives in the first process, in all of them; plain values and tensors.
+    def barrier(self) -> None:
+        """Waits until all processes are here."""
+        if self.size > 1:
+            dist.barrier(self._patient)
 
-        Raises:
-            Refused, Failed: there, and with it everywhere.
-        """
+    def broadcast(self, value: T) -> T:
+        """Returns rank 0's value in every process; plain values and tensors."""
         if self.size == 1:
-            return act()
-        given, refusal = None, None
-        if self.is_rank0:
-            try:
-                given = act()
-            except (Refused, Failed) as refused:
-                refusal = refused
-        told = [(given, refusal is not None)]
-        dist.broadcast_object_list(told, src=0, group=self._patient)
-        if told[0][1]:
-            raise refusal or RefusedElsewhere("refused by the first process")
-        return told[0][0]
-
-    def together(self, act: Callable[[], T]) -> T:
-        """What `act` gives, in every process its own.
-
-        Raises:
-            Refused: in one, and with it everywhere; one of them tells why.
-        """
-        if self.size == 1:
-            return act()
-        given, refusal = None, None
-        try:
-            given = act()
-        except Refused as refused:
-            refusal = refused
-        kinds = self.all_gather(type(refusal).__name__)
-        if any(kind != "NoneType" for kind in kinds):
-            told = [
-                rank
-                for rank, kind in enumerate(kinds)
-                if kind not in ("NoneType", "RefusedElsewhere")
-            ]
-            raise (
-                refusal if self.rank in told[:1] else RefusedElsewhere("refused by another process")
-            )
-        return given
-
-    def local_rank0_first(self, act: Callable[[], T]) -> T:
-        """What `act` gives in every process; one of each machine has done it before the others."""
-        if self.launch.local_rank == 0:
-            given = self.together(act)
-            return self.together(lambda: given)
-        self.together(lambda: None)
-        return self.together(act)
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self._patient)
+        return values[0]
 
     def all_gather(self, value: T) -> list[T]:
-        """Every process's value, in the order of ranks."""
+        """Returns the values of all processes, in the order of ranks."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._patient)
         return values
 
+    @contextlib.contextmanager
+    def agreement(self) -> Iterator[None]:
+        """Ends the block with an error in every process where one of them raises Refused or Failed.
+
+        The first process that failed raises its own error, the others RefusedElsewhere.
+        """
+        error = None
+        try:
+            yield
+        except (Refused, Failed) as raised:
+            error = raised
+        if self.size > 1 and not getattr(error, "is_agreed", False):
+            failed = [
+                rank for rank, is_so in enumerate(self.all_gather(error is not None)) if is_so
+            ]
+            if failed and failed[0] != self.rank:
+                error = RefusedElsewhere(f"refused by rank {failed[0]}")
+            if failed:
+                error.is_agreed = True  # an agreement around this one is not to ask again
+        if error is not None:
+            raise error
+
+    @contextlib.contextmanager
+    def local_rank0_first(self) -> Iterator[None]:
+        """Runs the block in one process of each machine, then in the others; all agree."""
+        leads = self.launch.local_rank == 0
+        if not leads:
+            with self.agreement():
+                pass
+        with self.agreement():
+            yield
+        if leads:
+            with self.agreement():
+                pass
+
     # -- training ------------------------------------------------------------------------------
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model whose backward pass leaves the mean of all processes' gradients in each.
+        """Returns the model in a wrapper whose backward pass averages gradients over the processes.
 
-        Looking for unused parameters in every step keeps the order in which gradients are added
-        the same from the first step on, and with it the bits after a resume; otherwise they are
-        put into other buckets after the first step. Frozen parameters are unused ones too.
+        Searching for unused parameters in every step keeps the order in which gradients are added
+        the same from the first step on, and with it the bits after a resume; otherwise they move to
+        other buckets after the first step. Frozen parameters are unused ones too.
         """
         if self.size == 1:
             return model
@@ -152,143 +152,109 @@ class Group:
             model, find_unused_parameters=True, gradient_as_bucket_view=True
         )
 
-    def accumulating(self, forward: nn.Module, more: bool) -> contextlib.AbstractContextManager:
-        """Around a forward pass: whether its gradients wait for those of more batches."""
-        return forward.no_sync() if more and self.size > 1 else contextlib.nullcontext()
+    def no_sync(self, model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
+        """Returns a context in which gradients of the wrapped model accumulate without averaging."""
+        return model.no_sync() if enabled and self.size > 1 else contextlib.nullcontext()
 
-    def sum(self, value: T, device: torch.device) -> Callable[[], T | torch.Tensor]:
-        """Begins to sum a number or a tensor over all processes, exact to float64.
-
-        Returns:
-            What waits for the sum, and gives it.
-        """
+    def sum(self, value: T, device: torch.device) -> T | torch.Tensor:
+        """Returns the sum over all processes of a number or a tensor, in float64."""
         if self.size == 1:
-            return lambda: value
+            return value
         total = torch.as_tensor(value, dtype=torch.float64, device=device).clone()
-        work = dist.all_reduce(total, async_op=True)
+        dist.all_reduce(total)
+        return total
 
-        def wait() -> torch.Tensor:
-            work.wait()
-            return total
-
-        return wait
-
-    def add_up(self, sums: RunningMetrics) -> Callable[[], None]:
-        """Begins to make of every process's sums those of all; what it returns waits for them."""
-        if self.size == 1:
-            return lambda: None
-        own = sums.pack()
-        total = self.sum(own, own.device)
-        return lambda: sums.unpack(total())
-
-    def gather(self, outcome: EvaluationMetrics) -> None:
-        """Makes of every process's part of an evaluation the whole."""
+    def sum_metrics(self, metrics: RunningMetrics) -> RunningMetrics:
+        """Sums running metrics over all processes, in place."""
         if self.size > 1:
-            outcome.gather(self.all_of)
+            packed = metrics.pack()
+            metrics.unpack(self.sum(packed, packed.device))
+        return metrics
+
+    def gather_metrics(self, metrics: RunningMetrics) -> None:
+        """Merges the batches that each process evaluated, in place; all get the same metrics."""
+        if self.size > 1:
+            metrics.gather(self.all_gather)
 
     def broadcast_module(self, module: nn.Module | None) -> None:
-        """Gives every process the first one's weights and buffers of a module.
+        """Copies rank 0's weights, buffers and extra state of a module to all processes.
 
-        What BatchNorm has seen differs: it sees the process's own images.
+        They differ where BatchNorm has seen the images of its own process alone.
         """
-        if self.size > 1 and module is not None:
-            extra = {}  # of get_extra_state
-            for name, value in module.state_dict().items():
-                if isinstance(value, torch.Tensor):
-                    dist.broadcast(value, src=0)
-                else:
-                    extra[name] = value
-            if extra:
-                load_state(module, self.first(lambda: extra), strict=False)
+        if self.size == 1 or module is None:
+            return
+        extra = {}  # from get_extra_state
+        for name, value in module.state_dict().items():
+            if isinstance(value, torch.Tensor):
+                dist.broadcast(value, src=0)
+            else:
+                extra[name] = value
+        if extra:
+            load_state(module, self.broadcast(extra), strict=False)
 
-    def in_step(self, batches: Iterable[T], number: int) -> Iterator[T]:
-        """Passes batches on, each once every process has its own, and `number` times.
+    def synchronized(self, batches: Iterable[T], number: int) -> Iterator[T]:
+        """Yields batches, each once every process has its own; where one fails, all stop before it.
 
-        A process that has fewer waits with the others. Where one cannot go on, all stop before the
-        same batch. The next batch is made, and agreed on, before this one is computed: the agreement
-        takes no time of its own, and a signal that comes meanwhile stops all one batch later.
+        The next batch is loaded and agreed on before this one is computed, so that the agreement
+        takes no time; a signal that comes meanwhile stops all processes one batch later.
+
+        Args:
+            number: of batches in the process that has most; those with fewer wait for it.
 
         Raises:
-            Stopped: one of them was sent a signal.
-            DataFailed: one of them cannot have its batch.
+            Stopped: one of the processes received a signal.
+            DataFailed: one of them cannot load its batch.
         """
-        own = iter(batches)
+        batches = iter(batches)
         if self.size == 1:
-            yield from iter(lambda: self._next(own), None)
+            yield from iter(lambda: self._next(batches), None)
             return
-        following = self._agree_on(own) if number else None
+        following = self._begin_agreement(batches) if number else None
         for left in reversed(range(number)):
-            batch, agreement = following
-            agreement.wait()
-            following = self._agree_on(own) if left else None
+            batch = self._end_agreement(*following)
+            following = self._begin_agreement(batches) if left else None
             if batch is not None:
                 yield batch
-            del batch  # before another one is made
+            del batch  # frees its memory before another one is made
 
     def _next(self, batches: Iterator[T]) -> T | None:
-        """The next batch, None after the last; a signal ends the wait for it."""
-        return (
-            self.stop.interruptible(lambda: next(batches, None))
-            if self.stop
-            else next(batches, None)
-        )
+        """Returns the next batch, None after the last; a signal interrupts the wait for it."""
+        if self.stop is None:
+            return next(batches, None)
+        return self.stop.interruptible(lambda: next(batches, None))
 
-    def _agree_on(self, batches: Iterator[T]) -> "tuple[T | None, _Agreement]":
-        """The next batch, if it can be had, and the agreement on it, under way."""
+    def _begin_agreement(
+        self, batches: Iterator[T]
+    ) -> tuple[T | None, DataFailed | None, torch.Tensor, "dist.Work"]:
+        """Loads the next batch and starts an all-reduce of (signal received, rank + 1 if failed)."""
         batch = failure = None
         try:
             batch = self._next(batches)
         except DataFailed as error:
             failure = error
         except Stopped:
-            pass  # the others are told, and all stop before this batch
-        said = torch.tensor([self._signal(), self.rank + 1 if failure else 0])
-        work = dist.all_reduce(said, dist.ReduceOp.MAX, async_op=True)
-        return batch, _Agreement(said, work, failure)
+            pass  # the all-reduce tells the others, and all stop before this batch
+        state = torch.tensor([self._signal(), self.rank + 1 if failure else 0])
+        work = dist.all_reduce(state, dist.ReduceOp.MAX, async_op=True)
+        return batch, failure, state, work
+
+    def _end_agreement(
+        self, batch: T | None, failure: DataFailed | None, state: torch.Tensor, work: "dist.Work"
+    ) -> T | None:
+        """Waits for the all-reduce; returns the batch, or raises where one process cannot go on."""
+        work.wait()
+        signalled, failed = state.tolist()
+        if failed:
+            raise failure or DataFailed(f"rank {failed - 1} cannot load its images")
+        if signalled:
+            raise Stopped(signalled)
+        return batch
 
     def _signal(self) -> int:
-        """The signal that this process was sent, or 0; a launcher that is gone counts as one."""
+        """Returns the signal that this process received, or 0; the end of torchrun counts as one."""
         if self.stop.received is None and os.getppid() != self._launcher:
             return signal.SIGTERM
         return self.stop.received or 0
-
-    def wait(self) -> None:
-        """Waits until all are here: nobody leaves while the first one saves."""
-        if self.size > 1:
-            dist.barrier(self._patient)
-
-
-@dataclass
-class _Agreement:
-    """Whether all go on with a batch, on its way.
-
-    Attributes:
-        said: of all processes the largest signal that one was sent, and rank, from 1, of one that
-            cannot have its batch; 0 where there is none.
-        failure: why this one cannot.
-    """
-
-    said: torch.Tensor
-    work: "dist.Work"
-    failure: DataFailed | None
-
-    def wait(self) -> None:
-        """Raises Stopped or DataFailed where one of them cannot go on."""
-        self.work.wait()
-        signalled, failed = self.said.tolist()
-        if failed:
-            raise self.failure or DataFailed(f"rank {failed - 1} cannot have its images")
-        if signalled:
-            raise Stopped(signalled)
-
-
-def _attempt() -> str:
-    """What torchrun's restarts are told apart by, where they share a store of addresses.
-
-    Without, a process started again would look for the others where they were before.
-    """
-    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT') if shared else 0}"
 
 
 ALONE = Group()
@@ -296,10 +262,10 @@ ALONE = Group()
 
 @contextlib.contextmanager
 def process_group(stop: StopSignals) -> Iterator[Group]:
-    """The group that torchrun has started this process in; alone without it.
+    """Connects the processes that torchrun has started; a group of one without torchrun.
 
     Raises:
-        ProcessLost: another process has gone while this one needed it.
+        ProcessLost: another process ended while this one needed it.
     """
     group = Group(find_launch(), stop)
     group.connect()
@@ -310,7 +276,15 @@ def process_group(stop: StopSignals) -> Iterator[Group]:
         of_connection = "gloo" in str(error) or "Connection" in str(error)
         if group.size > 1 and (isinstance(error, dist.DistError) or of_connection):
             raise ProcessLost(
-                "another process of this run is gone; what ended it is told by that one, above or"
-                " in its own output"
+                "another process of this run has ended; its own output, or the lines above, say why"
             ) from None
         raise
+
+
+def _attempt() -> str:
+    """Returns a prefix that separates the restarts of torchrun in their shared store of addresses.
+
+    Without it, a restarted process would look for the others at their old addresses.
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT') if shared else 0}"

@@ -1,4 +1,4 @@
-"""Going on with a run: which file, whether it fits what is asked now, and what has changed."""
+"""Resuming a run: from which checkpoint, whether it fits today's settings and data, what has changed."""
 
 import contextlib
 import logging
@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cnn import config
 from cnn.cli import Command
@@ -19,6 +19,7 @@ from cnn.datasets.loader import Loader
 from cnn.errors import Refused
 from cnn.training.state import TrainingState
 from cnn.utils.checkpoint import is_end_of_epoch, load_checkpoint, read_checkpoint
+from cnn.utils.checkpoint import read_checkpoint as read_metadata
 from cnn.utils.files import write_atomically
 from cnn.utils.importing import outside_code
 from cnn.utils.run_folder import ARCHIVE, RunFolder, checkpoints_in
@@ -26,36 +27,44 @@ from cnn.utils.screen import aligned
 
 logger = logging.getLogger(__name__)
 
-# What torch and Python raise where something is loaded into what it was not saved from.
+# What torch and Python raise where a state dict is loaded into something else.
 DOES_NOT_FIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run goes on."""
+    """A checkpoint from which a run resumes.
+
+    Attributes:
+        cfg: today's settings, found to fit the checkpoint.
+        changes: settings that differ from the checkpoint's, as `key then → now`.
+        stamp: of the file when it was read.
+    """
 
     path: Path
-    content: dict[str, Any]  # of the checkpoint
-    cfg: Config  # today's settings, found to fit it
-    changes: tuple[str, ...] = ()  # what of them is different, as `key then → now`
-    stamp: tuple[int, int] | None = None  # of the file when it was read
+    content: dict[str, Any]
+    cfg: Config
+    changes: tuple[str, ...] = ()
+    stamp: tuple[int, int] | None = None
 
     def is_outdated(self) -> bool:
-        """Whether the file was written anew since it was read."""
+        """Returns whether the file was written anew since it was read."""
         return self.stamp != _stamp(self.path)
 
 
 def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | None:
-    """Where `--resume` goes on, and with which settings: the checkpoint's, with those typed now.
+    """Reads the checkpoint that `--resume` names, or the run's latest, and checks the settings.
+
+    The settings are the checkpoint's with those typed now, or with `--config` the file's.
 
     Args:
-        cfg: the settings of today's file, which tell the run's folder; with `--config` they count.
+        cfg: the settings of today's file, which name the run's folder.
 
     Returns:
-        None where the run has nothing to go on from, so that it starts.
+        None where the run has no checkpoint yet, so that it starts.
 
     Raises:
-        Refused: no such file, a broken one, or settings that do not fit it.
+        Refused: no such file, a damaged one, or settings that do not fit it.
     """
     if command.checkpoint is not None:
         path, stamp = command.checkpoint, _stamp(command.checkpoint)
@@ -73,7 +82,7 @@ def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | Non
     if base is not None:
         check_code(path, base, command.typed())
         if command.checkpoint is None:
-            base = base | {"run": cfg.run}  # the folder that it was found in, whatever its name was
+            base = base | {"run": cfg.run}  # the run may have been renamed with its folder
     with naming(path):
         cfg, places = command.load_config(base)
     command.places.clear()
@@ -84,7 +93,7 @@ def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | Non
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Has refusals of a checkpoint's settings name the file."""
+    """Puts the checkpoint's path into refusals of its settings."""
     try:
         yield
     except Refused as refusal:
@@ -94,12 +103,12 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def placed(places: dict[str, str], path: Path) -> dict[str, str]:
-    """Where each setting was given, those of the checkpoint by its name."""
+    """Returns where each setting was given, with the path for those of the checkpoint."""
     return {key: str(path) if place == "checkpoint" else place for key, place in places.items()}
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
-    """Changes with every write of a checkpoint, which makes a new file under the name."""
+    """Returns inode and time of a file, which change with every write; None without a file."""
     try:
         status = path.stat()
     except (OSError, ValueError):
@@ -108,25 +117,25 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 def latest_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
-    """The run's latest file that is whole: last.pth, else the furthest of the others.
+    """Reads last.pth of a run or, where it is damaged, the readable checkpoint with most steps.
 
     Returns:
-        Path and content, or None where the run has no file yet.
+        Path and content, or None where the run has no checkpoint yet.
 
     Raises:
-        Refused: there are files and none can be read.
+        Refused: there are checkpoints and none can be read.
     """
-    readable = []
-    for path in folder.saved():
+    paths, readable = folder.saved(), []
+    for path in paths:
         try:
             readable.append((path, read_checkpoint(path)))
         except Refused as refusal:
             logger.warning("%s", refusal)
         if path == folder.last and readable:
             return readable[0]
+    if not paths:
+        return None
     if not readable:
-        if not folder.saved():
-            return None
         raise Refused(
             f"{folder.checkpoints}: no file of this run can be read; without --resume a new run"
             f" starts, and these are kept in {folder.checkpoints / ARCHIVE}"
@@ -137,13 +146,10 @@ def latest_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
 
 
 def check_code(path: Path, saved: dict[str, Any], typed: set[str]) -> None:
-    """Refuses a checkpoint that names code of others to run; a file may come from anybody.
+    """Refuses a checkpoint whose settings name code outside this folder.
 
     Args:
-        typed: keys given on the command line in this call.
-
-    Raises:
-        Refused: unless the name is typed on the command line too.
+        typed: keys given on the command line, which allow the code that they name.
     """
     for key, name in config.import_paths(saved):
         if key not in typed and outside_code(name):
@@ -156,39 +162,34 @@ def check_code(path: Path, saved: dict[str, Any], typed: set[str]) -> None:
 def check_settings(
     path: Path, saved: dict[str, Any], cfg: Config, typed: set[str], places: dict[str, str]
 ) -> list[str]:
-    """Holds today's settings against the checkpoint's.
+    """Compares today's settings with the checkpoint's.
 
     Args:
-        typed: keys given on the command line in this call.
+        typed: keys given on the command line.
         places: where each key was given, for the message.
 
     Returns:
-        What is different and taken, each as `key then → now`.
+        The changes, each as `key then → now`.
 
     Raises:
-        Refused: what cannot change has changed, or what changes the mathematics was not typed.
+        Refused: a setting has changed that cannot, or that has to be typed to change.
     """
-    # A key that is younger than the checkpoint was at what is its default.
+    # The checkpoint lacks keys that are younger: those had their defaults.
     then = config.flat(config.to_dict(Config())) | config.flat(saved)
     now = config.flat(config.to_dict(cfg))
     rules = config.resume_rules()
-    changed = [key for key in rules if then[key] != now[key]]
-    untyped = {key for key in changed if rules[key] == ASKED and key not in typed}
-    refused = [key for key in changed if rules[key] == FIXED or key in untyped]
-    shown = {key: (as_text(then[key]), as_text(now[key])) for key in changed}
+    texts = {k: (as_text(then[k]), as_text(now[k])) for k in rules if then[k] != now[k]}
+    verdicts = {key: FREE for key in texts}
+    for key, (_, after) in texts.items():
+        if rules[key] == FIXED:
+            verdicts[key] = FIXED
+        elif rules[key] == ASKED and key not in typed:
+            verdicts[key] = f"type {key}={after} on the command line to change it"
+    refused = [key for key, verdict in verdicts.items() if verdict != FREE]
     if not refused:
-        return [f"{key} {before} → {after}" for key, (before, after) in shown.items()]
+        return [f"{key} {before} → {after}" for key, (before, after) in texts.items()]
     rows = [("setting", "checkpoint", "now", "")]
-    for key, (before, after) in shown.items():
-        asked = f"type {key}={after} on the command line to change it"
-        rows.append(
-            (
-                key,
-                before,
-                after,
-                asked if key in untyped else rules[key] if key in refused else FREE,
-            )
-        )
+    rows += [(key, *texts[key], verdict) for key, verdict in verdicts.items()]
     place = places.get(refused[0], "").removeprefix("checkpoint")
     raise Refused(
         f"{place + ': ' if place else ''}{path} was made with other settings:\n"
@@ -198,16 +199,16 @@ def check_settings(
     )
 
 
-def restore(state: TrainingState, point: Checkpoint, data: Data, loader: Loader) -> None:
-    """Puts the run where the checkpoint was.
+def restore(state: TrainingState, checkpoint: Checkpoint, data: Data, loader: Loader) -> None:
+    """Loads the state of a checkpoint.
 
     Args:
         loader: of the training images.
 
     Raises:
-        Refused: the data or the model is another one.
+        Refused: the data, the model or the optimizer is another one.
     """
-    path, content = point.path, point.content
+    path, content = checkpoint.path, checkpoint.content
     if content["classes"] != data.classes:
         raise Refused(
             f"{path}: trained on the classes {', '.join(content['classes'][:10])}; the data now has"
@@ -215,15 +216,14 @@ def restore(state: TrainingState, point: Checkpoint, data: Data, loader: Loader)
         )
     then, now = content["data"], data.fingerprint()
     if then != now:
-        parts = ("train", "val", "test")
-        counts = ", ".join(f"{part} {then[part]} → {now[part]}" for part in parts)
-        if all(then[part] == now[part] for part in parts):
-            counts = "as many images, but other files, labels, pixels or another order"
+        sizes = [f"{part} {then[part]} → {now[part]}" for part in ("train", "val", "test")]
+        if all(then[part] == now[part] for part in ("train", "val", "test")):
+            sizes = ["as many images, but other files, labels, pixels or another order"]
         raise Refused(
-            f"{path}: the data has changed since ({counts}), so that the run could not go on"
-            f" as it was. To begin a new run from its weights: model.weights={path}"
+            f"{path}: the data has changed since ({', '.join(sizes)}), so that the run could not go"
+            f" on as it was. To begin a new run from its weights: model.weights={path}"
         )
-    _check_place(point, loader)
+    _check_position(checkpoint, loader)
     try:
         state.load_state_dict(content)
     except DOES_NOT_FIT as error:
@@ -232,41 +232,43 @@ def restore(state: TrainingState, point: Checkpoint, data: Data, loader: Loader)
         raise Refused(
             f"{path}: does not fit the model or optimizer as configured: {reason}"
         ) from None
-    cfg = point.cfg.train
+    cfg = checkpoint.cfg.train
     if not state.is_finished(cfg.epochs, cfg.early_stop_patience):
-        state.test = None  # there are more epochs now; it will be another best one's
+        state.test = None  # there are more epochs now, and another one may become the best
         state.predictions.pop("test", None)
 
 
-def _check_place(point: Checkpoint, loader: Loader) -> None:
-    """Refuses a place that no run over these batches comes to."""
-    content, accumulate = point.content, point.cfg.train.accumulate
+def _check_position(checkpoint: Checkpoint, loader: Loader) -> None:
+    """Refuses numbers of steps and images that no run over these batches reaches."""
+    content, accumulate = checkpoint.content, checkpoint.cfg.train.accumulate
     epoch, step, batch = content["epoch"], content["step"], content["unfinished_epoch"]["batch"]
-    of_epoch, of_this_one = (-(-number // accumulate) for number in (len(loader), batch))
+    per_epoch, in_this_one = (-(-number // accumulate) for number in (len(loader), batch))
     images = content["unfinished_epoch"]["sums"]["count"]
-    fits = batch <= len(loader) and step == epoch * of_epoch + of_this_one
+    fits = batch <= len(loader) and step == epoch * per_epoch + in_this_one
     if not fits or images > sum(loader.sizes[:batch]):
         raise Refused(
-            f"{point.path}: step {step} and {images} images do not fit {epoch} epochs and {batch}"
-            f" batches of {len(loader)}"
+            f"{checkpoint.path}: step {step} and {images} images do not fit {epoch} epochs and"
+            f" {batch} batches of {len(loader)}"
         )
 
 
-def prepare_folder(folder: RunFolder, point: Checkpoint | None) -> None:
-    """Sees to it that the run writes over nothing of another, nor of itself further on.
+def prepare_folder(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
+    """Moves away checkpoints that the run would overwrite: another run's, or its own further ones.
 
     Raises:
-        Refused: what is there cannot be put out of the way.
+        Refused: they cannot be moved.
     """
     try:
-        here = _places(folder.saved(), point) if point else {}
-        if not any(place and place.started == point.content["started"] for place in here.values()):
-            here, where = {}, folder.archive()
-            if where is not None:
-                logger.info("the earlier run is moved to %s", where)
-        if point is not None:
-            _set_others_aside(folder, point, here)
-            _bring_best_along(folder, point)
+        existing = {}
+        if checkpoint is not None:
+            existing = {path: _metadata(path, checkpoint) for path in folder.saved()}
+        if not any(_is_same_run(metadata, checkpoint) for metadata in existing.values()):
+            existing, archive = {}, folder.archive()
+            if archive is not None:
+                logger.info("the earlier run is moved to %s", archive)
+        if checkpoint is not None:
+            _set_others_aside(folder, checkpoint, existing)
+            _copy_best(folder, checkpoint)
     except OSError as error:
         raise Refused(
             f"{error.filename or folder.checkpoints}: cannot be written, so that an earlier state"
@@ -274,51 +276,43 @@ def prepare_folder(folder: RunFolder, point: Checkpoint | None) -> None:
         ) from None
 
 
-class _Place(NamedTuple):
-    """Where a checkpoint stands in which run."""
-
-    started: str
-    step: int
-
-
-def _read(path: Path, point: Checkpoint) -> dict[str, Any] | None:
-    """The content of a checkpoint; None where it is damaged."""
+def _metadata(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Returns the plain values of a file, without reading its tensors; None where it is damaged."""
     try:
-        return point.content if path == point.path else read_checkpoint(path)
+        return checkpoint.content if path == checkpoint.path else read_metadata(path)
     except Refused:
         return None
 
 
-def _places(paths: list[Path], point: Checkpoint) -> dict[Path, _Place | None]:
-    """Where each of the checkpoints stands; None for one that is damaged."""
-    contents = ((path, _read(path, point)) for path in paths)
-    return {path: c and _Place(c["started"], c["step"]) for path, c in contents}
+def _is_same_run(metadata: dict[str, Any] | None, checkpoint: Checkpoint) -> bool:
+    return metadata is not None and metadata["started"] == checkpoint.content["started"]
 
 
 def _set_others_aside(
-    folder: RunFolder, point: Checkpoint, here: dict[Path, _Place | None]
+    folder: RunFolder, checkpoint: Checkpoint, existing: dict[Path, dict[str, Any] | None]
 ) -> None:
-    """Moves away what the run would write over: what is ahead of the file that it goes on from.
+    """Moves away what is further than the checkpoint, damaged or of another run.
 
-    What is ahead may go another way than the run now will. last.pth is then where the run goes on.
+    What is further may have gone another way. Then makes last.pth the checkpoint. Where last.pth is
+    it already, what is further was written just before a kill, and will be written again.
     """
-    step, started = point.content["step"], point.content["started"]
-    # Where last.pth goes on, what is ahead was written an instant before a kill, and will be again.
-    goes_on = _is_same_file(folder.last, point.path)
-    aside = {}
-    for path, at in here.items():
-        if at is not None and at.started != started:
-            aside[path] = "of another run"
-        elif at is None and not goes_on:
-            aside[path] = "damaged"
-        elif not goes_on and at.step > step and not _is_same_file(path, point.path):
-            aside[path] = f"further than {point.path}"
+    resumes_last = _is_same_file(folder.last, checkpoint.path)
+    reasons = {}
+    for path, metadata in existing.items():
+        if metadata is None:
+            reasons[path] = None if resumes_last else "damaged"
+        elif not _is_same_run(metadata, checkpoint):
+            reasons[path] = "of another run"
+        elif metadata["step"] > checkpoint.content["step"] and not resumes_last:
+            is_this = _is_same_file(path, checkpoint.path)
+            reasons[path] = None if is_this else f"further than {checkpoint.path}"
+    aside = {path: reason for path, reason in reasons.items() if reason}
     if aside:
         target = folder.set_aside(list(aside))
         for path, reason in aside.items():
             logger.info("%s is %s; kept as %s", path, reason, target / path.name)
-    if not goes_on and point.path.exists():
-        _copy(point.path, folder.last)
+    if not resumes_last and checkpoint.path.exists():
+        _copy(checkpoint.path, folder.last)
 
 
 def _is_same_file(one: Path, other: Path) -> bool:
@@ -330,20 +324,27 @@ def _copy(source: Path, target: Path) -> None:
         write_atomically(target, lambda new: shutil.copyfileobj(file, new))
 
 
-def _bring_best_along(folder: RunFolder, point: Checkpoint) -> None:
-    """Sees to it that best.pth is the best epoch that the point knows of.
+def _copy_best(folder: RunFolder, checkpoint: Checkpoint) -> None:
+    """Makes best.pth the best epoch that the checkpoint names.
 
-    It may be another: going on in another folder, from an earlier file, or after a damage.
+    It may be another one in another folder, after a resume from an earlier file, or be damaged.
     """
-    best, started = point.content["best"], point.content["started"]
+    best, started = checkpoint.content["best"], checkpoint.content["started"]
     if best is None:
         return
-    beside = [point.path.with_name(folder.best.name), *checkpoints_in(point.path.parent)]
-    for path in (folder.best, *beside, *folder.saved(), point.path):
-        content = _read(path, point)
-        if content is not None and is_end_of_epoch(content, started, best["epoch"]):
+    parent = checkpoint.path.parent
+    paths = [folder.best, parent / folder.best.name, *checkpoints_in(parent), *folder.saved()]
+    for path in dict.fromkeys([*paths, checkpoint.path]):
+        metadata = _metadata(path, checkpoint)
+        if metadata is None or not is_end_of_epoch(metadata, started, best["epoch"]):
+            continue
+        with contextlib.suppress(Refused):  # its tensors are damaged: look further
+            if path != checkpoint.path:
+                read_checkpoint(path)
             if path != folder.best:
                 _copy(path, folder.best)
             return
-    gone = "the weights of the best epoch so far (%d) are not there any more"
-    logger.warning(f"%s: {gone}", folder.best, best["epoch"])
+    logger.warning(
+        f"{folder.best}: the weights of the best epoch so far (%d) are not there any more",
+        best["epoch"],
+    )

@@ -1,8 +1,9 @@
-"""From the settings to everything that a run is made of, in the order things depend on each other."""
+"""From the settings to all parts of a run, in the order in which they depend on each other."""
 
 import dataclasses
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from cnn.config import Config, to_dict
 from cnn.datasets.augment import DRAWS
 from cnn.datasets.build import Data, build_data
-from cnn.datasets.loader import Loader, build_loader
+from cnn.datasets.loader import Batch, Loader, build_loader
 from cnn.datasets.preprocessing import Preprocessing
 from cnn.errors import Refused
 from cnn.metrics.running import EvaluationMetrics
@@ -18,7 +19,7 @@ from cnn.metrics.scores import epoch_metrics, mode, result_metrics
 from cnn.models import small_maps
 from cnn.models.build import build_model
 from cnn.training.distributed import ALONE, Group
-from cnn.training.engine import set_training
+from cnn.training.engine import set_training_mode
 from cnn.training.losses import build_loss, class_weights, has_state
 from cnn.training.optim import build_optimizer
 from cnn.training.resume import Checkpoint, restore
@@ -28,95 +29,138 @@ from cnn.training.state import TrainingState
 from cnn.utils import environment as env
 from cnn.utils.checkpoint import FORMAT, check_readable, snapshot
 from cnn.utils.module_state import state_preserved
+from cnn.utils.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from cnn.drill.trace import Trace
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's parts.
+    """All parts of a run.
 
     Attributes:
-        metadata: what a checkpoint holds besides the state.
+        group: the processes that train together.
+        loss: the loss function.
+        train_model: the model compiled and wrapped for several processes, as settings ask for.
+        metadata: entries of a checkpoint beside the state.
+        trace: records every batch, for the drill.
     """
 
     cfg: Config
+    folder: RunFolder
+    group: Group
     data: Data
     train_loader: Loader
     val_loader: Loader
     test_loader: Loader
     loss: nn.Module
     state: TrainingState
+    train_model: nn.Module
     precision: str
     metadata: dict[str, Any]
+    trace: "Trace | None" = None
 
     @property
     def steps_per_epoch(self) -> int:
-        return _num_steps(self.cfg, self.train_loader)
+        return num_steps(self.cfg, self.train_loader)
 
     @property
     def environment(self) -> dict[str, Any]:
         return self.metadata["environment"]
 
+    def is_finished(self) -> bool:
+        """Returns whether there is nothing left to train."""
+        return self.state.is_finished(self.cfg.train.epochs, self.cfg.train.early_stop_patience)
+
     def autocast(self) -> torch.autocast:
-        """Around a forward pass: the arithmetic's precision."""
+        """Returns the context in which a forward pass has the run's precision."""
         return env.autocast(self.state.device, self.precision)
 
     def evaluation_metrics(self, *, of_result: bool = False) -> EvaluationMetrics:
-        """What an evaluation is to be added to: an epoch's, or the one that is the run's result."""
+        """Returns empty metrics for the validation of an epoch, or for the result of the run."""
         number, monitor = len(self.data.classes), self.cfg.checkpoint.monitor
         names = result_metrics(number) if of_result else epoch_metrics(number, monitor)
         return EvaluationMetrics(self.state.device, number, names)
 
+    def train_batches(self) -> Iterator[Batch]:
+        """Yields the batches that are left of the current epoch."""
+        state, loader = self.state, self.train_loader
+        batches = loader.train_batches(state.epoch + 1, start=state.batch)
+        batches = self.group.synchronized(batches, len(loader) - state.batch)
+        return self._traced(batches, "training", state.running_metrics)
+
+    def evaluation_batches(
+        self, loader: Loader, part: str, metrics: EvaluationMetrics
+    ) -> Iterator[Batch]:
+        """Yields this process's batches of an evaluation, `part` and `metrics` being for the trace."""
+        batches = self.group.synchronized(loader.batches(), loader.num_batches_per_rank())
+        return self._traced(batches, part, metrics)
+
+    def _traced(self, batches: Iterator[Batch], part: str, metrics: Any) -> Iterator[Batch]:
+        if self.trace is None:
+            return batches
+        return self.trace.record(batches, self.state, part, metrics)
+
 
 def build_run(
     cfg: Config,
-    point: Checkpoint | None = None,
-    max_batches: int | None = None,
+    folder: RunFolder | None = None,
     group: Group = ALONE,
+    checkpoint: Checkpoint | None = None,
+    max_batches: int | None = None,
+    trace: "Trace | None" = None,
 ) -> Run:
-    """Builds a run and, given a resume point, puts it there.
+    """Builds a run; with a checkpoint, in the state that it holds.
 
     Args:
-        max_batches: use only so many batches of every split.
-        group: the processes that train together; each builds its own.
+        folder: where the run writes; None: the folder of its name.
+        group: the processes that train together; each builds its own parts.
+        checkpoint: from which the run resumes.
+        max_batches: number of batches of every split to use; None: all.
 
     Raises:
-        Refused: something cannot be had or does not fit.
+        Refused: something is missing, or does not fit.
     """
     device = env.choose_device(cfg.device, group.launch)
     check_group(cfg, device, group)
-    earlier = point.content["environment"]["precision"] if point else None
+    earlier = checkpoint.content["environment"]["precision"] if checkpoint else None
     precision = env.choose_precision(cfg.train.precision, device, earlier)
     if cfg.train.deterministic:
         env.make_deterministic()
     data = build_once_per_node(group, lambda: build_data(cfg.data, cfg.seed))
-    if point is not None:
-        saved = point.content["preprocessing"]
-        data = data.with_preprocessing(Preprocessing.from_checkpoint(point.path, saved))
+    if checkpoint is not None:
+        saved = checkpoint.content["preprocessing"]
+        data = data.with_preprocessing(Preprocessing.from_checkpoint(checkpoint.path, saved))
     check_monitor(cfg.checkpoint.monitor, data)
     if max_batches is not None:
         data = data.head(max_batches * cfg.data.batch_size)
-    # A resume brings its weights along; those that the run began with may be gone.
-    begun = replace(cfg.model, weights=None, pretrained=False) if point else cfg.model
-    pre = data.preprocessing
-    model = build_model(begun, len(data.classes), pre.channels, pre.image_size, cfg.seed)
-    model = _prepare_model(model, cfg, device, precision, group)
+    model = _build_model(cfg, data, device, precision, group, from_scratch=checkpoint is None)
     loss = build_loss(cfg.loss, data.train.labels, data.classes).to(device)
     loaders = _build_loaders(cfg, data, device, group)
-    state = _build_state(cfg, model, loss, _num_steps(cfg, loaders[0]), precision, group)
+    state = _build_state(cfg, model, loss, num_steps(cfg, loaders[0]), precision)
+    train_model = group.wrap(torch.compile(model) if cfg.train.compile else model)
     if 1 in loaders[0].sizes:
-        check_one_image(model, (pre.channels, pre.image_size, pre.image_size))
-    metadata = _describe(cfg, data, loss) | {
-        "started": point.content["started"] if point else env.timestamp(),
-        "environment": env.describe(device, precision, group.size),
-    }
+        check_one_image(model, data.preprocessing.shape)
+    started = checkpoint.content["started"] if checkpoint else env.timestamp()
+    metadata = _metadata(cfg, data, loss, started, env.describe(device, precision, group.size))
     check_readable(snapshot(state.state_dict()) | metadata)
-    if point is not None:
-        restore(state, point, data, loaders[0])
-    return Run(cfg, data, *loaders, loss, state, precision, metadata)
+    if checkpoint is not None:
+        restore(state, checkpoint, data, loaders[0])
+    folder = folder or RunFolder(cfg.run)
+    return Run(
+        cfg, folder, group, data, *loaders, loss, state, train_model, precision, metadata, trace
+    )
 
 
-def _describe(cfg: Config, data: Data, loss: nn.Module) -> dict[str, Any]:
-    """What a checkpoint says of the run whatever process goes on with it."""
+def num_steps(cfg: Config, loader: Loader) -> int:
+    """Returns the number of optimizer steps per epoch."""
+    return -(-len(loader) // cfg.train.accumulate)
+
+
+def _metadata(
+    cfg: Config, data: Data, loss: nn.Module, started: str, environment: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "draws": DRAWS,
@@ -125,18 +169,31 @@ def _describe(cfg: Config, data: Data, loss: nn.Module) -> dict[str, Any]:
         "preprocessing": dataclasses.asdict(data.preprocessing),
         "class_weights": class_weights(loss),
         "data": data.fingerprint(),
+        "started": started,
+        "environment": environment,
     }
 
 
-def _num_steps(cfg: Config, loader: Loader) -> int:
-    """Optimizer steps in an epoch."""
-    return -(-len(loader) // cfg.train.accumulate)
-
-
-def _prepare_model(
-    model: nn.Module, cfg: Config, device: torch.device, precision: str, group: Group
+def _build_model(
+    cfg: Config,
+    data: Data,
+    device: torch.device,
+    precision: str,
+    group: Group,
+    *,
+    from_scratch: bool,
 ) -> nn.Module:
-    """The model on its device, with what is quicker or shared there in the place of torch's own."""
+    """Builds the model on its device, with modules replaced by faster or synchronized ones.
+
+    Args:
+        from_scratch: else a checkpoint brings the weights, and those the run started from may be
+            gone.
+    """
+    wanted = cfg.model
+    if not from_scratch:
+        wanted = dataclasses.replace(cfg.model, weights=None, pretrained=False)
+    pre = data.preprocessing
+    model = build_model(wanted, len(data.classes), pre.channels, pre.image_size, cfg.seed)
     if cfg.train.sync_batchnorm and group.size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device, memory_format=torch.channels_last)
@@ -147,43 +204,39 @@ def _prepare_model(
 
 
 def _build_loaders(cfg: Config, data: Data, device: torch.device, group: Group) -> list[Loader]:
-    """Of train, val and test; what they decode, one process of a machine does for all there."""
-    splits = ((data.train, True), (data.val, False), (data.test, False))
-    share = {"rank": group.rank, "num_ranks": group.size}
+    """Builds the loaders of train, val and test; one process per machine decodes for all there."""
     common = (data.preprocessing, device, cfg.seed)
-    return group.local_rank0_first(
-        lambda: [
+    share = {"rank": group.rank, "num_ranks": group.size}
+    splits = ((data.train, True), (data.val, False), (data.test, False))
+    with group.local_rank0_first():
+        return [
             build_loader(cfg.data, images, *common, training=training, **share)
             for images, training in splits
         ]
-    )
 
 
 def _build_state(
-    cfg: Config, model: nn.Module, loss: nn.Module, steps: int, precision: str, group: Group
+    cfg: Config, model: nn.Module, loss: nn.Module, steps_per_epoch: int, precision: str
 ) -> TrainingState:
-    """The state of a run that has not begun: the model with its optimizer, schedule and scaler."""
     device, optimizer = next(model.parameters()).device, build_optimizer(cfg.optim, model)
     better = mode(cfg.checkpoint.monitor)
     return TrainingState(
         model,
         optimizer,
-        Schedule(cfg.schedule, optimizer, steps, cfg.train.epochs, better),
+        Schedule(cfg.schedule, optimizer, steps_per_epoch, cfg.train.epochs, better),
         torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         device,
         ema_decay=cfg.train.ema_decay,
-        compile=cfg.train.compile,
         loss=loss if has_state(loss) else None,
-        group=group,
     )
 
 
 def check_group(cfg: Config, device: torch.device, group: Group) -> None:
-    """Refuses what several processes cannot do."""
+    """Refuses settings that several processes cannot train with."""
     if group.size == 1:
         return
     if device.type == "mps":
-        raise Refused("device: several processes train on CPUs or CUDA devices, not on mps")
+        raise Refused("device: expected CPUs or CUDA devices for several processes, got mps")
     if cfg.data.batch_size < 2 * group.size:
         raise Refused(
             f"data.batch_size: expected at least 2 images for each of {group.size} processes, which"
@@ -194,31 +247,30 @@ def check_group(cfg: Config, device: torch.device, group: Group) -> None:
 
 
 def check_one_image(model: nn.Module, shape: tuple[int, ...]) -> None:
-    """Refuses steps of one image, where a norm would have one value a channel to go by."""
+    """Refuses batches of one image where a norm would have one value per channel to train on."""
     image = torch.zeros(1, *shape, device=next(model.parameters()).device)
-    set_training(model)
+    set_training_mode(model)
     try:
         with torch.no_grad(), state_preserved(model):
             model(image)
     except ValueError as error:  # torch's BatchNorm
         raise Refused(
-            f"data.batch_size: the model cannot train on one image at a time ({error}); more images in"
-            f" a batch (data.batch_size, data.limit) or a larger data.image_size may help"
+            f"data.batch_size: the model cannot train on one image at a time ({error}); more images"
+            f" per batch (data.batch_size, data.limit) or a larger data.image_size may help"
         ) from None
 
 
 def check_monitor(monitor: str, data: Data) -> None:
-    """Refuses to look for the best epoch by a metric that these validation images leave undefined."""
+    """Refuses to choose the best epoch by a metric that these validation images leave undefined."""
     classes, present = data.classes, set(data.val.labels.tolist())
-    of_two = {"val_sensitivity": {1}, "val_specificity": {0}}  # and the class that each is metadata
+    of_two = {"val_sensitivity": {1}, "val_specificity": {0}}  # the class that each is about
     if monitor in of_two and len(classes) != 2:
         raise Refused(
             f"checkpoint.monitor: {monitor} is for two classes, there are {len(classes)};"
             f" val_balanced_acc is the mean of every class's sensitivity"
         )
     both = {0, 1} if monitor == "val_auc" and len(classes) == 2 else set()
-    needed = of_two.get(monitor, both)
-    absent = [classes[number] for number in sorted(needed - present)]
+    absent = [classes[number] for number in sorted(of_two.get(monitor, both) - present)]
     if absent or (monitor == "val_auc" and len(present) < 2):
         raise Refused(
             f"checkpoint.monitor: {monitor} is undefined, since there is no validation image of"

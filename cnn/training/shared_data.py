@@ -35,19 +35,19 @@ def build_once_per_node(group: "Group", build: Callable[[], Data]) -> Data:
         return build()
     leads = group.launch.local_rank == 0
     folder = None
-    data = group.together(build if leads else lambda: None)
+    with group.agreement():
+        data = build() if leads else None
     try:
         if leads:
             folder = _write(data)
         folders = dict(group.all_gather((group.launch.node, folder) if leads else (None, None)))
         given = folders[group.launch.node]
-
-        def take() -> Data:
+        with group.agreement():
             if given is not None:
-                return _read(given)  # the first one too: what it has built is freed
-            return data if leads else build()
-
-        return group.together(take)
+                data = _read(given)  # the first process too: what it has built is freed
+            elif not leads:
+                data = build()
+        return data
     finally:
         if folder is not None:  # what is mapped stays; a file without a name is gone with its users
             shutil.rmtree(folder, ignore_errors=True)

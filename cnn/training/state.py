@@ -1,4 +1,4 @@
-"""All that changes during a run, in one object, with its save and its load side by side."""
+"""Everything that changes during a run, in one object, with its save and its load side by side."""
 
 import copy
 from collections import defaultdict
@@ -10,34 +10,33 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cnn.metrics.running import RunningMetrics
 from cnn.metrics.scores import Metrics, improves
-from cnn.training.distributed import ALONE, Group
 from cnn.training.schedule import Schedule
 from cnn.utils.checkpoint import snapshot
 from cnn.utils.module_state import load_state
 
-# Attributes that are plain values, in a checkpoint under their own names.
-AS_THEY_ARE = ("epoch", "step", "lr", "group_lrs", "best", "history", "test", "predictions")
+# Attributes that are plain values and stand in a checkpoint under their own names.
+PLAIN_ATTRIBUTES = ("epoch", "step", "lr", "group_lrs", "best", "history", "test", "predictions")
 TIME_COLUMNS = ("images_per_second", "seconds")  # the last ones of history; differ between runs
 
 
 class TrainingState:
-    """Where a run stands.
+    """The state of a run between two optimizer steps.
 
     Attributes:
-        epoch: epochs completed.
-        step: optimizer steps taken.
-        batch: batches done of the unfinished epoch; all of them means: to be validated.
-        running_metrics: what the unfinished epoch's train metrics are made of.
-        seconds: spent on the unfinished epoch.
-        lr: of the latest step.
+        epoch: number of completed epochs.
+        step: number of optimizer steps taken.
+        batch: number of batches done of the current epoch; after the last one, validation is due.
+        running_metrics: of the training batches of the current epoch.
+        seconds: spent on the current epoch.
+        lr: learning rate of the latest step.
+        group_lrs: those of parameter groups with their own learning rate: {"lr_x0.1": ...}.
         best: {"metric", "value", "epoch"} of the best epoch, or None.
-        epochs_since_best: epochs since the best one.
-        group_lrs: where groups have learning rates of their own, theirs: {"lr_x0.1": ...}.
-        loss: the user's own loss function, if it is a module: it may have state.
-        group: the processes that train together.
-        history: a row for each completed epoch.
-        test: the final test's metrics, or None before it.
-        predictions: of "val" (the best epoch) and "test", what was said of each image and how sure.
+        epochs_since_best: number of epochs since the best one.
+        loss: a loss function of the user's own, which may have a state; else None.
+        history: a row of metrics per completed epoch.
+        test: metrics of the final test, or None before it.
+        predictions: {"val": ..., "test": ...}: class and probability per image, in validation of the
+            best epoch.
     """
 
     def __init__(
@@ -49,18 +48,14 @@ class TrainingState:
         device: torch.device,
         *,
         ema_decay: float | None = None,
-        compile: bool = False,
         loss: nn.Module | None = None,
-        group: Group = ALONE,
     ):
-        self.loss, self.group = loss, group
         self.model, self.optimizer, self.schedule, self.scaler = model, optimizer, schedule, scaler
-        self.device = device
+        self.device, self.loss = device, loss
         self.ema = None
         if ema_decay is not None:
             average = get_ema_multi_avg_fn(ema_decay)
             self.ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-        self.forward = group.wrap(torch.compile(model) if compile else model)
         self.epoch = self.step = self.batch = 0
         self.running_metrics = RunningMetrics(device)
         self.seconds = 0.0
@@ -73,6 +68,7 @@ class TrainingState:
         self.predictions: dict[str, dict[str, torch.Tensor]] = {}
 
     def state_dict(self) -> dict[str, Any]:
+        """Returns the state as tensors and plain values."""
         return {
             "model_state_dict": self.model.state_dict(),
             "optimizer_state_dict": self.optimizer.state_dict(),
@@ -86,18 +82,23 @@ class TrainingState:
                 "seconds": self.seconds,
             },
             "early_stop": {"waited": self.epochs_since_best},
-            **{name: copy.copy(getattr(self, name)) for name in AS_THEY_ARE},
+            **{name: copy.copy(getattr(self, name)) for name in PLAIN_ATTRIBUTES},
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        self._check_fit(saved)
+        """Restores the state; older checkpoints lack some entries.
+
+        Raises:
+            ValueError: a tensor has another shape or dtype than the model or optimizer.
+        """
+        self._check_tensors(saved)
         load_state(self.model, saved["model_state_dict"])
         self._load_optimizer(saved["optimizer_state_dict"])
         self.schedule.load_state_dict(saved["scheduler_state_dict"])
         if saved["scaler_state_dict"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler_state_dict"])
         if self.loss is not None:
-            self.loss.load_state_dict(saved.get("loss_state_dict", {}))  # not in files of before
+            self.loss.load_state_dict(saved.get("loss_state_dict", {}))
         if self.ema is not None:
             load_state(self.ema.module, saved["ema_state_dict"] or saved["model_state_dict"])
             self.ema.n_averaged.fill_(saved["step"])
@@ -105,79 +106,88 @@ class TrainingState:
         self.running_metrics.load_state_dict(saved["unfinished_epoch"]["sums"])
         self.seconds = saved["unfinished_epoch"]["seconds"]
         self.epochs_since_best = saved["early_stop"]["waited"]
-        for name in AS_THEY_ARE:
-            if name in saved:  # some are not in files of before
+        for name in PLAIN_ATTRIBUTES:
+            if name in saved:
                 setattr(self, name, copy.copy(saved[name]))
 
-    def _check_fit(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError where tensors have another shape or dtype; torch would convert some."""
+    def _check_tensors(self, saved: dict[str, Any]) -> None:
+        """Raises ValueError for tensors that torch would convert or pass over when it loads them."""
         weights = self.model.state_dict()
         missing = sorted(weights.keys() - saved["model_state_dict"].keys())
-        if missing:  # torch passes over some, such as BatchNorm's count of batches
+        if missing:
             raise ValueError(f"model_state_dict.{missing[0]}: missing")
         for part in ("model_state_dict", "ema_state_dict"):
             for name, tensor in (saved[part] or {}).items():
-                if isinstance(weights.get(name), torch.Tensor):  # else what a module keeps beside
+                if isinstance(weights.get(name), torch.Tensor):  # else a module's extra state
                     check_like(tensor, weights[name], f"{part}.{name}")
-        parameters, remembered = self._parameters(), saved["optimizer_state_dict"]
-        numbers = [n for group in remembered["param_groups"] for n in group["params"]]
+        parameters, of_optimizer = self._parameters(), saved["optimizer_state_dict"]
+        numbers = [n for group in of_optimizer["param_groups"] for n in group["params"]]
         if numbers != list(range(len(parameters))):
             raise ValueError(
                 f"optimizer_state_dict: expected {len(parameters)} parameters in order"
             )
-        if self._configured() is not None:
-            return  # an optimizer of the user's own may remember whatever it likes
-        expected = remembered_of_one(self.optimizer)
-        for number, memory in remembered["state"].items():
-            if number not in numbers:
+        if self._is_own_optimizer():
+            return  # its state may hold anything
+        expected = state_of_one_parameter(self.optimizer)
+        for number, state in of_optimizer["state"].items():
+            if not 0 <= number < len(parameters):
                 raise ValueError(f"optimizer_state_dict.state.{number}: no such parameter")
             for name, like in expected.items():
                 key = f"optimizer_state_dict.state.{number}.{name}"
-                check_like(memory.get(name), parameters[number] if like.ndim else like, key)
+                check_like(state.get(name), parameters[number] if like.ndim else like, key)
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
-        """Loads what the optimizer remembers, but keeps the settings that it was built with.
+        """Loads the optimizer's state, but keeps the settings with which it was built.
 
-        They equal the saved ones unless the user changed them for this resume. The learning rate
-        is the schedule's to say; plateau's, which it has lowered, keeps its ratio to the first.
+        They equal the saved ones unless the user has changed them for this resume. Learning rates
+        are set by the schedule; a plateau's keeps its ratio to the initial learning rate.
         """
         built = [dict(group) for group in self.optimizer.param_groups]
-        configured, parameters = self._configured(), self._parameters()
+        is_own, parameters = self._is_own_optimizer(), self._parameters()
         state = snapshot(saved["state"])
-        if configured is None:
-            state = {n: laid_out(part, parameters[n]) for n, part in state.items()}
+        if not is_own:
+            state = {n: laid_out_like(part, parameters[n]) for n, part in state.items()}
         self.optimizer.load_state_dict(saved | {"state": state})
-        if configured is not None:  # torch has cast all to the parameters' dtype, but for `step`
-            for number in [number for number in state if type(number) is int]:
-                held, memory = self.optimizer.state[parameters[number]], state[number]
-                for name, value in memory.items() if isinstance(memory, dict) else ():
-                    if getattr(held.get(name), "dtype", None) != getattr(value, "dtype", "none"):
-                        held[name] = snapshot(value, parameters[number].device)
+        if is_own:
+            self._undo_casts(state)
         for group, settings in zip(self.optimizer.param_groups, built):
             lr = group["lr"] * (settings["initial_lr"] / group["initial_lr"])
             kept = settings.keys() - {"params"}
-            if configured is not None:
-                kept &= configured
-            else:  # a key more would go from file to file
+            if is_own:
+                kept &= self.optimizer.configured
+            else:  # a key too many would be passed on from checkpoint to checkpoint
                 for key in group.keys() - settings.keys():
                     del group[key]
             group |= {key: settings[key] for key in kept}
             group["lr"] = lr
 
+    def _undo_casts(self, saved: dict[Any, Any]) -> None:
+        """Restores dtypes in the optimizer's state, which torch casts to those of the parameters."""
+        parameters = self._parameters()
+        for number, state in saved.items():
+            if type(number) is not int or not isinstance(state, dict):
+                continue
+            parameter = parameters[number]
+            loaded = self.optimizer.state[parameter]
+            for name, value in state.items():
+                if getattr(loaded.get(name), "dtype", None) != getattr(value, "dtype", "none"):
+                    loaded[name] = snapshot(value, parameter.device)
+
     def _parameters(self) -> list[nn.Parameter]:
-        """In the order in which the optimizer numbers them."""
+        """Returns the parameters in the order in which the optimizer numbers them."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _configured(self) -> set[str] | None:
-        """What of the optimizer's groups the settings say; None: all of it."""
-        return getattr(self.optimizer, "configured", None)
+    def _is_own_optimizer(self) -> bool:
+        """Returns whether the optimizer is the user's own class (see `build_optimizer`)."""
+        return getattr(self.optimizer, "configured", None) is not None
 
     def evaluated_model(self) -> nn.Module:
-        """The weights that are validated and kept: the averaged ones where there are some."""
+        """Returns the model that is validated and tested: the averaged one where there is one."""
         return self.ema.module if self.ema is not None else self.model
 
-    def end_step(self, num_batches: int) -> None:
-        """Counts an optimizer step over so many batches and moves the learning rate on."""
+    def end_step(self, num_batches: int, metrics: RunningMetrics) -> None:
+        """Counts an optimizer step over so many batches and sets the next learning rate."""
+        self.running_metrics.merge(metrics)
         self.lr = max(group["lr"] for group in self.optimizer.param_groups)
         self.group_lrs = own_lrs(self.optimizer)
         self.schedule.step()
@@ -191,23 +201,25 @@ class TrainingState:
         val_seconds: float,
         predictions: dict[str, torch.Tensor] | None = None,
     ) -> bool:
-        """Completes the epoch with its validation; returns whether it is the best so far.
+        """Completes the current epoch.
 
         Args:
-            metrics: of the validation, each beginning with val_; None for what is undefined.
-            val_seconds: that the validation took.
-            predictions: of the validation, as `Outcome` gives them; kept of the best epoch.
+            metrics: of its validation, without the prefix val_.
+            monitor: the metric that the best epoch is best in, such as val_acc.
+            val_seconds: duration of the validation.
+            predictions: of the validation; those of the best epoch are kept.
+
+        Returns:
+            Whether this is the best epoch so far.
         """
-        train = {f"train_{name}": value for name, value in self.running_metrics.compute().items()}
-        value = metrics[monitor]
-        times = (
-            int(self.running_metrics.count) / max(self.seconds, 1e-9),
-            self.seconds + val_seconds,
-        )
-        row = {"epoch": self.epoch + 1, "step": self.step, "lr": self.lr}
-        row |= self.group_lrs | train | metrics
+        running = self.running_metrics
+        row = {"epoch": self.epoch + 1, "step": self.step, "lr": self.lr} | self.group_lrs
+        row |= {f"train_{name}": value for name, value in running.compute().items()}
+        row |= {f"val_{name}": value for name, value in metrics.items()}
+        times = (int(running.count) / max(self.seconds, 1e-9), self.seconds + val_seconds)
         self.history.append(row | dict(zip(TIME_COLUMNS, times)))
         self.epoch += 1
+        value = row[monitor]
         if value is not None:
             self.schedule.end_epoch(value)
         self.batch, self.seconds, self.running_metrics = 0, 0.0, RunningMetrics(self.device)
@@ -219,54 +231,54 @@ class TrainingState:
         return improved
 
     def is_finished(self, epochs: int, patience: int | None) -> bool:
-        """Whether there is nothing left to train."""
-        return self.batch == 0 and (
-            self.epoch >= epochs or (patience is not None and self.epochs_since_best >= patience)
-        )
+        """Returns whether there is nothing left to train."""
+        stops_early = patience is not None and self.epochs_since_best >= patience
+        return self.batch == 0 and (self.epoch >= epochs or stops_early)
 
 
-def remembered_of_one(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """What the optimizer remembers of a parameter (1), learnt from a step of a copy; by name.
+def state_of_one_parameter(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Returns the state that the optimizer keeps for a parameter of shape (1), by name.
 
-    What has its shape is as large as the parameter, the rest are single numbers ().
+    It is found by a step of a copy. Entries of shape (1) are as large as the parameter in general,
+    those of shape () are single numbers.
     """
     parameter = nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
     trial = copy.copy(optimizer)
     trial.state = defaultdict(dict)
-    group = {"params": [parameter], "capturable": False}  # which is for CUDA alone
+    group = {"params": [parameter], "capturable": False}  # capturable is for CUDA alone
     trial.param_groups = [optimizer.param_groups[0] | group]
     trial.step()
     return dict(trial.state[parameter])
 
 
-def laid_out(tree: Any, parameter: nn.Parameter) -> Any:
-    """A copy of what an optimizer remembers of a parameter, in memory laid out as the parameter is.
+def laid_out_like(tree: Any, parameter: nn.Parameter) -> Any:
+    """Copies the state of a parameter into tensors with the parameter's strides.
 
-    Fused optimizers take it for granted; a file may say otherwise.
+    Fused optimizers assume these strides; those in a file may differ.
     """
     if isinstance(tree, dict):
-        return {name: laid_out(value, parameter) for name, value in tree.items()}
-    if isinstance(tree, torch.Tensor) and tree.shape == parameter.shape:
+        return {name: laid_out_like(value, parameter) for name, value in tree.items()}
+    if not isinstance(tree, torch.Tensor):
+        return tree
+    if tree.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=tree.dtype, device=tree.device).copy_(tree)
-    if isinstance(tree, torch.Tensor):
-        return tree.clone(memory_format=torch.contiguous_format)
-    return tree
+    return tree.clone(memory_format=torch.contiguous_format)
 
 
 def check_like(tensor: Any, expected: torch.Tensor, name: str) -> None:
-    """Raises ValueError where a tensor has another shape or dtype; torch would convert some."""
+    """Raises ValueError where a tensor has another shape or dtype than expected."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")  # noqa: TRY004
     if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
-        kinds = [
+        wanted, got = (
             f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (expected, tensor)
-        ]
-        raise ValueError(f"{name}: expected {kinds[0]}, got {kinds[1]}")
+        )
+        raise ValueError(f"{name}: expected {wanted}, got {got}")
 
 
 def own_lrs(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """The learning rates of groups that have one of their own, by its ratio to the highest."""
+    """Returns the learning rates below the highest, by their initial ratio to it: {"lr_x0.1": ...}."""
     highest = max(group["initial_lr"] for group in optimizer.param_groups)
     return {
         f"lr_x{group['initial_lr'] / highest:g}": group["lr"]
