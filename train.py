@@ -79,20 +79,18 @@ def prepare(argv: list[str]) -> cli.Task | None:
 def start(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
     """Starts a run or resumes one."""
     from cnn.training.distributed import process_group
-    from cnn.training.resume import find_checkpoint_to_resume
+    from cnn.training.resume import find_checkpoint_to_resume, run_name
 
     with process_group(stop) as group:
-
-        def find() -> "Checkpoint | None":
+        name = checkpoint = None
+        with group.agreement():
+            if group.is_rank0:
+                name = run_name(command, cfg)
+        with locked_folder(group, group.broadcast(name)) as folder:
             with group.agreement():
-                found = find_checkpoint_to_resume(command, cfg) if group.is_rank0 else None
-            return group.broadcast(found)
-
-        checkpoint = find() if command.checkpoint else None  # its settings name the folder
-        with locked_folder(group, checkpoint.cfg.run if checkpoint else cfg.run) as folder:
-            outdated = command.resume is not None and (not checkpoint or checkpoint.is_outdated())
-            if group.broadcast(outdated):
-                checkpoint = find()  # now that no other run writes there
+                if group.is_rank0 and command.resume is not None:
+                    checkpoint = find_checkpoint_to_resume(command, cfg)
+            checkpoint = group.broadcast(checkpoint)
             train(checkpoint.cfg if checkpoint else cfg, folder, log, stop, group, checkpoint)
 
 

@@ -186,7 +186,7 @@ TRAPS = {
     "an evaluation": (engine, "compute_loss"),  # called for every batch of validation and test
     "before a file is renamed": (files.os, "replace"),  # whichever it is
     "after the test": (records.Records, "finish"),
-    "leaving": (distributed.Group, "leave"),
+    "leaving": (distributed.Group, "disconnect"),
 }
 
 

@@ -20,7 +20,7 @@ MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (ROOT / "cnn").rglob("*.py")
 }
-LONGEST = 50  # lines of a function
+LONGEST = 50
 
 
 def tree_of(path: Path) -> ast.Module:

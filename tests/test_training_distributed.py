@@ -184,7 +184,7 @@ def test_a_run_of_which_one_process_is_killed_ends_the_same(
     ranks = Ranks(2, tmp_path, *RICH, traps={rank: (place, passes, signal.SIGKILL)})
     statuses = ranks.wait()
     assert statuses[rank] == -signal.SIGKILL and statuses[1 - rank] in (1, -6), ranks.output()
-    assert "another process of this run is gone" in ranks.output()
+    assert "another process of this run has ended" in ranks.output()
     assert "Traceback" not in ranks.output()
     has_begun = (tmp_path / "checkpoints/last.pth").exists()
     run_ranks(2, tmp_path, *([] if has_begun else RICH), "--resume")
@@ -261,7 +261,7 @@ def test_where_one_process_cannot_read_its_images_all_save_and_stop(unbroken_own
         "error: rank 1: fails_at_40:load train[40]: OSError: gone (fails_at_40.py:"
         in ranks.output()
     )
-    assert "error: rank 1 cannot have its images" in ranks.output()
+    assert "error: rank 1 cannot load its images" in ranks.output()
     (tmp_path / "unreadable").unlink()
     run_ranks(2, tmp_path, "--resume")
     assert_same_run(unbroken_own, tmp_path)

@@ -12,6 +12,7 @@ from cnn.metrics.running import RunningMetrics, compute_loss, weight_of
 from cnn.metrics.scores import Metrics
 from cnn.training.distributed import ALONE, Group
 from cnn.training.optim import freeze
+from cnn.training.state import TrainingState
 from cnn.utils import seeding
 from cnn.utils.module_state import state_preserved
 
@@ -32,7 +33,6 @@ def train_one_epoch(run: "Run", batches: Iterable[Batch]) -> Iterator[int]:
     """
     cfg, state, group = run.cfg.train, run.state, run.group
     optimizer, scaler = state.optimizer, state.scaler
-    parameters = [p for param_group in optimizer.param_groups for p in param_group["params"]]
     freeze(optimizer, state.epoch)
     set_training_mode(state.model)
     for step in in_chunks(batches, cfg.accumulate):
@@ -41,8 +41,7 @@ def train_one_epoch(run: "Run", batches: Iterable[Batch]) -> Iterator[int]:
         group.broadcast_module(state.loss)
         metrics = RunningMetrics(state.device)
         for number, (images, labels, count) in enumerate(step):
-            key = (seeding.STEP, state.step, number, *group.key)
-            seeding.seed_step(state.device, run.cfg.seed, *key)
+            seed_batch(run, number)
             with group.no_sync(run.train_model, number + 1 < len(step)), run.autocast():
                 logits = run.train_model(images)
             loss = compute_loss(run.loss, logits, labels)
@@ -50,8 +49,7 @@ def train_one_epoch(run: "Run", batches: Iterable[Batch]) -> Iterator[int]:
             # DistributedDataParallel averages gradients; times the number of processes, it sums them.
             scaler.scale(loss * (weights[number] / total_weight * group.size)).backward()
         if cfg.clip_grad_norm is not None:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, cfg.clip_grad_norm)
+            clip_gradients(state, cfg.clip_grad_norm)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -115,6 +113,19 @@ def in_chunks(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
     batches = iter(batches)
     while chunk := list(itertools.islice(batches, size)):
         yield chunk
+
+
+def seed_batch(run: "Run", number: int) -> None:
+    """Seeds all generators for a batch of the current step, as dropout and the like draw from them."""
+    key = (seeding.STEP, run.state.step, number, *run.group.key)
+    seeding.seed_step(run.state.device, run.cfg.seed, *key)
+
+
+def clip_gradients(state: TrainingState, max_norm: float) -> None:
+    """Scales the gradient of all parameters down to a norm of at most `max_norm`."""
+    state.scaler.unscale_(state.optimizer)
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+    nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 def set_training_mode(model: nn.Module) -> None:

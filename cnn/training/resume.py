@@ -1,10 +1,11 @@
 """Resuming a run: from which checkpoint, whether it fits today's settings and data, what has changed."""
 
 import contextlib
+import itertools
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,18 +39,29 @@ class Checkpoint:
     Attributes:
         cfg: today's settings, found to fit the checkpoint.
         changes: settings that differ from the checkpoint's, as `key then → now`.
-        stamp: of the file when it was read.
     """
 
     path: Path
     content: dict[str, Any]
     cfg: Config
     changes: tuple[str, ...] = ()
-    stamp: tuple[int, int] | None = None
 
-    def is_outdated(self) -> bool:
-        """Returns whether the file was written anew since it was read."""
-        return self.stamp != _stamp(self.path)
+
+def run_name(command: Command, cfg: Config) -> str | None:
+    """Returns the name of the run whose folder will be written: that of the checkpoint, if one is given.
+
+    Raises:
+        Refused: no such checkpoint, or a damaged one.
+    """
+    path = command.checkpoint
+    if path is None or command.config:
+        return cfg.run
+    try:
+        saved = read_metadata(path)
+    except Refused:
+        saved = load_checkpoint(path)  # its message names a file that can be read
+    with naming(path):
+        return command.load_config(saved["config"])[0].run
 
 
 def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | None:
@@ -67,15 +79,14 @@ def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | Non
         Refused: no such file, a damaged one, or settings that do not fit it.
     """
     if command.checkpoint is not None:
-        path, stamp = command.checkpoint, _stamp(command.checkpoint)
-        content = load_checkpoint(path)
+        path, content = command.checkpoint, load_checkpoint(command.checkpoint)
     else:
         folder = RunFolder(cfg.run)
         found = latest_checkpoint(folder)
         if found is None:
             logger.info("nothing to go on from in %s; a new run starts", folder.checkpoints)
             return None
-        (path, content), stamp = found, None
+        path, content = found
     if content.get("draws", 1) > DRAWS:
         raise Refused(f"{path}: written by a newer version of this project, which draws otherwise")
     base = None if command.config else content["config"]
@@ -88,7 +99,7 @@ def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | Non
     command.places.clear()
     command.places.update(placed(places, path))
     changes = check_settings(path, content["config"], cfg, command.typed(), places)
-    return Checkpoint(path, content, cfg, tuple(changes), stamp)
+    return Checkpoint(path, content, cfg, tuple(changes))
 
 
 @contextlib.contextmanager
@@ -107,13 +118,13 @@ def placed(places: dict[str, str], path: Path) -> dict[str, str]:
     return {key: str(path) if place == "checkpoint" else place for key, place in places.items()}
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """Returns inode and time of a file, which change with every write; None without a file."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return None
-    return status.st_ino, status.st_mtime_ns
+def readable_checkpoints(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yields path and content of the checkpoints that can be read; logs a warning for each other."""
+    for path in paths:
+        try:
+            yield path, read_checkpoint(path)
+        except Refused as refusal:
+            logger.warning("%s", refusal)
 
 
 def latest_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
@@ -125,22 +136,19 @@ def latest_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
     Raises:
         Refused: there are checkpoints and none can be read.
     """
-    paths, readable = folder.saved(), []
-    for path in paths:
-        try:
-            readable.append((path, read_checkpoint(path)))
-        except Refused as refusal:
-            logger.warning("%s", refusal)
-        if path == folder.last and readable:
-            return readable[0]
+    paths = folder.saved()
     if not paths:
         return None
-    if not readable:
+    readable = readable_checkpoints(paths)
+    first = next(readable, None)
+    if first is None:
         raise Refused(
             f"{folder.checkpoints}: no file of this run can be read; without --resume a new run"
             f" starts, and these are kept in {folder.checkpoints / ARCHIVE}"
         )
-    path, content = max(readable, key=lambda item: item[1]["step"])
+    if first[0] == folder.last:
+        return first
+    path, content = max(itertools.chain([first], readable), key=lambda item: item[1]["step"])
     logger.warning("going on from %s instead", path)
     return path, content
 

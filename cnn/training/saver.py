@@ -11,13 +11,13 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import nn
 
-from cnn.errors import DataFailed, Failed, Refused, Stopped
+from cnn.errors import DataFailed, Failed, Stopped
+from cnn.training.resume import readable_checkpoints
 from cnn.training.setup import Run
 from cnn.utils import launch
 from cnn.utils.checkpoint import (
     CheckpointWriter,
     is_end_of_epoch,
-    read_checkpoint,
     validated_weights,
     where,
 )
@@ -65,11 +65,8 @@ class Saver:
 
     def _newest_readable(self) -> str:
         """Returns a message that names a checkpoint of the run that can be read."""
-        for path in self.folder.saved():
-            try:
-                return f"Safe is {path}, {where(read_checkpoint(path))}: --resume {path}"
-            except Refused as refusal:
-                logger.warning("%s", refusal)
+        for path, content in readable_checkpoints(self.folder.saved()):
+            return f"Safe is {path}, {where(content)}: --resume {path}"
         return f"No file of this run can be read in {self.folder.checkpoints}"
 
     def resume_command(self) -> str:
@@ -162,12 +159,8 @@ class Saver:
 
     def _read_best(self, epoch: int) -> dict[str, Any]:
         """Reads best.pth, or another checkpoint saved at the end of the same epoch."""
-        for path in sorted(self.folder.saved(), key=lambda path: path != self.folder.best):
-            try:
-                content = read_checkpoint(path)
-            except Refused as refusal:
-                logger.error("%s", refusal)
-                continue
+        paths = sorted(self.folder.saved(), key=lambda path: path != self.folder.best)
+        for _, content in readable_checkpoints(paths):
             if is_end_of_epoch(content, self.run.metadata["started"], epoch):
                 return content
         raise Failed(

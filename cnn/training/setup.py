@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -31,9 +32,6 @@ from cnn.utils.checkpoint import FORMAT, check_readable, snapshot
 from cnn.utils.module_state import state_preserved
 from cnn.utils.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from cnn.drill.trace import Trace
-
 
 @dataclass(frozen=True)
 class Run:
@@ -44,7 +42,7 @@ class Run:
         loss: the loss function.
         train_model: the model compiled and wrapped for several processes, as settings ask for.
         metadata: entries of a checkpoint beside the state.
-        trace: records every batch, for the drill.
+        trace: the drill's `Trace`, which records every batch; else None.
     """
 
     cfg: Config
@@ -59,7 +57,7 @@ class Run:
     train_model: nn.Module
     precision: str
     metadata: dict[str, Any]
-    trace: "Trace | None" = None
+    trace: Any = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -109,7 +107,7 @@ def build_run(
     group: Group = ALONE,
     checkpoint: Checkpoint | None = None,
     max_batches: int | None = None,
-    trace: "Trace | None" = None,
+    trace: Any = None,
 ) -> Run:
     """Builds a run; with a checkpoint, in the state that it holds.
 
@@ -262,17 +260,13 @@ def check_one_image(model: nn.Module, shape: tuple[int, ...]) -> None:
 
 def check_monitor(monitor: str, data: Data) -> None:
     """Refuses to choose the best epoch by a metric that these validation images leave undefined."""
-    classes, present = data.classes, set(data.val.labels.tolist())
-    of_two = {"val_sensitivity": {1}, "val_specificity": {0}}  # the class that each is about
-    if monitor in of_two and len(classes) != 2:
+    number, name = len(data.classes), monitor.removeprefix("val_")
+    present = torch.from_numpy(np.unique(data.val.labels))
+    metrics = EvaluationMetrics(torch.device("cpu"), number, [name])
+    metrics.add(torch.zeros(()), nn.functional.one_hot(present, number).float(), present)
+    if metrics.compute()[name] is None:
+        names = ", ".join(data.classes[label] for label in present.tolist()[:10])
         raise Refused(
-            f"checkpoint.monitor: {monitor} is for two classes, there are {len(classes)};"
-            f" val_balanced_acc is the mean of every class's sensitivity"
-        )
-    both = {0, 1} if monitor == "val_auc" and len(classes) == 2 else set()
-    absent = [classes[number] for number in sorted(of_two.get(monitor, both) - present)]
-    if absent or (monitor == "val_auc" and len(present) < 2):
-        raise Refused(
-            f"checkpoint.monitor: {monitor} is undefined, since there is no validation image of"
-            f" {', '.join(absent) or 'a second class'}; a larger data.val_fraction may help"
+            f"checkpoint.monitor: {monitor} is undefined where the validation has images of {names}"
+            f" among {number} classes; choose another metric, or a larger data.val_fraction"
         )

@@ -1,4 +1,4 @@
-"""Modules that are run, and left as they were; and the way from a checkpoint into a module."""
+"""The state dicts of modules: restored after a module has been run, and loaded from a checkpoint."""
 
 import contextlib
 from collections import OrderedDict
@@ -14,34 +14,33 @@ from cnn.utils.checkpoint import snapshot
 
 @contextlib.contextmanager
 def state_preserved(*modules: nn.Module) -> Iterator[None]:
-    """Puts back what the modules' state dicts held, however the context ends.
+    """Restores the state dicts of the modules at the end of the block, however it ends.
 
-    A forward pass may move a buffer, in evaluation too. What is made in the context, such as the
-    weights of a lazy layer, stays.
+    A forward pass may change buffers, even in evaluation mode. Parameters that a lazy layer creates in
+    the block stay.
+
+    Raises:
+        Refused: a module changed in a way that its state dict cannot restore.
     """
-    held = [
-        {
-            key: snapshot(value, None)
-            for key, value in module.state_dict().items()
-            if not is_lazy(value)
-        }
+    saved = [
+        {k: snapshot(v, None) for k, v in module.state_dict().items() if not is_lazy(v)}
         for module in modules
     ]
     try:
         yield
     finally:
-        for module, state in zip(modules, held):
+        for module, state in zip(modules, saved):
             try:
                 load_state(module, state, strict=False)
             except RuntimeError as error:
                 raise Refused(
-                    f"{type(module).__name__}: what its forward pass changes can neither be put back nor"
-                    f" be resumed: {str(error).splitlines()[-1].strip()}"
+                    f"{type(module).__name__}: what its forward pass changes can neither be put back"
+                    f" nor be resumed: {str(error).splitlines()[-1].strip()}"
                 ) from None
 
 
 def load_state(module: nn.Module, state: dict[str, Any], *, strict: bool = True) -> None:
-    """Loads a plain dict, which holds no versions of modules: they are taken for today's."""
-    whole = OrderedDict(state)
-    whole._metadata = module.state_dict()._metadata
-    module.load_state_dict(whole, strict=strict)
+    """Loads a state dict without the version numbers of its modules, assuming today's versions."""
+    versioned = OrderedDict(state)
+    versioned._metadata = module.state_dict()._metadata
+    module.load_state_dict(versioned, strict=strict)
