@@ -78,7 +78,10 @@ def test_a_file_that_vanishes_stops_the_run_saved_at_that_very_batch(words):
     status, output = go(*TINY, *FOLDER, *words, breaking(HIDE, 30))
     assert status == 1, output
     assert output.count("error: ") == 1 and "Traceback" not in output
-    assert "error: photos/cat/3.jpg: the file is gone; put the image back as it was" in output
+    assert (
+        "error: photos/cat/3.jpg: the file is gone; put the image back, and the run resumes at this batch"
+        in output
+    )
     assert "go on with: python" in output and "--resume checkpoints/last.pth" in output
     status, output = go("--resume")
     assert (

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,15 +11,13 @@ from cnn.metrics.running import RunningMetrics, compute_loss, weight_of
 from cnn.metrics.scores import Metrics
 from cnn.training.distributed import ALONE, Group
 from cnn.training.optim import freeze
+from cnn.training.run import Run
 from cnn.training.state import TrainingState
 from cnn.utils import seeding
 from cnn.utils.module_state import state_preserved
 
-if TYPE_CHECKING:
-    from cnn.training.setup import Run
 
-
-def train_one_epoch(run: "Run", batches: Iterable[Batch]) -> Iterator[int]:
+def train_one_epoch(run: Run, batches: Iterable[Batch]) -> Iterator[int]:
     """Trains the model on the rest of an epoch.
 
     Between two optimizer steps `run.state` is complete and may be saved.
@@ -115,7 +112,7 @@ def in_chunks(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
         yield chunk
 
 
-def seed_batch(run: "Run", number: int) -> None:
+def seed_batch(run: Run, number: int) -> None:
     """Seeds all generators for a batch of the current step, as dropout and the like draw from them."""
     key = (seeding.STEP, run.state.step, number, *run.group.key)
     seeding.seed_step(run.state.device, run.cfg.seed, *key)

@@ -1,8 +1,6 @@
 """From the settings to all parts of a run, in the order in which they depend on each other."""
 
 import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,11 +10,11 @@ from torch import nn
 from cnn.config import Config, to_dict
 from cnn.datasets.augment import DRAWS
 from cnn.datasets.build import Data, build_data
-from cnn.datasets.loader import Batch, Loader, build_loader
+from cnn.datasets.loader import Loader, build_loader
 from cnn.datasets.preprocessing import Preprocessing
 from cnn.errors import Refused
 from cnn.metrics.running import EvaluationMetrics
-from cnn.metrics.scores import epoch_metrics, mode, result_metrics
+from cnn.metrics.scores import mode
 from cnn.models import small_maps
 from cnn.models.build import build_model
 from cnn.training.distributed import ALONE, Group
@@ -24,6 +22,7 @@ from cnn.training.engine import set_training_mode
 from cnn.training.losses import build_loss, class_weights, has_state
 from cnn.training.optim import build_optimizer
 from cnn.training.resume import Checkpoint, restore
+from cnn.training.run import Run, num_steps
 from cnn.training.schedule import Schedule
 from cnn.training.shared_data import build_once_per_node
 from cnn.training.state import TrainingState
@@ -31,74 +30,6 @@ from cnn.utils import environment as env
 from cnn.utils.checkpoint import FORMAT, check_readable, snapshot
 from cnn.utils.module_state import state_preserved
 from cnn.utils.run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class Run:
-    """All parts of a run.
-
-    Attributes:
-        group: the processes that train together.
-        loss: the loss function.
-        train_model: the model compiled and wrapped for several processes, as settings ask for.
-        metadata: entries of a checkpoint beside the state.
-        trace: the drill's `Trace`, which records every batch; else None.
-    """
-
-    cfg: Config
-    folder: RunFolder
-    group: Group
-    data: Data
-    train_loader: Loader
-    val_loader: Loader
-    test_loader: Loader
-    loss: nn.Module
-    state: TrainingState
-    train_model: nn.Module
-    precision: str
-    metadata: dict[str, Any]
-    trace: Any = None
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return num_steps(self.cfg, self.train_loader)
-
-    @property
-    def environment(self) -> dict[str, Any]:
-        return self.metadata["environment"]
-
-    def is_finished(self) -> bool:
-        """Returns whether there is nothing left to train."""
-        return self.state.is_finished(self.cfg.train.epochs, self.cfg.train.early_stop_patience)
-
-    def autocast(self) -> torch.autocast:
-        """Returns the context in which a forward pass has the run's precision."""
-        return env.autocast(self.state.device, self.precision)
-
-    def evaluation_metrics(self, *, of_result: bool = False) -> EvaluationMetrics:
-        """Returns empty metrics for the validation of an epoch, or for the result of the run."""
-        number, monitor = len(self.data.classes), self.cfg.checkpoint.monitor
-        names = result_metrics(number) if of_result else epoch_metrics(number, monitor)
-        return EvaluationMetrics(self.state.device, number, names)
-
-    def train_batches(self) -> Iterator[Batch]:
-        """Yields the batches that are left of the current epoch."""
-        state, loader = self.state, self.train_loader
-        batches = loader.train_batches(state.epoch + 1, start=state.batch)
-        batches = self.group.synchronized(batches, len(loader) - state.batch)
-        return self._traced(batches, "training", state.running_metrics)
-
-    def evaluation_batches(
-        self, loader: Loader, part: str, metrics: EvaluationMetrics
-    ) -> Iterator[Batch]:
-        """Yields this process's batches of an evaluation, `part` and `metrics` being for the trace."""
-        batches = self.group.synchronized(loader.batches(), loader.num_batches_per_rank())
-        return self._traced(batches, part, metrics)
-
-    def _traced(self, batches: Iterator[Batch], part: str, metrics: Any) -> Iterator[Batch]:
-        if self.trace is None:
-            return batches
-        return self.trace.record(batches, self.state, part, metrics)
 
 
 def build_run(
@@ -149,11 +80,6 @@ def build_run(
     return Run(
         cfg, folder, group, data, *loaders, loss, state, train_model, precision, metadata, trace
     )
-
-
-def num_steps(cfg: Config, loader: Loader) -> int:
-    """Returns the number of optimizer steps per epoch."""
-    return -(-len(loader) // cfg.train.accumulate)
 
 
 def _metadata(
