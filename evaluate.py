@@ -29,17 +29,13 @@ if TYPE_CHECKING:
     from cnn.inference.evaluation import EvaluationData
     from cnn.inference.trained_model import TrainedModel
     from cnn.metrics.scores import Metrics
-    from cnn.utils.logger import Log
-    from cnn.utils.signals import StopSignals
 
 logger = logging.getLogger("cnn.evaluate")
 
 # Where the images are and how they are loaded; nothing that defines the model.
-SETTINGS = (
-    *("device", "data.name", "data.root", "data.args", "data.download", "data.batch_size"),
-    *("data.num_workers", "data.in_memory", "data.on_bad_image", "train.precision"),
-    "log.every_seconds",
-)
+SOURCE = ("data.name", "data.root", "data.args", "data.download", "data.on_bad_image")
+LOADING = ("data.batch_size", "data.num_workers", "data.in_memory", "train.precision")
+SETTINGS = ("device", *SOURCE, *LOADING, "log.every_seconds")
 MAX_ROWS = 40  # classes on the screen
 MAX_PAIRS = 5  # of classes mixed up
 
@@ -60,11 +56,8 @@ def main(argv: list[str] | None = None) -> int:
 def prepare(argv: list[str]) -> cli.Task:
     """Reads the command line; returns the work to do."""
     command = parse(argv)
-    return cli.Task(
-        lambda log, stop: evaluate_checkpoint(command, log, stop),
-        command.places,
-        "cnn.inference.evaluation",
-    )
+    module = "cnn.inference.evaluation"
+    return cli.Task(lambda *_: evaluate_checkpoint(command), command.places, module)
 
 
 def parse(argv: list[str]) -> Command:
@@ -87,7 +80,7 @@ def parse(argv: list[str]) -> Command:
     return command
 
 
-def evaluate_checkpoint(command: Command, log: "Log", stop: "StopSignals") -> None:
+def evaluate_checkpoint(command: Command) -> None:
     """Reads the checkpoint, evaluates as training does, and says what came out."""
     from cnn.datasets.loader import build_loader
     from cnn.inference import evaluation

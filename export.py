@@ -15,16 +15,11 @@ import importlib.util
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cnn import cli
 from cnn.errors import Refused
 from cnn.utils.files import write_output
 from cnn.utils.run_folder import EXPORTS
-
-if TYPE_CHECKING:
-    from cnn.utils.logger import Log
-    from cnn.utils.signals import StopSignals
 
 logger = logging.getLogger("cnn.export")
 
@@ -48,9 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 def prepare(argv: list[str]) -> cli.Task:
     """Reads the command line; returns the work to do."""
     command = parse(argv)
-    return cli.Task(
-        lambda log, stop: export(command, log, stop), command.places, "cnn.inference.export"
-    )
+    return cli.Task(lambda *_: export(command), command.places, "cnn.inference.export")
 
 
 def parse(argv: list[str]) -> Command:
@@ -58,14 +51,8 @@ def parse(argv: list[str]) -> Command:
     parser = cli.Parser("export.py", __doc__)
     parser.add_checkpoint()
     add = parser.add_argument
-    add(
-        "--format",
-        choices=tuple(EXPORTS),
-        help="format (default: by the ending of --output, or torch)",
-    )
-    add(
-        "--output", type=Path, metavar="FILE", help="write to FILE (default: beside the checkpoint)"
-    )
+    add("--format", choices=tuple(EXPORTS), help="format (default: by --output, or torch)")
+    add("--output", type=Path, metavar="FILE", help="file (default: beside the checkpoint)")
     parser.add_settings(", ".join(SETTINGS))
     command = parser.parse_intermixed_args(argv, Command())
     cli.check_settings(command.settings, SETTINGS)
@@ -91,7 +78,7 @@ def check_packages(form: str) -> None:
         )
 
 
-def export(command: Command, log: "Log", stop: "StopSignals") -> None:
+def export(command: Command) -> None:
     """Reads the checkpoint, makes the file, compares, and only then writes it."""
     from cnn.inference import export
     from cnn.inference.trained_model import load_trained_model

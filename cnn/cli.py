@@ -111,7 +111,8 @@ def run_command(task: Task, *, is_last: bool = False) -> int:
         stop.check()
         return task.run(log, stop) or DONE
     except (Exception, Stopped) as error:  # noqa: BLE001  it is logged
-        stop.settled = True  # no call, before which a signal would be looked at
+        # An assignment, before which no signal handler runs, as one may before a call.
+        stop.settled = True
         return _log_error(error, task, stop)
     finally:
         stop.settled = True

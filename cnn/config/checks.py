@@ -9,7 +9,7 @@ from cnn.config.settings import Config
 # name of a file or folder that cnn.utils.run_folder writes there; a test compares both.
 TAKEN_NAMES = re.compile(
     r"archive|sweeps|tensorboard|.*\.(log|csv|yaml|txt|html|png|json|tmp|pth|pt2?|onnx)",
-    re.IGNORECASE,  # some file systems do not tell Archive from archive
+    re.IGNORECASE,  # some file systems take Archive and archive for the same name
 )
 MAX_PATTERN = 500  # characters of a regular expression
 
@@ -25,10 +25,8 @@ def check_config(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
     if cfg.schedule.name == "multistep" and not cfg.schedule.milestones:
         yield f"{at('schedule.milestones')}: missing; multistep needs the epochs, such as [30, 60]"
     if cfg.data.sampler == "balanced" and cfg.loss.class_weights == "balanced":
-        yield (
-            f"{at('loss.class_weights')}: balanced cannot go with data.sampler: balanced, rare"
-            f" classes would count twice over; choose one"
-        )
+        where = at("loss.class_weights")  # with both, rare classes would count twice
+        yield f"{where}: balanced cannot go with data.sampler: balanced; choose one"
     yield from _check_augment(cfg, at)
     yield from _check_patterns(cfg, at)
 

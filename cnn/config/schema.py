@@ -16,16 +16,10 @@ from typing import Any
 
 from cnn.config.reader import RECORDS
 from cnn.config.settings import FREE, Config, required_keys
-from cnn.config.values import alternatives
+from cnn.config.values import LIMITS, alternatives
 
 FILE = Path(__file__).resolve().parents[2] / "configs" / "schema.json"
 
-BOUNDS = {
-    "least": "minimum",
-    "above": "exclusiveMinimum",
-    "most": "maximum",
-    "below": "exclusiveMaximum",
-}
 NULL = {"type": "null"}
 # The loader reads as text what is a number or a boolean to YAML: data.tag: 2024
 TEXT: dict[str, Any] = {"type": ["string", "number", "boolean"]}
@@ -94,7 +88,7 @@ def _forms_of_one(kind: Any, meta: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [{"type": "array", "items": _any_of(forms)}, NULL]
     if kind is str:
         return _words(meta)
-    bounds = {name: meta[limit] for limit, name in BOUNDS.items() if meta[limit] is not None}
+    bounds = {name: meta[key] for key, (_, _, name) in LIMITS.items() if meta[key] is not None}
     return [{"type": "integer" if kind is int else "number"} | bounds]
 
 

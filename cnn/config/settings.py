@@ -238,7 +238,7 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """The whole configuration: three keys of its own and one dataclass per section."""
+    """The whole configuration: three top-level keys and one dataclass per section."""
 
     seed: int = setting(0, "seed of everything random", FIXED, least=0, most=2**63 - 1)
     run: str | None = setting(None, "name: logs/NAME/ and checkpoints/NAME/", FREE, scratch=None)

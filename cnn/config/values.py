@@ -17,11 +17,12 @@ import yaml
 from cnn.config.settings import is_import_path, required_keys
 from cnn.errors import InvalidValue
 
-LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
-    "least": (operator.ge, "of at least"),
-    "above": (operator.gt, "above"),
-    "most": (operator.le, "at most"),
-    "below": (operator.lt, "below"),
+# The limits of a number: the comparison, the words for a message, the keyword of JSON Schema.
+LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str, str]] = {
+    "least": (operator.ge, "of at least", "minimum"),
+    "above": (operator.gt, "above", "exclusiveMinimum"),
+    "most": (operator.le, "at most", "maximum"),
+    "below": (operator.lt, "below", "exclusiveMaximum"),
 }
 TOO_LARGE = {int: 2**63, float: math.inf}
 QUOTES = ("'", '"')
@@ -63,7 +64,7 @@ def read_list(node: yaml.SequenceNode, kind: Any, meta: Mapping[str, Any]) -> li
 
 
 def _read_mapping(node: yaml.Node, cls: type) -> Any:
-    """Reads an item as the dataclass; one value stands for its first key if the others may lack."""
+    """Reads an item as the dataclass; a scalar is its first key if the others are optional."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     required = required_keys(cls)
     first = next(iter(fields.values()))
@@ -137,7 +138,7 @@ def _read_scalar(node: yaml.Node, kind: Any) -> bool | int | float | str:
     if kind is bool:
         return bool(("false", "true").index(text.lower()))
     value = kind(text)
-    if not abs(value) < TOO_LARGE[kind]:  # NaN neither
+    if not abs(value) < TOO_LARGE[kind]:  # false for NaN too
         raise ValueError
     return value
 
@@ -157,7 +158,7 @@ def _is_allowed(value: Any, meta: Mapping[str, Any]) -> bool:
             return meta["names_code"] and is_import_path(value)
         return meta["pattern"] is None or re.fullmatch(meta["pattern"], value) is not None
     return isinstance(value, bool) or all(
-        meta[limit] is None or holds(value, meta[limit]) for limit, (holds, _) in LIMITS.items()
+        meta[limit] is None or holds(value, meta[limit]) for limit, (holds, _, _) in LIMITS.items()
     )
 
 
@@ -190,7 +191,8 @@ def _expected_as(kind: Any, meta: Mapping[str, Any]) -> str:
         if not words:
             return "text" if meta["pattern"] is None else meta["description"]
         return ("one of " if len(words) > 1 else "") + ", ".join(words)
-    limits = [f"{word} {meta[key]}" for key, (_, word) in LIMITS.items() if meta[key] is not None]
+    words_of = {key: words for key, (_, words, _) in LIMITS.items() if meta[key] is not None}
+    limits = [f"{words} {meta[key]}" for key, words in words_of.items()]
     return " ".join(["a whole number" if kind is int else "a number", " and ".join(limits)]).strip()
 
 
