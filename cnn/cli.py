@@ -78,7 +78,7 @@ def main(prepare: Prepare, argv: list[str] | None, *, distributed: bool = False)
             if launch.find_launch().is_rank0:
                 sys.stderr.write(f"error: {printable(error, kept=LINES)}\n")
             return error.status
-    except KeyboardInterrupt:  # before `run_command` installed the handlers of signals
+    except KeyboardInterrupt:  # before `run_command` installed its signal handlers
         sys.stderr.write("stopped by SIGINT\n")
         return Stopped(signal.SIGINT).status
 
@@ -135,7 +135,8 @@ def _log_error(error: BaseException, task: Task, stop: "StopSignals") -> int:
             logger.error("%s%s", place, error)
     else:
         logger.error("failed", exc_info=error)
-    return getattr(error, "status", FAILED)
+        return FAILED
+    return error.status
 
 
 # -- command lines -------------------------------------------------------------------------------
@@ -184,13 +185,20 @@ class Parser(argparse.ArgumentParser):
         super().__init__(name, None, description, formatter_class=layout, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
+        """Raises Refused, where argparse prints the usage and ends the process."""
         raise Refused(f"{message}; see {self.prog} --help")
 
     def add_checkpoint(self) -> None:
+        """Adds the option --checkpoint."""
         text = f"trained model (default: {BEST})"
         self.add_argument("--checkpoint", type=Path, default=BEST, metavar="FILE", help=text)
 
     def add_settings(self, which: str) -> None:
+        """Adds `key=value` words.
+
+        Args:
+            which: the settings that can be changed, for the help.
+        """
         options = {"nargs": "*", "default": [], "metavar": "key=value"}
         self.add_argument("settings", **options, help=f"settings to change: {which}")
 

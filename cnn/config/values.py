@@ -182,10 +182,10 @@ def _expected_as(kind: Any, meta: Mapping[str, Any]) -> str:
     if origin is list:
         return f"a list [a, b] of {_expected(typing.get_args(kind)[0], meta)}"
     if dataclasses.is_dataclass(kind):
-        first, *_ = fields = dataclasses.fields(kind)
+        fields = dataclasses.fields(kind)
         mapping = "{" + ", ".join(field.name for field in fields) + "}"
-        is_short = required_keys(kind) == [first.name]
-        return f"{_expected(str, first.metadata)}, or {mapping}" if is_short else mapping
+        is_short = required_keys(kind) == [fields[0].name]
+        return f"{_expected(str, fields[0].metadata)}, or {mapping}" if is_short else mapping
     if kind is str:
         words = choices_of(meta)
         if not words:
