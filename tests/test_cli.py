@@ -1,5 +1,7 @@
 """The command line: what it refuses, what it says, and how a run that is not yet one ends."""
 
+import importlib
+import re
 import signal
 import subprocess
 import sys
@@ -78,6 +80,28 @@ def test_the_examples_of_the_help_stand_below_each_other(capfd):
     assert "\npython" not in help
 
 
+SCRIPTS = ["train", "evaluate", "predict", "export", "compare", "sweep"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_has_the_same_kind_of_help(capfd, name):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(name).main(["--help"])
+    assert ended.value.code == 0
+    help = capfd.readouterr().out
+    assert re.search(r"\n\n[A-Z][a-z]+s [^\n]*\.\n\nCommands:\n\n    python ", help), "a verb first"
+    assert ("key=value" in help.split("positional")[0]) == (name != "compare")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("words", [["--unknown"], ["nothing.png", "--unknown"]])
+def test_every_script_refuses_in_one_line_that_begins_with_error(capfd, name, words):
+    assert importlib.import_module(name).main(words) == 2
+    message = capfd.readouterr().err
+    assert message.startswith("error: unrecognized") or "required" in message
+    assert message.startswith("error: ") and message.count("\n") == 1
+
+
 # Found by Python at its start; presses Ctrl-C as a module begins to be imported.
 CTRL_C = """
 import os, signal, sys
@@ -134,6 +158,16 @@ def test_a_failure_after_a_signal_that_waits_is_told_as_what_it_is(capfd):
 
     assert cli.run_command(cli.Task(act)) == 1
     assert "ArithmeticError: on purpose" in capfd.readouterr().err
+
+
+def test_the_status_of_another_library_s_error_is_no_exit_status():
+    class NotFound(OSError):
+        status = 404
+
+    def act(log, stop):
+        raise NotFound
+
+    assert cli.run_command(cli.Task(act)) == 1
 
 
 # -- signals that come when the outcome stands --------------------------------------------------
