@@ -15,11 +15,16 @@ import importlib.util
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cnn import cli
 from cnn.errors import Refused
 from cnn.utils.files import write_output
 from cnn.utils.run_folder import EXPORTS
+
+if TYPE_CHECKING:
+    from cnn.utils.logger import Log
+    from cnn.utils.signals import StopSignals
 
 logger = logging.getLogger("cnn.export")
 
@@ -43,7 +48,9 @@ def main(argv: list[str] | None = None) -> int:
 def prepare(argv: list[str]) -> cli.Task:
     """Reads the command line; returns the work to do."""
     command = parse(argv)
-    return cli.Task(lambda *_: export(command), command.places, "cnn.inference.export")
+    return cli.Task(
+        lambda log, stop: export(command, log, stop), command.places, "cnn.inference.export"
+    )
 
 
 def parse(argv: list[str]) -> Command:
@@ -70,7 +77,7 @@ def parse(argv: list[str]) -> Command:
 
 
 def check_packages(form: str) -> None:
-    """Raises Refused if the packages of a format are not installed."""
+    """Refuses a format whose packages are not installed."""
     missing = [name for name in NEEDED.get(form, ()) if importlib.util.find_spec(name) is None]
     if missing:
         raise Refused(
@@ -78,7 +85,7 @@ def check_packages(form: str) -> None:
         )
 
 
-def export(command: Command) -> None:
+def export(command: Command, log: "Log", stop: "StopSignals") -> None:
     """Reads the checkpoint, makes the file, compares, and only then writes it."""
     from cnn.inference import export
     from cnn.inference.trained_model import load_trained_model

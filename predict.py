@@ -28,6 +28,8 @@ from cnn.utils.screen import padded, printable, shortened, width, write_stdout
 
 if TYPE_CHECKING:
     from cnn.inference.predictor import Prediction
+    from cnn.utils.logger import Log
+    from cnn.utils.signals import StopSignals
 
 logger = logging.getLogger("cnn.predict")
 
@@ -35,7 +37,7 @@ SETTINGS = ("device", "data.batch_size", "data.num_workers", "train.precision")
 IS_SETTING = re.compile(r"(device|[a-z]+\.[a-z_]+)=")
 
 TOP = 3
-BYTES = "surrogateescape"  # writes a file name that is not UTF-8 as its bytes
+BYTES = "surrogateescape"  # a file name that is no text comes out as the bytes that it is
 MAX_PATH = 60  # columns of a path; a longer one pushes its line to the right
 
 
@@ -62,7 +64,9 @@ def main(argv: list[str] | None = None) -> int:
 def prepare(argv: list[str]) -> cli.Task:
     """Reads the command line; returns the work to do."""
     command = parse(argv)
-    return cli.Task(lambda *_: predict(command), command.places, "cnn.inference.predictor")
+    return cli.Task(
+        lambda log, stop: predict(command, log, stop), command.places, "cnn.inference.predictor"
+    )
 
 
 def parse(argv: list[str]) -> Command:
@@ -108,7 +112,7 @@ def read_list() -> list[str]:
     return [os.fsdecode(part) for part in parts if part.strip()]
 
 
-def predict(command: Command) -> int:
+def predict(command: Command, log: "Log", stop: "StopSignals") -> int:
     """Predicts every picture as it is read; gives the exit status."""
     from cnn.inference.predictor import Predictor
     from cnn.inference.trained_model import load_trained_model
