@@ -1,9 +1,12 @@
-"""Sets runs side by side: final figures, the settings that differ, curves over each other.
+"""Compares runs: final figures, settings that differ, curves in one chart.
 
-python compare.py first second            logs/first and logs/second (run=first, run=second)
-python compare.py logs/a logs/archive/*   folders of logs, wherever they are
+Commands:
 
-A run that cannot be read is named and the others are compared; the exit status is then 1.
+    python compare.py first second                     logs/first and logs/second
+    python compare.py logs/a logs/archive/*            folders of logs, wherever they are
+    python compare.py first second --output report.html
+
+Runs that cannot be read are named and skipped; the exit status is then 1.
 """
 
 import itertools
@@ -31,14 +34,16 @@ SEED = "seed"
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.main(prepare, argv, prefix="")
+    """Runs the script and returns its exit status."""
+    return cli.main(prepare, argv)
 
 
 def prepare(argv: list[str]) -> None:
-    """Does all of it, since it needs no torch."""
-    parser = cli.parser("compare.py", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of logs, or a run's name")
-    parser.add_argument("--output", type=Path, default=PAGE, help=f"page (default {PAGE})")
+    """Reads the command line and compares the runs, which needs no torch."""
+    parser = cli.Parser("compare.py", __doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="name of a run, or folder of its logs")
+    add("--output", type=Path, default=PAGE, metavar="FILE", help=f"page (default: {PAGE})")
     args = parser.parse_args(argv)
     runs, refusals = [], []
     for where in args.runs:

@@ -1,14 +1,14 @@
-"""Measures a trained model: on the data it was trained for, or on other data with its classes.
+"""Evaluates a trained model on the data of its training, or on other data with the same classes.
 
 Commands:
 
-    python evaluate.py                                  the best epoch, on its test images
-    python evaluate.py --split val                      ... on those that it was chosen by
+    python evaluate.py                                 the best epoch on the test images
+    python evaluate.py --split val                     on the validation images
     python evaluate.py --checkpoint checkpoints/a/best.pth
-    python evaluate.py data.root=photos2                on other images with the same classes
+    python evaluate.py data.root=photos2               on other images of the same classes
     python evaluate.py --json result.json --figure confusion.png
 
-Settings come from the checkpoint. Nothing is written but what is asked for.
+All other settings come from the checkpoint. Only the files that are named here are written.
 """
 
 import json
@@ -29,56 +29,50 @@ if TYPE_CHECKING:
     from cnn.inference.evaluation import EvaluationData
     from cnn.inference.trained_model import TrainedModel
     from cnn.metrics.scores import Metrics
-    from cnn.utils.logger import Log
-    from cnn.utils.signals import StopSignals
 
 logger = logging.getLogger("cnn.evaluate")
 
-# Where the images are and how they are read; nothing of what the model is.
-SETTINGS = (
-    *("device", "data.name", "data.root", "data.args", "data.download", "data.batch_size"),
-    *("data.num_workers", "data.in_memory", "data.on_bad_image", "train.precision"),
-    "log.every_seconds",
-)
+# Where the images are and how they are loaded; nothing that defines the model.
+SOURCE = ("data.name", "data.root", "data.args", "data.download", "data.on_bad_image")
+LOADING = ("data.batch_size", "data.num_workers", "data.in_memory", "train.precision")
+SETTINGS = ("device", *SOURCE, *LOADING, "log.every_seconds")
 MAX_ROWS = 40  # classes on the screen
 MAX_PAIRS = 5  # of classes mixed up
 
 
 class Command(cli.Command):
+    """The command line of evaluate.py."""
+
     split: str
     json: Path | None
     figure: Path | None
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the script and returns its exit status."""
     return cli.main(prepare, argv)
 
 
 def prepare(argv: list[str]) -> cli.Task:
+    """Reads the command line; returns the work to do."""
     command = parse(argv)
-    return cli.Task(
-        lambda log, stop: evaluate_checkpoint(command, log, stop),
-        command.places,
-        "cnn.inference.evaluation",
-    )
+    module = "cnn.inference.evaluation"
+    return cli.Task(lambda *_: evaluate_checkpoint(command), command.places, module)
 
 
 def parse(argv: list[str]) -> Command:
-    """Reads the command line, and looks whether what it names is there.
-
-    Raises:
-        Refused: a setting or a file that cannot be.
-    """
-    parser = cli.checkpoint_parser("evaluate.py", __doc__)
+    """Reads the command line; raises Refused if it is not valid or names a missing file."""
+    parser = cli.Parser("evaluate.py", __doc__)
+    parser.add_checkpoint()
     add = parser.add_argument
-    add("--split", choices=("val", "test"), default="test", help="which images (default test)")
-    add("--json", type=Path, metavar="FILE", help="write every figure, with all digits")
-    add("--figure", type=Path, metavar="FILE", help="draw the confusion matrix (.png)")
-    add("settings", nargs="*", metavar="key=value", help=f"{', '.join(SETTINGS)}")
+    add("--split", choices=("val", "test"), default="test", help="which images (default: test)")
+    add("--json", type=Path, metavar="FILE", help="write every figure with all digits to FILE")
+    add("--figure", type=Path, metavar="FILE", help="draw the confusion matrix to FILE (.png)")
+    parser.add_settings(", ".join(SETTINGS))
     command = parser.parse_intermixed_args(argv, Command())
     cli.check_settings(command.settings, SETTINGS)
     if command.figure and command.figure.suffix.lower() != ".png":
-        parser.error(f"--figure: expected a name that ends with .png, got {command.figure}")
+        raise Refused(f"--figure: expected a name that ends with .png, got {command.figure}")
     for option, file in (("--json", command.json), ("--figure", command.figure)):
         if file is not None:
             cli.check_output(option, file)
@@ -86,7 +80,7 @@ def parse(argv: list[str]) -> Command:
     return command
 
 
-def evaluate_checkpoint(command: Command, log: "Log", stop: "StopSignals") -> None:
+def evaluate_checkpoint(command: Command) -> None:
     """Reads the checkpoint, evaluates as training does, and says what came out."""
     from cnn.datasets.loader import build_loader
     from cnn.inference import evaluation

@@ -1,14 +1,14 @@
-"""Makes of a trained model a file that runs without this project, on other machines and in other programs.
+"""Exports a trained model to a file that other programs run without this project.
 
 Commands:
 
-    python export.py                                    checkpoints/best.pt2, for PyTorch
-    python export.py --format onnx                      checkpoints/best.onnx, for onnxruntime and others
-    python export.py --format weights                   checkpoints/best_weights.pt, for the model's code
+    python export.py                                   checkpoints/best.pt2, for PyTorch
+    python export.py --format onnx                     checkpoints/best.onnx, for onnxruntime
+    python export.py --format weights                  checkpoints/best_weights.pt, for the code
     python export.py --checkpoint checkpoints/a/best.pth --output a.onnx
 
-The file is loaded again and compared with the model before it is written. Classes and preprocessing
-are in it.
+The exported model is loaded and compared with the original before the file is written. The file
+holds classes and preprocessing too.
 """
 
 import importlib.util
@@ -28,21 +28,25 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("cnn.export")
 
-SETTINGS = ("data.name", "data.root", "data.args")  # where images to check it on are
+SETTINGS = ("data.name", "data.root", "data.args")  # where to find images for the comparison
 # Packages beyond requirements.txt.
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 
 
 class Command(cli.Command):
+    """The command line of export.py."""
+
     format: str
     output: Path
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the script and returns its exit status."""
     return cli.main(prepare, argv)
 
 
 def prepare(argv: list[str]) -> cli.Task:
+    """Reads the command line; returns the work to do."""
     command = parse(argv)
     return cli.Task(
         lambda log, stop: export(command, log, stop), command.places, "cnn.inference.export"
@@ -50,27 +54,24 @@ def prepare(argv: list[str]) -> cli.Task:
 
 
 def parse(argv: list[str]) -> Command:
-    """Reads the command line, and looks whether what it names is there.
-
-    Raises:
-        Refused: a setting or a file that cannot be, a format whose packages are not installed.
-    """
-    parser = cli.checkpoint_parser("export.py", __doc__)
+    """Reads the command line; raises Refused for a missing file or package, or other mistakes."""
+    parser = cli.Parser("export.py", __doc__)
+    parser.add_checkpoint()
     add = parser.add_argument
-    add("--format", choices=tuple(EXPORTS), help="by default as --output ends, or torch")
-    add("--output", type=Path, metavar="FILE", help="by default beside the checkpoint")
-    add("settings", nargs="*", metavar="key=value", help=f"{', '.join(SETTINGS)}")
+    add("--format", choices=tuple(EXPORTS), help="format (default: by --output, or torch)")
+    add("--output", type=Path, metavar="FILE", help="file (default: beside the checkpoint)")
+    parser.add_settings(", ".join(SETTINGS))
     command = parser.parse_intermixed_args(argv, Command())
     cli.check_settings(command.settings, SETTINGS)
-    checkpoint, given = command.checkpoint, command.output
+    checkpoint, output = command.checkpoint, command.output
     by_ending = {".onnx": "onnx", ".pt": "weights", ".pth": "weights"}
-    ending = given.suffix.lower() if given else None
+    ending = output.suffix.lower() if output else None
     command.format = command.format or by_ending.get(ending, "torch")
-    command.output = given or checkpoint.with_name(checkpoint.stem + EXPORTS[command.format])
+    command.output = output or checkpoint.with_name(checkpoint.stem + EXPORTS[command.format])
     cli.check_checkpoint(checkpoint)
     cli.check_output("--output", command.output)
     if command.output.exists() and command.output.samefile(checkpoint):
-        raise Refused(f"--output: {command.output} is the checkpoint itself")
+        raise Refused(f"--output: expected another file than the checkpoint, got {command.output}")
     check_packages(command.format)
     return command
 

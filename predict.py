@@ -1,15 +1,15 @@
-"""Says what pictures show, by a trained model; all it needs is in the checkpoint.
+"""Predicts the classes of images with a trained model; the checkpoint holds all it needs.
 
 Commands:
 
     python predict.py photo.jpg
-    python predict.py new_photos                        a folder, with all below it
-    python predict.py "new_photos/**/*.png" --top 1     a pattern, in quotes
-    find . -name "*.jpg" | python predict.py -          a list of files from another program
+    python predict.py new_photos                       a folder with its subfolders
+    python predict.py "new_photos/**/*.png" --top 1    a pattern, in quotes
+    find . -name "*.jpg" | python predict.py -         a list of files from another program
     python predict.py new_photos --csv predictions.csv
     python predict.py new_photos --checkpoint checkpoints/a/best.pth device=cpu
 
-A picture that cannot be read is named and the rest goes on; the exit status is then 1.
+Images that cannot be read are named and skipped; the exit status is then 1.
 """
 
 import csv
@@ -42,10 +42,11 @@ MAX_PATH = 60  # columns of a path; a longer one pushes its line to the right
 
 
 class Command(cli.Command):
-    """Its positional words are settings and paths in any order.
+    """The command line of predict.py, with paths and settings in any order.
 
     Attributes:
-        missing: what was named and is not there, with why.
+        images: the files found at the paths.
+        missing: a message for each path without images.
     """
 
     paths: list[str]
@@ -56,10 +57,12 @@ class Command(cli.Command):
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the script and returns its exit status."""
     return cli.main(prepare, argv)
 
 
 def prepare(argv: list[str]) -> cli.Task:
+    """Reads the command line; returns the work to do."""
     command = parse(argv)
     return cli.Task(
         lambda log, stop: predict(command, log, stop), command.places, "cnn.inference.predictor"
@@ -67,18 +70,16 @@ def prepare(argv: list[str]) -> cli.Task:
 
 
 def parse(argv: list[str]) -> Command:
-    """Reads the command line, and finds the pictures.
-
-    Raises:
-        Refused: there is no picture, or a setting or a file that cannot be.
-    """
-    parser = cli.checkpoint_parser("predict.py", __doc__)
+    """Reads the command line and finds the images; raises Refused if there are none."""
+    parser = cli.Parser("predict.py", __doc__)
+    parser.add_checkpoint()
     add = parser.add_argument
     add(
-        "paths", nargs="*", metavar="PATH", help="files, folders, patterns; - reads them from stdin"
+        "paths", nargs="*", metavar="PATH", help="file, folder or pattern; - reads paths from stdin"
     )
-    add("--top", type=int, default=TOP, metavar="K", help=f"classes of each (default {TOP})")
-    add("--csv", type=Path, metavar="FILE", help="write a table")
+    add("--top", type=int, default=TOP, metavar="K", help=f"classes per image (default: {TOP})")
+    add("--csv", type=Path, metavar="FILE", help="write the predictions to FILE")
+    parser.add_settings(", ".join(SETTINGS))
     command = parser.parse_intermixed_args(argv, Command())
     is_setting = {
         word: bool(IS_SETTING.match(word)) and not os.path.exists(word) for word in command.paths
@@ -86,9 +87,9 @@ def parse(argv: list[str]) -> Command:
     command.settings = [word for word in command.paths if is_setting[word]]
     paths = [word for word in command.paths if not is_setting[word]]
     if not paths:
-        parser.error("expected files, folders or patterns, or - to read a list from stdin")
+        raise Refused("expected files, folders or patterns, or - to read a list from stdin")
     if command.top < 1:
-        parser.error(f"--top: expected a whole number of at least 1, got {command.top}")
+        raise Refused(f"--top: expected a whole number of at least 1, got {command.top}")
     cli.check_settings(command.settings, SETTINGS)
     if command.csv is not None:
         cli.check_output("--csv", command.csv)
@@ -99,13 +100,13 @@ def parse(argv: list[str]) -> Command:
         f"{printable(path)}: {reason}" for path, reason in found if reason is not None
     ]
     if not command.images:
-        raise Refused("\n".join(command.missing[:20]) or "no path came from stdin")
+        raise Refused("\n".join(command.missing[:20]) or "stdin: expected paths, got none")
     cli.check_checkpoint(command.checkpoint)
     return command
 
 
 def read_list() -> list[str]:
-    """The paths that another program gives, a line each, or as `find -print0` does."""
+    """Reads paths from stdin, separated by line ends, or by zeros as `find -print0` writes them."""
     data = sys.stdin.buffer.read()
     parts = data.split(b"\0") if b"\0" in data else data.splitlines()
     return [os.fsdecode(part) for part in parts if part.strip()]

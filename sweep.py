@@ -1,15 +1,15 @@
-"""Searches for settings: tries many, each a run of train.py that may be stopped like any other.
+"""Searches for the best settings with many trials, each a run of train.py.
 
 Commands:
 
-    python sweep.py configs/sweep.yaml                12 trials on digits, no download
-    python sweep.py configs/sweep.yaml                in a second terminal: they share the trials
-    python sweep.py configs/sweep.yaml trials=20      8 more, once they are done
+    python sweep.py configs/sweep.yaml                 12 trials on digits, no download
+    python sweep.py configs/sweep.yaml                 in a second terminal: shares the trials
+    python sweep.py configs/sweep.yaml trials=20       8 more trials, when they are done
     python sweep.py configs/sweep.yaml name=b search=random train.epochs=20
-    python sweep.py configs/sweep.yaml --skip 7       never mind that one
+    python sweep.py configs/sweep.yaml --skip 7        leave out trial 7
 
-Stopped in any way, even by kill -9, the same command goes on: with the same trials, each from where
-it was saved. Needs Optuna: pip install -r requirements-sweep.txt
+After any stop, even kill -9, the same command resumes the same trials, each from its latest
+checkpoint. Needs Optuna: pip install -r requirements-sweep.txt
 """
 
 import importlib.util
@@ -38,31 +38,35 @@ NUM_SHOWN = 5  # trials in the table at the end
 
 
 class Command(cli.Command):
+    """The command line of sweep.py."""
+
     file: Path
     skip: list[int]
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the script and returns its exit status."""
     return cli.main(prepare, argv)
 
 
 def prepare(argv: list[str]) -> cli.Task:
-    parser = cli.parser("sweep.py", __doc__)
+    """Reads the command line and the sweep's file."""
+    parser = cli.Parser("sweep.py", __doc__)
     add = parser.add_argument
-    add("file", type=Path, metavar="FILE", help="what is tried, as configs/sweep.yaml")
+    add("file", type=Path, metavar="FILE", help="settings of the sweep, such as configs/sweep.yaml")
     add("--skip", type=int, action="append", default=[], metavar="N", help="leave out trial N")
-    add("settings", nargs="*", metavar="key=value", help="of the sweep, or of all its trials")
+    parser.add_settings("of the sweep, or of all its trials")
     command = parser.parse_intermixed_args(argv, Command())
     check_packages()
     sweep = load_sweep(command.file, command.settings)
-    hint = "; the same command goes on"
+    hint = "; the same command resumes"
     return cli.Task(
         lambda log, stop: run(sweep, command, log, stop), module="cnn.sweeps.study", hint=hint
     )
 
 
 def check_packages() -> None:
-    """Refuses where Optuna is not installed, or there are no locks that processes share."""
+    """Raises Refused without Optuna, or on a system without the file locks that it needs."""
     if os.name == "nt":
         raise Refused("sweep.py needs locks that Windows has not; under WSL it works")
     if importlib.util.find_spec("optuna") is None:

@@ -5,10 +5,10 @@ Commands:
     python train.py                                    configs/config.yaml: digits, no download
     python train.py optim.lr=0.01 train.epochs=10      any setting changed
     python train.py --config configs/folder.yaml data.root=photos
-    python train.py --resume checkpoints/best.pth      go on from a checkpoint
-    python train.py --resume                           from the latest; where there is none, start
-    python train.py --drill [settings]                 can this run be stopped anywhere? try it
-    python train.py --find-lr [settings]               which learning rate? a range test
+    python train.py --resume checkpoints/best.pth      resume from a checkpoint
+    python train.py --resume                           from the latest one; without one, start
+    python train.py --drill                            check that this run can be stopped anywhere
+    python train.py --find-lr                          suggest a learning rate by a range test
     torchrun --nproc-per-node 2 train.py --resume      in two processes, or on two GPUs
 """
 
@@ -44,10 +44,10 @@ logger = logging.getLogger("train")
 
 
 class Command(cli.Command):
-    """What was asked for.
+    """The command line of train.py.
 
     Attributes:
-        resume: the file after --resume; "" for the latest, None where it was not given.
+        resume: the file after --resume; "" for the latest checkpoint, None without --resume.
     """
 
     resume: str | None
@@ -58,11 +58,12 @@ class Command(cli.Command):
 
 
 def main(argv: list[str] | None = None) -> int:
-    return cli.main(prepare, argv, prefix="", several=True)
+    """Runs the script and returns its exit status."""
+    return cli.main(prepare, argv, distributed=True)
 
 
 def prepare(argv: list[str]) -> cli.Task | None:
-    """What the command line asks for, its settings checked."""
+    """Reads the command line and checks the settings."""
     command = parse(argv)
     cfg, places = command.load_config()
     command.places.update(places)
@@ -247,51 +248,46 @@ def find_lr(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> N
 
 
 def parse(argv: list[str]) -> Command:
-    """Reads the command line; ends with exit status 2 and the usage where it cannot be."""
-    parser = cli.parser("train.py", __doc__)
+    """Reads the command line; raises Refused if it is not valid."""
+    parser = cli.Parser("train.py", __doc__)
     add = parser.add_argument
-    add("--config", type=Path, metavar="FILE", help="settings (default configs/config.yaml)")
-    add("--resume", nargs="?", const="", metavar="FILE", help="go on from FILE, or the latest")
-    add("--dry-run", action="store_true", help="two batches of everything, in a scratch folder")
-    add("--drill", action="store_true", help="kill a short run of yours and compare every bit")
-    add("--find-lr", action="store_true", help="try ever higher learning rates, suggest one")
+    add("--config", type=Path, metavar="FILE", help="settings (default: configs/config.yaml)")
+    add("--resume", nargs="?", const="", metavar="FILE", help="resume from FILE, or the latest")
+    add("--dry-run", action="store_true", help="run two batches of everything, leave nothing")
+    add("--drill", action="store_true", help="kill and resume a short run, compare every bit")
+    add("--find-lr", action="store_true", help="try rising learning rates, suggest one")
     add("--print-config", action="store_true", help="print every setting with its meaning")
-    add("settings", nargs="*", metavar="key=value", help="change a setting: optim.lr=0.01")
+    parser.add_settings("any, such as optim.lr=0.01")
     command, unknown = parser.parse_known_intermixed_args(_separate(argv), Command())
     if unknown:
-        parser.error(
-            f"unrecognized arguments: {' '.join(unknown)}; settings are written"
-            f" {_as_setting(unknown[0], argv)}"
-        )
+        found, setting = " ".join(unknown), _as_setting(unknown[0], argv)
+        raise Refused(f"unrecognized arguments: {found}; settings are written {setting}")
     for word in command.settings:
-        if word.endswith((".yaml", ".yml")):
-            parser.error(f"expected key=value, got {word!r}; settings of a file: --config {word}")
         if "=" not in word:
-            parser.error(
-                f"expected key=value, got {word!r} (a file goes after --config or --resume)"
-            )
+            option = "--config" if word.endswith((".yaml", ".yml")) else "--config or --resume"
+            raise Refused(f"expected key=value, got {word!r}; a file goes after {option}")
     modes = ("dry_run", "drill", "find_lr", "print_config")
     asked = [f"--{mode.replace('_', '-')}" for mode in modes if getattr(command, mode)]
     if command.resume is not None and asked:
-        parser.error(f"{asked[0]} cannot go with --resume: it looks at settings, and at no run")
+        raise Refused(f"{asked[0]} cannot go with --resume: it concerns settings, not a run")
     command.checkpoint = Path(command.resume) if command.resume else None
     return command
 
 
 def _separate(argv: list[str]) -> list[str]:
-    """Keeps `--resume key=value` from taking the setting for a file."""
+    """Keeps argparse from taking the setting in `--resume key=value` for a file."""
     return [
-        "--resume=" if word == "--resume" and "=" in following else word
-        for word, following in zip(argv, [*argv[1:], ""])
+        "--resume=" if word == "--resume" and "=" in next_word else word
+        for word, next_word in zip(argv, [*argv[1:], ""])
     ]
 
 
 def _as_setting(option: str, argv: list[str]) -> str:
-    """`--epochs 5` as `train.epochs=5`."""
+    """Returns `--epochs 5` as `train.epochs=5`."""
     name, equals, value = option.lstrip("-").replace("-", "_").partition("=")
     if not equals:
-        following = argv[argv.index(option) + 1 :][:1] if option in argv else []
-        value = following[0] if following and not following[0].startswith("--") else "..."
+        next_words = argv[argv.index(option) + 1 :][:1] if option in argv else []
+        value = next_words[0] if next_words and not next_words[0].startswith("--") else "..."
     known = [key for key in resume_rules() if name in (key, key.rpartition(".")[2])]
     return f"{known[0]}={value}" if known else "key=value: train.epochs=5"
 

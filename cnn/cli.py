@@ -1,8 +1,8 @@
-"""The skeleton of every script: how a command line becomes work, and how the work ends.
+"""Runs the scripts: reads their command lines, sets up log and signals, turns errors into messages.
 
-A script prepares, without torch, so that a mistake is answered in a tenth of a second, and what it
-has prepared is run with log and signals set up. However that ends, it is told in one message and an
-exit status: 0 done, 1 failed, 2 refused, 128 + N stopped by signal N.
+A script's `prepare` function reads the command line without importing torch, so that a mistake is
+reported in a tenth of a second, and returns a Task, which `run_command` executes. Every error ends
+in one message and an exit status: 0 done, 1 failed, 2 refused, 128 + N stopped by signal N.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cnn.config import Config, code_keys, load_config
 from cnn.errors import Refused, RefusedElsewhere, RunError, Stopped
@@ -37,13 +37,13 @@ MAX_NAMED = 5  # checkpoints in a message
 
 @dataclass(frozen=True)
 class Task:
-    """What a command line asks for, found possible.
+    """The work that a command line asks for, after its checks.
 
     Attributes:
-        run: does it; may give an exit status of its own.
-        places: where each setting was given; a refusal that begins with one is told with it.
-        module: what it needs of ours; with torch beneath, that takes seconds to import.
-        hint: what is said after the reason where it is stopped or fails.
+        run: does the work; may return an exit status.
+        places: where each setting was given; a refusal that begins with a key is logged with it.
+        module: the module to import first; it imports torch, which takes seconds.
+        hint: ends the message if the work is stopped or fails.
     """
 
     run: Callable[["Log", "StopSignals"], int | None]
@@ -52,27 +52,23 @@ class Task:
     hint: str = ""
 
 
-def main(
-    prepare: Callable[[list[str]], Task | None],
-    argv: list[str] | None,
-    *,
-    prefix: str = "error: ",
-    several: bool = False,
-) -> int:
-    """Runs a script; gives its exit status.
+Prepare = Callable[[list[str]], Task | None]
+
+
+def main(prepare: Prepare, argv: list[str] | None, *, distributed: bool = False) -> int:
+    """Runs a script and returns its exit status.
 
     Args:
-        prepare: reads the command line; gives None where nothing is left to be done.
-        argv: the command line; None: this process's.
-        prefix: of what is refused before anything has begun.
-        several: whether torchrun may start it in several processes.
+        prepare: reads the command line; returns None if nothing is left to do.
+        argv: the command line; None for that of this process.
+        distributed: whether torchrun may start the script in several processes.
     """
     open_missing()
-    if hasattr(sys.stdout, "reconfigure"):  # a console without Chinese letters is no reason to fail
+    if hasattr(sys.stdout, "reconfigure"):  # for a console without Chinese characters
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
-            if not several:
+            if not distributed:
                 launch.refuse_several(Path(sys.argv[0]).name)
             task = prepare(sys.argv[1:] if argv is None else argv)
             return DONE if task is None else run_command(task, is_last=argv is None)
@@ -80,18 +76,18 @@ def main(
             from cnn.utils.screen import LINES, printable
 
             if launch.find_launch().is_rank0:
-                sys.stderr.write(f"{prefix}{printable(error, kept=LINES)}\n")
+                sys.stderr.write(f"error: {printable(error, kept=LINES)}\n")
             return error.status
-    except KeyboardInterrupt:  # before `run_command` has taken the signals over
+    except KeyboardInterrupt:  # before `run_command` installed its signal handlers
         sys.stderr.write("stopped by SIGINT\n")
         return Stopped(signal.SIGINT).status
 
 
 def run_command(task: Task, *, is_last: bool = False) -> int:
-    """Does the work with log and signals set up; turns how it ended into a message and a status.
+    """Sets up log and signals, does the work, logs why it failed, and returns the exit status.
 
     Args:
-        is_last: nothing comes after it in this process, so that no signal is of use any more.
+        is_last: whether the process ends afterwards, so that signals are ignored from then on.
     """
     from cnn.utils.importing import collector_paused
     from cnn.utils.logger import Log
@@ -104,54 +100,56 @@ def run_command(task: Task, *, is_last: bool = False) -> int:
     stop.install()
     stop_with_parent()
     log = Log(processes.rank)
-    if processes.size > 1:  # looked for unused parameters, found none: no news
+    if processes.size > 1:  # DDP's warning that it found no unused parameters
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        # Two seconds of importing torch, in which a signal waits: no half of a module is left, and
-        # nobody's `except Exception` there takes it.
+        # A signal waits for the two seconds of importing torch, so that it neither leaves a module
+        # half imported nor is caught by an `except Exception` there.
         with collector_paused():
             importlib.import_module(task.module)
         stop.deferred = False
         stop.check()
         return task.run(log, stop) or DONE
-    except (Exception, Stopped) as error:  # noqa: BLE001  it is told
-        stop.settled = True  # no call, before which a signal would be looked at
-        return _tell(error, task, stop)
+    except (Exception, Stopped) as error:  # noqa: BLE001  it is logged
+        # An assignment, before which no signal handler runs, as one may before a call.
+        stop.settled = True
+        return _log_error(error, task, stop)
     finally:
         stop.settled = True
         log.close()
         stop.uninstall(is_last=is_last)
 
 
-def _tell(error: BaseException, task: Task, stop: "StopSignals") -> int:
-    """Says how it ended; gives the exit status."""
-    if isinstance(error, (Refused, RunError)):
-        key = re.match(r"[a-z_]+\.[a-z_]+|\w+", str(error))
-        place = task.places.get(key.group()) if key and isinstance(error, Refused) else None
-        if not isinstance(error, RefusedElsewhere):
-            hint = task.hint if isinstance(error, RunError) else ""
-            logger.error("%s%s%s", f"{place}: " if place else "", error, hint)
-        return error.status
-    if stop.raised:  # and what it came in the middle of has fallen over it
-        error = Stopped(stop.received)
+def _log_error(error: BaseException, task: Task, stop: "StopSignals") -> int:
+    """Logs why the work ended and returns the exit status."""
+    if stop.raised and not isinstance(error, (Refused, RunError)):
+        error = Stopped(stop.received)  # a clean-up may have failed because of it
     if isinstance(error, Stopped):
         logger.warning("stopped by %s%s", error, task.hint)
-        return error.status
-    logger.error("failed", exc_info=error)
-    return FAILED
+    elif isinstance(error, RunError):
+        logger.error("%s%s", error, task.hint)
+    elif isinstance(error, Refused):
+        key = re.match(r"[a-z_.]*", str(error)).group()
+        place = f"{task.places[key]}: " if key in task.places else ""
+        if not isinstance(error, RefusedElsewhere):
+            logger.error("%s%s", place, error)
+    else:
+        logger.error("failed", exc_info=error)
+        return FAILED
+    return error.status
 
 
 # -- command lines -------------------------------------------------------------------------------
 
 
 class Command(argparse.Namespace):
-    """What a command line says; each script has its own, with its options.
+    """The command line of a script; each script adds its options in a subclass.
 
     Attributes:
-        settings: key=value, as typed.
-        config: the file after --config, where it was given.
-        checkpoint: the file that it goes on from, or uses.
-        places: where each setting in force was given.
+        settings: `key=value`, as typed.
+        config: the file after --config, if given.
+        checkpoint: the file to resume from, or to use.
+        places: where each setting was given.
     """
 
     settings: list[str]
@@ -163,74 +161,77 @@ class Command(argparse.Namespace):
         self.places: dict[str, str] = {}
 
     def typed(self) -> set[str]:
-        """The keys given on the command line."""
+        """Returns the keys given on the command line."""
         return {setting.partition("=")[0] for setting in self.settings}
 
     def load_config(self, base: dict[str, Any] | None = None) -> tuple[Config, dict[str, str]]:
-        """Today's settings, checked, and where each was given.
+        """Reads and checks the settings; returns them and where each was given.
 
         Args:
-            base: a checkpoint's settings, which then stand in for the default file.
+            base: the settings of a checkpoint, which take the place of the default file.
         """
-        path = self.config or (default_config() if base is None else None)
+        path = self.config
+        if path is None and base is None:
+            here = Path("configs/config.yaml")
+            path = here if here.exists() else Path(__file__).resolve().parents[1] / here
         return load_config(path, self.settings, base)
 
 
-def default_config() -> Path:
-    """configs/config.yaml here, or else the one beside train.py."""
-    here = Path("configs/config.yaml")
-    return here if here.exists() else Path(__file__).resolve().parents[1] / here
+class Parser(argparse.ArgumentParser):
+    """A parser whose help keeps the lines of a script's docstring, and whose errors are Refused."""
 
+    def __init__(self, name: str, description: str) -> None:
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(name, None, description, formatter_class=layout, allow_abbrev=False)
 
-def parser(name: str, description: str) -> argparse.ArgumentParser:
-    """A parser whose help keeps the lines of a script's docstring."""
-    return argparse.ArgumentParser(
-        prog=name,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    def error(self, message: str) -> NoReturn:
+        """Raises Refused, where argparse prints the usage and ends the process."""
+        raise Refused(f"{message}; see {self.prog} --help")
 
+    def add_checkpoint(self) -> None:
+        """Adds the option --checkpoint."""
+        text = f"trained model (default: {BEST})"
+        self.add_argument("--checkpoint", type=Path, default=BEST, metavar="FILE", help=text)
 
-def checkpoint_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """A parser that knows --checkpoint."""
-    made = parser(name, description)
-    about = f"the trained model (default {BEST})"
-    made.add_argument("--checkpoint", type=Path, default=BEST, metavar="FILE", help=about)
-    return made
+    def add_settings(self, which: str) -> None:
+        """Adds `key=value` words.
+
+        Args:
+            which: the settings that can be changed, for the help.
+        """
+        options = {"nargs": "*", "default": [], "metavar": "key=value"}
+        self.add_argument("settings", **options, help=f"settings to change: {which}")
 
 
 def check_settings(words: Sequence[str], allowed: Sequence[str]) -> None:
-    """Holds `key=value` words against the settings, of which only some can be changed here.
+    """Checks `key=value` words for a script in which only some settings can be changed.
 
-    Names of code may be typed too, which says that a checkpoint's code is meant to run.
+    A setting that names code may be typed too, which permits a checkpoint's code to run.
 
     Raises:
-        Refused: with every mistake, a line each.
+        Refused: with one line for each mistake.
     """
     load_config(None, words)
     for key in (word.partition("=")[0] for word in words):
         if key not in (*allowed, *code_keys()):
-            raise Refused(
-                f"command line: {key}: cannot be changed here, where only {', '.join(allowed)} can"
-            )
+            reason = f"cannot be changed here, where only {', '.join(allowed)} can"
+            raise Refused(f"command line: {key}: {reason}")
 
 
 def check_checkpoint(path: Path) -> None:
-    """Refuses a checkpoint that is not there, and names those that are."""
-    if os.path.exists(path):  # False for a name that no file can have, where Path raises
+    """Raises Refused if the checkpoint does not exist, with the names of some that do."""
+    if os.path.exists(path):  # returns False for a name that no file can have; Path.exists raises
         return
-    found = [f for pattern in ("*.pth", f"*/{BEST.name}") for f in BEST.parent.glob(pattern)]
-    others = sorted(file.as_posix() for file in found)
-    advice = "train first: python train.py"
-    if others:
-        more = ", ..." if len(others) > MAX_NAMED else ""
-        advice = f"--checkpoint takes one of {', '.join(others[:MAX_NAMED])}{more}"
-    raise Refused(f"{path}: no such file; {advice}")
+    patterns = ("*.pth", f"*/{BEST.name}")
+    found = sorted(file.as_posix() for pattern in patterns for file in BEST.parent.glob(pattern))
+    if not found:
+        raise Refused(f"{path}: no such file; train first: python train.py")
+    names = ", ".join(found[:MAX_NAMED]) + (", ..." if len(found) > MAX_NAMED else "")
+    raise Refused(f"{path}: no such file; --checkpoint takes one of {names}")
 
 
 def check_output(option: str, path: Path) -> None:
-    """Refuses a file that cannot be written, before the work and not after it."""
+    """Raises Refused if a file cannot be written, before the work rather than after it."""
     if not path.parent.is_dir():
         raise Refused(f"{option}: expected a file in a folder that exists, got {path}")
     if path.exists() and not path.is_file():

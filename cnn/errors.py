@@ -1,6 +1,6 @@
-"""Every exception that ends a run or a script, each with its exit status.
+"""The exceptions that end a run or a script, each with its exit status.
 
-0 is done, and 128 + N stopped by signal N after saving.
+Exit status 0 is done; 128 + N is stopped by signal N, after saving.
 """
 
 import errno
@@ -11,62 +11,62 @@ import traceback
 
 
 class Refused(ValueError):
-    """What the user asked for cannot be done; the message says where, why and what to do."""
+    """Raised if what the user asks for cannot be done; says where, why and what to do."""
 
     status = 2
 
 
 class RefusedElsewhere(Refused):
-    """Refused by another process, which has said why."""
+    """Raised if another process raised Refused and logged why."""
 
 
 class RunError(RuntimeError):
-    """Something failed while running; the message has all that the user needs."""
+    """Raised if something fails while running and the message needs no traceback."""
 
     status = 1
 
 
 class Failed(RunError):
-    """The run cannot go on."""
+    """Raised if the run cannot continue."""
 
 
 class DataFailed(RunError):
-    """The next batch cannot be had; the run is whole and can go on once its cause is mended."""
+    """Raised if the next batch cannot be loaded; the run can be resumed afterwards."""
 
 
 class ProcessLost(RunError):
-    """Another process of the run is gone."""
+    """Raised if another process of the run has died."""
 
 
 class DatabaseFailed(RunError):
-    """The database of a sweep does not answer; nothing is lost."""
+    """Raised if the database of a sweep does not answer; nothing is lost."""
 
 
 class Stopped(BaseException):
-    """A signal asked the run to stop."""
+    """Raised if a signal asked the run to stop."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
         self.number, self.status = number, 128 + number
 
 
-# -- taken care of before they end anything ------------------------------------------------------
+# -- caught before they end anything -------------------------------------------------------------
 
 
 class InvalidValue(Exception):
-    """A wrong value in the configuration: what was expected and what came.
+    """Raised for a wrong value in the configuration; the message follows the key directly.
 
-    Begins with the rest of the key, or with ': '.
+    For example ": expected a number, got x" or "[1].scale: missing".
     """
 
 
 class BadImage(Exception):
-    """An image that cannot be had: no image, not whole, gone. As `decode` raises it, without path."""
+    """Raised if a file is missing or is no whole image; `decode` raises it without the path."""
 
 
-# -- other people's ------------------------------------------------------------------------------
+# -- errors of the user's own code ---------------------------------------------------------------
 
-# What this machine has too little of: as the system tells it, and as torch and Python do.
+# Too little memory, disk space, files or threads: error numbers of the system, words of torch.
 SCARCITIES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EAGAIN)
 SCARCE = re.compile("memory|MemoryError|EOFError|file <|open files|ancdata|thread|worker|AF_UNIX")
 OURS = os.path.join(os.path.dirname(__file__), "")
@@ -74,9 +74,9 @@ ADVICE = "fewer data.num_workers need less (ulimit -n, ulimit -u, df /dev/shm, a
 
 
 def describe(error: Exception) -> str:
-    """An error that the user's own code may have raised, in one line: what it is, where, what to do.
+    """Returns an error of the user's own code as one line: type, message, place and advice.
 
-    The place is where our code called another's, or else the last line of ours.
+    The place is the first line outside this package, or else the last line inside it.
     """
     frames = traceback.extract_tb(error.__traceback__)
     place = next((frame for frame in frames if not frame.filename.startswith(OURS)), frames[-1])

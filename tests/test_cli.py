@@ -1,5 +1,7 @@
 """The command line: what it refuses, what it says, and how a run that is not yet one ends."""
 
+import importlib
+import re
 import signal
 import subprocess
 import sys
@@ -20,11 +22,11 @@ from cnn.utils.signals import StopSignals
 
 
 def refusal(capfd, *words: str) -> str:
-    """What is said to a command line that cannot be read."""
-    with pytest.raises(SystemExit) as ended:
-        script.main([*TINY, *words])
-    assert ended.value.code == 2
-    return capfd.readouterr().err
+    """The message for a command line that cannot be read."""
+    assert script.main([*TINY, *words]) == 2
+    message = capfd.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    return message
 
 
 @pytest.mark.parametrize("mode", ["--dry-run", "--drill", "--find-lr", "--print-config"])
@@ -66,7 +68,7 @@ def test_an_option_that_is_a_setting_is_told_how_to_write(capfd, words, setting)
 
 def test_a_file_of_settings_is_told_where_to_go(capfd):
     said = refusal(capfd, "configs/mnist.yaml")
-    assert "got 'configs/mnist.yaml'; settings of a file: --config configs/mnist.yaml" in said
+    assert "expected key=value, got 'configs/mnist.yaml'; a file goes after --config\n" in said
 
 
 def test_the_examples_of_the_help_stand_below_each_other(capfd):
@@ -76,6 +78,28 @@ def test_the_examples_of_the_help_stand_below_each_other(capfd):
     help = capfd.readouterr().out
     assert help.count("\n    python train.py") == help.count("\n    python") == 7
     assert "\npython" not in help
+
+
+SCRIPTS = ["train", "evaluate", "predict", "export", "compare", "sweep"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_has_the_same_kind_of_help(capfd, name):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(name).main(["--help"])
+    assert ended.value.code == 0
+    help = capfd.readouterr().out
+    assert re.search(r"\n\n[A-Z][a-z]+s [^\n]*\.\n\nCommands:\n\n    python ", help), "a verb first"
+    assert ("key=value" in help.split("positional")[0]) == (name != "compare")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("words", [["--unknown"], ["nothing.png", "--unknown"]])
+def test_every_script_refuses_in_one_line_that_begins_with_error(capfd, name, words):
+    assert importlib.import_module(name).main(words) == 2
+    message = capfd.readouterr().err
+    assert message.startswith("error: unrecognized") or "required" in message
+    assert message.startswith("error: ") and message.count("\n") == 1
 
 
 # Found by Python at its start; presses Ctrl-C as a module begins to be imported.
@@ -134,6 +158,16 @@ def test_a_failure_after_a_signal_that_waits_is_told_as_what_it_is(capfd):
 
     assert cli.run_command(cli.Task(act)) == 1
     assert "ArithmeticError: on purpose" in capfd.readouterr().err
+
+
+def test_the_status_of_another_library_s_error_is_no_exit_status():
+    class NotFound(OSError):
+        status = 404
+
+    def act(log, stop):
+        raise NotFound
+
+    assert cli.run_command(cli.Task(act)) == 1
 
 
 # -- signals that come when the outcome stands --------------------------------------------------
@@ -240,7 +274,7 @@ def test_in_another_thread_than_the_main_one_it_is_refused(train, capfd):
     thread.start()
     thread.join()
     assert said == [2]
-    assert capfd.readouterr().err.startswith("signals reach the main thread alone")
+    assert capfd.readouterr().err.startswith("error: signals reach the main thread alone")
 
 
 # -- streams that are not there -----------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_two_hundred_spoilt_configurations_are_refused_by_name(train, capfd):
             status == 2
             and not said.out
             and "Traceback" not in said.err
-            and re.search(r"^bad\.yaml:\d+: ", said.err)
+            and re.search(r"^error: bad\.yaml:\d+: ", said.err)
             and re.search(expected, said.err)
         )
         if not good:
@@ -145,4 +145,4 @@ def test_hostile_yaml_is_refused(train, capfd, data, expected):
 def test_what_is_no_configuration_file_is_refused(train, capfd, path):
     assert train("--config", path, "--print-config") == 2
     said = capfd.readouterr().err
-    assert said.startswith(f"{path}: ") and "Traceback" not in said
+    assert said.startswith(f"error: {path}: ") and "Traceback" not in said

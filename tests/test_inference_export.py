@@ -213,7 +213,10 @@ STRANGE = {
     "another setting": (["optim.lr=1"], "optim.lr: cannot be changed here, where only data.name"),
     "no folder": (["--output", "no/a.pt2"], "--output: expected a file in a folder that exists"),
     "a folder": (["--output", "folder"], "--output: expected a file, got folder"),
-    "itself": (["--checkpoint", "good.pth", "--output", "good.pth"], "is the checkpoint itself"),
+    "itself": (
+        ["--checkpoint", "good.pth", "--output", "good.pth"],
+        "expected another file than the checkpoint",
+    ),
 }
 
 

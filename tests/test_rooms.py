@@ -107,7 +107,6 @@ def test_only_the_run_folder_knows_the_names_of_a_runs_files():
         and Path(node.value).name in names
     ]
     allowed = {
-        "cnn/config/checks.py: archive",  # is held to the run folder in test_config_reading.py
         "cnn/sweeps/settings.py: config.yaml",  # the file that a sweep begins from
         "cnn/cli.py: configs/config.yaml",
     }

@@ -482,7 +482,7 @@ def test_two_processes_one_killed_and_one_stopped_bring_every_trial_to_its_end_o
     second = stopped.wait_for_epochs(3, "small")
     stopped.kill(signal.SIGTERM)
     assert stopped.process.returncode == 128 + signal.SIGTERM and first != second
-    assert "warning: stopped by SIGTERM; the same command goes on" in stopped.wait()
+    assert "warning: stopped by SIGTERM; the same command resumes" in stopped.wait()
     said = last.wait()
     assert last.process.returncode == 0
     for number in (first, second):

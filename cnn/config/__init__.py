@@ -1,4 +1,4 @@
-"""The settings of a run: what keys there are, how they are read, checked and written. Without torch."""
+"""The settings of a run: which keys there are; how they are read, checked and written. No torch."""
 
 from cnn.config.reader import load_config
 from cnn.config.settings import (

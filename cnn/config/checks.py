@@ -1,79 +1,60 @@
-"""The mistakes that only show between settings."""
+"""Checks of a whole configuration, beyond the type and the limits of each value."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from cnn.config.settings import Config
 
-# A run without a name shares its folders with those that have one: none may be called as a file, or
-# as a folder, that it leaves. Which these are, cnn.utils.run_folder knows; a test holds both together.
-FOLDERS_TAKEN = ("archive", "sweeps", "tensorboard")
-ENDINGS_TAKEN = (
-    *(".log", ".csv", ".yaml", ".txt", ".html", ".png", ".json", ".tmp"),
-    *(".pth", ".pt2", ".pt", ".onnx"),
+# A run without a name shares its folders with the runs that have one, so that no run may have the
+# name of a file or folder that cnn.utils.run_folder writes there; a test compares both.
+TAKEN_NAMES = re.compile(
+    r"archive|sweeps|tensorboard|.*\.(log|csv|yaml|txt|html|png|json|tmp|pth|pt2?|onnx)",
+    re.IGNORECASE,  # some file systems take Archive and archive for the same name
 )
 MAX_PATTERN = 500  # characters of a regular expression
 
 
-def check_together(cfg: Config, at: Callable[[str], str]) -> list[str]:
-    """The mistakes that only show between keys.
+def check_config(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
+    """Yields the mistakes in a configuration whose values are right one by one.
 
     Args:
-        at: gives a key with the place where it was given.
+        at: returns a key after the place where it was given: `FILE:LINE: section.key`.
     """
-    mistakes = []
-    if cfg.run is not None and not re.fullmatch(r"[\w\-][\w.\- ]*", cfg.run):
-        mistakes.append(
-            f"{at('run')}: expected a name of letters, digits, '.', '_' and '-' that begins with no"
-            f" '.', got {cfg.run!r}"
-        )
-    elif cfg.run is not None and is_taken(cfg.run) and not at("run").startswith("checkpoint"):
-        mistakes.append(
-            f"{at('run')}: expected a name for folders, got {cfg.run!r}, which a file of the run"
-            f" without a name may have"
-        )
+    if cfg.run is not None:
+        yield from _check_run(cfg.run, at("run"))
     if cfg.schedule.name == "multistep" and not cfg.schedule.milestones:
-        mistakes.append(
-            f"{at('schedule.milestones')}: missing; multistep needs the epochs, such as [30, 60]"
-        )
+        yield f"{at('schedule.milestones')}: missing; multistep needs the epochs, such as [30, 60]"
     if cfg.data.sampler == "balanced" and cfg.loss.class_weights == "balanced":
-        mistakes.append(
-            f"{at('loss.class_weights')}: balanced cannot go with data.sampler: balanced, rare"
-            f" classes would count twice over; choose one"
-        )
+        where = at("loss.class_weights")  # with both, rare classes would count twice
+        yield f"{where}: balanced cannot go with data.sampler: balanced; choose one"
+    yield from _check_augment(cfg, at)
+    yield from _check_patterns(cfg, at)
+
+
+def _check_run(run: str, where: str) -> Iterator[str]:
+    if not re.fullmatch(r"[\w\-][\w.\- ]*", run):
+        yield f"{where}: expected a name of letters, digits, '_', '-' and inner '.', got {run!r}"
+    elif TAKEN_NAMES.fullmatch(run) and where != "checkpoint: run":
+        yield f"{where}: expected a name for folders, not that of a run's file, got {run!r}"
+
+
+def _check_augment(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
     for number, change in enumerate(cfg.data.augment):
-        where = f"{at('data.augment')}[{number}].scale"
-        if change.scale is not None and change.name != "resized_crop":
-            mistakes.append(f"{where}: is for resized_crop, not for {change.name}")
-        elif change.scale is not None and (
-            len(change.scale) != 2 or sorted(change.scale) != change.scale
-        ):
-            mistakes.append(
-                f"{where}: expected the least and the largest share of the area, got {change.scale}"
-            )
-    return mistakes + _check_patterns(cfg, at)
+        where, scale = f"{at('data.augment')}[{number}].scale", change.scale
+        if scale is not None and change.name != "resized_crop":
+            yield f"{where}: is for resized_crop, not for {change.name}"
+        elif scale is not None and (len(scale) != 2 or scale[0] > scale[1]):
+            yield f"{where}: expected the smallest and the largest share of the area, got {scale}"
 
 
-def _check_patterns(cfg: Config, at: Callable[[str], str]) -> list[str]:
-    mistakes = []
-    patterns = {
-        f"{at('optim.groups')}[{number}].match": group.match
-        for number, group in enumerate(cfg.optim.groups)
-    }
-    for where, pattern in (patterns | {at("optim.freeze"): cfg.optim.freeze or ""}).items():
+def _check_patterns(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
+    groups, freeze = at("optim.groups"), at("optim.freeze")
+    patterns = {f"{groups}[{n}].match": group.match for n, group in enumerate(cfg.optim.groups)}
+    for where, pattern in (patterns | {freeze: cfg.optim.freeze or ""}).items():
         if len(pattern) > MAX_PATTERN:
-            mistakes.append(
-                f"{where}: expected at most {MAX_PATTERN} characters, got {len(pattern)}"
-            )
+            yield f"{where}: expected at most {MAX_PATTERN} characters, got {len(pattern)}"
             continue
         try:
             re.compile(pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            mistakes.append(f"{where}: not a regular expression: {error}")
-    return mistakes
-
-
-def is_taken(run: str) -> bool:
-    """Whether a file or folder of the run without a name may be called so."""
-    run = run.lower()  # there are disks that take Archive for archive
-    return run in FOLDERS_TAKEN or run.endswith(ENDINGS_TAKEN)
+            yield f"{where}: expected a regular expression, got {pattern!r}: {error}"

@@ -1,9 +1,9 @@
-"""configs/schema.json, by which editors complete and underline the YAML files.
+"""Writes configs/schema.json, with which editors complete and check the YAML files.
 
-    python -m cnn.config.schema        writes it anew, after a change to the keys in settings.py
+    python -m cnn.config.schema        after a change to the keys in settings.py
 
-JSON Schema draft 7, which the editors' YAML language servers know best. It says of each key alone
-what settings.py says; what only shows between keys, `train.py --print-config` tells.
+The schema is JSON Schema draft 7, which the editors' YAML language servers know best. It checks
+each key alone; mistakes that need several keys are found by `train.py --print-config`.
 """
 
 import dataclasses
@@ -16,64 +16,56 @@ from typing import Any
 
 from cnn.config.reader import RECORDS
 from cnn.config.settings import FREE, Config, required_keys
+from cnn.config.values import LIMITS, alternatives
 
 FILE = Path(__file__).resolve().parents[2] / "configs" / "schema.json"
 
-BOUNDS = {
-    "least": "minimum",
-    "above": "exclusiveMinimum",
-    "most": "maximum",
-    "below": "exclusiveMaximum",
-}
-# The loader takes a word for text that is a number or a switch to YAML: data.tag: 2024
+NULL = {"type": "null"}
+# The loader reads as text what is a number or a boolean to YAML: data.tag: 2024
 TEXT: dict[str, Any] = {"type": ["string", "number", "boolean"]}
-# Wider than the loader's own: JSON Schema's \w knows no letters but the English ones.
+# Accepts more than the loader does: \w of JSON Schema has ASCII letters only.
 IMPORT_PATH = {"type": "string", "pattern": "^[^:/]+:[^:/]+$"}
-OTHERS: dict[str, Any] = {
+SIMPLE_TYPES = {
+    types.NoneType: [NULL],
+    bool: [{"type": "boolean"}],
+    dict: [{"type": "object"}, NULL],
+}
+NO_SETTINGS: dict[str, Any] = {
     "base": {"type": "string", "description": "a file beside this one, whose settings come first"},
-    **{name: {"description": "of an earlier run; read past"} for name in RECORDS},
+    **{name: {"description": "of an earlier run; skipped"} for name in RECORDS},
 }
 
 
 def schema() -> dict[str, Any]:
-    """The schema of a configuration file."""
+    """Returns the schema of a configuration file."""
     top = _section(Config)
-    top["properties"] |= OTHERS
+    top["properties"] |= NO_SETTINGS
     head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "settings of train.py"}
     return head | top
 
 
 def text() -> str:
-    """The schema as the file has it."""
+    """Returns the content of configs/schema.json."""
     return json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
 
 
 def _section(cls: type) -> dict[str, Any]:
-    """The schema of a dataclass's keys; a section may be empty, and then is null to YAML."""
-    hints = typing.get_type_hints(cls)
-    properties = {}
-    for field in dataclasses.fields(cls):
-        kind = hints[field.name]
-        is_section = dataclasses.is_dataclass(kind)
-        properties[field.name] = _section(kind) if is_section else _key(field, kind)
-    return {
-        "type": "object" if cls is Config else ["object", "null"],
-        "additionalProperties": False,
-        "properties": properties,
+    """Returns the schema of a dataclass's keys; a section without keys is null in YAML."""
+    properties = {
+        field.name: _section(field.type) if dataclasses.is_dataclass(field.type) else _key(field)
+        for field in dataclasses.fields(cls)
     }
+    kind = "object" if cls is Config else ["object", "null"]
+    return {"type": kind, "additionalProperties": False, "properties": properties}
 
 
-def _key(field: dataclasses.Field, kind: Any) -> dict[str, Any]:
+def _key(field: dataclasses.Field) -> dict[str, Any]:
     meta = field.metadata
-    description = meta["description"]
-    if meta["resume"] != FREE:
-        description += f" (on a resume: {meta['resume']})"
-    result = {"description": description} | _any_of(_alternatives(kind, meta))
-    if field.default_factory is not dataclasses.MISSING:
-        result["default"] = field.default_factory()
-    elif field.default is not dataclasses.MISSING:
-        result["default"] = field.default
-    return result
+    rule = f" (on a resume: {meta['resume']})" if meta["resume"] != FREE else ""
+    result = {"description": meta["description"] + rule} | _any_of(_forms(field.type, meta))
+    has_factory = field.default_factory is not dataclasses.MISSING
+    default = field.default_factory() if has_factory else field.default
+    return result if default is dataclasses.MISSING else result | {"default": default}
 
 
 def _any_of(schemas: list[dict[str, Any]]) -> dict[str, Any]:
@@ -81,24 +73,22 @@ def _any_of(schemas: list[dict[str, Any]]) -> dict[str, Any]:
     return different[0] if len(different) == 1 else {"anyOf": different}
 
 
-def _alternatives(kind: Any, meta: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a value of that type may be, one schema each."""
-    if isinstance(kind, types.UnionType):
-        return [schema for part in typing.get_args(kind) for schema in _alternatives(part, meta)]
-    null = {"type": "null"}
-    if kind is types.NoneType:
-        return [null]
-    if typing.get_origin(kind) is dict:
-        return [{"type": "object"}, null]
-    if typing.get_origin(kind) is list:
-        (inner,) = typing.get_args(kind)
-        items = _mapping(inner) if dataclasses.is_dataclass(inner) else _alternatives(inner, meta)
-        return [{"type": "array", "items": _any_of(items)}, null]
-    if kind is bool:
-        return [{"type": "boolean"}]
+def _forms(kind: Any, meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns one schema for each form that a value of the type may have."""
+    return [schema for each in alternatives(kind) for schema in _forms_of_one(each, meta)]
+
+
+def _forms_of_one(kind: Any, meta: Mapping[str, Any]) -> list[dict[str, Any]]:
+    origin = typing.get_origin(kind) or kind
+    if origin in SIMPLE_TYPES:
+        return SIMPLE_TYPES[origin]
+    if origin is list:
+        (item,) = typing.get_args(kind)
+        forms = _mapping(item) if dataclasses.is_dataclass(item) else _forms(item, meta)
+        return [{"type": "array", "items": _any_of(forms)}, NULL]
     if kind is str:
         return _words(meta)
-    bounds = {name: meta[limit] for limit, name in BOUNDS.items() if meta[limit] is not None}
+    bounds = {name: meta[key] for key, (_, _, name) in LIMITS.items() if meta[key] is not None}
     return [{"type": "integer" if kind is int else "number"} | bounds]
 
 
@@ -112,13 +102,11 @@ def _words(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _mapping(cls: type) -> list[dict[str, Any]]:
-    """Of a list of mappings; of those that need one key alone, its value may stand for it."""
-    hints, required = typing.get_type_hints(cls), required_keys(cls)
-    keys = {field.name: _key(field, hints[field.name]) for field in dataclasses.fields(cls)}
-    first = dataclasses.fields(cls)[0]
-    short = _alternatives(hints[first.name], first.metadata) if required == [first.name] else []
+    """Returns the forms of an item that is a mapping; the value of its only required key is one."""
+    fields, required = dataclasses.fields(cls), required_keys(cls)
+    short = _forms(fields[0].type, fields[0].metadata) if required == [fields[0].name] else []
     head = {"type": "object", "additionalProperties": False, "required": required}
-    return [*short, head | {"properties": keys}]
+    return [*short, head | {"properties": {field.name: _key(field) for field in fields}}]
 
 
 if __name__ == "__main__":

@@ -1,69 +1,59 @@
-"""Settings as text: YAML that `--config` takes again, values as they are typed."""
+"""Writes settings as YAML that `--config` reads, and values as they are typed."""
 
 import contextlib
 import dataclasses
-import typing
 from typing import Any
 
 import yaml
 
-from cnn.config.settings import Config, plain
+from cnn.config.settings import Config, item_fields, plain
 from cnn.config.values import choices_of, is_null, plain_value
 from cnn.errors import InvalidValue
 
 
 def to_yaml(cfg: Config) -> str:
-    """The whole configuration as YAML that `--config` takes again, a comment for each key."""
+    """Returns the configuration as YAML that `--config` reads, with a comment for each key."""
     lines = []
     for field in dataclasses.fields(Config):
         value = getattr(cfg, field.name)
         if dataclasses.is_dataclass(value):
-            lines += ["", f"{field.name}:"]
-            lines += [
-                _yaml_line(f, getattr(value, f.name), "  ") for f in dataclasses.fields(value)
-            ]
+            inner = [_yaml_line(f, getattr(value, f.name), "  ") for f in dataclasses.fields(value)]
+            lines += ["", f"{field.name}:", *inner]
         else:
             lines.append(_yaml_line(field, value, ""))
     return "\n".join(lines) + "\n"
 
 
 def _yaml_line(field: dataclasses.Field, value: Any, indent: str) -> str:
-    meta = field.metadata
-    for item in typing.get_args(field.type):
-        if dataclasses.is_dataclass(item):  # a list of mappings, of which the first key has choices
-            meta = (
-                meta | dataclasses.fields(item)[0].metadata | {"description": meta["description"]}
-            )
-    words = choices_of(meta)
-    # One choice alone is a word beside numbers or paths: its meaning tells it.
+    # The choices of a list of mappings are those of the mappings' first key.
+    words = choices_of([*item_fields(field.type), field][0].metadata)
+    # A single choice is a word besides numbers or paths, which the description explains.
     choices = f": {', '.join(words)}" if len(words) > 1 else ""
-    return (
-        f"{indent}{field.name}: {as_text(value)}".ljust(32) + f"  # {meta['description']}{choices}"
-    )
+    comment = f"  # {field.metadata['description']}{choices}"
+    return f"{indent}{field.name}: {as_text(value)}".ljust(32) + comment
 
 
 def as_text(value: Any) -> str:
-    """A value as it is written after `key:`, or typed after `key=`, and read back the same."""
-    # Inside [ ] every value comes out on one line, whatever it is.
+    """Returns a value as it is written after `key:` or typed after `key=`, on one line."""
+    # PyYAML writes the items of a flow-style list on one line, whatever they are.
     return dump([plain(value)], default_flow_style=True, width=10**9).strip()[1:-1]
 
 
 def dump(values: Any, **options: Any) -> str:
-    """Plain values as YAML that reads back the same."""
+    """Returns plain values as YAML that reads back as the same values."""
     return yaml.dump(values, Dumper=_Dumper, allow_unicode=True, **options)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that would not come back as text: PyYAML takes 1e-3 for one."""
+    """Quotes every text that would be read as another type; PyYAML leaves 1e-3 unquoted."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, _data: Any) -> bool:
         return True
 
     def represent_text(self, text: str) -> yaml.Node:
         node = self.represent_scalar("tag:yaml.org,2002:str", text)
-        with contextlib.suppress(
-            InvalidValue
-        ):  # of control characters, which YAML escapes by itself
+        # plain_value refuses control characters, which PyYAML quotes and escapes by itself.
+        with contextlib.suppress(InvalidValue):
             if not isinstance(plain_value(node), str) or is_null(node):
                 node.style = "'"
         return node

@@ -25,11 +25,11 @@ import yaml
 
 from cnn.config import Config, as_text
 from cnn.config.reader import (
-    Given,
+    Entry,
     build,
     compose,
-    flatten,
     place_of,
+    read_entries,
     read_file,
     read_override,
     read_text,
@@ -142,7 +142,7 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
     if not path.is_file():
         raise Refused(f"{path}: no such file; expected one that says what is tried")
     text = read_text(path)
-    given = flatten(compose(text, str(path)), str(path), mistakes)
+    given = read_entries(compose(text, str(path)), str(path), mistakes)
     own_keys, settings_keys = ({key for key, _, _ in keys_of(cls)} for cls in (SweepConfig, Config))
     own, typed = [], {}
     for word in words:
@@ -172,8 +172,8 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
 
 
 def _read_config(
-    path: Path, cfg: SweepConfig, given: Given | None, mistakes: list[str]
-) -> dict[str, Given]:
+    path: Path, cfg: SweepConfig, given: Entry | None, mistakes: list[str]
+) -> dict[str, Entry]:
     """The settings to begin from."""
     file = path.parent / cfg.config
     if not os.path.isfile(file):  # False for a name that no file can have, where Path raises
@@ -187,16 +187,16 @@ def _read_config(
         return {}
 
 
-def _read_settings(given: Given | None, path: Path, mistakes: list[str]) -> dict[str, Given]:
+def _read_settings(given: Entry | None, path: Path, mistakes: list[str]) -> dict[str, Entry]:
     """What is changed for all trials, `train.epochs: 3` or `train: {epochs: 3}`."""
     if given is None or not isinstance(given.node, yaml.MappingNode):
         return {}
-    return flatten(given.node, _file_of(given, path), mistakes)
+    return read_entries(given.node, _file_of(given, path), mistakes)
 
 
 def _read_space(
-    given: Given | None, path: Path, mistakes: list[str]
-) -> Iterator[tuple[str, tuple[Choice | Range, list[Given]]]]:
+    given: Entry | None, path: Path, mistakes: list[str]
+) -> Iterator[tuple[str, tuple[Choice | Range, list[Entry]]]]:
     """For each key what is tried, with the values themselves, or the bounds, as they are written."""
     if given is None or not isinstance(given.node, yaml.MappingNode):
         return
@@ -221,7 +221,7 @@ def _read_space(
             except InvalidValue as mistake:
                 mistakes.append(f"{where}: {key}{mistake}")
                 continue
-            yield key, (dimension, [Given(inner, where) for inner in nodes])
+            yield key, (dimension, [Entry(inner, where) for inner in nodes])
 
 
 def _read_choice(
@@ -261,7 +261,7 @@ def _read_range(
     return Range(low, high, form == "log"), bounds.value
 
 
-def _file_of(given: Given, path: Path) -> str:
+def _file_of(given: Entry, path: Path) -> str:
     return "command line" if given.where == "command line" else str(path)
 
 
@@ -270,9 +270,9 @@ def _file_of(given: Given, path: Path) -> str:
 
 def _check_sweep(
     cfg: SweepConfig,
-    common: dict[str, Given],
-    space: dict[str, tuple[Choice | Range, list[Given]]],
-    given: dict[str, Given],
+    common: dict[str, Entry],
+    space: dict[str, tuple[Choice | Range, list[Entry]]],
+    given: dict[str, Entry],
     path: Path,
 ) -> list[str]:
     """The mistakes that only show between the sweep's keys."""
@@ -306,12 +306,12 @@ def _check_sweep(
     return mistakes
 
 
-def _is_of_sweep(given: Given, path: Path) -> bool:
+def _is_of_sweep(given: Entry, path: Path) -> bool:
     """Whether it was given by the sweep, and not by the file that it begins from."""
     return given.where == "command line" or given.where.startswith(f"{path}:")
 
 
-def _check_combinations(common: dict[str, Given], space: dict[str, list[Given]]) -> list[str]:
+def _check_combinations(common: dict[str, Entry], space: dict[str, list[Entry]]) -> list[str]:
     """What is wrong with any of the settings that may come, a range standing for its two bounds.
 
     Where these are too many, with each value on its own, beside the first ones of the others.
