@@ -134,7 +134,7 @@ def draw(path: Path, matrix: "np.ndarray", classes: list[str], title: str) -> No
     if not figures.is_available():
         logger.warning("%s is left out (pip install matplotlib)", path)
         return
-    write_output(path, figures.confusion_png(matrix, classes, title))
+    write_output(path, figures.png(figures.draw_confusion, matrix, classes, title))
 
 
 # -- what training reported ------------------------------------------------------------------------

@@ -1,17 +1,17 @@
-"""Whether two checkpoints hold the same bits, and if not, where they part."""
+"""The differences between two checkpoints, bit by bit."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-# What may differ between two runs of one configuration: when and where they ran.
-FREE = ("environment", "started", "seconds", "images_per_second")
+# When and where a run ran: all that may differ between two runs of one configuration.
+IGNORED = ("environment", "started", "seconds", "images_per_second")
 
 
 def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
-    """The leaves in which two trees of tensors and plain values differ, as `path: a, b`."""
-    if path.rsplit(".", 1)[-1] in FREE:
+    """Yields the leaves in which two trees of tensors and plain values differ, as `path: a, b`."""
+    if path.rsplit(".", 1)[-1] in IGNORED:
         return
     if type(first) is not type(second):
         yield f"{path}: {type(first).__name__}, {type(second).__name__}"
@@ -29,7 +29,8 @@ def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
             yield from differences(one, other, f"{path}[{number}]")
     elif isinstance(first, torch.Tensor):
         if first.shape != second.shape or first.dtype != second.dtype:
-            yield f"{path}: {first.dtype} {tuple(first.shape)}, {second.dtype} {tuple(second.shape)}"
+            kinds = [f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (first, second)]
+            yield f"{path}: {kinds[0]}, {kinds[1]}"
         elif not _same_bits(first, second):
             distance = (first.double() - second.double()).abs().max().item()
             yield f"{path}: differ by up to {distance:g}"
