@@ -86,7 +86,7 @@ def write_comparison(runs: Sequence[RunRecord], page: Path) -> str:
     curves, files = [], f"{page} (without curves: pip install matplotlib)"
     if figures.is_available():
         panels, picture = panels_of(groups, names), page.with_suffix(".png")
-        curves = [figures.svg(figures.draw_panels, [panel], 4.8, 3.0) for panel in panels]
+        curves = figures.panel_svgs(panels)
         figures.save_png(picture, figures.draw_panels, panels)
         files = f"{page}, {picture}"
     content = {"curves": curves, "verdicts": verdicts, "tables": tables}

@@ -42,9 +42,9 @@ CAUSES = {
     f" generator of its own, counts its calls or reads the clock; {KEYED}",
     "augmentation": "other images; data.augment ({augment}) makes another image each time from the"
     f" same one: it has a generator of its own or reads the clock; {KEYED}",
-    "data": "other images, though one process reads each alike twice; the dataset depends on the process:"
-    " on the order of a folder or a set, a hash, or global generators that it draws from while it is"
-    " built (seed them there)",
+    "data": "other images, though one process reads each alike twice; the dataset depends on the"
+    " process: on the order of a folder or a set, a hash, or global generators that it draws from"
+    " while it is built (seed them there)",
 }
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from cnn.drill.trace import digest
+
 # When and where a run ran: all that may differ between two runs of one configuration.
 IGNORED = ("environment", "started", "seconds", "images_per_second")
 
@@ -16,7 +18,7 @@ def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
     if type(first) is not type(second):
         yield f"{path}: {type(first).__name__}, {type(second).__name__}"
     elif isinstance(first, dict):
-        for key in [*first, *(key for key in second if key not in first)]:
+        for key in first | second:
             inner = f"{path}.{key}" if path else str(key)
             if key not in first or key not in second:
                 yield f"{inner}: only in one of the two"
@@ -31,13 +33,8 @@ def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
         if first.shape != second.shape or first.dtype != second.dtype:
             kinds = [f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (first, second)]
             yield f"{path}: {kinds[0]}, {kinds[1]}"
-        elif not _same_bits(first, second):
+        elif digest(first) != digest(second):
             distance = (first.double() - second.double()).abs().max().item()
             yield f"{path}: differ by up to {distance:g}"
     elif repr(first) != repr(second):  # the same bits of a float; nan is nan
         yield f"{path}: {first!r}, {second!r}"
-
-
-def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
-    one, other = first.contiguous().flatten(), second.contiguous().flatten()
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))

@@ -84,16 +84,15 @@ def run_drill(cfg: Config, stop: StopSignals, train: Train) -> None:
         unbroken = run("unbroken", [])
         number = 1 + max(r["batch"] for r in unbroken.records if r["part"] == "training")
         stops = [Stop((epoch, int(share * number)), by) for epoch, share, by in STOPS]
-        again = run("unbroken again", [], fresh=True)
-        culprit = find_culprit(short, batches, unbroken, again)
-        if culprit is not None:  # then a resume may be refused, with a message that says less
-            log_table(unbroken, {"again": again})
-            raise Failed(f"drill: a second, unbroken run is not the same: {culprit}")
-        stopped = run(f"stopped {len(stops)} times and resumed", stops)
-    log_table(unbroken, {"again": again, "stopped": stopped})
-    culprit = find_culprit(short, batches, unbroken, stopped)
+        runs, tested = {"again": run("unbroken again", [], fresh=True)}, "a second, unbroken run"
+        culprit = find_culprit(short, batches, unbroken, runs["again"])
+        if culprit is None:  # else a resume may be refused, with a message that says less
+            runs["stopped"] = run(f"stopped {len(stops)} times and resumed", stops)
+            tested = "the stopped run"
+            culprit = find_culprit(short, batches, unbroken, runs["stopped"])
+    log_table(unbroken, runs)
     if culprit is not None:
-        raise Failed(f"drill: the stopped run is not the same: {culprit}")
+        raise Failed(f"drill: {tested} is not the same: {culprit}")
     logger.info("drill OK: identical, every batch and every bit; this run can be stopped anywhere")
 
 

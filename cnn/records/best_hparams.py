@@ -52,23 +52,39 @@ def update(
     folder.mkdir(parents=True, exist_ok=True)
     path = file_of(cfg, folder)
     cfg = with_values(cfg, run=None, device="auto")  # which say where it ran, not how
+    head = (
+        "# yaml-language-server: $schema=../schema.json\n"
+        f"# The best of {cfg.model.name} on {cfg.data.name} yet, by {best['metric']}."
+        f" Written by train.py, replaced by a better one.\n"
+        f"#   python train.py --config configs/best_hparams/{path.name}\n\n"
+    )
     with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS):
         earlier = _read(path)
-        if earlier is not None:
-            monitor, value = earlier["best_metrics"]["monitor"], earlier["best_metrics"]["value"]
-            if monitor != best["metric"]:
-                logger.info(
-                    "%s is kept: it is the best by %s, this run looked for %s; data.tag=WORD gives"
-                    " this one a file of its own",
-                    path,
-                    monitor,
-                    best["metric"],
-                )
-                return None
-            if not improves(monitor, best["value"], value):
-                return None
-        write_text(path, _text(path, cfg, best, metrics, test, earlier))
+        if earlier is not None and not _is_beaten(path, earlier["best_metrics"], best):
+            return None
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        values = {"monitor": best["metric"], "value": best["value"], "epoch": best["epoch"]}
+        records = {
+            "best_metrics": {**values, "metrics": dict(metrics), "timestamp": now},
+            "test_metrics": dict(test),
+            "updated_at": now,
+            "history": _history(cfg, earlier) if earlier else [],
+        }
+        dumped = yaml.safe_dump(records, sort_keys=False, allow_unicode=True, width=100)
+        write_text(path, f"{head}{config.to_yaml(cfg)}\n{dumped}")
     return path
+
+
+def _is_beaten(path: Path, earlier: dict[str, Any], best: dict[str, Any]) -> bool:
+    """Returns whether the latter is better, by the same metric; logs where the metrics differ."""
+    monitor, metric = earlier["monitor"], best["metric"]
+    if monitor == metric:
+        return improves(metric, best["value"], earlier["value"])
+    logger.info(
+        f"{path} is kept: it is the best by {monitor}, this run looked for {metric}; data.tag=WORD"
+        f" gives this one a file of its own"
+    )
+    return False
 
 
 def best_result(path: Path) -> tuple[str, float] | None:
@@ -96,37 +112,6 @@ def _read(path: Path) -> dict[str, Any] | None:
             f"{path}: expected best_metrics of an earlier run, got {error!r}; left as it is"
         ) from None
     return content
-
-
-def _text(
-    path: Path,
-    cfg: Config,
-    best: dict[str, Any],
-    metrics: Metrics,
-    test: Metrics,
-    earlier: dict[str, Any] | None,
-) -> str:
-    now = time.strftime("%Y-%m-%d %H:%M:%S")
-    records = {
-        "best_metrics": {
-            "monitor": best["metric"],
-            "value": best["value"],
-            "epoch": best["epoch"],
-            "metrics": dict(metrics),
-            "timestamp": now,
-        },
-        "test_metrics": dict(test),
-        "updated_at": now,
-        "history": _history(cfg, earlier) if earlier else [],
-    }
-    head = (
-        "# yaml-language-server: $schema=../schema.json\n"
-        f"# The best of {cfg.model.name} on {cfg.data.name} yet, by {best['metric']}."
-        f" Written by train.py, replaced by a better one.\n"
-        f"#   python train.py --config configs/best_hparams/{path.name}\n\n"
-    )
-    dumped = yaml.safe_dump(records, sort_keys=False, allow_unicode=True, width=100)
-    return head + config.to_yaml(cfg) + "\n" + dumped
 
 
 def _history(cfg: Config, earlier: dict[str, Any]) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ SVG_INK, SVG_GRID = "#010203", "#040506"  # replaced by the page's colours in th
 PNG_INK, PNG_GRID = "#222222", "#dddddd"
 MAX_CLASSES_WITH_NUMBERS, MAX_CLASSES_WITH_NAMES = 20, 120
 IMAGES_PER_ROW = 8
+STYLE = Path(__file__).with_name("templates") / "figures.mplstyle"
 
 # Fonts for PNGs: the first of these that is installed draws what DejaVu Sans lacks.
 CJK_FONTS = (
@@ -80,7 +81,10 @@ class Panel:
 
 
 def svg(draw: Callable[..., "Figure"], *args, **kwargs) -> str:
-    """Returns the figure that `draw(*args, **kwargs)` draws as an <svg> element with text as text."""
+    """Returns the figure that `draw(*args, **kwargs)` draws as an <svg> element.
+
+    Text stays text, in the font of the page.
+    """
     with _style(SVG_INK, SVG_GRID):
         figure, file = draw(*args, **kwargs), io.StringIO()
         metadata = {"Date": None, "Creator": None}
@@ -89,6 +93,11 @@ def svg(draw: Callable[..., "Figure"], *args, **kwargs) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = text.replace(SVG_INK, "currentColor").replace(SVG_GRID, "var(--line)")
     return "\n".join(line.strip() for line in text.splitlines())
+
+
+def panel_svgs(panels: Sequence[Panel]) -> list[str]:
+    """Returns an <svg> element for each panel."""
+    return [svg(draw_panels, [panel], width=4.8, height=3.0) for panel in panels]
 
 
 def png(draw: Callable[..., "Figure"], *args, **kwargs) -> bytes:
@@ -107,30 +116,15 @@ def save_png(path: Path, draw: Callable[..., "Figure"], *args, **kwargs) -> None
 
 @contextlib.contextmanager
 def _style(ink: str, grid: str) -> Iterator[None]:
-    import matplotlib
-    from matplotlib import font_manager
+    from matplotlib import font_manager, style
 
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     installed = set(font_manager.fontManager.get_font_names())
     cjk = [name for name in CJK_FONTS.split(", ") if name in installed]
-    settings = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "report",  # the same figure has the same bytes
-        "font.family": ["DejaVu Sans", *cjk[:1]],
-        "font.size": 9,
-        "text.parse_math": False,  # a class may be called $x$
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 10,
-        "axes.titlelocation": "left",
-        "axes.facecolor": "none",
-        "legend.frameon": False,
-        "grid.color": grid,
-        "grid.linewidth": 0.6,
-    }
+    settings = {"font.family": ["DejaVu Sans", *cjk[:1]], "grid.color": grid}
     for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"):
         settings[name] = ink
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
+    with style.context([STYLE, settings]), warnings.catch_warnings():
         # A browser has the letters of an SVG that no font here has.
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         yield
@@ -182,8 +176,17 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
 
 def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str = "") -> "Figure":
     """Draws a confusion matrix: rows as labelled, numbers are counts, colours shares of the row."""
+    from matplotlib.figure import Figure
+
     number = len(classes)
-    axes = _confusion_axes(number)
+    if number <= MAX_CLASSES_WITH_NUMBERS:
+        side = max(3.6, 0.42 * number)  # inches
+        axes = Figure(figsize=(side + 0.8, side + 0.5), layout="constrained").add_subplot()
+    else:  # fixed margins: the constrained layout takes seconds to measure 200 names
+        side, margin = min(max(3.6, 0.17 * number), 20.0), 2.0
+        share = margin / (side + margin)
+        figure = Figure(figsize=(side + margin, side + margin))
+        axes = figure.add_axes((share, share, 0.98 - share, 0.96 - share))
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     cells = np.zeros((number, number, 4))
     cells[..., :3] = [int(BLUE[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -203,20 +206,6 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str = "") 
     axes.set_ylabel("labelled")
     axes.set_title(title)
     return axes.figure
-
-
-def _confusion_axes(number: int) -> "Axes":
-    """Returns the axes of a new figure, as large as so many classes need."""
-    from matplotlib.figure import Figure
-
-    if number <= MAX_CLASSES_WITH_NUMBERS:
-        side = max(3.6, 0.42 * number)  # inches
-        return Figure(figsize=(side + 0.8, side + 0.5), layout="constrained").add_subplot()
-    # Fixed margins: the constrained layout takes seconds to measure 200 names.
-    side, margin = min(max(3.6, 0.17 * number), 20.0), 2.0
-    share = margin / (side + margin)
-    figure = Figure(figsize=(side + margin, side + margin))
-    return figure.add_axes((share, share, 0.98 - share, 0.96 - share))
 
 
 def draw_images(images: Sequence[np.ndarray], labels: Sequence[str]) -> "Figure":

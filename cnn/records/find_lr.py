@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cnn.config import Config
+from cnn.metrics.running import RunningMetrics
 from cnn.records import figures
 from cnn.training.engine import train_one_epoch
 from cnn.training.setup import Run, build_run
@@ -55,13 +56,11 @@ def train_with_rising_lr(cfg: Config, run: Run) -> tuple[list[float], list[float
     The losses are smoothed by an exponential mean without its bias to the first steps (Adam's).
     """
     lrs, losses, state = [], [], run.state
-    mean = loss_before = weight_before = 0
+    mean = 0.0
     set_lr(run, 0)
     for _ in endless_steps(cfg, run):
-        loss, weight = state.running_metrics.loss.item(), float(state.running_metrics.weight)
-        latest = (loss - loss_before) / (weight - weight_before)
-        loss_before, weight_before = loss, weight
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * latest
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * state.running_metrics.compute()["loss"]
+        state.running_metrics = RunningMetrics(state.device)  # of the next step
         smoothed = mean / (1 - SMOOTHING ** (len(lrs) + 1))
         if not math.isfinite(smoothed) or smoothed > EXPLOSION * min(losses, default=math.inf):
             break
@@ -91,7 +90,7 @@ def endless_steps(cfg: Config, run: Run) -> Iterator[int]:
 
 
 def set_lr(run: Run, step: int) -> None:
-    """Sets the highest learning rate of the groups for a step; the others keep their ratio to it."""
+    """Sets the highest learning rate for a step; those of other groups keep their ratio to it."""
     groups = run.state.optimizer.param_groups
     highest = max(group["initial_lr"] for group in groups)
     lr = FIRST_LR * (LAST_LR / FIRST_LR) ** (step / (STEPS - 1))

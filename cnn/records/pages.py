@@ -17,6 +17,7 @@ def render(template: str, **content: Any) -> str:
 
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
     pages = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    pages.filters["metric"] = format_metric
     return pages.get_template(template).render(content)
 
 

@@ -40,7 +40,7 @@ class Records:
     def __init__(self, folder: RunFolder, run: Run):
         self.folder, self.run, self.state = folder, run, run.state
         self._epoch_of_predictions: int | None = None  # in predictions_val.csv
-        self._report_ended, self._report_took = time.monotonic(), FIRST_REPORT
+        self._next_report = time.monotonic() + REPORT_PAUSE * FIRST_REPORT
         self._report = self._tensorboard = None
         self._reasons: dict[Path | str, str] = {}  # why a record could not be written last time
         log_left_out(run.cfg)
@@ -67,7 +67,7 @@ class Records:
         self._write_tables()
         if self._tensorboard is not None:
             self._attempt("logs/tensorboard", self._tensorboard.append)
-        if time.monotonic() - self._report_ended >= REPORT_PAUSE * self._report_took:
+        if time.monotonic() >= self._next_report:
             self._write_report()
 
     def finish(self) -> None:
@@ -126,8 +126,8 @@ class Records:
         self._attempt(self.folder.logs.report, self._report.write)
         if last:
             self._attempt("curves.png and confusion_matrix.png", self._report.write_pictures)
-        self._report_ended = time.monotonic()
-        self._report_took = self._report_ended - start
+        now = time.monotonic()
+        self._next_report = now + REPORT_PAUSE * (now - start)
 
     def _update_best_hparams(self) -> None:
         state, folder = self.state, self.folder.best_hparams

@@ -99,29 +99,22 @@ class Report:
         """Returns all that the page shows, by its names in the template."""
         cfg, history, data = self.run.cfg, self.state.history, self.run.data
         columns = list(history[-1])
-        counts = np.stack(
-            [np.bincount(self._labels(s), minlength=len(data.classes)) for s in SPLITS]
-        )
-        totals = [*counts.T, counts.sum(1)]  # per class, and of all: images of each split
+        counts = [[*data.classes, "all"]]  # by column
+        for split in SPLITS:
+            numbers = np.bincount(self._labels(split), minlength=len(data.classes))
+            counts.append([*numbers, numbers.sum()])
+        training = first_training_images(self.run)
         return self._headline() | {
             "title": f"{cfg.run + ': ' if cfg.run else ''}{cfg.model.name} on {cfg.data.name}",
-            "curves": [
-                figures.svg(figures.draw_panels, [panel], width=4.8, height=3.0)
-                for panel in self._panels()
-            ],
-            "evaluations": [
-                self._evaluation(split) for split in SPLITS if split in self.state.predictions
-            ],
+            "curves": figures.panel_svgs(self._panels()),
+            "evaluations": [self._evaluation(split) for split in self.state.predictions],
+            "test": self.state.test,
             "class_head": CLASS_HEAD,
             "mistakes": self._mistakes() if "val" in self.state.predictions else None,
-            "training": [
-                (thumbnail(image), name) for image, name in first_training_images(self.run)
-            ],
+            "training": [(thumbnail(image), name) for image, name in training],
             "augmentations": as_text(cfg.data.augment)[1:-1] or "none",
             "splits": list(SPLITS),
-            "counts": [
-                [name, *row] for name, row in zip([*data.classes, "all"], totals, strict=True)
-            ],
+            "counts": list(zip(*counts, strict=True)),
             "columns": columns,
             "epochs": [[format_metric(row.get(name)) for name in columns] for row in history],
             "environment": list(self.run.environment.items()),
@@ -136,8 +129,6 @@ class Report:
         majority = int(np.bincount(data.train.labels, minlength=len(data.classes)).argmax())
         val_acc = state.best and state.history[state.best["epoch"] - 1]["val_acc"]
         test_acc = state.test and state.test["test_acc"]
-        progress = f"{state.epoch} of {self.run.cfg.train.epochs} epochs"
-        seconds = sum(row["seconds"] for row in state.history)
         return {
             "best": state.best,
             "val_acc": state.best and scores.with_interval(val_acc, len(data.val)),
@@ -145,8 +136,8 @@ class Report:
             "num_val": len(data.val),
             "majority": data.classes[majority],
             "majority_acc": f"{(labels == majority).mean():.4f} of {len(labels)} {split} images",
-            "progress": f"{progress}, {'tested' if state.test else 'not yet tested'}",
-            "time": duration(seconds),
+            "progress": f"{state.epoch} of {self.run.cfg.train.epochs} epochs",
+            "time": duration(sum(row["seconds"] for row in state.history)),
             "command": shlex.join(["python", "train.py", "--config", self.logs.config.as_posix()]),
             "commit": self.run.environment["git"],
         }
@@ -156,14 +147,9 @@ class Report:
         matrix, classes = self._confusion(split), self.run.data.classes
         rows, means = class_rows(matrix, classes)
         names = [shortened(name) for name in classes]
-        metrics = self.state.test.items() if split == "test" else ()
         return {
             "split": split,
             "num_images": matrix.sum(),
-            "metrics": [
-                f"{name[len('test_') :]} {format_metric(value)}" for name, value in metrics
-            ],
-            "positive": classes[1] if len(classes) == 2 else None,
             "is_small": len(classes) <= figures.MAX_CLASSES_WITH_NUMBERS,
             "matrix": figures.svg(figures.draw_confusion, matrix, classes),
             "rows": rows,
@@ -175,7 +161,7 @@ class Report:
         }
 
     def _mistakes(self) -> dict[str, Any]:
-        """Returns the most confident mistakes of the validation; not the test's, to tune on them."""
+        """Returns the most confident mistakes of the validation; the test's would be tuned on."""
         images, classes = self.run.data.val, self.run.data.classes
         predictions = self.state.predictions["val"]["prediction"].numpy()
         confidences = self.state.predictions["val"]["probability"].numpy()

@@ -118,27 +118,25 @@ class TensorBoard:
 
     def _initial_events(self) -> list[Event]:
         """Returns the model's graph and the first training images as they are augmented."""
-        events = self._graph()
+        from torch.utils.tensorboard._pytorch_graph import graph
+
+        events, pre = [], self.run.data.preprocessing
+        shape = (1, pre.channels, pre.image_size, pre.image_size)
+        # A model that cannot be traced has no graph. Tracing warns of shapes taken for constants.
+        with (
+            contextlib.suppress(Exception),
+            contextlib.redirect_stdout(io.StringIO()),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            images = torch.zeros(shape, device=self.state.device)
+            traced, _ = graph(copy.deepcopy(self.state.model), images)
+            events.append(Event(wall_time=time.time(), graph_def=traced.SerializeToString()))
         if figures.is_available():
             images, labels = zip(*report.first_training_images(self.run))
             pixels = [report.as_pixels(image) for image in images]
             png = figures.png(figures.draw_images, pixels, labels)
             events.append(image("training images", png, 0))
         return events
-
-    def _graph(self) -> list[Event]:
-        from torch.utils.tensorboard._pytorch_graph import graph
-
-        pre, model = self.run.data.preprocessing, self.state.model
-        shape = (1, pre.channels, pre.image_size, pre.image_size)
-        images = torch.zeros(shape, device=self.state.device)
-        try:
-            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-                warnings.simplefilter("ignore")  # tracing takes shapes for constants, and warns
-                traced, _ = graph(copy.deepcopy(model), images)  # a copy, since tracing runs it
-        except Exception:  # noqa: BLE001  a model that cannot be traced has no graph
-            return []
-        return [Event(wall_time=time.time(), graph_def=traced.SerializeToString())]
 
     # -- files ----------------------------------------------------------------------------------
 
@@ -173,9 +171,7 @@ class TensorBoard:
         return path
 
 
-def add_scalars(
-    events: dict[str, list[Event]], metrics: Metrics, step: int, wall_time: float
-) -> None:
+def add_scalars(events: dict[str, list[Event]], metrics: Metrics, step: int, now: float) -> None:
     """Adds the metrics named PART_TAG to the events of their part, and learning rates to train's.
 
     Other columns (epoch, step, times) and undefined metrics are left out.
@@ -185,7 +181,7 @@ def add_scalars(
         if part == "lr":
             part, tag = "train", name
         if part in PARTS and value is not None:
-            events[part].append(Event(wall_time=wall_time, step=step, summary=scalar(tag, value)))
+            events[part].append(Event(wall_time=now, step=step, summary=scalar(tag, value)))
 
 
 def image(tag: str, png: bytes, step: int) -> Event:
