@@ -87,11 +87,7 @@ def _compare_records(unbroken: DrillRun, run: DrillRun) -> list[tuple[Record, li
     compared = []
     for record in run.records:
         other = expected.get((record["epoch"], record["batch"]), {})
-        parts = [
-            part
-            for part, fields in FIELDS.items()
-            if any(record[field] != other.get(field) for field in fields)
-        ]
+        parts = [p for p, names in FIELDS.items() if any(record[n] != other.get(n) for n in names)]
         compared.append((record, parts))
     return compared
 

@@ -184,9 +184,9 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str = "") 
         axes = Figure(figsize=(side + 0.8, side + 0.5), layout="constrained").add_subplot()
     else:  # fixed margins: the constrained layout takes seconds to measure 200 names
         side, margin = min(max(3.6, 0.17 * number), 20.0), 2.0
-        share = margin / (side + margin)
         figure = Figure(figsize=(side + margin, side + margin))
-        axes = figure.add_axes((share, share, 0.98 - share, 0.96 - share))
+        left = margin / (side + margin)
+        axes = figure.add_axes((left, left, 0.98 - left, 0.96 - left))
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     cells = np.zeros((number, number, 4))
     cells[..., :3] = [int(BLUE[i : i + 2], 16) / 255 for i in (1, 3, 5)]

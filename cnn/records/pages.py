@@ -34,15 +34,13 @@ def class_rows(matrix: np.ndarray, classes: list[str]) -> tuple[list[list[str]],
     """Returns the table rows of a confusion matrix: one per class, and two of means over them."""
     values = scores.per_class(matrix)
     support = values.pop("support")
-    means = {
-        "mean": [scores.macro(column) for column in values.values()],
-        "weighted": [scores.weighted(column, support) for column in values.values()],
-    }
+    columns, total = list(values.values()), f"{support.sum()}"
     rows = [
         [name, *map(format_metric, metrics), f"{count}"]
-        for name, count, *metrics in zip(classes, support, *values.values(), strict=True)
+        for name, count, *metrics in zip(classes, support, *columns, strict=True)
     ]
-    mean_rows = [
-        [name, *map(format_metric, metrics), f"{support.sum()}"] for name, metrics in means.items()
+    means = [
+        ["mean", *(format_metric(scores.macro(c)) for c in columns), total],
+        ["weighted", *(format_metric(scores.weighted(c, support)) for c in columns), total],
     ]
-    return rows, mean_rows
+    return rows, means

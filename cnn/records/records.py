@@ -85,12 +85,11 @@ class Records:
         logs, state = self.folder.logs, self.state
         self._attempt(logs.history, lambda: write_history(logs.history, state.history))
         path, epoch = logs.val_predictions, state.best and state.best["epoch"]
-        if "val" not in state.predictions:  # a file there is of an epoch that the state has not
+        if "val" not in state.predictions:  # then a file is of an epoch that the state lacks
             self._attempt(path, lambda: path.unlink(missing_ok=True))
-        elif epoch != self._epoch_of_predictions and self._attempt(
-            path, lambda: write_text(path, self._predictions())
-        ):
-            self._epoch_of_predictions = epoch
+        elif epoch != self._epoch_of_predictions:
+            written = self._attempt(path, lambda: write_text(path, self._predictions()))
+            self._epoch_of_predictions = epoch if written else None
 
     def _predictions(self) -> str:
         """Returns the text of predictions_val.csv: a row per validation image."""

@@ -86,10 +86,8 @@ class Report:
 
     def _resumed_at(self) -> list[float]:
         """Returns the fractional epochs at which the run was resumed, according to its log."""
-        try:
-            log = self.logs.log.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return []
+        path = self.logs.log
+        log = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         steps = {int(step) for step in RESUMED.findall(log)}
         return sorted(step / self.run.steps_per_epoch for step in steps if step < self.state.step)
 

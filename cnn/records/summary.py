@@ -121,9 +121,8 @@ def log_epoch(run: Run) -> None:
     )
     limit = DIVERGED * math.log(max(2, len(run.data.classes)))  # the log is the loss of guessing
     diverged = [row["epoch"] for row in state.history if row["val_loss"] > limit]
-    is_first = diverged[:1] == [state.epoch]
-    # The loss of guessing is known of our losses alone.
-    if is_first and run.cfg.loss.name in LOSSES and state.group.is_rank0:
+    can_tell = run.cfg.loss.name in LOSSES  # what guessing costs by a loss of the user's is unknown
+    if can_tell and diverged[:1] == [state.epoch] and state.group.is_rank0:
         logger.warning(
             f"val_loss {row['val_loss']:.3g} is over {DIVERGED} times that of guessing: the run"
             f" diverges; a lower optim.lr, a warm-up or train.clip_grad_norm may help"
@@ -132,15 +131,12 @@ def log_epoch(run: Run) -> None:
 
 def log_finished(cfg: Config, state: TrainingState) -> None:
     """Logs why there is nothing to train, and how to continue."""
-    patience = cfg.train.early_stop_patience
     if state.epoch < cfg.train.epochs:
-        why, more = (
-            f": no improvement in {patience} epochs; to continue",
-            "early_stop_patience=null",
-        )
+        patience = cfg.train.early_stop_patience
+        why = f"no improvement in {patience} epochs; to continue: train.early_stop_patience=null"
     else:
-        why, more = f", after {state.epoch} epochs; for more", f"epochs={2 * state.epoch}"
-    logger.info("this run is finished%s: train.%s", why, more)
+        why = f"{state.epoch} epochs are done; for more: train.epochs={2 * state.epoch}"
+    logger.info("this run is finished: %s", why)
 
 
 def log_test(state: TrainingState, num_images: int) -> None:

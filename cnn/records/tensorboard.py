@@ -43,8 +43,7 @@ class TensorBoard:
     def __init__(self, logs: RunLogs, run: Run):
         self.folder, self.run, self.state = logs.tensorboard, run, run.state
         self._files: dict[str, Path] = {}  # by part; none while the files lack part of the state
-        self._num_epochs = 0  # in the files
-        self._has_test = False
+        self._num_epochs, self._has_test = 0, False  # in the files
         self._matrix_steps: set[int] = set()  # of the confusion matrices in the files
 
     def rewrite(self) -> None:
@@ -201,7 +200,5 @@ def write_events(file: IO[bytes], events: Iterable[Event]) -> None:
 
 def read_events(path: Path) -> Iterator[Event]:
     """Yields the events of a file, up to where a crash may have cut it off."""
-    try:
+    with contextlib.suppress(Exception):  # of many kinds; the state has what is cut off
         yield from LegacyEventFileLoader(str(path)).Load()
-    except Exception:  # noqa: BLE001  the readers raise many; what is cut off the state holds too
-        return
