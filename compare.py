@@ -105,7 +105,7 @@ def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
 
 
 def groups_of(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
-    """Groups runs that differ in nothing but the seed and where they ran, in the order given."""
+    """Groups the runs that differ in nothing but seed and place, in their order."""
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
         keys = sorted(run.settings.keys() - config.non_experiment_keys() - {SEED})
@@ -149,7 +149,7 @@ def spread_of(values: Sequence[float]) -> float | None:
 
 
 def verdict(names: tuple[str, str], values: tuple[list[float], list[float]], metric: str) -> str:
-    """Says whether two groups differ by more than their spread.
+    """Returns a sentence on whether two groups differ by more than their spread.
 
     The spread of two groups is that of the difference between a run of each, sqrt(s1² + s2²):
     another seed may reverse a difference within it.

@@ -156,7 +156,7 @@ def reported_metrics(trained: "TrainedModel", split: str) -> "Metrics | None":
 
 
 def compare_with_training(trained: "TrainedModel", metrics: "Metrics", reported: "Metrics") -> str:
-    """Says whether the metrics equal those that training reported, and if not, why that may be."""
+    """Returns a sentence on whether the metrics equal the reported ones, and if not, why."""
     from cnn.utils import environment as env
 
     differing = [name for name in reported if name in metrics and metrics[name] != reported[name]]

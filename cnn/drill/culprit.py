@@ -26,7 +26,7 @@ KEYED = (
     " index) for each image"
 )
 CUDA = "on CUDA, kernels may differ too: train.deterministic=true"
-# For each culprit the explanation of the difference, and what to do.
+# For each culprit, what differs, why, and what to do.
 CAUSES = {
     "data order": "other labels; the dataset lists its images in another order or number in every"
     " process: sort what it reads",
@@ -50,7 +50,7 @@ CAUSES = {
 
 @dataclass(frozen=True)
 class DrillRun:
-    """What one of the runs that are compared left behind.
+    """The records and checkpoints of one of the runs that the drill compares.
 
     Attributes:
         records: of every batch, as `Trace` writes them; after a kill, some batches twice.
@@ -69,7 +69,7 @@ def log_table(unbroken: DrillRun, runs: dict[str, DrillRun]) -> None:
     rows = [["", "batches", *columns]]
     for name, run in runs.items():
         cells = dict.fromkeys(columns, "identical")
-        for record, parts in reversed(_compare_records(unbroken, run)):  # the first is set last
+        for record, parts in reversed(_compare_records(unbroken, run)):  # so that the first stays
             for part in parts:
                 column = "images" if part == "labels" else part
                 cells[column] = f"epoch {record['epoch']} batch {record['batch']}"
@@ -82,7 +82,7 @@ def log_table(unbroken: DrillRun, runs: dict[str, DrillRun]) -> None:
 
 
 def _compare_records(unbroken: DrillRun, run: DrillRun) -> list[tuple[Record, list[str]]]:
-    """Returns the run's records, each with the names in FIELDS of what differs in it."""
+    """Returns the run's records, each with the keys of FIELDS that are not as in `unbroken`."""
     expected = {(record["epoch"], record["batch"]): record for record in unbroken.records}
     compared = []
     for record in run.records:
@@ -93,10 +93,10 @@ def _compare_records(unbroken: DrillRun, run: DrillRun) -> list[tuple[Record, li
 
 
 def find_culprit(cfg: Config, max_batches: int, unbroken: DrillRun, run: DrillRun) -> str | None:
-    """Returns where a run first differs from the unbroken one, why, and what to do.
+    """Traces the first difference between a run and the unbroken one to its cause.
 
     Returns:
-        A message for the user; None where the runs are identical.
+        A message with the place, the cause and what to do; None where the runs are identical.
     """
     for number, (record, parts) in enumerate(_compare_records(unbroken, run)):
         if not parts:
@@ -110,7 +110,7 @@ def find_culprit(cfg: Config, max_batches: int, unbroken: DrillRun, run: DrillRu
             kind = "model"
         elif number in run.starts:
             kind = "restoring"
-        else:  # the step before it has started from the same state
+        else:  # the previous step started from the same state and images
             at = run.records[number - 1]
             kind = _blame_step(parts, at, record, unbroken, run)
         cause = CAUSES[kind].format(
@@ -136,21 +136,21 @@ def _blame_step(
     """Returns whether model or optimizer turned the same state and images into another state.
 
     Args:
-        parts: what differs in the record after the step.
+        parts: the keys of FIELDS that differ in the record after the step.
         following: that record.
     """
     other_loss = "metrics" in parts
     if following["part"] != "training" or following["epoch"] > step["epoch"]:
-        # Its metrics are new ones: the loss of an epoch's last step is in the history alone.
+        # The loss of an epoch's last step is in no record, only in the mean of the epoch.
         histories = [r.checkpoints[LAST]["history"] for r in (unbroken, run)]
         losses = [history[step["epoch"] - 1]["train_loss"] for history in histories]
         other_loss = losses[0] != losses[1]
-    # In validation and test no optimizer steps.
+    # Validation and test have no optimizer steps.
     return "model randomness" if other_loss or step["part"] != "training" else "optimizer"
 
 
 def _blame_images(cfg: Config, max_batches: int, record: Record) -> str:
-    """Returns which part makes other images, after asking for the same ones twice."""
+    """Returns which part made other images, after reading the same images twice."""
     run = build_run(cfg, max_batches=max_batches)
     loader, epoch, batch = run.train_loader, record["epoch"], record["batch"]
     if record["part"] == "validation":

@@ -99,7 +99,7 @@ def run_drill(cfg: Config, stop: StopSignals, train: Train) -> None:
 def _run(
     train: Train, cfg: Config, folder: Path, max_batches: int, stops: list[Stop], fresh: bool
 ) -> DrillRun:
-    """Trains in one process per stop and one more, each of which resumes what is in the folder.
+    """Trains in a process per stop and a last one; each resumes where the previous was stopped.
 
     Args:
         fresh: start new interpreters, not forks.
@@ -110,13 +110,13 @@ def _run(
     records, starts = [], []
     for stop in [*stops, None]:
         starts.append(len(records))
-        method = multiprocessing.get_start_method()  # which loaders of the run itself would use
+        method = multiprocessing.get_start_method()  # which the run's own loaders would use
         process = (FRESH if fresh else CONTEXT).Process(
             target=_child, args=(train, cfg, folder, stop, max_batches, method)
         )
         try:
-            resource_tracker.ensure_running()  # which unblocks signals, were it started below
-            with signals_deferred():  # those that come to another thread
+            resource_tracker.ensure_running()  # started below, it would unblock the signals
+            with signals_deferred():  # of those that reach another thread
                 _start(process)
             process.join(TIMEOUT)
         finally:
@@ -155,7 +155,7 @@ def _kill(process: BaseProcess) -> None:
 def _child(
     train: Train, cfg: Config, folder: Path, stop_at: Stop | None, max_batches: int, method: str
 ) -> None:
-    """Trains in the process that is stopped, from the latest checkpoint in the folder."""
+    """Trains from the latest checkpoint in the folder until the stop, or to the end."""
     from cnn import cli
     from cnn.training.resume import Checkpoint, latest_checkpoint
 
@@ -168,11 +168,11 @@ def _child(
     for reseed in (torch.seed, np.random.seed, random.seed):  # forks share the generators' states
         reseed()
 
-    def act(log: Log, stop: StopSignals) -> None:
+    def resume(log: Log, stop: StopSignals) -> None:
         with RunFolder(None, folder, scratch=True) as run_folder:
             found = latest_checkpoint(run_folder)
-            point = Checkpoint(*found, cfg) if found else None
-            trace_to = Trace(folder / TRACE, stop_at)
-            train(cfg, run_folder, log, stop, Group(stop=stop), point, max_batches, trace_to)
+            checkpoint = Checkpoint(*found, cfg) if found else None
+            trace = Trace(folder / TRACE, stop_at)
+            train(cfg, run_folder, log, stop, Group(stop=stop), checkpoint, max_batches, trace)
 
-    sys.exit(cli.run_command(cli.Task(act)))
+    sys.exit(cli.run_command(cli.Task(resume)))

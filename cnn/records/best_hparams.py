@@ -51,7 +51,7 @@ def update(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = file_of(cfg, folder)
-    cfg = with_values(cfg, run=None, device="auto")  # which say where it ran, not how
+    cfg = with_values(cfg, run=None, device="auto")  # where it ran, not how
     head = (
         "# yaml-language-server: $schema=../schema.json\n"
         f"# The best of {cfg.model.name} on {cfg.data.name} yet, by {best['metric']}."
@@ -76,7 +76,7 @@ def update(
 
 
 def _is_beaten(path: Path, earlier: dict[str, Any], best: dict[str, Any]) -> bool:
-    """Returns whether the latter is better, by the same metric; logs where the metrics differ."""
+    """Returns whether `best` is better by the same metric; logs that metrics differ."""
     monitor, metric = earlier["monitor"], best["metric"]
     if monitor == metric:
         return improves(metric, best["value"], earlier["value"])
@@ -93,20 +93,21 @@ def best_result(path: Path) -> tuple[str, float] | None:
         best = _read(path)["best_metrics"]
     except (OSError, ValueError, TypeError):
         return None
-    return best["monitor"], float(best["value"])
+    return best["monitor"], best["value"]
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     """Returns the content of a file, or None where there is none.
 
     Raises:
-        ValueError: the user has made something else of the file.
+        ValueError: the file holds no best_metrics, since someone has changed it.
     """
     if not path.exists():
         return None
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        float(content["best_metrics"]["value"]), content["best_metrics"]["monitor"]
+        best = content["best_metrics"]
+        best["monitor"], best["value"] = str(best["monitor"]), float(best["value"])
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: expected best_metrics of an earlier run, got {error!r}; left as it is"

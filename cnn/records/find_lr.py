@@ -26,7 +26,7 @@ PICTURE = Path("logs", "find_lr.png")
 
 
 def range_test(cfg: Config) -> None:
-    """Logs a learning rate to start with, a tenth of where the loss is lowest; draws the curve."""
+    """Suggests a learning rate, a tenth of where the loss is lowest, and draws the curve."""
     lrs, losses = train_with_rising_lr(cfg, build_run(cfg))
     lowest = lrs[np.argmin(losses)]
     suggestion = float(f"{lowest / 10:.1g}")
@@ -51,9 +51,11 @@ def range_test(cfg: Config) -> None:
 
 
 def train_with_rising_lr(cfg: Config, run: Run) -> tuple[list[float], list[float]]:
-    """Trains with a learning rate that rises geometrically; returns each step's, and its loss.
+    """Trains with a geometrically rising learning rate, until the end or an exploding loss.
 
-    The losses are smoothed by an exponential mean without its bias to the first steps (Adam's).
+    Returns:
+        The learning rate of each step, and the exponential mean of the losses up to it, corrected
+        for its bias to 0 as in Adam (Kingma and Ba, ICLR 2015).
     """
     lrs, losses, state = [], [], run.state
     mean = 0.0

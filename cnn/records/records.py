@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 # A report is only rewritten after this many times the time that the previous one took, so that they
 # take less than 1 % of a run; and, with its pictures, at the end.
 REPORT_PAUSE = 100
-FIRST_REPORT = 0.5  # seconds; a guess at the first one, which loads matplotlib
+FIRST_REPORT = 0.5  # seconds; an estimate of the first one, which imports matplotlib
 
 
 class Records:
     """history.csv, result.json, predictions_val.csv, report.html with its pictures, TensorBoard.
 
-    A context: on entry it replaces what an earlier process left by what the state holds; on exit,
-    however that comes, it writes the last report.
+    On entry to the context it replaces the files of an earlier process by what the state holds; on
+    exit, after an exception too, it writes the last report.
     """
 
     def __init__(self, folder: RunFolder, run: Run):
@@ -95,7 +95,7 @@ class Records:
         """Returns the text of predictions_val.csv: a row per validation image."""
         images, classes = self.run.data.val, self.run.data.classes
         saved = self.state.predictions["val"]
-        if len(saved["prediction"]) != len(images):  # then no one knows which are whose
+        if len(saved["prediction"]) != len(images):  # they would not be in the same order
             raise ValueError("some images were left out of the validation (data.on_bad_image=skip)")
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -183,5 +183,4 @@ def log_left_out(cfg: Config) -> None:
     if cfg.log.tensorboard and not has_tensorboard():
         left_out["tensorboard"] = "logs/tensorboard"
     if left_out:
-        records, packages = ", ".join(left_out.values()), " ".join(left_out)
-        logger.info("left out: %s (pip install %s)", records, packages)
+        logger.info(f"left out: {', '.join(left_out.values())} (pip install {' '.join(left_out)})")

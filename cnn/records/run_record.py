@@ -64,7 +64,7 @@ def read_run(where: str) -> RunRecord:
         if logs.result.is_file():
             result = json.loads(logs.result.read_text(encoding="utf-8"))
         status = "finished" if result.get("test") else "broken off"
-        for row in history:  # raises where a row is cut off
+        for row in history:  # TypeError or KeyError where a row is cut off
             row["epoch"] + row["images_per_second"] + row["seconds"]
     except (OSError, ValueError, AttributeError, TypeError, KeyError, yaml.YAMLError) as error:
         raise Refused(f"{where}: cannot be read as a run: {error}") from None

@@ -1,4 +1,4 @@
-"""Lines of the log about a run (its start, its epochs, its test), and model.txt."""
+"""The log's lines about a run: its start, its epochs, its test; and model.txt."""
 
 import logging
 import math
@@ -103,7 +103,7 @@ def _format_flops(flops: int | None) -> str:
 
 
 def log_epoch(run: Run) -> None:
-    """Logs the latest epoch in one line, and a warning at the first one whose loss has exploded."""
+    """Logs the latest epoch in one line, and once a warning if the loss has exploded."""
     state, epochs = run.state, run.cfg.train.epochs
     row, best = state.history[-1], state.best
     monitor = best["metric"] if best else None
@@ -119,10 +119,10 @@ def log_epoch(run: Run) -> None:
         f"epoch {state.epoch}/{epochs}  {metrics}  {so_far}  lr {row['lr']:.3g}"
         f"  {row['images_per_second']:.0f} images/s  {times}"
     )
-    limit = DIVERGED * math.log(max(2, len(run.data.classes)))  # the log is the loss of guessing
+    limit = DIVERGED * math.log(max(2, len(run.data.classes)))  # guessing has loss ln(classes)
     diverged = [row["epoch"] for row in state.history if row["val_loss"] > limit]
-    can_tell = run.cfg.loss.name in LOSSES  # what guessing costs by a loss of the user's is unknown
-    if can_tell and diverged[:1] == [state.epoch] and state.group.is_rank0:
+    is_ours = run.cfg.loss.name in LOSSES  # by other functions the loss of guessing is unknown
+    if is_ours and diverged[:1] == [state.epoch] and state.group.is_rank0:
         logger.warning(
             f"val_loss {row['val_loss']:.3g} is over {DIVERGED} times that of guessing: the run"
             f" diverges; a lower optim.lr, a warm-up or train.clip_grad_norm may help"

@@ -1,4 +1,4 @@
-"""TensorBoard's event files: they hold what the state holds, so that a resume leaves one curve.
+"""TensorBoard's event files, written from the state, so that a resume leaves one curve.
 
 Each process rewrites the files when it starts, from the history in the state, and then appends.
 Only the graph and earlier images, which the state does not hold, are copied from the files there.
@@ -58,7 +58,7 @@ class TensorBoard:
         self._files = {part: self._replace(part, kept[part] + new[part]) for part in PARTS}
 
     def append(self) -> None:
-        """Appends what the state holds and the files do not: an epoch, the test."""
+        """Appends the events of the state that the files lack: of an epoch, or of the test."""
         if not self._files:  # the last write failed, or there was none
             self.rewrite()
             return
@@ -140,7 +140,7 @@ class TensorBoard:
     # -- files ----------------------------------------------------------------------------------
 
     def _read_images(self, part: str) -> list[Event]:
-        """Reads graph and images up to the state's step, each once: two files may hold the same."""
+        """Reads graph and images up to the state's step; two files may hold the same ones."""
         found: dict[tuple[int, str], Event] = {}
         for path in self._event_files(part):
             for event in read_events(path):
@@ -200,5 +200,5 @@ def write_events(file: IO[bytes], events: Iterable[Event]) -> None:
 
 def read_events(path: Path) -> Iterator[Event]:
     """Yields the events of a file, up to where a crash may have cut it off."""
-    with contextlib.suppress(Exception):  # of many kinds; the state has what is cut off
+    with contextlib.suppress(Exception):  # a torn file raises many kinds
         yield from LegacyEventFileLoader(str(path)).Load()
