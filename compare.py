@@ -14,7 +14,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,20 @@ from cnn import cli, config
 from cnn.errors import Failed, Refused
 from cnn.metrics.scores import mode, with_interval
 from cnn.records import figures
-from cnn.records.figures import COLOURS, Curve
+from cnn.records.figures import COLOURS, Curve, Panel
 from cnn.records.pages import render
 from cnn.records.run_record import RunRecord, format_setting, read_run
-from cnn.utils.files import raising_failed, write_atomically, write_text
+from cnn.utils.files import raising_failed, write_text
 from cnn.utils.progress import duration
 from cnn.utils.screen import aligned, write_stdout
 
 PAGE = Path("logs", "compare.html")
 SEED = "seed"
+CHARTS = {
+    "Validation accuracy": "val_acc",
+    "Validation loss": "val_loss",
+    "Training loss": "train_loss",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,38 +60,47 @@ def prepare(argv: list[str]) -> None:
         raise Refused("\n".join(refusals))
     with raising_failed(args.output):
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        said = compare(runs, args.output)
+        said = write_comparison(runs, args.output)
     write_stdout(said)
     if refusals:
         raise Failed("\n".join(refusals))
 
 
-# -- comparing ----------------------------------------------------------------------------------
+# -- the comparison --------------------------------------------------------------------------------
 
 
-def figure_of(run: RunRecord, name: str) -> float | None:
-    """A final figure: of the test, or of the best epoch's validation."""
-    if name.startswith("test_"):
-        return (run.result.get("test") or {}).get(name)
-    return run.best().get(name)
+def write_comparison(runs: Sequence[RunRecord], page: Path) -> str:
+    """Writes the comparison as an HTML page with a picture beside it; returns it as text."""
+    settings, groups = differing_settings(runs), groups_of(runs)
+    names, metric = group_names(groups, settings), compared_metric(runs)
+    tables = {
+        "Runs": run_table(runs),
+        "Settings that differ": settings_table(runs, settings) if settings else [["none"]],
+    }
+    if len(groups) < len(runs):
+        metrics = list(dict.fromkeys([metric, "val_acc", "val_loss"]))
+        tables["Groups, mean ± standard deviation"] = group_table(groups, names, metrics)
+    values = [values_of(group, metric) for group in groups]
+    verdicts = [
+        verdict((name, other), (of_name, of_other), metric)
+        for (name, of_name), (other, of_other) in itertools.combinations(zip(names, values), 2)
+    ]
+    paragraphs = ["\n".join([head, "", *aligned(rows)]) for head, rows in tables.items()]
+    if verdicts:
+        paragraphs.append("\n".join(verdicts))
+    curves, files = [], f"{page} (without curves: pip install matplotlib)"
+    if figures.is_available():
+        panels, picture = panels_of(groups, names), page.with_suffix(".png")
+        curves = figures.panel_svgs(panels)
+        figures.save_png(picture, figures.draw_panels, panels)
+        files = f"{page}, {picture}"
+    content = {"curves": curves, "verdicts": verdicts, "tables": tables}
+    write_text(page, render("compare.jinja", title="Comparison", **content))
+    return "\n\n".join([*paragraphs, files]) + "\n"
 
 
-def times_of(run: RunRecord) -> tuple[float, float | None]:
-    """Seconds of all epochs, and images per second, the median epoch's."""
-    speeds = [row["images_per_second"] for row in run.history]
-    seconds = sum(row["seconds"] for row in run.history)
-    return seconds, statistics.median(speeds) if speeds else None
-
-
-def identity(run: RunRecord) -> str:
-    """What makes it the same experiment as another: all settings but seed and place."""
-    beside = config.non_experiment_keys() | {SEED}
-    kept = {key: value for key, value in run.settings.items() if key not in beside}
-    return json.dumps(kept, sort_keys=True, default=str)
-
-
-def differing(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    """The settings that are not the same in all runs, with every run's value."""
+def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
+    """Returns the settings that are not the same in all runs, with every run's value."""
     values = {key: [run.settings.get(key) for run in runs] for key in runs[0].settings}
     return {
         key: found
@@ -96,182 +110,149 @@ def differing(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
 
 
 def groups_of(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
-    """Runs of one configuration together, in the order they were named."""
+    """Groups the runs that differ in nothing but seed and place, in their order."""
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
-        groups.setdefault(identity(run), []).append(run)
+        keys = sorted(run.settings.keys() - config.non_experiment_keys() - {SEED})
+        settings = json.dumps([(key, run.settings[key]) for key in keys], default=str)
+        groups.setdefault(settings, []).append(run)
     return list(groups.values())
 
 
-def names_of(groups: list[list[RunRecord]], keys: Sequence[str]) -> list[str]:
-    """What tells each group from the others: its values of the settings that differ."""
-    keys = [key for key in keys if key not in config.non_experiment_keys() | {SEED}]
+def group_names(groups: list[list[RunRecord]], settings: Iterable[str]) -> list[str]:
+    """Names each group by its values of the settings that differ."""
+    keys = [key for key in settings if key not in config.non_experiment_keys() | {SEED}]
     return [
         ", ".join(f"{key}={format_setting(group[0].settings[key])}" for key in keys) or "all runs"
         for group in groups
     ]
 
 
-def chosen_figure(runs: Sequence[RunRecord]) -> str:
-    """What is compared: the test where all have it, else the metric all looked for, else accuracy."""
-    if all(figure_of(run, "test_acc") is not None for run in runs):
+def compared_metric(runs: Sequence[RunRecord]) -> str:
+    """Returns test_acc where all runs have it, else the metric that all monitored, else val_acc."""
+    if all(final_metric(run, "test_acc") is not None for run in runs):
         return "test_acc"
     monitors = {run.monitor for run in runs}
     return monitors.pop() if len(monitors) == 1 else "val_acc"
 
 
+def final_metric(run: RunRecord, name: str) -> float | None:
+    """Returns a metric of the test, or of the best epoch."""
+    metrics = run.result.get("test") or {} if name.startswith("test_") else run.best()
+    return metrics.get(name)
+
+
+def values_of(group: list[RunRecord], metric: str) -> list[float]:
+    """Returns a metric of the group's runs, once per seed: a repeated run has no spread."""
+    found = {run.settings[SEED]: final_metric(run, metric) for run in group}
+    return [value for value in found.values() if value is not None]
+
+
 def spread_of(values: Sequence[float]) -> float | None:
-    """The standard deviation from run to run; None of a single run."""
+    """Returns the standard deviation from run to run; None for a single run."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def verdict(names: tuple[str, str], values: tuple[list[float], list[float]], figure: str) -> str:
-    """Whether two groups differ by more than their spread.
+def verdict(names: tuple[str, str], values: tuple[list[float], list[float]], metric: str) -> str:
+    """Returns a sentence on whether two groups differ by more than their spread.
 
-    The spread of two groups is that of the difference between a run of the one and a run of the
-    other, sqrt(s1² + s2²): a difference within it is one that another seed may turn round.
+    The spread of two groups is that of the difference between a run of each, sqrt(s1² + s2²):
+    another seed may reverse a difference within it.
     """
+    both = " and ".join(names)
     if not all(values):
-        return f"{names[0]} and {names[1]}: no {figure} yet"
+        return f"{both}: no {metric} yet"
     means, spreads = [statistics.fmean(v) for v in values], [spread_of(v) for v in values]
     difference = means[0] - means[1]
-    better = names[0] if (difference > 0) != (mode(figure) == "min") else names[1]
-    said = f"{figure} {means[0]:.4f} and {means[1]:.4f}"
+    apart = f"{metric} {means[0]:.4f} and {means[1]:.4f}, {abs(difference):.4f} apart"
     if None in spreads:
-        return (
-            f"{names[0]} and {names[1]}: {said}, {abs(difference):.4f} apart; a group of one run has"
-            f" no spread, so this says little: train each with several seeds"
-        )
+        return f"{both}: {apart}; a group of one run has no spread: train each with several seeds"
     spread = math.hypot(*spreads)
-    if abs(difference) > spread:
-        return (
-            f"{better} is better: {said} differ by {abs(difference):.4f}, more than their spread"
-            f" of {spread:.4f}"
-        )
-    return (
-        f"{names[0]} and {names[1]} do not differ by more than their spread: {said},"
-        f" {abs(difference):.4f} apart, spread {spread:.4f}"
-    )
+    if abs(difference) <= spread:
+        return f"{both} do not differ by more than their spread: {apart}, spread {spread:.4f}"
+    better = names[(difference > 0) == (mode(metric) == "min")]
+    return f"{better} is better: {apart}, more than their spread of {spread:.4f}"
 
 
-# -- what is shown -------------------------------------------------------------------------------
+# -- tables and curves -----------------------------------------------------------------------------
 
 
 def run_table(runs: Sequence[RunRecord]) -> list[list[str]]:
-    """A row a run: how it stands, best epoch, figures with intervals, time, images a second."""
+    """Returns a row per run: status, best epoch, metrics with intervals, time and speed."""
     monitors = list(dict.fromkeys(run.monitor for run in runs if run.monitor != "val_acc"))
-    head = ["run", "status", "epochs", "best", *monitors, "val_acc", "test_acc", "time", "images/s"]
-    rows = [head]
+    rows = [
+        ["run", "status", "epochs", "best", *monitors, "val_acc", "test_acc", "time", "images/s"]
+    ]
     for run in runs:
-        best, (seconds, speed) = run.best(), times_of(run)
+        best, speeds = run.best(), [row["images_per_second"] for row in run.history]
         rows.append(
             [
                 run.name,
                 run.status,
                 f"{len(run.history)}/{run.settings['train.epochs']}",
                 f"{best['epoch']:.0f}" if best else "n/a",
-                *(shown_figure(figure_of(run, name)) for name in monitors),
-                *(accuracy_of(run, split) for split in ("val", "test")),
-                duration(seconds),
-                f"{speed:.0f}" if speed else "n/a",
+                *(format_value(final_metric(run, name)) for name in monitors),
+                accuracy_of(run, "val"),
+                accuracy_of(run, "test"),
+                duration(sum(row["seconds"] for row in run.history)),
+                f"{statistics.median(speeds):.0f}" if speeds else "n/a",
             ]
         )
     return rows
 
 
 def accuracy_of(run: RunRecord, split: str) -> str:
-    value, number = figure_of(run, f"{split}_acc"), run.result.get("images", {}).get(split, 0)
-    return with_interval(value, number) if number else shown_figure(value)
+    """Formats an accuracy, with its interval where the number of images is known."""
+    value, number = final_metric(run, f"{split}_acc"), run.result.get("images", {}).get(split, 0)
+    return with_interval(value, number) if number else format_value(value)
 
 
-def shown_figure(value: float | None) -> str:
+def format_value(value: float | None) -> str:
+    """Formats with four digits; n/a where there is no value."""
     return "n/a" if value is None else f"{value:.4f}"
 
 
 def group_table(
-    groups: list[list[RunRecord]], names: list[str], compared: Sequence[str]
+    groups: list[list[RunRecord]], names: list[str], metrics: Sequence[str]
 ) -> list[list[str]]:
-    """A row a group: how many runs, and mean ± standard deviation of each figure."""
-    rows = [["group", "runs", *compared]]
-    for name, group in zip(names, groups):
+    """Returns a row per group: number of runs, mean ± standard deviation of each metric."""
+    rows = [["group", "runs", *metrics]]
+    for name, group in zip(names, groups, strict=True):
         cells = []
-        for figure in compared:
-            values = values_of(group, figure)
-            spread = spread_of(values)
-            mean = f"{statistics.fmean(values):.4f}" if values else "n/a"
-            mean += "" if spread is None else f" ± {spread:.4f}"
-            lacking = bool(values) and any(figure_of(run, figure) is None for run in group)
-            cells.append(f"{mean} (of {len(values)})" if lacking else mean)
+        for metric in metrics:
+            values = values_of(group, metric)
+            cell, spread = (
+                format_value(statistics.fmean(values) if values else None),
+                spread_of(values),
+            )
+            cell += "" if spread is None else f" ± {spread:.4f}"
+            if values and any(final_metric(run, metric) is None for run in group):
+                cell += f" (of {len(values)})"
+            cells.append(cell)
         rows.append([name, str(len(group)), *cells])
     return rows
 
 
-def values_of(group: list[RunRecord], figure: str) -> list[float]:
-    """The group's figures, one a seed: the same run twice tells nothing of the spread."""
-    found = {run.settings[SEED]: figure_of(run, figure) for run in group}
-    return [value for value in found.values() if value is not None]
+def settings_table(runs: Sequence[RunRecord], settings: dict[str, list[Any]]) -> list[list[str]]:
+    """Returns a row per setting, with every run's value."""
+    rows = [[key, *map(format_setting, values)] for key, values in settings.items()]
+    return [["setting", *(run.name for run in runs)], *rows]
 
 
-def settings_table(runs: Sequence[RunRecord], found: dict[str, list[Any]]) -> list[list[str]]:
-    rows = [["setting", *(run.name for run in runs)]]
-    return rows + [[key, *map(format_setting, values)] for key, values in found.items()]
-
-
-def panels_of(runs: Sequence[RunRecord], groups: list[list[RunRecord]], names: list[str]):
-    """Curves of all runs over each other; the seeds of a group share a colour."""
-    several = len(groups) > 1
-    panels = []
-    for title, column in (
-        ("Validation accuracy", "val_acc"),
-        ("Validation loss", "val_loss"),
-        ("Training loss", "train_loss"),
-    ):
+def panels_of(groups: list[list[RunRecord]], names: list[str]) -> list[Panel]:
+    """Returns charts with the curves of all runs; the seeds of a group share a colour."""
+    several, panels = len(groups) > 1, []
+    for title, column in CHARTS.items():
         curves = []
-        for number, (group, name) in enumerate(zip(groups, names)):
+        for number, (group, name) in enumerate(zip(groups, names, strict=True)):
             for member, run in enumerate(group):
                 colour = COLOURS[(number if several else member) % len(COLOURS)]
                 label = (name if member == 0 else None) if several else run.name
-                xs, ys = [r["epoch"] for r in run.history], [r.get(column) for r in run.history]
-                curves.append(Curve(label, xs, ys, colour, dashed=number >= len(COLOURS)))
-        panels.append((title, curves))
+                epochs = [row["epoch"] for row in run.history]
+                values = [row.get(column) for row in run.history]
+                curves.append(Curve(label, epochs, values, colour, dashed=number >= len(COLOURS)))
+        panels.append(Panel(title, curves))
     return panels
-
-
-def compare(runs: Sequence[RunRecord], output: Path | None) -> str:
-    """The comparison as text; with `output`, as an HTML page and a picture too."""
-    found, groups = differing(runs), groups_of(runs)
-    names, figure = names_of(groups, list(found)), chosen_figure(runs)
-    parts = [("Runs", run_table(runs))]
-    parts.append(("Settings that differ", settings_table(runs, found) if found else [["none"]]))
-    verdicts = []
-    if len(groups) < len(runs):
-        compared = list(dict.fromkeys([figure, "val_acc", "val_loss"]))
-        parts.append(("Groups, mean ± standard deviation", group_table(groups, names, compared)))
-    if len(groups) > 1:
-        sets = [(name, values_of(group, figure)) for name, group in zip(names, groups)]
-        for (one, its), (other, others) in itertools.combinations(sets, 2):
-            verdicts.append(verdict((one, other), (its, others), figure))
-    text = "\n\n".join("\n".join([head, "", *aligned(rows)]) for head, rows in parts)
-    text += "".join(f"\n\n{line}" if n == 0 else f"\n{line}" for n, line in enumerate(verdicts))
-    if output is not None:
-        text += "\n\n" + write_page(output, runs, groups, names, parts, verdicts)
-    return text + "\n"
-
-
-def write_page(output: Path, runs, groups, names, parts, verdicts: list[str]) -> str:
-    """Writes the page and beside it the picture; says where."""
-    said, curves = str(output), []
-    if figures.is_available():
-        panels = panels_of(runs, groups, names)
-        curves = [figures.curves_svg(title, curves) for title, curves in panels]
-        picture = figures.curves_png(panels)
-        write_atomically(output.with_suffix(".png"), lambda file: file.write(picture))
-        said += f", {output.with_suffix('.png')}"
-    else:
-        said += " (without curves: pip install matplotlib)"
-    content = {"curves": curves, "verdicts": verdicts, "parts": parts}
-    write_text(output, render("compare.jinja", title="Comparison", **content))
-    return said
 
 
 if __name__ == "__main__":

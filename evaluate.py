@@ -16,7 +16,7 @@ import logging
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cnn import cli
 from cnn.errors import Refused
@@ -36,8 +36,8 @@ logger = logging.getLogger("cnn.evaluate")
 SOURCE = ("data.name", "data.root", "data.args", "data.download", "data.on_bad_image")
 LOADING = ("data.batch_size", "data.num_workers", "data.in_memory", "train.precision")
 SETTINGS = ("device", *SOURCE, *LOADING, "log.every_seconds")
-MAX_ROWS = 40  # classes on the screen
-MAX_PAIRS = 5  # of classes mixed up
+MAX_ROWS = 40  # classes in the printed table
+MAX_PAIRS = 5  # of confused classes
 
 
 class Command(cli.Command):
@@ -81,7 +81,7 @@ def parse(argv: list[str]) -> Command:
 
 
 def evaluate_checkpoint(command: Command) -> None:
-    """Reads the checkpoint, evaluates as training does, and says what came out."""
+    """Evaluates a checkpoint as training does; prints the metrics and writes what was asked for."""
     from cnn.datasets.loader import build_loader
     from cnn.inference import evaluation
     from cnn.inference.trained_model import load_trained_model
@@ -109,32 +109,23 @@ def evaluate_checkpoint(command: Command) -> None:
     values = evaluate(trained.model, batches, loss, trained.autocast, evaluation_metrics, **key)
     metrics = {f"{split}_{name}": value for name, value in values.items()}
     matrix = evaluation_metrics.confusion().numpy()
-    said = verdict(trained, metrics, split) if subject.is_own else None
-    write_stdout(
-        "\n".join(["", as_text(metrics, matrix, classes), *([f"{said}\n"] if said else [])])
-    )
+    reported = reported_metrics(trained, split) if subject.is_own else None
+    text = "\n" + as_text(metrics, matrix, classes)
+    if reported is not None:
+        text += "\n" + compare_with_training(trained, metrics, reported) + "\n"
+    write_stdout(text)
     if command.json:
-        text = as_json(trained, subject, split, metrics, matrix)
+        text = as_json(trained, subject, split, metrics, matrix, reported)
         write_output(command.json, text.encode("utf-8", "backslashreplace"))
     if command.figure:
         draw(command.figure, matrix, classes, f"{subject.description}, {command.checkpoint}")
 
 
-def draw(path: Path, matrix: "np.ndarray", classes: list[str], title: str) -> None:
-    """Writes the confusion matrix as a picture, if matplotlib is there."""
-    from cnn.records import figures
-
-    if not figures.is_available():
-        logger.warning("%s is left out (pip install matplotlib)", path)
-        return
-    write_output(path, figures.confusion_png(matrix, classes, title))
-
-
 # -- what training reported ------------------------------------------------------------------------
 
 
-def reported(trained: "TrainedModel", split: str) -> "Metrics | None":
-    """What training reported of these very weights, or None where it has not measured them."""
+def reported_metrics(trained: "TrainedModel", split: str) -> "Metrics | None":
+    """Returns the metrics that training reported of these very weights; None where it has none."""
     from cnn.utils.checkpoint import read_checkpoint
     from cnn.utils.run_folder import LAST
 
@@ -143,9 +134,9 @@ def reported(trained: "TrainedModel", split: str) -> "Metrics | None":
         return None
     if split == "val":
         row = content["history"][-1] if content["history"] else {}
-        measured = row.get("epoch") == content["epoch"]
-        return {k: v for k, v in row.items() if k.startswith("val_")} if measured else None
-    if content["test"] is None:  # best.pth is from before the test, last.pth from after it
+        metrics = {name: value for name, value in row.items() if name.startswith("val_")}
+        return metrics if row.get("epoch") == content["epoch"] else None
+    if content["test"] is None:  # best.pth is saved before the test, last.pth after it
         try:
             content = read_checkpoint(trained.path.with_name(LAST))
         except Refused:
@@ -157,31 +148,39 @@ def reported(trained: "TrainedModel", split: str) -> "Metrics | None":
     return content["test"] if is_best else None
 
 
-def verdict(trained: "TrainedModel", metrics: "Metrics", split: str) -> str | None:
-    """Whether the figures are those that training reported; None where it reported none."""
+def compare_with_training(trained: "TrainedModel", metrics: "Metrics", reported: "Metrics") -> str:
+    """Returns a sentence on whether the metrics equal the reported ones, and if not, why."""
     from cnn.utils import environment as env
 
-    before = reported(trained, split)
-    if before is None:
-        return None
-    differing = [name for name in before if name in metrics and before[name] != metrics[name]]
+    differing = [name for name in reported if name in metrics and metrics[name] != reported[name]]
     if not differing:
         return "training reported the same figures, to the last digit"
     changes = env.differences(
         trained.content["environment"], env.describe(trained.device, trained.precision)
     )
     then, now = trained.content["config"]["data"]["batch_size"], trained.cfg.data.batch_size
-    changes += [f"data.batch_size {then} → {now}"] if then != now else []
+    if then != now:
+        changes = [*changes, f"data.batch_size {then} → {now}"]
     reason = f"{', '.join(changes)}: equal up to rounding" if changes else "has the code changed?"
-    figures = ", ".join(f"{name} {before[name]}, now {metrics[name]}" for name in differing)
+    figures = ", ".join(f"{name} {reported[name]}, now {metrics[name]}" for name in differing)
     return f"training reported {figures} ({reason})"
 
 
-# -- what is shown ---------------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------------
 
 
-def as_text(metrics: dict[str, float | None], matrix: "np.ndarray", classes: list[str]) -> str:
-    """Figures, a row a class, and what is mixed up most."""
+def draw(path: Path, matrix: "np.ndarray", classes: list[str], title: str) -> None:
+    """Writes the confusion matrix as a picture, or a warning where matplotlib is not installed."""
+    from cnn.records import figures
+
+    if figures.is_available():
+        write_output(path, figures.png(figures.draw_confusion, matrix, classes, title))
+    else:
+        logger.warning("%s is left out (pip install matplotlib)", path)
+
+
+def as_text(metrics: "Metrics", matrix: "np.ndarray", classes: list[str]) -> str:
+    """Formats the metrics, a table of the classes, and the classes that are confused most."""
     import numpy as np
 
     from cnn.metrics import scores
@@ -189,7 +188,10 @@ def as_text(metrics: dict[str, float | None], matrix: "np.ndarray", classes: lis
     from cnn.utils.screen import aligned, printable
 
     names = [printable(name) for name in classes]
-    lines = aligned([[name, _shown(name, value, matrix)] for name, value in metrics.items()])
+    values = {name: "n/a" if v is None else f"{v:.4f}" for name, v in metrics.items()}
+    for name in values.keys() & {"val_acc", "test_acc"}:
+        values[name] = scores.with_interval(metrics[name], int(matrix.sum()))
+    lines = aligned(list(values.items()))
     if len(classes) == 2:
         lines.append(f"positive: {names[1]}")
     rows, means = class_rows(matrix, names)
@@ -198,76 +200,55 @@ def as_text(metrics: dict[str, float | None], matrix: "np.ndarray", classes: lis
         rows = [rows[number] for number in worst[:MAX_ROWS]]
         means.append([f"({MAX_ROWS} of {len(classes)} classes, the worst)", *[""] * 5])
     lines += ["", *aligned([CLASS_HEAD, *rows, *means], right=range(1, len(CLASS_HEAD)))]
-    pairs = scores.most_confused(matrix, MAX_PAIRS)
-    if pairs:
-        lines += ["", "most mixed up"]
-        lines += aligned(
-            [
-                [
-                    f"  {names[label]}",
-                    f"taken for {names[said]}",
-                    f"{count} of {matrix[label].sum()}",
-                ]
-                for label, said, count in pairs
-            ]
-        )
+    confused = [
+        [f"  {names[label]}", f"taken for {names[other]}", f"{count} of {matrix[label].sum()}"]
+        for label, other, count in scores.most_confused(matrix, MAX_PAIRS)
+    ]
+    if confused:
+        lines += ["", "most mixed up", *aligned(confused)]
     return "\n".join(lines) + "\n"
-
-
-def _shown(name: str, value: float | None, matrix: "np.ndarray") -> str:
-    from cnn.metrics.scores import with_interval
-
-    if name in ("val_acc", "test_acc"):
-        return with_interval(value, int(matrix.sum()))
-    return "n/a" if value is None else f"{value:.4f}"
 
 
 def as_json(
     trained: "TrainedModel",
     subject: "EvaluationData",
     split: str,
-    metrics: dict[str, float | None],
+    metrics: "Metrics",
     matrix: "np.ndarray",
+    reported: "Metrics | None",
 ) -> str:
-    """All of it, every digit; what is undefined is null."""
+    """Formats all metrics with all digits as JSON; undefined ones are null."""
     from cnn.metrics import scores
     from cnn.utils import environment as env
 
     values = scores.per_class(matrix)
     values["images"] = values.pop("support")
     content, number = trained.content, int(matrix.sum())
-    return (
-        json.dumps(
-            {
-                "checkpoint": str(trained.path),
-                "epoch": content["epoch"],
-                "step": content["step"],
-                "model": trained.cfg.model.name,
-                "data": {"name": trained.cfg.data.name, "root": trained.cfg.data.root},
-                "split": split,
-                "images": number,
-                "own_data": subject.is_own,
-                "metrics": {name: _plain(value) for name, value in metrics.items()},
-                "acc_interval": scores.wilson(matrix.trace().item(), number),
-                "reported": reported(trained, split) if subject.is_own else None,
-                "classes": [
-                    {"class": name} | {key: _plain(v[row]) for key, v in values.items()}
-                    for row, name in enumerate(trained.classes)
-                ],
-                "confusion_matrix": matrix.tolist(),
-                "environment": env.describe(trained.device, trained.precision),
-            },
-            indent=2,
-            ensure_ascii=False,
-            allow_nan=False,
-        )
-        + "\n"
-    )
+    result = {
+        "checkpoint": str(trained.path),
+        "epoch": content["epoch"],
+        "step": content["step"],
+        "model": trained.cfg.model.name,
+        "data": {"name": trained.cfg.data.name, "root": trained.cfg.data.root},
+        "split": split,
+        "images": number,
+        "own_data": subject.is_own,
+        "metrics": {name: _finite(value) for name, value in metrics.items()},
+        "acc_interval": scores.wilson(matrix.trace().item(), number),
+        "reported": reported,
+        "classes": [
+            {"class": name} | {key: _finite(v[row].item()) for key, v in values.items()}
+            for row, name in enumerate(trained.classes)
+        ],
+        "confusion_matrix": matrix.tolist(),
+        "environment": env.describe(trained.device, trained.precision),
+    }
+    return json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _plain(value: Any) -> float | int | None:
-    value = value.item() if hasattr(value, "item") else value  # NumPy's
-    return None if value is None or not math.isfinite(value) else value
+def _finite(value: float | None) -> float | None:
+    """Returns the value, or None where it is no finite number."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 if __name__ == "__main__":

@@ -128,12 +128,12 @@ def say_begin(study: "Study") -> None:
 
 
 def say_trial(trial: "TakenTrial") -> None:
-    from cnn.records.run_record import shown_setting
+    from cnn.records.run_record import format_setting
 
     logger.info(
         "trial %d %s: %s  (logs/%s)",
         *(trial.number, "goes on" if trial.again else "begins"),
-        *("  ".join(f"{key}={shown_setting(v)}" for key, v in trial.values.items()), trial.run),
+        *("  ".join(f"{key}={format_setting(v)}" for key, v in trial.values.items()), trial.run),
     )
 
 
@@ -157,7 +157,7 @@ def say_result(study: "Study") -> int:
     """The best trials, where to look at them, and the exit status."""
     from optuna.trial import TrialState
 
-    from cnn.records.run_record import shown_setting
+    from cnn.records.run_record import format_setting
     from cnn.utils.screen import aligned
 
     monitor, ranking = study.sweep.monitor, study.ranking()
@@ -172,7 +172,7 @@ def say_result(study: "Study") -> int:
     shown = ranking[:NUM_SHOWN]
     rows = [["trial", monitor, "epoch", *study.sweep.space]]
     for trial in shown:
-        values = [shown_setting(trial.params.get(key)) for key in study.sweep.space]
+        values = [format_setting(trial.params.get(key)) for key in study.sweep.space]
         epoch = str(trial.user_attrs["epoch"])
         rows.append([str(trial.number), f"{trial.value:.4f}", epoch, *values])
     for line in aligned(rows, right=(0, 1, 2)):
@@ -196,7 +196,7 @@ def say_best_settings(study: "Study", best: "FrozenTrial") -> None:
         return
     cfg, _ = load_config(settings)
     path = best_hparams.file_of(cfg, folder.best_hparams)
-    held = best_hparams.held_in(path)
+    held = best_hparams.best_result(path)
     if held == (study.sweep.monitor, best.value):
         logger.info("its settings: python train.py --config %s", path)
     else:

@@ -85,7 +85,7 @@ def test_the_page_is_complete_in_itself_and_says_all(unbroken):
         *("epochs", "environment", "config"),
     }
     text = " ".join(page.texts)
-    for expected in ("test accuracy", "95 %", "always saying", "python train.py --config logs"):
+    for expected in ("test accuracy", "95 %", "always predicting", "python train.py --config logs"):
         assert expected in text
 
 

@@ -13,9 +13,9 @@ from conftest import ROOT, TINY
 from processes import run
 
 import compare as script
-from cnn.records.figures import Curve, curves_png, curves_svg
+from cnn.records.figures import Curve, Panel, draw_panels, png, svg
 from cnn.records.run_record import read_run
-from compare import differing, groups_of, verdict
+from compare import differing_settings, groups_of, verdict
 
 
 def compare(*runs: str) -> int:
@@ -30,7 +30,10 @@ def test_six_runs_are_two_groups_with_the_right_difference(train, capsys):
             words = [f"run={names[-1]}", f"seed={seed}", f"optim.lr={lr}", "train.epochs=6"]
             assert train(*words, "data.args={num_images: 300, image_size: 8}") == 0
     runs = [read_run(name) for name in names]
-    assert differing(runs) == {"seed": [0, 1, 2] * 2, "optim.lr": [0.05] * 3 + [0.0001] * 3}
+    assert differing_settings(runs) == {
+        "seed": [0, 1, 2] * 2,
+        "optim.lr": [0.05] * 3 + [0.0001] * 3,
+    }
     assert [len(group) for group in groups_of(runs)] == [3, 3]
     capsys.readouterr()
     assert compare(*names) == 0
@@ -101,11 +104,11 @@ def test_a_run_that_cannot_be_read_is_named_and_the_others_are_compared(train, c
 
 def test_a_name_that_begins_with_an_underline_is_in_the_legend():
     curves = [Curve(label, [1, 2], [0.1, 0.2]) for label in ("_a", "b", None)]
-    drawn = curves_svg("Loss", curves)
+    drawn = svg(draw_panels, [Panel("Loss", curves)])
     legend = drawn[drawn.index('id="legend') :]
     assert ">_a<" in legend.replace("> _a<", ">_a<") and ">b<" in legend
     assert legend.count("<text") == 2
-    assert curves_png([("Loss", curves)]).startswith(b"\x89PNG")
+    assert png(draw_panels, [Panel("Loss", curves)]).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name, text", [("result.json", "[]"), ("history.csv", "epoch,step,l")])

@@ -1,1 +1,1 @@
-"""Can this run be stopped anywhere?"""
+"""The drill, which tests whether a run can be stopped anywhere."""

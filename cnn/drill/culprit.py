@@ -1,8 +1,7 @@
-"""What differs between two runs of one configuration, and which part of it the difference comes from."""
+"""Where two runs of one configuration differ first, and what in the user's code causes it."""
 
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,128 +16,141 @@ from cnn.utils.screen import aligned
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-Key = tuple[int, int]  # epoch, batch
+
+# What is compared, by the fields of a record.
+STATE = {"model": ["model"], "optimizer": ["optimizer"], "metrics": ["loss_sum", "correct"]}
+FIELDS = {"labels": ["labels"], "images": ["images"], **STATE}
+
+KEYED = (
+    "draw from the global generators of torch, numpy or random, which are keyed by (seed, epoch,"
+    " index) for each image"
+)
+CUDA = "on CUDA, kernels may differ too: train.deterministic=true"
+# For each culprit, what differs, why, and what to do.
+CAUSES = {
+    "data order": "other labels; the dataset lists its images in another order or number in every"
+    " process: sort what it reads",
+    "restoring": "right after a resume, other {parts}; state_dict() and load_state_dict() lose"
+    " something of that state",
+    "model": "other initial weights; it draws them from a generator of its own",
+    "model randomness": "another loss for the same weights and images; the model has state outside"
+    " its state_dict (a counter, a cache: register a buffer) or a generator of its own (use torch's"
+    f" global one, which is keyed per step); {CUDA}",
+    "optimizer": "the same loss, and other {parts} after the step; the optimizer, or the gradient"
+    f" of a layer, remembers something outside its state_dict; {CUDA}",
+    "dataset": "other images; {data} returns another image each time for the same index: it has a"
+    f" generator of its own, counts its calls or reads the clock; {KEYED}",
+    "augmentation": "other images; data.augment ({augment}) makes another image each time from the"
+    f" same one: it has a generator of its own or reads the clock; {KEYED}",
+    "data": "other images, though one process reads each alike twice; the dataset depends on the"
+    " process: on the order of a folder or a set, a hash, or global generators that it draws from"
+    " while it is built (seed them there)",
+}
 
 
 @dataclass(frozen=True)
 class DrillRun:
-    """What one way through the stretch left behind."""
+    """The records and checkpoints of one of the runs that the drill compares.
 
-    records: list[Record]  # in the order they were written; after a kill, some batches twice
-    checkpoints: dict[str, dict[str, Any]]  # last.pth and best.pth
-    starts: list[int]  # numbers of the records that came first in a process
+    Attributes:
+        records: of every batch, as `Trace` writes them; after a kill, some batches twice.
+        checkpoints: the contents of last.pth and best.pth, by their names.
+        starts: the indices of the records that are the first of a process.
+    """
+
+    records: list[Record]
+    checkpoints: dict[str, dict[str, Any]]
+    starts: list[int]
 
 
-def log_table(first: DrillRun, others: dict[str, DrillRun]) -> None:
-    """Says of every other way through what was identical, and where it first was not."""
-    rows = [("", "batches", "images", "model", "optimizer", "metrics", *first.checkpoints)]
-    rows += [(name, *_compare(first, other)) for name, other in others.items()]
+def log_table(unbroken: DrillRun, runs: dict[str, DrillRun]) -> None:
+    """Logs for each run what is identical to the unbroken one, and where it first is not."""
+    columns = ["images", *STATE, *unbroken.checkpoints]
+    rows = [["", "batches", *columns]]
+    for name, run in runs.items():
+        cells = dict.fromkeys(columns, "identical")
+        for record, parts in reversed(_compare_records(unbroken, run)):  # so that the first stays
+            for part in parts:
+                column = "images" if part == "labels" else part
+                cells[column] = f"epoch {record['epoch']} batch {record['batch']}"
+        for file, content in unbroken.checkpoints.items():
+            if any(differences(content, run.checkpoints[file])):
+                cells[file] = "differs"
+        rows.append([name, str(len(run.records)), *cells.values()])
     for line in aligned(rows):
         logger.info("%s", line)
 
 
-KEYED = (
-    "Draw from the global generators of torch, numpy or random: they are keyed by (seed, epoch,"
-    " index) for each image"
-)
-STATE = {"model": ["model"], "optimizer": ["optimizer"], "metrics": ["loss_sum", "correct"]}
+def _compare_records(unbroken: DrillRun, run: DrillRun) -> list[tuple[Record, list[str]]]:
+    """Returns the run's records, each with the keys of FIELDS that are not as in `unbroken`."""
+    expected = {(record["epoch"], record["batch"]): record for record in unbroken.records}
+    compared = []
+    for record in run.records:
+        other = expected.get((record["epoch"], record["batch"]), {})
+        parts = [p for p, names in FIELDS.items() if any(record[n] != other.get(n) for n in names)]
+        compared.append((record, parts))
+    return compared
 
 
-def _compare(first: DrillRun, other: DrillRun) -> list[str]:
-    """The cells of the table: number of batches, then identical or where it first is not."""
-    expected = {key_of(record): record for record in first.records}
-    cells = [str(len(other.records))]
-    for fields in (["labels", "images"], *STATE.values()):
-        cells.append("identical")
-        for record in other.records:
-            known = expected.get(key_of(record), {})
-            if any(record[field] != known.get(field) for field in fields):
-                cells[-1] = f"epoch {record['epoch']} batch {record['batch']}"
-                break
-    for name, content in first.checkpoints.items():
-        same = next(differences(content, other.checkpoints[name]), None) is None
-        cells.append("identical" if same else "differs")
-    return cells
+def find_culprit(cfg: Config, max_batches: int, unbroken: DrillRun, run: DrillRun) -> str | None:
+    """Traces the first difference between a run and the unbroken one to its cause.
 
-
-def key_of(record: Record) -> Key:
-    """Which batch a record is of."""
-    return record["epoch"], record["batch"]
-
-
-def _where(record: Record) -> str:
-    part = f", in {record['part']}" if record["part"] != "training" else ""
-    return f"epoch {record['epoch']}, batch {record['batch']}{part}"
-
-
-def find_culprit(cfg: Config, max_batches: int, first: DrillRun, other: DrillRun) -> str | None:
-    """What the first difference comes from, in words that help; None where there is none."""
-    expected = {key_of(record): record for record in first.records}
-    before: Record | None = None
-    for number, record in enumerate(other.records):
-        resumed = number in other.starts
-        where = _where(record)
-        known = expected.get(key_of(record))
-        if known is None or record["labels"] != known["labels"]:
+    Returns:
+        A message with the place, the cause and what to do; None where the runs are identical.
+    """
+    for number, (record, parts) in enumerate(_compare_records(unbroken, run)):
+        if not parts:
+            continue
+        at = record
+        if "labels" in parts:
+            kind = "data order"
+        elif "images" in parts and len(parts) == 1:
+            kind = _blame_images(cfg, max_batches, record)
+        elif number == 0:
+            kind = "model"
+        elif number in run.starts:
+            kind = "restoring"
+        else:  # the previous step started from the same state and images
+            at = run.records[number - 1]
+            kind = _blame_step(parts, at, record, unbroken, run)
+        cause = CAUSES[kind].format(
+            parts=" and ".join(part for part in parts if part in STATE),
+            data=cfg.data.name,
+            augment=as_text(cfg.data.augment),
+        )
+        part = f", in {at['part']}" if at["part"] != "training" else ""
+        return f"{kind}: at epoch {at['epoch']}, batch {at['batch']}{part}: {cause}"
+    for file, content in unbroken.checkpoints.items():
+        difference = next(differences(content, run.checkpoints[file]), None)
+        if difference is not None:
             return (
-                f"data order: {where} has other labels. The dataset lists its images in another"
-                f" order, or has another number of them, in every process: sort what it reads"
-            )
-        differing = [
-            name for name, fields in STATE.items() if any(record[f] != known[f] for f in fields)
-        ]
-        if differing and (resumed and number > 0):
-            return (
-                f"restoring: at {where}, right after a resume, {' and '.join(differing)} were not"
-                f" what they had been: something in them is lost between state_dict() and"
-                f" load_state_dict()"
-            )
-        if differing:
-            at_end = before and (record["part"] != "training" or record["epoch"] > before["epoch"])
-            return _blame_step(differing, before, bool(at_end), first, other)
-        if record["images"] != known["images"]:
-            return _blame_images(cfg, max_batches, record, where)
-        before = record
-    for name, content in first.checkpoints.items():
-        found = next(differences(content, other.checkpoints[name]), None)
-        if found is not None:
-            return (
-                f"the end: every batch was the same, but {name} differs in {found}."
-                f" Validation draws from something that the seed does not key, or the last step did"
+                f"the end: {file} differs in {difference}, after the same batches; the validation"
+                f" or the last step draws from something that the seed does not key"
             )
     return None
 
 
 def _blame_step(
-    differing: list[str], before: Record | None, at_end: bool, first: DrillRun, other: DrillRun
+    parts: list[str], step: Record, following: Record, unbroken: DrillRun, run: DrillRun
 ) -> str:
-    """The step before started from the same state and images, and ended elsewhere.
+    """Returns whether model or optimizer turned the same state and images into another state.
 
     Args:
-        at_end: whether it was the epoch's last, whose loss the epoch's mean alone tells.
+        parts: the keys of FIELDS that differ in the record after the step.
+        following: that record.
     """
-    if before is None:
-        return "model: its first weights differ: it draws them from a generator of its own"
-    where = _where(before)
-    histories = (stretch.checkpoints[LAST]["history"] for stretch in (first, other))
-    losses = {rows[before["epoch"] - 1]["train_loss"] for rows in histories}
-    other_loss = len(losses) > 1 if at_end else "metrics" in differing
-    if other_loss or before["part"] != "training":  # where no optimizer steps
-        return (
-            f"model randomness: at {where} it gave another loss for the same weights and images."
-            f" It holds state that is not in its state_dict (a counter, a cache: register a buffer),"
-            f" or draws from a generator of its own (use torch's global one, keyed for each step);"
-            f" on CUDA, kernels may differ too: train.deterministic=true"
-        )
-    return (
-        f"optimizer: at {where} the loss was the same and the {' and '.join(differing)} after it"
-        f" were not. The optimizer (or the gradient of some layer) remembers something that is not"
-        f" in its state_dict; on CUDA, kernels may differ too: train.deterministic=true"
-    )
+    other_loss = "metrics" in parts
+    if following["part"] != "training" or following["epoch"] > step["epoch"]:
+        # The loss of an epoch's last step is in no record, only in the mean of the epoch.
+        histories = [r.checkpoints[LAST]["history"] for r in (unbroken, run)]
+        losses = [history[step["epoch"] - 1]["train_loss"] for history in histories]
+        other_loss = losses[0] != losses[1]
+    # Validation and test have no optimizer steps.
+    return "model randomness" if other_loss or step["part"] != "training" else "optimizer"
 
 
-def _blame_images(cfg: Config, max_batches: int, record: Record, where: str) -> str:
-    """Asks for the same images twice, before and after the augmentations."""
+def _blame_images(cfg: Config, max_batches: int, record: Record) -> str:
+    """Returns which part made other images, after reading the same images twice."""
     run = build_run(cfg, max_batches=max_batches)
     loader, epoch, batch = run.train_loader, record["epoch"], record["batch"]
     if record["part"] == "validation":
@@ -146,29 +158,9 @@ def _blame_images(cfg: Config, max_batches: int, record: Record, where: str) -> 
     elif record["part"] == "test":
         loader, epoch = run.test_loader, EVALUATION
     keys = loader.keys(epoch, batch)[:8]
-    raw = [[digest(loader.raw(key)) for key in keys] for _ in _two_moments()]
-    if raw[0] != raw[1]:
-        return (
-            f"dataset: at {where} the images are others. {cfg.data.name} gives another image each"
-            f" time it is asked for the same one: it draws from a generator of its own, counts its"
-            f" calls or reads the clock. {KEYED}"
-        )
-    made = [[digest(loader.image(key)) for key in keys] for _ in _two_moments()]
-    if made[0] != made[1]:
-        return (
-            f"augmentation: at {where} the images are others. data.augment ({as_text(cfg.data.augment)})"
-            f" makes another image each time from the same one: it reads the clock or draws from a"
-            f" generator of its own. {KEYED}"
-        )
-    return (
-        f"data: at {where} the images are others, though each reads the same twice in one process:"
-        f" the dataset differs from process to process (the order of a folder or of a set, a hash,"
-        f" or draws from torch's, numpy's or random's generator while it is built: seed them there)"
-    )
-
-
-def _two_moments() -> Iterator[None]:
-    """Twice, with enough time between for a clock that counts seconds."""
-    yield
-    time.sleep(1.1)
-    yield
+    for kind, read in (("dataset", loader.raw), ("augmentation", loader.image)):
+        before = [digest(read(key)) for key in keys]
+        time.sleep(1.1)  # for a clock that counts seconds
+        if before != [digest(read(key)) for key in keys]:
+            return kind
+    return "data"

@@ -1,4 +1,4 @@
-"""A record of every batch that a run computes, and of the state it meets: what two runs are compared by."""
+"""A record of every batch of a run and of the state that it meets, by which runs are compared."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from cnn.training.state import TrainingState
 
 
 class Stop(NamedTuple):
-    """Where a run is stopped on purpose, and by which signal."""
+    """A batch before which a run is stopped on purpose, and the signal that stops it."""
 
     at: tuple[int, int]  # epoch, batch
     signal: int
@@ -25,22 +25,22 @@ class Trace:
     """Writes a line of JSON for each batch, before the model sees it.
 
     Args:
-        stop: the batch from which on the process, and with it its loader processes, gets a signal.
+        stop: the batch from which on the process, and its loader processes, get a signal.
     """
 
     def __init__(self, path: Path, stop: Stop | None = None):
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  as long as the process
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  open as long as the process
         self._stop = stop
 
     def record(
-        self, batches: Iterable[Batch], state: TrainingState, part: str, sums: RunningMetrics
+        self, batches: Iterable[Batch], state: TrainingState, part: str, metrics: RunningMetrics
     ) -> Iterator[Batch]:
-        """Passes batches on, each recorded.
+        """Passes batches on, each of them recorded.
 
         Args:
-            part: training, validation, whose batches count on from the training's, or test, which is
-                the epoch after the last.
-            sums: where they are added up.
+            part: training, validation (whose batches count on from the training's), or test (which
+                counts as the epoch after the last).
+            metrics: to which the batches are added.
         """
         for number, batch in enumerate(batches, start=state.batch):
             images, labels, _ = batch
@@ -52,8 +52,8 @@ class Trace:
                 "images": digest(images),
                 "model": digest(state.model.state_dict()),
                 "optimizer": digest(state.optimizer.state_dict()),
-                "loss_sum": sums.loss.item(),
-                "correct": sums.correct.item(),
+                "loss_sum": metrics.loss.item(),
+                "correct": metrics.correct.item(),
             }
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
@@ -63,7 +63,7 @@ class Trace:
 
 
 def digest(tree: Any) -> str:
-    """A hash over every bit of a tree of tensors and plain values."""
+    """Returns a hash over every bit of a tree of tensors and plain values."""
     total = hashlib.sha256()
     _add(tree, total)
     return total.hexdigest()[:16]

@@ -1,1 +1,1 @@
-"""What a run leaves to be looked at, and what is said of several runs."""
+"""The files that a run leaves, the comparison of runs, and the learning-rate range test."""

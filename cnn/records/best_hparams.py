@@ -1,6 +1,6 @@
 """configs/best_hparams/MODEL_DATA[_TAG].yaml: the best settings yet for a model and data.
 
-`--config` takes such a file again: it reads past what is said there of the result.
+`--config` takes such a file again and skips the results that it records.
 """
 
 import logging
@@ -20,15 +20,20 @@ from cnn.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 
-MAX_EARLIER = 10  # earlier bests that are kept
-LOCK_SECONDS = 60.0  # to wait for another process, which holds it for milliseconds
+MAX_EARLIER = 10  # earlier bests that a file keeps
+LOCK_SECONDS = 60.0  # to wait for another process, which holds the lock for milliseconds
 
 
 def file_of(cfg: Config, folder: Path) -> Path:
-    """The file for the model and data of these settings; a tag stands for a folder's or a CSV's."""
-    data = [] if cfg.data.tag and cfg.data.name in ("folder", "csv") else [cfg.data.name]
-    words = [cfg.model.name, *data, *([cfg.data.tag] if cfg.data.tag else [])]
-    return folder / ("_".join(re.sub(r"[^\w.\-]+", "-", word) for word in words) + ".yaml")
+    """Returns the file for the model and data of these settings.
+
+    All folders and tables are called alike: there the tag takes the place of the data's name.
+    """
+    names = [cfg.model.name, cfg.data.name, cfg.data.tag or ""]
+    if cfg.data.tag and cfg.data.name in ("folder", "csv"):
+        names.remove(cfg.data.name)
+    words = [re.sub(r"[^\w.\-]+", "-", name) for name in names if name]
+    return folder / f"{'_'.join(words)}.yaml"
 
 
 def update(
@@ -38,104 +43,85 @@ def update(
 
     Args:
         best: {"metric", "value", "epoch"} of the run's best epoch.
-        metrics: that epoch's, of the validation.
-        test: of the final test.
+        metrics: the validation metrics of that epoch.
+        test: the metrics of the final test.
 
     Returns:
-        The file, or None where it keeps what it has.
+        The file, or None where it stays as it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = file_of(cfg, folder)
-    # The device and the run's name say where it was, not how.
-    cfg = with_values(cfg, run=None, device="auto")
+    cfg = with_values(cfg, run=None, device="auto")  # where it ran, not how
+    head = (
+        "# yaml-language-server: $schema=../schema.json\n"
+        f"# The best of {cfg.model.name} on {cfg.data.name} yet, by {best['metric']}."
+        f" Written by train.py, replaced by a better one.\n"
+        f"#   python train.py --config configs/best_hparams/{path.name}\n\n"
+    )
     with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS):
         earlier = _read(path)
-        if earlier is not None:
-            held = earlier["best_metrics"]
-            if held["monitor"] != best["metric"]:
-                logger.info(
-                    "%s is kept: it is the best by %s, this run looked for %s; with data.tag=WORD"
-                    " this one has a file of its own",
-                    *(path, held["monitor"], best["metric"]),
-                )
-                return None
-            if not improves(best["metric"], best["value"], held["value"]):
-                return None
-        write_text(path, _text(cfg, best, metrics, test, earlier))
+        if earlier is not None and not _is_beaten(path, earlier["best_metrics"], best):
+            return None
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        values = {"monitor": best["metric"], "value": best["value"], "epoch": best["epoch"]}
+        records = {
+            "best_metrics": {**values, "metrics": dict(metrics), "timestamp": now},
+            "test_metrics": dict(test),
+            "updated_at": now,
+            "history": _history(cfg, earlier) if earlier else [],
+        }
+        dumped = yaml.safe_dump(records, sort_keys=False, allow_unicode=True, width=100)
+        write_text(path, f"{head}{config.to_yaml(cfg)}\n{dumped}")
     return path
 
 
-def held_in(path: Path) -> tuple[str, float] | None:
-    """The metric and its value that the file holds; None where it holds none."""
+def _is_beaten(path: Path, earlier: dict[str, Any], best: dict[str, Any]) -> bool:
+    """Returns whether `best` is better by the same metric; logs that metrics differ."""
+    monitor, metric = earlier["monitor"], best["metric"]
+    if monitor == metric:
+        return improves(metric, best["value"], earlier["value"])
+    logger.info(
+        f"{path} is kept: it is the best by {monitor}, this run looked for {metric}; data.tag=WORD"
+        f" gives this one a file of its own"
+    )
+    return False
+
+
+def best_result(path: Path) -> tuple[str, float] | None:
+    """Reads the metric and its value from a file; None where there is no such file."""
     try:
-        content = _read(path)
-    except (OSError, ValueError):
+        best = _read(path)["best_metrics"]
+    except (OSError, ValueError, TypeError):
         return None
-    held = content and content["best_metrics"]
-    return (held["monitor"], float(held["value"])) if held else None
+    return best["monitor"], best["value"]
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What the file holds; None where there is none.
+    """Returns the content of a file, or None where there is none.
 
     Raises:
-        ValueError: it is not such a file; the user may have made something of it.
+        ValueError: the file holds no best_metrics, since someone has changed it.
     """
     if not path.exists():
         return None
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        float(content["best_metrics"]["value"]), content["best_metrics"]["monitor"]
+        best = content["best_metrics"]
+        best["monitor"], best["value"] = str(best["monitor"]), float(best["value"])
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: left as it is: expected the best_metrics of an earlier run in it ({error!r})"
+            f"{path}: expected best_metrics of an earlier run, got {error!r}; left as it is"
         ) from None
     return content
 
 
-def _text(
-    cfg: Config,
-    best: dict[str, Any],
-    metrics: Metrics,
-    test: Metrics,
-    earlier: dict[str, Any] | None,
-) -> str:
-    now = time.strftime("%Y-%m-%d %H:%M:%S")
-    records = {
-        "best_metrics": {
-            "monitor": best["metric"],
-            "value": best["value"],
-            "epoch": best["epoch"],
-            "metrics": dict(metrics),
-            "timestamp": now,
-        },
-        "test_metrics": dict(test),
-        "updated_at": now,
-        "history": _history(cfg, earlier),
-    }
-    head = (
-        "# yaml-language-server: $schema=../schema.json\n"
-        f"# The best of {cfg.model.name} on {cfg.data.name} yet, by {best['metric']}."
-        f" Written by train.py, replaced by a better one.\n"
-        f"#   python train.py --config configs/best_hparams/{file_of(cfg, Path()).name}\n\n"
-    )
-    dumped = yaml.safe_dump(records, sort_keys=False, allow_unicode=True, width=100)
-    return head + config.to_yaml(cfg) + "\n" + dumped
-
-
-def _history(cfg: Config, earlier: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Earlier bests, the latest first: result, and the settings that were others than today's."""
-    if earlier is None:
-        return []
-    held, now = earlier["best_metrics"], config.flat(config.to_dict(cfg))
-    settings = {key: value for key, value in earlier.items() if key not in RECORDS}
+def _history(cfg: Config, earlier: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the earlier bests, latest first, each with its settings that differ from `cfg`."""
+    best, now = earlier["best_metrics"], config.flat(config.to_dict(cfg))
+    settings = config.flat({key: v for key, v in earlier.items() if key not in RECORDS})
     entry = {
-        **{key: held.get(key) for key in ("monitor", "value", "epoch", "timestamp")},
+        **{key: best.get(key) for key in ("monitor", "value", "epoch", "timestamp")},
         "test_acc": (earlier.get("test_metrics") or {}).get("test_acc"),
-        "settings": {
-            key: value
-            for key, value in config.flat(settings).items()
-            if key in now and now[key] != value
-        },
+        "settings": {key: v for key, v in settings.items() if key in now and now[key] != v},
     }
     return [entry, *(earlier.get("history") or [])][:MAX_EARLIER]

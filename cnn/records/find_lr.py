@@ -1,7 +1,7 @@
-"""Which learning rate? A range test: ever higher ones, a step each, until the loss bursts.
+"""Learning-rate range test: ever higher rates, one step each, until the loss explodes.
 
-Smith, Cyclical Learning Rates for Training Neural Networks, WACV 2017, section 3.3. It begins from
-the weights that a run would begin from, and leaves nothing but a picture.
+Smith, Cyclical Learning Rates for Training Neural Networks, WACV 2017, section 3.3. It starts from
+the weights that a run would start from, and writes nothing but a picture.
 """
 
 import logging
@@ -9,80 +9,81 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from cnn.config import Config
+from cnn.metrics.running import RunningMetrics
 from cnn.records import figures
 from cnn.training.engine import train_one_epoch
 from cnn.training.setup import Run, build_run
-from cnn.utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
 FIRST_LR, LAST_LR, STEPS = 1e-5, 10.0, 150
 SMOOTHING = 0.9  # of the loss, an exponential mean
-BURST = 4.0  # times the lowest loss: there is nothing to learn beyond
+EXPLOSION = 4.0  # times the lowest loss: the test ends there
+PICTURE = Path("logs", "find_lr.png")
 
 
-def range_test(cfg: Config) -> float:
-    """Says which learning rate to begin with, and draws logs/find_lr.png.
-
-    Returns:
-        The suggestion: a tenth of where the smoothed loss is lowest.
-    """
-    lrs, losses = sweep(build_run(cfg))
-    lowest = min(range(len(losses)), key=losses.__getitem__)
-    suggestion = float(f"{lrs[lowest] / 10:.1g}")
+def range_test(cfg: Config) -> None:
+    """Suggests a learning rate, a tenth of where the loss is lowest, and draws the curve."""
+    lrs, losses = train_with_rising_lr(build_run(cfg))
+    lowest = lrs[np.argmin(losses)]
+    suggestion = float(f"{lowest / 10:.1g}")
     for number in range(0, len(lrs), max(1, len(lrs) // 12)):
         logger.info("lr %8.2g  loss %.4f", lrs[number], losses[number])
-    logger.info("the loss is lowest at lr %.2g", lrs[lowest])
+    logger.info("the loss is lowest at lr %.2g", lowest)
     logger.info("try: python train.py optim.lr=%g", suggestion)
-    if figures.is_available():
-        path = Path("logs", "find_lr.png")
-        path.parent.mkdir(exist_ok=True)
-        curve = figures.Curve("smoothed loss", lrs, losses)
-        title = f"{cfg.model.name} on {cfg.data.name}: try optim.lr={suggestion:g}"
-        axes = {"xlabel": "learning rate", "xscale": "log", "mark": "suggestion"}
-        picture = figures.curves_png([(title, [curve])], [suggestion], **axes)
-        write_atomically(path, lambda file: file.write(picture))
-        logger.info("drawn in %s", path)
-    else:
-        logger.info("left out: the picture (pip install matplotlib)")
-    return suggestion
+    if not figures.is_available():
+        logger.info("left out: %s (pip install matplotlib)", PICTURE)
+        return
+    panel = figures.Panel(
+        f"{cfg.model.name} on {cfg.data.name}: try optim.lr={suggestion:g}",
+        [figures.Curve("smoothed loss", lrs, losses)],
+        marks=[suggestion],
+        mark_label="suggestion",
+        xlabel="learning rate",
+        xscale="log",
+    )
+    PICTURE.parent.mkdir(exist_ok=True)
+    figures.save_png(PICTURE, figures.draw_panels, [panel], width=6.4, height=4.0)
+    logger.info("drawn in %s", PICTURE)
 
 
-def sweep(run: Run) -> tuple[list[float], list[float]]:
-    """Trains with lr rising geometrically; gives each step's lr and smoothed loss."""
-    lrs: list[float] = []
-    losses: list[float] = []
-    mean = loss_before = weight_before = 0
+def train_with_rising_lr(run: Run) -> tuple[list[float], list[float]]:
+    """Trains with a geometrically rising learning rate, until the end or an exploding loss.
+
+    Returns:
+        The learning rate of each step, and the exponential mean of the losses up to it, corrected
+        for its bias to 0 as in Adam (Kingma and Ba, ICLR 2015).
+    """
+    lrs, losses, state = [], [], run.state
+    mean = 0.0
     set_lr(run, 0)
     for _ in endless_steps(run):
-        loss, weight = (
-            run.state.running_metrics.loss.item(),
-            float(run.state.running_metrics.weight),
-        )
-        latest = (loss - loss_before) / (weight - weight_before)
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * latest
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * state.running_metrics.compute()["loss"]
+        state.running_metrics = RunningMetrics(state.device)  # of the next step
         smoothed = mean / (1 - SMOOTHING ** (len(lrs) + 1))
-        if not math.isfinite(smoothed) or (losses and smoothed > BURST * min(losses)):
+        if not math.isfinite(smoothed) or smoothed > EXPLOSION * min(losses, default=math.inf):
             break
-        lrs.append(run.state.lr)
+        lrs.append(state.lr)
         losses.append(smoothed)
         if len(lrs) == STEPS:
             break
-        loss_before, weight_before = loss, weight
         set_lr(run, len(lrs))
     return lrs, losses
 
 
 def endless_steps(run: Run) -> Iterator[int]:
-    """The steps of one epoch after the other."""
+    """Yields after each optimizer step, epoch after epoch."""
+    state = run.state
     while True:
-        yield from train_one_epoch(run, run.train_loader.train_batches(run.state.epoch + 1))
-        run.state.batch, run.state.epoch = 0, run.state.epoch + 1
+        yield from train_one_epoch(run, run.train_loader.train_batches(state.epoch + 1))
+        state.batch, state.epoch = 0, state.epoch + 1
 
 
 def set_lr(run: Run, step: int) -> None:
-    """Sets the highest group's learning rate for a step; the others keep their ratio to it."""
+    """Sets the highest learning rate for a step; those of other groups keep their ratio to it."""
     groups = run.state.optimizer.param_groups
     highest = max(group["initial_lr"] for group in groups)
     lr = FIRST_LR * (LAST_LR / FIRST_LR) ** (step / (STEPS - 1))

@@ -1,4 +1,4 @@
-"""history.csv: a row for each epoch, written and read."""
+"""history.csv: one row per epoch, written and read."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from cnn.utils.files import write_text
 
 
 def read_history(path: Path) -> list[Metrics]:
-    """history.csv as numbers; an empty cell is None, and where there is no file yet, no rows."""
+    """Reads history.csv as numbers; an empty cell is None, a missing file has no rows."""
     if not path.is_file():
         return []
     with open(path, encoding="utf-8", newline="") as file:
@@ -20,13 +20,13 @@ def read_history(path: Path) -> list[Metrics]:
 
 
 def write_history(path: Path, history: list[Metrics]) -> None:
-    """Writes history.csv as the history says, whole; so a resume leaves no gap and no double.
+    """Replaces history.csv by this history, so that a resume leaves no gap and no duplicate.
 
-    What is undefined is an empty cell.
+    Undefined metrics become empty cells. The two columns of times come last.
     """
     text = io.StringIO()
     if history:
-        # Rows may know different metrics, where a resume changed the one monitored; times come last.
+        # Rows have different metrics where a resume changed the monitored one.
         columns = dict.fromkeys(name for row in history for name in list(row)[:-2])
         columns |= dict.fromkeys(list(history[-1])[-2:])
         writer = csv.DictWriter(text, list(columns), lineterminator="\n")

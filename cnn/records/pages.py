@@ -1,4 +1,4 @@
-"""HTML pages, from the templates beside this file; and figures as their tables show them."""
+"""HTML pages from the templates beside this file, and metrics as their tables show them."""
 
 import math
 from pathlib import Path
@@ -12,16 +12,17 @@ CLASS_HEAD = ["class", "precision", "recall", "specificity", "F1", "images"]
 
 
 def render(template: str, **content: Any) -> str:
-    """A page of templates/; what is text in the content is escaped."""
-    import jinja2  # torch brings it along
+    """Returns the page of a file in templates/; text in the content is escaped."""
+    import jinja2  # a requirement of torch
 
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
     pages = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    pages.filters["metric"] = format_metric
     return pages.get_template(template).render(content)
 
 
 def format_metric(value: float | None) -> str:
-    """Four digits, whole numbers as they are, n/a where there is nothing."""
+    """Formats with four digits, whole numbers as they are, and n/a for undefined values."""
     if value is None or math.isnan(value):
         return "n/a"
     if isinstance(value, int):
@@ -30,17 +31,16 @@ def format_metric(value: float | None) -> str:
 
 
 def class_rows(matrix: np.ndarray, classes: list[str]) -> tuple[list[list[str]], list[list[str]]]:
-    """Table rows for each class, and for the means over them."""
+    """Returns the table rows of a confusion matrix: one per class, and two of means over them."""
     values = scores.per_class(matrix)
     support = values.pop("support")
+    columns, total = list(values.values()), f"{support.sum()}"
     rows = [
-        [name, *(format_metric(column[number]) for column in values.values()), f"{support[number]}"]
-        for number, name in enumerate(classes)
+        [name, *map(format_metric, metrics), f"{count}"]
+        for name, count, *metrics in zip(classes, support, *columns, strict=True)
     ]
-    macro = [scores.macro(column) for column in values.values()]
-    weighted = [scores.weighted(column, support) for column in values.values()]
     means = [
-        [name, *map(format_metric, figures_), f"{support.sum()}"]
-        for name, figures_ in (("mean", macro), ("weighted", weighted))
+        ["mean", *(format_metric(scores.macro(c)) for c in columns), total],
+        ["weighted", *(format_metric(scores.weighted(c, support)) for c in columns), total],
     ]
     return rows, means

@@ -1,8 +1,10 @@
-"""What a run leaves to be looked at, all of it made from the state: so a resume brings it back.
+"""The files of a run besides its checkpoints; they come from the state: a resume restores them.
 
-None of these can stop a training: what cannot be written is told, and tried again the next time.
+None of them can stop a training: one that cannot be written is reported, and tried again after the
+next epoch.
 """
 
+import contextlib
 import csv
 import importlib.util
 import io
@@ -14,7 +16,6 @@ from pathlib import Path
 from typing import Self
 
 from cnn.config import Config
-from cnn.metrics.scores import Metrics
 from cnn.records import best_hparams, figures
 from cnn.records.history import write_history
 from cnn.training.setup import Run
@@ -22,63 +23,58 @@ from cnn.utils.files import warn_unwritten, write_text
 
 logger = logging.getLogger(__name__)
 
-# A report is written again only after this many times the time that the one before took, so that
-# they take less than 1 % of a run; and, with its pictures, at the end.
+# A report is only rewritten after this many times the time that the previous one took, so that they
+# take less than 1 % of a run; and, with its pictures, at the end.
 REPORT_PAUSE = 100
-FIRST_REPORT = 0.5  # seconds; a guess at the first one, which loads matplotlib
+FIRST_REPORT = 0.5  # seconds; an estimate of the first one, which imports matplotlib
 
 
 class Records:
-    """history.csv, result.json, predictions_val.csv, report.html with its figures, TensorBoard.
+    """history.csv, result.json, predictions_val.csv, report.html with its pictures, TensorBoard.
 
-    As a context it brings back, at the start, what an earlier process has left, and writes the last
-    report at the end, however that comes.
+    On entry to the context it replaces the files of an earlier process by what the state holds; on
+    exit, after an exception too, it writes the last report.
     """
 
     def __init__(self, run: Run):
-        cfg = run.cfg
         self.folder, self.run, self.state = run.folder, run, run.state
-        self._predictions_of: int | None = None  # the epoch whose predictions are in the file
-        self._report_at, self._report_took = time.monotonic(), FIRST_REPORT
+        self._epoch_of_predictions: int | None = None  # in predictions_val.csv
+        self._next_report = time.monotonic() + REPORT_PAUSE * FIRST_REPORT
         self._report = self._tensorboard = None
-        self._told: dict[Path | str, str] = {}  # why what could not be written the last time
-        say_what_is_left_out(cfg)
-        if cfg.log.report and figures.is_available():
+        self._reasons: dict[Path | str, str] = {}  # why a record could not be written last time
+        log_left_out(run.cfg)
+        if run.cfg.log.report and figures.is_available():
             from cnn.records.report import Report
 
             self._report = Report(run)
-        if cfg.log.tensorboard and has_tensorboard():
+
+    def __enter__(self) -> Self:
+        self._write_result()
+        self._write_tables()
+        if self.run.cfg.log.tensorboard and has_tensorboard():
             self._attempt("logs/tensorboard", self._open_tensorboard)
+        return self
 
     def _open_tensorboard(self) -> None:
         from cnn.records.tensorboard import TensorBoard
 
         self._tensorboard = TensorBoard(self.run)
-
-    def __enter__(self) -> Self:
-        self._write_result()
-        self._write_tables()
-        if self._tensorboard is not None:
-            self._attempt("logs/tensorboard", self._tensorboard.rewind)
-        return self
+        self._tensorboard.rewrite()
 
     def write(self) -> None:
-        """After every epoch."""
+        """Writes what an epoch has added."""
         self._write_tables()
         if self._tensorboard is not None:
             self._attempt("logs/tensorboard", self._tensorboard.append)
-        if time.monotonic() - self._report_at >= REPORT_PAUSE * self._report_took:
-            self._write_report(last=False)
+        if time.monotonic() >= self._next_report:
+            self._write_report()
 
     def finish(self) -> None:
-        """After the test."""
+        """Writes what the test has added, and the best settings."""
         self._write_result()
         self.write()
-        state = self.state
-        if state.best is not None and not self.folder.scratch:
-            row = state.history[state.best["epoch"] - 1]
-            metrics = {name: value for name, value in row.items() if name.startswith("val_")}
-            self._attempt("configs/best_hparams", lambda: self._update_best_hparams(metrics))
+        if self.state.best is not None and not self.folder.scratch:
+            self._attempt("configs/best_hparams", self._update_best_hparams)
 
     def __exit__(self, *_: object) -> None:
         if self.state.history:
@@ -87,103 +83,102 @@ class Records:
     def _write_tables(self) -> None:
         logs, state = self.folder.logs, self.state
         self._attempt(logs.history, lambda: write_history(logs.history, state.history))
-        path, best = logs.val_predictions, state.best and state.best["epoch"]
-        if "val" not in state.predictions:
-            # What is there is of an epoch that this state does not know.
+        path, epoch = logs.val_predictions, state.best and state.best["epoch"]
+        if "val" not in state.predictions:  # then a file is of an epoch that the state lacks
             self._attempt(path, lambda: path.unlink(missing_ok=True))
-        elif best != self._predictions_of:
+        elif epoch != self._epoch_of_predictions:
             written = self._attempt(path, lambda: write_text(path, self._predictions()))
-            self._predictions_of = best if written else None
+            self._epoch_of_predictions = epoch if written else None
+
+    def _predictions(self) -> str:
+        """Returns the text of predictions_val.csv: a row per validation image."""
+        images, classes = self.run.data.val, self.run.data.classes
+        saved = self.state.predictions["val"]
+        if len(saved["prediction"]) != len(images):  # they would not be in the same order
+            raise ValueError("some images were left out of the validation (data.on_bad_image=skip)")
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["image", "label", "prediction", "probability"])
+        columns = images.labels, saved["prediction"].tolist(), saved["probability"].tolist()
+        for number, (label, prediction, probability) in enumerate(zip(*columns, strict=True)):
+            names = [images.name(number), classes[label], classes[prediction]]
+            writer.writerow([*names, f"{probability:.6g}"])
+        return text.getvalue()
 
     def _write_result(self) -> None:
-        """result.json: of how many images the figures are, and once there is one, the result."""
+        """Writes result.json: numbers of images, and after the test its metrics."""
         data, state = self.run.data, self.state
         result = {
             "classes": len(data.classes),
-            "images": {part: len(getattr(data, part)) for part in ("train", "val", "test")},
+            "images": {split: len(getattr(data, split)) for split in ("train", "val", "test")},
             "best": state.best if state.test is not None else None,
             "test": state.test,
         }
         text, path = json.dumps(result, indent=2) + "\n", self.folder.logs.result
         self._attempt(path, lambda: write_text(path, text))
 
-    def _predictions(self) -> str:
-        """predictions_val.csv: what the best epoch said of each validation image."""
-        images, classes = self.run.data.val, self.run.data.classes
-        said = self.state.predictions["val"]
-        if len(said["prediction"]) != len(images):  # then nobody knows which are whose
-            raise ValueError("some images were left out of the validation (data.on_bad_image=skip)")
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["image", "label", "prediction", "probability"])
-        given = zip(said["prediction"].tolist(), said["probability"].tolist())
-        for number, (label, (prediction, probability)) in enumerate(zip(images.labels, given)):
-            words = (images.name(number), classes[label], classes[prediction])
-            writer.writerow([*words, f"{probability:.6g}"])
-        return text.getvalue()
-
-    def _write_report(self, *, last: bool) -> None:
+    def _write_report(self, *, last: bool = False) -> None:
         if self._report is None:
             return
-        began = time.monotonic()
+        start = time.monotonic()
         self._attempt(self.folder.logs.report, self._report.write)
         if last:
             self._attempt("curves.png and confusion_matrix.png", self._report.write_pictures)
-        self._report_at = time.monotonic()
-        self._report_took = self._report_at - began
+        now = time.monotonic()
+        self._next_report = now + REPORT_PAUSE * (now - start)
 
-    def _update_best_hparams(self, metrics: Metrics) -> None:
+    def _update_best_hparams(self) -> None:
         state, folder = self.state, self.folder.best_hparams
+        row = state.history[state.best["epoch"] - 1]
+        metrics = {name: value for name, value in row.items() if name.startswith("val_")}
         path = best_hparams.update(folder, self.run.cfg, state.best, metrics, state.test)
         if path is not None:
             logger.info("the best settings yet for this model and data: %s", path)
 
-    def _attempt(self, what: Path | str, act: Callable[[], object]) -> bool:
-        """Whether it succeeds; where it does not, tells why, and the same again only after it has."""
+    def _attempt(self, record: Path | str, write: Callable[[], object]) -> bool:
+        """Returns whether `write` succeeds; logs each new reason why it does not."""
         try:
-            act()
-            self._told.pop(what, None)
+            write()
+            self._reasons.pop(record, None)
             return True
-        except Exception as error:  # noqa: BLE001  nothing of this is worth a training
-            words = str(error).strip().splitlines() or [""]
-            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {words[0]}"
-            if self._told.get(what) != reason:
-                warn_unwritten(what, reason)
-            self._told[what] = reason
+        except Exception as error:  # noqa: BLE001  no record is worth a training
+            message = str(error).strip().splitlines() or [""]
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {message[0]}"
+            if self._reasons.get(record) != reason:
+                warn_unwritten(record, reason)
+            self._reasons[record] = reason
             return False
 
 
-class Unrecorded:
-    """Of a process that is not the first of its run: it leaves nothing."""
-
-    def __enter__(self) -> Self:
-        return self
+class NoRecords(contextlib.AbstractContextManager):
+    """Takes the place of `Records` in processes other than rank 0, and writes nothing."""
 
     def __exit__(self, *_: object) -> None:
         pass
 
     def write(self) -> None:
-        pass
+        """Does nothing."""
 
     def finish(self) -> None:
-        pass
+        """Does nothing."""
 
 
-def open_records(run: Run) -> Records | Unrecorded:
-    """The records of a run, which its first process writes."""
-    return Records(run) if run.group.is_rank0 else Unrecorded()
+def open_records(run: Run) -> Records | NoRecords:
+    """Returns the records of a run, which rank 0 writes."""
+    return Records(run) if run.group.is_rank0 else NoRecords()
 
 
 def has_tensorboard() -> bool:
+    """Returns whether tensorboard is installed, without importing it."""
     return importlib.util.find_spec("tensorboard") is not None
 
 
-def say_what_is_left_out(cfg: Config) -> None:
-    """One line, where something asked for needs a package that is not installed."""
+def log_left_out(cfg: Config) -> None:
+    """Logs in one line which records are left out because a package is not installed."""
     left_out = {}
     if (cfg.log.report or cfg.log.tensorboard) and not figures.is_available():
-        of_report = "report.html, curves.png, confusion_matrix.png"
-        left_out["matplotlib"] = of_report if cfg.log.report else "TensorBoard's pictures"
+        report = "report.html, curves.png, confusion_matrix.png"
+        left_out["matplotlib"] = report if cfg.log.report else "TensorBoard's pictures"
     if cfg.log.tensorboard and not has_tensorboard():
         left_out["tensorboard"] = "logs/tensorboard"
     if left_out:

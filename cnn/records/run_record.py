@@ -1,4 +1,4 @@
-"""What a run has left in logs/, read again; finished, running or broken off. Nothing here imports torch."""
+"""A run read from its folder in logs/: finished, running or broken off. Imports no torch."""
 
 import json
 from dataclasses import dataclass
@@ -18,30 +18,35 @@ from cnn.utils.screen import printable
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run has left."""
+    """The files of a run as values.
+
+    Attributes:
+        settings: by their full names, such as optim.lr.
+        history: a row per epoch.
+        result: the content of result.json; {} before there is one.
+        status: finished, running, broken off.
+    """
 
     name: str
-    settings: dict[str, Any]  # flat
+    settings: dict[str, Any]
     history: list[Metrics]
     result: dict[str, Any]
-    status: str  # finished, running, broken off
+    status: str
 
     @property
     def monitor(self) -> str:
+        """The metric that the best epoch is chosen by."""
         return self.settings["checkpoint.monitor"]
 
     def best(self) -> Metrics:
-        """The row of the best epoch by the monitored metric; {} before there is one."""
+        """Returns the row of the best epoch by the monitored metric; {} before there is one."""
         rows = [row for row in self.history if row.get(self.monitor) is not None]
         choose = min if mode(self.monitor) == "min" else max
         return choose(rows, key=lambda row: row[self.monitor], default={})
 
 
-# -- reading ------------------------------------------------------------------------------------
-
-
 def read_run(where: str) -> RunRecord:
-    """A run by its folder in logs/, the folder above, or its name.
+    """Reads a run by its folder in logs/, the folder above, or its name.
 
     Raises:
         Refused: there is no run.
@@ -50,24 +55,24 @@ def read_run(where: str) -> RunRecord:
     logs = next((logs for logs in candidates if logs.config.is_file()), None)
     if logs is None:
         raise Refused(
-            f"{where}: no run there: expected a folder with {candidates[0].config.name}, as logs/ or"
-            f" NAME"
+            f"{where}: no run there: expected a run's name, or its folder with config.yaml"
         )
     try:
-        settings = config.flat(config.to_dict(Config()))  # what an older version did not know
+        settings = config.flat(config.to_dict(Config()))  # for keys that an older version lacks
         settings |= config.flat(yaml.safe_load(logs.config.read_text(encoding="utf-8")))
         history, result = read_history(logs.history), {}
         if logs.result.is_file():
             result = json.loads(logs.result.read_text(encoding="utf-8"))
-        result.get("test")  # else it is no mapping
-        for row in history:  # cut off, it lacks some
+        status = "finished" if result.get("test") else "broken off"
+        for row in history:  # TypeError or KeyError where a row is cut off
             row["epoch"] + row["images_per_second"] + row["seconds"]
     except (OSError, ValueError, AttributeError, TypeError, KeyError, yaml.YAMLError) as error:
         raise Refused(f"{where}: cannot be read as a run: {error}") from None
-    going_on = "running" if is_running(logs.folder) else "broken off"
-    status = "finished" if result.get("test") else going_on
+    if status != "finished" and is_running(logs.folder):
+        status = "running"
     return RunRecord(printable(where.rstrip("/\\")), settings, history, result, status)
 
 
 def format_setting(value: Any) -> str:
+    """Formats a value as it is written in a configuration file, numbers in short."""
     return f"{value:g}" if isinstance(value, float) else config.as_text(value)

@@ -1,4 +1,4 @@
-"""What a run says of itself: the lines at the start, the line of an epoch, model.txt."""
+"""The log's lines about a run: its start, its epochs, its test; and model.txt."""
 
 import logging
 import math
@@ -23,15 +23,17 @@ from cnn.utils.screen import printable
 
 logger = logging.getLogger(__name__)
 
-MAX_LISTED = 140  # characters of a line that counts the classes
-ABSURD = 1000  # times the loss of guessing; what has learnt nothing, or by heart, stays below 100
-QUIET = {"val_balanced_acc", "val_f1", "val_top5_acc"}  # in history.csv, not in an epoch's line
+MAX_LISTED = 140  # characters of the line with the number of images per class
+# Times the loss of guessing; models that learn nothing, or overfit, stay below 100.
+DIVERGED = 1000
+# Metrics in history.csv and not in an epoch's line.
+HISTORY_ONLY = {"val_balanced_acc", "val_f1", "val_top5_acc"}
 
 
-def write(run: Run, point: Checkpoint | None) -> None:
-    """Says what the run is, in the log, in config.yaml and in model.txt."""
-    if point is not None:
-        _log_resume(run, point)
+def write(run: Run, checkpoint: Checkpoint | None) -> None:
+    """Logs what the run is and where it resumes, and writes config.yaml and model.txt."""
+    if checkpoint is not None:
+        _log_resume(run, checkpoint)
     pre = run.data.preprocessing
     flops = count_flops(run.state.model, (pre.channels, pre.image_size, pre.image_size))
     log_start(run, flops)
@@ -40,32 +42,29 @@ def write(run: Run, point: Checkpoint | None) -> None:
     write_record(logs.model, model_text(run, flops))
 
 
-def _log_resume(run: Run, point: Checkpoint) -> None:
-    state = run.state
+def _log_resume(run: Run, checkpoint: Checkpoint) -> None:
+    state, saved = run.state, checkpoint.content
     at = f"epoch {state.epoch + 1}, step {state.step}, batch {state.batch}"
-    logger.info("==== resumed from %s: %s of %d ====", point.path, at, len(run.train_loader))
-    if point.changes:
-        logger.info("settings changed: %s", "; ".join(point.changes))
-    draws = point.content.get("draws", 1)  # not in files of before
-    if draws != DRAWS and point.cfg.data.augment:
+    logger.info("==== resumed from %s: %s of %d ====", checkpoint.path, at, len(run.train_loader))
+    if checkpoint.changes:
+        logger.info("settings changed: %s", "; ".join(checkpoint.changes))
+    draws = saved.get("draws", 1)  # which older files lack
+    if draws != DRAWS and checkpoint.cfg.data.augment:
         logger.warning(
-            f"random changes to images are drawn in a new way since this file was written (draws"
-            f" {draws} → {DRAWS}); the rest of the run draws in the new way"
+            f"random changes to images are drawn in a new way since this file was written"
+            f" (draws {draws} → {DRAWS}), and so in the rest of the run"
         )
-    different = differences(point.content["environment"], run.environment)
+    different = ", ".join(differences(saved["environment"], run.environment))
     if different:
+        logger.warning("not as before: %s; the run resumes, equal up to rounding", different)
+    if run.group.size != saved["environment"].get("world_size", 1):
         logger.warning(
-            "not as before: %s; the run goes on, equal up to rounding", ", ".join(different)
-        )
-    if run.group.size != point.content["environment"].get("world_size", 1):
-        logger.warning(
-            "the images that follow are the same; dropout and BatchNorm, if the model has them, go by"
-            " each process's share"
+            "the next images are the same; dropout and BatchNorm depend on each process's share"
         )
 
 
 def log_start(run: Run, flops: int | None) -> None:
-    """At most eight lines: versions and device, data, model, optimizer."""
+    """Logs versions and device, data, model and optimizer, in at most eight lines."""
     cfg, data, state, env = run.cfg, run.data, run.state, run.environment
     device = env["device"]
     if state.device.type == "cpu":
@@ -74,30 +73,27 @@ def log_start(run: Run, flops: int | None) -> None:
     pre = data.preprocessing
     shape = f"{pre.channels}x{pre.image_size}x{pre.image_size}"
     logger.info("data %s: images %s, %d classes", cfg.data.name, shape, len(data.classes))
-    for part, images in (("train", data.train), ("val", data.val), ("test", data.test)):
-        logger.info("  %-5s %6d  %s", part, len(images), _counts(images.labels, data.classes))
+    for split in ("train", "val", "test"):
+        images = getattr(data, split)
+        counts = _class_counts(images.labels, data.classes)
+        logger.info("  %-5s %6d  %s", split, len(images), counts)
     size = f"{sum(p.numel() for p in state.model.parameters()):,} parameters"
-    logger.info("model %s: %s, %s a forward image", cfg.model.name, size, _flops_text(flops))
-    for group in state.optimizer.param_groups:
-        if state.epoch < group.get(FREEZE, 0):
-            logger.info("frozen for the first %d epochs: %s", group[FREEZE], cfg.optim.freeze)
-            break
+    logger.info("model %s: %s, %s per image", cfg.model.name, size, _format_flops(flops))
+    frozen = max(group.get(FREEZE, 0) for group in state.optimizer.param_groups)
+    if state.epoch < frozen:
+        logger.info("frozen for the first %d epochs: %s", frozen, cfg.optim.freeze)
     images = f"{len(data.train)} images in batches of {cfg.data.batch_size * cfg.train.accumulate}"
-    logger.info(
-        f"{cfg.optim.name} lr {cfg.optim.lr:g}, {cfg.schedule.name}, {cfg.train.epochs} epochs of"
-        f" {images}"
-    )
+    schedule = f"{cfg.schedule.name}, {cfg.train.epochs} epochs of {images}"
+    logger.info("%s lr %g, %s", cfg.optim.name, cfg.optim.lr, schedule)
 
 
-def _counts(labels: np.ndarray, classes: list[str]) -> str:
+def _class_counts(labels: np.ndarray, classes: list[str]) -> str:
     counts = np.bincount(labels, minlength=len(classes))
-    listed = "  ".join(f"{printable(name)}: {count}" for name, count in zip(classes, counts))
-    if len(listed) <= MAX_LISTED:
-        return listed
-    return f"{counts.min()} to {counts.max()} a class"
+    text = "  ".join(f"{printable(name)}: {count}" for name, count in zip(classes, counts))
+    return text if len(text) <= MAX_LISTED else f"{counts.min()} to {counts.max()} per class"
 
 
-def _flops_text(flops: int | None) -> str:
+def _format_flops(flops: int | None) -> str:
     if flops is None:
         return "unknown FLOP"
     for limit, unit in ((1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP")):
@@ -107,57 +103,52 @@ def _flops_text(flops: int | None) -> str:
 
 
 def log_epoch(run: Run) -> None:
-    """The line of the epoch that was just completed; the words before the figures are stable."""
+    """Logs the latest epoch in one line, and once a warning if the loss has exploded."""
     state, epochs = run.state, run.cfg.train.epochs
-    row, best, said = state.history[-1], state.best, "no best"
-    quiet = QUIET - {best["metric"] if best else None}
+    row, best = state.history[-1], state.best
+    monitor = best["metric"] if best else None
     metrics = "  ".join(
         f"{name} {'n/a' if value is None else format(value, '.4f')}"
         for name, value in row.items()
-        if name.startswith(("train_", "val_")) and name not in quiet
+        if name.startswith(("train_", "val_")) and name not in HISTORY_ONLY - {monitor}
     )
-    if best:
-        said = f"best {best['metric']} {best['value']:.4f} (epoch {best['epoch']})"
+    so_far = f"best {monitor} {best['value']:.4f} (epoch {best['epoch']})" if best else "no best"
     left = np.mean([r["seconds"] for r in state.history[-5:]]) * (epochs - state.epoch)
+    times = f"{duration(row['seconds'])}  ETA {duration(left)}"
     logger.info(
-        f"epoch {state.epoch}/{epochs}  {metrics}  {said}  lr {row['lr']:.3g}"
-        f"  {row['images_per_second']:.0f} images/s  {duration(row['seconds'])}  ETA {duration(left)}"
+        f"epoch {state.epoch}/{epochs}  {metrics}  {so_far}  lr {row['lr']:.3g}"
+        f"  {row['images_per_second']:.0f} images/s  {times}"
     )
-    _warn_of_divergence(run)
-
-
-def _warn_of_divergence(run: Run) -> None:
-    """Says at the first epoch of which it is so that the loss is far beyond that of guessing."""
-    state, limit = run.state, ABSURD * math.log(max(2, len(run.data.classes)))
-    absurd = [row["epoch"] for row in state.history if row["val_loss"] > limit]
-    # Of a loss of the user's own nobody knows what guessing costs.
-    if run.cfg.loss.name in LOSSES and run.group.is_rank0 and absurd[:1] == [state.epoch]:
+    limit = DIVERGED * math.log(max(2, len(run.data.classes)))  # guessing has loss ln(classes)
+    diverged = [row["epoch"] for row in state.history if row["val_loss"] > limit]
+    is_ours = run.cfg.loss.name in LOSSES  # by other functions the loss of guessing is unknown
+    if is_ours and diverged[:1] == [state.epoch] and run.group.is_rank0:
         logger.warning(
-            f"val_loss {state.history[-1]['val_loss']:.3g} is over {ABSURD} times that of guessing: the run"
+            f"val_loss {row['val_loss']:.3g} is over {DIVERGED} times that of guessing: the run"
             f" diverges; a lower optim.lr, a warm-up or train.clip_grad_norm may help"
         )
 
 
 def log_finished(cfg: Config, state: TrainingState) -> None:
-    """Why there was nothing to train, and what would make it go on."""
-    patience = cfg.train.early_stop_patience
+    """Logs why there is nothing to train, and how to continue."""
     if state.epoch < cfg.train.epochs:
-        why, more = f": no improvement in {patience} epochs; to go on", "early_stop_patience=null"
+        patience = cfg.train.early_stop_patience
+        why = f"no improvement in {patience} epochs; to continue: train.early_stop_patience=null"
     else:
-        why, more = f", after {state.epoch} epochs; for more", f"epochs={2 * state.epoch}"
-    logger.info("this run is finished%s, say train.%s", why, more)
+        why = f"{state.epoch} epochs are done; for more: train.epochs={2 * state.epoch}"
+    logger.info("this run is finished: %s", why)
 
 
 def log_test(state: TrainingState, num_images: int) -> None:
-    """The result of the run, with the 95 % interval that so many images leave it."""
+    """Logs the result of the run, with the 95 % interval for a test of so many images."""
     best, test = state.best, state.test
     accuracy = with_interval(test["test_acc"], num_images)
-    of = f"  (epoch {best['epoch']}, {best['metric']} {best['value']:.4f})" if best else ""
-    logger.info("test_loss %.4f  test_acc %s%s", test["test_loss"], accuracy, of)
+    epoch = f"  (epoch {best['epoch']}, {best['metric']} {best['value']:.4f})" if best else ""
+    logger.info("test_loss %.4f  test_acc %s%s", test["test_loss"], accuracy, epoch)
 
 
 def model_text(run: Run, flops: int | None) -> str:
-    """logs/model.txt: structure, parameters, FLOPs, environment, command line."""
+    """Returns the text of model.txt: structure, parameters, FLOPs, environment, command line."""
     model = run.state.model
     lines = [str(model), ""]
     for name, parameter in model.named_parameters():
@@ -168,7 +159,7 @@ def model_text(run: Run, flops: int | None) -> str:
     lines += [
         "",
         f"parameters    {sum(p.numel() for p in model.parameters()):,}, trained {trained:,}",
-        f"forward pass  {_flops_text(flops)} an image",
+        f"forward pass  {_format_flops(flops)} per image",
         "",
         *(f"{key:<13} {value}" for key, value in run.environment.items()),
         f"{'command':<13} {shlex.join(['python', *sys.argv])}",

@@ -1,38 +1,39 @@
-"""TensorBoard's event files, written record by record: no thread, no open file, safe to fork.
+"""TensorBoard's event files, written from the state, so that a resume leaves one curve.
 
-`train`, `val` and `test` are folders of their own, so that a chart shows them over each other. What
-the files say is the state's history: a resume writes them anew, up to what its checkpoint knows, and
-they go on from there. Pictures and the graph of before are carried over.
+Each process rewrites the files when it starts, from the history in the state, and then appends.
+Only the graph and earlier images, which the state does not hold, are copied from the files there.
+Records are written without a SummaryWriter, whose thread and open file would not survive a fork.
+
+`train`, `val` and `test` are folders of their own, so that one chart shows all three.
 """
 
 import contextlib
 import copy
 import io
-import os
+import itertools
 import platform
-import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from datetime import datetime
 from pathlib import Path
+from typing import IO
 
 import torch
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.summary import hparams, scalar
 
 from cnn import config
 from cnn.metrics import scores
 from cnn.metrics.scores import Metrics
 from cnn.records import figures, report
 from cnn.training.setup import Run
-from cnn.training.state import TIME_COLUMNS
 from cnn.utils.files import write_atomically
 
-STAMP = re.compile(r"tfevents\.(\d+)\.")
-PARTS = ("train", "val", "test", "")  # folders; hyperparameters lie in the one above
+PARTS = ("train", "val", "test", "")  # subfolders; the hyperparameters are in the folder itself
 
 
 class TensorBoard:
@@ -40,193 +41,163 @@ class TensorBoard:
 
     def __init__(self, run: Run):
         self.folder, self.run, self.state = run.folder.logs.tensorboard, run, run.state
-        self.files: dict[str, Path] = {}
-        self._whole = False  # whether the files hold all that the state knows
-        self._tested = False
-        self._pictured: int | None = None  # the epoch whose confusion matrix is in the files
+        self._files: dict[str, Path] = {}  # by part; none while the files lack part of the state
+        self._num_epochs, self._has_test = 0, False  # in the files
+        self._matrix_steps: set[int] = set()  # of the confusion matrices in the files
 
-    def rewind(self) -> None:
-        """Writes the files anew: what the state knows, and what was kept of the pictures."""
-        self._whole = False
-        rows, kept = self.state.history, self._kept()
+    def rewrite(self) -> None:
+        """Replaces the files by new ones with all that the state holds, and the images so far."""
+        self._files = {}
+        kept = {part: self._read_images(part) for part in PARTS}
         if not kept["train"]:
-            kept["train"] += self._opening()
-        pictured = {event.step for event in kept["val"]}
-        self._pictured = None
-        events = {part: list(kept[part]) for part in PARTS}
-        for row in rows:
-            for part, event in self._of_row(row):
-                events[part].append(event)
-        if not self.state.best or self._row_of_best()["step"] in pictured:
-            self._pictured = self.state.best and self.state.best["epoch"]
-        else:
-            events["val"] += self._confusion()
-        if self.state.test is not None:
-            for part, event in self._of_test():
-                events[part].append(event)
-        for part in PARTS:
-            self._replace(part, events[part])
-        self._tested, self._whole = self.state.test is not None, True
+            kept["train"] = self._initial_events()
+        self._num_epochs, self._has_test = 0, False
+        self._matrix_steps = {event.step for event in kept["val"]}
+        new = self._new_events()
+        self._files = {part: self._replace(part, kept[part] + new[part]) for part in PARTS}
 
     def append(self) -> None:
-        """Adds the latest epoch and, once there is one, the test."""
-        if not self._whole:  # the last write failed
-            self.rewind()
+        """Appends the events of the state that the files lack: of an epoch, or of the test."""
+        if not self._files:  # the last write failed, or there was none
+            self.rewrite()
             return
-        self._whole = False
-        if self.state.test is not None:
-            new = [] if self._tested else self._of_test()
-        else:
-            new = self._of_row(self.state.history[-1])
-            new += [("val", event) for event in self._confusion()]
-        for part in PARTS:
-            events = [event for where, event in new if where == part]
-            if events:
-                with open(self.files[part], "ab") as file:
-                    file.write(_records(events))
-        self._tested, self._whole = self.state.test is not None, True
+        files, self._files = self._files, {}
+        for part, events in self._new_events().items():
+            with open(files[part], "ab") as file:
+                write_events(file, events)
+        self._files = files
 
-    # -- events of what the state says ---------------------------------------------------------
+    # -- events ---------------------------------------------------------------------------------
 
-    def _of_row(self, row: Metrics) -> list[tuple[str, Event]]:
-        """The scalars of an epoch; at a time counted without interruptions."""
-        seconds = sum(r["seconds"] for r in self.state.history[: row["epoch"]])
-        found = []
-        for name, value in row.items():
-            part, _, tag = name.partition("_")
-            if value is None or name in ("epoch", "step", *TIME_COLUMNS):
-                continue
-            part, tag = ("train", name) if part == "lr" else (part, tag)
-            found.append((part, scalar(tag, value, row["step"], self._began() + seconds)))
-        return found
+    def _new_events(self) -> dict[str, list[Event]]:
+        """Returns the events of the state that are not in the files yet, by part."""
+        state, events = self.state, {part: [] for part in PARTS}
+        # Times are counted without the interruptions, whichever process continues the run.
+        started = datetime.fromisoformat(self.run.metadata["started"][:19]).timestamp()
+        seconds = (row["seconds"] for row in state.history)
+        times = list(itertools.accumulate(seconds, initial=started))
+        for row, now in list(zip(state.history, times[1:]))[self._num_epochs :]:
+            add_scalars(events, row, row["step"], now)
+        events["val"] += self._confusion_matrix()
+        if state.test is not None and not self._has_test:
+            add_scalars(events, state.test, state.step, times[-1])
+            events[""] += self._hyperparameters(times[-1])
+        self._num_epochs, self._has_test = len(state.history), state.test is not None
+        return events
 
-    def _of_test(self) -> list[tuple[str, Event]]:
-        """The test's figures, and the hyperparameters with them and the best validation."""
+    def _hyperparameters(self, now: float) -> list[Event]:
+        """Returns the settings and results that TensorBoard's HPARAMS page shows."""
         state = self.state
-        seconds = self._began() + sum(row["seconds"] for row in state.history)
-        found = [
-            ("test", scalar(name.removeprefix("test_"), value, state.step, seconds))
-            for name, value in state.test.items()
-            if value is not None
-        ]
         settings = {
             key: value if isinstance(value, (bool, int, float, str)) else str(value)
             for key, value in config.flat(config.to_dict(self.run.cfg)).items()
         }
-        final = {f"hparam/{name}": value for name, value in state.test.items() if value is not None}
+        results = dict(state.test)
         if state.best is not None:
-            final[f"hparam/{state.best['metric']}"] = state.best["value"]
-        for summary in hparams(settings, final):
-            found.append(("", Event(wall_time=seconds, step=state.step, summary=summary)))
-        found += [("", scalar(name, value, state.step, seconds)) for name, value in final.items()]
-        return found
+            results[state.best["metric"]] = state.best["value"]
+        results = {f"hparam/{name}": value for name, value in results.items() if value is not None}
+        summaries = [*hparams(settings, results), *itertools.starmap(scalar, results.items())]
+        return [Event(wall_time=now, step=state.step, summary=summary) for summary in summaries]
 
-    def _began(self) -> float:
-        """When the run started, whichever process goes on with it."""
-        return time.mktime(time.strptime(self.run.metadata["started"][:19], "%Y-%m-%d %H:%M:%S"))
-
-    def _row_of_best(self) -> Metrics:
-        return self.state.history[self.state.best["epoch"] - 1]
-
-    def _confusion(self) -> list[Event]:
-        """The confusion matrix of a new best epoch, as a picture."""
-        best, said = self.state.best, self.state.predictions.get("val")
-        if not figures.is_available() or said is None or self._pictured == best["epoch"]:
+    def _confusion_matrix(self) -> list[Event]:
+        """Returns an image of the best epoch's confusion matrix, unless the files have it."""
+        best, predictions = self.state.best, self.state.predictions.get("val")
+        if not figures.is_available() or best is None or predictions is None:
             return []
+        step = self.state.history[best["epoch"] - 1]["step"]
+        if step in self._matrix_steps:
+            return []
+        self._matrix_steps.add(step)
         classes, labels = self.run.data.classes, self.run.data.val.labels
-        matrix = scores.confusion(labels, said["prediction"].numpy(), len(classes))
+        matrix = scores.confusion(labels, predictions["prediction"].numpy(), len(classes))
         title = f"validation, epoch {best['epoch']}"
-        picture_of = figures.confusion_png(matrix, classes, title)
-        self._pictured = best["epoch"]
-        return [picture("confusion", picture_of, self._row_of_best()["step"])]
+        png = figures.png(figures.draw_confusion, matrix, classes, title)
+        return [image("confusion", png, step)]
 
-    def _opening(self) -> list[Event]:
-        """The graph of the model, and the first training images as they are augmented."""
-        events = self._graph()
-        if figures.is_available():
-            images = report.first_training_images(self.run)
-            pixels = [report.as_pixels(image) for image, _ in images]
-            grid = figures.grid_png(pixels, [label for _, label in images])
-            events.append(picture("training images", grid, 0))
-        return events
-
-    def _graph(self) -> list[Event]:
+    def _initial_events(self) -> list[Event]:
+        """Returns the model's graph and the first training images as they are augmented."""
         from torch.utils.tensorboard._pytorch_graph import graph
 
-        pre, model = self.run.data.preprocessing, self.state.model
+        events, pre = [], self.run.data.preprocessing
         shape = (1, pre.channels, pre.image_size, pre.image_size)
-        image = torch.zeros(shape, device=self.state.device)
-        try:
-            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-                warnings.simplefilter("ignore")  # of tracing, that a shape is taken for a constant
-                made, _ = graph(copy.deepcopy(model), image)  # tracing runs it
-        except Exception:  # noqa: BLE001  not every model can be traced; it is one picture less
-            return []
-        return [Event(wall_time=self._began(), graph_def=made.SerializeToString())]
+        # A model that cannot be traced has no graph. Tracing warns of shapes taken for constants.
+        with (
+            contextlib.suppress(Exception),
+            contextlib.redirect_stdout(io.StringIO()),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            images = torch.zeros(shape, device=self.state.device)
+            traced, _ = graph(copy.deepcopy(self.state.model), images)
+            events.append(Event(wall_time=time.time(), graph_def=traced.SerializeToString()))
+        if figures.is_available():
+            images, labels = zip(*report.first_training_images(self.run))
+            pixels = [report.as_pixels(image) for image in images]
+            png = figures.png(figures.draw_images, pixels, labels)
+            events.append(image("training images", png, 0))
+        return events
 
     # -- files ----------------------------------------------------------------------------------
 
-    def _old_files(self, part: str) -> list[Path]:
+    def _read_images(self, part: str) -> list[Event]:
+        """Reads graph and images up to the state's step; two files may hold the same ones."""
+        found: dict[tuple[int, str], Event] = {}
+        for path in self._event_files(part):
+            for event in read_events(path):
+                is_image = any(value.HasField("image") for value in event.summary.value)
+                if event.step <= self.state.step and (is_image or event.HasField("graph_def")):
+                    found.setdefault((event.step, event.WhichOneof("what")), event)
+        return list(found.values())
+
+    def _event_files(self, part: str) -> list[Path]:
         return sorted((self.folder / part).glob("*tfevents*"))
 
-    def _kept(self) -> dict[str, list[Event]]:
-        """What earlier files hold besides scalars, up to the state's step, each once."""
-        kept: dict[str, list[Event]] = {part: [] for part in PARTS}
-        for part in ("train", "val"):
-            seen = set()
-            for path in self._old_files(part):
-                for event in _events_of(path):
-                    tags = [v.tag for v in event.summary.value if v.HasField("image")]
-                    key = "graph" if event.HasField("graph_def") else tuple(tags)
-                    if key and event.step <= self.state.step and (key, event.step) not in seen:
-                        seen.add((key, event.step))
-                        kept[part].append(event)
-        return kept
-
-    def _replace(self, part: str, events: list[Event]) -> None:
-        """Puts a new file in the place of those that are there."""
-        folder = self.folder / part
-        old = self._old_files(part)
-        folder.mkdir(parents=True, exist_ok=True)
-        # Sorts after every older one: what reads both takes this one's word.
-        found = [STAMP.search(path.name) for path in old]
-        stamp = max([int(time.time()), *(int(match[1]) + 1 for match in found if match)])
-        name = f"events.out.tfevents.{stamp:010}.{platform.node() or 'here'}.{os.getpid()}.0"
+    def _replace(self, part: str, events: list[Event]) -> Path:
+        """Writes a new file with these events and removes the others of the folder."""
+        old = self._event_files(part)
+        now = time.time()
         start = [
-            Event(wall_time=time.time(), file_version="brain.Event:2"),
-            # A reader that has seen the older files forgets what they said.
-            Event(wall_time=time.time(), step=0, session_log=SessionLog(status=SessionLog.START)),
+            Event(wall_time=now, file_version="brain.Event:2"),
+            # Has a reader drop the events of the older files, which it may have read.
+            Event(wall_time=now, step=0, session_log=SessionLog(status=SessionLog.START)),
         ]
-        data = _records([*start, *events])
-        write_atomically(folder / name, lambda file: file.write(data))
-        for path in old:
-            path.unlink(missing_ok=True)
-        self.files[part] = folder / name
+        # TensorBoard reads files in the order of their names: nanoseconds sort after older seconds.
+        path = self.folder / part / f"events.out.tfevents.{time.time_ns()}.{platform.node()}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: write_events(file, [*start, *events]))
+        for other in old:
+            other.unlink(missing_ok=True)
+        return path
 
 
-def scalar(tag: str, value: float, step: int, wall_time: float) -> Event:
-    values = [Summary.Value(tag=tag, simple_value=value)]
-    return Event(wall_time=wall_time, step=step, summary=Summary(value=values))
+def add_scalars(events: dict[str, list[Event]], metrics: Metrics, step: int, now: float) -> None:
+    """Adds the metrics named PART_TAG to the events of their part, and learning rates to train's.
+
+    Other columns (epoch, step, times) and undefined metrics are left out.
+    """
+    for name, value in metrics.items():
+        part, _, tag = name.partition("_")
+        if part == "lr":
+            part, tag = "train", name
+        if part in PARTS and value is not None:
+            events[part].append(Event(wall_time=now, step=step, summary=scalar(tag, value)))
 
 
-def picture(tag: str, png: bytes, step: int) -> Event:
+def image(tag: str, png: bytes, step: int) -> Event:
+    """Returns the event of an image that is encoded as PNG."""
     width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))  # PNG's header
     image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
-    values = [Summary.Value(tag=tag, image=image)]
-    return Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+    summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+    return Event(wall_time=time.time(), step=step, summary=summary)
 
 
-def _records(events: list[Event]) -> bytes:
-    file = io.BytesIO()
+def write_events(file: IO[bytes], events: Iterable[Event]) -> None:
+    """Writes events as length-prefixed records with checksums."""
     writer = RecordWriter(file)
     for event in events:
         writer.write(event.SerializeToString())
-    return file.getvalue()
 
 
-def _events_of(path: Path) -> Iterator[Event]:
-    """The events of a file, up to where a crash may have torn it."""
-    try:
+def read_events(path: Path) -> Iterator[Event]:
+    """Yields the events of a file, up to where a crash may have cut it off."""
+    with contextlib.suppress(Exception):  # a torn file raises many kinds
         yield from LegacyEventFileLoader(str(path)).Load()
-    except Exception:  # noqa: BLE001  a torn file; the rest comes from the state
-        return
