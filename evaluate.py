@@ -108,15 +108,15 @@ def evaluate_checkpoint(command: Command, log: "Log", stop: "StopSignals") -> No
     logger.info("%s: %d images; %s on %s", subject.description, number, trained.precision, device)
     pre = trained.preprocessing
     loader = build_loader(cfg.data, subject.images, pre, device, cfg.seed, training=False)
-    loss = evaluation.build_loss_of(trained, subject)
+    loss = evaluation.build_training_loss(trained, subject)
     evaluation_metrics = EvaluationMetrics(device, len(classes), result_metrics(len(classes)))
     batches = show_progress(loader.batches(), split, len(loader), 0, cfg.log.every_seconds)
-    key = {"seed": cfg.seed, "epoch": trained.drawing_epoch(split)}
+    key = {"seed": cfg.seed, "epoch": trained.seed_epoch(split)}
     metrics = evaluate(
         trained.model, batches, loss, trained.autocast, f"{split}_", evaluation_metrics, **key
     )
     matrix = evaluation_metrics.confusion().numpy()
-    said = verdict(trained, metrics, split) if subject.is_own else None
+    said = verdict(trained, metrics, split) if subject.is_same_data else None
     write_stdout(
         "\n".join(["", as_text(metrics, matrix, classes), *([f"{said}\n"] if said else [])])
     )
@@ -253,10 +253,10 @@ def as_json(
                 "data": {"name": trained.cfg.data.name, "root": trained.cfg.data.root},
                 "split": split,
                 "images": number,
-                "own_data": subject.is_own,
+                "own_data": subject.is_same_data,
                 "metrics": {name: _plain(value) for name, value in metrics.items()},
                 "acc_interval": scores.wilson(matrix.trace().item(), number),
-                "reported": reported(trained, split) if subject.is_own else None,
+                "reported": reported(trained, split) if subject.is_same_data else None,
                 "classes": [
                     {"class": name} | {key: _plain(v[row]) for key, v in values.items()}
                     for row, name in enumerate(trained.classes)
