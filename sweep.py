@@ -28,8 +28,7 @@ from cnn.sweeps.settings import Sweep, load_sweep
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from cnn.sweeps.study import Study, TakenTrial
-    from cnn.sweeps.trial import TrialResult
+    from cnn.sweeps.study import Study, TakenTrial, TrialResult
     from cnn.utils.logger import Log
     from cnn.utils.signals import StopSignals
 

@@ -22,7 +22,7 @@ import sweep
 from cnn.records import run_record
 from cnn.sweeps import study as study_module
 from cnn.sweeps import trial as trial_module
-from cnn.sweeps.trial import TrialResult
+from cnn.sweeps.study import TrialResult
 from cnn.utils.run_folder import RunFolder
 
 # All that a sweep writes down, between which it may be killed.

@@ -27,8 +27,8 @@ from cnn.records import best_hparams, run_record
 from cnn.sweeps import locks
 from cnn.sweeps import trial as trial_module
 from cnn.sweeps.settings import load_sweep
-from cnn.sweeps.study import Study
-from cnn.sweeps.trial import TrialResult, run_trial
+from cnn.sweeps.study import Study, TrialResult
+from cnn.sweeps.trial import run_trial
 from cnn.utils.signals import StopSignals
 
 SHIPPED = ROOT / "configs/sweep.yaml"

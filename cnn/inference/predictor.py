@@ -171,11 +171,9 @@ def _to_image(array: np.ndarray) -> Image.Image:
 @contextlib.contextmanager
 def _generators_preserved(device: torch.device | None) -> Iterator[None]:
     """Restores the states of all global random number generators when the context ends."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
     cuda_devices = [device] if device is not None and device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(cuda_devices):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
+    with contextlib.ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.enter_context(torch.random.fork_rng(cuda_devices))
+        yield

@@ -170,19 +170,19 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
     if not path.is_file():
         raise Refused(f"{path}: no such file; expected the settings of a sweep")
     mistakes: list[str] = []
-    given = reader.flatten(reader.compose(reader.read_text(path), str(path)), str(path), mistakes)
+    entries = reader.flatten(reader.compose(reader.read_text(path), str(path)), str(path), mistakes)
     typed: dict[str, Given] = {}
     for word in words:
         typed |= reader.read_override(word, mistakes)
     sweep_keys, run_keys = ({key for key, _, _ in keys_of(cls)} for cls in (SweepConfig, Config))
     run_keys -= sweep_keys  # seed is the sweep's
     for_trials = {key: item for key, item in typed.items() if "." in key or key in run_keys}
-    given |= {key: item for key, item in typed.items() if key not in for_trials}
-    cfg = reader.build(SweepConfig, given, mistakes)
-    places = {key: given[key].where if key in given else str(path) for key in sweep_keys}
-    changes = _read_settings(given.get("settings"), mistakes) | for_trials
+    entries |= {key: item for key, item in typed.items() if key not in for_trials}
+    cfg = reader.build(SweepConfig, entries, mistakes)
+    places = {key: entries[key].where if key in entries else str(path) for key in sweep_keys}
+    changes = _read_settings(entries.get("settings"), mistakes) | for_trials
     common = _read_config(path.parent / cfg.config, places["config"], mistakes) | changes
-    space = _read_space(given.get("space"), mistakes)
+    space = _read_space(entries.get("space"), mistakes)
     name = cfg.name or path.stem
     mistakes += _check_sweep(cfg, name, changes, space, places)
     if mistakes:
@@ -206,19 +206,19 @@ def _read_config(file: Path, where: str, mistakes: list[str]) -> dict[str, Given
     return {}
 
 
-def _read_settings(given: Given | None, mistakes: list[str]) -> dict[str, Given]:
+def _read_settings(entry: Given | None, mistakes: list[str]) -> dict[str, Given]:
     """Reads the changes for all trials, as `train.epochs: 3` or `train: {epochs: 3}`."""
-    if given is None or not isinstance(given.node, yaml.MappingNode):
+    if entry is None or not isinstance(entry.node, yaml.MappingNode):
         return {}
-    return reader.flatten(given.node, _file_of(given), mistakes)
+    return reader.flatten(entry.node, _file_of(entry), mistakes)
 
 
-def _read_space(given: Given | None, mistakes: list[str]) -> Space:
+def _read_space(entry: Given | None, mistakes: list[str]) -> Space:
     space: Space = {}
-    if given is None or not isinstance(given.node, yaml.MappingNode):
+    if entry is None or not isinstance(entry.node, yaml.MappingNode):
         return space
-    for key_node, node in given.node.value:
-        key, where = str(key_node.value), reader.place_of(_file_of(given), key_node)
+    for key_node, node in entry.node.value:
+        key, where = str(key_node.value), reader.place_of(_file_of(entry), key_node)
         try:
             space[key] = _read_dimension(key, node, where)
         except InvalidValue as mistake:
@@ -269,9 +269,9 @@ def _read_range(
     return Range(*values, form == "log", [Given(bound, where) for bound in bounds.value])
 
 
-def _file_of(given: Given) -> str:
+def _file_of(entry: Given) -> str:
     """Returns FILE of a place FILE:LINE; "command line" is returned as it is."""
-    return given.where.rpartition(":")[0] or given.where
+    return entry.where.rpartition(":")[0] or entry.where
 
 
 # -- checking -----------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -38,7 +39,6 @@ from cnn.errors import DatabaseFailed, Refused
 from cnn.metrics.scores import mode
 from cnn.sweeps.locks import SharedLock
 from cnn.sweeps.settings import Choice, Range, Sweep
-from cnn.sweeps.trial import TrialResult
 from cnn.utils.files import make_folder, write_text
 from cnn.utils.run_folder import RunFolder
 from cnn.utils.screen import aligned
@@ -53,6 +53,23 @@ MAX_RANDOM = 10  # first trials that TPE draws at random, at most a quarter of a
 MIN_TO_PRUNE = 4  # finished trials needed before a median is taken
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """The result of a trial.
+
+    Attributes:
+        state: COMPLETE, PRUNED or FAIL.
+        value: the monitored metric in the best epoch of a complete trial.
+        epoch: the best epoch of a complete trial, the latest one of a pruned trial.
+        reason: why a trial failed.
+    """
+
+    state: TrialState
+    value: float | None = None
+    epoch: int | None = None
+    reason: str = ""
 
 
 class TakenTrial:

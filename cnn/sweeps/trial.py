@@ -6,9 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from optuna.trial import TrialState
 
@@ -17,11 +15,9 @@ from cnn.errors import Refused
 from cnn.metrics.scores import Metrics
 from cnn.records.history import read_history
 from cnn.records.run_record import read_run
+from cnn.sweeps.study import TakenTrial, TrialResult
 from cnn.utils.run_folder import RunFolder
 from cnn.utils.signals import PARENT, StopSignals
-
-if TYPE_CHECKING:
-    from cnn.sweeps.study import TakenTrial
 
 logger = logging.getLogger(__name__)
 
@@ -30,24 +26,7 @@ PAUSE = 0.2  # seconds between two checks of the process
 MAX_KILLED = 3  # times that a training process may be killed by a signal that sweep.py did not send
 
 
-@dataclass(frozen=True)
-class TrialResult:
-    """The result of a trial.
-
-    Attributes:
-        state: COMPLETE, PRUNED or FAIL.
-        value: the monitored metric in the best epoch of a complete trial.
-        epoch: the best epoch of a complete trial, the latest one of a pruned trial.
-        reason: why a trial failed.
-    """
-
-    state: TrialState
-    value: float | None = None
-    epoch: int | None = None
-    reason: str = ""
-
-
-def run_trial(trial: "TakenTrial", stop: StopSignals) -> TrialResult:
+def run_trial(trial: TakenTrial, stop: StopSignals) -> TrialResult:
     """Trains a trial, or resumes it, until it is complete, pruned or failed.
 
     Raises:
@@ -75,7 +54,7 @@ def run_trial(trial: "TakenTrial", stop: StopSignals) -> TrialResult:
     return TrialResult(TrialState.FAIL, reason=reason)
 
 
-def _train(trial: "TakenTrial", stop: StopSignals) -> tuple[int, bool]:
+def _train(trial: TakenTrial, stop: StopSignals) -> tuple[int, bool]:
     """Runs train.py to its end; returns its exit status, and whether the trial was pruned.
 
     The process has a session of its own, so that Ctrl-C in a terminal reaches it once, passed on
@@ -116,14 +95,14 @@ def _train(trial: "TakenTrial", stop: StopSignals) -> tuple[int, bool]:
         os.close(write_end)
 
 
-def report_epochs(trial: "TakenTrial", history: list[Metrics]) -> Iterator[bool]:
+def report_epochs(trial: TakenTrial, history: list[Metrics]) -> Iterator[bool]:
     """Reports the metric of each epoch; yields whether the trial should then be pruned."""
     for row in history:
         if row.get(trial.monitor) is not None:
             yield trial.report(int(row["epoch"]), row[trial.monitor])
 
 
-def _read_result(trial: "TakenTrial") -> TrialResult:
+def _read_result(trial: TakenTrial) -> TrialResult:
     """Reads the best epoch of a finished run, and reports the epochs that were not reported yet."""
     record = read_run(f"logs/{trial.run}")
     list(report_epochs(trial, record.history))  # all of them, whatever the median
