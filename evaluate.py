@@ -102,14 +102,14 @@ def evaluate_checkpoint(command: Command) -> None:
     logger.info("%s: %d images; %s on %s", subject.description, number, trained.precision, device)
     pre = trained.preprocessing
     loader = build_loader(cfg.data, subject.images, pre, device, cfg.seed, training=False)
-    loss = evaluation.build_loss_of(trained, subject)
+    loss = evaluation.build_training_loss(trained, subject)
     evaluation_metrics = EvaluationMetrics(device, len(classes), result_metrics(len(classes)))
     batches = show_progress(loader.batches(), split, len(loader), 0, cfg.log.every_seconds)
-    key = {"seed": cfg.seed, "epoch": trained.drawing_epoch(split)}
+    key = {"seed": cfg.seed, "epoch": trained.seed_epoch(split)}
     values = evaluate(trained.model, batches, loss, trained.autocast, evaluation_metrics, **key)
     metrics = {f"{split}_{name}": value for name, value in values.items()}
     matrix = evaluation_metrics.confusion().numpy()
-    reported = reported_metrics(trained, split) if subject.is_own else None
+    reported = reported_metrics(trained, split) if subject.is_same_data else None
     text = "\n" + as_text(metrics, matrix, classes)
     if reported is not None:
         text += "\n" + compare_with_training(trained, metrics, reported) + "\n"
@@ -232,7 +232,7 @@ def as_json(
         "data": {"name": trained.cfg.data.name, "root": trained.cfg.data.root},
         "split": split,
         "images": number,
-        "own_data": subject.is_own,
+        "own_data": subject.is_same_data,
         "metrics": {name: _finite(value) for name, value in metrics.items()},
         "acc_interval": scores.wilson(matrix.trace().item(), number),
         "reported": reported,

@@ -15,16 +15,11 @@ import importlib.util
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from cnn import cli
 from cnn.errors import Refused
 from cnn.utils.files import write_output
 from cnn.utils.run_folder import EXPORTS
-
-if TYPE_CHECKING:
-    from cnn.utils.logger import Log
-    from cnn.utils.signals import StopSignals
 
 logger = logging.getLogger("cnn.export")
 
@@ -48,9 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 def prepare(argv: list[str]) -> cli.Task:
     """Reads the command line; returns the work to do."""
     command = parse(argv)
-    return cli.Task(
-        lambda log, stop: export(command, log, stop), command.places, "cnn.inference.export"
-    )
+    return cli.Task(lambda *_: export_checkpoint(command), command.places, "cnn.inference.export")
 
 
 def parse(argv: list[str]) -> Command:
@@ -76,27 +69,27 @@ def parse(argv: list[str]) -> Command:
     return command
 
 
-def check_packages(form: str) -> None:
+def check_packages(file_format: str) -> None:
     """Refuses a format whose packages are not installed."""
-    missing = [name for name in NEEDED.get(form, ()) if importlib.util.find_spec(name) is None]
+    names = NEEDED.get(file_format, ())
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise Refused(
-            f"--format {form} needs {', '.join(missing)}: pip install -r requirements-export.txt"
-        )
+        what = f"--format {file_format} needs {', '.join(missing)}"
+        raise Refused(f"{what}: pip install -r requirements-export.txt")
 
 
-def export(command: Command, log: "Log", stop: "StopSignals") -> None:
-    """Reads the checkpoint, makes the file, compares, and only then writes it."""
-    from cnn.inference import export
+def export_checkpoint(command: Command) -> None:
+    """Exports the model of a checkpoint to a file, after checking that its logits agree."""
+    from cnn.inference.export import export_model
     from cnn.inference.trained_model import load_trained_model
 
     trained = load_trained_model(command.checkpoint, [*command.settings, "device=cpu"])
     command.places.update(trained.places)
     logger.info("%s", trained)
-    data, said = export.export(trained, command.format)
-    logger.info("%s", said)
-    write_output(command.output, data)
-    logger.info("written: %s, %.1f MB", command.output, len(data) / 1e6)
+    content, check = export_model(trained, command.format)
+    logger.info("%s", check)
+    write_output(command.output, content)
+    logger.info("written: %s, %.1f MB", command.output, len(content) / 1e6)
 
 
 if __name__ == "__main__":

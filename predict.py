@@ -17,6 +17,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -28,8 +29,6 @@ from cnn.utils.screen import padded, printable, shortened, width, write_stdout
 
 if TYPE_CHECKING:
     from cnn.inference.predictor import Prediction
-    from cnn.utils.logger import Log
-    from cnn.utils.signals import StopSignals
 
 logger = logging.getLogger("cnn.predict")
 
@@ -37,8 +36,8 @@ SETTINGS = ("device", "data.batch_size", "data.num_workers", "train.precision")
 IS_SETTING = re.compile(r"(device|[a-z]+\.[a-z_]+)=")
 
 TOP = 3
-BYTES = "surrogateescape"  # a file name that is no text comes out as the bytes that it is
-MAX_PATH = 60  # columns of a path; a longer one pushes its line to the right
+BYTES = "surrogateescape"  # writes a file name that is not valid text as its original bytes
+MAX_PATH = 60  # columns reserved for a path; a longer one shifts its line to the right
 
 
 class Command(cli.Command):
@@ -64,9 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 def prepare(argv: list[str]) -> cli.Task:
     """Reads the command line; returns the work to do."""
     command = parse(argv)
-    return cli.Task(
-        lambda log, stop: predict(command, log, stop), command.places, "cnn.inference.predictor"
-    )
+    return cli.Task(lambda *_: predict_images(command), command.places, "cnn.inference.predictor")
 
 
 def parse(argv: list[str]) -> Command:
@@ -112,8 +109,8 @@ def read_list() -> list[str]:
     return [os.fsdecode(part) for part in parts if part.strip()]
 
 
-def predict(command: Command, log: "Log", stop: "StopSignals") -> int:
-    """Predicts every picture as it is read; gives the exit status."""
+def predict_images(command: Command) -> int:
+    """Predicts the images and writes the predictions as they come; returns the exit status."""
     from cnn.inference.predictor import Predictor
     from cnn.inference.trained_model import load_trained_model
     from cnn.utils.progress import show_progress
@@ -121,52 +118,62 @@ def predict(command: Command, log: "Log", stop: "StopSignals") -> int:
     trained = load_trained_model(command.checkpoint, command.settings)
     command.places.update(trained.places)
     logger.info("%s", trained)
-    predictor, images, bad = Predictor(trained), command.images, len(command.missing)
+    predictor, images = Predictor(trained), command.images
     for line in command.missing:
         logger.error("%s", line)
-    top = min(command.top, len(predictor.classes))
+    num_bad, top = len(command.missing), min(command.top, len(predictor.classes))
     with CsvFile(command.csv, top) as file:
         table = Table(images, predictor.classes, top)
-        table.head()
-        each = show_progress(predictor.each(images, top), "predicting", len(images))
-        for path, said in zip(images, each):
-            if isinstance(said, BadImage):
-                bad += 1
-                logger.error("%s", printable(said))
+        table.write_head()
+        predictions = predictor.predict_each(images, top)
+        shown = show_progress(predictions, "predicting", len(images))
+        for path, prediction in zip(images, shown, strict=True):
+            if isinstance(prediction, BadImage):
+                num_bad += 1
+                logger.error("%s", printable(prediction))
             else:
-                table.row(path, said)
-                file.row(path, said)
-    if not bad:
+                table.write_row(path, prediction)
+                file.write_row(path, prediction)
+    if not num_bad:
         return cli.DONE
-    logger.error("%d of %d could not be read", bad, len(images) + len(command.missing))
+    logger.error("%d of %d could not be read", num_bad, len(images) + len(command.missing))
     return cli.FAILED
 
 
 class Table:
-    """The predictions on the screen, line by line as they come."""
+    """The predictions on the screen, one line per image.
+
+    Args:
+        images: all images, whose paths determine the width of the first column.
+        classes: the names of the model's classes.
+        top: the number of classes per image.
+    """
 
     def __init__(self, images: list[Path], classes: list[str], top: int):
         self.top = top
-        self.path = min(max(width(printable(path)) for path in [*images, "image"]), MAX_PATH)
-        self.name = max(3, *(width(shortened(printable(name))) for name in classes))
+        self.path_width = min(max(width(printable(path)) for path in [*images, "image"]), MAX_PATH)
+        self.name_width = max(3, *(width(shortened(printable(name))) for name in classes))
 
-    def head(self) -> None:
-        cells = [padded(head, self.name + 7) for head in ["prediction", "then"][: self.top]]
-        write_stdout("  ".join([padded("image", self.path), *cells]).rstrip() + "\n")
+    def write_head(self) -> None:
+        """Writes the names of the columns."""
+        cells = [padded(head, self.name_width + 7) for head in ["prediction", "then"][: self.top]]
+        write_stdout("  ".join([padded("image", self.path_width), *cells]).rstrip() + "\n")
 
-    def row(self, path: Path, said: "Prediction") -> None:
+    def write_row(self, path: Path, prediction: "Prediction") -> None:
+        """Writes the prediction of an image."""
         cells = [
-            f"{padded(shortened(printable(name)), self.name)} {probability:.4f}"
-            for name, probability in zip(said.classes, said.probabilities)
+            f"{padded(shortened(printable(name)), self.name_width)} {probability:.4f}"
+            for name, probability in pairs(prediction)
         ]
-        write_stdout(f"{padded(printable(path), self.path)}  {'  '.join(cells)}\n")
+        write_stdout(f"{padded(printable(path), self.path_width)}  {'  '.join(cells)}\n")
 
 
 class CsvFile:
-    """The predictions as a file, row by row: those so far are in it whatever happens then.
+    """The predictions as a CSV file, written row by row, so that an interruption loses none.
 
     Args:
-        path: None for none.
+        path: the file, or None to write none.
+        top: the number of classes per image.
     """
 
     def __init__(self, path: Path | None, top: int):
@@ -188,12 +195,17 @@ class CsvFile:
             with raising_failed(self.path):
                 self.file.close()
 
-    def row(self, image: Path, said: "Prediction") -> None:
+    def write_row(self, image: Path, prediction: "Prediction") -> None:
+        """Writes the prediction of an image."""
         if self.file is not None:
-            pairs = zip(said.classes, said.probabilities)
-            cells = [cell for name, given in pairs for cell in (name, f"{given:.6g}")]
+            cells = [cell for name, value in pairs(prediction) for cell in (name, f"{value:.6g}")]
             with raising_failed(self.path):
                 self.writer.writerow([image, *cells])
+
+
+def pairs(prediction: "Prediction") -> Iterator[tuple[str, float]]:
+    """Yields each class with its probability, the most probable first."""
+    return zip(prediction.classes, prediction.probabilities, strict=True)
 
 
 if __name__ == "__main__":

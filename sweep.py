@@ -16,6 +16,7 @@ import importlib.util
 import logging
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,7 @@ from cnn.sweeps.settings import Sweep, load_sweep
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from cnn.sweeps.study import Study, TakenTrial
-    from cnn.sweeps.trial import TrialResult
+    from cnn.sweeps.study import Study, TakenTrial, TrialResult
     from cnn.utils.logger import Log
     from cnn.utils.signals import StopSignals
 
@@ -74,100 +74,82 @@ def check_packages() -> None:
 
 
 def run(sweep: Sweep, command: Command, log: "Log", stop: "StopSignals") -> int:
-    """The sweep, from where it is; gives the exit status."""
+    """Runs the trials that are not finished; returns the exit status."""
     from cnn.sweeps.study import Study
+    from cnn.sweeps.trial import run_trial
 
-    stop.deferred = True  # a signal waits until the trial has had it
+    stop.deferred = True  # a signal is passed on to the training process first
     with Study(sweep) as study:
         log.open_file(study.folder / "sweep.log")
         for number in command.skip:
             study.skip(number)
-        return hold_sweep(study, stop)
+        log_sweep(study)
+        while (trial := study.take(stop)) is not None:
+            with trial:
+                trial.start()
+                log_trial(trial)
+                result = run_trial(trial, stop)
+                study.end(trial.number, result)
+                log_result(trial, result)
+        return log_ranking(study)
 
 
-def hold_sweep(study: "Study", stop: "StopSignals") -> int:
-    """Takes one trial after the other until all of them are finished, by whichever process."""
-    say_begin(study)
-    while (trial := study.take(stop)) is not None:
-        with trial:
-            hold_trial(trial, study, stop)
-    return say_result(study)
+# -- what is logged ------------------------------------------------------------------------------
 
 
-def hold_trial(trial: "TakenTrial", study: "Study", stop: "StopSignals") -> None:
-    """A trial to its end, from wherever it is."""
-    from cnn.sweeps.trial import PRUNED, TrialResult, is_finished, run_trial
-
-    trial.begin()
-    say_trial(trial)
-    if trial.is_hopeless() and not is_finished(trial.run):  # it was, when it broke off
-        outcome = TrialResult(PRUNED, epoch=trial.epoch)
-    else:
-        outcome = run_trial(
-            *(trial.run, trial.words(), study.sweep.monitor, trial.report),
-            *(trial.lock, trial.output, stop),
-        )
-    study.end(trial.number, outcome)
-    say_outcome(trial, study, outcome)
-
-
-# -- what is said --------------------------------------------------------------------------------
-
-
-def say_begin(study: "Study") -> None:
+def log_sweep(study: "Study") -> None:
+    """Logs what is tried, and how many trials are already finished."""
     from cnn.metrics.scores import mode
 
     sweep = study.sweep
     best = "lowest" if mode(sweep.monitor) == "min" else "highest"
-    logger.info(
-        "sweep %s: %d trials, %s, for the %s %s; %d done before",
-        *(sweep.name, sweep.trials, sweep.cfg.search, best, sweep.monitor, len(study.finished())),
-    )
+    search = f"{sweep.trials} trials, {sweep.cfg.search}, for the {best} {sweep.monitor}"
+    logger.info("sweep %s: %s; %d done before", sweep.name, search, num_finished(study))
     for key, dimension in sweep.space.items():
         logger.info("  %s: %s", key, dimension)
 
 
-def say_trial(trial: "TakenTrial") -> None:
+def log_trial(trial: "TakenTrial") -> None:
+    """Logs the values of a trial that starts or resumes."""
     from cnn.records.run_record import format_setting
 
-    logger.info(
-        "trial %d %s: %s  (logs/%s)",
-        *(trial.number, "goes on" if trial.again else "begins"),
-        *("  ".join(f"{key}={format_setting(v)}" for key, v in trial.values.items()), trial.run),
-    )
+    verb = "resumes" if trial.is_resumed else "starts"
+    values = "  ".join(f"{key}={format_setting(value)}" for key, value in trial.values.items())
+    logger.info("trial %d %s: %s  (logs/%s)", trial.number, verb, values, trial.run)
 
 
-def say_outcome(trial: "TakenTrial", study: "Study", outcome: "TrialResult") -> None:
-    from cnn.sweeps.trial import PRUNED
-
-    monitor, best = study.sweep.monitor, study.best()
-    said = f"{outcome.state}: {outcome.reason}" if outcome.reason else outcome.state
-    if outcome.value is not None:
-        said = f"{monitor} {outcome.value:.4f} in epoch {outcome.epoch}"
-    elif outcome.state == PRUNED:
-        said = f"stopped, in epoch {outcome.epoch} worse than the median"
-    so_far = "none yet" if best is None else f"{best.value:.4f} of trial {best.number}"
-    logger.info(
-        "trial %d: %s; best so far %s; %d of %d done",
-        *(trial.number, said, so_far, len(study.finished()), study.sweep.trials),
-    )
+def log_result(trial: "TakenTrial", result: "TrialResult") -> None:
+    """Logs how a trial ended, and the best trial so far."""
+    study, ranking = trial.study, trial.study.ranking()
+    if result.value is not None:
+        text = f"{trial.monitor} {result.value:.4f} in epoch {result.epoch}"
+    elif result.reason:
+        text = f"failed: {result.reason}"
+    else:
+        text = f"stopped, in epoch {result.epoch} worse than the median"
+    best = f"{ranking[0].value:.4f} of trial {ranking[0].number}" if ranking else "none yet"
+    done = f"{num_finished(study)} of {study.sweep.trials} done"
+    logger.info("trial %d: %s; best so far %s; %s", trial.number, text, best, done)
 
 
-def say_result(study: "Study") -> int:
-    """The best trials, where to look at them, and the exit status."""
-    from optuna.trial import TrialState
+def num_finished(study: "Study") -> int:
+    """Returns the number of trials that are complete, pruned or failed."""
+    return sum(trial.state.is_finished() for trial in study.trials())
 
+
+def log_ranking(study: "Study") -> int:
+    """Logs the best trials and how to use them; returns the exit status."""
     from cnn.records.run_record import format_setting
     from cnn.utils.screen import aligned
 
     monitor, ranking = study.sweep.monitor, study.ranking()
-    counts = [f"{len(ranking)} complete"]
-    for state, word in ((TrialState.PRUNED, "stopped early"), (TrialState.FAIL, "failed")):
-        if number := study.count(state):
-            counts.append(f"{number} {word}")
-    logger.info("sweep %s is done: %s", study.sweep.name, ", ".join(counts))
+    states = Counter(trial.state.name for trial in study.trials())
+    words = {"PRUNED": "stopped early", "FAIL": "failed"}
+    counts = [f"{states[name]} {word}" for name, word in words.items() if states[name]]
+    summary = ", ".join([f"{len(ranking)} complete", *counts])
+    logger.info("sweep %s is done: %s", study.sweep.name, summary)
     if not ranking:
-        logger.error("no trial came to an end; what each said is in %s/trials", study.folder)
+        logger.error("no trial is complete; their output is in %s/trials", study.folder)
         return cli.FAILED
     shown = ranking[:NUM_SHOWN]
     rows = [["trial", monitor, "epoch", *study.sweep.space]]
@@ -177,18 +159,18 @@ def say_result(study: "Study") -> int:
         rows.append([str(trial.number), f"{trial.value:.4f}", epoch, *values])
     for line in aligned(rows, right=(0, 1, 2)):
         logger.info("  %s", line)
-    runs = [study.sweep.run_of(trial.number) for trial in shown]
+    runs = [study.sweep.run_name(trial.number) for trial in shown]
     logger.info("compare: python compare.py %s", " ".join(runs))
-    say_best_settings(study, ranking[0])
+    log_best_settings(study, ranking[0])
     return cli.DONE
 
 
-def say_best_settings(study: "Study", best: "FrozenTrial") -> None:
-    """Where the settings of the best trial are, to be trained with again."""
+def log_best_settings(study: "Study", best: "FrozenTrial") -> None:
+    """Logs the command that trains with the settings of the best trial again."""
     from cnn.records import best_hparams
     from cnn.utils.run_folder import RunFolder
 
-    run = study.sweep.run_of(best.number)
+    run = study.sweep.run_name(best.number)
     folder = RunFolder(run)
     settings = folder.logs.config
     if not settings.is_file():
@@ -196,13 +178,11 @@ def say_best_settings(study: "Study", best: "FrozenTrial") -> None:
         return
     cfg, _ = load_config(settings)
     path = best_hparams.file_of(cfg, folder.best_hparams)
-    held = best_hparams.best_result(path)
-    if held == (study.sweep.monitor, best.value):
-        logger.info("its settings: python train.py --config %s", path)
-    else:
-        logger.info("its settings: python train.py --config %s", settings)
-        if held is not None:
-            logger.info("%s keeps what another run reached, %s %.4f", path, *held)
+    held = best_hparams.held_in(path)
+    is_best = held == (study.sweep.monitor, best.value)
+    logger.info("its settings: python train.py --config %s", path if is_best else settings)
+    if held is not None and not is_best:
+        logger.info("%s keeps what another run reached, %s %.4f", path, *held)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import optuna
 from conftest import ROOT
+from optuna.trial import TrialState
 from processes import CONTEXT
 
 import sweep
 from cnn.records import run_record
-from cnn.sweeps import locks
 from cnn.sweeps import study as study_module
 from cnn.sweeps import trial as trial_module
-from cnn.sweeps.trial import COMPLETE, Outcome
+from cnn.sweeps.study import TrialResult
 from cnn.utils.run_folder import RunFolder
 
 # All that a sweep writes down, between which it may be killed.
@@ -34,20 +34,19 @@ WRITES = [
     (optuna.storages.RDBStorage, "set_trial_user_attr"),
     (optuna.storages.RDBStorage, "set_trial_state_values"),
     (optuna.storages.RDBStorage, "set_trial_intermediate_value"),
-    (locks.SharedLock, "write"),
+    (study_module, "write_text"),
     (RunFolder, "archive"),
     (trial_module, "run_trial"),
 ]
 
 
-def pretend(run, words, monitor, report, lock, output, stop) -> Outcome:
+def pretend(trial, stop) -> TrialResult:
     """In the place of a training: notes that it was begun, and what with."""
     with open("begun.txt", "a") as file:
-        file.write(json.dumps([run, words]) + "\n")
+        file.write(json.dumps([trial.run, trial.arguments()]) + "\n")
     for epoch in (1, 2):
-        report(epoch, 1.0)
-    lr = next(float(word.partition("=")[2]) for word in words if word.startswith("optim.lr="))
-    return Outcome(COMPLETE, abs(lr - 0.1), 2)
+        trial.report(epoch, 1.0)
+    return TrialResult(TrialState.COMPLETE, abs(trial.values["optim.lr"] - 0.1), 2)
 
 
 # In the place of train.py: notes that it was begun, and the second time fails at once; the first time
@@ -82,7 +81,6 @@ def hold(
     folder: Path,
     words: list[str],
     dies_at: int | None,
-    taking: float = 0.0,
     script: Path | None = None,
 ) -> None:
     """A process that sweeps, and dies at its n-th write: 2n before, 2n+1 after.
@@ -92,7 +90,7 @@ def hold(
     """
     signal.alarm(60)  # rather than to hang
     os.chdir(folder)
-    study_module.TAKING, study_module.PAUSE = taking, 0.02
+    study_module.PAUSE = 0.02
     if script is None:
         trial_module.run_trial = pretend
     else:
@@ -168,7 +166,7 @@ class Sweeping:
         """The trial that it is at."""
         at = None
         for line in list(self.lines):
-            if begun := re.match(r"trial (\d+) (begins|goes on): ", line):
+            if begun := re.match(r"trial (\d+) (starts|resumes): ", line):
                 at = int(begun[1])
             elif re.match(r"trial (\d+): ", line):
                 at = None

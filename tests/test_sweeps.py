@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import optuna
@@ -26,8 +27,8 @@ from cnn.records import best_hparams, run_record
 from cnn.sweeps import locks
 from cnn.sweeps import trial as trial_module
 from cnn.sweeps.settings import load_sweep
-from cnn.sweeps.study import Study
-from cnn.sweeps.trial import COMPLETE, FAILED, PRUNED, TrialResult, run_trial
+from cnn.sweeps.study import Study, TrialResult
+from cnn.sweeps.trial import run_trial
 from cnn.utils.signals import StopSignals
 
 SHIPPED = ROOT / "configs/sweep.yaml"
@@ -84,11 +85,11 @@ optim.lr: 3""")
         5: "train.epoch: no such key — did you mean 'train.epochs'?",
         7: "optim.lrr: no such key — did you mean 'optim.lr'?",
         8: "optim.lr.log: expected a number above 0, got 0",
-        9: "optim.weight_decay.between: expected low below high, got 1.0 and 0.0",
+        9: "optim.weight_decay.between: expected [low, high] with low below high, got [1.0, 0.0]",
         10: "optim.name[1]: expected one of sgd, adam, adamw, nadam, radam, rmsprop, adagrad,"
         " adamax, package.module:name, got adamv — did you mean 'adam'?",
         11: "data.batch_size.log: expected a whole number of at least 1, got 0.5",
-        12: "data.sampler: is no number that could be between two; expected [a, b, ...]",
+        12: "data.sampler: is not a number; expected [a, b, ...]",
         13: "data.limit[1]: given twice",
         14: "data.augment: expected [a, b, ...], {between: [low, high]} or {log: [low, high]},"
         " got crop",
@@ -105,7 +106,7 @@ optim.lr: 3""")
     assert (
         "small.yaml:5: optim.momentum: expected a number of at least 0 and below 1, got 2" in lines
     )
-    assert "small.yaml: trials: missing; tpe needs how many" in lines
+    assert "small.yaml: trials: expected the number of trials for tpe, got null" in lines
     assert len(lines) == len(expected) + 2
 
 
@@ -113,9 +114,9 @@ optim.lr: 3""")
     "text, words, expected",
     [
         ("trials: 3", [], "small.yaml: space: expected lines such as"),
-        (LR, [], "small.yaml: trials: missing; tpe needs how many"),
-        (LR, ["search=grid"], "small.yaml:2: optim.lr: a grid needs its values: [a, b, ...]"),
-        ("space: {seed: [0, 1]}", ["search=grid", "trials=2"], "trials: expected null, a grid"),
+        (LR, [], "small.yaml: trials: expected the number of trials for tpe, got null"),
+        (LR, ["search=grid"], "small.yaml:2: optim.lr: expected [a, b, ...] for a grid"),
+        ("space: {seed: [0, 1]}", ["search=grid", "trials=2"], "trials: expected null, since a grid tries all, got 2"),
         (f"trials: 1\n{LR}", ["optim.lr=3"], "command line: optim.lr: is in space too"),
         (f"trials: 1\nsettings: {{run: a}}\n{LR}", [], "small.yaml:3: run: cannot be set"),
         (f"name: a/b\ntrials: 1\n{LR}", [], "small.yaml:2: name: expected letters"),
@@ -139,10 +140,14 @@ def test_what_cannot_be_is_refused(text, words, expected):
 
 def test_a_configuration_that_is_not_there_or_spoilt_is_told_with_the_rest():
     Path("small.yaml").write_text(f"config: nothing.yaml\n{LR}\n")
-    with pytest.raises(Refused, match=r"1: config: expected a file beside .*\n.*trials: missing"):
+    with pytest.raises(
+        Refused, match=r"1: config: expected a file beside .*\n.*trials: expected the number"
+    ):
         load_sweep(Path("small.yaml"))
     Path("nothing.yaml").write_text("optim: {lrr: 3}\n")
-    with pytest.raises(Refused, match=r"trials: missing.*\nnothing.yaml:1: optim.lrr: no such key"):
+    with pytest.raises(
+        Refused, match=r"trials: expected the number.*\nnothing.yaml:1: optim.lrr: no such key"
+    ):
         load_sweep(Path("small.yaml"))
 
 
@@ -158,14 +163,14 @@ space:
         seen = []
         while (trial := study.take(StopSignals())) is not None:
             with trial:
-                trial.begin()
-                _, path, *words = trial.words()
+                trial.start()
+                _, path, *words = trial.arguments()
                 cfg, _ = script.load_config(Path(path), words)
                 assert cfg.run == f"small_{len(seen):04}"
                 found = to_dict(cfg)["data"]["augment"], cfg.model.args, cfg.train.clip_grad_norm
                 assert list(found) == list(trial.values.values())
                 seen.append(found)
-                study.end(trial.number, TrialResult(COMPLETE, 1.0, 1))
+                study.end(trial.number, TrialResult(TrialState.COMPLETE, 1.0, 1))
     assert seen == [
         (augment, args, norm)
         for augment in ([], ["crop", "flip"])
@@ -298,7 +303,7 @@ def test_a_trial_that_cannot_be_brought_to_an_end_may_be_skipped(capfd):
     sweep = load_sweep(Path("small.yaml"))
     with Study(sweep) as study:
         taken = study.take(StopSignals())
-        with pytest.raises(Refused, match="trial 0 is being worked on"):
+        with pytest.raises(Refused, match="trial 0 is being trained"):
             study.skip(0)
         taken.lock.release()
         study.skip(0)
@@ -310,19 +315,28 @@ def test_a_trial_that_cannot_be_brought_to_an_end_may_be_skipped(capfd):
     assert skipped.user_attrs["reason"] == "left out by --skip"
 
 
+def test_a_trial_of_an_earlier_version_with_an_id_in_its_lock_file_is_resumed():
+    with Study(load_sweep(write(f"trials: 1\n{LR}"))) as study:
+        attributes = {"taken": "an id"}
+        study.study.add_trial(optuna.create_trial(state=TrialState.RUNNING, user_attrs=attributes))
+        study.lock_file(0).write_text("an id")
+        with study.take(StopSignals()) as trial:
+            assert trial.number == 0 and len(study.trials()) == 1
+
+
 def test_a_trial_that_was_refused_is_there_again_and_takes_nothing_from_an_earlier_run():
     write(f"trials: 1\n{LR}")
     Path("logs/small_0000").mkdir(parents=True)
     Path("logs/small_0000/train.log").write_text("2001-02-03 04:05:06 an earlier run\n")
     with Study(load_sweep(Path("small.yaml"))) as study:
         with pytest.raises(Refused), study.take(StopSignals()) as trial:
-            trial.begin()
+            trial.start()
             values = trial.values
             Path("logs/small_0000/train.log").write_text("this run\n")
             raise Refused("no such data")
         with study.take(StopSignals()) as trial:
-            trial.begin()
-            assert trial.again and (trial.number, trial.values) == (0, values)
+            trial.start()
+            assert trial.is_resumed and (trial.number, trial.values) == (0, values)
     assert Path("logs/small_0000/train.log").read_text() == "this run\n"
     (archived,) = Path("logs/small_0000/archive").glob("*/train.log")
     assert archived.parent.name == "2001-02-03_04-05-06"
@@ -357,19 +371,37 @@ def test_a_database_that_is_none_is_refused(capfd):
 
 def own_lock() -> locks.SharedLock | None:
     Path("logs").mkdir(exist_ok=True)
-    return locks.SharedLock.take(Path("logs/a.lock"), create=True)
+    return locks.SharedLock.acquire(Path("logs/a.lock"))
+
+
+class StandaloneTrial:
+    """A trial without a study."""
+
+    run, monitor, output = "a", "val_loss", Path("logs/a.txt")
+
+    def __init__(self, words: list[str], report: Callable, lock: locks.SharedLock):
+        self.words, self.lock, self._report, self.epoch = words, lock, report, 0
+
+    def arguments(self) -> list[str]:
+        return self.words
+
+    def should_prune(self) -> bool:
+        return False
+
+    def report(self, epoch: int, value: float) -> bool:
+        if epoch <= self.epoch:
+            return False
+        self.epoch = epoch
+        return self._report(epoch, value)
 
 
 def training(words: list[str], report=lambda epoch, value: False, lock=None) -> TrialResult:
     """A real one."""
-    lock = lock or own_lock()
+    trial = StandaloneTrial([*TINY, *words, "run=a"], report, lock or own_lock())
     try:
-        return run_trial(
-            *("a", [*TINY, *words, "run=a"], "val_loss", report, lock),
-            *(Path("logs/a.txt"), StopSignals(deferred=True)),
-        )
+        return run_trial(trial, StopSignals(deferred=True))
     finally:
-        lock.release()
+        trial.lock.release()
 
 
 def test_a_trial_that_is_worse_than_the_median_is_stopped_and_saved():
@@ -382,7 +414,7 @@ def test_a_trial_that_is_worse_than_the_median_is_stopped_and_saved():
             assert own_lock() is None, "the training has it still"
         return epoch >= 3
 
-    assert training(["train.epochs=100000"], report, lock).state == PRUNED
+    assert training(["train.epochs=100000"], report, lock).state == TrialState.PRUNED
     assert own_lock() is not None
     assert [epoch for epoch, _ in reported] == [1, 2, 3]
     assert [f"{value:g}" for _, value in reported] == [
@@ -406,20 +438,20 @@ def test_the_median_decides_on_a_worse_trial_and_spares_the_better():
     ) as study:
         for value in (0.5, 0.6, 0.4, 0.7):
             with study.take(StopSignals()) as trial:
-                trial.begin()
+                trial.start()
                 assert not any(trial.report(epoch, value) for epoch in (1, 2, 3))
-                study.end(trial.number, TrialResult(COMPLETE, value, 3))
+                study.end(trial.number, TrialResult(TrialState.COMPLETE, value, 3))
         for value, expected in ((0.54, [False, False, False]), (0.58, [False, True, True])):
             with study.take(StopSignals()) as trial:
-                trial.begin()
+                trial.start()
                 assert [trial.report(epoch, value) for epoch in (1, 2, 3)] == expected
-                study.end(trial.number, TrialResult(PRUNED, epoch=3))
+                study.end(trial.number, TrialResult(TrialState.PRUNED, epoch=3))
         assert [trial.number for trial in study.ranking()] == [2, 0, 1, 3]
 
 
 def test_a_trial_that_fails_and_one_that_is_refused_say_why():
     failed = training(["optim.lr=1e9", "train.epochs=100"])
-    assert failed.state == FAILED and "is no longer a number: epoch " in failed.reason
+    assert failed.state == TrialState.FAIL and "is no longer a number: epoch " in failed.reason
     with pytest.raises(Refused, match="data.root: expected a folder.*there is none at"):
         training(["data.name=folder", "data.args={}", "data.root=nowhere", "model.args={}"])
 
@@ -437,7 +469,9 @@ def test_a_trial_whose_process_is_killed_goes_on_by_itself_but_not_for_ever(monk
         return False
 
     outcome = training(["train.epochs=100000"], report)
-    assert outcome.state == FAILED and outcome.reason.startswith("ended by SIGKILL, 2 times")
+    assert outcome.state == TrialState.FAIL and outcome.reason.startswith(
+        "ended by SIGKILL, 2 times"
+    )
     assert len(killed) == 2 and Path("logs/a/train.log").read_text().count("resumed from") == 1
 
 
@@ -486,7 +520,7 @@ def test_two_processes_one_killed_and_one_stopped_bring_every_trial_to_its_end_o
     said = last.wait()
     assert last.process.returncode == 0
     for number in (first, second):
-        assert f"trial {number} goes on: " in said
+        assert f"trial {number} resumes: " in said
     ranking = check_that_each_was_run_once("small", 3)
     assert len(ranking) == 3
     check_best_settings("small", ranking[0])

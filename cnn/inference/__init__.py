@@ -1,8 +1,9 @@
-"""TrainedModel models in use: predicting, evaluating, exporting.
+"""Trained models in use: prediction, evaluation, export.
 
 from cnn.inference import load
 
-predict = load("checkpoints/best.pth")
+predictor = load("checkpoints/best.pth")
+prediction = predictor("photo.jpg")
 """
 
 from cnn.inference.predictor import Prediction, Predictor, load

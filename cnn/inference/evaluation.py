@@ -1,4 +1,4 @@
-"""A trained model held against labelled images: which ones, what comes out, and is it as reported?"""
+"""The images and the loss for evaluating a trained model, on the data of its training or others."""
 
 import copy
 import logging
@@ -18,116 +18,115 @@ from cnn.training.losses import build_loss, has_state
 
 logger = logging.getLogger(__name__)
 
-OTHER_DATA = {"data.name", "data.root", "data.args"}  # typed, they may name other data
+OTHER_DATA = {"data.name", "data.root", "data.args"}  # typed, they permit other data
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What is evaluated on."""
+    """The labelled images of an evaluation.
+
+    Attributes:
+        train_labels: of the training images, or None if the data is not that of the training.
+        description: for messages.
+    """
 
     images: Images
-    train_labels: np.ndarray | None  # of the run's own data
+    train_labels: np.ndarray | None
     description: str
 
     @property
-    def is_own(self) -> bool:
-        """Whether they are the images of the run that made the checkpoint, divided as there."""
+    def is_same_data(self) -> bool:
+        """Whether the images are a split of the data that the model was trained on."""
         return self.train_labels is not None
 
 
 def choose_images(trained: TrainedModel, split: str) -> EvaluationData:
-    """The split of the run's own data; of other data that split, or where they have none, all.
+    """Returns a split of the data of the training, or of other data if such was typed.
 
-    Nothing of other data was trained on, so that nothing has to be held out.
+    Other data that is not divided is used whole, since the model was not trained on any of it.
 
     Raises:
-        Refused: the data cannot be had, have other classes, or have changed since the training.
+        Refused: the data cannot be read, has other classes, or has changed since the training.
     """
-    cfg, known = trained.cfg.data, trained.classes
-    splits, classes = read_splits(cfg, known)
-    own = _as_in_training(trained, splits, classes)
+    cfg = trained.cfg.data
+    splits, classes = read_splits(cfg, trained.classes)
     source = cfg.name if cfg.name not in ("folder", "csv") else cfg.root
-    if own is not None:
-        images = getattr(own, split)
-        _set_channels(trained, images)
-        return EvaluationData(images, own.train.labels, f"{split} of {source}")
-    if not trained.typed & OTHER_DATA:
+    parts = _divide_as_trained(trained, splits, classes)
+    if parts is not None:
+        images, labels, description = parts[split], parts["train"].labels, f"{split} of {source}"
+    elif not trained.typed & OTHER_DATA:
         raise Refused(
-            f"{trained.path}: the data have changed since the training ({source}); some of what is"
-            f" there now may have been trained on. To evaluate on it all the same, type"
-            f" data.root={cfg.root}; to evaluate on other images, data.root=FOLDER"
+            f"{trained.path}: the data in {source} has changed since the training; images that were"
+            f" trained on may be among these; type data.root={cfg.root} to use it, or other data"
         )
-    if split not in splits and "train" not in splits:
-        raise Refused(f"data.root: expected images of {split} or train in {source}, got neither")
-    if set(splits) == {"train"}:
-        images, description = splits["train"], f"all of {source}"
     else:
-        held_out = splits if split in splits else divide(splits, cfg, trained.cfg.seed)
-        images, description = held_out[split], f"{split} of {source}"
-    if _is_same_place(trained):
-        logger.warning(
-            "%s has changed since the training, and images that were trained on may be among these",
-            source,
-        )
-    images = _numbered_as(known, classes, images)
-    _set_channels(trained, images)
-    return EvaluationData(images, None, f"{description}, other data than in training")
+        images, description = _choose_other_images(trained, splits, split, source)
+        images, labels = _with_model_labels(images, classes, trained.classes), None
+        description += ", other data than in training"
+    set_channels(trained, images)
+    return EvaluationData(images, labels, description)
 
 
-def _as_in_training(trained: TrainedModel, splits: Splits, classes: list[str]) -> Data | None:
-    """The data divided as in the training, if they are what they were then."""
+def _divide_as_trained(trained: TrainedModel, splits: Splits, classes: list[str]) -> Splits | None:
+    """Divides the data; returns None if it is not the data that the model was trained on."""
     if "train" not in splits or classes != trained.classes:
         return None
     try:
         parts = divide(splits, trained.cfg.data, trained.cfg.seed)
-    except Refused:  # too few to hold any out
+    except Refused:  # too few images to hold any out
         return None
     data = Data(parts["train"], parts["val"], parts["test"], classes, trained.preprocessing)
-    return data if data.fingerprint() == trained.content["data"] else None
+    return parts if data.fingerprint() == trained.content["data"] else None
 
 
-def _is_same_place(trained: TrainedModel) -> bool:
-    then, now = trained.content["config"]["data"], trained.cfg.data
-    return (then["name"], Path(then["root"]).resolve()) == (now.name, Path(now.root).resolve())
+def _choose_other_images(
+    trained: TrainedModel, splits: Splits, split: str, source: str
+) -> tuple[Images, str]:
+    saved, cfg = trained.content["config"]["data"], trained.cfg.data
+    if (saved["name"], Path(saved["root"]).resolve()) == (cfg.name, Path(cfg.root).resolve()):
+        logger.warning("%s has changed; images that were trained on may be among these", source)
+    if set(splits) == {"train"}:
+        return splits["train"], f"all of {source}"
+    if split not in splits:
+        if "train" not in splits:
+            raise Refused(f"data.root: expected {split} or train in {source}, got neither")
+        splits = divide(splits, cfg, trained.cfg.seed)
+    return splits[split], f"{split} of {source}"
 
 
-def _numbered_as(known: list[str], classes: list[str], images: Images) -> Images:
-    """The images with the model's numbers for their classes, which go by name."""
-    present = np.unique(images.labels).tolist()
-    unknown = [classes[number] for number in present if classes[number] not in known]
+def _with_model_labels(images: Images, classes: list[str], model_classes: list[str]) -> Images:
+    """Returns the images, their labels mapped by name to the model's classes."""
+    label_of = {name: label for label, name in enumerate(model_classes)}
+    unknown = [classes[i] for i in np.unique(images.labels) if classes[i] not in label_of]
     if unknown:
-        raise Refused(unknown_classes("data.name", unknown, known))
-    numbers = np.array([known.index(name) if name in known else -1 for name in classes])
+        raise Refused(unknown_classes("data.name", unknown, model_classes))
     images = copy.copy(images)
-    images.labels = numbers[images.labels]
+    images.labels = np.array([label_of.get(name, -1) for name in classes])[images.labels]
     return images
 
 
-def _set_channels(trained: TrainedModel, images: Images) -> None:
-    """Has files decoded to the model's channels; refuses pixels that have others."""
-    wanted = trained.preprocessing.channels
-    if isinstance(images, FileImages) and wanted in (1, 3):
-        images.files.channels = wanted
-    elif images.sizes()[0] != wanted:
-        raise Refused(
-            f"data.name: expected images of {wanted} channels, as the model was trained on, got"
-            f" {images.sizes()[0]}"
-        )
+def set_channels(trained: TrainedModel, images: Images) -> None:
+    """Makes image files decode to the model's channels; refuses arrays with other channels."""
+    channels = trained.preprocessing.channels
+    if isinstance(images, FileImages) and channels in (1, 3):
+        images.files.channels = channels
+    elif images.sizes()[0] != channels:
+        raise Refused(f"data.name: expected {channels} channels, got {images.sizes()[0]}")
 
 
-def build_loss_of(trained: TrainedModel, subject: EvaluationData) -> nn.Module:
-    """The loss of the training, its class weights those of the training images.
+def build_training_loss(trained: TrainedModel, data: EvaluationData) -> nn.Module:
+    """Builds the loss of the training, with the class weights of the training images.
 
     Raises:
-        Refused: the checkpoint holds weights that are none.
+        Refused: the checkpoint's class weights or loss state are invalid.
     """
     cfg, saved = trained.cfg.loss, trained.content.get("class_weights")
     if saved is not None:
         cfg = replace(cfg, class_weights=saved)
-    elif cfg.class_weights == "balanced" and not subject.is_own:  # a file of before
-        logger.warning("the loss is without class weights, which %s does not tell", trained.path)
+    elif cfg.class_weights == "balanced" and not data.is_same_data:  # an old checkpoint
+        logger.warning("%s has no class weights; the loss is computed without", trained.path)
         cfg = replace(cfg, class_weights=None)
-    loss = build_loss(cfg, subject.train_labels, trained.classes).to(trained.device)
+    loss = build_loss(cfg, data.train_labels, trained.classes).to(trained.device)
     if has_state(loss):
         try:
             loss.load_state_dict(trained.content.get("loss_state_dict", {}))

@@ -1,46 +1,48 @@
-"""A trained model as a file that runs without this project: torch.export, ONNX, or weights alone.
+"""Exporting a trained model to a file that runs without this project: torch.export, ONNX, weights.
 
-No file is written before what is in it has been loaded again and has given the answers that the
-model gives here.
+Before a file is written, its content is loaded again and compared with the model.
 """
 
+import contextlib
 import io
 import json
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from cnn.config import ModelConfig
 from cnn.datasets.build import build_data
-from cnn.datasets.images import FileImages
 from cnn.datasets.preprocessing import Normalize, Preprocessing, resize_and_crop
 from cnn.errors import Failed, Refused
+from cnn.inference.evaluation import set_channels
 from cnn.inference.trained_model import TrainedModel
 from cnn.models.build import build_model
 from cnn.utils.checked_zip import write_archive
 
 logger = logging.getLogger(__name__)
 
-CPU = torch.device("cpu")
-BATCHES = (1, 17)  # images at once, to check that any number goes
-TOLERANCE = 1e-4  # of a logit, or of the largest one where that is above 1
-METADATA = "metadata.json"  # name within a file of torch.export
+BATCH_SIZES = (1, 17)  # that the exported model is checked with
+TOLERANCE = 1e-4  # of a logit, times the largest logit where that is above 1
+NORMALIZED_INSIDE = "in 0..1; mean and std are applied inside"
+METADATA = "metadata.json"  # its name within a file of torch.export
+SHAPES = {"images": {0: torch.export.Dim("batch", min=1)}}  # any batch size
+SEED = 2**62 + 1  # for initial weights that differ from those of the training
 
-Answer = Callable[
-    [torch.Tensor], torch.Tensor
-]  # pixels in 0..1 (N, C, H, W) to logits (N, classes)
+# Takes pixels in 0..1 (N, C, H, W), returns logits (N, classes).
+Inference = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Deployed(nn.Module):
-    """The model with its normalisation, which nobody can forget then.
+    """A model with its normalization, which nobody can forget then.
 
     Args:
-        model: takes normalised images.
-        preprocessing: with the mean and std of them.
+        model: takes normalized images.
+        preprocessing: contains their mean and standard deviation.
     """
 
     def __init__(self, model: nn.Module, preprocessing: Preprocessing):
@@ -50,152 +52,157 @@ class Deployed(nn.Module):
         self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W; in 0..1
-        return self.model((images - self.mean) / self.std)  # N, num_classes
+        """Returns logits (N, classes)."""
+        return self.model((images - self.mean) / self.std)
 
 
-def export(trained: TrainedModel, form: str) -> tuple[bytes, str]:
-    """The model as the content of a file, and how it was checked.
+def export_model(trained: TrainedModel, file_format: str) -> tuple[bytes, str]:
+    """Exports a model, and checks the result on some images.
 
     Args:
-        trained: on the CPU.
-        form: of FORMATS.
+        trained: a model on the CPU.
+        file_format: a key of FORMATS.
+
+    Returns:
+        The content of the file, and a sentence about the check.
 
     Raises:
-        Refused: the model is one that torch cannot export.
-        Failed: what comes out gives other answers.
+        Refused: torch cannot export the model.
+        Failed: the logits of the exported model differ.
     """
-    make, load = FORMATS[form]
+    export, load = FORMATS[file_format]
     trained.model.to(memory_format=torch.contiguous_format)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, on its own behalf
-        data = make(trained)
-        images, which = some_images(trained)
-        difference, largest = compare(trained, load(trained, data), images)
-    said = f"largest difference from PyTorch {difference:.2g}, logits up to {largest:.3g}"
+        warnings.simplefilter("ignore")  # torch warns about its own code
+        content = export(trained)
+        images, source = sample_images(trained)
+        difference, largest = compare_logits(trained, load(content), images)
+    result = f"largest difference from PyTorch {difference:.2g}, logits up to {largest:.3g}"
     if not difference <= TOLERANCE * max(1.0, largest):
-        raise Failed(f"the exported model does not agree on {which}: {said}; nothing was written")
-    batches = " and ".join(map(str, BATCHES))
-    return data, f"checked on {which}, {batches} at once: {said}"
+        raise Failed(f"the exported model disagrees on {source}: {result}; nothing was written")
+    batches = " and ".join(map(str, BATCH_SIZES))
+    return content, f"checked on {source} in batches of {batches}: {result}"
 
 
-# -- the formats: to bytes, and from bytes to answers ------------------------------------------
+# -- the formats: exporting and loading --------------------------------------------------------
 
 
 def to_torch(trained: TrainedModel) -> bytes:
+    """Exports to the .pt2 format of torch.export."""
     buffer = io.BytesIO()
     text = json.dumps(metadata(trained), ensure_ascii=False, indent=1)
     torch.export.save(_program(trained), buffer, extra_files={METADATA: text})
     return buffer.getvalue()
 
 
-def from_torch(trained: TrainedModel, data: bytes) -> Answer:
-    return torch.export.load(io.BytesIO(data)).module()
+def from_torch(content: bytes) -> Inference:
+    """Loads the .pt2 format."""
+    return torch.export.load(io.BytesIO(content)).module()
 
 
 def to_onnx(trained: TrainedModel) -> bytes:
+    """Exports to ONNX; the metadata is in the model's properties, as JSON."""
     import onnx
 
-    program = _program(trained).run_decompositions({MAX_POOL: _largest})
-    names = {"input_names": ["images"], "output_names": ["logits"]}
-    try:
-        made = torch.onnx.export(
-            program, dynamo=True, verbose=False, dynamic_shapes={"images": {0: "batch"}}, **names
+    program = _program(trained).run_decompositions({MAX_POOL: _max_pool_to_one})
+    with _refusing(trained, "torch.onnx"):
+        exported = torch.onnx.export(
+            program, dynamo=True, verbose=False, output_names=["logits"], dynamic_shapes=SHAPES
         )
-    except Exception as error:
-        raise _cannot(trained, "torch.onnx", error) from error
     values = {
         key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for key, value in metadata(trained).items()
     }
-    proto = made.model_proto  # made anew each time it is asked for
+    proto = exported.model_proto  # a property that builds a new object each time
     onnx.helper.set_model_props(proto, values)
     onnx.checker.check_model(proto)
     return proto.SerializeToString()
 
 
-def from_onnx(trained: TrainedModel, data: bytes) -> Answer:
+def from_onnx(content: bytes) -> Inference:
+    """Loads ONNX in onnxruntime."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
 def to_weights(trained: TrainedModel) -> bytes:
+    """Exports the weights and the metadata as a file for `torch.load`."""
+    content = metadata(trained, "(pixels in 0..1 - mean) / std")
     buffer = io.BytesIO()
-    weights = {"model_state_dict": trained.model.state_dict()}
-    write_archive(weights | metadata(trained, normalizes=False), buffer)
+    write_archive({"model_state_dict": trained.model.state_dict()} | content, buffer)
     return buffer.getvalue()
 
 
-def from_weights(trained: TrainedModel, data: bytes) -> Answer:
-    saved = torch.load(io.BytesIO(data), weights_only=True)
-    cfg, pre = replace(trained.cfg.model, pretrained=False, weights=None), trained.preprocessing
-    another = trained.cfg.seed + 1  # other first weights than the trained model began with
-    model = build_model(cfg, len(saved["classes"]), pre.channels, pre.image_size, another)
+def from_weights(content: bytes) -> Inference:
+    """Loads the weights into a new model."""
+    saved = torch.load(io.BytesIO(content), weights_only=True)
+    cfg = ModelConfig(saved["model"], saved["model_args"])
+    pre = Preprocessing(**saved["preprocessing"])
+    model = build_model(cfg, len(saved["classes"]), pre.channels, pre.image_size, SEED)
     model.load_state_dict(saved["model_state_dict"])
-    return Deployed(model.eval(), Preprocessing(**saved["preprocessing"]))
+    return Deployed(model.eval(), pre)
 
 
-FORMATS: dict[
-    str, tuple[Callable[[TrainedModel], bytes], Callable[[TrainedModel, bytes], Answer]]
-] = {
+FORMATS: dict[str, tuple[Callable[[TrainedModel], bytes], Callable[[bytes], Inference]]] = {
     "torch": (to_torch, from_torch),
     "onnx": (to_onnx, from_onnx),
     "weights": (to_weights, from_weights),
 }
 
-
 MAX_POOL = torch.ops.aten.adaptive_max_pool2d.default
 
 
-def _largest(images: torch.Tensor, size: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Max pooling to one pixel, (N, C, 1, 1), by what every torch.onnx knows; 2.11's has no other."""
+def _max_pool_to_one(images: torch.Tensor, size: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decomposes max pooling to (N, C, 1, 1), which torch.onnx 2.11 cannot export."""
     if list(size) != [1, 1]:
         return NotImplemented
-    where = images.flatten(-2).argmax(-1)[..., None, None]
-    return images.amax((-2, -1), keepdim=True), where
+    indices = images.flatten(-2).argmax(-1)[..., None, None]
+    return images.amax((-2, -1), keepdim=True), indices
 
 
 def _program(trained: TrainedModel) -> torch.export.ExportedProgram:
-    """The model and its normalisation as a graph for any number of images."""
+    """Returns the graph of the model and its normalization for any batch size."""
     pre = trained.preprocessing
     deployed = Deployed(trained.model, pre).eval()
     example = torch.zeros(2, pre.channels, pre.image_size, pre.image_size)
-    shapes = {"images": {0: torch.export.Dim("batch", min=1)}}
+    with _refusing(trained, "torch.export"):
+        return torch.export.export(deployed, (example,), dynamic_shapes=SHAPES)
+
+
+@contextlib.contextmanager
+def _refusing(trained: TrainedModel, exporter: str) -> Iterator[None]:
+    """Turns any error of an exporter of torch into a refusal."""
     try:
-        return torch.export.export(deployed, (example,), dynamic_shapes=shapes)
+        yield
     except Exception as error:
-        raise _cannot(trained, "torch.export", error) from error
+        while error.__cause__ is not None:  # torch wraps the reason in advice to its developers
+            error = error.__cause__
+        raise Refused(
+            f"model.name: {exporter} cannot export {trained.cfg.model.name}: {_first_line(error)};"
+            " its forward must not branch on values; --format weights exports any model"
+        ) from error
 
 
-def _cannot(trained: TrainedModel, what: str, error: Exception) -> Refused:
-    while error.__cause__ is not None:  # torch wraps the reason in advice to its developers
-        error = error.__cause__
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return Refused(
-        f"model.name: {what} cannot take {trained.cfg.model.name}: {reason.rstrip('.')}. Its forward must"
-        f" not branch on values or on the number of images; --format weights takes any model"
-    )
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-# -- what a file says of itself ----------------------------------------------------------------
+# -- metadata and check ------------------------------------------------------------------------
 
 
-def metadata(trained: TrainedModel, normalizes: bool = True) -> dict[str, Any]:
-    """What is needed to use the file, as plain values.
+def metadata(trained: TrainedModel, pixels: str = NORMALIZED_INSIDE) -> dict[str, Any]:
+    """Returns what is needed to use the file, as plain values.
 
     Args:
-        normalizes: whether mean and std are in the file's graph.
+        trained: the exported model.
+        pixels: how the input is computed from pixels.
     """
     pre, content = trained.preprocessing, trained.content
     shape = f"{pre.channels}, {pre.image_size}, {pre.image_size}"
-    inside = (
-        "in 0..1; mean and std are applied inside"
-        if normalizes
-        else "(pixels in 0..1 - mean) / std"
-    )
     return {
-        "input": f"images: float32 (N, {shape}), {inside}",
+        "input": f"images: float32 (N, {shape}), {pixels}",
         "output": f"logits: float32 (N, {len(trained.classes)}); softmax makes them probabilities",
         "classes": list(trained.classes),
         "preprocessing": asdict(pre),
@@ -210,49 +217,35 @@ def metadata(trained: TrainedModel, normalizes: bool = True) -> dict[str, Any]:
     }
 
 
-# -- does it agree? ------------------------------------------------------------------------------
+def sample_images(trained: TrainedModel) -> tuple[torch.Tensor, str]:
+    """Returns 17 validation images, or random ones if the data is not there, and what they are.
 
-
-def some_images(trained: TrainedModel) -> tuple[torch.Tensor, str]:
-    """Images as the data have them, in the model's size, (17, C, H, W); and which.
-
-    Of the validation; random ones where the data are not there.
+    The images (17, C, H, W) have the size of the model's input.
     """
-    pre, number = trained.preprocessing, max(BATCHES)
+    pre, number = trained.preprocessing, max(BATCH_SIZES)
     try:
-        found = build_data(replace(trained.cfg.data, download=False), trained.cfg.seed).val
-        if isinstance(found, FileImages):
-            found.files.channels = pre.channels
-        count = min(number, len(found))
-        images = torch.stack(
-            [resize_and_crop(found[index], pre.image_size) for index in range(count)]
-        )
-        if images.shape[1:] != (pre.channels, pre.image_size, pre.image_size):
-            raise Refused(f"they are of {tuple(images.shape[1:])} now")
-        which = f"{count} images of the validation"
-        return images[torch.arange(number) % count], which
-    except Exception as error:  # noqa: BLE001  whatever the user's own dataset makes of it
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        logger.info("the images that it was trained on are not to be had here (%s)", reason)
+        val = build_data(replace(trained.cfg.data, download=False), trained.cfg.seed).val
+        set_channels(trained, val)
+        indices = range(min(number, len(val)))
+        images = torch.stack([resize_and_crop(val[index], pre.image_size) for index in indices])
+        return images[torch.arange(number) % len(images)], f"{len(images)} validation images"
+    except Exception as error:  # noqa: BLE001  the user's own dataset may raise anything
+        logger.info("the images of the training are not available here (%s)", _first_line(error))
     shape = (number, pre.channels, pre.image_size, pre.image_size)
     generator = torch.Generator().manual_seed(0)
     return torch.randint(256, shape, generator=generator, dtype=torch.uint8), "random images"
 
 
-def compare(trained: TrainedModel, answer: Answer, images: torch.Tensor) -> tuple[float, float]:
-    """Holds the answers against those of the model and the normalisation that it was trained with.
+def compare_logits(
+    trained: TrainedModel, inference: Inference, images: torch.Tensor
+) -> tuple[float, float]:
+    """Compares the exported model with the model and the normalization of the training.
 
     Returns:
         The largest difference of a logit, and the largest logit.
     """
-    normalize = Normalize(trained.preprocessing, CPU)
+    normalize = Normalize(trained.preprocessing, trained.device)
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    difference = largest = 0.0
-    for number in BATCHES:
-        expected = trained.model(normalize(images[-number:]))
-        got = answer(pixels[-number:].contiguous())
-        if got.shape != expected.shape or not got.isfinite().all():
-            return float("inf"), expected.abs().max().item()
-        difference = max(difference, (got - expected).abs().max().item())
-        largest = max(largest, expected.abs().max().item())
-    return difference, largest
+    expected = torch.cat([trained.model(normalize(images[-size:])) for size in BATCH_SIZES])
+    logits = torch.cat([inference(pixels[-size:].contiguous()) for size in BATCH_SIZES])
+    return (logits - expected).abs().max().item(), expected.abs().max().item()

@@ -1,8 +1,7 @@
-"""A trained model out of its checkpoint, ready for use; the file has all that this needs."""
+"""Loading a trained model; its checkpoint contains everything that this needs."""
 
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,52 +22,68 @@ from cnn.utils.module_state import load_state
 
 @dataclass(frozen=True)
 class TrainedModel:
+    """A model with the weights of a checkpoint, in evaluation mode.
+
+    Attributes:
+        path: the checkpoint's file.
+        content: everything that the checkpoint contains.
+        cfg: the checkpoint's settings, changed by those typed on the command line.
+        typed: the keys of the settings typed on the command line.
+        places: for each key, the file and line or the command line that its value is from.
+        model: takes normalized images (N, C, size, size); returns logits (N, classes).
+        precision: of a forward pass: fp32, bf16 or fp16.
+    """
+
     path: Path
-    content: dict[str, Any]  # of the checkpoint
-    cfg: Config  # its settings, with those typed now
+    content: dict[str, Any]
+    cfg: Config
     typed: set[str]
-    places: dict[str, str]  # where each setting was given
-    model: nn.Module  # in evaluation mode, on the device
+    places: dict[str, str]
+    model: nn.Module
     preprocessing: Preprocessing
     device: torch.device
     precision: str
 
     def autocast(self) -> torch.autocast:
-        """Around a forward pass: the precision."""
+        """Returns a context manager that runs a forward pass in this precision."""
         return env.autocast(self.device, self.precision)
 
     @property
     def classes(self) -> list[str]:
+        """The names of the classes, in the order of the logits."""
         return self.content["classes"]
 
     @property
     def is_within_epoch(self) -> bool:
-        """Whether the weights are those of the middle of an epoch, which nothing was reported of."""
+        """Whether the checkpoint was saved within an epoch, so that it was never evaluated."""
         return self.content["unfinished_epoch"]["batch"] > 0
 
-    def drawing_epoch(self, split: str) -> int:
-        """What training keyed a model that draws in an evaluation by, after these weights' epoch."""
+    def seed_epoch(self, split: str) -> int:
+        """Returns the epoch that seeded the random numbers when training evaluated these weights.
+
+        It matters to models that draw random numbers in evaluation mode.
+        """
         epoch = self.content["epoch"]
         return epoch if split == "test" or self.is_within_epoch else max(epoch - 1, 0)
 
     def __str__(self) -> str:
-        content = self.content
-        averaged = ", averaged weights" if content["ema_state_dict"] else ""
-        within = f" and {content['unfinished_epoch']['batch']} batches" * self.is_within_epoch
-        return (
-            f"{self.path}: {self.cfg.model.name} after epoch {content['epoch']}{within}{averaged},"
-            f" {len(self.classes)} classes"
-        )
+        batch = self.content["unfinished_epoch"]["batch"]
+        within = f" and {batch} batches" if self.is_within_epoch else ""
+        averaged = ", averaged weights" if self.content["ema_state_dict"] else ""
+        trained = f"{self.cfg.model.name} after epoch {self.content['epoch']}{within}{averaged}"
+        return f"{self.path}: {trained}, {len(self.classes)} classes"
 
 
 def load_trained_model(path: Path, settings: Sequence[str] = ()) -> TrainedModel:
     """Reads a checkpoint and builds its model with the weights that were validated.
 
     Args:
-        settings: `key=value`, laid over those of the checkpoint.
+        path: a checkpoint that train.py saved.
+        settings: `key=value` that replace settings of the checkpoint.
 
     Raises:
-        Refused: the file is none, damaged, or does not fit together; or it names code of others.
+        Refused: the file is not a checkpoint, is damaged or inconsistent, or names code outside
+            this folder.
     """
     content = load_checkpoint(path, "--checkpoint")
     typed = {setting.partition("=")[0] for setting in settings}
@@ -77,51 +92,47 @@ def load_trained_model(path: Path, settings: Sequence[str] = ()) -> TrainedModel
     device = env.choose_device(cfg.device)
     precision = _choose_precision(cfg, content["environment"], device, typed)
     pre = Preprocessing.from_checkpoint(path, content["preprocessing"])
-    # The weights come out of the checkpoint; those that the run began with may be gone.
-    begun = dataclasses.replace(cfg.model, weights=None, pretrained=False)
-    number = len(content["classes"])
+    # All weights are in the checkpoint; the file that training started from may no longer exist.
+    model_cfg, classes = replace(cfg.model, weights=None, pretrained=False), content["classes"]
     try:
-        model = build_model(begun, number, pre.channels, pre.image_size, cfg.seed)
+        model = build_model(model_cfg, len(classes), pre.channels, pre.image_size, cfg.seed)
     except Refused as refusal:
         raise Refused(f"{path}: {refusal}") from None
     model = model.to(device, memory_format=torch.channels_last)
-    _load_weights(path, model, content)
-    places = placed(places, path)
+    _load_weights(path, model, validated_weights(content))
     return TrainedModel(path, content, cfg, typed, places, model.eval(), pre, device, precision)
 
 
 def _read_settings(
     path: Path, saved: dict[str, Any], settings: Sequence[str], typed: set[str]
 ) -> tuple[Config, dict[str, str]]:
-    """The checkpoint's settings under those typed now, and where each was given."""
     with naming(path):
         cfg, places = config.load_config(None, settings, saved)
-    then, now = config.flat(saved), config.flat(config.to_dict(cfg))
-    # Typed, these only say that their code is meant to run; other data it may be given.
+    before, now = config.flat(saved), config.flat(config.to_dict(cfg))
+    # Typing a key that names code only permits that code to run; data may be replaced.
     for key in typed.intersection(config.code_keys()) - {"data.name"}:
-        if then.get(key) != now[key]:
-            has = config.as_text(then.get(key))
-            raise Refused(f"{key}: {path} has {has}, and a trained model keeps it")
-    if then.get("data.name") != cfg.data.name and "data.args" not in typed:
-        cfg = config.with_values(cfg, data={"args": {}})  # those were another set's
-    return cfg, places
+        if before.get(key) != now[key]:
+            value = config.as_text(before.get(key))
+            raise Refused(f"{key}: expected {value} as in {path}; a trained model keeps it")
+    if before.get("data.name") != cfg.data.name and "data.args" not in typed:
+        cfg = config.with_values(cfg, data={"args": {}})  # the arguments were for the other data
+    return cfg, placed(places, path)
 
 
 def _choose_precision(
-    cfg: Config, then: dict[str, Any], device: torch.device, typed: set[str]
+    cfg: Config, saved: dict[str, Any], device: torch.device, typed: set[str]
 ) -> str:
-    """The run's own on its own kind of device; elsewhere what is quick there, unless it was fp32."""
+    """Returns the precision of training on the same kind of device, else what is fast there."""
     name = cfg.train.precision
-    trained_on = then.get("device") if then.get("device") in ("cpu", "mps") else "cuda"
-    if "train.precision" not in typed and name != "fp32":
-        if trained_on == device.type and then["precision"] in env.DTYPES:
-            return then["precision"]
-        name = "auto"
-    return env.choose_precision(name, device)
+    if "train.precision" in typed or name == "fp32":
+        return env.choose_precision(name, device)
+    trained_on = saved.get("device") if saved.get("device") in ("cpu", "mps") else "cuda"
+    is_known = trained_on == device.type and saved["precision"] in env.DTYPES
+    return saved["precision"] if is_known else env.choose_precision("auto", device)
 
 
-def _load_weights(path: Path, model: nn.Module, content: dict[str, Any]) -> None:
-    weights, expected = validated_weights(content), model.state_dict()
+def _load_weights(path: Path, model: nn.Module, weights: dict[str, Any]) -> None:
+    expected = model.state_dict()
     try:
         for name, tensor in weights.items():
             if isinstance(expected.get(name), torch.Tensor):

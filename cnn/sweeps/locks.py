@@ -1,4 +1,4 @@
-"""A lock that a process shares with those it starts."""
+"""A file lock that a process shares with the processes that it starts."""
 
 import fcntl
 import os
@@ -9,52 +9,37 @@ from cnn.errors import Refused
 
 
 class SharedLock:
-    """A lock on a file, held by this process and by those that are given its descriptor.
+    """An exclusive lock on a file, held by every process that has its open file descriptor.
 
-    The kernel frees it when the last of them is gone, however that came: so that a killed process
-    whose child lives on leaves no free lock behind. The file may hold a line of text. It is never
-    removed, since another process may be about to lock it.
+    The kernel frees it when the last of these processes has ended, even by `kill -9`. So a killed
+    process whose child still runs does not leave a free lock behind. The file is never removed,
+    since another process may be about to lock it.
     """
 
-    def __init__(self, path: Path, descriptor: int):
-        self.path, self.descriptor = path, descriptor
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
 
     @classmethod
-    def take(cls, path: Path, *, create: bool) -> Self | None:
-        """The lock, or None where others hold it, or there is no file and none is to be made.
+    def acquire(cls, path: Path) -> Self | None:
+        """Locks the file, which is created if needed; returns None if another process holds it.
 
         Raises:
-            Refused: the file system has no locks, or does not let us write.
+            Refused: the file cannot be written, or its file system does not support locks.
         """
+        descriptor = -1
         try:
-            descriptor = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o666)
-        except FileNotFoundError:
-            if not create:
-                return None
-            raise Refused(f"{path}: the folder is gone") from None
-        except OSError as error:
-            raise Refused(f"{path}: cannot be written: {error.strerror}") from None
-        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
         except OSError as error:
-            os.close(descriptor)
-            raise Refused(f"{path}: the file system has no locks: {error.strerror}") from None
-        return cls(path, descriptor)
-
-    def text(self) -> str:
-        return os.pread(self.descriptor, 1000, 0).decode("utf-8", "replace")
-
-    def write(self, text: str) -> None:
-        """Puts the text into the file, durably."""
-        os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, text.encode(), 0)
-        os.fsync(self.descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                return None
+            raise Refused(f"{path}: expected a file to lock, got: {error.strerror}") from None
+        return cls(descriptor)
 
     def release(self) -> None:
-        """Lets go; those that share the lock may hold it still."""
+        """Closes this process's descriptor; child processes may still hold the lock."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1

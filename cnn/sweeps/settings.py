@@ -1,39 +1,28 @@
-"""The settings of a sweep: what is tried, how and how often; read as strictly as those of a run.
+"""The settings of a sweep, read as strictly as those of a run.
 
     search: random
     trials: 20
     space:
-      optim.lr: {log: [1e-3, 1.0]}        # between these, evenly over the powers of ten
+      optim.lr: {log: [1e-3, 1.0]}        # between these, uniform on a logarithmic scale
       optim.momentum: {between: [0.5, 0.99]}
       data.batch_size: [32, 64, 128]      # one of these
 
-Nothing here imports torch or Optuna, so that a typo is answered at once.
+Nothing here imports torch or Optuna, so that a mistake is reported within a tenth of a second.
 """
 
-import itertools
 import math
 import os
+import random
 import re
-import types
-import typing
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
-from cnn.config import Config, as_text
-from cnn.config.reader import (
-    Entry,
-    build,
-    compose,
-    place_of,
-    read_entries,
-    read_file,
-    read_override,
-    read_text,
-)
+from cnn.config import Config, as_text, reader
+from cnn.config.reader import Entry
 from cnn.config.settings import FIXED, FREE, SECTIONS, keys_of, plain, setting
 from cnn.config.values import describe_node, read_list, read_value, suggest
 from cnn.errors import InvalidValue, Refused
@@ -41,41 +30,51 @@ from cnn.errors import InvalidValue, Refused
 SEARCHES = ("grid", "random", "tpe")
 FORMS = "[a, b, ...], {between: [low, high]} or {log: [low, high]}"
 MAX_GRID = 10_000
-MAX_CHECKED = 2_000  # combinations; each takes a millisecond
+MAX_CHECKED = 2_000  # combinations that are checked before a sweep starts, a millisecond each
 
-# What a sweep itself decides.
+# Settings that cannot be in the search space.
 NOT_TRIED = {
     "run": "each trial has a run of its own",
-    "checkpoint.monitor": "it is what the trials are compared by",
+    "checkpoint.monitor": "trials are compared by it",
 }
+
+# The type of a range's bounds, by the type of the setting.
+NUMBER_TYPES = {int: int, int | None: int, float: float, float | None: float}
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """The file's keys; `resume` is whether a sweep that goes on may have another value."""
+    """The keys of a sweep's file; FREE ones may change when the sweep is continued."""
 
     name: str | None = setting(
-        None, "its trials are the runs NAME_0000, NAME_0001, ...; null: the file's", FREE
+        None, "its trials are the runs NAME_0000, NAME_0001, ...; null: the file's name", FREE
     )
-    config: str = setting("config.yaml", "settings to begin from, a file beside this one", FIXED)
-    settings: dict[str, Any] = setting({}, "what is changed in them, for all trials", FIXED)
+    config: str = setting("config.yaml", "settings of all trials, a file beside this one", FIXED)
+    settings: dict[str, Any] = setting({}, "changes to them, for all trials", FIXED)
     search: str = setting(
         "tpe", "all combinations, at random, or led by earlier trials", FIXED, choices=SEARCHES
     )
     trials: int | None = setting(None, "how many; null for grid: all", FREE, least=1)
     seed: int = setting(0, "of the search", FIXED, least=0, most=2**32 - 1)
     prune_after_epochs: int | None = setting(
-        None, "a trial below the median is stopped, from then on; null: none", FREE, least=1
+        None, "from then on a trial below the median is stopped; null: none", FREE, least=1
     )
     storage: str | None = setting(None, "a database's URL; null: logs/sweeps/NAME/study.db", FREE)
-    space: dict[str, Any] = setting({}, "what is tried, by key", FIXED)
+    space: dict[str, Any] = setting({}, "the values to try, by key", FIXED)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of these."""
+    """A list of values to choose from.
+
+    Attributes:
+        written: the values as they stand in the file.
+    """
 
     values: tuple[Any, ...]
+    written: list[Entry] = field(compare=False)
 
     def __str__(self) -> str:
         return f"[{', '.join(map(as_text, self.values))}]"
@@ -83,186 +82,198 @@ class Choice:
 
 @dataclass(frozen=True)
 class Range:
-    """Between two numbers, whole ones if these are."""
+    """All numbers between two bounds, whole numbers if the setting is one.
+
+    Attributes:
+        log: whether they are drawn uniformly on a logarithmic scale.
+        written: the two bounds as they stand in the file.
+    """
 
     low: float
     high: float
-    log: bool  # evenly over the powers of ten
+    log: bool
+    written: list[Entry] = field(compare=False)
 
     def __str__(self) -> str:
         return f"{'log ' if self.log else ''}{as_text(self.low)} to {as_text(self.high)}"
 
 
+Space = dict[str, Choice | Range]
+
+
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep whose every mistake would have been told."""
+    """A sweep whose settings have been checked.
+
+    Attributes:
+        base: the settings that all trials share.
+        typed: `key=value` of the command line, for all trials.
+        space: the values to try, by setting.
+    """
 
     cfg: SweepConfig
     name: str
     file: Path
-    base: Config  # what the trials have in common
-    typed: tuple[str, ...]  # key=value of the command line, for all trials
-    space: dict[str, Choice | Range]
+    base: Config
+    typed: list[str]
+    space: Space
 
     @property
     def monitor(self) -> str:
-        """What the trials are compared by, as the epochs of each are."""
+        """The metric that trials are compared by."""
         return self.base.checkpoint.monitor
 
     @property
     def trials(self) -> int:
-        # None is for a grid alone, which tries all combinations
-        return self.cfg.trials or math.prod(len(tried.values) for tried in self.space.values())
+        """The number of trials; a grid has one for each combination."""
+        return self.cfg.trials or num_combinations(self._options())
 
-    def run_of(self, number: int) -> str:
+    def run_name(self, number: int) -> str:
+        """Returns the name of the run of a trial."""
         return f"{self.name}_{number:04}"
 
     def combination(self, number: int) -> dict[str, Any]:
-        """The grid's values for a trial; the last key changes fastest."""
-        values = {}
-        for key, choice in reversed(self.space.items()):
-            number, place = divmod(number, len(choice.values))
-            values[key] = choice.values[place]
-        return values
+        """Returns the values of a trial of a grid search."""
+        return combination(self._options(), number)
+
+    def _options(self) -> dict[str, Sequence[Any]]:
+        return {key: choice.values for key, choice in self.space.items()}
+
+
+def num_combinations(options: Mapping[str, Sequence[Any]]) -> int:
+    """Returns the size of the Cartesian product of the options."""
+    return math.prod(map(len, options.values()))
+
+
+def combination(options: Mapping[str, Sequence[T]], number: int) -> dict[str, T]:
+    """Returns one element of the Cartesian product of the options; the last key changes fastest."""
+    values = {}
+    for key in reversed(options):
+        number, index = divmod(number, len(options[key]))
+        values[key] = options[key][index]
+    return values
 
 
 # -- reading ------------------------------------------------------------------------------------
 
 
 def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
-    """Reads the file, the settings that it begins from, and holds all that may come against them.
+    """Reads and checks the settings of a sweep and of all its trials.
 
     Args:
-        words: `key=value`; the sweep's own keys, any others are settings of all trials.
+        path: the YAML file.
+        words: `key=value`; keys that are not the sweep's are settings of all trials.
 
     Raises:
-        Refused: with every mistake, a line each.
+        Refused: with all mistakes, one per line.
     """
-    mistakes: list[str] = []
     if not path.is_file():
-        raise Refused(f"{path}: no such file; expected one that says what is tried")
-    text = read_text(path)
-    given = read_entries(compose(text, str(path)), str(path), mistakes)
-    own_keys, settings_keys = ({key for key, _, _ in keys_of(cls)} for cls in (SweepConfig, Config))
-    own, typed = [], {}
+        raise Refused(f"{path}: no such file; expected the settings of a sweep")
+    mistakes: list[str] = []
+    entries = reader.read_entries(
+        reader.compose(reader.read_text(path), str(path)), str(path), mistakes
+    )
+    typed: dict[str, Entry] = {}
     for word in words:
-        for key, item in read_override(word, mistakes).items():
-            if key in own_keys:
-                given[key] = item
-            elif key in settings_keys:
-                typed[key] = item
-                own.append(word)
-            else:
-                hint = suggest(key, own_keys | settings_keys)
-                mistakes.append(f"{item.where}: {key}: no such key{hint}")
-    cfg = build(SweepConfig, given, mistakes)
-    common = _read_config(path, cfg, given.get("config"), mistakes)
-    common |= _read_settings(given.get("settings"), path, mistakes) | typed
-    space = dict(_read_space(given.get("space"), path, mistakes))
-    mistakes += _check_sweep(cfg, common, space, given, path)
+        typed |= reader.read_override(word, mistakes)
+    sweep_keys, run_keys = ({key for key, _, _ in keys_of(cls)} for cls in (SweepConfig, Config))
+    run_keys -= sweep_keys  # seed is the sweep's
+    for_trials = {key: item for key, item in typed.items() if "." in key or key in run_keys}
+    entries |= {key: item for key, item in typed.items() if key not in for_trials}
+    cfg = reader.build(SweepConfig, entries, mistakes)
+    places = {key: entries[key].where if key in entries else str(path) for key in sweep_keys}
+    changes = _read_settings(entries.get("settings"), mistakes) | for_trials
+    common = _read_config(path.parent / cfg.config, places["config"], mistakes) | changes
+    space = _read_space(entries.get("space"), mistakes)
+    name = cfg.name or path.stem
+    mistakes += _check_sweep(cfg, name, changes, space, places)
     if mistakes:
-        build(Config, common, mistakes)
+        reader.build(Config, common, mistakes)
     else:
-        mistakes += _check_combinations(common, {key: nodes for key, (_, nodes) in space.items()})
+        mistakes += _check_combinations(common, space)
     if mistakes:
         raise Refused("\n".join(dict.fromkeys(mistakes)))
-    base = build(Config, common, [])
-    dimensions = {key: dimension for key, (dimension, _) in space.items()}
-    return Sweep(cfg, cfg.name or path.stem, path, base, tuple(own), dimensions)
+    typed_words = [word for word in words if word.partition("=")[0] in for_trials]
+    return Sweep(cfg, name, path, reader.build(Config, common, []), typed_words, space)
 
 
-def _read_config(
-    path: Path, cfg: SweepConfig, given: Entry | None, mistakes: list[str]
-) -> dict[str, Entry]:
-    """The settings to begin from."""
-    file = path.parent / cfg.config
-    if not os.path.isfile(file):  # False for a name that no file can have, where Path raises
-        where = given.where if given else str(path)
-        mistakes.append(f"{where}: config: expected a file beside this one, got {cfg.config}")
-        return {}
+def _read_config(file: Path, where: str, mistakes: list[str]) -> dict[str, Entry]:
+    """Reads the settings that all trials start from."""
     try:
-        return read_file(file, mistakes)
+        if os.path.isfile(file):  # Path.is_file raises for a name that no file can have
+            return reader.read_file(file, mistakes)
+        mistakes.append(f"{where}: config: expected a file beside this one, got {file.name}")
     except Refused as refusal:
         mistakes.append(str(refusal))
+    return {}
+
+
+def _read_settings(entry: Entry | None, mistakes: list[str]) -> dict[str, Entry]:
+    """Reads the changes for all trials, as `train.epochs: 3` or `train: {epochs: 3}`."""
+    if entry is None or not isinstance(entry.node, yaml.MappingNode):
         return {}
+    return reader.read_entries(entry.node, _file_of(entry), mistakes)
 
 
-def _read_settings(given: Entry | None, path: Path, mistakes: list[str]) -> dict[str, Entry]:
-    """What is changed for all trials, `train.epochs: 3` or `train: {epochs: 3}`."""
-    if given is None or not isinstance(given.node, yaml.MappingNode):
-        return {}
-    return read_entries(given.node, _file_of(given, path), mistakes)
+def _read_space(entry: Entry | None, mistakes: list[str]) -> Space:
+    space: Space = {}
+    if entry is None or not isinstance(entry.node, yaml.MappingNode):
+        return space
+    for key_node, node in entry.node.value:
+        key, where = str(key_node.value), reader.place_of(_file_of(entry), key_node)
+        try:
+            space[key] = _read_dimension(key, node, where)
+        except InvalidValue as mistake:
+            mistakes.append(f"{where}: {key}{mistake}")
+    return space
 
 
-def _read_space(
-    given: Entry | None, path: Path, mistakes: list[str]
-) -> Iterator[tuple[str, tuple[Choice | Range, list[Entry]]]]:
-    """For each key what is tried, with the values themselves, or the bounds, as they are written."""
-    if given is None or not isinstance(given.node, yaml.MappingNode):
-        return
-    known = {key: (field, kind) for key, field, kind in keys_of(Config)}
-    seen: set[str] = set()
-    for key_node, node in given.node.value:
-        key, where = str(key_node.value), place_of(_file_of(given, path), key_node)
-        if key in SECTIONS:
-            mistakes.append(f"{where}: {key}: is a section; write {key}.KEY: {FORMS}")
-        elif key in NOT_TRIED:
-            mistakes.append(f"{where}: {key}: cannot be tried: {NOT_TRIED[key]}")
-        elif key not in known:
-            mistakes.append(f"{where}: {key}: no such key{suggest(key, known)}")
-        elif key in seen:
-            mistakes.append(f"{where}: {key}: given twice")
-        else:
-            seen.add(key)
-            field, kind = known[key]
-            read = _read_range if isinstance(node, yaml.MappingNode) else _read_choice
-            try:
-                dimension, nodes = read(node, kind, field.metadata)
-            except InvalidValue as mistake:
-                mistakes.append(f"{where}: {key}{mistake}")
-                continue
-            yield key, (dimension, [Entry(inner, where) for inner in nodes])
-
-
-def _read_choice(
-    node: yaml.Node, kind: Any, meta: typing.Mapping[str, Any]
-) -> tuple[Choice, list[yaml.Node]]:
-    if not isinstance(node, yaml.SequenceNode) or not node.value:
-        got = describe_node(node) if not isinstance(node, yaml.SequenceNode) else "an empty list"
-        raise InvalidValue(f": expected {FORMS}, got {got}")
-    values = plain(read_list(node, kind, meta))
+def _read_dimension(key: str, node: yaml.Node, where: str) -> Choice | Range:
+    known = {name: (entry.metadata, kind) for name, entry, kind in keys_of(Config)}
+    if key in SECTIONS:
+        raise InvalidValue(f": is a section; write {key}.KEY: {FORMS}")
+    if key in NOT_TRIED:
+        raise InvalidValue(f": cannot be tried: {NOT_TRIED[key]}")
+    if key not in known:
+        raise InvalidValue(f": no such key{suggest(key, known)}")
+    metadata, kind = known[key]
+    if isinstance(node, yaml.MappingNode):
+        return _read_range(node, kind, metadata, where)
+    if not isinstance(node, yaml.SequenceNode):
+        raise InvalidValue(f": expected {FORMS}, got {describe_node(node)}")
+    values = plain(read_list(node, kind, metadata))
+    if not values:
+        raise InvalidValue(f": expected {FORMS}, got an empty list")
     for number, value in enumerate(values):
         if value in values[:number]:
             raise InvalidValue(f"[{number}]: given twice")
-    return Choice(tuple(values)), node.value
+    return Choice(tuple(values), [Entry(item, where) for item in node.value])
 
 
 def _read_range(
-    node: yaml.MappingNode, kind: Any, meta: typing.Mapping[str, Any]
-) -> tuple[Range, list[yaml.Node]]:
-    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    number = next((one for one in (int, float) if one in kinds), None)
-    if number is None:
-        raise InvalidValue(": is no number that could be between two; expected [a, b, ...]")
-    forms = {str(key.value): value for key, value in node.value}
-    (form, bounds), *more = forms.items() or [("", node)]
-    if more or form not in ("between", "log") or not isinstance(bounds, yaml.SequenceNode):
-        raise InvalidValue(f": expected {FORMS}, got {{{', '.join(forms)}}}")
-    if len(bounds.value) != 2:
-        raise InvalidValue(f".{form}: expected [low, high], got {len(bounds.value)} values")
+    node: yaml.MappingNode, kind: Any, metadata: Mapping[str, Any], where: str
+) -> Range:
+    if kind not in NUMBER_TYPES:
+        raise InvalidValue(": is not a number; expected [a, b, ...]")
+    forms = {str(key.value): bounds for key, bounds in node.value}
+    form = ", ".join(forms)  # of a single key, that key
+    bounds = forms.get(form)
+    if form not in ("between", "log") or not isinstance(bounds, yaml.SequenceNode):
+        raise InvalidValue(f": expected {FORMS}, got {{{form}}}")
     try:
-        low, high = (read_value(bound, number, meta) for bound in bounds.value)
+        values = [read_value(bound, NUMBER_TYPES[kind], metadata) for bound in bounds.value]
     except InvalidValue as mistake:
         raise InvalidValue(f".{form}{mistake}") from None
-    if not low < high:
-        raise InvalidValue(f".{form}: expected low below high, got {low} and {high}")
-    if form == "log" and low <= 0:
-        raise InvalidValue(f".{form}: expected low above 0, got {low}")
-    return Range(low, high, form == "log"), bounds.value
+    if len(values) != 2 or values[0] >= values[1]:
+        raise InvalidValue(f".{form}: expected [low, high] with low below high, got {values}")
+    if form == "log" and values[0] <= 0:
+        raise InvalidValue(f".{form}: expected low above 0, got {values[0]}")
+    return Range(*values, form == "log", [Entry(bound, where) for bound in bounds.value])
 
 
-def _file_of(given: Entry, path: Path) -> str:
-    return "command line" if given.where == "command line" else str(path)
+def _file_of(entry: Entry) -> str:
+    """Returns FILE of a place FILE:LINE; "command line" is returned as it is."""
+    return entry.where.rpartition(":")[0] or entry.where
 
 
 # -- checking -----------------------------------------------------------------------------------
@@ -270,58 +281,55 @@ def _file_of(given: Entry, path: Path) -> str:
 
 def _check_sweep(
     cfg: SweepConfig,
-    common: dict[str, Entry],
-    space: dict[str, tuple[Choice | Range, list[Entry]]],
-    given: dict[str, Entry],
-    path: Path,
+    name: str,
+    changes: dict[str, Entry],
+    space: Space,
+    places: dict[str, str],
 ) -> list[str]:
-    """The mistakes that only show between the sweep's keys."""
-
-    def at(key: str) -> str:
-        return f"{given[key].where if key in given else path}: {key}"
-
-    mistakes = []
-    name = cfg.name or path.stem
-    if not re.fullmatch(r"[\w\-]{1,100}", name):
-        mistakes.append(f"{at('name')}: expected letters, digits, '_' and '-', got {name!r}")
-    if not space and not cfg.space:
-        mistakes.append(f"{at('space')}: expected lines such as `optim.lr: {{log: [1e-3, 1.0]}}`")
-    here = {key: item.where for key, item in common.items() if _is_of_sweep(item, path)}
-    for key in here.keys() & space.keys():
-        mistakes.append(f"{here[key]}: {key}: is in space too; choose one")
-    if "run" in here:
-        mistakes.append(f"{here['run']}: run: cannot be set: {NOT_TRIED['run']}")
-    if cfg.search != "grid":
-        if cfg.trials is None:
-            mistakes.append(f"{at('trials')}: missing; {cfg.search} needs how many")
-        return mistakes
-    for key, (dimension, nodes) in space.items():
-        if isinstance(dimension, Range):
-            mistakes.append(f"{nodes[0].where}: {key}: a grid needs its values: [a, b, ...]")
-    if cfg.trials is not None:
-        mistakes.append(f"{at('trials')}: expected null, a grid tries all, got {cfg.trials}")
-    size = math.prod(len(nodes) for _, nodes in space.values())
-    if size > MAX_GRID:
-        mistakes.append(f"{at('space')}: expected at most {MAX_GRID:,} combinations, got {size:,}")
+    """Returns the mistakes that concern several keys of the sweep."""
+    is_grid = cfg.search == "grid"
+    size = math.prod(len(dimension.written) for dimension in space.values())
+    # Key, whether it is right, what was expected, what came.
+    checks = [
+        ("name", re.fullmatch(r"[\w\-]{1,100}", name), "letters, digits, '_' and '-'", repr(name)),
+        ("space", cfg.space or space, "lines such as `optim.lr: {log: [1e-3, 1.0]}`", "nothing"),
+        (
+            "space",
+            not is_grid or size <= MAX_GRID,
+            f"at most {MAX_GRID:,} combinations",
+            f"{size:,}",
+        ),
+        ("trials", is_grid or cfg.trials, f"the number of trials for {cfg.search}", "null"),
+        ("trials", not is_grid or not cfg.trials, "null, since a grid tries all", cfg.trials),
+    ]
+    mistakes = [
+        f"{places[key]}: {key}: expected {expected}, got {got}"
+        for key, is_right, expected, got in checks
+        if not is_right
+    ]
+    for key, change in changes.items():
+        if key in space:
+            mistakes.append(f"{change.where}: {key}: is in space too; choose one")
+        if key == "run":
+            mistakes.append(f"{change.where}: {key}: cannot be set: {NOT_TRIED[key]}")
+    for key, dimension in space.items():
+        if is_grid and isinstance(dimension, Range):
+            where = dimension.written[0].where
+            mistakes.append(f"{where}: {key}: expected [a, b, ...] for a grid, got {dimension}")
     return mistakes
 
 
-def _is_of_sweep(given: Entry, path: Path) -> bool:
-    """Whether it was given by the sweep, and not by the file that it begins from."""
-    return given.where == "command line" or given.where.startswith(f"{path}:")
+def _check_combinations(common: dict[str, Entry], space: Space) -> list[str]:
+    """Returns the mistakes in all combinations, where a range stands for its two bounds.
 
-
-def _check_combinations(common: dict[str, Entry], space: dict[str, list[Entry]]) -> list[str]:
-    """What is wrong with any of the settings that may come, a range standing for its two bounds.
-
-    Where these are too many, with each value on its own, beside the first ones of the others.
+    If there are too many combinations, a random sample of them is checked.
     """
-    if math.prod(map(len, space.values())) <= MAX_CHECKED:
-        combinations = [dict(zip(space, values)) for values in itertools.product(*space.values())]
-    else:
-        first = {key: values[0] for key, values in space.items()}
-        combinations = [first | {key: value} for key in space for value in space[key]]
+    options = {key: dimension.written for key, dimension in space.items()}
+    size, generator = num_combinations(options), random.Random(0)
+    numbers = range(size)
+    if size > MAX_CHECKED:
+        numbers = [generator.randrange(size) for _ in range(MAX_CHECKED)]
     mistakes: list[str] = []
-    for combination in combinations:
-        build(Config, common | combination, mistakes)
+    for number in numbers:
+        reader.build(Config, common | combination(options, number), mistakes)
     return mistakes

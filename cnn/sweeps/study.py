@@ -1,22 +1,28 @@
-"""The trials of a sweep in Optuna's database: which there are, who is at which, what came of them.
+"""The trials of a sweep in an Optuna database that several processes and machines share.
 
-A sweep of N trials is the study's trials 0 to N-1, whatever processes there are and however they
-end. A trial is taken by the lock on its file in logs/sweeps/NAME/trials/, which the run holds too,
-by one that the run does not hold, and then by the database, from waiting to running. One that is
-running in the database and whose locks are free was broken off: whoever takes it goes on with it, the
-same number and values in the same run. What is proposed is a function of (seed, number) and of the
-trials that were done before.
+A sweep of N trials consists of the trials 0 to N-1 of an Optuna study. A trial is created in the
+state RUNNING together with the id of the folder (logs/sweeps/NAME) whose processes may train it.
+Among these processes a file lock decides. A trial that is RUNNING in the database and whose locks
+are free was interrupted: the process that takes it resumes it with the same number, the same values
+and the same run. The proposed values are a function of (seed, trial number) and of the trials that
+were finished before.
 
-Machines that share a database and no disk cannot see each other's locks: there a trial goes on where
-its file is.
+A trial has two lock files in logs/sweeps/NAME/trials/. NNNN.owner is held by sweep.py, NNNN.lock
+by sweep.py and the training process. If sweep.py is killed, another process can take its trial over
+at once, and waits for the training process to save and to exit.
+
+Machines that share the database but no disk cannot see each other's locks, so an interrupted trial
+resumes only on the machine that has its run.
 """
 
+import contextlib
 import logging
+import math
 import random
 import time
 import uuid
 from collections.abc import Callable
-from datetime import datetime
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -32,8 +38,7 @@ from cnn.config import Config, as_text
 from cnn.errors import DatabaseFailed, Refused
 from cnn.metrics.scores import mode
 from cnn.sweeps.locks import SharedLock
-from cnn.sweeps.settings import Range, Sweep
-from cnn.sweeps.trial import COMPLETE, FAILED, PRUNED, TrialResult
+from cnn.sweeps.settings import Choice, Range, Sweep
 from cnn.utils.files import make_folder, write_text
 from cnn.utils.run_folder import RunFolder
 from cnn.utils.screen import aligned
@@ -42,26 +47,42 @@ from cnn.utils.signals import StopSignals
 logger = logging.getLogger(__name__)
 
 SWEEPS = Path("logs", "sweeps")
-PAUSE = 0.5  # seconds between two looks at what other processes are doing
-PATIENCE = 60.0  # seconds for a database that is locked, or away
-TAKING = 10.0  # seconds, far more than it takes from taking a trial to having signed for it
-MAX_LEARNING = 10  # first trials that TPE draws at random; a quarter where there are few
-MIN_TO_PRUNE = 4  # finished trials that a median is of, at least
+PAUSE = 0.5  # seconds between two checks of what other processes are doing
+PATIENCE = 60.0  # seconds to wait for a database that is locked or cannot be reached
+MAX_RANDOM = 10  # first trials that TPE draws at random, at most a quarter of all
+MIN_TO_PRUNE = 4  # finished trials needed before a median is taken
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class TrialResult:
+    """The result of a trial.
+
+    Attributes:
+        state: COMPLETE, PRUNED or FAIL.
+        value: the monitored metric in the best epoch of a complete trial.
+        epoch: the best epoch of a complete trial, the latest one of a pruned trial.
+        reason: why a trial failed.
+    """
+
+    state: TrialState
+    value: float | None = None
+    epoch: int | None = None
+    reason: str = ""
+
+
 class TakenTrial:
-    """A trial that this process has; as a context it lets go of it in the end."""
+    """A trial that this process trains; as a context manager, it releases its locks on exit."""
 
     def __init__(
         self, study: "Study", number: int, trial: optuna.Trial, lock: SharedLock, owner: SharedLock
     ):
         self.study, self.number, self.trial = study, number, trial
-        self.lock, self.owner = lock, owner  # the run holds the first one too
-        self.run = study.sweep.run_of(number)
-        self.output = lock.path.with_suffix(".txt")
-        self.again = False  # it was begun before
+        self.lock, self.owner = lock, owner
+        self.run = study.sweep.run_name(number)
+        self.output = study.lock_file(number).with_suffix(".txt")
+        self.is_resumed = False
         self.values: dict[str, Any] = {}
         self._reported: set[int] = set()
 
@@ -72,88 +93,81 @@ class TakenTrial:
         self.lock.release()
         self.owner.release()
 
-    def begin(self) -> None:
-        """Has it propose its values, and makes its run's folder ready; again where it broke off."""
-        self.values = self.study.patiently(self._values)
-        attributes = self.trial.user_attrs
+    def start(self) -> None:
+        """Proposes the trial's values, and archives an earlier run of the same name."""
+        space = self.study.sweep.space
+        self.values = self.study.retry(
+            lambda: {key: self._suggest(key, space[key]) for key in space}
+        )
         self._reported = set(self.study.frozen(self.number).intermediate_values)
-        self.again = "run" in attributes
-        if not self.again:  # from here on its run is one to resume, and not an earlier one
+        self.is_resumed = "run" in self.trial.user_attrs
+        if not self.is_resumed:  # once "run" is set, the run of this name is the trial's
             with RunFolder(self.run) as folder:
-                earlier = folder.archive()
-            if earlier is not None:
-                logger.info("an earlier run %s is moved to %s", self.run, earlier)
-            self.study.patiently(lambda: self.trial.set_user_attr("run", self.run))
+                archived = folder.archive()
+            if archived is not None:
+                logger.info("an earlier run %s is moved to %s", self.run, archived)
+            self.study.retry(lambda: self.trial.set_user_attr("run", self.run))
 
-    def _values(self) -> dict[str, Any]:
-        values = {}
-        for key, dimension in self.study.sweep.space.items():
-            if isinstance(dimension, Range):
-                low, high, log = dimension.low, dimension.high, dimension.log
-                whole = isinstance(low, int)
-                suggest = self.trial.suggest_int if whole else self.trial.suggest_float
-                values[key] = suggest(key, low, high, log=log)
-            else:  # lists and mappings as text, since Optuna takes plain values only
-                words = [_plain(value) for value in dimension.values]
-                chosen = self.trial.suggest_categorical(key, words)
-                values[key] = dimension.values[words.index(chosen)]
-        return values
+    def _suggest(self, key: str, dimension: Choice | Range) -> Any:
+        if isinstance(dimension, Range):
+            is_whole = isinstance(dimension.low, int)
+            suggest = self.trial.suggest_int if is_whole else self.trial.suggest_float
+            return suggest(key, dimension.low, dimension.high, log=dimension.log)
+        options = [_as_plain(value) for value in dimension.values]
+        return dimension.values[options.index(self.trial.suggest_categorical(key, options))]
 
-    def words(self) -> list[str]:
-        """What train.py is told after `--resume`."""
+    def arguments(self) -> list[str]:
+        """Returns the arguments of train.py that follow `--resume`."""
         file, typed = self.study.settings_file.as_posix(), self.study.sweep.typed
         tried = [f"{key}={as_text(value)}" for key, value in self.values.items()]
         return ["--config", file, *typed, *tried, f"run={self.run}"]
 
+    @property
+    def monitor(self) -> str:
+        """The metric that trials are compared by."""
+        return self.study.sweep.monitor
+
     def report(self, epoch: int, value: float) -> bool:
-        """Tells the database of an epoch; says whether the trial is worse than the median."""
+        """Stores the metric of a new epoch; returns whether the trial should now be pruned."""
         if epoch in self._reported:
             return False
-        self.study.patiently(lambda: self.trial.report(value, epoch))
+        self.study.retry(lambda: self.trial.report(value, epoch))
         self._reported.add(epoch)
-        return self.is_hopeless()
+        return self.should_prune()
 
     @property
     def epoch(self) -> int:
-        """The latest epoch reported."""
+        """The latest reported epoch, or 0."""
         return max(self._reported, default=0)
 
-    def is_hopeless(self) -> bool:
-        """Whether, at the latest epoch reported, the trial is worse than the median of the others.
+    def should_prune(self) -> bool:
+        """Returns whether the latest reported epoch is worse than the median of the other trials.
 
-        After its last epoch there is nothing left to spare.
+        After the last epoch there is nothing to save, and the trial is not pruned.
         """
         epochs = self.values.get("train.epochs", self.study.sweep.base.train.epochs)
-        return self.epoch < epochs and self.study.patiently(self.trial.should_prune)
+        return self.epoch < epochs and self.study.retry(self.trial.should_prune)
 
 
-class Grid(optuna.samplers.BaseSampler):
-    """Proposes what it is given."""
+class GivenValues(optuna.samplers.RandomSampler):
+    """An Optuna sampler that proposes the given values, for a grid search."""
 
     def __init__(self, values: dict[str, Any]):
-        self.values = {key: _plain(value) for key, value in values.items()}
-
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        return {}
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return {}
+        super().__init__()
+        self.values = values
 
     def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, _: BaseDistribution
+        self, _study: optuna.Study, _trial: FrozenTrial, name: str, _: BaseDistribution
     ) -> Any:
-        return self.values[param_name]
+        """Returns the value of the parameter of this name."""
+        return _as_plain(self.values[name])
 
 
 class Study:
-    """The study of a sweep, open.
+    """The opened database of a sweep, as a context manager.
 
     Raises:
-        Refused: the database cannot be opened, or holds another sweep of the name.
+        Refused: the database cannot be opened, or holds a different sweep of the same name.
     """
 
     def __init__(self, sweep: Sweep):
@@ -169,20 +183,17 @@ class Study:
             with self._mutex:
                 self._open()
         except OSError as error:
-            raise Refused(
-                f"{error.filename or self.folder}: cannot be written: {error.strerror or error}"
-            ) from None
+            where = error.filename or self.folder
+            raise Refused(f"{where}: cannot be written: {error.strerror or error}") from None
         except NotImplementedError:
-            raise Refused(f"{self.folder}: the file system has no locks") from None
+            raise Refused(f"{self.folder}: the file system does not support locks") from None
         return self
 
     def __exit__(self, *_: object) -> None:
         self.storage.engine.dispose()
 
     def _open(self) -> None:
-        direction = "minimize" if mode(self.sweep.monitor) == "min" else "maximize"
-        after = self.sweep.cfg.prune_after_epochs
-        pruner = optuna.pruners.NopPruner()
+        after, pruner = self.sweep.cfg.prune_after_epochs, optuna.pruners.NopPruner()
         if after is not None:
             pruner = optuna.pruners.MedianPruner(MIN_TO_PRUNE, n_warmup_steps=after)
         try:
@@ -190,235 +201,205 @@ class Study:
             self.study = optuna.create_study(
                 storage=self.storage,
                 study_name=self.sweep.name,
-                direction=direction,
+                direction={"min": "minimize", "max": "maximize"}[mode(self.sweep.monitor)],
                 pruner=pruner,
                 load_if_exists=True,
             )
-            begun_with = self.study.user_attrs.get("sweep")
+            stored = self.study.user_attrs.get("sweep")
         except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, RuntimeError) as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            reason = _first_line(error)
             raise Refused(f"storage: the database cannot be opened: {reason}") from None
-        now, defaults = definition(self.sweep), config.flat(config.to_dict(Config()))
-        if begun_with is None:
-            self.patiently(lambda: self.study.set_user_attr("sweep", now))
-            begun_with = now
-        # A key that is younger than the sweep was at what is its default.
-        then = {key: as_text(defaults[key]) for key in now if key in defaults} | begun_with
-        if then != now:
-            raise Refused(self._of_another_sweep(then, now))
+        current = comparable_settings(self.sweep)
+        if stored is None:
+            self.retry(lambda: self.study.set_user_attr("sweep", current))
+        else:
+            self._check_same_sweep(stored, current)
         write_text(self.settings_file, config.to_yaml(self.sweep.base))
+        id_file = self.folder / ".id"
+        if not id_file.exists():
+            write_text(id_file, uuid.uuid4().hex)
+        self.folder_id = id_file.read_text(encoding="utf-8")
 
     def _open_database(self) -> optuna.storages.RDBStorage:
         url = self.sweep.cfg.storage or f"sqlite:///{self.folder.as_posix()}/study.db"
-        waiting = {"connect_args": {"timeout": PATIENCE}} if url.startswith("sqlite") else {}
-        for again in (True, True, False):
-            try:
-                return optuna.storages.RDBStorage(url, engine_kwargs=waiting)
-            except DBAPIError:  # another machine may be making the tables at this moment
-                if not again:
-                    raise
-                time.sleep(1)
-        raise AssertionError
+        options = {"connect_args": {"timeout": PATIENCE}} if url.startswith("sqlite") else {}
+        for _ in range(2):  # another machine may be creating the tables at the same time
+            with contextlib.suppress(DBAPIError):
+                return optuna.storages.RDBStorage(url, engine_kwargs=options)
+            time.sleep(1)
+        return optuna.storages.RDBStorage(url, engine_kwargs=options)
 
-    def _of_another_sweep(self, then: dict[str, str], now: dict[str, str]) -> str:
-        keys = [key for key in now | then if then.get(key) != now.get(key)]
-        rows = [("", "then", "now"), *((k, then.get(k, "-"), now.get(k, "-")) for k in keys)]
-        return (
-            f"{self.sweep.file}: the sweep {self.sweep.name} was begun otherwise:\n"
-            + "\n".join(f"  {line}" for line in aligned(rows))
-            + "\n  its trials would not compare: begin another with name=NAME"
-        )
+    def _check_same_sweep(self, stored: dict[str, str], current: dict[str, str]) -> None:
+        defaults = config.flat(config.to_dict(Config()))
+        # A setting that did not exist when the sweep was started had what is its default now.
+        stored = {key: as_text(defaults[key]) for key in current if key in defaults} | stored
+        keys = [key for key in current | stored if stored.get(key) != current.get(key)]
+        if keys:
+            rows = [(key, stored.get(key, "-"), current.get(key, "-")) for key in keys]
+            table = "\n  ".join(aligned([("", "then", "now"), *rows]))
+            raise Refused(
+                f"{self.sweep.file}: sweep {self.sweep.name} was started with other settings:\n"
+                f"  {table}\n  its trials could not be compared; start another with name=NAME"
+            )
 
-    def patiently(self, act: Callable[[], T]) -> T:
-        """What `act` gives; tried again where the database is locked or away for some seconds.
+    def retry(self, function: Callable[[], T]) -> T:
+        """Calls the function, again for up to a minute while the database is locked or unreachable.
 
         Raises:
-            DatabaseFailed: it stays so.
+            DatabaseFailed: it still is after that time.
         """
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
-                return act()
+                return function()
             except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
                 if time.monotonic() > deadline:
-                    reason = str(error.__cause__ or error).strip().splitlines()[0]
+                    reason = _first_line(error)
                     raise DatabaseFailed(f"the database does not answer: {reason}") from None
-                time.sleep(random.uniform(0.05, 0.5))  # not all at once again
+                time.sleep(random.uniform(0.05, 0.5))  # so that processes do not retry in step
 
-    # -- which there are ------------------------------------------------------------------------
+    # -- reading trials -------------------------------------------------------------------------
 
     def trials(self) -> list[FrozenTrial]:
-        """Those of the sweep; machines that begin at one moment may add some too many, unused."""
-        trials = self.patiently(lambda: self.study.get_trials(deepcopy=False))
+        """Returns the trials so far; machines that start together may add unused ones beyond."""
+        trials = self.retry(lambda: self.study.get_trials(deepcopy=False))
         return [trial for trial in trials if trial.number < self.sweep.trials]
 
     def frozen(self, number: int) -> FrozenTrial:
+        """Returns the current state of a trial."""
         return self.trials()[number]
 
-    def finished(self) -> list[FrozenTrial]:
-        return [trial for trial in self.trials() if trial.state.is_finished()]
-
-    def best(self) -> FrozenTrial | None:
-        return next(iter(self.ranking()), None)
-
     def ranking(self) -> list[FrozenTrial]:
-        """The complete trials, the best first; of equals the earlier one."""
+        """Returns the complete trials, the best first; of equal ones, the earlier one first."""
         sign = 1 if mode(self.sweep.monitor) == "min" else -1
         complete = [trial for trial in self.trials() if trial.state == TrialState.COMPLETE]
         return sorted(complete, key=lambda trial: sign * trial.value)
 
-    def count(self, state: TrialState) -> int:
-        return sum(trial.state == state for trial in self.trials())
-
-    # -- who is at which ------------------------------------------------------------------------
+    # -- taking and ending trials ---------------------------------------------------------------
 
     def take(self, stop: StopSignals) -> TakenTrial | None:
-        """The next trial to work on: first those that broke off; waits for those of others.
+        """Takes an interrupted trial, or else a new one, or else waits for other processes' trials.
 
         Returns:
-            None where all are finished.
+            The trial, or None when all trials are finished.
 
         Raises:
-            Stopped: a signal has come.
+            Stopped: a signal was received.
         """
-        told = None
+        logged: list[int] = []
         while True:
             stop.check()
             trials = self.trials()
-            left = [trial for trial in trials if not trial.state.is_finished()]
-            for trial in sorted(left, key=lambda trial: trial.state == TrialState.WAITING):
+            unfinished = [trial for trial in trials if not trial.state.is_finished()]
+            for trial in unfinished:
                 taken = self._try_to_take(trial, stop)
                 if taken is not None:
                     return taken
             if len(trials) < self.sweep.trials:
                 self._add_trial()
                 continue
-            if not left:
+            if not unfinished:
                 return None
-            numbers = [trial.number for trial in left]
-            if told != numbers:
-                told = numbers
-                at = ", ".join(f"trial {number}" for number in numbers)
-                logger.info("waiting for what others are at: %s", at)
+            numbers = [trial.number for trial in unfinished]
+            if numbers != logged:
+                logged = numbers
+                logger.info("waiting for other processes: trials %s", str(numbers).strip("[]"))
             time.sleep(PAUSE)
 
     def _add_trial(self) -> None:
-        """Adds one that waits, unless another process has."""
         with self._mutex:
-            trials = self.trials()
-            waiting = any(trial.state == TrialState.WAITING for trial in trials)
-            if not waiting and len(trials) < self.sweep.trials:
-                new = optuna.create_trial(state=TrialState.WAITING)
-                self.patiently(lambda: self.study.add_trial(new))
+            if len(self.trials()) < self.sweep.trials:
+                attributes = {"taken": self.folder_id}
+                new = optuna.create_trial(state=TrialState.RUNNING, user_attrs=attributes)
+                self.retry(lambda: self.study.add_trial(new))
 
-    def _try_to_take(self, seen: FrozenTrial, stop: StopSignals) -> TakenTrial | None:
-        """Takes the trial, unless a living process has it, or it is another machine's.
-
-        Where that process is gone, its run is about to save and to end, and is waited for.
-        """
-        file = self.folder / "trials" / f"{seen.number:04}.lock"
-        lock = SharedLock.take(file, create=seen.state == TrialState.WAITING)
-        if lock is None and not file.exists():
+    def _try_to_take(self, trial: FrozenTrial, stop: StopSignals) -> TakenTrial | None:
+        """Takes the trial unless another machine or a living process has it."""
+        file, number = self.lock_file(trial.number), trial.number
+        ids = [self.folder_id]
+        if file.is_file():  # earlier versions wrote an id into the lock file of each trial
+            ids.append(file.read_text(encoding="utf-8"))
+        if trial.user_attrs.get("taken") not in ids:
             return None
-        owner = SharedLock.take(file.with_suffix(".owner"), create=True)
-        if owner is not None and lock is None:
-            logger.info("waiting for the run of trial %d, broken off, to save", seen.number)
-        while owner is not None and lock is None:
+        owner = SharedLock.acquire(file.with_suffix(".owner"))
+        if owner is None:
+            return None
+        lock = SharedLock.acquire(file)
+        if lock is None:
+            logger.info("waiting for the run of trial %d, interrupted, to save", number)
+        while lock is None:
             stop.check()
             time.sleep(PAUSE)
-            lock = SharedLock.take(file, create=False)
-        if owner is None or not self.patiently(
-            lambda: self._is_ours(self.frozen(seen.number), lock)
-        ):
-            for held in filter(None, (lock, owner)):
-                held.release()
+            lock = SharedLock.acquire(file)
+        if self.frozen(number).state.is_finished():
+            lock.release()
+            owner.release()
             return None
-        self.study.sampler = self._sampler(seen.number)
-        trial = self.patiently(lambda: optuna.Trial(self.study, seen._trial_id))
-        return TakenTrial(self, seen.number, trial, lock, owner)
+        self.study.sampler = self._sampler(number)
+        taken = self.retry(lambda: optuna.Trial(self.study, trial._trial_id))
+        return TakenTrial(self, number, taken, lock, owner)
 
-    def _is_ours(self, trial: FrozenTrial, lock: SharedLock) -> bool:
-        """Signs for the trial, whose lock we have, with the word in the lock's file.
-
-        Between machines the database decides, which takes a trial from waiting to running once.
-        """
-        word, signed, number = lock.text(), trial.user_attrs.get("taken"), trial._trial_id
-        if trial.state.is_finished():
-            return False
-        if trial.state == TrialState.WAITING:
-            if not word:
-                word = uuid.uuid4().hex
-                lock.write(word)
-            if not self.storage.set_trial_state_values(number, TrialState.RUNNING):
-                return False
-        elif signed is not None:
-            return signed == word
-        elif not word or (datetime.now() - trial.datetime_start).total_seconds() < TAKING:
-            return False  # another machine may be about to sign
-        self.storage.set_trial_user_attr(number, "taken", word)
-        return True
+    def lock_file(self, number: int) -> Path:
+        """Returns the lock file of a trial, held by its sweep.py and its training process."""
+        return self.folder / "trials" / f"{number:04}.lock"
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """What proposes a trial's values: its own draw, so that no two processes draw the same."""
+        """Returns the sampler of a trial, seeded by its number so that no two draw the same."""
         cfg = self.sweep.cfg
         if cfg.search == "grid":
-            return Grid(self.sweep.combination(number))
+            return GivenValues(self.sweep.combination(number))
         seed = int(np.random.SeedSequence([cfg.seed, number]).generate_state(1)[0])
         if cfg.search == "random":
             return optuna.samplers.RandomSampler(seed)
-        learning = min(MAX_LEARNING, -(-self.sweep.trials // 4))
-        return optuna.samplers.TPESampler(n_startup_trials=learning, seed=seed)
+        num_random = min(MAX_RANDOM, math.ceil(self.sweep.trials / 4))
+        return optuna.samplers.TPESampler(n_startup_trials=num_random, seed=seed)
 
     def skip(self, number: int) -> None:
-        """Leaves a trial out, as failed.
+        """Marks a trial as failed without training it.
 
         Raises:
-            Refused: it is none that could be, or a process is at it.
+            Refused: there is no such unfinished trial, or a process is training it.
         """
         trial = next((trial for trial in self.trials() if trial.number == number), None)
         if trial is None or trial.state.is_finished():
             raise Refused(f"--skip: expected a trial that is not finished, got {number}")
-        file = self.folder / "trials" / f"{number:04}.lock"
-        lock = SharedLock.take(file, create=True)
+        lock = SharedLock.acquire(self.lock_file(number))
         if lock is None:
-            raise Refused(f"--skip: trial {number} is being worked on; stop that process first")
-        self.end(number, TrialResult(FAILED, reason="left out by --skip"))
+            raise Refused(f"--skip: trial {number} is being trained; stop that process first")
+        self.end(number, TrialResult(TrialState.FAIL, reason="left out by --skip"))
         lock.release()
 
-    # -- what came of them ----------------------------------------------------------------------
-
-    def end(self, number: int, outcome: TrialResult) -> None:
-        """Writes down what came of a trial."""
-        trial = self.frozen(number)
-        note = {"epoch": outcome.epoch} if outcome.epoch else {"reason": outcome.reason}
-        states = {COMPLETE: TrialState.COMPLETE, PRUNED: TrialState.PRUNED}
+    def end(self, number: int, result: TrialResult) -> None:
+        """Stores the result of a trial."""
+        name, value = ("epoch", result.epoch) if result.epoch else ("reason", result.reason)
+        trial_id = self.frozen(number)._trial_id
 
         def write() -> None:
-            for name, text in note.items():
-                self.storage.set_trial_user_attr(trial._trial_id, name, text)
-            state = states.get(outcome.state, TrialState.FAIL)
-            if trial.state == TrialState.WAITING:  # skipped; Optuna's tell is for what has begun
-                self.storage.set_trial_state_values(trial._trial_id, state)
-            else:
-                self.study.tell(number, outcome.value, state=state, skip_if_finished=True)
+            self.storage.set_trial_user_attr(trial_id, name, value)
+            self.study.tell(number, result.value, state=result.state, skip_if_finished=True)
 
         try:
-            self.patiently(write)
+            self.retry(write)
         except optuna.exceptions.UpdateFinishedTrialError:
-            logger.warning("trial %d was ended meanwhile by another process", number)
+            logger.warning("trial %d was meanwhile ended by another process", number)
 
 
-def definition(sweep: Sweep) -> dict[str, str]:
-    """What makes the trials of a sweep comparable: what is tried, how, and all settings besides."""
+def comparable_settings(sweep: Sweep) -> dict[str, str]:
+    """Returns all settings that must not change within a sweep, by name, as text."""
     settings = config.flat(config.to_dict(sweep.base))
-    elsewhere = config.non_experiment_keys() | {"data.root", *sweep.space}
+    free = config.non_experiment_keys() | {"data.root", *sweep.space}
     return {
         "search": sweep.cfg.search,
         "seed of the search": str(sweep.cfg.seed),
         **{f"space: {key}": str(dimension) for key, dimension in sweep.space.items()},
-        **{key: as_text(value) for key, value in settings.items() if key not in elsewhere},
+        **{key: as_text(value) for key, value in settings.items() if key not in free},
     }
 
 
-def _plain(value: Any) -> Any:
+def _as_plain(value: Any) -> Any:
+    """Returns lists and mappings as text, since Optuna stores plain values only."""
     return value if value is None or isinstance(value, (bool, int, float, str)) else as_text(value)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error.__cause__ or error).strip().splitlines()[0]

@@ -1,183 +1,135 @@
-"""One trial of a sweep: a run of train.py in a process of its own, followed epoch by epoch."""
+"""Training one trial of a sweep: a process that runs train.py and whose epochs are reported."""
 
 import logging
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
+
+from optuna.trial import TrialState
 
 from cnn import cli
 from cnn.errors import Refused
+from cnn.metrics.scores import Metrics
 from cnn.records.history import read_history
-from cnn.records.run_record import RunRecord, read_run
-from cnn.sweeps.locks import SharedLock
+from cnn.records.run_record import read_run
+from cnn.sweeps.study import TakenTrial, TrialResult
 from cnn.utils.run_folder import RunFolder
 from cnn.utils.signals import PARENT, StopSignals
 
 logger = logging.getLogger(__name__)
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
-PAUSE = 0.2  # seconds between two looks at the run
-MAX_KILLED = 3  # times that a trial goes on by itself after a signal that was not ours
-
-COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"
+PAUSE = 0.2  # seconds between two checks of the process
+MAX_KILLED = 3  # times that a training process may be killed by a signal that sweep.py did not send
 
 
-@dataclass(frozen=True)
-class TrialResult:
-    state: str  # COMPLETE, PRUNED, FAILED
-    value: float | None = None  # of the monitored metric, the best epoch's
-    epoch: int | None = None  # the best; of a pruned one, the latest
-    reason: str = ""  # of a failure
-
-
-class Epochs:
-    """The epochs of a run, as its history.csv tells of them."""
-
-    def __init__(self, run: str, monitor: str):
-        self.path, self.monitor = RunFolder(run).logs.history, monitor
-        self._stamp: tuple[int, int] | None = None
-        self.seen = 0
-
-    def new(self) -> Iterator[tuple[int, float]]:
-        """Those that have been added since: epoch, and metric where it is defined."""
-        try:
-            status = self.path.stat()
-        except OSError:  # there is none yet
-            return
-        stamp = status.st_ino, status.st_mtime_ns  # each epoch makes a new file under the name
-        if stamp == self._stamp:
-            return
-        self._stamp = stamp
-        for row in read_history(self.path)[self.seen :]:
-            self.seen += 1
-            value = row.get(self.monitor)
-            if value is not None:
-                yield int(row["epoch"]), value
-
-
-def run_trial(
-    run: str,
-    words: list[str],
-    monitor: str,
-    report: Callable[[int, float], bool],
-    lock: SharedLock,
-    output: Path,
-    stop: StopSignals,
-) -> TrialResult:
-    """Trains the run, or goes on with it, until it has ended in one way or another.
-
-    Args:
-        words: of train.py, after `--resume`.
-        report: takes each new epoch and its metric; says whether the run is to be stopped.
-        lock: that the run holds as long as it lives.
-        output: a file for all that it says.
+def run_trial(trial: TakenTrial, stop: StopSignals) -> TrialResult:
+    """Trains a trial, or resumes it, until it is complete, pruned or failed.
 
     Raises:
-        Refused: train.py refuses the run.
-        Stopped: a signal came to us; the run has had it too, and is saved.
+        Refused: train.py refused the settings.
+        Stopped: this process received a signal; the training process has saved and exited.
     """
+    if trial.should_prune() and not _is_finished(trial.run):  # interrupted while it was pruned
+        return TrialResult(TrialState.PRUNED, epoch=trial.epoch)
     for _ in range(MAX_KILLED):
-        begin = output.stat().st_size if output.exists() else 0
-        epochs = Epochs(run, monitor)
-        status, pruned = _train(words, epochs, report, lock, output, stop)
-        said = _last_words(output, begin)
+        start = trial.output.stat().st_size if trial.output.exists() else 0
+        status, is_pruned = _train(trial, stop)
+        message = _last_message(trial.output, start)
         if status == cli.DONE:
-            return _result(read_run(f"logs/{run}"), report)
+            return _read_result(trial)
         if status == cli.FAILED:
-            return TrialResult(FAILED, reason=said)
+            return TrialResult(TrialState.FAIL, reason=message)
         stop.check()
         if status == cli.REFUSED:
-            raise Refused(said)
-        if pruned:
-            return TrialResult(PRUNED, epoch=epochs.seen)
+            raise Refused(message)
+        if is_pruned:
+            return TrialResult(TrialState.PRUNED, epoch=trial.epoch)
         name = signal_name(status)
-        logger.warning("%s was ended by %s, and goes on from where it was saved", run, name)
-    return TrialResult(FAILED, reason=f"ended by {name}, {MAX_KILLED} times; {said}")
+        logger.warning("%s was ended by %s; resuming its last checkpoint", trial.run, name)
+    reason = f"ended by {name}, {MAX_KILLED} times; {message}"
+    return TrialResult(TrialState.FAIL, reason=reason)
 
 
-def _train(
-    words: list[str],
-    epochs: Epochs,
-    report: Callable[[int, float], bool],
-    lock: SharedLock,
-    output: Path,
-    stop: StopSignals,
-) -> tuple[int, bool]:
-    """train.py to its end: its exit status, and whether it was we who ended it as not worth more.
+def _train(trial: TakenTrial, stop: StopSignals) -> tuple[int, bool]:
+    """Runs train.py to its end; returns its exit status, and whether the trial was pruned.
 
-    It has a session of its own, so that Ctrl-C in a terminal reaches it once, from here; and a pipe
-    from here, so that it saves and ends too where this process is killed.
+    The process has a session of its own, so that Ctrl-C in a terminal reaches it once, passed on
+    from here. It also watches a pipe from here, so that it saves and exits if sweep.py is killed.
     """
-    watched, held = os.pipe()
-    command = [sys.executable, os.path.relpath(TRAIN), "--resume", *words]
-    with open(output, "ab") as file:
+    read_end, write_end = os.pipe()
+    with open(trial.output, "ab") as file:
         process = subprocess.Popen(
-            *(command,),
+            [sys.executable, os.path.relpath(TRAIN), "--resume", *trial.arguments()],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            pass_fds=[lock.descriptor, watched],
-            env={**os.environ, PARENT: str(watched)},
+            pass_fds=[trial.lock.descriptor, read_end],
+            env={**os.environ, PARENT: str(read_end)},
         )
-    os.close(watched)
-    passed_on, pruned = None, False
+    os.close(read_end)
+    history, stamp = RunFolder(trial.run).logs.history, None
+    passed_on, is_pruned = None, False
     try:
         while True:
             try:
-                return process.wait(PAUSE), pruned
+                return process.wait(PAUSE), is_pruned
             except subprocess.TimeoutExpired:
-                pass
+                modified = history.stat().st_mtime_ns if history.exists() else None
             if stop.received != passed_on:
                 passed_on = stop.received
                 process.send_signal(passed_on)
-            elif not pruned and any(report(epoch, value) for epoch, value in epochs.new()):
-                pruned = True
-                process.terminate()
+            elif not is_pruned and modified != stamp:
+                stamp = modified
+                if is_pruned := any(report_epochs(trial, read_history(history))):
+                    process.terminate()
     except BaseException:
         process.terminate()
         process.wait()
         raise
     finally:
-        os.close(held)
+        os.close(write_end)
 
 
-def _result(record: RunRecord, report: Callable[[int, float], bool]) -> TrialResult:
-    """What a run came to that is done; what it has not told yet is told, but no longer weighed."""
-    for row in record.history:
-        if row.get(record.monitor) is not None:
-            report(int(row["epoch"]), row[record.monitor])
+def report_epochs(trial: TakenTrial, history: list[Metrics]) -> Iterator[bool]:
+    """Reports the metric of each epoch; yields whether the trial should then be pruned."""
+    for row in history:
+        if row.get(trial.monitor) is not None:
+            yield trial.report(int(row["epoch"]), row[trial.monitor])
+
+
+def _read_result(trial: TakenTrial) -> TrialResult:
+    """Reads the best epoch of a finished run, and reports the epochs that were not reported yet."""
+    record = read_run(f"logs/{trial.run}")
+    list(report_epochs(trial, record.history))  # all of them, whatever the median
     best = record.best()
     if not best:
-        return TrialResult(FAILED, reason=f"{record.monitor} is undefined in every epoch")
-    return TrialResult(COMPLETE, best[record.monitor], int(best["epoch"]))
+        return TrialResult(TrialState.FAIL, reason=f"{trial.monitor} is undefined in every epoch")
+    return TrialResult(TrialState.COMPLETE, best[trial.monitor], int(best["epoch"]))
 
 
-def is_finished(run: str) -> bool:
-    """Whether the run has come to its end, test and all."""
+def _is_finished(run: str) -> bool:
     try:
         return read_run(f"logs/{run}").status == "finished"
-    except Refused:
+    except Refused:  # there is no such run yet
         return False
 
 
 def signal_name(status: int) -> str:
-    """The signal that an exit status tells of, Python's -N or a shell's 128 + N."""
+    """Returns the signal of an exit status: -N of a killed process, 128 + N after saving."""
     number = -status if status < 0 else status - 128
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"exit status {status}"
+    names = {one.value: one.name for one in signal.Signals}
+    return names.get(number, f"exit status {status}")
 
 
-def _last_words(output: Path, begin: int) -> str:
-    """Why a run has ended, of what it has said from there on."""
+def _last_message(output: Path, start: int) -> str:
+    """Returns the last error, or else the last lines, of the output from that byte on."""
     with open(output, "rb") as file:
-        file.seek(begin)
+        file.seek(start)
         lines = file.read().decode("utf-8", "replace").strip().splitlines()
     errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
     if errors:
