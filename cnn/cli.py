@@ -164,17 +164,20 @@ class Command(argparse.Namespace):
         """Returns the keys given on the command line."""
         return {setting.partition("=")[0] for setting in self.settings}
 
-    def load_config(self, base: dict[str, Any] | None = None) -> tuple[Config, dict[str, str]]:
+    def load_config(
+        self, base: dict[str, Any] | None = None, base_name: str = ""
+    ) -> tuple[Config, dict[str, str]]:
         """Reads and checks the settings; returns them and where each was given.
 
         Args:
             base: the settings of a checkpoint, which take the place of the default file.
+            base_name: the place to give for them: "checkpoint FILE".
         """
         path = self.config
         if path is None and base is None:
             here = Path("configs/config.yaml")
             path = here if here.exists() else Path(__file__).resolve().parents[1] / here
-        return load_config(path, self.settings, base)
+        return load_config(path, self.settings, base, base_name)
 
 
 class Parser(argparse.ArgumentParser):

@@ -287,9 +287,9 @@ def test_weights_that_have_become_nan_are_not_saved(train, capfd, monkeypatch):
     good = Path("checkpoints/last.pth").read_bytes()
     original = TrainingState.end_step
 
-    def blow_up(state: TrainingState, number: int) -> None:
+    def blow_up(state: TrainingState, *args) -> None:
         next(state.model.parameters()).data.view(-1)[0] = float("nan")
-        original(state, number)
+        original(state, *args)
 
     monkeypatch.setattr(TrainingState, "end_step", blow_up)
     assert train("--resume", "train.epochs=3", "checkpoint.every_steps=1") == 1

@@ -34,7 +34,7 @@ def check_config(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
 def _check_run(run: str, where: str) -> Iterator[str]:
     if not re.fullmatch(r"[\w\-][\w.\- ]*", run):
         yield f"{where}: expected a name of letters, digits, '_', '-' and inner '.', got {run!r}"
-    elif TAKEN_NAMES.fullmatch(run) and where != "checkpoint: run":
+    elif TAKEN_NAMES.fullmatch(run) and not where.startswith("checkpoint "):
         yield f"{where}: expected a name for folders, not that of a run's file, got {run!r}"
 
 

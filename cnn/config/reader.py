@@ -41,7 +41,10 @@ class Entry:
 
 
 def load_config(
-    path: Path | None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    base: Mapping[str, Any] | None = None,
+    base_name: str = "checkpoint ?",
 ) -> tuple[Config, dict[str, str]]:
     """Reads the settings and where each was given.
 
@@ -49,6 +52,7 @@ def load_config(
         path: the YAML file; it may name another one as its `base:`. None for no file.
         overrides: `section.key=value`; each replaces the value in the file.
         base: values of an earlier run (`to_dict`), which file and overrides replace.
+        base_name: the place to give for them: "checkpoint FILE".
 
     Returns:
         The configuration, and for each dotted key that was given, where: `FILE:LINE`.
@@ -59,7 +63,7 @@ def load_config(
     mistakes: list[str] = []
     entries: dict[str, Entry] = {}
     if base is not None:
-        entries |= read_entries(compose(dump(dict(base)), "checkpoint"), "checkpoint", mistakes)
+        entries |= read_entries(compose(dump(dict(base)), base_name), base_name, mistakes)
     if path is not None:
         entries |= read_file(path, mistakes)
     for override in overrides:
@@ -220,7 +224,7 @@ def compose(text: str, where: str) -> yaml.Node | None:
     """Parses YAML into nodes; None for an empty document.
 
     Args:
-        where: the file's path, "checkpoint", or "command line: KEY".
+        where: the file's path, "checkpoint FILE", or "command line: KEY".
     """
     try:
         return _Composer(text, where).get_single_node()
@@ -240,5 +244,4 @@ def place_of(where: str, thing: Any) -> str:
 
 
 def _at_line(where: str, line: int) -> str:
-    is_file = where != "checkpoint" and not where.startswith("command line")
-    return f"{where}:{line}" if is_file else where
+    return where if where.startswith(("checkpoint ", "command line")) else f"{where}:{line}"

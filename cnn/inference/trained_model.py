@@ -13,7 +13,7 @@ from cnn.config import Config
 from cnn.datasets.preprocessing import Preprocessing
 from cnn.errors import Refused
 from cnn.models.build import build_model
-from cnn.training.resume import DOES_NOT_FIT, check_code, naming, placed
+from cnn.training.resume import DOES_NOT_FIT, check_code
 from cnn.training.state import check_like
 from cnn.utils import environment as env
 from cnn.utils.checkpoint import load_checkpoint, validated_weights
@@ -106,8 +106,7 @@ def load_trained_model(path: Path, settings: Sequence[str] = ()) -> TrainedModel
 def _read_settings(
     path: Path, saved: dict[str, Any], settings: Sequence[str], typed: set[str]
 ) -> tuple[Config, dict[str, str]]:
-    with naming(path):
-        cfg, places = config.load_config(None, settings, saved)
+    cfg, places = config.load_config(None, settings, saved, f"checkpoint {path}")
     before, now = config.flat(saved), config.flat(config.to_dict(cfg))
     # Typing a key that names code only permits that code to run; data may be replaced.
     for key in typed.intersection(config.code_keys()) - {"data.name"}:
@@ -116,7 +115,7 @@ def _read_settings(
             raise Refused(f"{key}: expected {value} as in {path}; a trained model keeps it")
     if before.get("data.name") != cfg.data.name and "data.args" not in typed:
         cfg = config.with_values(cfg, data={"args": {}})  # the arguments were for the other data
-    return cfg, placed(places, path)
+    return cfg, places
 
 
 def _choose_precision(

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import logging
-import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -60,8 +59,7 @@ def run_name(command: Command, cfg: Config) -> str | None:
         saved = read_metadata(path)
     except Refused:
         saved = load_checkpoint(path)  # its message names a file that can be read
-    with naming(path):
-        return command.load_config(saved["config"])[0].run
+    return command.load_config(saved["config"], f"checkpoint {path}")[0].run
 
 
 def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | None:
@@ -94,28 +92,11 @@ def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | Non
         check_code(path, base, command.typed())
         if command.checkpoint is None:
             base = base | {"run": cfg.run}  # the run may have been renamed with its folder
-    with naming(path):
-        cfg, places = command.load_config(base)
+    cfg, places = command.load_config(base, f"checkpoint {path}")
     command.places.clear()
-    command.places.update(placed(places, path))
+    command.places.update(places)
     changes = check_settings(path, content["config"], cfg, command.typed(), places)
     return Checkpoint(path, content, cfg, tuple(changes))
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Puts the checkpoint's path into refusals of its settings."""
-    try:
-        yield
-    except Refused as refusal:
-        raise Refused(
-            re.sub("^checkpoint: ", f"{path}: ", str(refusal), flags=re.MULTILINE)
-        ) from None
-
-
-def placed(places: dict[str, str], path: Path) -> dict[str, str]:
-    """Returns where each setting was given, with the path for those of the checkpoint."""
-    return {key: str(path) if place == "checkpoint" else place for key, place in places.items()}
 
 
 def readable_checkpoints(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -198,9 +179,10 @@ def check_settings(
         return [f"{key} {before} → {after}" for key, (before, after) in texts.items()]
     rows = [("setting", "checkpoint", "now", "")]
     rows += [(key, *texts[key], verdict) for key, verdict in verdicts.items()]
-    place = places.get(refused[0], "").removeprefix("checkpoint")
+    checkpoint = f"checkpoint {path}"
+    place = places.get(refused[0], checkpoint)
     raise Refused(
-        f"{place + ': ' if place else ''}{path} was made with other settings:\n"
+        f"{'' if place == checkpoint else place + ': '}{path} was made with other settings:\n"
         + "\n".join(f"  {line}" for line in aligned(rows))
         + "\n  without --config, a resume takes the checkpoint's settings; a new run is one without"
         " --resume"
