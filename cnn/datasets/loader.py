@@ -119,8 +119,8 @@ class Span(NamedTuple):
 class Loader:
     """Loads a split's batches onto the device, shuffled and augmented for training or as they are.
 
-    With several processes, each loads its share of every training batch. In evaluation the processes
-    load whole batches in turn, so that a batch has the same bits whichever process computes it.
+    With several processes, each loads its share of every training batch. In evaluation they load
+    whole batches in turn, so that a batch has the same bits whichever process computes it.
 
     Attributes:
         sizes: number of images in each batch of an epoch, over all processes.
@@ -189,12 +189,12 @@ class Loader:
     def _batches(
         self, epoch: int, order: np.ndarray, spans: list[Span], start: int
     ) -> Iterator[Batch]:
-        """Yields the batches at `spans` of an epoch in this order; `start` is the first's number."""
+        """Yields the batches at `spans` of an epoch in this order, numbered from `start` on."""
         raise NotImplementedError
 
 
 class _Plan:
-    """The batch sampler of a DataLoader: the keys of the batches to load, set before every epoch."""
+    """The batch sampler of a DataLoader: keys of the batches to load, set before every epoch."""
 
     keys: Callable[[int, int], list[Key]]  # of the images from one position to another
     spans: list[Span]
@@ -249,8 +249,8 @@ class StreamLoader(Loader):
 class MemoryLoader(Loader):
     """Gathers whole batches from pixels in the memory of the device.
 
-    Everything random about the images of an epoch is in a table that is a function of (seed, epoch),
-    whose rows belong to images or, where an image may come twice, to positions in the epoch.
+    Everything random about the images of an epoch is in a table that is a function of (seed,
+    epoch); its rows belong to images or, where an image may come twice, to positions.
     """
 
     def __init__(self, *args, pixels: torch.Tensor, augment: list[AugmentationConfig], **keywords):

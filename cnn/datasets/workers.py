@@ -127,8 +127,8 @@ def data_failure(
         return DataFailed(f"{what}: {describe(error)}")
     ending = "was killed" if codes[0] < 0 else "has ended"
     return DataFailed(
-        f"a loader process {ending} (exit code {codes[0]}), most often because the memory ran out, or"
-        f" /dev/shm; fewer data.num_workers need less of it"
+        f"a loader process {ending} (exit code {codes[0]}), most often because the memory ran out,"
+        f" or /dev/shm; fewer data.num_workers need less of it"
     )
 
 

@@ -81,7 +81,7 @@ class RunningMetrics:
         return {name: getattr(self, name) for name in SUMS} | {"count": int(self.count)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Sets the sums from `state_dict`; older checkpoints lack the weight, which is the count."""
+        """Sets the sums from `state_dict`; older checkpoints lack the weight, then the count."""
         self.loss.copy_(state["loss"])
         self.correct.copy_(state["correct"])
         self.count = state["count"]
@@ -90,7 +90,7 @@ class RunningMetrics:
 
 
 class EvaluationMetrics(RunningMetrics):
-    """Metrics of an evaluation: running metrics, confusion matrix, and the prediction of each image.
+    """Metrics of an evaluation: running metrics, confusion matrix, prediction of each image.
 
     Keeps what depends on the order of the batches as a list over batches, so that several processes
     which evaluate batches in turn compute the same bits as one.
@@ -140,7 +140,7 @@ class EvaluationMetrics(RunningMetrics):
             self._probabilities.append(probabilities)
 
     def gather(self, all_gather: Callable[[dict], list[dict]]) -> None:
-        """Merges the batches that each process evaluated in turn; all processes get the same result.
+        """Merges the batches that the processes evaluated in turn; all get the same result.
 
         Args:
             all_gather: returns the values of all processes for the value of this one.
@@ -188,8 +188,8 @@ def compute_loss(function: nn.Module, logits: torch.Tensor, labels: torch.Tensor
 def weight_of(function: nn.Module, labels: torch.Tensor) -> int | torch.Tensor:
     """Returns the weight of a batch in a mean loss over several batches.
 
-    It is the number of images or, for cross-entropy with class weights, the sum of their weights (),
-    by which torch divides. Means weighted in this way do not depend on the division into batches.
+    It is the number of images or, for cross-entropy with class weights, the sum of their weights
+    (), by which torch divides. Means weighted so do not depend on the division into batches.
     """
     weights = getattr(function, "weight", None)
     if not isinstance(function, nn.CrossEntropyLoss) or weights is None:

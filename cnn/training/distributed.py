@@ -153,7 +153,7 @@ class Group:
         )
 
     def no_sync(self, model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
-        """Returns a context in which gradients of the wrapped model accumulate without averaging."""
+        """Returns a context in which the wrapped model's gradients accumulate, not averaged."""
         return model.no_sync() if enabled and self.size > 1 else contextlib.nullcontext()
 
     def sum(self, value: T, device: torch.device) -> T | torch.Tensor:
@@ -226,7 +226,7 @@ class Group:
     def _begin_agreement(
         self, batches: Iterator[T]
     ) -> tuple[T | None, DataFailed | None, torch.Tensor, "dist.Work"]:
-        """Loads the next batch and starts an all-reduce of (signal received, rank + 1 if failed)."""
+        """Loads the next batch; starts an all-reduce of (signal received, rank + 1 if failed)."""
         batch = failure = None
         try:
             batch = self._next(batches)
@@ -251,7 +251,7 @@ class Group:
         return batch
 
     def _signal(self) -> int:
-        """Returns the signal that this process received, or 0; the end of torchrun counts as one."""
+        """Returns the signal that this process received, or 0; torchrun's end counts as one."""
         if self.stop.received is None and os.getppid() != self._launcher:
             return signal.SIGTERM
         return self.stop.received or 0

@@ -43,7 +43,7 @@ def train_one_epoch(run: Run, batches: Iterable[Batch]) -> Iterator[int]:
                 logits = run.train_model(images)
             loss = compute_loss(run.loss, logits, labels)
             metrics.add(loss, logits[:count], labels[:count], weights[number])
-            # DistributedDataParallel averages gradients; times the number of processes, it sums them.
+            # Times group.size, the average of gradients over the processes becomes their sum.
             scaler.scale(loss * (weights[number] / total_weight * group.size)).backward()
         if cfg.clip_grad_norm is not None:
             clip_gradients(state, cfg.clip_grad_norm)
@@ -113,7 +113,7 @@ def in_chunks(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 
 
 def seed_batch(run: Run, number: int) -> None:
-    """Seeds all generators for a batch of the current step, as dropout and the like draw from them."""
+    """Seeds the generators that dropout and the like draw from, for a batch of this step."""
     key = (seeding.STEP, run.state.step, number, *run.group.key)
     seeding.seed_step(run.state.device, run.cfg.seed, *key)
 
@@ -126,7 +126,7 @@ def clip_gradients(state: TrainingState, max_norm: float) -> None:
 
 
 def set_training_mode(model: nn.Module) -> None:
-    """Sets training mode, except for norms with all parameters frozen, which keep their statistics."""
+    """Sets training mode, except in norms whose parameters are frozen: their statistics stay."""
     model.train()
     for module in model.modules():
         parameters = list(module.parameters(recurse=False))

@@ -1,4 +1,4 @@
-"""Resuming a run: from which checkpoint, whether it fits today's settings and data, what has changed."""
+"""Resuming a run: from which checkpoint, and whether it fits today's settings and data."""
 
 import contextlib
 import itertools
@@ -47,7 +47,7 @@ class Checkpoint:
 
 
 def run_name(command: Command, cfg: Config) -> str | None:
-    """Returns the name of the run whose folder will be written: that of the checkpoint, if one is given.
+    """Returns the name of the run that will be written: the checkpoint's, if one is given.
 
     Raises:
         Refused: no such checkpoint, or a damaged one.
@@ -100,7 +100,7 @@ def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | Non
 
 
 def readable_checkpoints(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yields path and content of the checkpoints that can be read; logs a warning for each other."""
+    """Yields path and content of each checkpoint; logs a warning for one that cannot be read."""
     for path in paths:
         try:
             yield path, read_checkpoint(path)

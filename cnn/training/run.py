@@ -76,7 +76,7 @@ class Run:
     def evaluation_batches(
         self, loader: Loader, part: str, metrics: EvaluationMetrics
     ) -> Iterator[Batch]:
-        """Yields this process's batches of an evaluation, `part` and `metrics` being for the trace."""
+        """Yields this process's batches of an evaluation; part and metrics are for the trace."""
         batches = self.group.synchronized(loader.batches(), loader.num_batches_per_rank())
         return self._traced(batches, part, metrics)
 

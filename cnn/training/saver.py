@@ -1,4 +1,4 @@
-"""When a run is saved, and under which names: between steps, after an epoch, when it has to stop."""
+"""Saves a run: between steps, after an epoch, and when it has to stop."""
 
 import logging
 import math
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 class Saver:
     """Saves the state of a run to last.pth, best.pth and epoch_NNN.pth.
 
-    As a context it defers signals to the end of a step; on leaving after a signal or missing data it
-    saves, waits for the file being written, and logs the command that resumes the run.
+    As a context it defers signals to the end of a step. On leaving after a signal or missing data
+    it saves, waits for the file being written, and logs the command that resumes the run.
     """
 
     def __init__(self, run: Run, stop: StopSignals):

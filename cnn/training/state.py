@@ -35,8 +35,8 @@ class TrainingState:
         loss: a loss function of the user's own, which may have a state; else None.
         history: a row of metrics per completed epoch.
         test: metrics of the final test, or None before it.
-        predictions: {"val": ..., "test": ...}: class and probability per image, in validation of the
-            best epoch.
+        predictions: {"val": ..., "test": ...}: class and probability per image; those of the
+            validation are of the best epoch.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class TrainingState:
                 setattr(self, name, copy.copy(saved[name]))
 
     def _check_tensors(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError for tensors that torch would convert or pass over when it loads them."""
+        """Raises ValueError for tensors that torch would silently convert or ignore."""
         weights = self.model.state_dict()
         missing = sorted(weights.keys() - saved["model_state_dict"].keys())
         if missing:
@@ -162,7 +162,7 @@ class TrainingState:
             group["lr"] = lr
 
     def _undo_casts(self, saved: dict[Any, Any]) -> None:
-        """Restores dtypes in the optimizer's state, which torch casts to those of the parameters."""
+        """Restores dtypes of the optimizer's state, which torch casts to the parameters' dtypes."""
         parameters = self._parameters()
         for number, state in saved.items():
             if type(number) is not int or not isinstance(state, dict):
@@ -278,7 +278,7 @@ def check_like(tensor: Any, expected: torch.Tensor, name: str) -> None:
 
 
 def own_lrs(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Returns the learning rates below the highest, by their initial ratio to it: {"lr_x0.1": ...}."""
+    """Returns the lower learning rates by their initial ratio to the highest: {"lr_x0.1": lr}."""
     highest = max(group["initial_lr"] for group in optimizer.param_groups)
     return {
         f"lr_x{group['initial_lr'] / highest:g}": group["lr"]

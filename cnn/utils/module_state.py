@@ -1,4 +1,4 @@
-"""The state dicts of modules: restored after a module has been run, and loaded from a checkpoint."""
+"""State dicts of modules: restored after a forward pass, and loaded from a checkpoint."""
 
 import contextlib
 from collections import OrderedDict
@@ -16,8 +16,8 @@ from cnn.utils.checkpoint import snapshot
 def state_preserved(*modules: nn.Module) -> Iterator[None]:
     """Restores the state dicts of the modules at the end of the block, however it ends.
 
-    A forward pass may change buffers, even in evaluation mode. Parameters that a lazy layer creates in
-    the block stay.
+    A forward pass may change buffers, even in evaluation mode. Parameters that a lazy layer creates
+    in the block stay.
 
     Raises:
         Refused: a module changed in a way that its state dict cannot restore.
@@ -34,8 +34,8 @@ def state_preserved(*modules: nn.Module) -> Iterator[None]:
                 load_state(module, state, strict=False)
             except RuntimeError as error:
                 raise Refused(
-                    f"{type(module).__name__}: what its forward pass changes can neither be put back"
-                    f" nor be resumed: {str(error).splitlines()[-1].strip()}"
+                    f"{type(module).__name__}: what its forward pass changes can neither be put"
+                    f" back nor be resumed: {str(error).splitlines()[-1].strip()}"
                 ) from None
 
 
