@@ -23,8 +23,8 @@ from cnn.records.figures import COLOURS, Curve
 from cnn.records.pages import render
 from cnn.records.run_record import RunRecord, format_setting, read_run
 from cnn.utils.files import raising_failed, write_atomically, write_text
-from cnn.utils.progress import duration
-from cnn.utils.screen import aligned, write_stdout
+from cnn.utils.progress import format_duration
+from cnn.utils.screen import align_columns, write_stdout
 
 PAGE = Path("logs", "compare.html")
 SEED = "seed"
@@ -167,7 +167,7 @@ def run_table(runs: Sequence[RunRecord]) -> list[list[str]]:
                 f"{best['epoch']:.0f}" if best else "n/a",
                 *(shown_figure(figure_of(run, name)) for name in monitors),
                 *(accuracy_of(run, split) for split in ("val", "test")),
-                duration(seconds),
+                format_duration(seconds),
                 f"{speed:.0f}" if speed else "n/a",
             ]
         )
@@ -246,7 +246,7 @@ def compare(runs: Sequence[RunRecord], output: Path | None) -> str:
         sets = [(name, values_of(group, figure)) for name, group in zip(names, groups)]
         for (one, its), (other, others) in itertools.combinations(sets, 2):
             verdicts.append(verdict((one, other), (its, others), figure))
-    text = "\n\n".join("\n".join([head, "", *aligned(rows)]) for head, rows in parts)
+    text = "\n\n".join("\n".join([head, "", *align_columns(rows)]) for head, rows in parts)
     text += "".join(f"\n\n{line}" if n == 0 else f"\n{line}" for n, line in enumerate(verdicts))
     if output is not None:
         text += "\n\n" + write_page(output, runs, groups, names, parts, verdicts)

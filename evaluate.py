@@ -174,7 +174,7 @@ def verdict(trained: "TrainedModel", metrics: "Metrics", split: str) -> str | No
     differing = [name for name in before if name in metrics and before[name] != metrics[name]]
     if not differing:
         return "training reported the same figures, to the last digit"
-    changes = env.differences(
+    changes = env.environment_changes(
         trained.content["environment"], env.describe(trained.device, trained.precision)
     )
     then, now = trained.content["config"]["data"]["batch_size"], trained.cfg.data.batch_size
@@ -193,10 +193,10 @@ def as_text(metrics: dict[str, float | None], matrix: "np.ndarray", classes: lis
 
     from cnn.metrics import scores
     from cnn.records.pages import CLASS_HEAD, class_rows
-    from cnn.utils.screen import aligned, printable
+    from cnn.utils.screen import align_columns, escape_unprintable
 
-    names = [printable(name) for name in classes]
-    lines = aligned([[name, _shown(name, value, matrix)] for name, value in metrics.items()])
+    names = [escape_unprintable(name) for name in classes]
+    lines = align_columns([[name, _shown(name, value, matrix)] for name, value in metrics.items()])
     if len(classes) == 2:
         lines.append(f"positive: {names[1]}")
     rows, means = class_rows(matrix, names)
@@ -204,11 +204,11 @@ def as_text(metrics: dict[str, float | None], matrix: "np.ndarray", classes: lis
         worst = np.argsort(np.nan_to_num(scores.per_class(matrix)["f1"], nan=2), kind="stable")
         rows = [rows[number] for number in worst[:MAX_ROWS]]
         means.append([f"({MAX_ROWS} of {len(classes)} classes, the worst)", *[""] * 5])
-    lines += ["", *aligned([CLASS_HEAD, *rows, *means], right=range(1, len(CLASS_HEAD)))]
+    lines += ["", *align_columns([CLASS_HEAD, *rows, *means], right=range(1, len(CLASS_HEAD)))]
     pairs = scores.most_confused(matrix, MAX_PAIRS)
     if pairs:
         lines += ["", "most mixed up"]
-        lines += aligned(
+        lines += align_columns(
             [
                 [
                     f"  {names[label]}",

@@ -24,7 +24,7 @@ from cnn import cli
 from cnn.datasets.image_files import find_images
 from cnn.errors import BadImage, Refused
 from cnn.utils.files import raising_failed
-from cnn.utils.screen import padded, printable, shortened, width, write_stdout
+from cnn.utils.screen import display_width, escape_unprintable, pad, shorten_name, write_stdout
 
 if TYPE_CHECKING:
     from cnn.inference.predictor import Prediction
@@ -96,7 +96,7 @@ def parse(argv: list[str]) -> Command:
     found = list(find_images(words))
     command.images = [path for path, reason in found if reason is None]
     command.missing = [
-        f"{printable(path)}: {reason}" for path, reason in found if reason is not None
+        f"{escape_unprintable(path)}: {reason}" for path, reason in found if reason is not None
     ]
     if not command.images:
         raise Refused("\n".join(command.missing[:20]) or "no path came from stdin")
@@ -131,7 +131,7 @@ def predict(command: Command, log: "Log", stop: "StopSignals") -> int:
         for path, said in zip(images, each):
             if isinstance(said, BadImage):
                 bad += 1
-                logger.error("%s", printable(said))
+                logger.error("%s", escape_unprintable(said))
             else:
                 table.row(path, said)
                 file.row(path, said)
@@ -146,19 +146,23 @@ class Table:
 
     def __init__(self, images: list[Path], classes: list[str], top: int):
         self.top = top
-        self.path = min(max(width(printable(path)) for path in [*images, "image"]), MAX_PATH)
-        self.name = max(3, *(width(shortened(printable(name))) for name in classes))
+        self.path = min(
+            max(display_width(escape_unprintable(path)) for path in [*images, "image"]), MAX_PATH
+        )
+        self.name = max(
+            3, *(display_width(shorten_name(escape_unprintable(name))) for name in classes)
+        )
 
     def head(self) -> None:
-        cells = [padded(head, self.name + 7) for head in ["prediction", "then"][: self.top]]
-        write_stdout("  ".join([padded("image", self.path), *cells]).rstrip() + "\n")
+        cells = [pad(head, self.name + 7) for head in ["prediction", "then"][: self.top]]
+        write_stdout("  ".join([pad("image", self.path), *cells]).rstrip() + "\n")
 
     def row(self, path: Path, said: "Prediction") -> None:
         cells = [
-            f"{padded(shortened(printable(name)), self.name)} {probability:.4f}"
+            f"{pad(shorten_name(escape_unprintable(name)), self.name)} {probability:.4f}"
             for name, probability in zip(said.classes, said.probabilities)
         ]
-        write_stdout(f"{padded(printable(path), self.path)}  {'  '.join(cells)}\n")
+        write_stdout(f"{pad(escape_unprintable(path), self.path)}  {'  '.join(cells)}\n")
 
 
 class CsvFile:

@@ -154,7 +154,7 @@ def say_result(study: "Study") -> int:
     from optuna.trial import TrialState
 
     from cnn.records.run_record import shown_setting
-    from cnn.utils.screen import aligned
+    from cnn.utils.screen import align_columns
 
     monitor, ranking = study.sweep.monitor, study.ranking()
     counts = [f"{len(ranking)} complete"]
@@ -171,7 +171,7 @@ def say_result(study: "Study") -> int:
         values = [shown_setting(trial.params.get(key)) for key in study.sweep.space]
         epoch = str(trial.user_attrs["epoch"])
         rows.append([str(trial.number), f"{trial.value:.4f}", epoch, *values])
-    for line in aligned(rows, right=(0, 1, 2)):
+    for line in align_columns(rows, right=(0, 1, 2)):
         logger.info("  %s", line)
     runs = [study.sweep.run_of(trial.number) for trial in shown]
     logger.info("compare: python compare.py %s", " ".join(runs))

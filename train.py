@@ -88,7 +88,7 @@ def start(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> Non
 
     with process_group(stop) as group:
         point = find() if command.checkpoint else None  # it knows its folder
-        with RunFolder((point.cfg if point else cfg).run, first=group.first) as folder:
+        with RunFolder((point.cfg if point else cfg).run, is_writer=group.is_rank0) as folder:
             if command.resume is not None and group.first(
                 lambda: point is None or point.is_outdated()
             ):
@@ -228,7 +228,7 @@ def dry_run(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> N
     with (
         process_group(stop) as group,
         tempfile.TemporaryDirectory() as scratch,
-        RunFolder(None, Path(scratch), scratch=True, first=group.first) as folder,
+        RunFolder(None, Path(scratch), scratch=True, is_writer=group.is_rank0) as folder,
     ):
         short = for_scratch(cfg, train={"epochs": 1})
         train(short, folder, log, stop, group, max_batches=2)
@@ -241,7 +241,7 @@ def dry_run(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> N
 
 def drill(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
     """Is this a run that can be stopped at any instant? Kills it and sees."""
-    launch.refuse_several("--drill")
+    launch.refuse_multiple_processes("--drill")
     if os.name == "nt":
         raise Refused("--drill needs signals that Windows has not; under WSL it works")
     from cnn.drill.drill import run_drill
@@ -253,7 +253,7 @@ def find_lr(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> N
     """Which learning rate? Tries ever higher ones; touches nothing of the run."""
     from cnn.records.find_lr import range_test
 
-    launch.refuse_several("--find-lr")
+    launch.refuse_multiple_processes("--find-lr")
     range_test(cfg)
 
 

@@ -21,7 +21,7 @@ from cnn.config import Config, code_keys, load_config
 from cnn.errors import Refused, RefusedElsewhere, RunError, Stopped
 from cnn.utils import launch
 from cnn.utils.run_folder import RunFolder
-from cnn.utils.streams import open_missing
+from cnn.utils.streams import open_missing_streams
 
 if TYPE_CHECKING:
     from cnn.utils.logger import Log
@@ -67,20 +67,20 @@ def main(
         prefix: of what is refused before anything has begun.
         several: whether torchrun may start it in several processes.
     """
-    open_missing()
+    open_missing_streams()
     if hasattr(sys.stdout, "reconfigure"):  # a console without Chinese letters is no reason to fail
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             if not several:
-                launch.refuse_several(Path(sys.argv[0]).name)
+                launch.refuse_multiple_processes(Path(sys.argv[0]).name)
             task = prepare(sys.argv[1:] if argv is None else argv)
             return DONE if task is None else run_command(task, is_last=argv is None)
         except (Refused, RunError) as error:
-            from cnn.utils.screen import LINES, printable
+            from cnn.utils.screen import LINES, escape_unprintable
 
             if launch.find_launch().is_rank0:
-                sys.stderr.write(f"{prefix}{printable(error, kept=LINES)}\n")
+                sys.stderr.write(f"{prefix}{escape_unprintable(error, keep=LINES)}\n")
             return error.status
     except KeyboardInterrupt:  # before `run_command` has taken the signals over
         sys.stderr.write("stopped by SIGINT\n")
@@ -93,7 +93,7 @@ def run_command(task: Task, *, is_last: bool = False) -> int:
     Args:
         is_last: nothing comes after it in this process, so that no signal is of use any more.
     """
-    from cnn.utils.importing import collector_paused
+    from cnn.utils.importing import garbage_collection_paused
     from cnn.utils.logger import Log
     from cnn.utils.memory import keep_freed_memory
     from cnn.utils.signals import StopSignals, stop_with_parent
@@ -109,16 +109,16 @@ def run_command(task: Task, *, is_last: bool = False) -> int:
     try:
         # Two seconds of importing torch, in which a signal waits: no half of a module is left, and
         # nobody's `except Exception` there takes it.
-        with collector_paused():
+        with garbage_collection_paused():
             importlib.import_module(task.module)
         stop.deferred = False
         stop.check()
         return task.run(log, stop) or DONE
     except (Exception, Stopped) as error:  # noqa: BLE001  it is told
-        stop.settled = True  # no call, before which a signal would be looked at
+        stop.is_outcome_known = True  # no call, before which a signal would be looked at
         return _tell(error, task, stop)
     finally:
-        stop.settled = True
+        stop.is_outcome_known = True
         log.close()
         stop.uninstall(is_last=is_last)
 
@@ -132,7 +132,7 @@ def _tell(error: BaseException, task: Task, stop: "StopSignals") -> int:
             hint = task.hint if isinstance(error, RunError) else ""
             logger.error("%s%s%s", f"{place}: " if place else "", error, hint)
         return error.status
-    if stop.raised:  # and what it came in the middle of has fallen over it
+    if stop.was_raised:  # and what it came in the middle of has fallen over it
         error = Stopped(stop.received)
     if isinstance(error, Stopped):
         logger.warning("stopped by %s%s", error, task.hint)

@@ -12,7 +12,7 @@ from cnn.drill.differences import differences
 from cnn.drill.trace import digest
 from cnn.training.setup import build_run
 from cnn.utils.run_folder import LAST
-from cnn.utils.screen import aligned
+from cnn.utils.screen import align_columns
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def log_table(first: DrillRun, others: dict[str, DrillRun]) -> None:
     """Says of every other way through what was identical, and where it first was not."""
     rows = [("", "batches", "images", "model", "optimizer", "metrics", *first.checkpoints)]
     rows += [(name, *_compare(first, other)) for name, other in others.items()]
-    for line in aligned(rows):
+    for line in align_columns(rows):
         logger.info("%s", line)
 
 

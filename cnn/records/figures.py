@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cnn.utils.screen import shortened
+from cnn.utils.screen import shorten_name
 
 BLUE, ORANGE, GREEN = "#3b82d6", "#e07b2a", "#3a9e6b"  # legible on white and on near-black
 COLOURS = (BLUE, ORANGE, GREEN, "#b05cc7", "#c9485b", "#8a7a3c", "#3aa6b0", "#7d7d7d")
@@ -130,7 +130,7 @@ def draw_confusion(axes, matrix: np.ndarray, classes: Sequence[str], ink: str) -
             text = f"{matrix[row, column]}"
             axes.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
     if number <= MAX_CLASSES_WITH_NAMES:
-        names = [shortened(name) for name in classes]
+        names = [shorten_name(name) for name in classes]
         size = 9 if number <= 40 else 7
         axes.set_xticks(range(number), names, rotation=90, fontsize=size)
         axes.set_yticks(range(number), names, fontsize=size)
@@ -203,7 +203,7 @@ def grid_png(images: Sequence[np.ndarray], labels: Sequence[str]) -> bytes:
             axes.set_axis_off()
         for axes, image, label in zip(figure.axes, images, labels):
             axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-            axes.set_title(shortened(label), fontsize=8)
+            axes.set_title(shorten_name(label), fontsize=8)
         return _png(figure)
 
 

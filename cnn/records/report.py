@@ -24,7 +24,7 @@ from cnn.records.figures import BLUE, ORANGE, Curve
 from cnn.records.pages import CLASS_HEAD, class_rows, format_metric, render
 from cnn.training.setup import Run
 from cnn.utils.files import write_atomically, write_text
-from cnn.utils.progress import duration
+from cnn.utils.progress import format_duration
 from cnn.utils.run_folder import RunLogs
 
 NUM_MISTAKES = 24
@@ -148,7 +148,7 @@ class Report:
         )
         seconds = sum(row["seconds"] for row in state.history)
         epochs = self.cfg.train.epochs
-        lines.append(f"{state.epoch} of {epochs} epochs, {stand}; {duration(seconds)}")
+        lines.append(f"{state.epoch} of {epochs} epochs, {stand}; {format_duration(seconds)}")
         command = shlex.join(["python", "train.py", "--config", self.logs.config.as_posix()])
         commit = self.run.environment["git"]
         number, _, interval = result.partition(" (")

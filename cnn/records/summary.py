@@ -16,11 +16,11 @@ from cnn.training.optim import FREEZE
 from cnn.training.resume import Checkpoint
 from cnn.training.setup import Run
 from cnn.training.state import TrainingState
-from cnn.utils.environment import differences
+from cnn.utils.environment import environment_changes
 from cnn.utils.files import write_record
-from cnn.utils.progress import duration
+from cnn.utils.progress import format_duration
 from cnn.utils.run_folder import RunLogs
-from cnn.utils.screen import printable
+from cnn.utils.screen import escape_unprintable
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def _log_resume(run: Run, point: Checkpoint) -> None:
             f"random changes to images are drawn in a new way since this file was written (draws"
             f" {draws} → {DRAWS}); the rest of the run draws in the new way"
         )
-    different = differences(point.content["environment"], run.environment)
+    different = environment_changes(point.content["environment"], run.environment)
     if different:
         logger.warning(
             "not as before: %s; the run goes on, equal up to rounding", ", ".join(different)
@@ -91,7 +91,9 @@ def log_start(run: Run, flops: int | None) -> None:
 
 def _counts(labels: np.ndarray, classes: list[str]) -> str:
     counts = np.bincount(labels, minlength=len(classes))
-    listed = "  ".join(f"{printable(name)}: {count}" for name, count in zip(classes, counts))
+    listed = "  ".join(
+        f"{escape_unprintable(name)}: {count}" for name, count in zip(classes, counts)
+    )
     if len(listed) <= MAX_LISTED:
         return listed
     return f"{counts.min()} to {counts.max()} a class"
@@ -121,7 +123,7 @@ def log_epoch(run: Run) -> None:
     left = np.mean([r["seconds"] for r in state.history[-5:]]) * (epochs - state.epoch)
     logger.info(
         f"epoch {state.epoch}/{epochs}  {metrics}  {said}  lr {row['lr']:.3g}"
-        f"  {row['images_per_second']:.0f} images/s  {duration(row['seconds'])}  ETA {duration(left)}"
+        f"  {row['images_per_second']:.0f} images/s  {format_duration(row['seconds'])}  ETA {format_duration(left)}"
     )
     _warn_of_divergence(run)
 

@@ -36,7 +36,7 @@ from cnn.sweeps.settings import Range, Sweep
 from cnn.sweeps.trial import COMPLETE, FAILED, PRUNED, TrialResult
 from cnn.utils.files import make_folder, write_text
 from cnn.utils.run_folder import RunFolder
-from cnn.utils.screen import aligned
+from cnn.utils.screen import align_columns
 from cnn.utils.signals import StopSignals
 
 logger = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ class Study:
         rows = [("", "then", "now"), *((k, then.get(k, "-"), now.get(k, "-")) for k in keys)]
         return (
             f"{self.sweep.file}: the sweep {self.sweep.name} was begun otherwise:\n"
-            + "\n".join(f"  {line}" for line in aligned(rows))
+            + "\n".join(f"  {line}" for line in align_columns(rows))
             + "\n  its trials would not compare: begin another with name=NAME"
         )
 

@@ -51,7 +51,7 @@ class Group:
         """
         if self.size == 1:
             return
-        self.stop.alone = False
+        self.stop.is_single_process = False
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             with self.stop.default_handlers():  # inside of torch no handler of ours would be called

@@ -20,9 +20,9 @@ from cnn.errors import Refused
 from cnn.training.state import TrainingState
 from cnn.utils.checkpoint import is_end_of_epoch, load_checkpoint, read_checkpoint
 from cnn.utils.files import write_atomically
-from cnn.utils.importing import outside_code
+from cnn.utils.importing import is_outside_code
 from cnn.utils.run_folder import ARCHIVE, RunFolder, checkpoints_in
-from cnn.utils.screen import aligned
+from cnn.utils.screen import align_columns
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def check_code(path: Path, saved: dict[str, Any], typed: set[str]) -> None:
         Refused: unless the name is typed on the command line too.
     """
     for key, name in config.import_paths(saved):
-        if key not in typed and outside_code(name):
+        if key not in typed and is_outside_code(name):
             raise Refused(
                 f"{path}: {key}: names code outside this folder, {name}, and a file may come from"
                 f" anybody; if that is what you mean to run, type {key}={name}"
@@ -192,7 +192,7 @@ def check_settings(
     place = places.get(refused[0], "").removeprefix("checkpoint")
     raise Refused(
         f"{place + ': ' if place else ''}{path} was made with other settings:\n"
-        + "\n".join(f"  {line}" for line in aligned(rows))
+        + "\n".join(f"  {line}" for line in align_columns(rows))
         + "\n  without --config, a resume takes the checkpoint's settings; a new run is one without"
         " --resume"
     )

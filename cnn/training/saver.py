@@ -17,9 +17,9 @@ from cnn.utils import launch
 from cnn.utils.checkpoint import (
     CheckpointWriter,
     is_end_of_epoch,
+    position_text,
     read_checkpoint,
     validated_weights,
-    where,
 )
 from cnn.utils.module_state import load_state
 from cnn.utils.run_folder import RunFolder
@@ -67,7 +67,7 @@ class Saver:
         """What of the run is on the disk and whole."""
         for path in self.folder.saved():
             try:
-                return f"Safe is {path}, {where(read_checkpoint(path))}: --resume {path}"
+                return f"Safe is {path}, {position_text(read_checkpoint(path))}: --resume {path}"
             except Refused as refusal:
                 logger.warning("%s", refusal)
         return f"No file of this run can be read in {self.folder.checkpoints}"
@@ -161,7 +161,7 @@ class Saver:
             return
 
         def find() -> dict[str, Any]:
-            return validated_weights(self.writer.owed or self._find_best(best["epoch"]))
+            return validated_weights(self.writer.pending_best or self._find_best(best["epoch"]))
 
         load_state(model, self.group.first(find))
 

@@ -26,7 +26,7 @@ from cnn.training.schedule import Schedule
 from cnn.training.shared_data import build_once_per_node
 from cnn.training.state import TrainingState
 from cnn.utils import environment as env
-from cnn.utils.checkpoint import FORMAT, check_readable, snapshot
+from cnn.utils.checkpoint import FORMAT, check_readable, clone_tree
 from cnn.utils.module_state import state_preserved
 
 
@@ -109,7 +109,7 @@ def build_run(
         "started": point.content["started"] if point else env.timestamp(),
         "environment": env.describe(device, precision, group.size),
     }
-    check_readable(snapshot(state.state_dict()) | metadata)
+    check_readable(clone_tree(state.state_dict()) | metadata)
     if point is not None:
         restore(state, point, data, loaders[0])
     return Run(cfg, data, *loaders, loss, state, precision, metadata)

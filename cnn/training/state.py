@@ -12,7 +12,7 @@ from cnn.metrics.running import RunningMetrics
 from cnn.metrics.scores import Metrics, improves
 from cnn.training.distributed import ALONE, Group
 from cnn.training.schedule import Schedule
-from cnn.utils.checkpoint import snapshot
+from cnn.utils.checkpoint import clone_tree
 from cnn.utils.module_state import load_state
 
 # Attributes that are plain values, in a checkpoint under their own names.
@@ -143,7 +143,7 @@ class TrainingState:
         """
         built = [dict(group) for group in self.optimizer.param_groups]
         configured, parameters = self._configured(), self._parameters()
-        state = snapshot(saved["state"])
+        state = clone_tree(saved["state"])
         if configured is None:
             state = {n: laid_out(part, parameters[n]) for n, part in state.items()}
         self.optimizer.load_state_dict(saved | {"state": state})
@@ -152,7 +152,7 @@ class TrainingState:
                 held, memory = self.optimizer.state[parameters[number]], state[number]
                 for name, value in memory.items() if isinstance(memory, dict) else ():
                     if getattr(held.get(name), "dtype", None) != getattr(value, "dtype", "none"):
-                        held[name] = snapshot(value, parameters[number].device)
+                        held[name] = clone_tree(value, parameters[number].device)
         for group, settings in zip(self.optimizer.param_groups, built):
             lr = group["lr"] * (settings["initial_lr"] / group["initial_lr"])
             kept = settings.keys() - {"params"}

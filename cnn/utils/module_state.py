@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from cnn.errors import Refused
-from cnn.utils.checkpoint import snapshot
+from cnn.utils.checkpoint import clone_tree
 
 
 @contextlib.contextmanager
@@ -21,7 +21,7 @@ def state_preserved(*modules: nn.Module) -> Iterator[None]:
     """
     held = [
         {
-            key: snapshot(value, None)
+            key: clone_tree(value, None)
             for key, value in module.state_dict().items()
             if not is_lazy(value)
         }
