@@ -32,14 +32,14 @@ class Leaf(NamedTuple):
     matches: Callable[[Any], bool]
 
 
-def is_number(value: Any, least: float = -math.inf) -> bool:
-    """Returns whether a value is a number of at least `least`, and not NaN."""
-    return type(value) in (int, float) and value >= least
-
-
 def is_real(value: Any, ndim: int) -> bool:
     """Returns whether a value is a tensor of real numbers with `ndim` dimensions."""
     return isinstance(value, torch.Tensor) and value.ndim == ndim and not value.is_complex()
+
+
+def is_amount(value: Any) -> bool:
+    """Returns whether a value is a finite number of at least 0."""
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def is_plain(value: Any) -> bool:
@@ -56,8 +56,8 @@ PLAIN = Leaf("plain values", is_plain)
 NULL = Leaf("null", lambda value: value is None)
 TEXT = Leaf("text", lambda value: type(value) is str)
 WHOLE = Leaf("a whole number of at least 0", lambda v: type(v) is int and 0 <= v < MAX_INT)
-NUMBER = Leaf("a number", is_number)
-AMOUNT = Leaf("a finite number of at least 0", lambda v: is_number(v, 0) and v < math.inf)
+NUMBER = Leaf("a number", lambda v: type(v) in (int, float) and v >= -math.inf)  # and not NaN
+AMOUNT = Leaf("a finite number of at least 0", is_amount)
 METRIC = Leaf("a number or null", lambda value: type(value) in (int, float, NoneType))
 TENSOR = Leaf("a tensor", lambda value: isinstance(value, torch.Tensor))
 SCALAR = Leaf("a tensor () of real numbers", lambda value: is_real(value, 0))
@@ -116,17 +116,18 @@ KEYS = _required(CHECKPOINT)
 
 
 def check_content(content: dict[str, Any]) -> None:
-    """Checks the content of a checkpoint against the table, and its parts against each other.
+    """Checks that a checkpoint is plain, fits the table, and that its parts fit each other.
 
     Raises:
         InvalidValue: a value does not fit; the message begins with its key.
     """
+    check_values(content)
     check(content, CHECKPOINT)
     classes = content["classes"]
     if not classes or len(set(classes)) < len(classes):
         raise InvalidValue(f"classes: expected names, each once, got {classes[:10]}")
     epoch, best, history = content["epoch"], content["best"], content["history"]
-    if [row["epoch"] for row in history] != list(range(1, epoch + 1)):
+    if len(history) != epoch or any(row["epoch"] != n for n, row in enumerate(history, start=1)):
         raise InvalidValue(f"history: expected the epochs 1 to {epoch}, got {len(history)} others")
     if best is not None and (
         not 0 < best["epoch"] <= epoch

@@ -37,15 +37,11 @@ def choose_device(name: str, launch: Launch | None = None) -> torch.device:
             fault = f"{launch.local_size} processes of torchrun here, but {num_gpus} CUDA devices"
             raise Refused(f"device: {fault}; --nproc-per-node sets how many")
         name = f"cuda:{launch.local_rank}"
+    num_devices = {"cuda": num_gpus, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        name = "cuda" if num_gpus else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = next(kind for kind, number in num_devices.items() if number)
     device = torch.device(name)
-    available = {
-        "cpu": True,
-        "cuda": (device.index or 0) < num_gpus,
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not available[device.type]:
+    if (device.index or 0) >= num_devices[device.type]:
         raise Refused(f"device: {name} is not available here ({num_gpus} CUDA devices); try auto")
     if device.index is not None:
         torch.cuda.set_device(device)  # torch.cuda.manual_seed seeds the current device
@@ -64,10 +60,10 @@ def choose_precision(name: str, device: torch.device, earlier: str | None = None
     if earlier in DTYPES:
         return earlier
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    if device.type == "cpu" and cpu_has("avx512_bf16", "amx_bf16"):
-        return "bf16"
-    return "fp32"
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        has_bf16 = device.type == "cpu" and cpu_has("avx512_bf16", "amx_bf16")
+    return "bf16" if has_bf16 else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -42,7 +42,9 @@ def write_atomically(
             try:
                 os.link(temporary, link)
             except OSError:  # a file system without hard links
-                _copy(temporary, link)
+                shutil.copyfile(temporary, link)
+                with open(link, "r+b") as copy:
+                    os.fsync(copy.fileno())
             os.replace(link, other)
         if also:
             sync_folder(path.parent)
@@ -122,10 +124,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _copy(source: Path, target: Path) -> None:
-    with open(source, "rb") as old, open(target, "wb") as new:
-        shutil.copyfileobj(old, new)
-        new.flush()
-        os.fsync(new.fileno())

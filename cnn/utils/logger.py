@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from cnn.utils.files import warn_unwritten
 from cnn.utils.screen import LINES, escape_unprintable
 
 # Messages of INFO are shown from these; from other libraries, only warnings and errors.
@@ -46,18 +47,12 @@ class _File(logging.FileHandler):
     def handleError(self, _: logging.LogRecord) -> None:
         if not self._has_warned:
             self._has_warned = True
-            _warn_unwritable(Path(self.baseFilename), sys.exc_info()[1])
+            error = sys.exc_info()[1]
+            warn_unwritten(Path(self.baseFilename), getattr(error, "strerror", None) or str(error))
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             super().close()
-
-
-def _warn_unwritable(path: Path, error: BaseException | None) -> None:
-    """Writes a warning to the console, since the log is the file that cannot be written."""
-    reason = getattr(error, "strerror", None) or error
-    with contextlib.suppress(OSError, ValueError):
-        tqdm.write(f"warning: {path}: cannot be written: {reason}; training goes on", sys.stderr)
 
 
 class Log:
@@ -90,7 +85,7 @@ class Log:
         try:
             self._file = _File(path, self._prefix)
         except OSError as error:
-            _warn_unwritable(path, error)
+            warn_unwritten(path, error.strerror or str(error))
             return
         self._buffer.setTarget(self._file)
         self._buffer.flush()

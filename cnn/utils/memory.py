@@ -1,4 +1,4 @@
-"""How the process keeps its memory."""
+"""The memory of the process."""
 
 import contextlib
 import ctypes

@@ -240,18 +240,14 @@ class RunFolder:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """Returns the checkpoints in a folder: last.pth, best.pth, then the others from the latest on."""
-    return [
-        path for name in CHECKPOINTS for path in sorted(folder.glob(f"{name}.pth"), reverse=True)
-    ]
+    names = [f"{name}.pth" for name in CHECKPOINTS]
+    return [path for name in names for path in sorted(folder.glob(name), reverse=True)]
 
 
 def is_running(logs: Path) -> bool:
     """Returns whether a process is writing the run with these logs, as far as can be known."""
-    parts = list(logs.resolve().parts)
-    if "logs" not in parts:
-        return False
-    parts[len(parts) - 1 - parts[::-1].index("logs")] = "checkpoints"
-    return _living_owner(Path(*parts)) is not None
+    checkpoints = re.sub("(.*/)logs(?=/|$)", r"\1checkpoints", logs.resolve().as_posix(), count=1)
+    return _living_owner(Path(checkpoints)) is not None
 
 
 def _living_owner(checkpoints: Path) -> dict[str, Any] | None:

@@ -11,8 +11,6 @@ MAX_NAME = 22  # columns of a class name
 
 def display_width(text: str) -> int:
     """Returns the number of columns that a text takes."""
-    if text.isascii():
-        return len(text)
     return sum(
         2 if unicodedata.east_asian_width(letter) in "WF" else 1
         for letter in text
