@@ -129,11 +129,10 @@ def check_content(content: dict[str, Any]) -> None:
     epoch, best, history = content["epoch"], content["best"], content["history"]
     if len(history) != epoch or any(row["epoch"] != n for n, row in enumerate(history, start=1)):
         raise InvalidValue(f"history: expected the epochs 1 to {epoch}, got {len(history)} others")
-    if best is not None and (
-        not 0 < best["epoch"] <= epoch
-        or history[best["epoch"] - 1].get(best["metric"]) != best["value"]
-    ):
-        raise InvalidValue(f"best: expected an epoch of the history, got {best}")
+    if best is not None:
+        row = history[best["epoch"] - 1] if 0 < best["epoch"] <= epoch else {}
+        if row.get(best["metric"]) != best["value"]:
+            raise InvalidValue(f"best: expected an epoch of the history, got {best}")
     schedule = content["scheduler_state_dict"]
     if "plateau" not in schedule and schedule["by_step"]["last_epoch"] != content["step"]:
         raise InvalidValue(f"scheduler_state_dict.by_step.last_epoch: expected {content['step']}")

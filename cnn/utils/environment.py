@@ -72,7 +72,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def cpu_has(*features: str) -> bool:
-    """Returns whether Linux lists one of these CPU features, and torch has oneDNN, which uses it."""
+    """Returns whether the CPU has one of these features of Linux's list, and torch has oneDNN."""
     try:
         flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
     except OSError:

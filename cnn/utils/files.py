@@ -116,7 +116,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable; does nothing on Windows, where folders cannot be synced."""
+    """Makes renames in a folder durable; does nothing on Windows, which cannot sync folders."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -58,7 +58,7 @@ class _File(logging.FileHandler):
 class Log:
     """The log of one process: console, and file once it is open.
 
-    Rank 0 logs everything. Other ranks log errors, and warnings from `open_file` on, with their rank.
+    Rank 0 logs everything. Others log errors, and from `open_file` on warnings, with their rank.
     """
 
     def __init__(self, rank: int = 0) -> None:

@@ -35,8 +35,8 @@ def show_progress(
             if not on_terminal and now - logged >= every_seconds and done + number < total:
                 logged = now
                 left = (now - start) / number * (total - done - number)
-                so_far = f"{label}  {done + number}/{total}"
-                logger.info("%s  %s left", so_far, format_duration(left))
+                position = f"{label}  {done + number}/{total}"
+                logger.info("%s  %s left", position, format_duration(left))
 
 
 def format_duration(seconds: float) -> str:

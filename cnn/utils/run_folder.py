@@ -228,7 +228,7 @@ class RunFolder:
         unfinished.unlink()
 
     def _start_of_earlier(self, paths: list[Path]) -> str:
-        """Returns when the earlier run started: the log's first time, or that of the oldest file."""
+        """Returns the earlier run's start: the log's first time, or that of the oldest file."""
         stamp = ""
         with contextlib.suppress(OSError), open(self.logs.log, "rb") as file:
             stamp = file.readline(19).decode("ascii", "replace")
@@ -239,7 +239,7 @@ class RunFolder:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Returns the checkpoints in a folder: last.pth, best.pth, then the others from the latest on."""
+    """Returns the checkpoints in a folder: last.pth, best.pth, then the others, latest first."""
     names = [f"{name}.pth" for name in CHECKPOINTS]
     return [path for name in names for path in sorted(folder.glob(name), reverse=True)]
 

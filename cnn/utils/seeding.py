@@ -1,9 +1,9 @@
 """Randomness without state: every draw is a function of the seed and of the position in the run.
 
-The order of an epoch depends on (seed, epoch). The augmentation of an image depends on (seed, epoch,
-index of the image, name of the augmentation), and on its place in the epoch where an image may occur
-twice. Dropout and the like depend on (seed, step) in training and on (seed, epoch, batch) in an
-evaluation. So no generator has to be saved, and any number of loader processes draws the same.
+The order of an epoch depends on (seed, epoch). The augmentation of an image depends on (seed,
+epoch, index of the image, name of the augmentation), and on its place in the epoch where an image
+may occur twice. Dropout and the like depend on (seed, step) in training and on (seed, epoch, batch)
+in an evaluation. So no generator is saved, and any number of loader processes draws the same.
 """
 
 import random
@@ -34,7 +34,7 @@ def seed_torch(*words: int) -> None:
 
 
 def seed_sample(*words: int) -> None:
-    """Seeds the global generators of torch (on the CPU), numpy and Python with a hash of the words."""
+    """Seeds the global CPU generators of torch, numpy and Python with a hash of the words."""
     key = mix(*words)
     torch.default_generator.manual_seed(key)
     random.seed(key)

@@ -55,7 +55,7 @@ class StopSignals:
         self._before = {number: signal.signal(number, self._handle) for number in numbers}
 
     def uninstall(self, *, is_last: bool = False) -> None:
-        """Restores the handlers of before; `is_last`, at the process's end, ignores signals instead."""
+        """Restores the handlers of before; with `is_last`, at exit, ignores signals instead."""
         sys.unraisablehook = self._unraisable
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if is_last else handler)
