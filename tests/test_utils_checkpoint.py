@@ -221,7 +221,7 @@ def test_metadata_of_what_is_no_checkpoint_are_refused():
         Path("odd.pth").write_bytes(make())
         with contextlib.suppress(Refused):  # what is wrong in a tensor alone is not seen
             assert read_metadata(Path("odd.pth"))["epoch"] == 2
-    for change in ({"step": -1}, {"started": 3}, {"unfinished_epoch": {}}, {"epoch": "2"}):
+    for change in ({"step": -1}, {"started": 3}, {"unfinished_epoch": {}}, {"epoch": "2"}, {1: 2}):
         Path("odd.pth").write_bytes(changed(lambda tree, change=change: tree.update(change)))
         with pytest.raises(Refused, match=f"odd.pth: {next(iter(change))}"):
             read_metadata(Path("odd.pth"))
