@@ -174,7 +174,7 @@ class Report:
         if len(classes) == 2:
             lines.append(f"positive: {classes[1]}")
         rows, means = class_rows(matrix, classes)
-        names = [figures.shortened(name) for name in classes]
+        names = [figures.shorten_name(name) for name in classes]
         return {
             "name": split,
             "head": head,
