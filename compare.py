@@ -26,8 +26,8 @@ from cnn.records.figures import COLOURS, Curve, Panel
 from cnn.records.pages import render
 from cnn.records.run_record import RunRecord, format_setting, read_run
 from cnn.utils.files import raising_failed, write_text
-from cnn.utils.progress import duration
-from cnn.utils.screen import aligned, write_stdout
+from cnn.utils.progress import format_duration
+from cnn.utils.screen import align_columns, write_stdout
 
 PAGE = Path("logs", "compare.html")
 SEED = "seed"
@@ -85,7 +85,7 @@ def write_comparison(runs: Sequence[RunRecord], page: Path) -> str:
         verdict((name, other), (of_name, of_other), metric)
         for (name, of_name), (other, of_other) in itertools.combinations(zip(names, values), 2)
     ]
-    paragraphs = ["\n".join([head, "", *aligned(rows)]) for head, rows in tables.items()]
+    paragraphs = ["\n".join([head, "", *align_columns(rows)]) for head, rows in tables.items()]
     if verdicts:
         paragraphs.append("\n".join(verdicts))
     curves, files = [], f"{page} (without curves: pip install matplotlib)"
@@ -194,7 +194,7 @@ def run_table(runs: Sequence[RunRecord]) -> list[list[str]]:
                 *(format_value(final_metric(run, name)) for name in monitors),
                 accuracy_of(run, "val"),
                 accuracy_of(run, "test"),
-                duration(sum(row["seconds"] for row in run.history)),
+                format_duration(sum(row["seconds"] for row in run.history)),
                 f"{statistics.median(speeds):.0f}" if speeds else "n/a",
             ]
         )

@@ -155,7 +155,7 @@ def compare_with_training(trained: "TrainedModel", metrics: "Metrics", reported:
     differing = [name for name in reported if name in metrics and metrics[name] != reported[name]]
     if not differing:
         return "training reported the same figures, to the last digit"
-    changes = env.differences(
+    changes = env.environment_changes(
         trained.content["environment"], env.describe(trained.device, trained.precision)
     )
     then, now = trained.content["config"]["data"]["batch_size"], trained.cfg.data.batch_size
@@ -185,13 +185,13 @@ def as_text(metrics: "Metrics", matrix: "np.ndarray", classes: list[str]) -> str
 
     from cnn.metrics import scores
     from cnn.records.pages import CLASS_HEAD, class_rows
-    from cnn.utils.screen import aligned, printable
+    from cnn.utils.screen import align_columns, escape_unprintable
 
-    names = [printable(name) for name in classes]
+    names = [escape_unprintable(name) for name in classes]
     values = {name: "n/a" if v is None else f"{v:.4f}" for name, v in metrics.items()}
     for name in values.keys() & {"val_acc", "test_acc"}:
         values[name] = scores.with_interval(metrics[name], int(matrix.sum()))
-    lines = aligned(list(values.items()))
+    lines = align_columns(list(values.items()))
     if len(classes) == 2:
         lines.append(f"positive: {names[1]}")
     rows, means = class_rows(matrix, names)
@@ -199,13 +199,13 @@ def as_text(metrics: "Metrics", matrix: "np.ndarray", classes: list[str]) -> str
         worst = np.argsort(np.nan_to_num(scores.per_class(matrix)["f1"], nan=2), kind="stable")
         rows = [rows[number] for number in worst[:MAX_ROWS]]
         means.append([f"({MAX_ROWS} of {len(classes)} classes, the worst)", *[""] * 5])
-    lines += ["", *aligned([CLASS_HEAD, *rows, *means], right=range(1, len(CLASS_HEAD)))]
+    lines += ["", *align_columns([CLASS_HEAD, *rows, *means], right=range(1, len(CLASS_HEAD)))]
     confused = [
         [f"  {names[label]}", f"taken for {names[other]}", f"{count} of {matrix[label].sum()}"]
         for label, other, count in scores.most_confused(matrix, MAX_PAIRS)
     ]
     if confused:
-        lines += ["", "most mixed up", *aligned(confused)]
+        lines += ["", "most mixed up", *align_columns(confused)]
     return "\n".join(lines) + "\n"
 
 

@@ -25,7 +25,7 @@ from cnn import cli
 from cnn.datasets.image_files import find_images
 from cnn.errors import BadImage, Refused
 from cnn.utils.files import raising_failed
-from cnn.utils.screen import padded, printable, shortened, width, write_stdout
+from cnn.utils.screen import display_width, escape_unprintable, pad, shorten_name, write_stdout
 
 if TYPE_CHECKING:
     from cnn.inference.predictor import Prediction
@@ -94,7 +94,7 @@ def parse(argv: list[str]) -> Command:
     found = list(find_images(words))
     command.images = [path for path, reason in found if reason is None]
     command.missing = [
-        f"{printable(path)}: {reason}" for path, reason in found if reason is not None
+        f"{escape_unprintable(path)}: {reason}" for path, reason in found if reason is not None
     ]
     if not command.images:
         raise Refused("\n".join(command.missing[:20]) or "stdin: expected paths, got none")
@@ -130,7 +130,7 @@ def predict_images(command: Command) -> int:
         for path, prediction in zip(images, shown, strict=True):
             if isinstance(prediction, BadImage):
                 num_bad += 1
-                logger.error("%s", printable(prediction))
+                logger.error("%s", escape_unprintable(prediction))
             else:
                 table.write_row(path, prediction)
                 file.write_row(path, prediction)
@@ -151,21 +151,25 @@ class Table:
 
     def __init__(self, images: list[Path], classes: list[str], top: int):
         self.top = top
-        self.path_width = min(max(width(printable(path)) for path in [*images, "image"]), MAX_PATH)
-        self.name_width = max(3, *(width(shortened(printable(name))) for name in classes))
+        self.path_width = min(
+            max(display_width(escape_unprintable(path)) for path in [*images, "image"]), MAX_PATH
+        )
+        self.name_width = max(
+            3, *(display_width(shorten_name(escape_unprintable(name))) for name in classes)
+        )
 
     def write_head(self) -> None:
         """Writes the names of the columns."""
-        cells = [padded(head, self.name_width + 7) for head in ["prediction", "then"][: self.top]]
-        write_stdout("  ".join([padded("image", self.path_width), *cells]).rstrip() + "\n")
+        cells = [pad(head, self.name_width + 7) for head in ["prediction", "then"][: self.top]]
+        write_stdout("  ".join([pad("image", self.path_width), *cells]).rstrip() + "\n")
 
     def write_row(self, path: Path, prediction: "Prediction") -> None:
         """Writes the prediction of an image."""
         cells = [
-            f"{padded(shortened(printable(name)), self.name_width)} {probability:.4f}"
+            f"{pad(shorten_name(escape_unprintable(name)), self.name_width)} {probability:.4f}"
             for name, probability in pairs(prediction)
         ]
-        write_stdout(f"{padded(printable(path), self.path_width)}  {'  '.join(cells)}\n")
+        write_stdout(f"{pad(escape_unprintable(path), self.path_width)}  {'  '.join(cells)}\n")
 
 
 class CsvFile:

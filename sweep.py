@@ -140,7 +140,7 @@ def num_finished(study: "Study") -> int:
 def log_ranking(study: "Study") -> int:
     """Logs the best trials and how to use them; returns the exit status."""
     from cnn.records.run_record import format_setting
-    from cnn.utils.screen import aligned
+    from cnn.utils.screen import align_columns
 
     monitor, ranking = study.sweep.monitor, study.ranking()
     states = Counter(trial.state.name for trial in study.trials())
@@ -157,7 +157,7 @@ def log_ranking(study: "Study") -> int:
         values = [format_setting(trial.params.get(key)) for key in study.sweep.space]
         epoch = str(trial.user_attrs["epoch"])
         rows.append([str(trial.number), f"{trial.value:.4f}", epoch, *values])
-    for line in aligned(rows, right=(0, 1, 2)):
+    for line in align_columns(rows, right=(0, 1, 2)):
         logger.info("  %s", line)
     runs = [study.sweep.run_name(trial.number) for trial in shown]
     logger.info("compare: python compare.py %s", " ".join(runs))

@@ -228,7 +228,7 @@ def dry_run(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> N
 
 def drill(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
     """Is this a run that can be stopped at any instant? Kills it and sees."""
-    launch.refuse_several("--drill")
+    launch.refuse_multiple_processes("--drill")
     if os.name == "nt":
         raise Refused("--drill needs signals that Windows has not; under WSL it works")
     from cnn.drill.drill import run_drill
@@ -240,7 +240,7 @@ def find_lr(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> N
     """Which learning rate? Tries ever higher ones; touches nothing of the run."""
     from cnn.records.find_lr import range_test
 
-    launch.refuse_several("--find-lr")
+    launch.refuse_multiple_processes("--find-lr")
     range_test(cfg)
 
 

@@ -21,7 +21,7 @@ from cnn.config import Config, code_keys, load_config
 from cnn.errors import Refused, RefusedElsewhere, RunError, Stopped
 from cnn.utils import launch
 from cnn.utils.run_folder import RunFolder
-from cnn.utils.streams import open_missing
+from cnn.utils.streams import open_missing_streams
 
 if TYPE_CHECKING:
     from cnn.utils.logger import Log
@@ -63,20 +63,20 @@ def main(prepare: Prepare, argv: list[str] | None, *, distributed: bool = False)
         argv: the command line; None for that of this process.
         distributed: whether torchrun may start the script in several processes.
     """
-    open_missing()
+    open_missing_streams()
     if hasattr(sys.stdout, "reconfigure"):  # for a console without Chinese characters
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             if not distributed:
-                launch.refuse_several(Path(sys.argv[0]).name)
+                launch.refuse_multiple_processes(Path(sys.argv[0]).name)
             task = prepare(sys.argv[1:] if argv is None else argv)
             return DONE if task is None else run_command(task, is_last=argv is None)
         except (Refused, RunError) as error:
-            from cnn.utils.screen import LINES, printable
+            from cnn.utils.screen import LINES, escape_unprintable
 
             if launch.find_launch().is_rank0:
-                sys.stderr.write(f"error: {printable(error, kept=LINES)}\n")
+                sys.stderr.write(f"error: {escape_unprintable(error, keep=LINES)}\n")
             return error.status
     except KeyboardInterrupt:  # before `run_command` installed its signal handlers
         sys.stderr.write("stopped by SIGINT\n")
@@ -89,7 +89,7 @@ def run_command(task: Task, *, is_last: bool = False) -> int:
     Args:
         is_last: whether the process ends afterwards, so that signals are ignored from then on.
     """
-    from cnn.utils.importing import collector_paused
+    from cnn.utils.importing import garbage_collection_paused
     from cnn.utils.logger import Log
     from cnn.utils.memory import keep_freed_memory
     from cnn.utils.signals import StopSignals, stop_with_parent
@@ -105,24 +105,24 @@ def run_command(task: Task, *, is_last: bool = False) -> int:
     try:
         # A signal waits for the two seconds of importing torch, so that it neither leaves a module
         # half imported nor is caught by an `except Exception` there.
-        with collector_paused():
+        with garbage_collection_paused():
             importlib.import_module(task.module)
         stop.deferred = False
         stop.check()
         return task.run(log, stop) or DONE
     except (Exception, Stopped) as error:  # noqa: BLE001  it is logged
         # An assignment, before which no signal handler runs, as one may before a call.
-        stop.settled = True
+        stop.is_outcome_known = True
         return _log_error(error, task, stop)
     finally:
-        stop.settled = True
+        stop.is_outcome_known = True
         log.close()
         stop.uninstall(is_last=is_last)
 
 
 def _log_error(error: BaseException, task: Task, stop: "StopSignals") -> int:
     """Logs why the work ended and returns the exit status."""
-    if stop.raised and not isinstance(error, (Refused, RunError)):
+    if stop.was_raised and not isinstance(error, (Refused, RunError)):
         error = Stopped(stop.received)  # a clean-up may have failed because of it
     if isinstance(error, Stopped):
         logger.warning("stopped by %s%s", error, task.hint)

@@ -178,7 +178,7 @@ TRAPS = {
     "before validation": (engine, "evaluate"),
     "validation": (engine, "compute_loss"),  # called for every batch, also of training
     "after the epoch": (saver.Saver, "end_epoch"),
-    "copying": (checkpoint, "snapshot"),
+    "copying": (checkpoint, "clone_tree"),
     "writing": (torch, "save"),
     "before best.pth is renamed": (files.os, "replace"),
     "before last.pth is renamed": (files.os, "replace"),

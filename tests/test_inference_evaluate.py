@@ -21,7 +21,7 @@ from cnn.records import figures
 from cnn.utils import files
 from cnn.utils.checkpoint import load_checkpoint, save_checkpoint
 from cnn.utils.run_folder import RunFolder
-from cnn.utils.screen import width
+from cnn.utils.screen import display_width
 from evaluate import as_text
 
 
@@ -301,7 +301,9 @@ def test_the_tables_columns_stand_below_each_other_in_chinese_too():
     text = as_text({"test_acc": 0.94, "test_auc": None}, matrix, ["猫", "golden retriever"])
     lines = text.splitlines()
     start = next(n for n, line in enumerate(lines) if line.startswith("class "))
-    assert {width(line) for line in lines[start : start + 5]} == {width(lines[start])}
+    assert {display_width(line) for line in lines[start : start + 5]} == {
+        display_width(lines[start])
+    }
     assert "positive: golden retriever" in text and "test_auc  n/a" in text
     assert "golden retriever  taken for 猫" in text and "2 of 42" in text
 

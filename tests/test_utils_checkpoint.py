@@ -1,8 +1,10 @@
 """A checkpoint is never torn and never silently wrong: every flip, every cut, every odd content."""
 
+import contextlib
 import io
 import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -17,11 +19,12 @@ from cnn.errors import Refused
 from cnn.utils.checked_zip import write_archive
 from cnn.utils.checkpoint import (
     FORMAT,
-    OUTLINE,
+    STRUCTURE_HASH,
+    clone_tree,
     estimate_bytes,
     load_checkpoint,
+    read_metadata,
     save_checkpoint,
-    snapshot,
 )
 from cnn.utils.checkpoint_structure import KEYS
 
@@ -103,7 +106,7 @@ def test_what_is_written_is_an_ordinary_file_of_torch_save(tmp_path):
     save_checkpoint(content(), path)
     for mmap in (False, True):
         opened = torch.load(path, weights_only=True, mmap=mmap)
-        opened.pop(OUTLINE)
+        opened.pop(STRUCTURE_HASH)
         assert not list(differences(content(), opened))
     assert not list(differences(content(), load_checkpoint(path)))
 
@@ -154,6 +157,74 @@ def test_a_setting_younger_than_the_file_is_held_to_its_default(train, capfd):
     assert "sampler" not in content()["config"]["data"]
     assert train("--resume", "data.sampler=balanced") == 2
     assert "data.sampler  shuffle     balanced  cannot change" in capfd.readouterr().err
+
+
+# -- metadata without tensors ----------------------------------------------------------------------
+
+
+def large(megabytes: int) -> Path:
+    """A checkpoint of about that size, most of it one tensor of the optimizer."""
+    tree = content()
+    tree["optimizer_state_dict"]["state"]["large"] = torch.zeros(megabytes * 250_000)
+    path = Path("large.pth")
+    save_checkpoint(tree, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["ours", "first format", "saved again"])
+def test_metadata_are_the_plain_values_of_the_checkpoint(name):
+    path = Path("a.pth")
+    path.write_bytes(written(name))
+    found, whole = read_metadata(path), load_checkpoint(path)
+    for key in ("started", "epoch", "step", "config", "classes", "best", "history", "environment"):
+        assert found[key] == whole[key], key
+    assert found["unfinished_epoch"]["batch"] == whole["unfinished_epoch"]["batch"]
+    assert not any("state_dict" in key for key in found)
+
+
+def test_metadata_do_not_depend_on_the_tensors_data_and_take_no_time_for_it():
+    path = large(megabytes=200)
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        for position in range(size // 4, 3 * size // 4, size // 16):
+            file.seek(position)
+            file.write(b"\xff")
+    with pytest.raises(Refused, match="large.pth: damaged: the checksum"):
+        load_checkpoint(path)
+    began = time.process_time()
+    found = read_metadata(path)
+    assert time.process_time() - began < 0.1, "reading all of it takes longer"
+    assert (found["epoch"], found["step"]) == (2, 8)
+
+
+@pytest.mark.parametrize("name", ["ours", "first format", "saved again"])
+def test_metadata_of_a_damaged_file_are_refused_or_right(name):
+    data, draw, path = written(name), random.Random(7), Path("damaged.pth")
+    path.write_bytes(data)
+    original, refused = read_metadata(path), 0
+    damaged = [flip(data, draw) for _ in range(200)]
+    for number, part in enumerate(
+        [*damaged, *(data[: draw.randrange(len(data))] for _ in "x" * 40)]
+    ):
+        path.write_bytes(part)
+        try:
+            assert read_metadata(path) == original, number
+            assert number < 200, "cut off"
+        except Refused as refusal:
+            assert str(refusal).startswith("damaged.pth: ") and "\n" not in str(refusal)
+            refused += 1
+    assert refused > 80
+
+
+def test_metadata_of_what_is_no_checkpoint_are_refused():
+    for make, _ in CONTENTS.values():
+        Path("odd.pth").write_bytes(make())
+        with contextlib.suppress(Refused):  # what is wrong in a tensor alone is not seen
+            assert read_metadata(Path("odd.pth"))["epoch"] == 2
+    for change in ({"step": -1}, {"started": 3}, {"unfinished_epoch": {}}, {"epoch": "2"}, {1: 2}):
+        Path("odd.pth").write_bytes(changed(lambda tree, change=change: tree.update(change)))
+        with pytest.raises(Refused, match=f"odd.pth: {next(iter(change))}"):
+            read_metadata(Path("odd.pth"))
 
 
 def replace(tree: dict, key: str, value: object) -> None:
@@ -299,5 +370,5 @@ def test_weights_that_have_become_nan_are_not_saved(train, capfd, monkeypatch):
 
 
 def test_the_space_a_save_needs_is_estimated_within_a_third():
-    estimate, true = estimate_bytes(snapshot(content())), len(FIRST_FORMAT.read_bytes())
+    estimate, true = estimate_bytes(clone_tree(content())), len(FIRST_FORMAT.read_bytes())
     assert true / 1.5 < estimate < true * 1.5

@@ -18,7 +18,7 @@ from conftest import TINY, assert_same_run
 import train as train_script
 from cnn.errors import Stopped
 from cnn.training.saver import Saver
-from cnn.utils.checkpoint import OUTLINE
+from cnn.utils.checkpoint import STRUCTURE_HASH
 
 LION = """
 import torch
@@ -182,7 +182,7 @@ def mutations(begun: Begun, capfd, number: int, seed: int, *, outlined: bool) ->
         outlined: else as files of before are, of which other settings make another run.
     """
     draw, counts = random.Random(seed), dict.fromkeys(("refused", "equal", "different"), 0)
-    base = {k: v for k, v in begun.content.items() if outlined or k != OUTLINE}
+    base = {k: v for k, v in begun.content.items() if outlined or k != STRUCTURE_HASH}
     while sum(counts.values()) < number:
         tree, what = mutate(base, draw)
         if not outlined and what.startswith((".optimizer_state_dict.state", ".config.train.ep")):
@@ -241,7 +241,7 @@ def test_what_an_optimizer_remembers_is_copied_into_the_layout_of_its_parameter(
     tree = copy.deepcopy(begun.content)
     for memory, name, value in list(memories(tree)):
         memory[name] = TENSORS[kind](value)
-    tree.pop(OUTLINE)
+    tree.pop(STRUCTURE_HASH)
     if expected == "equal":
         strides = {value.stride() for _, _, value in memories(tree)}
         assert strides != {value.stride() for _, _, value in memories(begun.content)}

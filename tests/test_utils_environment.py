@@ -53,4 +53,4 @@ def test_a_run_imports_nothing_large_but_torch():
 def test_another_numpy_is_told_as_what_bits_depend_on():
     now = environment.describe(torch.device("cpu"), "fp32")
     then = now | {"numpy": "1.26.0"}
-    assert environment.differences(then, now) == [f"numpy 1.26.0 → {now['numpy']}"]
+    assert environment.environment_changes(then, now) == [f"numpy 1.26.0 → {now['numpy']}"]

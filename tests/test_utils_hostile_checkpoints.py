@@ -39,8 +39,10 @@ import predict as predict_script
 import train as train_script
 from cnn.config import Config, code_keys
 from cnn.config.settings import keys_of
+from cnn.errors import Refused
 from cnn.training.resume import check_code
-from cnn.utils.importing import outside_code
+from cnn.utils.checkpoint import read_metadata
+from cnn.utils.importing import is_outside_code
 
 TOUCH = f"open({str(MARKER)!r}, 'w').close()"
 
@@ -199,6 +201,34 @@ def test_a_hostile_or_broken_file_is_refused_and_not_executed(request, capfd, ma
         assert not MARKER.exists(), name
 
 
+# Hostile only to what uses the settings or the tensors.
+DESCRIBED = {
+    *("loss.name", "data.name", "model.name", "data.augment", "our own code", "expanded tensor"),
+    *("settings that are none", "other classes", "other data", "learning rates that are none"),
+    *("predictions that are none", "claims more than it holds"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_metadata_of_a_hostile_file_are_refused_and_nothing_is_executed(name):
+    Path("mine.py").write_text(TOUCH)
+    Path("mine.pth").write_bytes(FILES[name]())
+    try:
+        assert read_metadata(Path("mine.pth"))["epoch"] == 2
+        assert name in DESCRIBED
+    except Refused as refusal:
+        assert str(refusal).startswith("mine.pth: ") and "\n" not in str(refusal)
+    assert not MARKER.exists()
+
+
+def test_metadata_of_a_pickle_that_numbers_its_values_from_two_billion_are_refused():
+    """Python's unpickler would reserve memory for as many."""
+    Path("mine.pth").write_bytes(with_pickle(b"\x80\x02}r\xff\xff\xff\x7f."))
+    with pytest.raises(Refused, match="numbers more values than it has"):
+        read_metadata(Path("mine.pth"))
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -281,7 +311,7 @@ def test_only_modules_of_ones_own_folder_are_taken_from_a_checkpoint(monkeypatch
         "json:loads",
         "yaml:load",
     ):
-        assert outside_code(name), name
+        assert is_outside_code(name), name
 
 
 def test_weights_of_a_damaged_file_are_refused(train, capfd):

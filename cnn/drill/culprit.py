@@ -11,7 +11,7 @@ from cnn.drill.differences import differences
 from cnn.drill.trace import digest
 from cnn.training.setup import build_run
 from cnn.utils.run_folder import LAST
-from cnn.utils.screen import aligned
+from cnn.utils.screen import align_columns
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def log_table(unbroken: DrillRun, runs: dict[str, DrillRun]) -> None:
             if any(differences(content, run.checkpoints[file])):
                 cells[file] = "differs"
         rows.append([name, str(len(run.records)), *cells.values()])
-    for line in aligned(rows):
+    for line in align_columns(rows):
         logger.info("%s", line)
 
 

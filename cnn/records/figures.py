@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cnn.utils.files import write_atomically
-from cnn.utils.screen import shortened
+from cnn.utils.screen import shorten_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -197,7 +197,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str = "") 
             count = f"{matrix[row, column]}"
             axes.text(column, row, count, ha="center", va="center", fontsize=8)
     if number <= MAX_CLASSES_WITH_NAMES:
-        names = [shortened(name) for name in classes]
+        names = [shorten_name(name) for name in classes]
         size = 9 if number <= 40 else 7
         axes.set_xticks(range(number), names, rotation=90, fontsize=size)
         axes.set_yticks(range(number), names, fontsize=size)
@@ -218,5 +218,5 @@ def draw_images(images: Sequence[np.ndarray], labels: Sequence[str]) -> "Figure"
         axes.set_axis_off()
     for axes, image, label in zip(figure.axes, images, labels, strict=False):  # some stay empty
         axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-        axes.set_title(shortened(label), fontsize=8)
+        axes.set_title(shorten_name(label), fontsize=8)
     return figure

@@ -23,8 +23,8 @@ from cnn.records.figures import COLOURS, ORANGE, Curve, Panel
 from cnn.records.pages import CLASS_HEAD, class_rows, format_metric, render
 from cnn.training.setup import Run
 from cnn.utils.files import write_text
-from cnn.utils.progress import duration
-from cnn.utils.screen import shortened
+from cnn.utils.progress import format_duration
+from cnn.utils.screen import shorten_name
 
 NUM_MISTAKES = 24
 NUM_TRAINING_IMAGES = 32
@@ -134,7 +134,7 @@ class Report:
             "majority": data.classes[majority],
             "majority_acc": f"{(labels == majority).mean():.4f} of {len(labels)} {split} images",
             "progress": f"{state.epoch} of {self.run.cfg.train.epochs} epochs",
-            "time": duration(sum(row["seconds"] for row in state.history)),
+            "time": format_duration(sum(row["seconds"] for row in state.history)),
             "command": shlex.join(["python", "train.py", "--config", self.logs.config.as_posix()]),
             "commit": self.run.environment["git"],
         }
@@ -143,7 +143,7 @@ class Report:
         """Returns a split's metrics, confusion matrix, most confused classes, and every class."""
         matrix, classes = self._confusion(split), self.run.data.classes
         rows, means = class_rows(matrix, classes)
-        names = [shortened(name) for name in classes]
+        names = [shorten_name(name) for name in classes]
         return {
             "split": split,
             "num_images": matrix.sum(),

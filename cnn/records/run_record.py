@@ -13,7 +13,7 @@ from cnn.errors import Refused
 from cnn.metrics.scores import Metrics, mode
 from cnn.records.history import read_history
 from cnn.utils.run_folder import RunLogs, is_running
-from cnn.utils.screen import printable
+from cnn.utils.screen import escape_unprintable
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def read_run(where: str) -> RunRecord:
         raise Refused(f"{where}: cannot be read as a run: {error}") from None
     if status != "finished" and is_running(logs.folder):
         status = "running"
-    return RunRecord(printable(where.rstrip("/\\")), settings, history, result, status)
+    return RunRecord(escape_unprintable(where.rstrip("/\\")), settings, history, result, status)
 
 
 def format_setting(value: Any) -> str:

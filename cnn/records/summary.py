@@ -16,10 +16,10 @@ from cnn.training.optim import FREEZE
 from cnn.training.resume import Checkpoint
 from cnn.training.setup import Run
 from cnn.training.state import TrainingState
-from cnn.utils.environment import differences
+from cnn.utils.environment import environment_changes
 from cnn.utils.files import write_record
-from cnn.utils.progress import duration
-from cnn.utils.screen import printable
+from cnn.utils.progress import format_duration
+from cnn.utils.screen import escape_unprintable
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def _log_resume(run: Run, checkpoint: Checkpoint) -> None:
             f"random changes to images are drawn in a new way since this file was written"
             f" (draws {draws} → {DRAWS}), and so in the rest of the run"
         )
-    different = ", ".join(differences(saved["environment"], run.environment))
+    different = ", ".join(environment_changes(saved["environment"], run.environment))
     if different:
         logger.warning("not as before: %s; the run resumes, equal up to rounding", different)
     if run.group.size != saved["environment"].get("world_size", 1):
@@ -89,7 +89,7 @@ def log_start(run: Run, flops: int | None) -> None:
 
 def _class_counts(labels: np.ndarray, classes: list[str]) -> str:
     counts = np.bincount(labels, minlength=len(classes))
-    text = "  ".join(f"{printable(name)}: {count}" for name, count in zip(classes, counts))
+    text = "  ".join(f"{escape_unprintable(name)}: {count}" for name, count in zip(classes, counts))
     return text if len(text) <= MAX_LISTED else f"{counts.min()} to {counts.max()} per class"
 
 
@@ -114,7 +114,7 @@ def log_epoch(run: Run) -> None:
     )
     so_far = f"best {monitor} {best['value']:.4f} (epoch {best['epoch']})" if best else "no best"
     left = np.mean([r["seconds"] for r in state.history[-5:]]) * (epochs - state.epoch)
-    times = f"{duration(row['seconds'])}  ETA {duration(left)}"
+    times = f"{format_duration(row['seconds'])}  ETA {format_duration(left)}"
     logger.info(
         f"epoch {state.epoch}/{epochs}  {metrics}  {so_far}  lr {row['lr']:.3g}"
         f"  {row['images_per_second']:.0f} images/s  {times}"

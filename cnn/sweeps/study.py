@@ -41,7 +41,7 @@ from cnn.sweeps.locks import SharedLock
 from cnn.sweeps.settings import Choice, Range, Sweep
 from cnn.utils.files import make_folder, write_text
 from cnn.utils.run_folder import RunFolder
-from cnn.utils.screen import aligned
+from cnn.utils.screen import align_columns
 from cnn.utils.signals import StopSignals
 
 logger = logging.getLogger(__name__)
@@ -236,7 +236,7 @@ class Study:
         keys = [key for key in current | stored if stored.get(key) != current.get(key)]
         if keys:
             rows = [(key, stored.get(key, "-"), current.get(key, "-")) for key in keys]
-            table = "\n  ".join(aligned([("", "then", "now"), *rows]))
+            table = "\n  ".join(align_columns([("", "then", "now"), *rows]))
             raise Refused(
                 f"{self.sweep.file}: sweep {self.sweep.name} was started with other settings:\n"
                 f"  {table}\n  its trials could not be compared; start another with name=NAME"

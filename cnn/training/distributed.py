@@ -56,7 +56,7 @@ class Group:
         """
         if self.size == 1:
             return
-        self.stop.alone = False
+        self.stop.is_single_process = False
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             with self.stop.default_handlers():  # torch would call no handlers while it waits

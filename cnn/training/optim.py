@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from cnn.config import OptimConfig
 from cnn.errors import Refused
 from cnn.utils.importing import import_object
-from cnn.utils.signals import at_most
+from cnn.utils.signals import time_limit
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
     slow = (
         f"takes more than {MATCHING} s to be held against the parameters' names; say it otherwise"
     )
-    with at_most(MATCHING, Refused(f"optim.groups: a pattern of it, or optim.freeze, {slow}")):
+    with time_limit(MATCHING, Refused(f"optim.groups: a pattern of it, or optim.freeze, {slow}")):
         groups = _group_parameters(cfg, model)
     known = OPTIMIZERS.get(cfg.name)
     make = _without_compiler(known) if known else import_object(cfg.name, "optim.name")

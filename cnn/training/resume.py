@@ -18,12 +18,11 @@ from cnn.datasets.build import Data
 from cnn.datasets.loader import Loader
 from cnn.errors import Refused
 from cnn.training.state import TrainingState
-from cnn.utils.checkpoint import is_end_of_epoch, load_checkpoint, read_checkpoint
-from cnn.utils.checkpoint import read_checkpoint as read_metadata
+from cnn.utils.checkpoint import is_end_of_epoch, load_checkpoint, read_checkpoint, read_metadata
 from cnn.utils.files import write_atomically
-from cnn.utils.importing import outside_code
+from cnn.utils.importing import is_outside_code
 from cnn.utils.run_folder import ARCHIVE, RunFolder, checkpoints_in
-from cnn.utils.screen import aligned
+from cnn.utils.screen import align_columns
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +140,7 @@ def check_code(path: Path, saved: dict[str, Any], typed: set[str]) -> None:
         typed: keys given on the command line, which allow the code that they name.
     """
     for key, name in config.import_paths(saved):
-        if key not in typed and outside_code(name):
+        if key not in typed and is_outside_code(name):
             raise Refused(
                 f"{path}: {key}: names code outside this folder, {name}, and a file may come from"
                 f" anybody; if that is what you mean to run, type {key}={name}"
@@ -183,7 +182,7 @@ def check_settings(
     place = places.get(refused[0], checkpoint)
     raise Refused(
         f"{'' if place == checkpoint else place + ': '}{path} was made with other settings:\n"
-        + "\n".join(f"  {line}" for line in aligned(rows))
+        + "\n".join(f"  {line}" for line in align_columns(rows))
         + "\n  without --config, a resume takes the checkpoint's settings; a new run is one without"
         " --resume"
     )

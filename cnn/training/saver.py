@@ -18,8 +18,8 @@ from cnn.utils import launch
 from cnn.utils.checkpoint import (
     CheckpointWriter,
     is_end_of_epoch,
+    position_text,
     validated_weights,
-    where,
 )
 from cnn.utils.module_state import load_state
 from cnn.utils.signals import StopSignals
@@ -66,7 +66,7 @@ class Saver:
     def _newest_readable(self) -> str:
         """Returns a message that names a checkpoint of the run that can be read."""
         for path, content in readable_checkpoints(self.folder.saved()):
-            return f"Safe is {path}, {where(content)}: --resume {path}"
+            return f"Safe is {path}, {position_text(content)}: --resume {path}"
         return f"No file of this run can be read in {self.folder.checkpoints}"
 
     def resume_command(self) -> str:
@@ -154,7 +154,9 @@ class Saver:
         weights = None
         with group.agreement():
             if group.is_rank0:
-                weights = validated_weights(self.writer.owed or self._read_best(best["epoch"]))
+                weights = validated_weights(
+                    self.writer.pending_best or self._read_best(best["epoch"])
+                )
         load_state(model, group.broadcast(weights))
 
     def _read_best(self, epoch: int) -> dict[str, Any]:

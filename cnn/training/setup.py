@@ -27,7 +27,7 @@ from cnn.training.schedule import Schedule
 from cnn.training.shared_data import build_once_per_node
 from cnn.training.state import TrainingState
 from cnn.utils import environment as env
-from cnn.utils.checkpoint import FORMAT, check_readable, snapshot
+from cnn.utils.checkpoint import FORMAT, check_readable, clone_tree
 from cnn.utils.module_state import state_preserved
 from cnn.utils.run_folder import RunFolder
 
@@ -73,7 +73,7 @@ def build_run(
         check_one_image(model, data.preprocessing.shape)
     started = checkpoint.content["started"] if checkpoint else env.timestamp()
     metadata = _metadata(cfg, data, loss, started, env.describe(device, precision, group.size))
-    check_readable(snapshot(state.state_dict()) | metadata)
+    check_readable(clone_tree(state.state_dict()) | metadata)
     if checkpoint is not None:
         restore(state, checkpoint, data, loaders[0])
     folder = folder or RunFolder(cfg.run)

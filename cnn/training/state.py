@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cnn.metrics.running import RunningMetrics
 from cnn.metrics.scores import Metrics, improves
 from cnn.training.schedule import Schedule
-from cnn.utils.checkpoint import snapshot
+from cnn.utils.checkpoint import clone_tree
 from cnn.utils.module_state import load_state
 
 # Attributes that are plain values and stand in a checkpoint under their own names.
@@ -144,7 +144,7 @@ class TrainingState:
         """
         built = [dict(group) for group in self.optimizer.param_groups]
         is_own, parameters = self._is_own_optimizer(), self._parameters()
-        state = snapshot(saved["state"])
+        state = clone_tree(saved["state"])
         if not is_own:
             state = {n: laid_out_like(part, parameters[n]) for n, part in state.items()}
         self.optimizer.load_state_dict(saved | {"state": state})
@@ -171,7 +171,7 @@ class TrainingState:
             loaded = self.optimizer.state[parameter]
             for name, value in state.items():
                 if getattr(loaded.get(name), "dtype", None) != getattr(value, "dtype", "none"):
-                    loaded[name] = snapshot(value, parameter.device)
+                    loaded[name] = clone_tree(value, parameter.device)
 
     def _parameters(self) -> list[nn.Parameter]:
         """Returns the parameters in the order in which the optimizer numbers them."""

@@ -1,39 +1,41 @@
-"""Checkpoints: saved so that none is ever torn, read so that none is silently wrong.
+"""Checkpoints: written so that a crash never leaves half of one, and checked before they are used.
 
-What a file must hold is checked here before anything of it is used; that its bytes are those that
-were written, in `checked_zip`.
+What a file must contain is checked here and in `checkpoint_structure`; that its bytes are those
+that were written, in `checked_zip`.
 """
 
+import contextlib
 import logging
 import shutil
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cnn.errors import InvalidValue, Refused
+from cnn.errors import InvalidValue, Refused, describe
 from cnn.utils import checkpoint_structure as structure
-from cnn.utils.checked_zip import read_archive_and_size, write_archive
+from cnn.utils.checked_zip import read_archive, read_plain_values, write_archive
 from cnn.utils.files import write_atomically
 from cnn.utils.run_folder import checkpoints_in
 
 logger = logging.getLogger(__name__)
 
-OUTLINE = "outline"  # the key of a hash over all but the many numbers in tensors
-FORMAT = 1  # of the content; counted up when a reader of before could not read it
+Paths = tuple[Path, ...]
+
+STRUCTURE_HASH = "outline"  # its key in a checkpoint
+FORMAT = 1  # of the content; counted up when an earlier version could not read it
 
 
 def load_checkpoint(path: Path, option: str = "--resume") -> dict[str, Any]:
-    """Reads a checkpoint to the CPU, every byte checked, nothing in it executed.
+    """Reads a checkpoint to the CPU; checks every byte and executes nothing.
 
     Args:
-        option: of the command line that takes another file.
+        option: the command-line option that takes another file, for the message.
 
     Raises:
         Refused: the file cannot be read, is damaged, or is no checkpoint of this project; the
-            message names another file of the run that is whole, where there is one.
+            message names another intact checkpoint beside it, where there is one.
     """
     try:
         return read_checkpoint(path)
@@ -42,223 +44,205 @@ def load_checkpoint(path: Path, option: str = "--resume") -> dict[str, Any]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """As `load_checkpoint`, for a caller that itself looks for another file."""
-    content, size = read_archive_and_size(path)
+    """Reads a checkpoint as `load_checkpoint` does, and looks for no other file where it fails."""
+    content = read_archive(path)
     _check_kind(path, content)
     try:
-        _check_content(content, size)
+        structure.check_content(content)
+        saved_hash = content.pop(STRUCTURE_HASH, None)  # files of earlier versions have none
+        if saved_hash not in (None, structure.structure_hash(content)):
+            advice = f"where that was on purpose, remove the entry {STRUCTURE_HASH!r} too"
+            raise InvalidValue(f"settings, numbers or shapes were changed after saving; {advice}")
+        for part in ("model_state_dict", "ema_state_dict"):
+            for name, value in (content[part] or {}).items():
+                if isinstance(value, torch.Tensor) and value.isnan().any():
+                    raise InvalidValue(f"{part}.{name}: holds values that are no numbers (NaN)")
     except InvalidValue as mistake:
         raise Refused(f"{path}: {mistake}") from None
     return content
 
 
-def _check_content(content: dict[str, Any], size: int) -> None:
-    """Holds what a file holds against what it must; raises InvalidValue, beginning with the key."""
-    claimed = structure.check_values(content)
-    if claimed > size:
-        raise InvalidValue(f"its tensors claim {claimed:,} bytes, the file has {size:,}")
-    outline = content.pop(OUTLINE, None)  # not in files of before
-    structure.check_content(content)
-    if outline not in (None, structure.outline_of(content)):
-        raise InvalidValue(
-            f"its settings, numbers or shapes are not those that were saved; where they were changed"
-            f" on purpose, take the entry {OUTLINE!r} out too"
-        )
-    for part in ("model_state_dict", "ema_state_dict"):
-        for name, value in (content[part] or {}).items():
-            if isinstance(value, torch.Tensor) and value.isnan().any():
-                raise InvalidValue(f"{part}.{name}: holds values that are no numbers (NaN)")
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint's plain values without its tensors: in milliseconds, whatever its size.
 
+    Returns:
+        All but the state dicts, such as `started`, `epoch`, `step` and `unfinished_epoch`; a tensor
+        among them is None.
 
-def check_readable(content: dict[str, Any], *, whole: bool = True) -> None:
-    """Refuses a content that would be refused where it is read.
-
-    Args:
-        whole: else only whether it is a tree of plain values and tensors, which is quick.
+    Raises:
+        Refused: the file cannot be read, is damaged outside of its tensors' data, or is no
+            checkpoint of this project.
     """
+    content = read_plain_values(path)
+    _check_kind(path, content)
+    values = {key: value for key, value in content.items() if not str(key).endswith("_dict")}
     try:
-        structure.check_values(content)
-        if whole:
-            structure.check_content(content)
+        structure.check_values(values)
+        structure.check(values, structure.METADATA)
+    except InvalidValue as mistake:
+        raise Refused(f"{path}: {mistake}") from None
+    return values
+
+
+def check_readable(content: dict[str, Any]) -> None:
+    """Refuses a content that `read_checkpoint` would refuse."""
+    try:
+        structure.check_content(content)
     except InvalidValue as mistake:
         raise Refused(f"this state could not be read again from a checkpoint: {mistake}") from None
 
 
-def where(content: dict[str, Any]) -> str:
-    """Where a checkpoint stands, in words."""
+def position_text(content: dict[str, Any]) -> str:
+    """Returns how far a checkpoint's run is, such as "after epoch 3 and 2 batches, step 38"."""
     batch = content["unfinished_epoch"]["batch"]
     within = f" and {batch} batches" if batch else ""
     return f"after epoch {content['epoch']}{within}, step {content['step']}"
 
 
 def validated_weights(content: dict[str, Any]) -> dict[str, Any]:
-    """The weights that were validated: the averaged ones where there are some."""
+    """Returns the weights that validation used: the averaged ones where the run averages."""
     return content["ema_state_dict"] or content["model_state_dict"]
 
 
 def is_end_of_epoch(content: dict[str, Any], started: str, epoch: int) -> bool:
-    """Whether a checkpoint is what that run had at the end of that epoch."""
-    at = content["started"], content["epoch"], content["unfinished_epoch"]["batch"]
-    return at == (started, epoch, 0)
+    """Returns whether a checkpoint was saved at the end of that epoch by the run of that start."""
+    position = content["started"], content["epoch"], content["unfinished_epoch"]["batch"]
+    return position == (started, epoch, 0)
 
 
 def _advice(path: Path, option: str) -> str:
-    """Which other file of the run is good."""
+    """Names another intact checkpoint in the folder."""
     for other in checkpoints_in(path if path.is_dir() else path.parent):
         if other != path:
             try:
-                return f"{other} is whole ({where(read_checkpoint(other))}): {option} {other}"
+                position = position_text(read_checkpoint(other))
             except Refused:
                 continue
+            return f"{other} is whole ({position}): {option} {other}"
     return "there is no other file beside it that is whole; a copy elsewhere may be"
 
 
 def _check_kind(path: Path, content: Any) -> None:
-    """Refuses what is no checkpoint of ours, and what a later version wrote."""
+    """Refuses other files of torch.save, and checkpoints of a later version."""
     if not isinstance(content, dict):
-        raise Refused(
-            f"{path}: expected a checkpoint of train.py, got {structure.describe_value(content)}"
-        )
+        kind = structure.describe_value(content)
+        raise Refused(f"{path}: expected a checkpoint of train.py, got {kind}")
     is_state = bool(content) and all(isinstance(value, torch.Tensor) for value in content.values())
-    of_a_run = {"optimizer_state_dict", "step"} & content.keys()
-    if is_state or ("model_state_dict" in content and not of_a_run):  # export.py's
-        raise Refused(
-            f"{path}: weights alone, without the state of a run; to begin a new run from them, say"
-            f" model.weights={path}"
-        )
+    of_training = {"optimizer_state_dict", "step"} & content.keys()
+    if is_state or ("model_state_dict" in content and not of_training):  # export.py's
+        advice = f"to begin a new run from them, say model.weights={path}"
+        raise Refused(f"{path}: weights alone, without the state of a run; {advice}")
     version = content.get("format")
     if isinstance(version, int) and version > FORMAT:
-        raise Refused(
-            f"{path}: written by a newer version of this project (format {version}, this one reads"
-            f" {FORMAT}); update it"
-        )
+        raise Refused(f"{path}: written by a newer version of this project; update it")
     missing = [key for key in structure.KEYS if key not in content]
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise Refused(
-            f"{path}: not a checkpoint of train.py, or not all of one: {', '.join(missing[:5])}"
-            f"{more} missing"
-        )
+        named = ", ".join(missing[:5])
+        raise Refused(f"{path}: not a checkpoint of train.py, or not all of one: {named} missing")
 
 
-def snapshot(tree: Any, device: torch.device | str | None = "cpu") -> Any:
-    """A copy of a tree of tensors and plain values that training cannot change.
+def clone_tree(tree: Any, device: torch.device | str | None = "cpu") -> Any:
+    """Copies nested dicts, lists and tuples with their tensors.
 
     Args:
-        device: where its tensors are put; None: where they are.
+        device: the device of the copied tensors; None keeps each one's own.
     """
     if isinstance(tree, torch.Tensor):
         return tree.detach().to(device, copy=True)
     if isinstance(tree, dict):
-        return {key: snapshot(value, device) for key, value in tree.items()}
+        return {key: clone_tree(value, device) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return type(tree)(snapshot(value, device) for value in tree)
+        return type(tree)(clone_tree(value, device) for value in tree)
     return tree
 
 
 def estimate_bytes(tree: Any) -> int:
-    """About how large the file of a content is: its tensors, and what torch.save adds to each."""
+    """Estimates the size of a checkpoint's file."""
     if isinstance(tree, torch.Tensor):
-        return tree.numel() * tree.element_size() + 300  # zip headers, alignment, pickled shape
+        return tree.nbytes + 300  # zip headers, alignment, pickled shape
     if isinstance(tree, structure.CONTAINERS):
-        values: Iterable[Any] = tree.values() if isinstance(tree, dict) else tree
-        return 20 + sum(estimate_bytes(value) for value in values)
+        values = tree.values() if isinstance(tree, dict) else tree
+        return 20 + sum(map(estimate_bytes, values))
     return 20
 
 
-def save_checkpoint(content: dict[str, Any], path: Path, also: tuple[Path, ...] = ()) -> None:
-    """Writes the checkpoint durably, once, under `path` and further names beside it.
+def save_checkpoint(content: dict[str, Any], path: Path, also: Paths = ()) -> None:
+    """Writes a checkpoint durably, once, under `path` and further names in the same folder.
 
     Raises:
-        OSError: the files of before are as they were.
+        OSError: the files are as they were before.
     """
-    content = content | {OUTLINE: structure.outline_of(content)}
+    content = content | {STRUCTURE_HASH: structure.structure_hash(content)}
     write_atomically(path, lambda file: write_archive(content, file), also)
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background, one at a time, the newest last.
+    """Writes checkpoints in the background, one at a time, in the order of their saves.
 
-    A failed write is told loudly and costs nothing but itself: the old file stands, training goes
-    on, and the next save tries again; also for the best epoch, whose weights are kept until then.
+    A failed write is logged and costs only itself: the earlier file stays, training continues, and
+    the next save tries again, for the best epoch too, whose content is kept until then.
+
+    Attributes:
+        failure: why the latest write failed, or None.
+        pending_best: the best epoch's content where it is not written yet, or None.
     """
 
     def __init__(self) -> None:
+        self.failure: str | None = None
+        self.pending_best: dict[str, Any] | None = None
+        self._best_path: Path | None = None
         self._thread: threading.Thread | None = None
-        self._owed: tuple[dict[str, Any], Path] | None = None  # a best epoch not yet on the disk
-        self.failure: str | None = None  # why the latest save did not succeed
-        self._is_first = True  # the next save, which is held against the whole description
 
     def save(
-        self,
-        content: dict[str, Any],
-        path: Path,
-        best: Path | None = None,
-        also: tuple[Path, ...] = (),
+        self, content: dict[str, Any], path: Path, best: Path | None = None, also: Paths = ()
     ) -> None:
-        """Copies the content and returns; the file is written meanwhile.
+        """Copies the content and returns; a thread writes the copy.
 
         Args:
-            best: where the same goes as the best epoch, if it is that.
-            also: further names for it.
+            best: a further name for the same file, where this is the best epoch.
+            also: further names for the same file.
 
         Raises:
             Refused: the file could not be read again; nothing is saved.
         """
         self.wait()
-        copy = snapshot(content)
-        check_readable(copy, whole=self._is_first)
-        self._is_first = False
+        copy = clone_tree(content)
+        check_readable(copy)
         if best is not None:
-            self._owed = copy, best
-        # No daemon: the interpreter waits for a write under way, whatever ends the run.
+            self.pending_best, self._best_path = copy, best
+        # Not a daemon: the interpreter waits for it at exit, however the run ends.
         self._thread = threading.Thread(target=self._write, args=(copy, path, also), name="saving")
         self._thread.start()
 
-    def _write(self, content: dict[str, Any], path: Path, also: tuple[Path, ...]) -> None:
+    def _write(self, content: dict[str, Any], path: Path, also: Paths) -> None:
         try:
-            if self._owed is not None and self._owed[0] is content:
-                also = (self._owed[1], *also)
-            elif self._owed is not None:  # first: last.pth never tells of a best that is not there
-                save_checkpoint(*self._owed)
-                self._owed = None
+            if self.pending_best is content:
+                also = (self._best_path, *also)
+            elif self.pending_best is not None:  # before last.pth, which refers to it
+                save_checkpoint(self.pending_best, self._best_path)
+                self.pending_best = None
             save_checkpoint(content, path, also)
-            self._owed = self.failure = None
-        except Exception as error:  # noqa: BLE001  whatever it is, training can go on
-            self.failure = f"{path}: {_reason(error)}; {_space(content, path)}"
-            logger.error(
-                "could not save %s. The file of before is kept, training goes on, the next save"
-                " tries again",
-                self.failure,
-            )
-
-    @property
-    def owed(self) -> dict[str, Any] | None:
-        """The best epoch's content, where it could not be written yet."""
-        return self._owed and self._owed[0]
+            self.pending_best = self.failure = None
+        except Exception as error:  # noqa: BLE001  training can continue whatever it is
+            reason = getattr(error, "strerror", None) or describe(error)
+            self.failure = f"{path}: {reason}; {_space(content, path)}"
+            effect = "The file of before is kept, training goes on, the next save tries again"
+            logger.error("could not save %s. %s", self.failure, effect)
 
     def wait(self) -> None:
-        """Until what was given is on the disk, or its failure told."""
+        """Waits until the latest save is written or has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
 
-def _reason(error: Exception) -> str:
-    """The system's own words."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-
-
 def _space(content: dict[str, Any], path: Path) -> str:
-    """How much room the save needs, and how much there is."""
-    needs = f"it needs {_size(estimate_bytes(content))}"
-    try:
-        return f"{needs}, {path.parent} has {_size(shutil.disk_usage(path.parent).free)} free"
-    except OSError:
-        return f"{needs} in {path.parent}"
+    """Returns how much space a save needs, and how much is free."""
+    free = ""
+    with contextlib.suppress(OSError):  # the folder is removed
+        free = f", {path.parent} has {_size(shutil.disk_usage(path.parent).free)} free"
+    return f"it needs {_size(estimate_bytes(content))}{free}"
 
 
-def _size(number: int) -> str:
-    return f"{number / 1e6:.1f} MB" if number >= 1e6 else f"{number / 1e3:.0f} kB"
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.0f} kB"

@@ -1,7 +1,7 @@
-"""What a checkpoint holds: one description of the whole file, to its leaves, and the check against it.
+"""The structure of a checkpoint: a table of every key with its kind, and the check against it.
 
-A file may come from anybody, and a state that could not be read again must not be written: so both
-what is read and what is to be saved is held against the same description.
+A file may come from anybody, and a state that could not be read again must not be written. So the
+content is checked against the same table both when it is read and before it is saved.
 """
 
 import contextlib
@@ -19,31 +19,31 @@ CONTAINERS = (dict, list, tuple)
 MAX_DEPTH = 50
 MAX_INT = 2**63
 
-# Of the tensors in a file; `checked_zip` reads no others.
+# The tensors of a checkpoint have one of these; `checked_zip` reads no others.
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 DTYPES = (*FLOATS, *INTEGERS, torch.complex64, torch.complex128)
 
 
 class Leaf(NamedTuple):
-    """A value: how it is called in a message, and whether one is of this kind."""
+    """A kind of value: its name in messages, and the function that recognizes it."""
 
     expected: str
-    holds: Callable[[Any], bool]
-
-
-def is_number(value: Any, least: float = -math.inf) -> bool:
-    """Whether it is a number of at least `least`; no number is not."""
-    return type(value) in (int, float) and value >= least
+    matches: Callable[[Any], bool]
 
 
 def is_real(value: Any, ndim: int) -> bool:
-    """Whether it is a tensor of real numbers, with so many dimensions."""
+    """Returns whether a value is a tensor of real numbers with `ndim` dimensions."""
     return isinstance(value, torch.Tensor) and value.ndim == ndim and not value.is_complex()
 
 
+def is_amount(value: Any) -> bool:
+    """Returns whether a value is a finite number of at least 0."""
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
 def is_plain(value: Any) -> bool:
-    """Whether it is made of what YAML has: no tensor in it, and text for keys."""
+    """Returns whether a value could come from YAML: there is no tensor in it, and keys are text."""
     if isinstance(value, dict):
         return all(type(key) is str and is_plain(inner) for key, inner in value.items())
     if isinstance(value, (list, tuple)):
@@ -51,27 +51,28 @@ def is_plain(value: Any) -> bool:
     return not isinstance(value, torch.Tensor)
 
 
-ANY = Leaf("plain values or tensors", lambda value: True)
+ANY = Leaf("plain values or tensors", lambda _: True)
 PLAIN = Leaf("plain values", is_plain)
 NULL = Leaf("null", lambda value: value is None)
 TEXT = Leaf("text", lambda value: type(value) is str)
 WHOLE = Leaf("a whole number of at least 0", lambda v: type(v) is int and 0 <= v < MAX_INT)
-NUMBER = Leaf("a number", is_number)
-AMOUNT = Leaf("a finite number of at least 0", lambda v: is_number(v, 0) and v < math.inf)
+NUMBER = Leaf("a number", lambda v: type(v) in (int, float) and v >= -math.inf)  # and not NaN
+AMOUNT = Leaf("a finite number of at least 0", is_amount)
 METRIC = Leaf("a number or null", lambda value: type(value) in (int, float, NoneType))
 TENSOR = Leaf("a tensor", lambda value: isinstance(value, torch.Tensor))
 SCALAR = Leaf("a tensor () of real numbers", lambda value: is_real(value, 0))
 VECTOR = Leaf("a tensor (N) of real numbers", lambda value: is_real(value, 1))
 
-# A mapping: names, those that may be missing with a `?`; then patterns for all others. A list of one:
-# so many of them. A tuple: one of these.
+# In the tables below, a dict is a mapping: `name?` may be missing, and "*" stands for all other
+# names. A list of one kind is a list of any length. A tuple contains alternatives.
 WEIGHTS = {"*_extra_state": ANY, "*": TENSOR}
 PREDICTIONS = {"prediction": VECTOR, "probability": VECTOR}
 SUMS = {"loss": SCALAR, "correct": SCALAR, "weight?": (AMOUNT, SCALAR), "count": WHOLE}
-SCALES = dict.fromkeys(("scale", "growth_factor", "backoff_factor"), AMOUNT)
-SCALING = SCALES | dict.fromkeys(("growth_interval", "_growth_tracker"), WHOLE)
-COUNTERS = dict.fromkeys(("num_bad_epochs", "cooldown_counter", "last_epoch"), WHOLE)
-PLATEAU = {"best": NUMBER, **COUNTERS}
+SCALING = {
+    **dict.fromkeys(("scale", "growth_factor", "backoff_factor"), AMOUNT),
+    **dict.fromkeys(("growth_interval", "_growth_tracker"), WHOLE),
+}
+PLATEAU = {"best": NUMBER, "num_bad_epochs": WHOLE, "cooldown_counter": WHOLE, "last_epoch": WHOLE}
 RATES = dict.fromkeys(("lr", "images_per_second", "seconds"), AMOUNT)
 EPOCH = {"epoch": WHOLE, "step": WHOLE, "train_loss": NUMBER, "val_loss": NUMBER, **RATES}
 CHECKPOINT = {
@@ -102,22 +103,25 @@ CHECKPOINT = {
     "predictions?": {"val?": PREDICTIONS, "test?": PREDICTIONS},
     "*": PLAIN,  # of a later version
 }
+# What is left of a checkpoint that is read without its tensors.
+METADATA = {key: kind for key, kind in CHECKPOINT.items() if not key.rstrip("?").endswith("_dict")}
+METADATA |= {"unfinished_epoch": {"batch": WHOLE, "*": ANY}, "predictions?": ANY}
 
 
-def _needed(kinds: dict[Any, Any]) -> list[str]:
-    """The names that a mapping must have."""
+def _required(kinds: dict[Any, Any]) -> list[str]:
     return [name for name in kinds if type(name) is str and not set(name) & set("?*")]
 
 
-KEYS = _needed(CHECKPOINT)
+KEYS = _required(CHECKPOINT)
 
 
 def check_content(content: dict[str, Any]) -> None:
-    """Holds the content of a checkpoint against the description, and its parts against each other.
+    """Checks that a checkpoint is plain, fits the table, and that its parts fit each other.
 
     Raises:
-        InvalidValue: beginning with the key.
+        InvalidValue: a value does not fit; the message begins with its key.
     """
+    check_values(content)
     check(content, CHECKPOINT)
     classes = content["classes"]
     if not classes or len(set(classes)) < len(classes):
@@ -125,142 +129,139 @@ def check_content(content: dict[str, Any]) -> None:
     epoch, best, history = content["epoch"], content["best"], content["history"]
     if len(history) != epoch or any(row["epoch"] != n for n, row in enumerate(history, start=1)):
         raise InvalidValue(f"history: expected the epochs 1 to {epoch}, got {len(history)} others")
-    if best is not None and (
-        not 0 < best["epoch"] <= epoch
-        or history[best["epoch"] - 1].get(best["metric"]) != best["value"]
-    ):
-        raise InvalidValue(f"best: expected an epoch of the history, got {best}")
+    if best is not None:
+        row = history[best["epoch"] - 1] if 0 < best["epoch"] <= epoch else {}
+        if row.get(best["metric"]) != best["value"]:
+            raise InvalidValue(f"best: expected an epoch of the history, got {best}")
     schedule = content["scheduler_state_dict"]
     if "plateau" not in schedule and schedule["by_step"]["last_epoch"] != content["step"]:
         raise InvalidValue(f"scheduler_state_dict.by_step.last_epoch: expected {content['step']}")
-    waited = epoch - (best["epoch"] if best else 0)
-    if content["early_stop"]["waited"] != waited:
-        raise InvalidValue(
-            f"early_stop.waited: expected {waited}, got {content['early_stop']['waited']}"
-        )
-    for split, said in content.get("predictions", {}).items():
-        predicted, number = said["prediction"], len(said["probability"])
-        if len(predicted) != number or not set(predicted.tolist()) <= {*range(len(classes))}:
+    since_best, saved = epoch - (best["epoch"] if best else 0), content["early_stop"]["waited"]
+    if saved != since_best:
+        raise InvalidValue(f"early_stop.waited: expected {since_best}, got {saved}")
+    for split, columns in content.get("predictions", {}).items():
+        predicted, num_images = columns["prediction"].tolist(), len(columns["probability"])
+        if len(predicted) != num_images or not set(predicted) <= set(range(len(classes))):
             raise InvalidValue(f"predictions.{split}: expected a class of these for each image")
 
 
 def check(value: Any, kind: Any, key: str = "") -> None:
-    """Holds a value against a description; raises InvalidValue, beginning with the key."""
+    """Checks a value against its kind in a table.
+
+    Raises:
+        InvalidValue: a value does not fit; the message begins with its key.
+    """
     if isinstance(kind, Leaf):
-        if not kind.holds(value):
+        if not kind.matches(value):
             raise InvalidValue(f"{key}: expected {kind.expected}, got {describe_value(value)}")
     elif isinstance(kind, tuple):
-        *others, last = kind
-        for one in others:
+        for alternative in kind[:-1]:
             with contextlib.suppress(InvalidValue):
-                return check(value, one, key)
-        check(value, last, key)
+                check(value, alternative, key)
+                return
+        check(value, kind[-1], key)
     elif isinstance(kind, list):
         if not isinstance(value, list):
             raise InvalidValue(f"{key}: expected a list, got {describe_value(value)}")
         for number, item in enumerate(value):
             check(item, kind[0], f"{key}[{number}]")
-    else:
-        _check_mapping(value, kind, key)
-
-
-def _check_mapping(value: Any, kinds: dict[Any, Any], key: str) -> None:
-    if not isinstance(value, dict):
+    elif not isinstance(value, dict):
         raise InvalidValue(f"{key}: expected a mapping, got {describe_value(value)}")
-    missing = [name for name in _needed(kinds) if name not in value]
-    if missing:
-        raise InvalidValue(f"{_below(key, missing[0])}: missing")
-    for name, item in value.items():
-        kind = _kind_of(name, kinds)
-        if kind is None:
-            raise InvalidValue(f"{_below(key, name)}: no such key")
-        check(item, kind, _below(key, name))
+    else:
+        missing = [name for name in _required(kind) if name not in value]
+        if missing:
+            raise InvalidValue(f"{_join(key, missing[0])}: missing")
+        for name, item in value.items():
+            check(item, _kind_of(name, kind, key), _join(key, name))
 
 
-def _kind_of(name: Any, kinds: dict[Any, Any]) -> Any:
-    """What is expected under a name; None where no such name is."""
-    if type(name) is not str:
-        return kinds.get(type(name))
-    pattern = "*_extra_state" if name.endswith("_extra_state") and "*_extra_state" in kinds else "*"
-    return kinds.get(name, kinds.get(f"{name}?", kinds.get(pattern)))
+def _kind_of(name: Any, kinds: dict[Any, Any], key: str) -> Any:
+    """Returns the kind of the value under a name of a mapping."""
+    names = [type(name)]
+    if type(name) is str:
+        names = [name, f"{name}?", "*_extra_state" if name.endswith("_extra_state") else "*", "*"]
+    for known in names:
+        if known in kinds:
+            return kinds[known]
+    raise InvalidValue(f"{_join(key, name)}: no such key")
 
 
-def _below(key: str, name: Any) -> str:
+def _join(key: str, name: Any) -> str:
     return f"{key}.{name}" if key else str(name)
 
 
-def check_values(content: Any) -> int:
-    """Refuses what is no tree of plain values and plain tensors.
-
-    Returns:
-        The bytes that the tensors have, in memory that several may share.
+def check_values(tree: Any) -> None:
+    """Checks that there are only plain values and plain tensors in nested dicts, lists and tuples.
 
     Raises:
-        InvalidValue: beginning with the key.
+        InvalidValue: something else is there; the message begins with its key.
     """
-    seen: set[int] = set()
-    storages: dict[int, int] = {}
+    _check_value(tree, "", 0, set())
 
-    def walk(tree: Any, key: str, depth: int) -> None:
-        if isinstance(tree, torch.Tensor):
-            fault = _fault_of(tree)
-            if fault is not None:
-                raise InvalidValue(f"{key}: expected a plain tensor, got {fault}")
-            storages[tree.untyped_storage().data_ptr()] = tree.untyped_storage().nbytes()
-        elif isinstance(tree, CONTAINERS):
-            # A tree: what hangs at two places or in itself could be endless to walk.
-            if (id(tree) in seen and len(tree)) or depth > MAX_DEPTH:
-                raise InvalidValue(f"{key}: not a tree of plain values")
-            seen.add(id(tree))
-            items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-            for name, value in items:
-                if type(name) not in (str, int):
-                    raise InvalidValue(f"{key}: expected plain keys, got {describe_value(name)}")
-                walk(value, _below(key, name), depth + 1)
-        elif type(tree) not in (NoneType, bool, int, float, str):
-            raise InvalidValue(f"{key}: expected a plain value, got {describe_value(tree)}")
-        elif type(tree) is int and not -MAX_INT <= tree < 2 * MAX_INT:
-            raise InvalidValue(f"{key}: expected a number of 64 bits, got a larger one")
 
-    walk(content, "", 0)
-    return sum(storages.values())
+def _check_value(tree: Any, key: str, depth: int, seen: set[int]) -> None:
+    """Checks one value and all below it; `seen` has the ids of the containers met before."""
+    if isinstance(tree, torch.Tensor):
+        fault = _fault_of(tree)
+        if fault is not None:
+            raise InvalidValue(f"{key}: expected a plain tensor, got {fault}")
+    elif isinstance(tree, CONTAINERS):
+        # A container met twice, or inside of itself, could take endless time to walk.
+        if (id(tree) in seen and len(tree)) or depth > MAX_DEPTH:
+            raise InvalidValue(f"{key}: not a tree of plain values")
+        seen.add(id(tree))
+        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            if type(name) not in (str, int):
+                raise InvalidValue(f"{key}: expected plain keys, got {describe_value(name)}")
+            _check_value(value, _join(key, name), depth + 1, seen)
+    elif type(tree) not in (NoneType, bool, int, float, str):
+        raise InvalidValue(f"{key}: expected a plain value, got {describe_value(tree)}")
+    elif type(tree) is int and not -MAX_INT <= tree < 2 * MAX_INT:
+        raise InvalidValue(f"{key}: expected a number of 64 bits, got a larger one")
 
 
 def _fault_of(tensor: torch.Tensor) -> str | None:
-    """What keeps a tensor from being a plain one, each of whose numbers has a place of its own."""
+    """Returns why a tensor is no plain one, in which every number has its own memory, or None."""
     if tensor.layout != torch.strided or tensor.is_quantized:
         return "a sparse or quantised one"
     if tensor.is_conj() or tensor.is_neg():
         return "a conjugated or negated view"
     if tensor.dtype not in DTYPES:
-        return f"one of {str(tensor.dtype).removeprefix('torch.')}, which is not kept"
-    reached = 0  # from the first number, by the dimensions of smaller strides
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape)):
+        return f"one of {_name_of(tensor.dtype)}, which is not kept"
+    reached = 0  # offset of the last number in the dimensions of smaller strides
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= reached:
             return "one whose numbers overlap in memory"
         reached += stride * max(size - 1, 0)
     return None
 
 
-def outline_of(content: dict[str, Any]) -> str:
-    """A hash over a content: all but the many numbers in tensors, which a file's checksums cover."""
+def structure_hash(content: dict[str, Any]) -> str:
+    """Returns a SHA-256 over all plain values, and over the tensors' shapes, dtypes and scalars.
 
-    def outline(tree: Any) -> Any:
-        if isinstance(tree, torch.Tensor):
-            return tree.dtype, tuple(tree.shape), tree.item() if tree.ndim == 0 else None
-        if isinstance(tree, dict):
-            return sorted((repr(key), outline(value)) for key, value in tree.items())
-        if isinstance(tree, (list, tuple)):
-            return [outline(value) for value in tree]
-        return repr(tree)
+    The numbers of larger tensors are left out: the checksums of the file cover them.
+    """
+    return hashlib.sha256(repr(_structure(content)).encode()).hexdigest()
 
-    return hashlib.sha256(repr(outline(content)).encode()).hexdigest()
+
+def _structure(tree: Any) -> Any:
+    if isinstance(tree, torch.Tensor):
+        return tree.dtype, tuple(tree.shape), tree.item() if tree.ndim == 0 else None
+    if isinstance(tree, dict):
+        return sorted((repr(key), _structure(value)) for key, value in tree.items())
+    if isinstance(tree, (list, tuple)):
+        return [_structure(value) for value in tree]
+    return repr(tree)
 
 
 def describe_value(value: Any) -> str:
-    """A value as a message tells it: what it is, and a number itself."""
+    """Returns a value for a message: a number itself, and otherwise its type."""
     if isinstance(value, torch.Tensor):
-        return f"a tensor {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        return f"a tensor {_name_of(value.dtype)} {tuple(value.shape)}"
     if type(value) in (int, float):
         return str(value)[:40]
     return "null" if value is None else type(value).__name__
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""What a run runs on: device, precision, versions, code; what its bits depend on."""
+"""The environment of a run: device, precision, versions and code, on which its bits depend."""
 
 import datetime
 import importlib.metadata
@@ -9,73 +9,71 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import PIL
 import torch
 
 from cnn.errors import Refused
-from cnn.utils.launch import ALONE, Launch
+from cnn.utils.launch import Launch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Where one of these differs, a run repeats itself only up to rounding.
-# numpy: it orders the images and draws what is random about them.
+# Where one of these differs, a run repeats itself only up to rounding. numpy is among them because
+# it shuffles the images and draws their augmentations.
 BITS_DEPEND_ON = ("torch", "numpy", "device", "cpu", "threads", "precision", "world_size")
 
 
-def choose_device(name: str, launch: Launch = ALONE) -> torch.device:
-    """The device of that name, made the current one; auto is CUDA, else MPS, else the CPU.
+def choose_device(name: str, launch: Launch | None = None) -> torch.device:
+    """Finds the device of that name and makes it the current one.
 
     Args:
-        launch: of several processes on a machine, each has the CUDA device of its number.
+        name: "auto" is CUDA, else MPS, else the CPU.
+        launch: with several processes, each takes the CUDA device of its local rank.
+
+    Raises:
+        Refused: there is no such device, or there are more processes than CUDA devices.
     """
-    if launch.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
-        if launch.local_size > torch.cuda.device_count():
-            raise Refused(
-                f"device: torchrun has started {launch.local_size} processes here, and there are"
-                f" {torch.cuda.device_count()} CUDA devices; --nproc-per-node says how many"
-            )
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if launch and launch.size > 1 and name in ("auto", "cuda") and num_gpus:
+        if launch.local_size > num_gpus:
+            fault = f"{launch.local_size} processes of torchrun here, but {num_gpus} CUDA devices"
+            raise Refused(f"device: {fault}; --nproc-per-node sets how many")
         name = f"cuda:{launch.local_rank}"
+    num_devices = {"cuda": num_gpus, "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = next(kind for kind, number in num_devices.items() if number)
     device = torch.device(name)
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not available[device.type]:
-        found = torch.cuda.device_count()
-        raise Refused(f"device: {name} is not available here ({found} CUDA devices); try auto")
+    if (device.index or 0) >= num_devices[device.type]:
+        raise Refused(f"device: {name} is not available here ({num_gpus} CUDA devices); try auto")
     if device.index is not None:
-        torch.cuda.set_device(device)  # the one whose generator torch.cuda.manual_seed keys
+        torch.cuda.set_device(device)  # torch.cuda.manual_seed seeds the current device
     return device
 
 
 def choose_precision(name: str, device: torch.device, earlier: str | None = None) -> str:
-    """fp32, bf16 or fp16; auto is bf16 where the hardware computes in it, else fp32.
+    """Returns fp32, bf16 or fp16.
 
     Args:
-        earlier: the run's precision before a resume, which auto keeps.
+        name: one of these, or "auto": bf16 where the hardware computes in it, else fp32.
+        earlier: the precision before a resume, which "auto" keeps.
     """
     if name != "auto":
         return name
     if earlier in DTYPES:
         return earlier
     if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    if device.type == "cpu" and cpu_has("avx512_bf16", "amx_bf16"):
-        return "bf16"
-    return "fp32"
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        has_bf16 = device.type == "cpu" and cpu_has("avx512_bf16", "amx_bf16")
+    return "bf16" if has_bf16 else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which a forward pass has that precision."""
+    """Returns the context in which a forward pass computes in that precision."""
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def cpu_has(*features: str) -> bool:
-    """Whether the CPU has one of these, as Linux names them, and torch uses oneDNN, which does."""
+    """Returns whether the CPU has one of these features of Linux's list, and torch has oneDNN."""
     try:
         flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
     except OSError:
@@ -84,13 +82,13 @@ def cpu_has(*features: str) -> bool:
 
 
 def describe(device: torch.device, precision: str, world_size: int = 1) -> dict[str, Any]:
-    """Versions, hardware and code, as plain values for checkpoint and log."""
+    """Returns versions, hardware and commit as plain values, for checkpoint and log."""
     on_cuda = device.type == "cuda"
     return {
         "torch": str(torch.__version__),
         "numpy": numpy.__version__,
-        "torchvision": _version("torchvision"),
-        "pillow": _version("pillow"),
+        "torchvision": importlib.metadata.version("torchvision"),  # importing it takes a second
+        "pillow": PIL.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if on_cuda else device.type,
@@ -102,54 +100,35 @@ def describe(device: torch.device, precision: str, world_size: int = 1) -> dict[
     }
 
 
-def _version(package: str) -> str | None:
-    """The installed version, without the seconds that importing may take."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def timestamp() -> str:
-    """Now, as 2026-11-20 18:45:01.123456; what one run is told from another by."""
+    """Returns the time as 2026-11-20 18:45:01.123456, by which runs are distinguished."""
     return datetime.datetime.now().isoformat(" ")
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with '+' where files were changed since; None outside git."""
+    """Returns the commit of this code, with '+' where files differ from it; None outside git."""
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return None
+    # Without optional locks: killed in the middle, git would leave .git/index.lock behind.
+    git = ["git", "--no-optional-locks", "-C", str(folder)]
+    words = ["describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        commit = _git(folder, "rev-parse", "--short", "HEAD")
-        changed = _git(folder, "status", "--porcelain", "-uno")
+        done = subprocess.run([*git, *words], capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit + ("+" if changed else "")
-
-
-def _git(folder: Path, *words: str) -> str:
-    # Without optional locks: killed in the middle, git would leave .git/index.lock behind.
-    done = subprocess.run(
-        ["git", "--no-optional-locks", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=5,
-        check=True,
-    )
     return done.stdout.strip()
 
 
-def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What bits depend on and is not as it was, each as 'threads 2 → 4'."""
+def environment_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Returns what bits depend on and has changed, each as 'threads 2 → 4'."""
     return [
         f"{key} {then.get(key)} → {now[key]}" for key in BITS_DEPEND_ON if then.get(key) != now[key]
     ]
 
 
 def make_deterministic() -> None:
-    """Sets what PyTorch's notes on reproducibility ask for on CUDA."""
+    """Makes PyTorch deterministic on CUDA, as its notes on reproducibility describe."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, whenever the power fails."""
+"""Durable writes: after a crash or a power failure, a file has its old content or its new one."""
 
 import contextlib
 import logging
@@ -13,23 +13,23 @@ from cnn.errors import Failed
 
 logger = logging.getLogger(__name__)
 
-TEMPORARY = ".cnn.tmp"  # how our files end that are not yet whole; another's .tmp is left alone
+TEMPORARY = ".cnn.tmp"  # suffix of our unfinished files; the user's own .tmp files are left alone
 
 
 def write_atomically(
     path: Path, write: Callable[[IO[bytes]], None], also: tuple[Path, ...] = ()
 ) -> None:
-    """Writes beside the file, syncs, renames over it, syncs the folder.
+    """Writes a temporary file in the same folder, syncs it, and renames it to `path`.
 
     Args:
         path: the file to replace.
-        write: is given the temporary file, open for writing and reading.
+        write: writes the content to the temporary file, which is open for writing and reading.
         also: further names in the same folder for the same content; they are durably in place
-            before `path` is, so that `path` may speak of them.
+            before `path` is, so that the content of `path` may refer to them.
 
     Raises:
-        OSError: `path` is as it was, and nothing is left over; each further name has either the old
-            content or the new one.
+        OSError: `path` is unchanged, and no temporary file is left; each further name has either
+            its old content or the new one.
     """
     temporary = temporary_name(path)
     links = [temporary_name(other) for other in also]
@@ -38,11 +38,13 @@ def write_atomically(
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        for other, link in zip(also, links):
+        for other, link in zip(also, links, strict=True):
             try:
                 os.link(temporary, link)
             except OSError:  # a file system without hard links
-                _copy(temporary, link)
+                shutil.copyfile(temporary, link)
+                with open(link, "r+b") as copy:
+                    os.fsync(copy.fileno())
             os.replace(link, other)
         if also:
             sync_folder(path.parent)
@@ -56,10 +58,10 @@ def write_atomically(
 
 
 def write_output(path: Path, data: bytes) -> None:
-    """Writes what the user asked for.
+    """Writes a file that the user asked for.
 
     Raises:
-        Failed: as the system says it.
+        Failed: the file cannot be written.
     """
     with raising_failed(path):
         write_atomically(path, lambda file: file.write(data))
@@ -67,7 +69,7 @@ def write_output(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def raising_failed(path: Path) -> Iterator[None]:
-    """Has what the system says while a file is written raise Failed, with its name."""
+    """Raises Failed, with the file's name, for an OSError within the context."""
     try:
         yield
     except OSError as error:
@@ -75,12 +77,12 @@ def raising_failed(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces the file by this text, UTF-8, durably; what is no character becomes its code."""
+    """Replaces a file by a text in UTF-8; a lone surrogate is written as its escape sequence."""
     write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def write_record(path: Path, text: str) -> None:
-    """Replaces a file that tells of the run; where that fails, says so, and training goes on."""
+    """Writes a record of the run; logs a warning where that fails."""
     try:
         write_text(path, text)
     except OSError as error:
@@ -88,25 +90,25 @@ def write_record(path: Path, text: str) -> None:
 
 
 def warn_unwritten(what: Path | str, reason: str) -> None:
-    """Says that something that tells of the run is missing, and that this stops nothing."""
-    goes_on = "training goes on, and no checkpoint lacks anything"
-    logger.warning("%s: cannot be written: %s; %s", what, reason, goes_on)
+    """Logs that a record of the run cannot be written."""
+    effect = "training goes on, and no checkpoint lacks anything"
+    logger.warning("%s: cannot be written: %s; %s", what, reason, effect)
 
 
 def temporary_name(path: Path) -> Path:
-    """A name beside the file that no other file has, nor another process takes."""
+    """Returns a unique name for a temporary file in the same folder."""
     return path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}{TEMPORARY}")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a crash in the middle of a write has left in the folder, where it may."""
+    """Removes the temporary files that a crash has left in a folder, where permissions allow it."""
     with contextlib.suppress(OSError):
         for path in folder.glob(f".*{TEMPORARY}"):
             path.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder and those above it, durably."""
+    """Creates a folder and its missing parents, durably."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -114,7 +116,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in the folder durable; where folders cannot be opened (Windows), nothing."""
+    """Makes renames in a folder durable; does nothing on Windows, which cannot sync folders."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -122,10 +124,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _copy(source: Path, target: Path) -> None:
-    with open(source, "rb") as old, open(target, "wb") as new:
-        shutil.copyfileobj(old, new)
-        new.flush()
-        os.fsync(new.fileno())

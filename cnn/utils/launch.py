@@ -1,4 +1,4 @@
-"""Which of a run's processes this is, as torchrun says; nothing here imports torch."""
+"""The processes that torchrun has started for a run; nothing here imports torch."""
 
 import os
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from cnn.errors import Refused
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among those of its run.
+    """This process's place among those of its run; the default is a run of one process.
 
     Attributes:
-        rank: its number among all of them; the first, 0, talks and writes.
-        size: how many there are.
+        rank: from 0; rank 0 logs and writes.
+        size: the number of processes.
         local_rank, local_size: the same among those on this machine.
-        node: the number of this machine.
+        node: the number of this machine, from 0.
     """
 
     rank: int = 0
@@ -25,36 +25,32 @@ class Launch:
 
     @property
     def is_rank0(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
 
-ALONE = Launch()
-
-
 def find_launch() -> Launch:
-    """What torchrun has put into the environment; one process where it has not."""
+    """Returns what torchrun has put into the environment; without torchrun, one process."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
     try:
         return Launch(*(int(os.environ[name]) for name in names))
     except (KeyError, ValueError):
-        return ALONE
+        return Launch()
 
 
 def command(*words: str) -> list[str]:
-    """The words that run a script of ours in as many processes as this one's run has."""
+    """Returns the command that runs a script in as many processes as this run has."""
     launch = find_launch()
     if launch.size == 1:
         return ["python", *words]
-    nodes = -(-launch.size // launch.local_size)
-    several = [f"--nnodes={nodes}", "..."] if nodes > 1 else []
-    return ["torchrun", *several, f"--nproc-per-node={launch.local_size}", *words]
+    num_nodes = -(-launch.size // launch.local_size)
+    nodes = [f"--nnodes={num_nodes}", "..."] if num_nodes > 1 else []
+    return ["torchrun", *nodes, f"--nproc-per-node={launch.local_size}", *words]
 
 
-def refuse_several(what: str) -> None:
-    """Raises Refused under torchrun, for what is one process's work."""
+def refuse_multiple_processes(what: str) -> None:
+    """Raises Refused where torchrun has started several processes, for work of a single one."""
     launch = find_launch()
     if launch.size > 1:
-        raise Refused(
-            f"{what} is the work of one process, and torchrun has started {launch.size};"
-            f" leave torchrun out"
-        )
+        fault = f"is the work of one process, and torchrun has started {launch.size}"
+        raise Refused(f"{what} {fault}; leave torchrun out")

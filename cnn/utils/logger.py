@@ -7,116 +7,101 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cnn.utils.screen import LINES, printable
+from cnn.utils.files import warn_unwritten
+from cnn.utils.screen import LINES, escape_unprintable
 
-FILE_FORMAT = "%(asctime)s %(levelname)s %(message)s"
-# Whose messages are shown; libraries' below WARNING are not.
+# Messages of INFO are shown from these; from other libraries, only warnings and errors.
 NAMES = ("cnn", "train", "py.warnings")
 
 
-class _Console(logging.Handler):
-    """Writes past a tqdm bar, to stderr; plain lines, with the level where it is no INFO.
-
-    Args:
-        speaker: who says it, where it is not the first process of a run: "rank 1: ".
-    """
-
-    def __init__(self, speaker: str = ""):
-        super().__init__()
-        self._speaker = speaker
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = self._speaker + record.getMessage()
-        if record.levelno > logging.INFO:
-            message = f"{record.levelname.lower()}: {message}"
-        if record.exc_info:
-            message += "\n" + logging.Formatter().formatException(record.exc_info)
-        with contextlib.suppress(OSError, ValueError):  # a terminal gone, a full disk behind 2>
-            tqdm.write(printable(message, kept=LINES), file=sys.stderr)
-
-
-class _Printable(logging.Formatter):
-    """What would steer the terminal that shows the file, in a name say, is written as its code."""
+class _Formatter(logging.Formatter):
+    """Escapes control characters, which would act on the terminal that shows the text."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record), kept=LINES)
+        return escape_unprintable(super().format(record), keep=LINES)
+
+
+class _Console(logging.Handler):
+    """Writes to stderr above a tqdm bar, with the level where it is not INFO."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
+        with contextlib.suppress(OSError, ValueError):  # the terminal is closed, or the disk full
+            tqdm.write(level + self.format(record), file=sys.stderr)
 
 
 class _File(logging.FileHandler):
-    """Appends to train.log; where that fails, says so once until it succeeds again."""
+    """Appends to train.log; warns of a write that fails, once until one succeeds again."""
 
-    def __init__(self, path: Path, speaker: str = ""):
-        # Of another process than the first the file begins, if at all, with what it has to say.
-        late = bool(speaker)
-        super().__init__(path, mode="a", encoding="utf-8", delay=late, errors="backslashreplace")
-        self.setFormatter(_Printable(FILE_FORMAT.replace("%(message)s", f"{speaker}%(message)s")))
-        self._told = False
+    def __init__(self, path: Path, prefix: str):
+        # Other ranks than 0, which have a prefix, create the file only when they have a message.
+        delay = bool(prefix)
+        super().__init__(path, mode="a", encoding="utf-8", delay=delay, errors="backslashreplace")
+        self.setFormatter(_Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s"))
+        self._has_warned = False
 
     def flush(self) -> None:
         super().flush()
-        self._told = False
+        self._has_warned = False
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not self._told:
-            self._told = True
-            _tell_unwritable(Path(self.baseFilename), sys.exc_info()[1])
+    def handleError(self, _: logging.LogRecord) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            error = sys.exc_info()[1]
+            warn_unwritten(Path(self.baseFilename), getattr(error, "strerror", None) or str(error))
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
             super().close()
 
 
-def _tell_unwritable(path: Path, error: BaseException | None) -> None:
-    """To the console alone: the log may be the file that cannot be written."""
-    reason = getattr(error, "strerror", None) or error
-    with contextlib.suppress(OSError, ValueError):
-        tqdm.write(f"warning: {path}: cannot be written: {reason}; training goes on", sys.stderr)
-
-
 class Log:
-    """The log of one process: console at once; what it said is in the file from `open_file` on.
+    """The log of one process: console, and file once it is open.
 
-    Of several processes the first one talks; the others tell what goes wrong, and who they are.
+    Rank 0 logs everything. Others log errors, and from `open_file` on warnings, with their rank.
     """
 
     def __init__(self, rank: int = 0) -> None:
-        self._speaker = f"rank {rank}: " if rank else ""
+        self._prefix = f"rank {rank}: " if rank else ""
         self.root = logging.getLogger()
         self._before = (self.root.level, list(self.root.handlers))
-        self._kept = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
+        self._buffer = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
         self._file: logging.FileHandler | None = None
-        tqdm.get_lock()  # made before there are signals that could leave it half made
-        self.root.handlers = [_Console(self._speaker), self._kept]
+        tqdm.get_lock()  # created now: later, a signal could interrupt that
+        console = _Console()
+        console.setFormatter(_Formatter(f"{self._prefix}%(message)s"))
+        self.root.handlers = [console, self._buffer]
         self.root.setLevel(logging.WARNING if rank == 0 else logging.ERROR)
-        for name in NAMES:  # what is said while all build the same, they need not say each
+        for name in NAMES:  # until `open_file` all ranks would log the same warnings
             logging.getLogger(name).setLevel(logging.INFO if rank == 0 else logging.ERROR)
         logging.captureWarnings(True)
 
     def open_file(self, path: Path) -> None:
-        """Appends to the file, beginning with what was said so far."""
+        """Appends to a file, first the messages logged so far."""
         self.close_file()
-        if self._speaker:
+        if self._prefix:
             for name in NAMES:
                 logging.getLogger(name).setLevel(logging.WARNING)
         try:
-            self._file = _File(path, self._speaker)
+            self._file = _File(path, self._prefix)
         except OSError as error:
-            _tell_unwritable(path, error)
+            warn_unwritten(path, error.strerror or str(error))
             return
-        self._kept.setTarget(self._file)
-        self._kept.flush()
-        self.root.removeHandler(self._kept)
+        self._buffer.setTarget(self._file)
+        self._buffer.flush()
+        self.root.removeHandler(self._buffer)
         self.root.addHandler(self._file)
 
     def close_file(self) -> None:
-        """Writes no more to the file; a next one begins with what is said from here on."""
+        """Closes the file; the next one begins with the messages logged from here on."""
         if self._file is not None:
             self.root.removeHandler(self._file)
             self._file.close()
             self._file = None
-            self.root.addHandler(self._kept)
+            self.root.addHandler(self._buffer)
 
     def close(self) -> None:
+        """Closes the file and restores Python's logging as it was before."""
         logging.captureWarnings(False)
         self.close_file()
         level, self.root.handlers = self._before

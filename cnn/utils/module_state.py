@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from cnn.errors import Refused
-from cnn.utils.checkpoint import snapshot
+from cnn.utils.checkpoint import clone_tree
 
 
 @contextlib.contextmanager
@@ -23,7 +23,7 @@ def state_preserved(*modules: nn.Module) -> Iterator[None]:
         Refused: a module changed in a way that its state dict cannot restore.
     """
     saved = [
-        {k: snapshot(v, None) for k, v in module.state_dict().items() if not is_lazy(v)}
+        {k: clone_tree(v, None) for k, v in module.state_dict().items() if not is_lazy(v)}
         for module in modules
     ]
     try:

@@ -1,4 +1,4 @@
-"""How far an epoch is: a bar on a terminal, elsewhere a line now and then."""
+"""Progress of an epoch: a bar on a terminal; without one, a log line from time to time."""
 
 import logging
 import sys
@@ -18,24 +18,31 @@ T = TypeVar("T")
 def show_progress(
     items: Iterable[T], label: str, total: int, done: int = 0, every_seconds: float = 30.0
 ) -> Iterator[T]:
-    """Passes the items on and shows how many have come: steps or batches, `done` before."""
+    """Yields the items and shows how many were taken, of `total`.
+
+    Args:
+        items: steps or batches.
+        done: the number of items that were taken before, in an epoch that is resumed.
+        every_seconds: between two log lines.
+    """
     on_terminal = sys.stderr.isatty() and find_launch().is_rank0
-    began = told = time.monotonic()
+    start = logged = time.monotonic()
     with tqdm(desc=label, total=total, initial=done, leave=False, disable=not on_terminal) as bar:
         for number, item in enumerate(items, start=1):
             yield item
             bar.update()
             now = time.monotonic()
-            if not on_terminal and now - told >= every_seconds and done + number < total:
-                told = now
-                left = (now - began) / number * (total - done - number)
-                logger.info("%s  %d/%d  %s left", label, done + number, total, duration(left))
+            if not on_terminal and now - logged >= every_seconds and done + number < total:
+                logged = now
+                left = (now - start) / number * (total - done - number)
+                position = f"{label}  {done + number}/{total}"
+                logger.info("%s  %s left", position, format_duration(left))
 
 
-def duration(seconds: float) -> str:
-    """Seconds as 7s, 3:05 or 2:03:05."""
-    whole = round(seconds)
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    if hours:
-        return f"{hours}:{minutes:02}:{rest:02}"
-    return f"{minutes}:{rest:02}" if whole >= 60 else f"{seconds:.1f}s"
+def format_duration(seconds: float) -> str:
+    """Returns seconds as 7.0s, 3:05 or 2:03:05."""
+    if round(seconds) < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,73 +1,71 @@
-"""Text on a terminal: in columns, where a Chinese letter is as wide as two others; past a bar."""
+"""Text for a terminal: columns, where a Chinese character takes two, and control characters."""
 
 import os
 import sys
 import unicodedata
 from collections.abc import Sequence
 
-LINES = "\n\t"  # what of our own text is not printable
+LINES = "\n\t"  # control characters that our own text contains
 MAX_NAME = 22  # columns of a class name
 
 
-def width(text: str) -> int:
-    """Columns that the text takes."""
-    if text.isascii():
-        return len(text)
+def display_width(text: str) -> int:
+    """Returns the number of columns that a text takes."""
     return sum(
         2 if unicodedata.east_asian_width(letter) in "WF" else 1
         for letter in text
-        if unicodedata.category(letter) not in ("Mn", "Me", "Cf")  # accents on the letter before
+        if unicodedata.category(letter) not in ("Mn", "Me", "Cf")  # combined with the letter before
     )
 
 
-def shortened(name: str) -> str:
-    """A class name on one line, at most 22 columns wide."""
-    name = printable(" ".join(name.split()))
-    if width(name) <= MAX_NAME:
+def shorten_name(name: str) -> str:
+    """Returns a class name on one line, cut to 22 columns."""
+    name = escape_unprintable(" ".join(name.split()))
+    if display_width(name) <= MAX_NAME:
         return name
-    while width(name) > MAX_NAME - 1:
+    while display_width(name) > MAX_NAME - 1:
         name = name[:-1]
     return name + "…"
 
 
-def padded(text: str, columns: int, *, right: bool = False) -> str:
-    """The text, filled up with blanks to so many columns."""
-    blanks = " " * (columns - width(text))
+def pad(text: str, columns: int, *, right: bool = False) -> str:
+    """Fills a text up with blanks to a number of columns; `right` aligns it to the right."""
+    blanks = " " * (columns - display_width(text))
     return blanks + text if right else text + blanks
 
 
-def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """A line for each row, its cells below those of the others.
+def align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Returns a table as lines.
 
     Args:
-        right: the columns whose cells end below each other: figures.
+        rows: of equally many cells.
+        right: the numbers of the columns that are aligned to the right.
     """
-    widths = [max(width(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            padded(cell, columns, right=number in right)
-            for number, (cell, columns) in enumerate(zip(row, widths))
-        ).rstrip()
-        for row in rows
-    ]
+    widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = enumerate(zip(row, widths, strict=True))
+        padded = [pad(cell, columns, right=number in right) for number, (cell, columns) in cells]
+        lines.append("  ".join(padded).rstrip())
+    return lines
 
 
-def printable(text: str, kept: str = "") -> str:
-    """The text for a terminal: what would steer it, or is no character at all, as its code.
+def escape_unprintable(text: str, keep: str = "") -> str:
+    """Replaces control characters and lone surrogates, which a name may contain, by their escapes.
 
     Args:
-        kept: of that, what is ours and not from names that are data: line ends.
+        keep: control characters of our own text, such as line ends.
     """
-    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in str(text))
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text))
 
 
 def write_stdout(text: str) -> None:
-    """Writes to stdout, past a bar; ends quietly, as other programs do, where nobody reads on."""
-    from tqdm import tqdm  # a third of the time that a typo is answered in
+    """Writes to stdout above a tqdm bar; exits with status 141 where the reader closed the pipe."""
+    from tqdm import tqdm  # imported here: it takes a third of the time of a refusal
 
     try:
-        tqdm.write(printable(text, kept=LINES), sys.stdout, end="")
+        tqdm.write(escape_unprintable(text, keep=LINES), sys.stdout, end="")
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None  # 128 + SIGPIPE, which Windows has not
+        raise SystemExit(141) from None  # 128 + SIGPIPE, which signal lacks on Windows

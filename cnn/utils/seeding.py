@@ -1,9 +1,9 @@
-"""Randomness without state: every draw is a function of the seed and of where in the run it is.
+"""Randomness without state: every draw is a function of the seed and of the position in the run.
 
-The order of an epoch depends on (seed, epoch), what is random about a training image on (seed,
-epoch, index of the image, name of the change) and, where an image may come twice, its place in the
-epoch; what is random inside a step on (seed, step), and inside an evaluation on (seed, epoch,
-batch). No generator has to be saved, and any number of loader processes draws the same.
+The order of an epoch depends on (seed, epoch). The augmentation of an image depends on (seed,
+epoch, index of the image, name of the augmentation), and on its place in the epoch where an image
+may occur twice. Dropout and the like depend on (seed, step) in training and on (seed, epoch, batch)
+in an evaluation. So no generator is saved, and any number of loader processes draws the same.
 """
 
 import random
@@ -11,14 +11,14 @@ import random
 import numpy as np
 import torch
 
-# What a draw is for; keeps, say, step 3's dropout and epoch 3's order apart.
+# The purpose of a draw, as a word of its key: step 3's dropout and epoch 3's order differ.
 INIT, ORDER, SAMPLE, STEP, SPLIT, EVALUATE, AUGMENT = range(1, 8)
 
 _MASK = 2**64 - 1
 
 
 def mix(*words: int) -> int:
-    """Hashes integers to one of 63 bits (SplitMix64; Steele, Lea, Flood, OOPSLA 2014)."""
+    """Hashes integers to an integer of 63 bits (SplitMix64; Steele, Lea, Flood, OOPSLA 2014)."""
     state = 0
     for word in words:
         state = (state ^ (word & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
@@ -28,18 +28,13 @@ def mix(*words: int) -> int:
     return state >> 1
 
 
-def generator(*words: int) -> torch.Generator:
-    """A generator of its own, on the CPU, keyed by the words."""
-    return torch.Generator().manual_seed(mix(*words))
-
-
 def seed_torch(*words: int) -> None:
-    """Keys torch's global generator on the CPU."""
+    """Seeds torch's global generator on the CPU with a hash of the words."""
     torch.default_generator.manual_seed(mix(*words))  # torch.manual_seed is 60 times slower
 
 
 def seed_sample(*words: int) -> None:
-    """Keys the global generators of torch, numpy and Python, for whichever is drawn from."""
+    """Seeds the global CPU generators of torch, numpy and Python with a hash of the words."""
     key = mix(*words)
     torch.default_generator.manual_seed(key)
     random.seed(key)
@@ -47,7 +42,7 @@ def seed_sample(*words: int) -> None:
 
 
 def seed_step(device: torch.device, *words: int) -> None:
-    """Keys the global generators and the device's, so that dropout depends on the words alone."""
+    """Seeds the global generators and the device's, so that dropout depends on the words alone."""
     seed_sample(*words)
     if device.type == "cuda":
         torch.cuda.manual_seed(mix(*words))

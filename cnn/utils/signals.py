@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes what it is in the middle of, saves, and goes."""
+"""Signals that ask a run to stop: it finishes the current step, saves, and exits."""
 
 import contextlib
 import os
@@ -13,97 +13,106 @@ from cnn.errors import Refused, Stopped
 
 T = TypeVar("T")
 
-# Ctrl-C, a scheduler's end, a scheduler's warning, a terminal closed or a connection lost.
+# Ctrl-C; a scheduler's time limit; its warning before that; a closed terminal or lost connection.
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
-NUMBERS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows has two
+NUMBERS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows lacks two
 
-PARENT = "CNN_PARENT"  # environment variable: the read end of a pipe whose other end the parent has
+PARENT = "CNN_PARENT"  # environment variable: the read end of a pipe that the parent holds open
 
 
 class StopSignals:
-    """Turns a signal into `Stopped`: at once before training, then between steps or in a wait.
+    """Signal handlers that raise `Stopped`: immediately, or where they are deferred, in `check`.
 
-    A second SIGINT leaves at once; what was last saved is whole.
+    A second SIGINT ends the process immediately; the latest checkpoint is intact.
+
+    Attributes:
+        installed: the handlers that are in force in this process.
+        received: the number of the signal that has come, or None.
+        was_raised: whether the handler raised `Stopped`, in the middle of any other code.
+        deferred: whether a signal waits until `check`.
+        is_single_process: whether `check` raises; of several processes, all stop together.
+        is_outcome_known: whether the exit status is decided, so that signals are ignored.
     """
 
     installed: "StopSignals | None" = None
 
     def __init__(self, *, deferred: bool = False) -> None:
         self.received: int | None = None
-        self.raised = False  # at once, in the middle of whatever it was
-        self.deferred = deferred  # it waits until `check`
-        self.alone = True  # else all processes of the run stop together, where they agree to
-        self.settled = False  # how it ends is known, and no signal changes it any more
+        self.was_raised = False
+        self.deferred = deferred
+        self.is_single_process = True
+        self.is_outcome_known = False
         self._process = os.getpid()
 
     def install(self) -> None:
+        """Takes the signals over; raises Refused outside of the main thread."""
         if threading.current_thread() is not threading.main_thread():
             raise Refused("signals reach the main thread alone; call main() there, not in another")
         StopSignals.installed = self
-        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._tell_unraisable
-        self._before = {
-            number: signal.signal(number, self._handle)
-            for number in NUMBERS
-            if not _is_ignored_on_purpose(number)
-        }
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._drop_unraisable
+        nohup = {n for n in NUMBERS if n.name == "SIGHUP" and signal.getsignal(n) == signal.SIG_IGN}
+        numbers = [number for number in NUMBERS if number not in nohup]
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
 
     def uninstall(self, *, is_last: bool = False) -> None:
-        """Gives the signals back to who had them; at a process's end, to nobody."""
+        """Restores the handlers of before; with `is_last`, at exit, ignores signals instead."""
         sys.unraisablehook = self._unraisable
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if is_last else handler)
 
-    def _tell_unraisable(self, given: "sys.UnraisableHookArgs") -> None:
-        """Out of a `__del__` no Stopped comes, and no traceback of one: it waits until `check`."""
-        if not isinstance(given.exc_value, Stopped):
-            self._unraisable(given)
+    def _drop_unraisable(self, failure: "sys.UnraisableHookArgs") -> None:
+        """Prints no traceback of a `Stopped` raised in a `__del__`; `check` will raise it again."""
+        if not isinstance(failure.exc_value, Stopped):
+            self._unraisable(failure)
 
     @contextlib.contextmanager
     def default_handlers(self) -> Iterator[None]:
-        """Signals end the process at once, as they would without this object."""
+        """Restores the handlers of before within the context."""
         self.uninstall()
         try:
             yield
         finally:
             self.install()
 
-    def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        if self.settled or os.getpid() != self._process:
-            return  # too late; or a loader process just forked: the signal is for its parent
+    def _handle(self, number: int, _: types.FrameType | None) -> None:
+        if self.is_outcome_known or os.getpid() != self._process:
+            return  # too late; or a loader process has just been forked: its parent has it too
         if self.received == number == signal.SIGINT:
             os._exit(128 + number)
         self.received = number
         if not self.deferred:
-            self.raised = True
+            self.was_raised = True
             raise Stopped(number)
 
     def check(self) -> None:
-        """Raises Stopped if a signal has come; called where a run may be saved."""
-        if self.alone:
-            self._obey()
+        """Raises Stopped if a signal has come, in a run of a single process."""
+        if self.is_single_process:
+            self.raise_received()
 
     def interruptible(self, act: Callable[[], T]) -> T:
-        """What `act` gives, in which nothing is half done: a signal raises Stopped in its midst.
+        """Returns the result of a function that a signal may interrupt anywhere.
 
-        So does one that has come before; and, after it, one that other code has caught.
+        Raises:
+            Stopped: a signal came before it, within it, or within it and other code caught that.
         """
         before, self.deferred = self.deferred, False
         try:
-            self._obey()
-            given = act()
-            self._obey()
-            return given
+            self.raise_received()
+            result = act()
+            self.raise_received()
+            return result
         finally:
             self.deferred = before
 
-    def _obey(self) -> None:
+    def raise_received(self) -> None:
+        """Raises Stopped if a signal has come."""
         if self.received is not None:
             raise Stopped(self.received)
 
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Has a signal wait until the context ends."""
+    """Defers signals until the context ends, where `Stopped` is raised."""
     stop = StopSignals.installed or StopSignals()
     before, stop.deferred = stop.deferred, True
     try:
@@ -111,13 +120,13 @@ def signals_deferred() -> Iterator[None]:
     finally:
         stop.deferred = before
     if not before:
-        stop._obey()
+        stop.raise_received()
 
 
 def stop_with_parent() -> None:
-    """Has this process stopped by SIGTERM when its parent is gone, if the parent asks for that.
+    """Sends this process SIGTERM when its parent ends, if the parent has set `CNN_PARENT`.
 
-    However that ends, the kernel closes its end of the pipe, into which nothing is ever written.
+    Nothing is ever written into the pipe; the kernel closes the parent's end however it ends.
     """
 
     def watch() -> None:
@@ -125,24 +134,19 @@ def stop_with_parent() -> None:
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
     if PARENT in os.environ:
-        pipe = int(os.environ.pop(PARENT))  # not for what this process starts
+        pipe = int(os.environ.pop(PARENT))  # not for processes that this one starts
         threading.Thread(target=watch, daemon=True).start()
 
 
-def _is_ignored_on_purpose(number: int) -> bool:
-    """nohup has a process ignore SIGHUP, so that it outlives its terminal."""
-    return signal.Signals(number).name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
-
-
 @contextlib.contextmanager
-def at_most(seconds: float, refusal: Exception) -> Iterator[None]:
-    """Raises the refusal where what is within takes longer; in the main thread, and not on Windows."""
+def time_limit(seconds: float, error: Exception) -> Iterator[None]:
+    """Raises an error when the context takes longer; only in the main thread, not on Windows."""
     if os.name == "nt" or threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def give_up(number: int, frame: types.FrameType | None) -> None:
-        raise refusal
+    def give_up(*_: object) -> None:
+        raise error
 
     before = signal.signal(signal.SIGALRM, give_up)
     signal.setitimer(signal.ITIMER_REAL, seconds)

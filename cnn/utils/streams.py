@@ -1,18 +1,19 @@
-"""Standard streams that a process was started without: a daemon's, pythonw's, those of `2>&-`."""
+"""Standard streams that are missing, as in a daemon, under pythonw or after `2>&-`."""
 
 import os
 import sys
 
 
-def open_missing() -> None:
-    """Has what is written to a closed stdout or stderr go nowhere; from stdin comes nothing.
+def open_missing_streams() -> None:
+    """Opens the null device in place of each standard stream that is closed.
 
-    Else the next file to be opened, a checkpoint say, has the number into which libraries print.
+    Otherwise the next opened file, such as a checkpoint, would get the stream's descriptor, and
+    libraries would print into it.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
-        except OSError:  # the lowest number that is free is this one
+        except OSError:  # `number` is then the lowest free descriptor, which os.open takes
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         stream = getattr(sys, name)
         if stream is None or stream.closed:
