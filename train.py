@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from cnn.drill.trace import Trace
     from cnn.training.distributed import Group
     from cnn.training.resume import Checkpoint
+    from cnn.training.run import Run
     from cnn.training.saver import Saver
-    from cnn.training.setup import Run
     from cnn.utils.logger import Log
     from cnn.utils.run_folder import RunFolder
     from cnn.utils.signals import StopSignals

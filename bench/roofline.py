@@ -34,7 +34,8 @@ from bench.common import alternate, arguments, finish, ratio, table
 from cnn.config import load_config
 from cnn.models.flops import count_flops
 from cnn.training.engine import train_one_epoch
-from cnn.training.setup import Run, build_run
+from cnn.training.run import Run
+from cnn.training.setup import build_run
 from cnn.utils.memory import keep_freed_memory
 
 BATCH, SIZE = 128, 32

@@ -17,7 +17,6 @@ from PIL import Image
 
 from cnn.config import DataConfig
 from cnn.config.settings import AugmentationConfig
-from cnn.datasets import cache
 from cnn.datasets.augment import (
     AUGMENTATIONS,
     BATCH_DRAWS,
@@ -304,23 +303,10 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(photos, tmp_path, monkeypat
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "fsync", full)
     images, labels, _ = whole(loader(data, **MEMORY).batches())
     assert images.equal(expected[0]) and labels.equal(expected[1])
     assert not list(tmp_path.rglob("*pixels_*")), "nothing is left on the full disk"
-
-
-@pytest.mark.parametrize("has_fallocate", [True, False])
-def test_the_cache_has_its_room_on_the_disk_before_it_is_mapped(
-    tmp_path, monkeypatch, has_fallocate
-):
-    if not has_fallocate:
-        monkeypatch.delattr(os, "posix_fallocate")
-    size = 3 * 2**20 + 5
-    with open(tmp_path / "file", "wb") as file:
-        cache.allocate(file, size)
-    status = (tmp_path / "file").stat()
-    assert status.st_size == size and status.st_blocks * 512 >= size
 
 
 def test_what_a_killed_process_left_in_the_cache_goes_after_a_day(photos, tmp_path):

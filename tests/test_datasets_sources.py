@@ -18,6 +18,7 @@ from cnn.config import DataConfig
 from cnn.datasets import synthetic, torchvision_datasets
 from cnn.datasets.build import Data, build_data
 from cnn.datasets.decode import decode
+from cnn.datasets.loader import build_loader
 from cnn.errors import BadImage, Refused
 
 
@@ -114,7 +115,7 @@ def test_synthetic_images_are_the_same_however_many_are_made_at_once(monkeypatch
         return synthetic.load(num_images=30, num_test=9, channels=3)[0]["train"].store
 
     whole = made()
-    monkeypatch.setattr(synthetic, "AT_ONCE", 7)
+    monkeypatch.setattr(synthetic, "CHUNK", 7)
     np.testing.assert_array_equal(made(), whole)
 
 
@@ -460,7 +461,7 @@ def test_mnist_is_read_from_its_files(tmp_path):
 
 def test_colour_pixels_of_a_known_set_are_kept_as_they_came_without_a_copy():
     array = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
-    images = torchvision_datasets._images(
+    images = torchvision_datasets._to_images(
         SimpleNamespace(data=array, targets=[0, 1, 0, 1, 2]), "cifar10 train"
     )
     np.testing.assert_array_equal(images[3], array[3].transpose(2, 0, 1))
@@ -547,7 +548,7 @@ def test_a_dataset_of_the_users_own_is_read_whatever_its_images_are(kind, channe
 @pytest.mark.parametrize(
     "name, args, part",
     [
-        ("my_own_data:load", {"kind": "text"}, "expected an image as PIL, a uint8 array"),
+        ("my_own_data:load", {"kind": "text"}, "expected a PIL image, a uint8 array"),
         ("my_own_data:load", {"classes": 1}, "train: expected labels 0 to 0"),
         ("my_own_data:load", {"kinds": 1}, "data.args: my_own_data:load: "),
         ("my_own_data:nothing", {}, "to return a dict with train, classes"),
@@ -557,6 +558,15 @@ def test_a_dataset_of_the_users_own_is_read_whatever_its_images_are(kind, channe
 )
 def test_a_dataset_of_the_users_own_that_does_not_fit_is_refused(name, args, part, own):
     assert part in refusal(DataConfig(name, args=args))
+
+
+def test_images_of_a_dataset_of_the_users_own_stay_as_they_are_when_batches_are_made(own):
+    data = build_data(DataConfig("my_own_data:load", args={"kind": "float"}), 0)
+    val = build_loader(
+        DataConfig(), data.val, data.preprocessing, torch.device("cpu"), 0, training=False
+    )
+    first, again = (torch.cat([images for images, *_ in val.batches()]) for _ in range(2))
+    assert again.equal(first)
 
 
 def test_a_missing_module_that_the_users_module_imports_is_not_hidden(own, tmp_path):

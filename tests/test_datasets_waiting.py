@@ -250,7 +250,7 @@ WRONG = {
     "del self.targets[:]": "IndexError: list index out of range (slides.py:",
     "return torch.ones(1, 8, 8), 1, 2": "expected (image, label), got tuple",
     "return None": "expected (image, label), got NoneType",
-    "return torch.ones(8), 1": "expected an image as PIL",
+    "return torch.ones(8), 1": "expected a PIL image",
     "return torch.ones(3, 8, 8), 1": "error: the next batch: RuntimeError: ",
 }
 
@@ -307,12 +307,12 @@ def test_an_error_while_the_labels_are_read_is_refused_too(train, capfd):
 
 
 @pytest.mark.parametrize("labels, expected", [
-    ("[0, 1.7]", "[1]: expected a label that is a whole number, the number of a class; got 1.7 (float)"),
-    ("[0, 1.0]", "[1]: expected a label that is a whole number, the number of a class; got 1.0 (float)"),
+    ("[0, 1.7]", "[1]: expected a label that is a whole number, got 1.7 (float)"),
+    ("[0, 1.0]", "[1]: expected a label that is a whole number, got 1.0 (float)"),
     ("np.array([0, 1]) / 1", "[0]: expected a label"),
     ("torch.tensor([1.0, 0.0])", "[0]: expected a label"),
-    ("[0, '1']", "[1]: expected a label that is a whole number, the number of a class; got '1' (str)"),
-    ("np.eye(2, dtype=int)", "[0]: expected a label that is a whole number, the number of a class; got [1, 0]"),
+    ("[0, '1']", "[1]: expected a label that is a whole number, got '1' (str)"),
+    ("np.eye(2, dtype=int)", "[0]: expected a label that is a whole number, got [1, 0]"),
     ("[True, False]", None), ("np.array([0, 1], dtype=np.uint8)", None), ("torch.tensor([1, 0])", None),
     ("[torch.tensor(0), np.int16(1)]", None),
 ])  # fmt: skip

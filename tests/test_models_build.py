@@ -9,7 +9,7 @@ from torch import nn
 from cnn.config import ModelConfig
 from cnn.errors import Refused
 from cnn.models.build import MODELS, build_model
-from cnn.models.simple_cnn import halving
+from cnn.models.simple_cnn import pool_relu
 from cnn.models.weights import adapt_first_convolution
 
 NATURAL = {"simple_cnn": (8, 28), "lenet5": (28, 32), "resnet9": (16, 32), "resnet20": (28, 32)}
@@ -71,7 +71,7 @@ def test_the_residual_networks_halve_the_image_and_double_the_channels():
 def test_pooling_before_the_relu_is_pooling_after_it_bit_for_bit(dtype):
     images = torch.randn(3, 4, 6, 6).mul(2).round().to(dtype)  # many are alike, many 0
     found = []
-    for layer in (nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), halving()):
+    for layer in (nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), pool_relu()):
         leaf = images.clone().requires_grad_()
         out = layer(leaf)
         out.backward(torch.arange(out.numel(), dtype=dtype).view_as(out))

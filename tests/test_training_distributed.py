@@ -339,7 +339,7 @@ def test_pixels_are_in_memory_once_a_machine(tmp_path):
     for rank in range(2):
         assert int((tmp_path / f"shared_{rank}").read_text()) >= 30_000 * 64
     left, deadline = set(shared_data.MEMORY.glob("cnn_shared_*")) - before, time.monotonic() + 10
-    while any(folder.exists() for folder in left):  # those of tests at the same time go too
+    while any(file.exists() for file in left):  # those of tests at the same time go too
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
 
@@ -349,12 +349,14 @@ def test_data_that_are_handed_on_are_the_same_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(shared_data.tempfile, "gettempdir", lambda: str(tmp_path))
     cfg = load_config(None, ["data.name=synthetic", "data.args={num_images: 30000}"])[0]
     data = build_data(cfg.data, 0)
-    folder = shared_data._write(data)
-    one, other = shared_data._read(folder), shared_data._read(folder)
+    file = shared_data._save(data)
+    one, other = shared_data._load(file), shared_data._load(file)
     assert torch.equal(one.train.store, data.train.store)
     assert one.fingerprint() == data.fingerprint()
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(file) in line]
+    assert len({line.split()[4] for line in maps}) == 1 and len(maps) >= 2, "one file, mapped twice"
     one.val.store[5] = 7
-    assert (other.train.store[5] == 7).all()
+    assert (one.train.store[5] == 7).all() and torch.equal(other.train.store, data.train.store)
 
 
 # -- the launcher itself ------------------------------------------------------------------------

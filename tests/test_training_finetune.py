@@ -59,7 +59,7 @@ def test_without_internet_the_error_says_what_to_fetch_and_how_to_pass_it(
     assert train(*FINETUNE) == 2
     said = capfd.readouterr().err
     assert "https://download.pytorch.org/models/resnet18-f37072fd.pth elsewhere" in said
-    assert "say model.weights=resnet18-f37072fd.pth\n" in said and "Traceback" not in said
+    assert "set model.weights=resnet18-f37072fd.pth\n" in said and "Traceback" not in said
 
 
 def test_a_body_frozen_at_first_learns_afterwards(train, capfd):
@@ -132,7 +132,7 @@ def test_more_frozen_epochs_typed_on_a_resume_are_taken(train, capfd):
 @pytest.mark.parametrize(
     "freeze, said",
     [
-        ("null", "command line: optim.freeze_epochs: needs optim.freeze, which says what"),
+        ("null", "command line: optim.freeze_epochs: expected optim.freeze, such as"),
         ("^backbone", "optim.freeze: no parameter's name matches '^backbone'; names are such as"),
         ("''", "command line: optim.freeze: matches every parameter; leave something to train"),
     ],

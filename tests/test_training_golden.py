@@ -13,7 +13,8 @@ import torch
 
 from cnn.config import load_config
 from cnn.training.engine import train_one_epoch
-from cnn.training.setup import Run, build_run
+from cnn.training.run import Run
+from cnn.training.setup import build_run
 
 # Whole, so that no default that changes can change it.
 CONFIG = """

@@ -399,13 +399,13 @@ SLOW = "^(([a-z0-9_.]+)+)+!$"  # takes three to the power of the length of a nam
 
 
 def test_patterns_that_would_take_for_ever_are_refused(train, capfd, monkeypatch):
-    monkeypatch.setattr("cnn.training.optim.MATCHING", 0.5)
+    monkeypatch.setattr("cnn.training.optim.MATCH_TIMEOUT", 0.5)
     for words in (
         [f"optim.groups=[{{match: '{SLOW}', lr_scale: 0.5}}]"],
         [f"optim.freeze={SLOW}", "optim.freeze_epochs=1"],
     ):
         assert train(*words) == 2
-        assert "takes more than 0.5 s to be held against" in capfd.readouterr().err
+        assert "takes more than 0.5 s to match" in capfd.readouterr().err
     assert train("optim.freeze=" + "a" * 501, "optim.freeze_epochs=1") == 2
     assert "optim.freeze: expected at most 500 characters, got 501" in capfd.readouterr().err
     for pattern in ("a{99999999999999999999}", "(" * 250 + ")" * 250):
@@ -417,6 +417,6 @@ def test_a_pattern_of_a_file_cannot_hang_a_resume(train, capfd, monkeypatch):
     tree = content()
     tree["config"]["optim"] |= {"freeze": SLOW, "freeze_epochs": 1}
     Path("mine.pth").write_bytes(saved(tree))
-    monkeypatch.setattr("cnn.training.optim.MATCHING", 0.5)
+    monkeypatch.setattr("cnn.training.optim.MATCH_TIMEOUT", 0.5)
     assert train("--resume", "mine.pth") == 2
     assert "takes more than 0.5 s" in capfd.readouterr().err

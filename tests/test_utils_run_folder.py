@@ -190,14 +190,6 @@ def test_a_refused_second_process_takes_nothing_from_the_first(monkeypatch):
         assert first.checkpoints.is_dir() and first.logs.folder.is_dir()
 
 
-def test_a_process_that_is_no_writer_takes_no_lock_and_makes_no_folder():
-    with RunFolder("a", is_writer=False) as other:
-        assert not other.checkpoints.exists() and not other.logs.folder.exists()
-        with RunFolder("a") as writer, other:
-            assert writer.checkpoints.is_dir()
-        assert not list(Path().rglob(".run.json"))
-
-
 # -- going on under another name --------------------------------------------------------------
 
 

@@ -1,1 +1,1 @@
-"""What data there is, and how batches of it come."""
+"""Datasets, their preprocessing and augmentation, and the loaders of batches."""

@@ -1,8 +1,8 @@
-"""Image files decoded once, to the size that the model gets, and kept between runs.
+"""A cache of image files decoded once to the model's image size and kept between runs.
 
-The cache is a plain array of bytes in the user's cache folder, never beside the images, mapped into
-memory, so that several processes share it. Its name is a hash over the files' names, sizes and times
-of change: a changed folder gets another cache. It comes into being under its name only when whole.
+It is a plain array of bytes in the user's cache folder, never beside the images, and is mapped into
+memory, so that processes share it. Its name is a hash over the files' names, sizes and times of
+change, so that a changed folder gets another one. It appears under its name only once complete.
 """
 
 import contextlib
@@ -10,10 +10,9 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -22,15 +21,15 @@ from tqdm import tqdm
 from cnn.datasets.decode import VERSION, decode
 from cnn.datasets.preprocessing import resize_and_crop
 from cnn.errors import BadImage, Refused
-from cnn.utils.files import sync_folder
+from cnn.utils.files import write_atomically
 
 OLD = 24 * 3600  # seconds; no decoding takes a day
 
 
 def cache_folder() -> Path:
-    """Where what was learnt of the user's images is kept between runs.
+    """Returns the folder that keeps what was learned about the user's images.
 
-    Without a home it is no folder: what is tried there fails as on a disk that says no.
+    Without a home folder it is a path below /dev/null, where every access fails.
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(os.devnull if base.startswith("~") else base) / "cnn"
@@ -39,7 +38,7 @@ def cache_folder() -> Path:
 def decode_all(
     root: Path, paths: list[Path], scans: np.ndarray, size: int, channels: int
 ) -> torch.Tensor:
-    """The files' pixels, uint8 (N, size, size, channels), from the cache or decoded into it.
+    """Returns the files' pixels, uint8 (N, size, size, channels), decoded or from the cache.
 
     Raises:
         Refused: a file does not decode any more.
@@ -48,72 +47,43 @@ def decode_all(
     file = cache_folder() / f"pixels_{_key(root, paths, scans, shape)}.bin"
     try:
         if not (file.is_file() and file.stat().st_size == np.prod(shape)):
-            _write(file, paths, shape)
-        pixels = np.memmap(file, np.uint8, mode="c", shape=shape)  # c: never written back
-    except OSError:  # no room, or no right to write or read there: keep them in memory alone
-        pixels = np.empty(shape, np.uint8)
-        _decode_into(pixels, paths, size, channels)
-    return torch.from_numpy(pixels)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(file.parent.glob(".pixels_*.tmp"))
+            write_atomically(file, lambda out: out.writelines(_decode(paths, size, channels)))
+        store = np.memmap(file, np.uint8, mode="c", shape=shape)  # c: changes stay in memory
+    except OSError:  # no room, or no permission to write or read there: keep them in memory alone
+        store = np.empty(shape, np.uint8)
+        for number, pixels in enumerate(_decode(paths, size, channels)):
+            store[number] = pixels
+    return torch.from_numpy(store)
 
 
 def _key(root: Path, paths: list[Path], scans: np.ndarray, shape: tuple[int, ...]) -> str:
-    total = hashlib.sha256(os.fsencode(root.resolve()) + repr((VERSION, *shape)).encode())
-    total.update(b"\0".join(map(os.fsencode, paths)))
-    total.update(np.ascontiguousarray(scans["bytes"]).tobytes())
-    total.update(np.ascontiguousarray(scans["changed"]).tobytes())
-    return total.hexdigest()[:32]
+    digest = hashlib.sha256(os.fsencode(root.resolve()) + repr((VERSION, *shape)).encode())
+    digest.update(b"\0".join(map(os.fsencode, paths)))
+    digest.update(np.ascontiguousarray(scans["bytes"]).tobytes())
+    digest.update(np.ascontiguousarray(scans["changed"]).tobytes())
+    return digest.hexdigest()[:32]
 
 
-def _write(file: Path, paths: list[Path], shape: tuple[int, ...]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(file.parent.glob(".pixels_*.tmp"))
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")  # two processes may be at it
-    try:
-        with open(temporary, "wb") as out:
-            allocate(out, int(np.prod(shape)))
-        pixels = np.memmap(temporary, np.uint8, mode="r+", shape=shape)
-        _decode_into(pixels, paths, shape[1], shape[3])
-        pixels.flush()
-        del pixels
-        os.replace(temporary, file)
-        sync_folder(file.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _decode(paths: list[Path], size: int, channels: int) -> Iterator[np.ndarray]:
+    """Decodes the files in several threads and yields their pixels in order, (size, size, C)."""
 
+    def decode_one(path: Path) -> np.ndarray:
+        try:
+            image = torch.from_numpy(decode(path, channels))
+        except BadImage as bad:
+            raise Refused(f"data.root: {path}: decoded a moment ago, and now: {bad}") from None
+        return resize_and_crop(image, size).permute(1, 2, 0).contiguous().numpy()
 
-def allocate(out: IO[bytes], size: int) -> None:
-    """Makes the file that long, with room on the disk for every byte.
-
-    Writing into a mapped file for which there is none is no OSError but the end of the process.
-    """
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(out.fileno(), 0, size)
-        return
-    zeros = bytes(2**20)
-    for start in range(0, size, len(zeros)):
-        out.write(zeros[: size - start])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        decoded = pool.map(decode_one, paths)
+        yield from tqdm(decoded, "decoding the images once", len(paths), disable=None, leave=False)
 
 
 def remove_leftovers(leftovers: Iterable[Path]) -> None:
-    """Removes what processes killed in the middle left; a young one may still be at work."""
+    """Removes files and folders of killed processes; young ones may still be in use."""
     for path in leftovers:
-        with contextlib.suppress(OSError):  # another process was quicker, or it is another user's
+        with contextlib.suppress(OSError):  # removed by another process, or another user's
             if time.time() - path.stat().st_mtime > OLD:
                 (shutil.rmtree if path.is_dir() else os.unlink)(path)
-
-
-def _decode_into(pixels: np.ndarray, paths: list[Path], size: int, channels: int) -> None:
-    def one(number: int) -> None:
-        try:
-            image = torch.from_numpy(decode(paths[number], channels))
-        except BadImage as bad:
-            raise Refused(
-                f"data.root: {paths[number]}: was whole a moment ago and is not now: {bad}"
-            ) from None
-        image = resize_and_crop(image, size)  # C, H, W
-        pixels[number] = image.permute(1, 2, 0).numpy()
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = pool.map(one, range(len(paths)))
-        for _ in tqdm(done, "decoding the images once", len(paths), disable=None, leave=False):
-            pass

@@ -1,4 +1,4 @@
-"""An image file as pixels: the one way in, for training, validation and prediction."""
+"""Decoding of image files to pixels, the same for training, validation and prediction."""
 
 import os
 import warnings
@@ -9,31 +9,30 @@ from PIL import Image, ImageOps
 
 from cnn.errors import ADVICE, SCARCITIES, BadImage, DataFailed
 
-VERSION = 2  # counted up when a file decodes to other pixels, so that no cache has those of before
+VERSION = 2  # incremented when files decode to other pixels, so that old caches are not used
 GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
-MAX_PIXELS = 120_000_000  # of one image: 360 MB as RGB; more is taken for a decompression bomb
+MAX_PIXELS = 120_000_000  # of one image: 360 MB as RGB; a larger one may be a decompression bomb
 MAX_OF_16_BITS = 2**16 - 1
 
-Image.MAX_IMAGE_PIXELS = None  # our own limit below, an error and not a warning
-# Pillow warns of what it can live with, as a broken EXIF block, and names no file.
+Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is the limit: an error instead of a warning
+# Pillow warns about harmless defects, such as a broken EXIF block, without the name of the file.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
-
-# What Pillow's decoders raise on broken files.
-BROKEN = (
-    *(OSError, SyntaxError, ValueError, EOFError, MemoryError, Image.DecompressionBombError),
-    *(IndexError, KeyError, TypeError, OverflowError, ZeroDivisionError),
-)
+# The errors of Pillow's decoders on broken files.
+DATA_ERRORS = (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError)
+BROKEN = (OSError, EOFError, MemoryError, *DATA_ERRORS)
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """Reads a whole image file, turned as its EXIF data says; BadImage where it is not one.
+    """Reads a whole image file, rotated as its EXIF data demands; the first frame of several.
 
-    Of an animation or a file of several pages it is the first.
+    Raises:
+        BadImage: it is not an image, or a broken one.
+        DataFailed: memory or file descriptors are exhausted, which says nothing about the image.
     """
     try:
         with Image.open(path) as image:
-            if image.format == "EPS":  # Pillow would have Ghostscript run it, and it is a program
+            if image.format == "EPS":  # a program, which Pillow would run with Ghostscript
                 raise BadImage("an EPS drawing, no photograph")
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
@@ -42,33 +41,33 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     except FileNotFoundError:
         raise BadImage("the file is gone") from None
     except BROKEN as error:
-        if getattr(error, "errno", None) in SCARCITIES:  # which says nothing of the image
+        if getattr(error, "errno", None) in SCARCITIES:
             raise DataFailed(f"{path}: {_reason(path, error)}; {ADVICE}") from None
         raise BadImage(_reason(path, error)) from None
 
 
 def _reason(path: str | os.PathLike, error: Exception) -> str:
-    """Pillow's words, without the path, which the caller has."""
+    """Returns Pillow's message without the path, which the caller adds."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return text.removesuffix(f" {str(path)!r}") or type(error).__name__
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF data says, if that can be read."""
+    """Returns the image rotated as its EXIF data demands, if they can be read."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # noqa: BLE001  the picture is whole, only what the camera noted is not
+    except Exception:  # noqa: BLE001  only the EXIF data are broken, not the picture
         return image
 
 
 def to_array(image: Image.Image, channels: int) -> np.ndarray:
-    """Pixels of a PIL image as uint8 (channels, H, W); what is transparent becomes white.
+    """Converts a PIL image to uint8 (channels, H, W); transparent pixels become white.
 
-    Of 16 bits the upper 8 are kept. Values of 32 bits are taken for 16-bit ones, and cut off where
-    they are larger; floating-point ones for fractions where all lie in 0..1, else for 0..255.
+    Keeps the upper 8 of 16 bits. Treats 32-bit integers as 16-bit ones and clips larger values;
+    treats floats as 0..1 if all are in that range, else as 0..255.
 
     Raises:
-        BadImage: Pillow has no way from its mode to gray or RGB.
+        BadImage: Pillow cannot convert its mode to gray or RGB.
     """
     try:
         if image.mode.startswith("I;16") or image.mode == "I":
@@ -78,9 +77,8 @@ def to_array(image: Image.Image, channels: int) -> np.ndarray:
             image = Image.fromarray(_bytes_of_floats(np.asarray(image)))
         elif image.has_transparency_data:
             image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        if image.mode == "LAB":  # has no way to gray but this
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        if image.mode == "LAB":  # which cannot be converted to gray directly
             image = image.convert("RGB")
         image = image.convert("L" if channels == 1 else "RGB")
     except (*BROKEN, ImportError) as error:
@@ -97,5 +95,5 @@ def _bytes_of_floats(values: np.ndarray) -> np.ndarray:
 
 
 def decode(path: Path, channels: int) -> np.ndarray:
-    """The file's pixels as uint8 (channels, H, W)."""
+    """Returns an image file's pixels as uint8 (channels, H, W)."""
     return to_array(open_image(path), channels)

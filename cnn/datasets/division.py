@@ -1,4 +1,4 @@
-"""Train, val and test: what is missing is held out of the training images."""
+"""The division of a dataset into training, validation and test images."""
 
 import zlib
 
@@ -13,18 +13,18 @@ Splits = dict[str, Images]
 
 
 def divide(splits: Splits, cfg: DataConfig, seed: int) -> Splits:
-    """Train, val and test, what is missing held out of the training images.
+    """Returns train, val and test; holds a missing one out of the training images.
+
+    Args:
+        seed: on which the choice of the images depends, and that of `data.limit`.
 
     Raises:
-        Refused: there are too few of them.
+        Refused: there are too few training images.
     """
     splits = dict(splits)
-    if "test" not in splits:
-        splits["train"], splits["test"] = _hold_out(
-            splits["train"], cfg.test_fraction, seed, "test"
-        )
-    if "val" not in splits:
-        splits["train"], splits["val"] = _hold_out(splits["train"], cfg.val_fraction, seed, "val")
+    for split, fraction in (("test", cfg.test_fraction), ("val", cfg.val_fraction)):
+        if split not in splits:
+            splits["train"], splits[split] = _hold_out(splits["train"], fraction, seed, split)
     train = splits["train"]
     if cfg.limit is not None and cfg.limit < len(train):
         chosen = _permutation(len(train), seed, "limit")[: cfg.limit]
@@ -38,7 +38,10 @@ def _permutation(number: int, seed: int, use: str) -> np.ndarray:
 
 
 def _hold_out(images: Images, fraction: float, seed: int, use: str) -> tuple[Images, Images]:
-    """Takes a share of every class out, at least one image of each that has two."""
+    """Divides images into those to keep and those held out: a fraction of every class.
+
+    Holds out at least one image of each class that has two, and never all of them.
+    """
     order = _permutation(len(images), seed, use)
     held = np.zeros(len(images), bool)
     for label in np.unique(images.labels):

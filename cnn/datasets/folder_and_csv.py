@@ -1,4 +1,4 @@
-"""The user's own images: a folder of class folders, or a CSV file of paths and labels."""
+"""Datasets of the user's files: a folder of class folders, or a CSV file of paths and labels."""
 
 import csv
 import logging
@@ -15,181 +15,186 @@ from cnn.errors import Refused
 logger = logging.getLogger(__name__)
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-MAX_NAMED = 20  # bad files named in a message
+MAX_NAMED = 20  # files or classes listed in a message
 
 LAYOUT = "ROOT/CLASS/*.jpg, or ROOT/train/CLASS/*.jpg with val/ and test/ beside train/"
 
-Listing = dict[str, list[tuple[Path, str]]]  # split: (file, class) for each
+Listing = dict[str, list[tuple[Path, str]]]  # split: (file, class) per image
+FileSplits = dict[str, FileImages]
 
 
 def load_folder(
-    root: str, on_bad_image: str, classes: list[str] | None = None
-) -> tuple[dict[str, FileImages], list[str]]:
-    """Reads ROOT/train|val|test/CLASS/* or ROOT/CLASS/*; the classes are the folders' names.
+    root: str, on_bad_image: str, model_classes: list[str] | None = None
+) -> tuple[FileSplits, list[str]]:
+    """Reads ROOT/train|val|test/CLASS/* or ROOT/CLASS/*; the class names are the folders' names.
 
     Args:
-        classes: those of a model that is to be evaluated, in its order. There may then be fewer of
-            them, and nothing to train on.
+        model_classes: the classes of a model to evaluate, in its order. Some of them, and the
+            training images, may then be missing.
+
+    Returns:
+        The splits that the folder has, and the class names in the order of the labels.
 
     Raises:
-        Refused: no such folder, two for one split, a class without images, files that do not decode.
+        Refused: no such folder, two for one split, a class without images, undecodable files.
     """
     top = Path(root)
     if not top.is_dir():
         raise Refused(f"data.root: expected a folder, {LAYOUT}; there is none at {top.resolve()}")
-    parts: dict[str, Path] = {}
-    for path in _folders(top):
-        split = SPLITS.get(path.name.lower())
-        if split in parts:
-            both = f"{parts[split].name} and {path.name}"
-            raise Refused(f"data.root: {top} has two folders for {split}, {both}; keep one of them")
-        if split is not None:
-            parts[split] = path
-    if "train" in parts or (parts and classes is not None):
-        unused = [path.name for path in _folders(top) if path not in parts.values()]
-        if unused:
-            beside = next(iter(parts.values())).name
-            logger.warning("%s: beside %s, used for nothing: %s", top, beside, ", ".join(unused))
-        listing = {split: _list_classes(path) for split, path in parts.items()}
-    elif parts:
-        raise Refused(f"data.root: {top} has {' and '.join(parts)}, but no train beside: {LAYOUT}")
-    else:
-        listing = {"train": _list_classes(top)}
-    return _read(top, listing, on_bad_image, classes)
+    folders = _find_splits(top)
+    if folders and "train" not in folders and model_classes is None:
+        raise Refused(f"data.root: {top} has {' and '.join(folders)}, but no train: {LAYOUT}")
+    listing = {split: _list_images(folder) for split, folder in folders.items()}
+    return _read(top, listing or {"train": _list_images(top)}, on_bad_image, model_classes)
 
 
 def load_csv(
-    root: str, on_bad_image: str, classes: list[str] | None = None
-) -> tuple[dict[str, FileImages], list[str]]:
-    """Reads a CSV file with a header and the columns path, label and, if there is one, split.
+    root: str, on_bad_image: str, model_classes: list[str] | None = None
+) -> tuple[FileSplits, list[str]]:
+    """Reads a CSV file with the columns path, label and, optionally, split (train, val or test).
 
-    Paths are relative to the file's folder; split is train, val or test. Spaces around a value are
-    no part of it.
+    Paths are relative to the file's folder. Spaces around a value are ignored.
 
     Args:
-        classes: as of `load_folder`.
+        model_classes: as for `load_folder`.
+
+    Returns:
+        As `load_folder`.
 
     Raises:
-        Refused: no such file, a missing column, a line that says nothing or contradicts an earlier
-            one, files that do not decode.
+        Refused: no such file, a missing column or value, a line that contradicts an earlier one,
+            files that do not decode.
     """
     file = Path(root)
     columns, rows = _read_table(file)
     if not {"path", "label"} <= set(columns):
-        raise Refused(
-            f"{file}:1: expected the columns path,label[,split], got {','.join(map(str, columns))}"
-        )
+        raise Refused(f"{file}:1: expected the columns path,label[,split], got {','.join(columns)}")
     listing: Listing = {}
-    first: dict[str, tuple[int, str, str]] = {}  # path: line, split and label
+    seen: dict[str, tuple[int, str]] = {}  # path: line, and label and split
     for line, row in rows:
         path, label, split = row["path"], row["label"], SPLITS.get(row["split"].lower() or "train")
         if not path or not label or split is None:
             raise Refused(f"{file}:{line}: expected path,label[,train|val|test], got {row}")
-        before, *said = first.setdefault(os.path.normpath(path), (line, split, label))
-        if said != [split, label]:
-            raise Refused(
-                f"{file}:{line}: {path} is {label} in {split}, but line {before} says {said[1]} in"
-                f" {said[0]}; an image has one label and is in one split"
-            )
+        place = f"{label} in {split}"
+        earlier, before = seen.setdefault(os.path.normpath(path), (line, place))
+        if before != place:
+            raise Refused(f"{file}:{line}: {path} is {place}, but line {earlier} says {before}")
         listing.setdefault(split, []).append((file.parent / path, label))
-    if "train" not in listing and classes is None:
+    if "train" not in listing and model_classes is None:
         raise Refused(f"{file}: no line is for train")
     if not listing:
         raise Refused(f"{file}: no line below the columns")
-    return _read(file, listing, on_bad_image, classes)
+    return _read(file, listing, on_bad_image, model_classes)
 
 
 def _read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """The columns of a CSV file and its lines by number, all without the spaces around them."""
+    """Returns a CSV file's columns, and per row its line number and its values by column."""
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream)
             columns = [name.strip() for name in next(reader, [])]
-            lines = [
-                (reader.line_num, [cell.strip() for cell in cells]) for cells in reader if cells
-            ]
+            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
     except UnicodeDecodeError as error:
         raise Refused(
-            f"data.root: expected a CSV file at {file.resolve()} in UTF-8, but {error.object[error.start]:#04x}"
-            f" is no character of it; save it as UTF-8"
+            f"data.root: expected a CSV file at {file.resolve()} in UTF-8, but"
+            f" {error.object[error.start]:#04x} is no character of it; save it as UTF-8"
         ) from None
     except (OSError, csv.Error) as error:
         raise Refused(f"data.root: expected a CSV file at {file.resolve()}: {error}") from None
     empty = dict.fromkeys(("path", "label", "split"), "")
-    return columns, [(number, empty | dict(zip(columns, cells))) for number, cells in lines]
+    return columns, [(line, empty | dict(zip(columns, cells))) for line, cells in rows]
 
 
-def _folders(path: Path) -> list[Path]:
-    """The folders in a folder, by name, without hidden ones."""
+def _find_splits(top: Path) -> dict[str, Path]:
+    """Returns the folders of the splits; empty where those in `top` are class folders."""
+    folders, splits = _list_folders(top), {}
+    for folder in folders:
+        split = SPLITS.get(folder.name.lower())
+        if split in splits:
+            both = f"{splits[split].name} and {folder.name}"
+            raise Refused(f"data.root: {top} has two folders for {split}, {both}; keep one of them")
+        if split is not None:
+            splits[split] = folder
+    unused = [folder.name for folder in folders if folder not in splits.values()]
+    if splits and unused:
+        one = next(iter(splits.values())).name
+        logger.warning("%s: beside %s, used for nothing: %s", top, one, ", ".join(unused))
+    return splits
+
+
+def _list_folders(path: Path) -> list[Path]:
+    """Returns the folders in a folder, sorted by name, without hidden ones."""
     inner = (p for p in path.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
     return sorted(inner, key=lambda p: p.name)
 
 
-def _list_classes(path: Path) -> list[tuple[Path, str]]:
-    folders = _folders(path)
+def _list_images(path: Path) -> list[tuple[Path, str]]:
+    """Returns the image files in the class folders of a folder, each with its class."""
+    folders = _list_folders(path)
     if not folders:
         raise Refused(f"data.root: expected class folders, {LAYOUT}; there are none in {path}")
     items = []
     for folder in folders:
         files = sorted(image_files(folder))
         if not files:
-            raise Refused(
-                f"data.root: the class folder {folder} has no images ({' '.join(EXTENSIONS)});"
-                f" put some there or remove the folder"
-            )
+            advice = f"({' '.join(EXTENSIONS)}); put some there or remove the folder"
+            raise Refused(f"data.root: the class folder {folder} has no images {advice}")
         items += [(file, folder.name) for file in files]
     return items
 
 
 def _read(
-    root: Path, listing: Listing, on_bad_image: str, known: list[str] | None
-) -> tuple[dict[str, FileImages], list[str]]:
-    classes = known or sorted({label for _, label in listing["train"]})
+    root: Path, listing: Listing, on_bad_image: str, model_classes: list[str] | None
+) -> tuple[FileSplits, list[str]]:
+    """Scans the listed files and returns them as splits, with the names of their classes."""
+    classes = model_classes or sorted({label for _, label in listing["train"]})
+    _check_classes(root, listing, classes, of_model=model_classes is not None)
+    paths = [path for items in listing.values() for path, _ in items]
+    scans, bad = scan(root, paths)
+    _report_bad(bad, on_bad_image)
+    scans = scans[[path not in bad for path in paths]]
+    paths = [path for path in paths if path not in bad]
+    channels = 1 if scans["gray"].all() else 3
+    files = Files(root, paths, scans, channels, skip=on_bad_image == "skip")
+    numbers = {name: number for number, name in enumerate(classes)}
+    splits, start = {}, 0
     for split, items in listing.items():
-        unknown = sorted({label for _, label in items} - set(classes))
-        if unknown and known:
-            raise Refused(unknown_classes("data.root", unknown, classes))
-        if unknown:
-            raise Refused(
-                f"data.root: {split} has classes that train has not: {', '.join(unknown[:MAX_NAMED])}"
-            )
-    if len(classes) < 2:
-        raise Refused(f"data.root: expected at least two classes in {root}, got {classes}")
-    every = [path for items in listing.values() for path, _ in items]
-    rows, bad = scan(root, every)
-    if bad:
-        _tell_bad(bad, on_bad_image)
-    good = np.array([path not in bad for path in every])
-    gray = rows["gray"][good].all()
-    paths = [path for path in every if path not in bad]
-    files = Files(root, paths, rows[good], channels=1 if gray else 3, skip=on_bad_image == "skip")
-    numbers = {label: number for number, label in enumerate(classes)}
-    labels = np.array([numbers[label] for items in listing.values() for _, label in items])[good]
-    of_split = np.repeat(np.arange(len(listing)), [len(items) for items in listing.values()])[good]
-    splits = {}
-    for number, split in enumerate(listing):
-        rows_of_split = np.flatnonzero(of_split == number)
-        if not len(rows_of_split):
+        labels = [numbers[label] for path, label in items if path not in bad]
+        if not labels:
             raise Refused(f"data.root: no image of {split} decodes")
-        splits[split] = FileImages(files, labels[rows_of_split], rows_of_split)
+        splits[split] = FileImages(files, labels, np.arange(start, start + len(labels)))
+        start += len(labels)
     return splits, classes
 
 
+def _check_classes(root: Path, listing: Listing, classes: list[str], *, of_model: bool) -> None:
+    for split, items in listing.items():
+        unknown = sorted({label for _, label in items} - set(classes))
+        if unknown and of_model:
+            raise Refused(unknown_classes("data.root", unknown, classes))
+        if unknown:
+            names = ", ".join(unknown[:MAX_NAMED])
+            raise Refused(f"data.root: {split} has classes that train has not: {names}")
+    if len(classes) < 2:
+        raise Refused(f"data.root: expected at least two classes in {root}, got {classes}")
+
+
 def unknown_classes(key: str, unknown: list[str], known: list[str]) -> str:
-    """The refusal of data that have classes which a model does not know."""
-    shown = [", ".join(names[:MAX_NAMED]) for names in (unknown, known)]
-    return (
-        f"{key}: expected classes that the model knows, got {shown[0]};"
-        f" it knows {shown[1]}{', ...' if len(known) > MAX_NAMED else ''}"
-    )
+    """Returns the message for data with classes that a model does not know."""
+    got, more = ", ".join(unknown[:MAX_NAMED]), ", ..." if len(known) > MAX_NAMED else ""
+    expected = f"classes that the model knows, got {got}; it knows {', '.join(known[:MAX_NAMED])}"
+    return f"{key}: expected {expected}{more}"
 
 
-def _tell_bad(bad: dict[Path, str], on_bad_image: str) -> None:
+def _report_bad(bad: dict[Path, str], on_bad_image: str) -> None:
+    """Refuses files that do not decode, or warns about them where they are to be skipped."""
+    if not bad:
+        return
     lines = [f"  {path}: {reason}" for path, reason in list(bad.items())[:MAX_NAMED]]
     if len(bad) > MAX_NAMED:
         lines.append(f"  and {len(bad) - MAX_NAMED} more")
     files = f"{len(bad)} image file{'s do' if len(bad) > 1 else ' does'} not decode"
     if on_bad_image == "stop":
-        what = "mend or remove them, or leave them out with data.on_bad_image=skip"
-        raise Refused("\n".join([f"data.root: {files}; {what}:", *lines]))
+        advice = "repair or remove them, or leave them out with data.on_bad_image=skip"
+        raise Refused("\n".join([f"data.root: {files}; {advice}:", *lines]))
     logger.warning("\n".join([f"{files}, left out:", *lines]))

@@ -1,4 +1,4 @@
-"""Image files by their names: in folders, behind patterns. Opens none, and imports no torch."""
+"""The search for image files in folders and by patterns; opens none and imports no torch."""
 
 import glob
 import os
@@ -9,11 +9,11 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff",
 WILDCARDS = "*?["
 
 
-def image_files(folder: Path) -> Iterable[Path]:
-    """The image files in a folder and those below it, by their extensions, without hidden ones."""
+def image_files(folder: Path) -> Iterator[Path]:
+    """Yields the image files below a folder, by their extensions, without hidden ones."""
     seen = set()
     for where, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(where) in seen:  # a link back to where we come from
+        if os.path.realpath(where) in seen:  # a link to a folder above
             folders.clear()
             continue
         seen.add(os.path.realpath(where))
@@ -24,29 +24,26 @@ def image_files(folder: Path) -> Iterable[Path]:
 
 
 def find_images(words: Iterable[str]) -> Iterator[tuple[Path, str | None]]:
-    """The image files that words mean: files, folders with all below them, patterns such as `*.jpg`.
+    """Finds the image files that words on a command line name.
 
-    A file that is named is taken whatever its extension.
+    Args:
+        words: files of any extension, folders, or patterns such as `*.jpg`.
 
     Yields:
-        Each path, with why it is no file to open, or None where it is one.
+        Each path with None, or with the reason why it cannot be opened.
     """
     for word in words:
-        path = Path(word)
-        if os.path.exists(path):  # False for a name that no file can have, where Path raises
-            yield from _of(path)
-        elif any(sign in word for sign in WILDCARDS):
-            found = _matching(word)
-            if not found:
-                yield path, "no file has such a name"
-            for name in found:
-                yield from _of(Path(name))
-        else:
-            yield path, "no such file or folder"
+        # Unlike Path.exists, os.path.exists is False for a name that no file can have.
+        found = [word] if os.path.exists(word) else _matching(word)
+        for name in found:
+            yield from _files_at(Path(name))
+        if not found:
+            is_pattern = any(sign in word for sign in WILDCARDS)
+            yield Path(word), "no file has such a name" if is_pattern else "no such file or folder"
 
 
 def _matching(pattern: str) -> list[str]:
-    """What the pattern means, by name; once, where a link leads back to where it comes from."""
+    """Returns the paths that match a pattern, sorted, each once whatever links lead to it."""
     found: dict[tuple[str, str], str] = {}
     for name in sorted(glob.glob(pattern, recursive=True)):
         folder, file = os.path.split(name)
@@ -54,7 +51,7 @@ def _matching(pattern: str) -> list[str]:
     return list(found.values())
 
 
-def _of(path: Path) -> Iterator[tuple[Path, str | None]]:
+def _files_at(path: Path) -> Iterator[tuple[Path, str | None]]:
     if path.is_dir():
         files = sorted(image_files(path))
         yield from ((file, None) for file in files)

@@ -1,10 +1,10 @@
-"""Tiny images that a network can learn: each class a fixed pattern under noise. For tests."""
+"""Made-up images for tests that a network can learn: per class a fixed pattern, with noise."""
 
 import numpy as np
 
 from cnn.datasets.images import ArrayImages
 
-AT_ONCE = 1_024  # images that are made as floats, of eight times the size
+CHUNK = 1_024  # images drawn at a time, since they take eight times the memory as floats
 
 
 def load(
@@ -16,18 +16,22 @@ def load(
     noise: float = 40.0,
     seed: int = 0,
 ) -> tuple[dict[str, ArrayImages], list[str]]:
-    """Makes the images, the same for the same arguments; `noise` is a std in 0..255."""
+    """Returns the splits train and test and the class names; the same for the same arguments.
+
+    Args:
+        noise: standard deviation of the noise on pixel values of 0..255.
+    """
     rng = np.random.default_rng(seed)
     patterns = rng.uniform(60, 196, (num_classes, channels, image_size, image_size))
 
     def draw(number: int, name: str) -> ArrayImages:
         labels = np.arange(number) % num_classes
         store = np.empty((number, image_size, image_size, channels), np.uint8)
-        pixels = store.transpose(0, 3, 1, 2)  # as they are kept: nothing has to be laid anew
-        for start in range(0, number, AT_ONCE):
-            part = patterns[labels[start : start + AT_ONCE]]
-            part += rng.normal(0, noise, part.shape)
-            pixels[start : start + AT_ONCE] = np.clip(part, 0, 255)
+        pixels = store.transpose(0, 3, 1, 2)  # already channels last, as ArrayImages stores them
+        for start in range(0, number, CHUNK):
+            chunk = patterns[labels[start : start + CHUNK]]
+            chunk += rng.normal(0, noise, chunk.shape)
+            pixels[start : start + CHUNK] = np.clip(chunk, 0, 255)
         return ArrayImages(pixels, labels, name)
 
     splits = {"train": draw(num_images, "synthetic"), "test": draw(num_test, "synthetic test")}

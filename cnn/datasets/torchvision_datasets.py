@@ -1,4 +1,4 @@
-"""The well-known sets, read by torchvision: MNIST and its kin, CIFAR, SVHN."""
+"""Well-known datasets that torchvision reads: MNIST and similar ones, CIFAR, SVHN."""
 
 import socket
 from pathlib import Path
@@ -23,58 +23,55 @@ FILES = {
     "cifar100": ("CIFAR100", "cifar-100-python", ["train", "test", "meta"]),
     "svhn": ("SVHN", ".", ["train_32x32.mat", "test_32x32.mat"]),
 }
-PARTS = ("train", "test")
+SPLITS = ("train", "test")
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 
 
 def load(name: str, root: str, download: bool) -> tuple[dict[str, ArrayImages], list[str]]:
-    """Reads train and test of a known set.
+    """Reads a dataset's splits train and test, and the names of its classes.
+
+    Args:
+        download: whether to download files that are missing below `root`.
 
     Raises:
-        Refused: files missing or broken, with what was looked for and what to do.
+        Refused: files are missing or broken, or cannot be downloaded.
     """
     class_name, folder, files = FILES[name]
-    missing = [file for file in files if not (Path(root) / folder / file).is_file()]
+    where = (Path(root) / folder).resolve()
+    advice = "data.download=true downloads them; data.name=digits needs no files"
+    missing = [file for file in files if not (where / file).is_file()]
     if missing and not download:
-        raise Refused(
-            f"data.root: {name}: missing {', '.join(missing)}\n"
-            f"  looked for in {(Path(root) / folder).resolve()}\n"
-            f"  download them with data.download=true, or put them there by hand;\n"
-            f"  data.name=digits needs no files"
-        )
-    from torchvision import datasets
+        raise Refused(f"data.root: {name}: expected {', '.join(missing)} in {where}; {advice}")
+    import torchvision
 
-    before = socket.getdefaulttimeout()
+    # torchvision downloads only missing files, with a progress bar, and verifies them.
+    read = getattr(torchvision.datasets, class_name)
+    splits = SPLITS if name == "svhn" else (True, False)
+    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        # torchvision fetches only what is missing, with a bar, and checks what came.
-        read = getattr(datasets, class_name)
-        if name == "svhn":
-            sets = {part: read(root, part, download=bool(missing)) for part in ("train", "test")}
-        else:
-            sets = {part: read(root, part == "train", download=bool(missing)) for part in PARTS}
+        datasets = [read(root, split, download=bool(missing)) for split in splits]
     except ImportError as error:
         raise Refused(f"data.name: {name} needs a package: pip install {error.name}") from None
-    except Exception as error:  # noqa: BLE001  network, disk, or a broken file: each reader has its own errors
-        what = "download" if missing else "read"
+    except Exception as error:  # noqa: BLE001  network, disk, or a broken file
+        action = "download" if missing else "read"
         raise Refused(
-            f"data.root: {name}: cannot {what} the files in {Path(root).resolve()}:"
-            f" {type(error).__name__}: {error}\n"
-            f"  expected in {folder}: {', '.join(files)}; remove what is broken and fetch it again"
-            f" with data.download=true,\n  or put it there by hand; data.name=digits needs no files"
+            f"data.root: {name}: cannot {action} {', '.join(files)} in {where}:"
+            f" {type(error).__name__}: {error}; remove broken files. {advice}"
         ) from None
     finally:
-        socket.setdefaulttimeout(before)
-    classes = getattr(sets["train"], "classes", [str(digit) for digit in range(10)])
-    return {part: _images(sets[part], f"{name} {part}") for part in PARTS}, list(classes)
+        socket.setdefaulttimeout(timeout)
+    classes = getattr(datasets[0], "classes", [str(digit) for digit in range(10)])
+    images = [_to_images(data, f"{name} {split}") for split, data in zip(SPLITS, datasets)]
+    return dict(zip(SPLITS, images)), list(classes)
 
 
-def _images(dataset: Any, name: str) -> ArrayImages:
-    """torchvision's arrays, (N, H, W), (N, H, W, 3) or (N, 3, H, W), as (N, C, H, W)."""
+def _to_images(dataset: Any, name: str) -> ArrayImages:
+    """Converts torchvision's arrays, (N, H, W), (N, H, W, 3) or (N, 3, H, W)."""
     pixels = np.asarray(dataset.data)
     labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
     if pixels.ndim == 3:
         pixels = pixels[:, None]
     elif pixels.shape[-1] == 3:
-        pixels = pixels.transpose(0, 3, 1, 2)  # a view: they are kept as they came
-    return ArrayImages(pixels, np.asarray(labels), name)
+        pixels = pixels.transpose(0, 3, 1, 2)  # a view, which ArrayImages stores without a copy
+    return ArrayImages(pixels, labels, name)

@@ -1,110 +1,108 @@
-"""What an evaluation says, from its confusion matrix and the probabilities: float64, on the host.
+"""Metrics from a confusion matrix and from probabilities, computed in float64 on the CPU.
 
-Undefined is not 0: where nothing was there to be measured, an array has nan and a single figure is
-None. scikit-learn is the oracle of the tests (`zero_division=nan`). Nothing here imports torch.
+An undefined metric is not 0: nan in an array, and None as a single value. The tests compare with
+scikit-learn (`zero_division=nan`). Nothing here imports torch.
 """
 
 import math
 
 import numpy as np
 
-Metrics = dict[str, float | None]  # by name; None where one is undefined
+Metrics = dict[str, float | None]  # by name; None where undefined
 
 TOP_K = 5
-MIN_CLASSES_FOR_TOP_K = 4 * TOP_K  # among fewer, chance alone is soon right
+MIN_CLASSES_FOR_TOP_K = 4 * TOP_K  # among fewer, guessing is too often right
 ECE_BINS = 15  # as Guo et al. (ICML 2017)
 SPLITS = ("train_", "val_", "test_")
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 TOP_K_ACC = f"top{TOP_K}_acc"
 
-# Every metric, by the way in which it is better; a test holds that none is left out.
+# Every metric, by the direction in which it improves; a test verifies that none is missing.
 HIGHER = ("acc", "balanced_acc", "f1", TOP_K_ACC, "auc", "sensitivity", "specificity")
 LOWER = ("loss", "log_loss", "ece")
-# Which of them need the probability of every class; the others are made of the matrix.
+# Those that need the probability of every class; the others follow from the confusion matrix.
 FROM_PROBABILITIES = ("auc", "log_loss", "ece")
 OF_TWO_CLASSES = ("auc", "sensitivity", "specificity")
 
 
 def epoch_metrics(num_classes: int, monitor: str) -> tuple[str, ...]:
-    """The metrics of every epoch's validation: loss, accuracy, and what the classes call for."""
+    """Returns the names of the metrics of every epoch's validation, with the monitored one."""
     names = ["loss", "acc", "balanced_acc", "f1"]
     if num_classes >= MIN_CLASSES_FOR_TOP_K:
         names.append(TOP_K_ACC)
     if num_classes == 2:
         names += OF_TWO_CLASSES
-    monitored = monitor.removeprefix("val_")
-    return (*names, *([] if monitored in names else [monitored]))
+    return tuple(dict.fromkeys([*names, monitor.removeprefix("val_")]))
 
 
 def result_metrics(num_classes: int) -> tuple[str, ...]:
-    """The metrics of the final test: all there are."""
-    names = epoch_metrics(num_classes, "val_auc")
-    return (*names, *(name for name in FROM_PROBABILITIES if name not in names))
+    """Returns the names of the metrics of the final test: all that exist for these classes."""
+    return tuple(dict.fromkeys([*epoch_metrics(num_classes, "val_auc"), *FROM_PROBABILITIES]))
 
 
 def mode(metric: str) -> str:
-    """Which way a metric is better, min or max, whether train_, val_ or test_ stands before it."""
+    """Returns min or max, the direction in which a metric improves; ignores train_, val_, test_."""
     name = metric.split("_", 1)[1] if metric.startswith(SPLITS) else metric
     return "min" if name in LOWER else "max"
 
 
 def improves(metric: str, value: float | None, best: float | None) -> bool:
-    """Whether the value is better than the best so far; what is undefined or no number never is."""
+    """Returns whether a value is better than the best so far; None, nan and inf never are."""
     if value is None or not math.isfinite(value):
         return False
     return best is None or (value < best if mode(metric) == "min" else value > best)
 
 
 def wilson(correct: float, count: int) -> tuple[float, float] | None:
-    """The 95 % interval of a share (Wilson, 1927); None of nothing."""
+    """Returns the 95 % interval of a proportion (Wilson, 1927), or None if `count` is 0."""
     if count == 0:
         return None
-    share, z2 = correct / count, Z_95**2
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = Z_95 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    p, z2 = correct / count, Z_95**2
+    center = (p + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z_95 / (1 + z2 / count) * math.sqrt(p * (1 - p) / count + z2 / (4 * count**2))
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def with_interval(accuracy: float | None, count: int, digits: int = 4) -> str:
-    """`0.9833 (95 %: 0.9726 to 0.9899)`; n/a of nothing."""
+    """Formats an accuracy as `0.9833 (95 %: 0.9726 to 0.9899)`, or n/a if it is undefined."""
     if accuracy is None or count == 0:
         return "n/a"
     low, high = wilson(accuracy * count, count)
     return f"{accuracy:.{digits}f} (95 %: {low:.{digits}f} to {high:.{digits}f})"
 
 
-# -- of a confusion matrix: a row a class as labelled, a column a class as predicted ------------
+# -- from a confusion matrix: a row per labelled class, a column per predicted class ------------
 
 
 def confusion(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
-    """Counts, int64 (classes, classes): row as labelled, column as predicted."""
+    """Returns the confusion matrix, int64 (classes, classes): row label, column prediction."""
     cells = np.bincount(labels.astype(np.int64) * num_classes + predictions, None, num_classes**2)
     return cells.reshape(num_classes, num_classes)
 
 
 def per_class(matrix: np.ndarray) -> dict[str, np.ndarray]:
-    """Precision, recall (sensitivity), specificity, F1 and support of each class."""
+    """Returns precision, recall (sensitivity), specificity, F1 and support, each (classes)."""
     matrix = np.asarray(matrix)
     hits, support, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-    others = matrix.sum() - support
+    negatives = matrix.sum() - support
     return {
         "precision": _ratio(hits, predicted),
         "recall": _ratio(hits, support),
-        "specificity": _ratio(others - (predicted - hits), others),
+        "specificity": _ratio(negatives - (predicted - hits), negatives),
         "f1": _ratio(2 * hits, support + predicted),
         "support": support,
     }
 
 
 def macro(values: np.ndarray) -> float | None:
-    """The mean over the classes where there is a value."""
+    """Returns the mean over the classes for which the value is defined, or None."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else None
 
 
 def weighted(values: np.ndarray, support: np.ndarray) -> float | None:
-    """The mean over the classes where there is a value, each weighing as many images as it has."""
+    """Returns the mean over the classes for which the value is defined, weighted by support."""
     defined = ~np.isnan(values) & (support > 0)
     if not defined.any():
         return None
@@ -112,7 +110,7 @@ def weighted(values: np.ndarray, support: np.ndarray) -> float | None:
 
 
 def from_confusion_matrix(matrix: np.ndarray) -> Metrics:
-    """Balanced accuracy, macro F1 and, of two classes, sensitivity and specificity of class 1."""
+    """Returns balanced accuracy, macro F1 and, for two classes, sensitivity and specificity."""
     classes = per_class(matrix)
     values = {"balanced_acc": macro(classes["recall"]), "f1": macro(classes["f1"])}
     if len(matrix) == 2:
@@ -122,70 +120,67 @@ def from_confusion_matrix(matrix: np.ndarray) -> Metrics:
 
 
 def most_confused(matrix: np.ndarray, number: int) -> list[tuple[int, int, int]]:
-    """The pairs of classes that are mixed up most often: as labelled, as predicted, how often."""
+    """Returns the most frequent errors as (label, prediction, count), at most `number`."""
     wrong = matrix * (1 - np.eye(len(matrix), dtype=matrix.dtype))
     cells = np.argsort(-wrong, axis=None, kind="stable")[:number]
     pairs = [divmod(int(cell), len(matrix)) for cell in cells]
     return [(*pair, int(wrong[pair])) for pair in pairs if wrong[pair]]
 
 
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    return np.divide(above, below, out=np.full(len(above), np.nan), where=below > 0)
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    undefined = np.full(len(numerator), np.nan)
+    return np.divide(numerator, denominator, out=undefined, where=denominator > 0)
 
 
-# -- of the scores: a row an image, a column a class --------------------------------------------
+# -- from probabilities: labels int (N), scores (N, classes) ------------------------------------
 
 
 def auc_per_class(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve of each class against the rest, from rank sums; ties count half.
+    """Returns the area under the ROC curve of each class against the rest, from rank sums.
 
-    (Mann and Whitney, 1947; Hanley and McNeil, 1982.) nan where a class or the rest is absent.
+    (Mann and Whitney, 1947; Hanley and McNeil, 1982.) Ties count half. The area is nan where no
+    image, or every image, has that class.
     """
     areas = np.full(scores.shape[1], np.nan)
-    for number, column in enumerate(np.array(scores.T, order="C")):
-        own = np.sort(column[labels == number])
-        positives, negatives = len(own), len(column) - len(own)
-        if positives == 0 or negatives == 0:
+    for number, column in enumerate(np.array(scores.T, order="C")):  # a copy, to be sorted
+        positives = np.sort(column[labels == number])
+        num_positives, num_negatives = len(positives), len(column) - len(positives)
+        if num_positives == 0 or num_negatives == 0:
             continue
-        column.sort()  # the copy
-        # Below each positive: all that is less, and half of what equals it.
-        ranks = column.searchsorted(own, "left") + column.searchsorted(own, "right")
-        below = ranks.sum() / 2 - positives * positives / 2
-        areas[number] = below / (positives * negatives)
+        column.sort()
+        # Per positive: the number of lower scores, and half the number of equal ones.
+        ranks = column.searchsorted(positives, "left") + column.searchsorted(positives, "right")
+        lower = ranks.sum() / 2 - num_positives * num_positives / 2
+        areas[number] = lower / (num_positives * num_negatives)
     return areas
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float | None:
-    """Of two classes, the area of class 1; of more, the mean over the classes against the rest."""
-    if not np.isfinite(scores).all():
-        return None
-    if scores.shape[1] == 2:
-        return macro(auc_per_class(labels, scores)[1:])
-    return macro(auc_per_class(labels, scores))
+    """Returns the area of class 1 for two classes, else the mean over the classes."""
+    areas = auc_per_class(labels, scores)
+    return macro(areas[1:] if len(areas) == 2 else areas)
 
 
-def log_loss(labels: np.ndarray, scores: np.ndarray) -> float | None:
-    """Mean of -log of the probability given to the label; clipped as scikit-learn does."""
-    if len(labels) == 0 or not np.isfinite(scores).all():
-        return None
+def log_loss(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Returns the mean of -log of the label's probability, clipped as scikit-learn does."""
     least = np.finfo(scores.dtype).eps
-    given = scores[np.arange(len(labels)), labels].astype(np.float64)
-    return float(-np.log(np.clip(given, least, 1 - least)).mean())
+    of_labels = scores[np.arange(len(labels)), labels].astype(np.float64)
+    return float(-np.log(np.clip(of_labels, least, 1 - least)).mean())
 
 
-def calibration_error(labels: np.ndarray, scores: np.ndarray) -> float | None:
-    """Expected calibration error over 15 bins of equal width (Guo et al., ICML 2017, section 2)."""
-    if len(labels) == 0 or not np.isfinite(scores).all():
-        return None
-    sure = scores.max(1).astype(np.float64)
-    right = scores.argmax(1) == labels
-    bins = np.clip(np.ceil(sure * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
-    gaps = np.bincount(bins, sure - right, ECE_BINS)  # in each bin, count * (confidence - accuracy)
+def calibration_error(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Returns the expected calibration error (Guo et al., ICML 2017, section 2), 15 equal bins."""
+    confidence = scores.max(1).astype(np.float64)
+    is_correct = scores.argmax(1) == labels
+    bins = np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
+    gaps = np.bincount(bins, confidence - is_correct, ECE_BINS)  # count * (confidence - accuracy)
     return float(np.abs(gaps).sum() / len(labels))
 
 
 def from_probabilities(labels: np.ndarray, scores: np.ndarray) -> Metrics:
-    """AUC, log-loss and calibration error. labels int (N), scores (N, classes)."""
+    """Returns AUC, log-loss and calibration error; None without images or with nan among scores."""
+    if len(labels) == 0 or not np.isfinite(scores).all():
+        return dict.fromkeys(FROM_PROBABILITIES)
     return {
         "auc": auc(labels, scores),
         "log_loss": log_loss(labels, scores),

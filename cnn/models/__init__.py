@@ -1,1 +1,1 @@
-"""What models there are, and the weights that they begin from."""
+"""The models, and the weights that they start from."""

@@ -1,4 +1,4 @@
-"""What models there are: a table of names, and the way from a name to a model."""
+"""The models by name, and the steps from a name to a model."""
 
 from pathlib import Path
 
@@ -22,7 +22,10 @@ MODELS = {"simple_cnn": SimpleCNN, "lenet5": LeNet5, "resnet9": ResNet9, "resnet
 def build_model(
     cfg: ModelConfig, num_classes: int, in_channels: int, image_size: int, seed: int
 ) -> nn.Module:
-    """Builds the model on the CPU, its first weights a function of the seed.
+    """Builds the model on the CPU, with initial weights that are a function of the seed.
+
+    Args:
+        image_size: height and width of its images in pixels, with which it is tried out.
 
     Raises:
         Refused: no such model, arguments it does not take, weights that do not fit, or images of
@@ -31,18 +34,17 @@ def build_model(
     seeding.seed_sample(seed, seeding.INIT)
     pretrained = cfg.pretrained and not cfg.weights
     if cfg.name in MODELS or is_import_path(cfg.name):
-        make = MODELS.get(cfg.name) or import_object(cfg.name, "model.name")
+        kind = MODELS.get(cfg.name) or import_object(cfg.name, "model.name")
         if pretrained:
-            raise Refused(
-                f"model.pretrained: only torchvision's models have weights, not {cfg.name}"
-            )
+            only = "only torchvision's models have weights"
+            raise Refused(f"model.pretrained: {only}, not {cfg.name}")
         try:
-            model = make(num_classes=num_classes, in_channels=in_channels, **cfg.args)
+            model = kind(num_classes=num_classes, in_channels=in_channels, **cfg.args)
         except TypeError as error:
             raise Refused(f"model.args: {cfg.name}: {error}") from error
         except (ValueError, RuntimeError) as error:
             if cfg.name not in MODELS:
-                raise  # the user's own code: its traceback is worth having
+                raise  # the user's code, for which a traceback helps
             raise Refused(f"model.args: {cfg.name}: {error}") from None
     else:
         model = torchvision_models.build(cfg.name, num_classes, in_channels, pretrained, cfg.args)
@@ -53,18 +55,16 @@ def build_model(
 
 
 def _try_out(model: nn.Module, name: str, num_classes: int, shape: tuple[int, ...]) -> None:
-    """Sends two empty images through, so that what does not fit is told before the first epoch."""
+    """Computes the logits of two black images, to refuse a model that cannot before training."""
     training = model.training
     model.eval()
     with torch.no_grad(), state_preserved(model):
         try:
             logits = model(torch.zeros(2, *shape))
         except (RuntimeError, ValueError, AssertionError) as error:
-            size = "x".join(map(str, shape))
-            raise Refused(
-                f"model.name: {name} cannot take images of {size} ({str(error).splitlines()[0]});"
-                f" a larger data.image_size may help"
-            ) from error
+            size, reason = "x".join(map(str, shape)), str(error).splitlines()[0]
+            advice = f"({reason}); a larger data.image_size may help"
+            raise Refused(f"model.name: {name} cannot take images of {size} {advice}") from error
     model.train(training)
     got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
     if got != (2, num_classes):

@@ -6,13 +6,17 @@ from torch.nn import functional as F
 
 
 class LeNet5(nn.Module):
-    """Made for 28 x 28; larger images are pooled to the size that its linear layers want."""
+    """LeNet-5 for 28 x 28 pixels; features of other sizes are pooled to what it expects.
+
+    Args:
+        dropout: probability in the two hidden linear layers.
+    """
 
     def __init__(self, num_classes: int, in_channels: int, dropout: float = 0.0):
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(in_channels, 6, 5, padding=2),  # N, 6, 28, 28
-            nn.MaxPool2d(2),  # N, 6, 14, 14; before the ReLU, which then has a quarter of the work
+            nn.MaxPool2d(2),  # N, 6, 14, 14; before the ReLU: the same values with less work
             nn.ReLU(inplace=True),
             nn.Conv2d(6, 16, 5),  # N, 16, 10, 10
             nn.MaxPool2d(2),  # N, 16, 5, 5
@@ -29,7 +33,8 @@ class LeNet5(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W
+        """Returns the logits of a batch of images."""
         features = self.features(images)
-        if features.shape[-2:] != (5, 5):  # not 28 x 28: the pooling takes time
+        if features.shape[-2:] != (5, 5):  # not 28 x 28; else the pooling would only take time
             features = F.adaptive_avg_pool2d(features, 5)
         return self.classifier(features.flatten(1))  # N, num_classes

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from cnn.models.simple_cnn import block, convolution, halving
+from cnn.models.simple_cnn import conv_bn, conv_bn_relu, pool_relu
 
 
 class ResNet9(nn.Module):
@@ -18,30 +18,29 @@ class ResNet9(nn.Module):
     def __init__(self, num_classes: int, in_channels: int, width: int = 64, scale: float = 0.125):
         super().__init__()
         self.scale = scale
-        self.stem = block(in_channels, width)
-        self.layer1 = nn.Sequential(
-            convolution(width, 2 * width), halving(), Residual(2 * width)
-        )  # N, 2 width, H/2, W/2
-        self.layer2 = nn.Sequential(convolution(2 * width, 4 * width), halving())
-        self.layer3 = nn.Sequential(
-            convolution(4 * width, 8 * width), halving(), Residual(8 * width)
-        )  # N, 8 width, H/8, W/8
+        self.stem = conv_bn_relu(in_channels, width)
+        # N, 2 width, H/2, W/2; then 4 width, H/4, W/4; then 8 width, H/8, W/8
+        self.layer1 = nn.Sequential(conv_bn(width, 2 * width), pool_relu(), Residual(2 * width))
+        self.layer2 = nn.Sequential(conv_bn(2 * width, 4 * width), pool_relu())
+        self.layer3 = nn.Sequential(conv_bn(4 * width, 8 * width), pool_relu(), Residual(8 * width))
         self.pool = nn.AdaptiveMaxPool2d(1)
         self.classifier = nn.Linear(8 * width, num_classes, bias=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W
+        """Returns the logits of a batch of images."""
         features = self.layer3(self.layer2(self.layer1(self.stem(images))))
         return self.classifier(self.pool(features).flatten(1)) * self.scale  # N, num_classes
 
 
 class Residual(nn.Module):
-    """Two blocks around which the input passes."""
+    """Adds the output of two convolutions to their input."""
 
     def __init__(self, channels: int):
         super().__init__()
-        self.body = nn.Sequential(block(channels, channels), block(channels, channels))
+        self.body = nn.Sequential(*(conv_bn_relu(channels, channels) for _ in range(2)))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Returns the features after the block, (N, C, H, W)."""
         return features + self.body(features)
 
 
@@ -49,13 +48,13 @@ class ResNet20(nn.Module):
     """The CIFAR network of He et al., "Deep Residual Learning" (2016), section 4.2.
 
     Args:
-        blocks: residual blocks a stage; 3 gives 20 layers, 9 gives 56.
+        blocks: residual blocks per stage; 3 gives 20 layers, 9 gives 56.
         width: channels of the first stage, 16 in the source.
     """
 
     def __init__(self, num_classes: int, in_channels: int, blocks: int = 3, width: int = 16):
         super().__init__()
-        self.stem = block(in_channels, width)
+        self.stem = conv_bn_relu(in_channels, width)
         stages = []
         channels = width
         for stage in range(3):
@@ -72,25 +71,30 @@ class ResNet20(nn.Module):
                 nn.init.kaiming_normal_(module.weight)  # He et al. (2015), as in the source
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W
+        """Returns the logits of a batch of images."""
         features = self.stages(self.stem(images))  # N, 4 width, H/4, W/4
         return self.classifier(self.pool(features).flatten(1))  # N, num_classes
 
 
 class BasicBlock(nn.Module):
-    """Two convolutions; the way around them takes every second pixel and pads with zero channels
-    (option A of the source: no parameters)."""
+    """Adds the output of two convolutions to their input.
+
+    Where they change the shape, the shortcut takes every second pixel and appends channels of zeros
+    (option A of the source, without parameters).
+    """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
-        self.stride, self.added = stride, out_channels - in_channels
+        self.stride, self.added_channels = stride, out_channels - in_channels
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Returns the features after the block, (N, C, H, W)."""
         out = F.relu(self.bn1(self.conv1(features)), inplace=True)
         out = self.bn2(self.conv2(out))
-        around = features[:, :, :: self.stride, :: self.stride]
-        around = F.pad(around, (0, 0, 0, 0, 0, self.added))
-        return F.relu(out + around, inplace=True)
+        shortcut = features[:, :, :: self.stride, :: self.stride]
+        shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, self.added_channels))
+        return F.relu(out + shortcut, inplace=True)

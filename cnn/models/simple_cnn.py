@@ -1,47 +1,48 @@
-"""Three convolution blocks and a linear layer: small, quick, good for small images."""
+"""A small, fast network for small images: three convolutions and a linear layer."""
 
 import torch
 from torch import nn
 
 
 class SimpleCNN(nn.Module):
-    """Takes images of any size from 4 x 4 on.
+    """Three convolutions with batch norm, pooling and a linear layer; for 4 x 4 pixels and larger.
 
     Args:
         width: channels of the first block; the others have two and four times as many.
-        dropout: share of the features dropped before the last layer.
+        dropout: probability before the last layer.
     """
 
     def __init__(self, num_classes: int, in_channels: int, width: int = 32, dropout: float = 0.2):
         super().__init__()
         self.features = nn.Sequential(
-            convolution(in_channels, width),
-            halving(),
-            convolution(width, 2 * width),
-            halving(),
-            block(2 * width, 4 * width),
+            conv_bn(in_channels, width),
+            pool_relu(),
+            conv_bn(width, 2 * width),
+            pool_relu(),
+            conv_bn_relu(2 * width, 4 * width),
         )
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(4 * width, num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W
+        """Returns the logits of a batch of images."""
         features = self.features(images)  # N, 4 width, H/4, W/4
         features = self.pool(features).flatten(1)  # N, 4 width
         return self.classifier(self.dropout(features))  # N, num_classes
 
 
-def convolution(in_channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
-    )
+def conv_bn(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Returns a 3 x 3 convolution and batch norm."""
+    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
 
 
-def block(in_channels: int, out_channels: int) -> nn.Sequential:
-    return convolution(in_channels, out_channels).append(nn.ReLU(inplace=True))
+def conv_bn_relu(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Returns a 3 x 3 convolution, batch norm and ReLU."""
+    return conv_bn(in_channels, out_channels).append(nn.ReLU(inplace=True))
 
 
-def halving() -> nn.Sequential:
-    """What pooling after a ReLU gives, bit for bit, with a quarter of the ReLU's work."""
+def pool_relu() -> nn.Sequential:
+    """Returns 2 x 2 pooling and ReLU: bit for bit ReLU and pooling, with a quarter of its work."""
     return nn.Sequential(nn.MaxPool2d(2), nn.ReLU(inplace=True))

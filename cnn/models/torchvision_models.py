@@ -1,4 +1,4 @@
-"""Any classification model of torchvision, with its head and first convolution made to fit."""
+"""The classification models of torchvision, adapted to the classes and to the channels."""
 
 import difflib
 from typing import Any
@@ -10,11 +10,14 @@ from cnn.config.settings import MODEL_NAMES
 from cnn.errors import Refused
 from cnn.models.weights import adapt_first_convolution, load_matching
 
-AUXILIARY_HEADS = ("googlenet", "inception_v3")  # give several outputs unless told not to
+AUXILIARY_HEADS = ("googlenet", "inception_v3")  # return several outputs by default
 
 
 def build(name: str, num_classes: int, in_channels: int, pretrained: bool, args: dict[str, Any]):
-    """Builds the model; with `pretrained`, from torchvision's best weights for it, but the head.
+    """Builds a model; `pretrained` loads torchvision's best weights, except for the head.
+
+    Args:
+        args: further keyword arguments of torchvision's model.
 
     Raises:
         Refused: no such model, a keyword that it does not take, or weights that cannot be fetched.
@@ -25,10 +28,8 @@ def build(name: str, num_classes: int, in_channels: int, pretrained: bool, args:
     if name not in known:
         near = difflib.get_close_matches(name, [*MODEL_NAMES, *known], n=1)
         hint = f" — did you mean '{near[0]}'?" if near else ""
-        raise Refused(
-            f"model.name: expected {', '.join(MODEL_NAMES)}, a torchvision classification model such as"
-            f" resnet18, or package.module:Class; got {name}{hint}"
-        )
+        others = "a torchvision classification model such as resnet18, or package.module:Class"
+        raise Refused(f"model.name: expected {', '.join(MODEL_NAMES)}, {others}; got {name}{hint}")
     if name in AUXILIARY_HEADS:
         args = {"aux_logits": False, "init_weights": True} | args
     try:
@@ -48,7 +49,6 @@ def _fetch(weights: Any, name: str) -> dict[str, torch.Tensor]:
     except (URLError, OSError, RuntimeError) as error:
         file = weights.url.rsplit("/", 1)[-1]
         raise Refused(
-            f"model.pretrained: cannot fetch the weights of {name} ({error});\n"
-            f"  without internet, fetch {weights.url} elsewhere, copy the file here, and say"
-            f" model.weights={file}"
+            f"model.pretrained: cannot fetch the weights of {name} ({error}); without internet,"
+            f" fetch {weights.url} elsewhere, copy the file here, and set model.weights={file}"
         ) from None

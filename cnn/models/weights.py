@@ -1,4 +1,4 @@
-"""Weights to begin from: out of a file, made to fit the head's classes and the images' channels."""
+"""Initial weights from a file, adapted to the number of classes and of image channels."""
 
 import logging
 from pathlib import Path
@@ -14,59 +14,60 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Begins from the weights of a file: a checkpoint of ours or a state dict."""
+    """Loads the weights that fit from a checkpoint of this project or a file with a state dict.
+
+    Raises:
+        Refused: no such file, a damaged one, one without weights that fit, or with NaN.
+    """
     try:
         if not path.is_file() or is_zipfile(path):
             state = read_archive(path)
-        else:  # the format of before torch 1.6, which has no checksums
+        else:  # the format before torch 1.6, which has no checksums
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Refused as refusal:
         raise Refused(f"model.weights: {refusal}") from None
-    except Exception as error:  # noqa: BLE001  whatever a strange file makes torch say
-        raise Refused(
-            f"model.weights: {path}: not a file of torch.save, or a damaged one"
-            f" ({type(error).__name__})"
-        ) from None
+    except Exception as error:  # noqa: BLE001  whatever torch raises on a foreign file
+        damaged = f"not a file of torch.save, or a damaged one ({type(error).__name__})"
+        raise Refused(f"model.weights: {path}: {damaged}") from None
     if not isinstance(state, dict):
-        raise Refused(
-            f"model.weights: {path}: expected weights by name, got {type(state).__name__}"
-        )
+        kind = type(state).__name__
+        raise Refused(f"model.weights: {path}: expected weights by name, got {kind}")
     state = state.get("ema_state_dict") or state.get("model_state_dict", state)
     state = {str(k).removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)}
-    spoiled = [k for k, v in state.items() if v.is_floating_point() and v.isnan().any()]
-    if spoiled:
-        raise Refused(f"model.weights: {path}: {spoiled[0]} holds values that are no numbers (NaN)")
-    left = load_matching(model, state)
+    invalid = [k for k, v in state.items() if v.is_floating_point() and v.isnan().any()]
+    if invalid:
+        raise Refused(f"model.weights: {path}: {invalid[0]} contains NaN")
+    not_loaded = load_matching(model, state)
     parameters = {name for name, _ in model.named_parameters()}
-    missing = [name for name in left if name in parameters]
+    missing = [name for name in not_loaded if name in parameters]
     if len(missing) == len(parameters):
         raise Refused(f"model.weights: no tensor in {path} fits the model")
     logger.info("weights from %s; new: %s", path, ", ".join(missing) or "nothing")
 
 
 def load_matching(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
-    """Loads every tensor whose name and shape fit; returns the names of the model's others.
+    """Loads every tensor whose name and shape fit, and returns the names of the model's others.
 
-    The first convolution's weights are made to fit another number of channels.
+    Adapts the weights of the first convolution to another number of channels.
     """
-    own = model.state_dict()
+    expected = model.state_dict()
     first = f"{_first_convolution(model)[0]}.weight"
-    if first in state and first in own and state[first].ndim == own[first].ndim == 4:
-        state = {**state, first: _for_channels(state[first], own[first].shape[1])}
-    fitting = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
+    if first in state and first in expected and state[first].ndim == expected[first].ndim == 4:
+        state = {**state, first: _adapt_channels(state[first], expected[first].shape[1])}
+    fitting = {k: v for k, v in state.items() if k in expected and expected[k].shape == v.shape}
     model.load_state_dict(fitting, strict=False)
-    return [key for key in own if key not in fitting]
+    return [key for key in expected if key not in fitting]
 
 
 def adapt_first_convolution(model: nn.Module, in_channels: int) -> None:
-    """Makes the first convolution take another number of channels."""
+    """Replaces the first convolution by one for another number of channels."""
     name, old = _first_convolution(model)
     if old is None:
         return
     shape = (old.kernel_size, old.stride, old.padding)
     new = nn.Conv2d(in_channels, old.out_channels, *shape, bias=old.bias is not None)
     with torch.no_grad():
-        new.weight.copy_(_for_channels(old.weight, in_channels))
+        new.weight.copy_(_adapt_channels(old.weight, in_channels))
         if old.bias is not None:
             new.bias.copy_(old.bias)
     parent, _, attribute = name.rpartition(".")
@@ -80,10 +81,12 @@ def _first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d | None]:
     return "", None
 
 
-def _for_channels(weight: torch.Tensor, in_channels: int) -> torch.Tensor:
-    """The weights over all channels summed and shared out evenly over the new ones, so that a gray
-    image gives what the same image in RGB gave."""
+def _adapt_channels(weight: torch.Tensor, in_channels: int) -> torch.Tensor:
+    """Distributes a convolution's weights evenly over another number of channels.
+
+    Their sum stays, so that a gray image has the same features as the equal image in RGB.
+    """
     if weight.shape[1] == in_channels:
         return weight
-    shared = weight.sum(1, keepdim=True) / in_channels
-    return shared.expand(-1, in_channels, -1, -1)
+    mean = weight.sum(1, keepdim=True) / in_channels
+    return mean.expand(-1, in_channels, -1, -1)

@@ -15,7 +15,8 @@ from cnn.config import Config
 from cnn.metrics.running import RunningMetrics
 from cnn.records import figures
 from cnn.training.engine import train_one_epoch
-from cnn.training.setup import Run, build_run
+from cnn.training.run import Run
+from cnn.training.setup import build_run
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import Self
 from cnn.config import Config
 from cnn.records import best_hparams, figures
 from cnn.records.history import write_history
-from cnn.training.setup import Run
+from cnn.training.run import Run
 from cnn.utils.files import warn_unwritten, write_text
 
 logger = logging.getLogger(__name__)

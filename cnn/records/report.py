@@ -21,7 +21,7 @@ from cnn.metrics import scores
 from cnn.records import figures
 from cnn.records.figures import COLOURS, ORANGE, Curve, Panel
 from cnn.records.pages import CLASS_HEAD, class_rows, format_metric, render
-from cnn.training.setup import Run
+from cnn.training.run import Run
 from cnn.utils.files import write_text
 from cnn.utils.progress import format_duration
 from cnn.utils.screen import shorten_name

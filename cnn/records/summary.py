@@ -14,7 +14,7 @@ from cnn.metrics.scores import with_interval
 from cnn.models.flops import count_flops
 from cnn.training.optim import FREEZE
 from cnn.training.resume import Checkpoint
-from cnn.training.setup import Run
+from cnn.training.run import Run
 from cnn.training.state import TrainingState
 from cnn.utils.environment import environment_changes
 from cnn.utils.files import write_record

@@ -30,7 +30,7 @@ from cnn import config
 from cnn.metrics import scores
 from cnn.metrics.scores import Metrics
 from cnn.records import figures, report
-from cnn.training.setup import Run
+from cnn.training.run import Run
 from cnn.utils.files import write_atomically
 
 PARTS = ("train", "val", "test", "")  # subfolders; the hyperparameters are in the folder itself

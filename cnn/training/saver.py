@@ -13,7 +13,7 @@ from torch import nn
 
 from cnn.errors import DataFailed, Failed, Stopped
 from cnn.training.resume import readable_checkpoints
-from cnn.training.setup import Run
+from cnn.training.run import Run
 from cnn.utils import launch
 from cnn.utils.checkpoint import (
     CheckpointWriter,

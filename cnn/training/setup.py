@@ -123,7 +123,7 @@ def _build_model(
     model = model.to(device, memory_format=torch.channels_last)
     on_amx = precision == "bf16" and device.type == "cpu" and env.cpu_has("amx_bf16")
     if on_amx and not cfg.train.compile:
-        small_maps.quicken(model)
+        small_maps.use_small_maps(model)
     return model
 
 
