@@ -53,7 +53,7 @@ def main() -> None:
         span = f"{found['least']:.2f} to {found['largest']:.2f}"
         print(f"2 processes over {way}: {found['median']:.2f} ({span}{asked})")
     seconds = json.loads(torchrun(2, 1, [__file__, "--reduce", "--device", args.device]))
-    latency, bandwidth = resize_and_crop(seconds)
+    latency, bandwidth = fit_line(seconds)
     print(f"all-reduce, 2 processes: {latency * 1e6:.0f} µs + bytes / {bandwidth / 1e9:.2f} GB/s")
     finish(
         {"rates": rates, "ratios": against, "all_reduce": {"seconds": seconds, "latency": latency,
@@ -120,7 +120,7 @@ def time_all_reduce(device: str) -> None:
     dist.destroy_process_group()
 
 
-def resize_and_crop(seconds: dict[str, float]) -> tuple[float, float]:
+def fit_line(seconds: dict[str, float]) -> tuple[float, float]:
     """Latency in seconds, bandwidth in bytes a second: the shortest, and the slope of the longest."""
     times = {int(size): value for size, value in seconds.items()}
     small, large = min(times), max(times)
