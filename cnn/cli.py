@@ -133,6 +133,13 @@ def _log_error(error: BaseException, task: Task, stop: "StopSignals") -> int:
         place = f"{task.places[key]}: " if key in task.places else ""
         if not isinstance(error, RefusedElsewhere):
             logger.error("%s%s", place, error)
+    elif kernel := re.match(r"(\w+) does not have a deterministic implementation", str(error)):
+        logger.error(  # torch's words are longer, and name no setting
+            "train.deterministic: %s, which this model uses, has no repeatable implementation on this"
+            " device; take another model, or say false",
+            kernel[1],
+        )
+        return FAILED
     else:
         logger.error("failed", exc_info=error)
         return FAILED

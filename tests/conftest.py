@@ -21,6 +21,9 @@ RECIPES = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.st
 TINY = ["--config", str(ROOT / "tests" / "tiny.yaml")]
 
 torch.set_num_threads(1)  # another number changes bits, and the machine may be shared
+# Also on a machine with GPUs the tests are of a CPU, whose bits, processes and files they count; what of
+# them holds on a GPU too is tried by CNN_TEST_GPU=0 pytest tests/test_training_resume.py, say.
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CNN_TEST_GPU", "")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -25,7 +25,7 @@ import train
 from cnn.drill.trace import digest
 from cnn.records import records
 from cnn.training import distributed, engine, saver
-from cnn.utils import checkpoint, files
+from cnn.utils import checkpoint, files, signals
 
 os.environ.setdefault(
     "TORCH_CPP_LOG_LEVEL", "ERROR"
@@ -148,6 +148,8 @@ def _run(
     rank: dict[str, str] | None,
 ):
     os.setsid()
+    # A drill that has begun in this process before has started the server deaf to signals.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.NUMBERS)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
     if room is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -444,6 +444,7 @@ def test_the_weights_are_those_that_were_validated(train):
 
     assert train("train.ema_decay=0.9", "train.epochs=1") == 0
     path = Path("checkpoints/best.pth")
-    content, weights = load_checkpoint(path), load_trained_model(path).model.state_dict()
+    content = load_checkpoint(path)
+    weights = {k: v.cpu() for k, v in load_trained_model(path).model.state_dict().items()}
     assert all(torch.equal(weights[k], v) for k, v in content["ema_state_dict"].items())
     assert not all(torch.equal(weights[k], v) for k, v in content["model_state_dict"].items())

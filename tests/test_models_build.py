@@ -79,6 +79,38 @@ def test_pooling_before_the_relu_is_pooling_after_it_bit_for_bit(dtype):
     assert found[0][0].equal(found[1][0]) and found[0][1].equal(found[1][1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resnet9_pools_as_adaptive_max_pooling_does_bit_for_bit(dtype):
+    model = build("resnet9", 10, 3, 32, args={"width": 8}).to(dtype)
+    features = torch.randn(5, 64, 4, 4).relu().mul(2).round().to(dtype)  # many are alike
+    model.layer3, found = nn.Identity(), []
+    model.stem = model.layer1 = model.layer2 = nn.Identity()
+    for pooled in (
+        model,
+        lambda x: model.classifier(nn.AdaptiveMaxPool2d(1)(x).flatten(1)) * 0.125,
+    ):
+        leaf = features.clone(memory_format=torch.channels_last).requires_grad_()
+        out = pooled(leaf)
+        out.backward(torch.arange(out.numel(), dtype=dtype).view_as(out))
+        found.append((out, leaf.grad))
+    assert found[0][0].equal(found[1][0]) and found[0][1].equal(found[1][1])
+
+
+@pytest.mark.parametrize("name", NATURAL)
+def test_no_model_of_ours_has_a_layer_that_cuda_cannot_repeat(name):
+    """Adaptive pooling has no repeatable backward pass there, but for the mean of a whole map."""
+    size = NATURAL[name][0]  # lenet5 has such a layer for images that are not 28 x 28
+    open_nodes, seen = [build(name, 4, 3, size)(torch.randn(2, 3, size, size)).grad_fn], set()
+    while open_nodes:
+        node = open_nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            open_nodes += [following for following, _ in node.next_functions]
+    names = {node.name() for node in seen}
+    assert "ConvolutionBackward0" in names
+    assert not [found for found in names if "Adaptive" in found]
+
+
 def test_a_torchvision_model_takes_gray_images_and_any_number_of_classes():
     model = build("resnet18", 5, 1, 32)
     assert model.conv1.weight.shape == (64, 1, 7, 7)

@@ -324,6 +324,21 @@ def test_an_error_while_running_is_in_the_log_with_its_traceback():
     assert "Traceback" in log and "the first batch" in log
 
 
+def test_an_operation_that_cannot_be_repeated_is_named_where_that_was_asked_for():
+    Path("mine.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Puts(nn.CrossEntropyLoss):\n"
+        "    def forward(self, logits, labels):\n"
+        "        torch.zeros(4).put_(torch.tensor([0]), torch.ones(1))\n"  # refused on CPUs too
+        "        return super().forward(logits, labels)\n"
+    )
+    assert finish(*TINY, "loss.name=mine:Puts", "train.epochs=1")[0] == 0
+    status, said = finish(*TINY, "loss.name=mine:Puts", "train.deterministic=true")
+    assert status == 1 and "Traceback" not in said, said
+    assert "train.deterministic: put_, which this model uses, has no repeatable" in said
+
+
 def test_a_run_that_diverges_in_numbers_is_told_so_once(train, capfd):
     assert train("optim.lr=100", "train.epochs=4") in (0, 1)
     said = capfd.readouterr().err

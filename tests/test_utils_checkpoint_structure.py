@@ -395,7 +395,7 @@ class Normed(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    mean = self.state[p].setdefault("mean", torch.zeros(p.shape))
+                    mean = self.state[p].setdefault("mean", torch.zeros(p.shape, device=p.device))
                     mean.mul_(0.9).add_(p.grad)
                     p.add_(mean, alpha=-group["lr"] / (float(mean.norm()) + 1e-6))
 
@@ -410,7 +410,8 @@ class Factored(torch.optim.Optimizer):
                 if p.grad is not None:
                     rows = p.grad.reshape(len(p), -1)
                     if "q" not in self.state[p]:
-                        self.state[p]["q"] = torch.linalg.qr(rows @ rows.T + torch.eye(len(p)))[0]
+                        one = torch.eye(len(p), device=p.device)
+                        self.state[p]["q"] = torch.linalg.qr(rows @ rows.T + one)[0]
                     q = self.state[p]["q"]
                     p.sub_((q @ (q.T @ rows)).reshape(p.shape), alpha=group["lr"])
                     self.state[p][0] = p.abs().sum()  # under a key that is no text
