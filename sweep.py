@@ -178,7 +178,7 @@ def log_best_settings(study: "Study", best: "FrozenTrial") -> None:
         return
     cfg, _ = load_config(settings)
     path = best_hparams.file_of(cfg, folder.best_hparams)
-    held = best_hparams.held_in(path)
+    held = best_hparams.best_result(path)
     is_best = held == (study.sweep.monitor, best.value)
     logger.info("its settings: python train.py --config %s", path if is_best else settings)
     if held is not None and not is_best:

@@ -553,7 +553,7 @@ def test_a_dataset_of_the_users_own_is_read_whatever_its_images_are(kind, channe
         ("my_own_data:load", {"kinds": 1}, "data.args: my_own_data:load: "),
         ("my_own_data:nothing", {}, "to return a dict with train, classes"),
         ("my_own_data:lode", {}, "data.name: the module my_own_data"),
-        ("my_other_data:load", {}, "data.name: expected package.module:name of Python code"),
+        ("my_other_data:load", {}, "data.name: expected package.module:name"),
     ],
 )
 def test_a_dataset_of_the_users_own_that_does_not_fit_is_refused(name, args, part, own):

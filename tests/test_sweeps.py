@@ -502,7 +502,7 @@ def check_best_settings(name: str, best) -> None:
     cfg, _ = config.load_config(path)
     settings = config.flat(config.to_dict(cfg))
     assert {key: settings[key] for key in best.params} == best.params
-    assert best_hparams.held_in(path) == ("val_loss", best.value)
+    assert best_hparams.best_result(path) == ("val_loss", best.value)
 
 
 @pytest.mark.soak  # also in .ci/run

@@ -150,7 +150,7 @@ def test_a_best_pth_that_has_gone_bad_is_tested_from_another_file_or_not_at_all(
     if kept:
         assert result() == expected
     else:
-        assert "are in no file that can be read, and without them there is no test" in said
+        assert "are in no file that can be read: no test" in said
         assert result()["test"] is None and result()["best"] is None
         assert not list(Path("configs").rglob("*.yaml"))
         assert load_checkpoint(Path("checkpoints/last.pth"))["test"] is None

@@ -59,5 +59,6 @@ def _files_at(path: Path) -> Iterator[tuple[Path, str | None]]:
             yield path, f"a folder without images ({' '.join(EXTENSIONS)})"
     elif path.is_file():
         yield path, None
-    else:  # a pipe or a device might never end
-        yield path, "neither a file nor a folder"
+    else:  # a pipe or a device, which might never end, or a link to nothing
+        exists = os.path.exists(path)
+        yield path, "neither a file nor a folder" if exists else "no such file or folder"

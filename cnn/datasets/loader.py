@@ -9,7 +9,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from multiprocessing.util import Finalize
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,17 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from cnn.config import DataConfig
 from cnn.config.settings import AugmentationConfig
+from cnn.datasets import workers
 from cnn.datasets.augment import BATCH_DRAWS, Augmentation, BatchAugmentation
 from cnn.datasets.images import Images
 from cnn.datasets.order import EVALUATION, Key, draw_balanced, keys_of, share_of, split_epoch
 from cnn.datasets.preprocessing import Normalize, Preprocessing, resize_and_crop
-from cnn.datasets.workers import (
-    data_failure,
-    init_worker,
-    kill_workers,
-    pickle_batch,
-    receive_batches,
-)
 from cnn.errors import BadImage, DataFailed, Refused
 from cnn.utils import seeding
 
@@ -36,6 +30,9 @@ logger = logging.getLogger(__name__)
 # Normalized images, float32 (N, C, H, W); labels, int64 (N); and how many of the images count: the
 # first ones. All do, except in a process that computes a share of another one (`order.share_of`).
 Batch = tuple[torch.Tensor, torch.Tensor, int]
+
+# The positions in an epoch of one batch, or of a process's share of it: start, end, and count as above.
+Span = tuple[int, int, int]
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of pixels that data.in_memory=auto keeps in memory
 EVALUATION_BATCHES = 2  # times the training batch; 4 are slower for ResNets on a CPU, and take more
@@ -105,15 +102,7 @@ class Samples(Dataset):
         except (DataFailed, Refused) as error:
             return DataFailed(str(error))  # training has started: too late to refuse
         except Exception as error:  # noqa: BLE001  an augmentation or dataset may raise anything
-            return data_failure(error, name)
-
-
-class Span(NamedTuple):
-    """The positions in an epoch of one batch, or of a process's share of it."""
-
-    start: int
-    end: int
-    count: int  # of the images, how many enter gradients and metrics
+            return workers.data_failure(error, name)
 
 
 class Loader:
@@ -121,6 +110,11 @@ class Loader:
 
     With several processes, each loads its share of every training batch. In evaluation they load
     whole batches in turn, so that a batch has the same bits whichever process computes it.
+
+    A subclass has three methods more. `raw(key)` returns an image as it is in the dataset, (C, H, W);
+    `image(key)` returns it resized and augmented, but not normalized, (C, size, size);
+    `_batches(epoch, order, spans, start)` yields the batches at these positions of an epoch in this
+    order, of which the first has the number `start`.
 
     Attributes:
         sizes: number of images in each batch of an epoch, over all processes.
@@ -155,13 +149,13 @@ class Loader:
         """Yields the batches of an epoch from number `start` on, without reading those before."""
         shares = [share_of(size, self.rank, self.num_ranks) for size in self.sizes]
         begins = np.cumsum([0, *self.sizes]).tolist()
-        spans = [Span(at + first, at + end, n) for at, (first, end, n) in zip(begins, shares)]
+        spans = [(at + first, at + end, n) for at, (first, end, n) in zip(begins, shares)]
         return self._batches(epoch, self.order(epoch), spans[start:], start)
 
     def batches(self) -> Iterator[Batch]:
         """Yields all images in their order without augmentation, every `num_ranks`-th batch."""
         ends = np.cumsum(self.sizes).tolist()
-        spans = [Span(end - size, end, size) for size, end in zip(self.sizes, ends)]
+        spans = [(end - size, end, size) for size, end in zip(self.sizes, ends)]
         spans = spans[self.rank :: self.num_ranks]
         return self._batches(EVALUATION, np.arange(len(self.images)), spans, 0)
 
@@ -178,20 +172,6 @@ class Loader:
         order = np.arange(len(self.images)) if epoch == EVALUATION else self.order(epoch)
         return keys_of(epoch, order, self.balanced, start, start + self.sizes[batch])
 
-    def raw(self, key: Key) -> torch.Tensor:
-        """Returns the image as it is in the dataset, (C, H, W)."""
-        raise NotImplementedError
-
-    def image(self, key: Key) -> torch.Tensor:
-        """Returns the image resized and augmented, but not normalized: (C, size, size)."""
-        raise NotImplementedError
-
-    def _batches(
-        self, epoch: int, order: np.ndarray, spans: list[Span], start: int
-    ) -> Iterator[Batch]:
-        """Yields the batches at `spans` of an epoch in this order, numbered from `start` on."""
-        raise NotImplementedError
-
 
 class _Plan:
     """The batch sampler of a DataLoader: keys of the batches to load, set before every epoch."""
@@ -200,7 +180,7 @@ class _Plan:
     spans: list[Span]
 
     def __iter__(self) -> Iterator[list[Key]]:
-        return (self.keys(span.start, span.end) for span in self.spans)
+        return (self.keys(start, end) for start, end, _ in self.spans)
 
 
 class StreamLoader(Loader):
@@ -216,14 +196,14 @@ class StreamLoader(Loader):
         self.raw, self.image = self._samples.raw, self._samples.image
         self._finish = _identity if on_cpu else self._normalize
         self._plan = _Plan()
-        Finalize(None, kill_workers, exitpriority=0)  # when this process ends
+        Finalize(None, workers.kill_workers, exitpriority=0)  # when this process ends
         self._loader = DataLoader(
             self._samples,
             batch_sampler=self._plan,
-            collate_fn=pickle_batch if num_workers else _identity,
+            collate_fn=workers.pickle_batch if num_workers else _identity,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            worker_init_fn=init_worker,
+            worker_init_fn=workers.init_worker,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # the DataLoader draws a seed, which nothing here uses
         )
@@ -235,14 +215,14 @@ class StreamLoader(Loader):
         self._plan.keys = functools.partial(keys_of, epoch, order, self.balanced)
         self._plan.spans = spans
         where = "the evaluation" if epoch == EVALUATION else f"epoch {epoch}"
-        received = receive_batches(self._loader, start + 1, where)
-        for ((images, labels), left_out), span in zip(received, spans):
+        received = workers.receive_batches(self._loader, start + 1, where)
+        for ((images, labels), left_out), (_, _, count) in zip(received, spans):
             for message in left_out:
                 logger.warning("%s; left out of its batch (data.on_bad_image=skip)", message)
             yield (
                 self._finish(images.to(self.device, non_blocking=True)),
                 labels.to(self.device, non_blocking=True),
-                min(span.count, len(labels)),
+                min(count, len(labels)),
             )
 
 

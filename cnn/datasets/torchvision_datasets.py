@@ -41,7 +41,7 @@ def load(name: str, root: str, download: bool) -> tuple[dict[str, ArrayImages], 
     advice = "data.download=true downloads them; data.name=digits needs no files"
     missing = [file for file in files if not (where / file).is_file()]
     if missing and not download:
-        raise Refused(f"data.root: {name}: expected {', '.join(missing)} in {where}; {advice}")
+        raise Refused(f"data.root: {name}: missing {', '.join(missing)} in {where}; {advice}")
     import torchvision
 
     # torchvision downloads only missing files, with a progress bar, and verifies them.

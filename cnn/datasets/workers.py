@@ -125,10 +125,10 @@ def data_failure(
     codes = [worker.exitcode for worker in workers if worker.exitcode is not None]
     if not codes:
         return DataFailed(f"{what}: {describe(error)}")
-    ending = "was killed" if codes[0] < 0 else "has ended"
+    ending = "a loader process was killed" if codes[0] < 0 else "a loader process has ended"
     return DataFailed(
-        f"a loader process {ending} (exit code {codes[0]}), most often because the memory ran out,"
-        f" or /dev/shm; fewer data.num_workers need less of it"
+        f"{ending} (exit code {codes[0]}), most often because the memory ran out, or /dev/shm;"
+        f" fewer data.num_workers need less of it"
     )
 
 

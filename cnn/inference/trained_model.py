@@ -13,7 +13,7 @@ from cnn.config import Config
 from cnn.datasets.preprocessing import Preprocessing
 from cnn.errors import Refused
 from cnn.models.build import build_model
-from cnn.training.resume import DOES_NOT_FIT, check_code
+from cnn.training.resume import DOES_NOT_FIT, check_code, reason_of
 from cnn.training.state import check_like
 from cnn.utils import environment as env
 from cnn.utils.checkpoint import load_checkpoint, validated_weights
@@ -138,5 +138,5 @@ def _load_weights(path: Path, model: nn.Module, weights: dict[str, Any]) -> None
                 check_like(tensor, expected[name], name)
         load_state(model, weights)
     except DOES_NOT_FIT as error:
-        lines = [line.strip() for line in str(error).strip().splitlines()[:3]]
-        raise Refused(f"{path}: its weights do not fit its model: {' '.join(lines)}") from None
+        reason = reason_of(error)
+        raise Refused(f"{path}: its weights do not fit its model: {reason}") from None

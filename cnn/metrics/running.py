@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cnn.metrics import scores
 from cnn.metrics.scores import Metrics
+
+Weight = float | Tensor | None
 
 SUMS = ("loss", "weight", "correct", "count")
 
@@ -24,16 +26,10 @@ class RunningMetrics:
         exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self.loss = torch.zeros((), dtype=exact, device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
-        self.weight: float | torch.Tensor = 0  # the divisor of the mean loss
-        self.count: int | torch.Tensor = 0
+        self.weight: float | Tensor = 0  # the divisor of the mean loss
+        self.count: int | Tensor = 0
 
-    def add(
-        self,
-        loss: torch.Tensor,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        weight: float | torch.Tensor | None = None,
-    ) -> None:
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, weight: Weight = None) -> None:
         """Adds a batch.
 
         Args:
@@ -56,12 +52,12 @@ class RunningMetrics:
         self.weight = self.weight + other.weight
         self.count = self.count + other.count
 
-    def pack(self) -> torch.Tensor:
+    def pack(self) -> Tensor:
         """Returns the four sums as one float64 tensor (4), ready to be all-reduced."""
         sums = (getattr(self, name) for name in SUMS)
         return torch.stack([torch.as_tensor(s).to(self.loss, non_blocking=True) for s in sums])
 
-    def unpack(self, total: torch.Tensor) -> None:
+    def unpack(self, total: Tensor) -> None:
         """Sets the sums from a tensor (4) of the form that `pack` returns."""
         self.loss, self.weight, correct, count = total.unbind()
         self.correct, self.count = correct.to(torch.int64), count.to(torch.int64)
@@ -86,7 +82,7 @@ class RunningMetrics:
         self.correct.copy_(state["correct"])
         self.count = state["count"]
         weight = state.get("weight", self.count)
-        self.weight = weight.to(self.loss) if isinstance(weight, torch.Tensor) else int(weight)
+        self.weight = weight.to(self.loss) if isinstance(weight, Tensor) else int(weight)
 
 
 class EvaluationMetrics(RunningMetrics):
@@ -109,19 +105,13 @@ class EvaluationMetrics(RunningMetrics):
         self.matrix = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
         self.in_top = torch.zeros((), dtype=torch.int64, device=device)
         self._needs_probabilities = bool(set(names) & set(scores.FROM_PROBABILITIES))
-        self._losses: list[tuple[torch.Tensor, float | torch.Tensor]] = []  # loss * weight, weight
-        self._labels: list[torch.Tensor] = []
-        self._predictions: list[torch.Tensor] = []
-        self._confidences: list[torch.Tensor] = []  # probabilities of the predicted classes
-        self._probabilities: list[torch.Tensor] = []
+        self._losses: list[tuple[Tensor, float | Tensor]] = []  # loss * weight, weight
+        self._labels: list[Tensor] = []
+        self._predictions: list[Tensor] = []
+        self._confidences: list[Tensor] = []  # probabilities of the predicted classes
+        self._probabilities: list[Tensor] = []
 
-    def add(
-        self,
-        loss: torch.Tensor,
-        logits: torch.Tensor,
-        labels: torch.Tensor,
-        weight: float | torch.Tensor | None = None,
-    ) -> None:
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor, weight: Weight = None) -> None:
         """Adds a batch as `RunningMetrics.add` does, and the prediction of each of its images."""
         super().add(loss, logits, labels, weight)
         weight = len(labels) if weight is None else weight
@@ -168,11 +158,11 @@ class EvaluationMetrics(RunningMetrics):
             )
         return {name: values.get(name) for name in self.names}
 
-    def confusion(self) -> torch.Tensor:
+    def confusion(self) -> Tensor:
         """Returns the confusion matrix on the CPU, int64 (classes, classes); a row per label."""
         return self.matrix.view(self.num_classes, self.num_classes).cpu()
 
-    def predictions(self) -> dict[str, torch.Tensor]:
+    def predictions(self) -> dict[str, Tensor]:
         """Returns the predicted class of each image, in their order, and its probability."""
         return {
             "prediction": torch.cat(self._predictions).to("cpu", torch.int32),
@@ -180,12 +170,12 @@ class EvaluationMetrics(RunningMetrics):
         }
 
 
-def compute_loss(function: nn.Module, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def compute_loss(function: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
     """Computes the loss in float32, or in float64 where the logits are."""
     return function(logits.float() if logits.dtype != torch.float64 else logits, labels)
 
 
-def weight_of(function: nn.Module, labels: torch.Tensor) -> int | torch.Tensor:
+def weight_of(function: nn.Module, labels: Tensor) -> int | Tensor:
     """Returns the weight of a batch in a mean loss over several batches.
 
     It is the number of images or, for cross-entropy with class weights, the sum of their weights
@@ -202,4 +192,4 @@ def _on_cpu(value: object) -> object:
     """Copies the tensors in nested lists and tuples to the CPU."""
     if isinstance(value, (list, tuple)):
         return type(value)(_on_cpu(part) for part in value)
-    return value.cpu() if isinstance(value, torch.Tensor) else value
+    return value.cpu() if isinstance(value, Tensor) else value

@@ -68,10 +68,8 @@ class Group:
                 self._patient = dist.new_group(backend="gloo", timeout=BUILD_TIMEOUT)
         except (RuntimeError, ValueError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            reason = str(error).splitlines()[0]
-            raise Refused(
-                f"torchrun: the {self.size} processes did not meet at {address}: {reason}"
-            ) from None
+            what = f"the {self.size} processes did not meet at {address}"
+            raise Refused(f"torchrun: {what}: {str(error).splitlines()[0]}") from None
 
     def disconnect(self) -> None:
         """Waits until all processes are done, and closes the connections."""
@@ -275,9 +273,8 @@ def process_group(stop: StopSignals) -> Iterator[Group]:
     except (dist.DistError, RuntimeError) as error:
         of_connection = "gloo" in str(error) or "Connection" in str(error)
         if group.size > 1 and (isinstance(error, dist.DistError) or of_connection):
-            raise ProcessLost(
-                "another process of this run has ended; its own output, or the lines above, say why"
-            ) from None
+            where = "its own output, or the lines above, say why"
+            raise ProcessLost(f"another process of this run has ended; {where}") from None
         raise
 
 

@@ -122,10 +122,8 @@ def latest_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
     readable = readable_checkpoints(paths)
     first = next(readable, None)
     if first is None:
-        raise Refused(
-            f"{folder.checkpoints}: no file of this run can be read; without --resume a new run"
-            f" starts, and these are kept in {folder.checkpoints / ARCHIVE}"
-        )
+        advice = f"without --resume a new run starts, and these are kept in {ARCHIVE}/ there"
+        raise Refused(f"{folder.checkpoints}: no file of this run can be read; {advice}")
     if first[0] == folder.last:
         return first
     path, content = max(itertools.chain([first], readable), key=lambda item: item[1]["step"])
@@ -188,6 +186,12 @@ def check_settings(
     )
 
 
+def reason_of(error: Exception) -> str:
+    """Returns the first three lines of an error's message as one."""
+    lines = str(error).strip().splitlines()[:3]
+    return " ".join(line.strip() for line in lines) or type(error).__name__
+
+
 def restore(state: TrainingState, checkpoint: Checkpoint, data: Data, loader: Loader) -> None:
     """Loads the state of a checkpoint.
 
@@ -199,10 +203,8 @@ def restore(state: TrainingState, checkpoint: Checkpoint, data: Data, loader: Lo
     """
     path, content = checkpoint.path, checkpoint.content
     if content["classes"] != data.classes:
-        raise Refused(
-            f"{path}: trained on the classes {', '.join(content['classes'][:10])}; the data now has"
-            f" {', '.join(data.classes[:10])}"
-        )
+        then, now = (", ".join(classes[:10]) for classes in (content["classes"], data.classes))
+        raise Refused(f"{path}: expected the classes of its training, {then}; got {now}")
     then, now = content["data"], data.fingerprint()
     if then != now:
         sizes = [f"{part} {then[part]} → {now[part]}" for part in ("train", "val", "test")]
@@ -216,11 +218,8 @@ def restore(state: TrainingState, checkpoint: Checkpoint, data: Data, loader: Lo
     try:
         state.load_state_dict(content)
     except DOES_NOT_FIT as error:
-        lines = str(error).strip().splitlines()
-        reason = " ".join(line.strip() for line in lines[:3]) or type(error).__name__
-        raise Refused(
-            f"{path}: does not fit the model or optimizer as configured: {reason}"
-        ) from None
+        what = "does not fit the model or optimizer as configured"
+        raise Refused(f"{path}: {what}: {reason_of(error)}") from None
     cfg = checkpoint.cfg.train
     if not state.is_finished(cfg.epochs, cfg.early_stop_patience):
         state.test = None  # there are more epochs now, and another one may become the best
@@ -235,10 +234,8 @@ def _check_position(checkpoint: Checkpoint, loader: Loader) -> None:
     images = content["unfinished_epoch"]["sums"]["count"]
     fits = batch <= len(loader) and step == epoch * per_epoch + in_this_one
     if not fits or images > sum(loader.sizes[:batch]):
-        raise Refused(
-            f"{checkpoint.path}: step {step} and {images} images do not fit {epoch} epochs and"
-            f" {batch} batches of {len(loader)}"
-        )
+        position = f"{epoch} epochs and {batch} batches of {len(loader)}"
+        raise Refused(f"{checkpoint.path}: step {step} and {images} images do not fit {position}")
 
 
 def prepare_folder(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
@@ -259,10 +256,8 @@ def prepare_folder(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
             _set_others_aside(folder, checkpoint, existing)
             _copy_best(folder, checkpoint)
     except OSError as error:
-        raise Refused(
-            f"{error.filename or folder.checkpoints}: cannot be written, so that an earlier state"
-            f" could not be kept: {error.strerror or error}"
-        ) from None
+        place, reason = error.filename or folder.checkpoints, error.strerror or error
+        raise Refused(f"{place}: an earlier state could not be kept: {reason}") from None
 
 
 def _metadata(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -333,7 +328,5 @@ def _copy_best(folder: RunFolder, checkpoint: Checkpoint) -> None:
             if path != folder.best:
                 _copy(path, folder.best)
             return
-    logger.warning(
-        f"{folder.best}: the weights of the best epoch so far (%d) are not there any more",
-        best["epoch"],
-    )
+    gone = f"the weights of the best epoch so far ({best['epoch']}) are not there any more"
+    logger.warning("%s: %s", folder.best, gone)

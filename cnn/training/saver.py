@@ -14,13 +14,7 @@ from torch import nn
 from cnn.errors import DataFailed, Failed, Stopped
 from cnn.training.resume import readable_checkpoints
 from cnn.training.run import Run
-from cnn.utils import launch
-from cnn.utils.checkpoint import (
-    CheckpointWriter,
-    is_end_of_epoch,
-    position_text,
-    validated_weights,
-)
+from cnn.utils import checkpoint, launch
 from cnn.utils.module_state import load_state
 from cnn.utils.signals import StopSignals
 
@@ -36,7 +30,7 @@ class Saver:
 
     def __init__(self, run: Run, stop: StopSignals):
         self.run, self.state, self.folder, self.stop = run, run.state, run.folder, stop
-        self.writer = CheckpointWriter()
+        self.writer = checkpoint.CheckpointWriter()
         self._saved_at = self._ticked_at = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -53,10 +47,8 @@ class Saver:
             self.run.group.barrier()  # torchrun kills the other processes as soon as one has ended
         if self.writer.failure is not None:
             before = f"{error}; and " if isinstance(error, (Failed, DataFailed)) else ""
-            raise Failed(
-                f"{before}the latest state could not be saved: {self.writer.failure}."
-                f" {self._newest_readable()}"
-            ) from error
+            what = f"{before}the latest state could not be saved: {self.writer.failure}"
+            raise Failed(f"{what}. {self._newest_readable()}") from error
         can_resume = (
             self.folder.last.exists() and not self.folder.scratch and self.run.group.is_rank0
         )
@@ -66,7 +58,7 @@ class Saver:
     def _newest_readable(self) -> str:
         """Returns a message that names a checkpoint of the run that can be read."""
         for path, content in readable_checkpoints(self.folder.saved()):
-            return f"Safe is {path}, {position_text(content)}: --resume {path}"
+            return f"Safe is {path}, {checkpoint.position_text(content)}: --resume {path}"
         return f"No file of this run can be read in {self.folder.checkpoints}"
 
     def resume_command(self) -> str:
@@ -116,7 +108,6 @@ class Saver:
         Raises:
             Failed: the loss or a weight is not finite; nothing is saved.
         """
-        assert all(map(self.folder.owns, also)), f"{also}: in no pattern of run_folder.CHECKPOINTS"
         self.check_finite()
         for name, tensor in self.state.model.state_dict().items():
             # The loss shows a NaN in a weight only a step later.
@@ -134,11 +125,9 @@ class Saver:
 
     def _raise_diverged(self, reason: str, epoch: int | None = None) -> NoReturn:
         state = self.state
-        raise Failed(
-            f"{reason}: epoch {epoch or state.epoch + 1}, step {state.step}, lr {state.lr:g}; the"
-            f" checkpoints are from before. A lower optim.lr, a warm-up (schedule.warmup_epochs) or"
-            f" train.clip_grad_norm may help"
-        )
+        place = f"epoch {epoch or state.epoch + 1}, step {state.step}, lr {state.lr:g}"
+        advice = "a lower optim.lr, schedule.warmup_epochs or train.clip_grad_norm may help"
+        raise Failed(f"{reason}: {place}; the checkpoints are from before; {advice}")
 
     def load_best(self, model: nn.Module) -> None:
         """Loads the best epoch's weights; without a best epoch, the latest weights stay.
@@ -154,7 +143,7 @@ class Saver:
         weights = None
         with group.agreement():
             if group.is_rank0:
-                weights = validated_weights(
+                weights = checkpoint.validated_weights(
                     self.writer.pending_best or self._read_best(best["epoch"])
                 )
         load_state(model, group.broadcast(weights))
@@ -163,10 +152,8 @@ class Saver:
         """Reads best.pth, or another checkpoint saved at the end of the same epoch."""
         paths = sorted(self.folder.saved(), key=lambda path: path != self.folder.best)
         for _, content in readable_checkpoints(paths):
-            if is_end_of_epoch(content, self.run.metadata["started"], epoch):
+            if checkpoint.is_end_of_epoch(content, self.run.metadata["started"], epoch):
                 return content
-        raise Failed(
-            f"the weights of the best epoch, {epoch}, are in no file that can be read, and without"
-            f" them there is no test. What the latest ones reach: python evaluate.py --checkpoint"
-            f" {self.folder.last}"
-        )
+        reason = f"the weights of the best epoch, {epoch}, are in no file that can be read: no test"
+        advice = f"python evaluate.py --checkpoint {self.folder.last} tests the latest ones"
+        raise Failed(f"{reason}. {advice}")

@@ -162,10 +162,8 @@ def check_group(cfg: Config, device: torch.device, group: Group) -> None:
     if device.type == "mps":
         raise Refused("device: expected CPUs or CUDA devices for several processes, got mps")
     if cfg.data.batch_size < 2 * group.size:
-        raise Refused(
-            f"data.batch_size: expected at least 2 images for each of {group.size} processes, which"
-            f" share every batch; got {cfg.data.batch_size}"
-        )
+        expected = f"at least 2 images for each of {group.size} processes, which share every batch"
+        raise Refused(f"data.batch_size: expected {expected}; got {cfg.data.batch_size}")
     if cfg.train.sync_batchnorm and device.type != "cuda":
         raise Refused("train.sync_batchnorm: torch's SyncBatchNorm needs CUDA devices; say false")
 
@@ -178,10 +176,9 @@ def check_one_image(model: nn.Module, shape: tuple[int, ...]) -> None:
         with torch.no_grad(), state_preserved(model):
             model(image)
     except ValueError as error:  # torch's BatchNorm
-        raise Refused(
-            f"data.batch_size: the model cannot train on one image at a time ({error}); more images"
-            f" per batch (data.batch_size, data.limit) or a larger data.image_size may help"
-        ) from None
+        reason = f"the model cannot train on one image at a time ({error})"
+        advice = "more images per batch (data.limit) or a larger data.image_size may help"
+        raise Refused(f"data.batch_size: {reason}; {advice}") from None
 
 
 def check_monitor(monitor: str, data: Data) -> None:
@@ -192,7 +189,6 @@ def check_monitor(monitor: str, data: Data) -> None:
     metrics.add(torch.zeros(()), nn.functional.one_hot(present, number).float(), present)
     if metrics.compute()[name] is None:
         names = ", ".join(data.classes[label] for label in present.tolist()[:10])
-        raise Refused(
-            f"checkpoint.monitor: {monitor} is undefined where the validation has images of {names}"
-            f" among {number} classes; choose another metric, or a larger data.val_fraction"
-        )
+        reason = f"undefined where the validation has images of {names} among {number} classes"
+        advice = "choose another metric, or a larger data.val_fraction"
+        raise Refused(f"checkpoint.monitor: {monitor} is {reason}; {advice}")

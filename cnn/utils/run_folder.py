@@ -159,10 +159,6 @@ class RunFolder:
         """Returns the run's checkpoints, in the order in which --resume tries them."""
         return checkpoints_in(self.checkpoints)
 
-    def owns(self, checkpoint: Path) -> bool:
-        """Returns whether a checkpoint's name matches a pattern of CHECKPOINTS."""
-        return any(checkpoint.match(f"{name}.pth") for name in CHECKPOINTS)
-
     def archive(self) -> Path | None:
         """Moves an earlier run's files to archive/<its start>/ and returns that folder, if any."""
         names = [name + ending for name in CHECKPOINTS for ending in (".pth", *EXPORTS.values())]
@@ -253,7 +249,7 @@ def _living_owner(checkpoints: Path) -> dict[str, Any] | None:
         owner = {"command": "?", "since": "?", **json.loads(text)}
         if owner["machine"] != platform.node() or os.name == "nt":
             return owner  # it cannot be checked from here; the run removes the file at its end
-        if owner["process"] < 1:  # 0 and below would mean groups of processes
+        if type(owner["process"]) is not int or owner["process"] < 1:  # else groups of processes
             return None
         with contextlib.suppress(PermissionError):
             os.kill(owner["process"], 0)
