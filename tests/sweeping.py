@@ -24,6 +24,7 @@ from cnn.sweeps import study as study_module
 from cnn.sweeps import trial as trial_module
 from cnn.sweeps.study import TrialResult
 from cnn.utils.run_folder import RunFolder
+from cnn.utils.signals import NUMBERS
 
 # All that a sweep writes down, between which it may be killed.
 WRITES = [
@@ -88,6 +89,7 @@ def hold(
     Args:
         script: in the place of train.py; without one, trainings are pretended.
     """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS)  # see processes.py
     signal.alarm(60)  # rather than to hang
     os.chdir(folder)
     study_module.PAUSE = 0.02

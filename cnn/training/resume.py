@@ -257,7 +257,8 @@ def prepare_folder(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
             _copy_best(folder, checkpoint)
     except OSError as error:
         place, reason = error.filename or folder.checkpoints, error.strerror or error
-        raise Refused(f"{place}: an earlier state could not be kept: {reason}") from None
+        what = "cannot be written, so that an earlier state is not kept"
+        raise Refused(f"{place}: {what}: {reason}") from None
 
 
 def _metadata(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
