@@ -133,7 +133,7 @@ def train(
             train_epoch(run, saver)
             records.write()
             summary.log_epoch(run)
-            saver.seconds()  # the time that records took does not count for the next epoch
+            saver.lap()  # the time that records took does not count for the next epoch
 
         if run.state.test is None:
             test(run, saver)
@@ -164,7 +164,7 @@ def train_epoch(run: "Run", saver: "Saver") -> None:
     values = evaluate(state.evaluated_model(), batches, run.loss, run.autocast, metrics, **key)
 
     monitor, predictions = cfg.checkpoint.monitor, metrics.predictions()
-    improved = state.end_epoch(values, monitor, saver.seconds(), predictions)
+    improved = state.end_epoch(values, monitor, saver.lap(), predictions)
     saver.end_epoch(improved)
 
 
@@ -219,8 +219,9 @@ def dry_run(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> N
         short = for_scratch(cfg, train={"epochs": 1})
         train(short, folder, log, stop, group, max_batches=2)
         longer = with_values(short, train={"epochs": 2})
-        content = group.broadcast(load_checkpoint(folder.last) if group.is_rank0 else None)
-        checkpoint = Checkpoint(folder.last, content, longer)
+        with group.agreement():
+            content = load_checkpoint(folder.last) if group.is_rank0 else None
+        checkpoint = Checkpoint(folder.last, group.broadcast(content), longer)
         train(longer, folder, log, stop, group, checkpoint, max_batches=2)
         log.close_file()  # before the folder is removed
     logger.info("dry run OK: trained, saved, resumed, tested (%.1f s)", time.monotonic() - started)

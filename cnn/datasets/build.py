@@ -5,6 +5,7 @@ import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -106,16 +107,17 @@ def read_splits(
     Raises:
         Refused: the data cannot be read.
     """
+    is_own = is_import_path(cfg.name)
     try:
-        if is_import_path(cfg.name):
-            return _read_user_dataset(cfg)
-        return DATASETS[cfg.name](cfg, model_classes)
+        if not is_own:
+            return DATASETS[cfg.name](cfg, model_classes)
+        found = import_object(cfg.name, "data.name")(root=cfg.root, **cfg.args)
     except TypeError as error:  # a keyword that the function does not take
         raise Refused(f"data.args: {cfg.name}: {error}") from error
+    return _check_user_dataset(cfg, found)
 
 
-def _read_user_dataset(cfg: DataConfig) -> tuple[Splits, list[str]]:
-    found = import_object(cfg.name, "data.name")(root=cfg.root, **cfg.args)
+def _check_user_dataset(cfg: DataConfig, found: Any) -> tuple[Splits, list[str]]:
     if not isinstance(found, dict) or "train" not in found or "classes" not in found:
         expected = "to return a dict with train, classes and, optionally, val and test"
         raise Refused(f"data.name: expected {cfg.name} {expected}, got {type(found).__name__}")

@@ -24,6 +24,7 @@ from cnn.errors import BadImage, Refused
 from cnn.utils.files import write_atomically
 
 OLD = 24 * 3600  # seconds; no decoding takes a day
+CHUNK = 256  # images that are decoded together
 
 
 def cache_folder() -> Path:
@@ -76,9 +77,12 @@ def _decode(paths: list[Path], size: int, channels: int) -> Iterator[np.ndarray]
             raise Refused(f"data.root: {path}: decoded a moment ago, and now: {bad}") from None
         return resize_and_crop(image, size).permute(1, 2, 0).contiguous().numpy()
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        decoded = pool.map(decode_one, paths)
-        yield from tqdm(decoded, "decoding the images once", len(paths), disable=None, leave=False)
+    progress = tqdm(desc="decoding the images once", total=len(paths), disable=None, leave=False)
+    with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(paths), CHUNK):  # no more wait in memory to be written
+            for pixels in pool.map(decode_one, paths[start : start + CHUNK]):
+                progress.update()
+                yield pixels
 
 
 def remove_leftovers(leftovers: Iterable[Path]) -> None:

@@ -319,7 +319,9 @@ class Study:
         ids = [self.folder_id]
         if file.is_file():  # earlier versions wrote an id into the lock file of each trial
             ids.append(file.read_text(encoding="utf-8"))
-        if trial.user_attrs.get("taken") not in ids:
+        taken_by, is_waiting = trial.user_attrs.get("taken"), trial.state == TrialState.WAITING
+        # Trials of earlier versions may wait, or lack the id, until a process has taken them.
+        if taken_by not in ids and (taken_by or not (is_waiting or file.is_file())):
             return None
         owner = SharedLock.acquire(file.with_suffix(".owner"))
         if owner is None:
@@ -335,6 +337,9 @@ class Study:
             lock.release()
             owner.release()
             return None
+        if is_waiting:
+            running = TrialState.RUNNING
+            self.retry(lambda: self.storage.set_trial_state_values(trial._trial_id, running))
         self.study.sampler = self._sampler(number)
         taken = self.retry(lambda: optuna.Trial(self.study, trial._trial_id))
         return TakenTrial(self, number, taken, lock, owner)

@@ -30,8 +30,7 @@ def train_one_epoch(run: Run, batches: Iterable[Batch]) -> Iterator[int]:
     """
     cfg, state, group = run.cfg.train, run.state, run.group
     optimizer, scaler = state.optimizer, state.scaler
-    freeze(optimizer, state.epoch)
-    set_training_mode(state.model)
+    start_training(state)
     for step in in_chunks(batches, cfg.accumulate):
         weights = [weight_of(run.loss, labels[:count]) for _, labels, count in step]
         total_weight = group.sum(sum(weights), state.device)
@@ -52,8 +51,10 @@ def train_one_epoch(run: Run, batches: Iterable[Batch]) -> Iterator[int]:
         optimizer.zero_grad(set_to_none=True)
         if state.ema is not None:
             state.ema.update_parameters(state.model)
-        state.end_step(len(step), group.sum_metrics(metrics))
-        yield len(step)
+        num_batches = len(step)
+        del step, images, labels  # frees their memory before the next batches are loaded
+        state.end_step(num_batches, group.sum_metrics(metrics))
+        yield num_batches
 
 
 @torch.no_grad()
@@ -101,15 +102,14 @@ def evaluate(
 
 
 def in_chunks(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Yields lists of `size` batches, the last of which may be shorter.
+    """Returns an iterator over lists of `size` batches, the last of which may be shorter.
 
     All batches of an optimizer step are thus there before the first is used: where one of them
     cannot be loaded, no step is half done. It also keeps augmentations, which draw from the global
     generators when there are no worker processes, apart from the draws of the model.
     """
     batches = iter(batches)
-    while chunk := list(itertools.islice(batches, size)):
-        yield chunk
+    return iter(lambda: list(itertools.islice(batches, size)), [])
 
 
 def seed_batch(run: Run, number: int) -> None:
@@ -123,6 +123,12 @@ def clip_gradients(state: TrainingState, max_norm: float) -> None:
     state.scaler.unscale_(state.optimizer)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+def start_training(state: TrainingState) -> None:
+    """Freezes parameters as the current epoch asks for, and sets training mode."""
+    freeze(state.optimizer, state.epoch)
+    set_training_mode(state.model)
 
 
 def set_training_mode(model: nn.Module) -> None:

@@ -58,6 +58,7 @@ def run_name(command: Command, cfg: Config) -> str | None:
         saved = read_metadata(path)
     except Refused:
         saved = load_checkpoint(path)  # its message names a file that can be read
+    check_version(path, saved)
     return command.load_config(saved["config"], f"checkpoint {path}")[0].run
 
 
@@ -84,8 +85,7 @@ def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | Non
             logger.info("nothing to go on from in %s; a new run starts", folder.checkpoints)
             return None
         path, content = found
-    if content.get("draws", 1) > DRAWS:
-        raise Refused(f"{path}: written by a newer version of this project, which draws otherwise")
+    check_version(path, content)
     base = None if command.config else content["config"]
     if base is not None:
         check_code(path, base, command.typed())
@@ -129,6 +129,12 @@ def latest_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
     path, content = max(itertools.chain([first], readable), key=lambda item: item[1]["step"])
     logger.warning("going on from %s instead", path)
     return path, content
+
+
+def check_version(path: Path, content: dict[str, Any]) -> None:
+    """Refuses a checkpoint of a later version, whose augmentations draw in another way."""
+    if content.get("draws", 1) > DRAWS:
+        raise Refused(f"{path}: written by a newer version of this project, which draws otherwise")
 
 
 def check_code(path: Path, saved: dict[str, Any], typed: set[str]) -> None:

@@ -31,7 +31,7 @@ class Saver:
     def __init__(self, run: Run, stop: StopSignals):
         self.run, self.state, self.folder, self.stop = run, run.state, run.folder, stop
         self.writer = checkpoint.CheckpointWriter()
-        self._saved_at = self._ticked_at = time.monotonic()
+        self._saved_at = self._lap_started_at = time.monotonic()
 
     def __enter__(self) -> Self:
         self.stop.deferred = True
@@ -65,10 +65,10 @@ class Saver:
         """Returns the command line that resumes this run."""
         return shlex.join(launch.command(sys.argv[0], "--resume", self.folder.last.as_posix()))
 
-    def seconds(self) -> float:
+    def lap(self) -> float:
         """Returns the seconds since the last call, or since the run started."""
         now = time.monotonic()
-        passed, self._ticked_at = now - self._ticked_at, now
+        passed, self._lap_started_at = now - self._lap_started_at, now
         return passed
 
     def between_steps(self) -> None:
@@ -79,7 +79,7 @@ class Saver:
             Stopped: a signal has come.
         """
         cfg = self.run.cfg.checkpoint
-        self.state.seconds += self.seconds()
+        self.state.seconds += self.lap()
         if self.state.device.type == "cpu":  # elsewhere the check would wait for the device
             self.check_finite()
         is_due = cfg.every_steps is not None and self.state.step % cfg.every_steps == 0

@@ -14,7 +14,7 @@ from cnn.datasets.loader import Loader, build_loader
 from cnn.datasets.preprocessing import Preprocessing
 from cnn.errors import Refused
 from cnn.metrics.running import EvaluationMetrics
-from cnn.metrics.scores import mode
+from cnn.metrics.scores import OF_TWO_CLASSES, mode
 from cnn.models import small_maps
 from cnn.models.build import build_model
 from cnn.training.distributed import ALONE, Group
@@ -188,7 +188,8 @@ def check_monitor(monitor: str, data: Data) -> None:
     metrics = EvaluationMetrics(torch.device("cpu"), number, [name])
     metrics.add(torch.zeros(()), nn.functional.one_hot(present, number).float(), present)
     if metrics.compute()[name] is None:
-        names = ", ".join(data.classes[label] for label in present.tolist()[:10])
-        reason = f"undefined where the validation has images of {names} among {number} classes"
-        advice = "choose another metric, or a larger data.val_fraction"
-        raise Refused(f"checkpoint.monitor: {monitor} is {reason}; {advice}")
+        reason = f"is for two classes, there are {number}; val_balanced_acc averages sensitivities"
+        if number == 2 or name not in OF_TWO_CLASSES:
+            absent = ", ".join(c for i, c in enumerate(data.classes) if i not in present)
+            reason = f"is undefined without validation images of {absent}; see data.val_fraction"
+        raise Refused(f"checkpoint.monitor: {monitor} {reason}")

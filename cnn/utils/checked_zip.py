@@ -203,5 +203,5 @@ def _check_pickle(path: Path, pickled: bytes) -> None:
             named = str(argument or opcode.name).replace(" ", ".")
             fault = f"holds a Python object that a checkpoint has no use for ({named})"
             raise Refused(f"{path}: {fault}; not opened, since such a file can run code")
-        if "PUT" in opcode.name and argument > len(pickled):  # which takes memory
-            raise Refused(f"{path}: damaged: its pickle numbers more values than it has")
+        if opcode.name == "LONG4" or ("PUT" in opcode.name and argument > len(pickled)):
+            raise Refused(f"{path}: damaged: its pickle has numbers that are too large")

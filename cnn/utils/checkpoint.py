@@ -75,7 +75,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """
     content = read_plain_values(path)
     _check_kind(path, content)
-    values = {key: value for key, value in content.items() if not str(key).endswith("_dict")}
+    values = {
+        key: value
+        for key, value in content.items()
+        if not (isinstance(key, str) and key.endswith("_dict"))
+    }
     try:
         structure.check_values(values)
         structure.check(values, structure.METADATA)

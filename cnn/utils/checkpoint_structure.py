@@ -210,7 +210,7 @@ def _check_value(tree: Any, key: str, depth: int, seen: set[int]) -> None:
         if (id(tree) in seen and len(tree)) or depth > MAX_DEPTH:
             raise InvalidValue(f"{key}: not a tree of plain values")
         seen.add(id(tree))
-        for name, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        for name, value in dict.items(tree) if isinstance(tree, dict) else enumerate(tree):
             if type(name) not in (str, int):
                 raise InvalidValue(f"{key}: expected plain keys, got {describe_value(name)}")
             _check_value(value, _join(key, name), depth + 1, seen)

@@ -1,10 +1,10 @@
 """The environment of a run: device, precision, versions and code, on which its bits depend."""
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import subprocess
+from importlib.metadata import distributions  # importing torchvision takes a second
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def describe(device: torch.device, precision: str, world_size: int = 1) -> dict[
     return {
         "torch": str(torch.__version__),
         "numpy": numpy.__version__,
-        "torchvision": importlib.metadata.version("torchvision"),  # importing it takes a second
+        "torchvision": next((d.version for d in distributions(name="torchvision")), None),
         "pillow": PIL.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -247,12 +247,13 @@ def _living_owner(checkpoints: Path) -> dict[str, Any] | None:
     try:
         text = (checkpoints / OWNER).read_text(encoding="utf-8")
         owner = {"command": "?", "since": "?", **json.loads(text)}
-        if owner["machine"] != platform.node() or os.name == "nt":
+        process, machine = owner["process"], owner["machine"]
+        if machine != platform.node() or os.name == "nt":
             return owner  # it cannot be checked from here; the run removes the file at its end
-        if type(owner["process"]) is not int or owner["process"] < 1:  # else groups of processes
+        if type(process) is not int or process < 1:  # else groups of processes
             return None
         with contextlib.suppress(PermissionError):
-            os.kill(owner["process"], 0)
+            os.kill(process, 0)
     except (OSError, OverflowError, ValueError, TypeError, KeyError):
         return None
     return owner
