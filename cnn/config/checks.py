@@ -1,4 +1,4 @@
-"""Checks of a whole configuration, beyond the type and the limits of each value."""
+"""Checks of a whole configuration, after the type and the limits of each value were checked."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -15,10 +15,14 @@ MAX_PATTERN = 500  # characters of a regular expression
 
 
 def check_config(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
-    """Yields the mistakes in a configuration whose values are right one by one.
+    """Yields a message for each mistake that the type and the limits of a value do not show.
+
+    An example is the schedule multistep without schedule.milestones.
 
     Args:
-        at: returns a key after the place where it was given: `FILE:LINE: section.key`.
+        cfg: the configuration, with values of the right types and within their limits.
+        at: returns the words for a dotted key in a message: the key after the place where it was
+            given, such as "configs/a.yaml:4: optim.lr", or the key alone if it was not given.
     """
     if cfg.run is not None:
         yield from _check_run(cfg.run, at("run"))
