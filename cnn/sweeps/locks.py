@@ -11,10 +11,10 @@ from cnn.errors import Refused
 class SharedLock:
     """An exclusive lock on a file that a process shares with the processes that it starts.
 
-    Every process that has the open file descriptor holds the lock. The kernel frees it when the last
-    of these processes has closed the descriptor or ended, even by `kill -9`. So a killed process
-    whose child still runs does not leave a free lock behind. The file is never removed, since another
-    process may be about to lock it.
+    Every process that has the open file descriptor holds the lock. The kernel frees it when the
+    last of these processes has closed the descriptor or ended, even by `kill -9`. So a killed
+    process whose child still runs does not leave a free lock behind. The file is never removed,
+    since another process may be about to lock it.
 
     Attributes:
         descriptor: the number of the open file descriptor; -1 after `release`.

@@ -155,7 +155,7 @@ class Sweep:
 
 
 def num_combinations(options: Mapping[str, Sequence[Any]]) -> int:
-    """Returns the number of combinations, which is the size of the Cartesian product of the options.
+    """Returns the number of combinations: the size of the Cartesian product of the options.
 
     Args:
         options: the values to choose from, by key.
@@ -374,7 +374,8 @@ def _check_sweep(
 def _check_combinations(common: dict[str, Entry], space: Space) -> list[str]:
     """Returns a message for each mistake in the settings of a combination of the values to try.
 
-    A range is checked at its two bounds. Of more than 2,000 combinations, a random sample is checked.
+    A range is checked at its two bounds. Of more than 2,000 combinations, a random sample is
+    checked.
 
     Args:
         common: the entries that all trials share, by dotted key.

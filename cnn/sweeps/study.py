@@ -62,8 +62,8 @@ class TrialResult:
     Attributes:
         state: COMPLETE, PRUNED or FAIL.
         value: the monitored metric in the best epoch of a complete trial; None for other trials.
-        epoch: an epoch, counted from 1: the best one of a complete trial, the latest one of a pruned
-            trial; None for a failed trial.
+        epoch: an epoch, counted from 1: the best one of a complete trial, the latest one of a
+            pruned trial; None for a failed trial.
         reason: why a trial failed; "" for other trials.
     """
 
@@ -106,9 +106,10 @@ class TakenTrial:
         self.owner.release()
 
     def start(self) -> None:
-        """Determines the values of the trial; for a new trial, archives an earlier run of the same name.
+        """Determines the trial's values, and makes room for the run of a new trial.
 
-        Optuna proposes the values of a new trial. A trial that resumes keeps its values.
+        Optuna proposes the values of a new trial. An earlier run of the same name is then moved to
+        the archive. A trial that resumes keeps its values and its run.
         """
         space = self.study.sweep.space
         self.values = self.study.retry(
@@ -166,9 +167,9 @@ class TakenTrial:
     def should_prune(self) -> bool:
         """Returns whether the trial should be stopped early.
 
-        With prune_after_epochs, Optuna's MedianPruner compares the trial's best metric so far with the
-        median of earlier trials at the same epoch. After the last epoch, a trial is never pruned, since
-        no time would be saved.
+        With prune_after_epochs, Optuna's MedianPruner compares the trial's best metric so far with
+        the median of earlier trials at the same epoch. After the last epoch, a trial is never
+        pruned, since no time would be saved.
         """
         epochs = self.values.get("train.epochs", self.study.sweep.base.train.epochs)
         return self.epoch < epochs and self.study.retry(self.trial.should_prune)
@@ -204,8 +205,8 @@ class Study:
         settings_file: the YAML file with the settings that all trials share.
 
     Raises:
-        Refused: on entry, if the database cannot be opened or contains a different sweep of the same
-            name.
+        Refused: on entry, if the database cannot be opened or contains a different sweep of the
+            same name.
     """
 
     def __init__(self, sweep: Sweep):
@@ -315,7 +316,10 @@ class Study:
         return self.trials()[number]
 
     def ranking(self) -> list[FrozenTrial]:
-        """Returns the complete trials, the best one first; of equally good ones, the earlier one first."""
+        """Returns the complete trials, the best one first.
+
+        Of trials with equal metrics, the one with the lower index comes first.
+        """
         sign = 1 if mode(self.sweep.monitor) == "min" else -1
         complete = [trial for trial in self.trials() if trial.state == TrialState.COMPLETE]
         return sorted(complete, key=lambda trial: sign * trial.value)
@@ -323,10 +327,10 @@ class Study:
     # -- taking and ending trials ---------------------------------------------------------------
 
     def take(self, stop: StopSignals) -> TakenTrial | None:
-        """Takes a trial for this process to train: an interrupted trial if there is one, or a new one.
+        """Takes a trial for this process to train: an interrupted one if possible, or a new one.
 
-        If other processes are training all remaining trials, this function waits until one of these is
-        interrupted or all are finished.
+        If other processes are training all remaining trials, this function waits until one of these
+        is interrupted or all are finished.
 
         Returns:
             The trial; None when all trials are finished.
@@ -364,7 +368,8 @@ class Study:
     def _try_to_take(self, trial: FrozenTrial, stop: StopSignals) -> TakenTrial | None:
         """Takes a trial that is not finished, unless another machine or process is training it.
 
-        If sweep.py was killed and its training process is still alive, waits for that process to exit.
+        If sweep.py was killed and its training process is still alive, waits for that process to
+        exit.
 
         Args:
             trial: the trial as it is in the database.
@@ -467,8 +472,9 @@ class Study:
 def comparable_settings(sweep: Sweep) -> dict[str, str]:
     """Returns the settings that must stay the same while a sweep is continued, as text by name.
 
-    The names are dotted keys such as "optim.momentum", and "search", "seed of the search" and "space:
-    KEY". Settings that do not change the experiment, and those that are tried, are not included.
+    The names are dotted keys such as "optim.momentum", and "search", "seed of the search" and
+    "space: KEY". Settings that do not change the experiment, and those that are tried, are not
+    included.
     """
     settings = config.flat(config.to_dict(sweep.base))
     free = config.non_experiment_keys() | {"data.root", *sweep.space}

@@ -60,12 +60,13 @@ def run_trial(trial: TakenTrial, stop: StopSignals) -> TrialResult:
 def _train(trial: TakenTrial, stop: StopSignals) -> tuple[int, bool]:
     """Runs train.py for a trial until the process ends.
 
-    The process has a session of its own, so that Ctrl-C in a terminal does not reach it. This function
-    passes the signal on instead, once. The process also watches a pipe that this process keeps open,
-    so that it saves and exits if sweep.py is killed.
+    The process has a session of its own, so that Ctrl-C in a terminal does not reach it. This
+    function passes the signal on instead, once. The process also watches a pipe that this process
+    keeps open, so that it saves and exits if sweep.py is killed.
 
     Returns:
-        The exit status, which is -N if signal N killed the process, and whether the trial was pruned.
+        The exit status, which is -N if signal N killed the process, and whether the trial was
+        pruned.
     """
     read_end, write_end = os.pipe()
     with open(trial.output, "ab") as file:
@@ -103,12 +104,12 @@ def _train(trial: TakenTrial, stop: StopSignals) -> tuple[int, bool]:
 
 
 def report_epochs(trial: TakenTrial, history: list[Metrics]) -> Iterator[bool]:
-    """Reports the monitored metric of each epoch, and yields whether the trial should then be pruned.
+    """Reports the metric of each epoch, and yields whether the trial should then be pruned.
 
     An epoch is reported only when its item is consumed. Epochs without the metric are skipped.
 
     Args:
-        history: the rows of history.csv, one per epoch.
+        history: the rows of history.csv, one per epoch. The metric is the trial's `monitor`.
     """
     for row in history:
         if row.get(trial.monitor) is not None:
