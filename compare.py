@@ -198,7 +198,7 @@ def values_of(group: list[RunRecord], metric: str) -> list[float]:
 
 
 def spread_of(values: Sequence[float]) -> float | None:
-    """Returns the sample standard deviation of the values of several runs; None for fewer than two."""
+    """Returns the sample standard deviation of the values; None for fewer than two values."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 

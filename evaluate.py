@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("cnn.evaluate")
 
-# Where the images are and how they are loaded; nothing that defines the model.
+# Settings that say where the images are and how they are loaded; none of them defines the model.
 SOURCE = ("data.name", "data.root", "data.args", "data.download", "data.on_bad_image")
 LOADING = ("data.batch_size", "data.num_workers", "data.in_memory", "train.precision")
 SETTINGS = ("device", *SOURCE, *LOADING, "log.every_seconds")
 MAX_ROWS = 40  # classes in the printed table
-MAX_PAIRS = 5  # of confused classes
+MAX_PAIRS = 5  # pairs of confused classes in the printed list
 
 
 class Command(cli.Command):

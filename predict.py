@@ -241,7 +241,7 @@ class CsvFile:
 
 
 def pairs(prediction: "Prediction") -> Iterator[tuple[str, float]]:
-    """Yields the name and the probability of each class in a prediction, the most probable first."""
+    """Yields the name and the probability of each predicted class, the most probable first."""
     return zip(prediction.classes, prediction.probabilities, strict=True)
 
 

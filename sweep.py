@@ -75,7 +75,7 @@ def prepare(argv: list[str]) -> cli.Task:
 
 
 def check_packages() -> None:
-    """Raises Refused if Optuna is not installed, or on Windows, which lacks the file locks needed."""
+    """Raises Refused if Optuna is not installed, or on Windows, which lacks its file locks."""
     if os.name == "nt":
         raise Refused("sweep.py needs locks that Windows has not; under WSL it works")
     if importlib.util.find_spec("optuna") is None:
@@ -111,7 +111,7 @@ def run(sweep: Sweep, command: Command, log: "Log", stop: "StopSignals") -> int:
 
 
 def log_sweep(study: "Study") -> None:
-    """Logs the settings and the search space of a sweep, and how many trials are already finished."""
+    """Logs the settings and the search space of a sweep, and the count of finished trials."""
     from cnn.metrics.scores import mode
 
     sweep = study.sweep

@@ -6,7 +6,7 @@ Commands:
     python train.py optim.lr=0.01 train.epochs=10      any setting changed
     python train.py --config configs/folder.yaml data.root=photos
     python train.py --resume checkpoints/best.pth      resume from a checkpoint
-    python train.py --resume                           from the latest one; without one, start
+    python train.py --resume                           from the latest one, if there is one
     python train.py --drill                            check that this run can be stopped anywhere
     python train.py --find-lr                          suggest a learning rate by a range test
     torchrun --nproc-per-node 2 train.py --resume      in two processes, or on two GPUs
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from cnn.utils.run_folder import RunFolder
     from cnn.utils.signals import StopSignals
 
-# torch is imported in the functions that use it: a typo is answered before, in a tenth of a second.
+# torch is imported in the functions that use it, so that a typo is reported before that happens.
 
 logger = logging.getLogger("train")
 
@@ -246,7 +246,7 @@ def dry_run(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> N
         content = group.broadcast(load_checkpoint(folder.last) if group.is_rank0 else None)
         checkpoint = Checkpoint(folder.last, content, longer)
         train(longer, folder, log, stop, group, checkpoint, max_batches=2)
-        log.close_file()  # before the folder is removed
+        log.close_file()  # the folder of the log is removed next
     logger.info("dry run OK: trained, saved, resumed, tested (%.1f s)", time.monotonic() - started)
 
 

@@ -104,7 +104,7 @@ def run_command(task: Task, *, is_last: bool = False) -> int:
     stop.install()
     stop_with_parent()
     log = Log(processes.rank)
-    if processes.size > 1:  # DDP's warning that it found no unused parameters
+    if processes.size > 1:  # hides DDP's warning that it found no unused parameters
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         # A signal waits for the two seconds of importing torch, so that it neither leaves a module
@@ -115,7 +115,7 @@ def run_command(task: Task, *, is_last: bool = False) -> int:
         stop.check()
         return task.run(log, stop) or DONE
     except (Exception, Stopped) as error:  # noqa: BLE001  it is logged
-        # An assignment, before which no signal handler runs, as one may before a call.
+        # This is an assignment because a signal handler may run before a call, but not before it.
         stop.is_outcome_known = True
         return _log_error(error, task, stop)
     finally:
@@ -134,7 +134,7 @@ def _log_error(error: BaseException, task: Task, stop: "StopSignals") -> int:
             unless the error is a Refused or a RunError.
     """
     if stop.was_raised and not isinstance(error, (Refused, RunError)):
-        error = Stopped(stop.received)  # a clean-up may have failed because of it
+        error = Stopped(stop.received)  # the signal may have made a clean-up fail
     if isinstance(error, Stopped):
         logger.warning("stopped by %s%s", error, task.hint)
     elif isinstance(error, RunError):
@@ -145,7 +145,7 @@ def _log_error(error: BaseException, task: Task, stop: "StopSignals") -> int:
         if not isinstance(error, RefusedElsewhere):
             logger.error("%s%s", place, error)
     elif kernel := re.match(r"(\w+) does not have a deterministic implementation", str(error)):
-        logger.error(  # torch's words are longer, and name no setting
+        logger.error(  # the message of torch is longer, and names no setting
             "train.deterministic: %s, which this model uses, has no repeatable implementation on this"
             " device; take another model, or say false",
             kernel[1],

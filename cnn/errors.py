@@ -65,7 +65,7 @@ class Stopped(BaseException):
         self.number, self.status = number, 128 + number
 
 
-# -- caught before they end anything -------------------------------------------------------------
+# -- caught before they end a run -------------------------------------------------------------
 
 
 class InvalidValue(Exception):
@@ -86,7 +86,8 @@ class BadImage(Exception):
 
 # -- errors of the user's own code ---------------------------------------------------------------
 
-# Too little memory, disk space, files or threads: error numbers of the system, words of torch.
+# Signs of too little memory, disk space, files or threads: the system's error numbers, and words in
+# messages of torch and of the system.
 SCARCITIES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EAGAIN)
 SCARCE = re.compile("memory|MemoryError|EOFError|file <|open files|ancdata|thread|worker|AF_UNIX")
 OURS = os.path.join(os.path.dirname(__file__), "")

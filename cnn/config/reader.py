@@ -22,9 +22,10 @@ from cnn.config.writer import dump
 from cnn.errors import InvalidValue, Refused
 
 MAX_CONFIG_BYTES = 100_000  # the files of this project have about 2,000
-MAX_DEPTH = 20  # of brackets and indents; PyYAML takes minutes for some thousands
+MAX_DEPTH = 20  # levels of brackets and indents; PyYAML takes minutes for thousands
 
-# Keys of configs/best_hparams/*.yaml that are no settings; skipped, so that --config takes it.
+# Keys of configs/best_hparams/*.yaml that are not settings. They are skipped, so that --config
+# accepts such a file.
 RECORDS = ("best_metrics", "test_metrics", "updated_at", "history")
 
 
@@ -201,7 +202,7 @@ def read_override(text: str, mistakes: list[str]) -> dict[str, Entry]:
         return {}
     if value[:1] in ("[", "{", "'", '"'):
         node = compose(value, f"command line: {key}")
-    else:  # not YAML: a path may contain ': ' or ' #'
+    else:  # not parsed as YAML, since a path may contain ': ' or ' #'
         node = yaml.ScalarNode("tag:yaml.org,2002:str", value.strip())
     return {key: Entry(node, "command line")}
 

@@ -21,9 +21,9 @@ from cnn.config.values import LIMITS, alternatives
 FILE = Path(__file__).resolve().parents[2] / "configs" / "schema.json"
 
 NULL = {"type": "null"}
-# The loader reads as text what is a number or a boolean to YAML: data.tag: 2024
+# A text may look like a number or a boolean, as in `data.tag: 2024`. The loader reads it as text.
 TEXT: dict[str, Any] = {"type": ["string", "number", "boolean"]}
-# Accepts more than the loader does: \w of JSON Schema has ASCII letters only.
+# This pattern accepts more than the loader does, since \w has only ASCII letters in JSON Schema.
 IMPORT_PATH = {"type": "string", "pattern": "^[^:/]+:[^:/]+$"}
 SIMPLE_TYPES = {
     types.NoneType: [NULL],

@@ -22,8 +22,8 @@ IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 # The further metadata that `setting` takes, with their defaults.
 METADATA: dict[str, Any] = {
-    "experiment": None,  # whether another value makes another experiment; by default unless FREE
-    "scratch": ...,  # the value in a dry run or drill, which leaves nothing; ...: unchanged
+    "experiment": None,  # whether another value makes another experiment; None: if not FREE
+    "scratch": ...,  # the value in a dry run or drill; Ellipsis leaves it unchanged
     "names_code": False,  # whether package.module:name is accepted too
     "choices": (),
     "pattern": None,  # regular expression that the whole text must match
@@ -50,7 +50,8 @@ def setting(default: Any, description: str, resume: str, **more: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------
-# The keys. Each choice has its function in a table of its room; a test compares names and tables.
+# The keys. The package that implements a choice has its name and function in a table. A test
+# compares the tables with these names.
 
 KNOWN_DATASETS = ("mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "svhn")
 DATA_NAMES = ("digits", "synthetic", *KNOWN_DATASETS, "folder", "csv")
@@ -60,7 +61,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "radam", "rmsprop", "adagrad", "a
 LOSSES = ("cross_entropy",)
 SCHEDULES = ("constant", "step", "multistep", "cosine", "onecycle", "plateau")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-# f1 and auc are means over the classes; with two classes, auc is that of class 1, the positive one.
+# f1 and auc are means over the classes. With two classes, auc belongs to class 1, the positive one.
 METRICS = ("acc", "loss", "balanced_acc", "f1", "auc", "log_loss", "ece")
 BINARY_METRICS = ("sensitivity", "specificity")  # with two classes only
 MONITORED = tuple(f"val_{name}" for name in METRICS + BINARY_METRICS)

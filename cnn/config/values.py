@@ -17,7 +17,7 @@ import yaml
 from cnn.config.settings import is_import_path, required_keys
 from cnn.errors import InvalidValue
 
-# The limits of a number: the comparison, the words for a message, the keyword of JSON Schema.
+# For each limit of a number: the comparison, the words for a message, the keyword of JSON Schema.
 LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str, str]] = {
     "least": (operator.ge, "of at least", "minimum"),
     "above": (operator.gt, "above", "exclusiveMinimum"),
@@ -161,7 +161,7 @@ def _read_scalar(node: yaml.Node, kind: Any) -> bool | int | float | str:
         raise ValueError
     text = node.value
     if kind is str:
-        # Control characters and unpaired surrogates are in no name.
+        # No name contains control characters or unpaired surrogates.
         if is_null(node) or any(unicodedata.category(char) in ("Cc", "Cs") for char in text):
             raise ValueError
         return text
@@ -170,7 +170,7 @@ def _read_scalar(node: yaml.Node, kind: Any) -> bool | int | float | str:
     if kind is bool:
         return bool(("false", "true").index(text.lower()))
     value = kind(text)
-    if not abs(value) < TOO_LARGE[kind]:  # false for NaN too
+    if not abs(value) < TOO_LARGE[kind]:  # the comparison is false for NaN too
         raise ValueError
     return value
 

@@ -28,9 +28,9 @@ def to_yaml(cfg: Config) -> str:
 
 
 def _yaml_line(field: dataclasses.Field, value: Any, indent: str) -> str:
-    # The choices of a list of mappings are those of the mappings' first key.
+    # For a list of mappings, the choices belong to the first key of the mappings.
     words = choices_of([*item_fields(field.type), field][0].metadata)
-    # A single choice is a word besides numbers or paths, which the description explains.
+    # A single choice, such as auto, is accepted besides other values; the description explains it.
     choices = f": {', '.join(words)}" if len(words) > 1 else ""
     comment = f"  # {field.metadata['description']}{choices}"
     return f"{indent}{field.name}: {as_text(value)}".ljust(32) + comment
@@ -38,7 +38,7 @@ def _yaml_line(field: dataclasses.Field, value: Any, indent: str) -> str:
 
 def as_text(value: Any) -> str:
     """Returns a value as one line of YAML, to be written after `key:` or typed after `key=`."""
-    # PyYAML writes the items of a flow-style list on one line, whatever they are.
+    # PyYAML writes the items of a flow-style list on one line, whatever their types.
     return dump([plain(value)], default_flow_style=True, width=10**9).strip()[1:-1]
 
 

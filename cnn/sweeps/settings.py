@@ -205,7 +205,7 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
     for word in words:
         typed |= reader.read_override(word, mistakes)
     sweep_keys, run_keys = ({key for key, _, _ in keys_of(cls)} for cls in (SweepConfig, Config))
-    run_keys -= sweep_keys  # seed is the sweep's
+    run_keys -= sweep_keys  # `seed` without a section is the seed of the sweep
     for_trials = {key: item for key, item in typed.items() if "." in key or key in run_keys}
     entries |= {key: item for key, item in typed.items() if key not in for_trials}
     cfg = reader.build(SweepConfig, entries, mistakes)
@@ -289,9 +289,9 @@ def _read_dimension(key: str, node: yaml.Node, where: str) -> Choice | Range:
     values = plain(read_list(node, kind, metadata))
     if not values:
         raise InvalidValue(f": expected {FORMS}, got an empty list")
-    for number, value in enumerate(values):
-        if value in values[:number]:
-            raise InvalidValue(f"[{number}]: given twice")
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise InvalidValue(f"[{index}]: given twice")
     return Choice(tuple(values), [Entry(item, where) for item in node.value])
 
 
@@ -301,7 +301,7 @@ def _read_range(
     if kind not in NUMBER_TYPES:
         raise InvalidValue(": is not a number; expected [a, b, ...]")
     forms = {str(key.value): bounds for key, bounds in node.value}
-    form = ", ".join(forms)  # of a single key, that key
+    form = ", ".join(forms)  # if there is a single key, this is the key
     bounds = forms.get(form)
     if form not in ("between", "log") or not isinstance(bounds, yaml.SequenceNode):
         raise InvalidValue(f": expected {FORMS}, got {{{form}}}")
@@ -341,7 +341,7 @@ def _check_sweep(
     """
     is_grid = cfg.search == "grid"
     size = math.prod(len(dimension.written) for dimension in space.values())
-    # Key, whether it is right, what was expected, what came.
+    # Each check: the key, whether its value is right, what was expected, what was found.
     checks = [
         ("name", re.fullmatch(r"[\w\-]{1,100}", name), "letters, digits, '_' and '-'", repr(name)),
         ("space", cfg.space or space, "lines such as `optim.lr: {log: [1e-3, 1.0]}`", "nothing"),
@@ -383,10 +383,10 @@ def _check_combinations(common: dict[str, Entry], space: Space) -> list[str]:
     """
     options = {key: dimension.written for key, dimension in space.items()}
     size, generator = num_combinations(options), random.Random(0)
-    numbers = range(size)
+    indices = range(size)
     if size > MAX_CHECKED:
-        numbers = [generator.randrange(size) for _ in range(MAX_CHECKED)]
+        indices = [generator.randrange(size) for _ in range(MAX_CHECKED)]
     mistakes: list[str] = []
-    for number in numbers:
-        reader.build(Config, common | combination(options, number), mistakes)
+    for index in indices:
+        reader.build(Config, common | combination(options, index), mistakes)
     return mistakes

@@ -117,7 +117,7 @@ class TakenTrial:
         )
         self._reported = set(self.study.frozen(self.number).intermediate_values)
         self.is_resumed = "run" in self.trial.user_attrs
-        if not self.is_resumed:  # once "run" is set, the run of this name is the trial's
+        if not self.is_resumed:  # once "run" is set, the run of this name belongs to the trial
             with RunFolder(self.run) as folder:
                 archived = folder.archive()
             if archived is not None:
@@ -270,7 +270,7 @@ class Study:
 
     def _check_same_sweep(self, stored: dict[str, str], current: dict[str, str]) -> None:
         defaults = config.flat(config.to_dict(Config()))
-        # A setting that did not exist when the sweep was started had what is its default now.
+        # A setting that did not exist when the sweep was started acted as its present default does.
         stored = {key: as_text(defaults[key]) for key in current if key in defaults} | stored
         keys = [key for key in current | stored if stored.get(key) != current.get(key)]
         if keys:
@@ -295,7 +295,7 @@ class Study:
                 if time.monotonic() > deadline:
                     reason = _first_line(error)
                     raise DatabaseFailed(f"the database does not answer: {reason}") from None
-                time.sleep(random.uniform(0.05, 0.5))  # so that processes do not retry in step
+                time.sleep(random.uniform(0.05, 0.5))  # so that processes differ in their times
 
     # -- reading trials -------------------------------------------------------------------------
 
@@ -366,17 +366,17 @@ class Study:
                 self.retry(lambda: self.study.add_trial(new))
 
     def _try_to_take(self, trial: FrozenTrial, stop: StopSignals) -> TakenTrial | None:
-        """Takes a trial that is not finished, unless another machine or process is training it.
+        """Takes a trial, unless it belongs to another machine or another process trains it.
 
         If sweep.py was killed and its training process is still alive, waits for that process to
         exit.
 
         Args:
-            trial: the trial as it is in the database.
+            trial: the trial as it is in the database; it is not finished.
             stop: is checked for a signal during this wait.
 
         Returns:
-            The trial with its locks; None if it is taken or has been finished meanwhile.
+            The trial with its locks; None if it cannot be taken or has been finished meanwhile.
 
         Raises:
             Stopped: a signal was received.

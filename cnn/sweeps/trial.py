@@ -36,7 +36,7 @@ def run_trial(trial: TakenTrial, stop: StopSignals) -> TrialResult:
         Refused: train.py refused the settings.
         Stopped: this process received a signal; the training process has saved and exited.
     """
-    if trial.should_prune() and not _is_finished(trial.run):  # interrupted while it was pruned
+    if trial.should_prune() and not _is_finished(trial.run):  # its pruning was interrupted
         return TrialResult(TrialState.PRUNED, epoch=trial.epoch)
     for _ in range(MAX_KILLED):
         start = trial.output.stat().st_size if trial.output.exists() else 0
@@ -122,7 +122,7 @@ def _read_result(trial: TakenTrial) -> TrialResult:
     The trial has failed if its monitored metric is undefined in every epoch.
     """
     record = read_run(f"logs/{trial.run}")
-    list(report_epochs(trial, record.history))  # all of them, whatever the median
+    list(report_epochs(trial, record.history))  # reports all, even if one says prune
     best = record.best()
     if not best:
         return TrialResult(TrialState.FAIL, reason=f"{trial.monitor} is undefined in every epoch")
@@ -163,7 +163,7 @@ def _last_message(output: Path, start: int) -> str:
     with open(output, "rb") as file:
         file.seek(start)
         lines = file.read().decode("utf-8", "replace").strip().splitlines()
-    errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    errors = [index for index, line in enumerate(lines) if line.startswith("error: ")]
     if errors:
         lines = lines[errors[-1] :]
     if any(line.startswith("Traceback ") for line in lines):
