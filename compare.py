@@ -209,6 +209,8 @@ def verdict(names: tuple[str, str], values: tuple[list[float], list[float]], met
     the standard deviation of the difference between one run of each group. A smaller difference may
     be reversed by other seeds.
 
+    For a group of a single run, the sentence says that it has no spread.
+
     Args:
         names: the names of the two groups.
         values: the values of the metric in the runs of each group.

@@ -52,9 +52,10 @@ class DatabaseFailed(RunError):
 
 
 class Stopped(BaseException):
-    """A request to stop that came as a signal, such as SIGINT; the exit status is 128 + its number.
+    """A request to stop that came as a signal, such as SIGINT.
 
-    It is a BaseException, so that no `except Exception` catches it.
+    It is a BaseException, so that no `except Exception` catches it. The exit status is 128 plus the
+    number of the signal.
 
     Args:
         number: the number of the signal.
