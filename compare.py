@@ -1,4 +1,4 @@
-"""Compares runs: final figures, settings that differ, curves in one chart.
+"""Compares runs: their final metrics, the settings that differ, and their curves in one chart.
 
 Commands:
 
@@ -39,12 +39,24 @@ CHARTS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the script and returns its exit status."""
+    """Runs the script and returns its exit status.
+
+    Args:
+        argv: the arguments of the command line; None takes the arguments of this process.
+    """
     return cli.main(prepare, argv)
 
 
 def prepare(argv: list[str]) -> None:
-    """Reads the command line and compares the runs, which needs no torch."""
+    """Reads the command line, compares the runs and prints the comparison.
+
+    All of this is done here, since it needs no torch.
+
+    Raises:
+        Refused: no run can be read.
+        Failed: some runs cannot be read, which is raised after the comparison of the others; or the
+            page cannot be written.
+    """
     parser = cli.Parser("compare.py", __doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="name of a run, or folder of its logs")
@@ -70,7 +82,13 @@ def prepare(argv: list[str]) -> None:
 
 
 def write_comparison(runs: Sequence[RunRecord], page: Path) -> str:
-    """Writes the comparison as an HTML page with a picture beside it; returns it as text."""
+    """Writes the comparison as an HTML page, and returns it as text.
+
+    If matplotlib is installed, a picture of the curves is written beside the page.
+
+    Args:
+        page: the path of the page.
+    """
     settings, groups = differing_settings(runs), groups_of(runs)
     names, metric = group_names(groups, settings), compared_metric(runs)
     tables = {
@@ -100,7 +118,10 @@ def write_comparison(runs: Sequence[RunRecord], page: Path) -> str:
 
 
 def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    """Returns the settings that are not the same in all runs, with every run's value."""
+    """Returns the settings whose values differ between runs, by dotted key such as "optim.lr".
+
+    Each value is a list with the setting's value in every run. The name of the run is left out.
+    """
     values = {key: [run.settings.get(key) for run in runs] for key in runs[0].settings}
     return {
         key: found
@@ -110,7 +131,10 @@ def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
 
 
 def groups_of(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
-    """Groups the runs that differ in nothing but seed and place, in their order."""
+    """Groups the runs of the same experiment, which may differ in their seeds, names and folders.
+
+    Groups and runs stay in the order in which they were given.
+    """
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
         keys = sorted(run.settings.keys() - config.non_experiment_keys() - {SEED})
@@ -120,7 +144,16 @@ def groups_of(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
 
 
 def group_names(groups: list[list[RunRecord]], settings: Iterable[str]) -> list[str]:
-    """Names each group by its values of the settings that differ."""
+    """Returns a name for each group, made of its settings, such as "optim.lr=0.1, train.epochs=5".
+
+    Args:
+        groups: groups of runs of the same experiment.
+        settings: the dotted keys of the settings that differ between runs. The seed, and settings
+            that do not change the experiment, are not used.
+
+    Returns:
+        The names in the order of the groups; "all runs" if no setting is left.
+    """
     keys = [key for key in settings if key not in config.non_experiment_keys() | {SEED}]
     return [
         ", ".join(f"{key}={format_setting(group[0].settings[key])}" for key in keys) or "all runs"
@@ -129,7 +162,11 @@ def group_names(groups: list[list[RunRecord]], settings: Iterable[str]) -> list[
 
 
 def compared_metric(runs: Sequence[RunRecord]) -> str:
-    """Returns test_acc where all runs have it, else the metric that all monitored, else val_acc."""
+    """Returns the name of the metric by which groups are compared.
+
+    It is test_acc if all runs have it. Otherwise it is the metric by which all runs chose their
+    best epoch, or val_acc if they did not choose by the same one.
+    """
     if all(final_metric(run, "test_acc") is not None for run in runs):
         return "test_acc"
     monitors = {run.monitor for run in runs}
@@ -137,27 +174,47 @@ def compared_metric(runs: Sequence[RunRecord]) -> str:
 
 
 def final_metric(run: RunRecord, name: str) -> float | None:
-    """Returns a metric of the test, or of the best epoch."""
+    """Returns the final value of a metric of a run, or None if there is none.
+
+    Args:
+        name: the name of the metric. The value is from the final test if the name begins with
+            "test_", and from the best epoch otherwise.
+    """
     metrics = run.result.get("test") or {} if name.startswith("test_") else run.best()
     return metrics.get(name)
 
 
 def values_of(group: list[RunRecord], metric: str) -> list[float]:
-    """Returns a metric of the group's runs, once per seed: a repeated run has no spread."""
+    """Returns the final values of a metric in a group of runs, one value for each seed.
+
+    Runs with the same seed are repetitions without any spread; the last of them counts. Runs
+    without the metric are left out.
+
+    Args:
+        metric: the name of the metric, such as "val_acc".
+    """
     found = {run.settings[SEED]: final_metric(run, metric) for run in group}
     return [value for value in found.values() if value is not None]
 
 
 def spread_of(values: Sequence[float]) -> float | None:
-    """Returns the standard deviation from run to run; None for a single run."""
+    """Returns the sample standard deviation of the values; None for fewer than two values."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
 def verdict(names: tuple[str, str], values: tuple[list[float], list[float]], metric: str) -> str:
-    """Returns a sentence on whether two groups differ by more than their spread.
+    """Returns a sentence on whether the means of two groups differ by more than their spread.
 
-    The spread of two groups is that of the difference between a run of each, sqrt(s1² + s2²):
-    another seed may reverse a difference within it.
+    The spread is sqrt(s1² + s2²), where s1 and s2 are the standard deviations of the groups. It is
+    the standard deviation of the difference between one run of each group. A smaller difference may
+    be reversed by other seeds.
+
+    For a group of a single run, the sentence says that it has no spread.
+
+    Args:
+        names: the names of the two groups.
+        values: the values of the metric in the runs of each group.
+        metric: the name of the metric, such as "val_acc".
     """
     both = " and ".join(names)
     if not all(values):
@@ -178,7 +235,11 @@ def verdict(names: tuple[str, str], values: tuple[list[float], list[float]], met
 
 
 def run_table(runs: Sequence[RunRecord]) -> list[list[str]]:
-    """Returns a row per run: status, best epoch, metrics with intervals, time and speed."""
+    """Returns a table with a row per run, after a row with the names of the columns.
+
+    The columns are the status, epochs, best epoch, metrics, training time and images per second.
+    Accuracies have their 95 % intervals.
+    """
     monitors = list(dict.fromkeys(run.monitor for run in runs if run.monitor != "val_acc"))
     rows = [
         ["run", "status", "epochs", "best", *monitors, "val_acc", "test_acc", "time", "images/s"]
@@ -202,20 +263,32 @@ def run_table(runs: Sequence[RunRecord]) -> list[list[str]]:
 
 
 def accuracy_of(run: RunRecord, split: str) -> str:
-    """Formats an accuracy, with its interval where the number of images is known."""
+    """Formats the accuracy of a run, with its 95 % interval if the number of images is known.
+
+    Args:
+        split: "val" or "test".
+    """
     value, number = final_metric(run, f"{split}_acc"), run.result.get("images", {}).get(split, 0)
     return with_interval(value, number) if number else format_value(value)
 
 
 def format_value(value: float | None) -> str:
-    """Formats with four digits; n/a where there is no value."""
+    """Formats a value with four decimal places, and None as "n/a"."""
     return "n/a" if value is None else f"{value:.4f}"
 
 
 def group_table(
     groups: list[list[RunRecord]], names: list[str], metrics: Sequence[str]
 ) -> list[list[str]]:
-    """Returns a row per group: number of runs, mean ± standard deviation of each metric."""
+    """Returns a table with a row per group of runs, after a row with the names of the columns.
+
+    A row contains the number of runs, and the mean ± standard deviation of each metric.
+
+    Args:
+        groups: the runs of each group.
+        names: the names of the groups, in the same order.
+        metrics: the names of the metrics, such as "val_acc".
+    """
     rows = [["group", "runs", *metrics]]
     for name, group in zip(names, groups, strict=True):
         cells = []
@@ -234,13 +307,25 @@ def group_table(
 
 
 def settings_table(runs: Sequence[RunRecord], settings: dict[str, list[Any]]) -> list[list[str]]:
-    """Returns a row per setting, with every run's value."""
+    """Returns a table with a row per setting and a column per run, after a row with the run names.
+
+    Args:
+        settings: for each dotted key, the values of the setting in all runs.
+    """
     rows = [[key, *map(format_setting, values)] for key, values in settings.items()]
     return [["setting", *(run.name for run in runs)], *rows]
 
 
 def panels_of(groups: list[list[RunRecord]], names: list[str]) -> list[Panel]:
-    """Returns charts with the curves of all runs; the seeds of a group share a colour."""
+    """Returns charts over epochs, each with a curve of every run.
+
+    If there are several groups, the runs of a group have the same colour and one name in the
+    legend.
+
+    Args:
+        groups: the runs of each group.
+        names: the names of the groups, in the same order.
+    """
     several, panels = len(groups) > 1, []
     for title, column in CHARTS.items():
         curves = []

@@ -32,16 +32,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("cnn.evaluate")
 
-# Where the images are and how they are loaded; nothing that defines the model.
+# Settings that say where the images are and how they are loaded; none of them defines the model.
 SOURCE = ("data.name", "data.root", "data.args", "data.download", "data.on_bad_image")
 LOADING = ("data.batch_size", "data.num_workers", "data.in_memory", "train.precision")
 SETTINGS = ("device", *SOURCE, *LOADING, "log.every_seconds")
 MAX_ROWS = 40  # classes in the printed table
-MAX_PAIRS = 5  # of confused classes
+MAX_PAIRS = 5  # pairs of confused classes in the printed list
 
 
 class Command(cli.Command):
-    """The command line of evaluate.py."""
+    """The parsed command line of evaluate.py.
+
+    Attributes:
+        split: the images to evaluate on: "val" or "test".
+        json: the file for all metrics; None writes no such file.
+        figure: the .png file for the confusion matrix; None writes no such file.
+    """
 
     split: str
     json: Path | None
@@ -49,19 +55,27 @@ class Command(cli.Command):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the script and returns its exit status."""
+    """Runs the script and returns its exit status.
+
+    Args:
+        argv: the arguments of the command line; None takes the arguments of this process.
+    """
     return cli.main(prepare, argv)
 
 
 def prepare(argv: list[str]) -> cli.Task:
-    """Reads the command line; returns the work to do."""
+    """Reads the command line and returns the work to do."""
     command = parse(argv)
     module = "cnn.inference.evaluation"
     return cli.Task(lambda *_: evaluate_checkpoint(command), command.places, module)
 
 
 def parse(argv: list[str]) -> Command:
-    """Reads the command line; raises Refused if it is not valid or names a missing file."""
+    """Reads the command line.
+
+    Raises:
+        Refused: the command line is not valid, or the checkpoint does not exist.
+    """
     parser = cli.Parser("evaluate.py", __doc__)
     parser.add_checkpoint()
     add = parser.add_argument
@@ -81,7 +95,10 @@ def parse(argv: list[str]) -> Command:
 
 
 def evaluate_checkpoint(command: Command) -> None:
-    """Evaluates a checkpoint as training does; prints the metrics and writes what was asked for."""
+    """Evaluates a checkpoint as training does, and prints the metrics.
+
+    With --json and --figure, the metrics and the confusion matrix are written to files too.
+    """
     from cnn.datasets.loader import build_loader
     from cnn.inference import evaluation
     from cnn.inference.trained_model import load_trained_model
@@ -125,7 +142,15 @@ def evaluate_checkpoint(command: Command) -> None:
 
 
 def reported_metrics(trained: "TrainedModel", split: str) -> "Metrics | None":
-    """Returns the metrics that training reported of these very weights; None where it has none."""
+    """Returns the metrics that training reported for the weights of the checkpoint.
+
+    Args:
+        split: "val" or "test".
+
+    Returns:
+        The metrics by name, such as "val_acc"; None if training did not evaluate exactly these
+        weights on the split, or if its result cannot be found.
+    """
     from cnn.utils.checkpoint import read_checkpoint
     from cnn.utils.run_folder import LAST
 
@@ -149,7 +174,14 @@ def reported_metrics(trained: "TrainedModel", split: str) -> "Metrics | None":
 
 
 def compare_with_training(trained: "TrainedModel", metrics: "Metrics", reported: "Metrics") -> str:
-    """Returns a sentence on whether the metrics equal the reported ones, and if not, why."""
+    """Returns a sentence on whether the metrics equal those that training reported.
+
+    If they differ, the sentence lists the changes of software, hardware and batch size since then.
+
+    Args:
+        metrics: the metrics of this evaluation by name, such as "test_acc".
+        reported: the metrics that training reported, by the same names.
+    """
     from cnn.utils import environment as env
 
     differing = [name for name in reported if name in metrics and metrics[name] != reported[name]]
@@ -170,7 +202,11 @@ def compare_with_training(trained: "TrainedModel", metrics: "Metrics", reported:
 
 
 def draw(path: Path, matrix: "np.ndarray", classes: list[str], title: str) -> None:
-    """Writes the confusion matrix as a picture, or a warning where matplotlib is not installed."""
+    """Writes the confusion matrix as a picture; without matplotlib, logs a warning instead.
+
+    Args:
+        matrix: numbers of images (classes, classes): a row per label, a column per prediction.
+    """
     from cnn.records import figures
 
     if figures.is_available():
@@ -180,7 +216,13 @@ def draw(path: Path, matrix: "np.ndarray", classes: list[str], title: str) -> No
 
 
 def as_text(metrics: "Metrics", matrix: "np.ndarray", classes: list[str]) -> str:
-    """Formats the metrics, a table of the classes, and the classes that are confused most."""
+    """Formats the metrics, a table of the classes, and the most frequent confusions of two classes.
+
+    Args:
+        metrics: the metrics by name, such as "test_acc"; an undefined metric is None.
+        matrix: numbers of images (classes, classes): a row per label, a column per prediction.
+        classes: the names of the classes, in the order of the rows.
+    """
     import numpy as np
 
     from cnn.metrics import scores
@@ -217,7 +259,15 @@ def as_json(
     matrix: "np.ndarray",
     reported: "Metrics | None",
 ) -> str:
-    """Formats all metrics with all digits as JSON; undefined ones are null."""
+    """Formats the evaluation as JSON, with all digits of each metric; undefined values are null.
+
+    Args:
+        split: "val" or "test".
+        metrics: the metrics by name, such as "test_acc"; an undefined metric is None.
+        matrix: numbers of images (classes, classes): a row per label, a column per prediction.
+        reported: the metrics that training reported for the same weights and images; None if there
+            are none.
+    """
     from cnn.metrics import scores
     from cnn.utils import environment as env
 
@@ -247,7 +297,7 @@ def as_json(
 
 
 def _finite(value: float | None) -> float | None:
-    """Returns the value, or None where it is no finite number."""
+    """Returns the value, or None if it is None, nan or infinite."""
     return value if value is not None and math.isfinite(value) else None
 
 

@@ -8,7 +8,7 @@ Commands:
     python export.py --checkpoint checkpoints/a/best.pth --output a.onnx
 
 The exported model is loaded and compared with the original before the file is written. The file
-holds classes and preprocessing too.
+contains the names of the classes and the preprocessing too.
 """
 
 import importlib.util
@@ -29,25 +29,39 @@ NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 
 
 class Command(cli.Command):
-    """The command line of export.py."""
+    """The parsed command line of export.py.
+
+    Attributes:
+        format: "torch", "onnx" or "weights".
+        output: the file to write.
+    """
 
     format: str
     output: Path
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the script and returns its exit status."""
+    """Runs the script and returns its exit status.
+
+    Args:
+        argv: the arguments of the command line; None takes the arguments of this process.
+    """
     return cli.main(prepare, argv)
 
 
 def prepare(argv: list[str]) -> cli.Task:
-    """Reads the command line; returns the work to do."""
+    """Reads the command line and returns the work to do."""
     command = parse(argv)
     return cli.Task(lambda *_: export_checkpoint(command), command.places, "cnn.inference.export")
 
 
 def parse(argv: list[str]) -> Command:
-    """Reads the command line; raises Refused for a missing file or package, or other mistakes."""
+    """Reads the command line, and chooses the format and the file where they were not given.
+
+    Raises:
+        Refused: the command line is not valid, the checkpoint does not exist, or a package that the
+            format needs is not installed.
+    """
     parser = cli.Parser("export.py", __doc__)
     parser.add_checkpoint()
     add = parser.add_argument
@@ -70,7 +84,11 @@ def parse(argv: list[str]) -> Command:
 
 
 def check_packages(file_format: str) -> None:
-    """Refuses a format whose packages are not installed."""
+    """Raises Refused if a package that a format needs is not installed.
+
+    Args:
+        file_format: "torch", "onnx" or "weights".
+    """
     names = NEEDED.get(file_format, ())
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
@@ -79,7 +97,11 @@ def check_packages(file_format: str) -> None:
 
 
 def export_checkpoint(command: Command) -> None:
-    """Exports the model of a checkpoint to a file, after checking that its logits agree."""
+    """Exports the model of a checkpoint to a file, after checking that its logits agree.
+
+    Raises:
+        Failed: the logits of the exported model differ, or the file cannot be written.
+    """
     from cnn.inference.export import export_model
     from cnn.inference.trained_model import load_trained_model
 

@@ -41,11 +41,14 @@ MAX_PATH = 60  # columns reserved for a path; a longer one shifts its line to th
 
 
 class Command(cli.Command):
-    """The command line of predict.py, with paths and settings in any order.
+    """The parsed command line of predict.py, in which paths and settings may be in any order.
 
     Attributes:
-        images: the files found at the paths.
-        missing: a message for each path without images.
+        paths: the positional arguments as they were typed: paths and settings.
+        images: the image files found at the paths.
+        missing: a message for each path at which no image was found.
+        top: the number of classes to write per image.
+        csv: the CSV file for the predictions; None writes no such file.
     """
 
     paths: list[str]
@@ -56,18 +59,27 @@ class Command(cli.Command):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the script and returns its exit status."""
+    """Runs the script and returns its exit status.
+
+    Args:
+        argv: the arguments of the command line; None takes the arguments of this process.
+    """
     return cli.main(prepare, argv)
 
 
 def prepare(argv: list[str]) -> cli.Task:
-    """Reads the command line; returns the work to do."""
+    """Reads the command line and returns the work to do."""
     command = parse(argv)
     return cli.Task(lambda *_: predict_images(command), command.places, "cnn.inference.predictor")
 
 
 def parse(argv: list[str]) -> Command:
-    """Reads the command line and finds the images; raises Refused if there are none."""
+    """Reads the command line and finds the images.
+
+    Raises:
+        Refused: the command line is not valid, no image was found, or the checkpoint does not
+            exist.
+    """
     parser = cli.Parser("predict.py", __doc__)
     parser.add_checkpoint()
     add = parser.add_argument
@@ -103,14 +115,21 @@ def parse(argv: list[str]) -> Command:
 
 
 def read_list() -> list[str]:
-    """Reads paths from stdin, separated by line ends, or by zeros as `find -print0` writes them."""
+    """Reads a list of paths from stdin.
+
+    The paths are separated by line ends, or by zero bytes as `find -print0` writes them.
+    """
     data = sys.stdin.buffer.read()
     parts = data.split(b"\0") if b"\0" in data else data.splitlines()
     return [os.fsdecode(part) for part in parts if part.strip()]
 
 
 def predict_images(command: Command) -> int:
-    """Predicts the images and writes the predictions as they come; returns the exit status."""
+    """Predicts the classes of the images, and writes each prediction as soon as it is known.
+
+    Returns:
+        The exit status: cli.FAILED if an image could not be found or read, otherwise cli.DONE.
+    """
     from cnn.inference.predictor import Predictor
     from cnn.inference.trained_model import load_trained_model
     from cnn.utils.progress import show_progress
@@ -141,11 +160,11 @@ def predict_images(command: Command) -> int:
 
 
 class Table:
-    """The predictions on the screen, one line per image.
+    """A table of the predictions on the screen, with one line per image.
 
     Args:
-        images: all images, whose paths determine the width of the first column.
-        classes: the names of the model's classes.
+        images: the paths of all images, which determine the width of the first column.
+        classes: the names of the model's classes, which determine the width of the other columns.
         top: the number of classes per image.
     """
 
@@ -159,12 +178,16 @@ class Table:
         )
 
     def write_head(self) -> None:
-        """Writes the names of the columns."""
+        """Writes the line with the names of the columns."""
         cells = [pad(head, self.name_width + 7) for head in ["prediction", "then"][: self.top]]
         write_stdout("  ".join([pad("image", self.path_width), *cells]).rstrip() + "\n")
 
     def write_row(self, path: Path, prediction: "Prediction") -> None:
-        """Writes the prediction of an image."""
+        """Writes the line with the prediction of one image.
+
+        Args:
+            path: the path of the image.
+        """
         cells = [
             f"{pad(shorten_name(escape_unprintable(name)), self.name_width)} {probability:.4f}"
             for name, probability in pairs(prediction)
@@ -173,10 +196,13 @@ class Table:
 
 
 class CsvFile:
-    """The predictions as a CSV file, written row by row, so that an interruption loses none.
+    """A CSV file of the predictions, with one row per image.
+
+    As a context manager, it opens the file on entry. On exit it closes the file, also after an
+    interruption, so that all rows written before are kept.
 
     Args:
-        path: the file, or None to write none.
+        path: the path of the CSV file; None writes no file.
         top: the number of classes per image.
     """
 
@@ -200,7 +226,14 @@ class CsvFile:
                 self.file.close()
 
     def write_row(self, image: Path, prediction: "Prediction") -> None:
-        """Writes the prediction of an image."""
+        """Writes the row with the prediction of one image, if there is a file to write.
+
+        Args:
+            image: the path of the image.
+
+        Raises:
+            Failed: the file cannot be written.
+        """
         if self.file is not None:
             cells = [cell for name, value in pairs(prediction) for cell in (name, f"{value:.6g}")]
             with raising_failed(self.path):
@@ -208,7 +241,7 @@ class CsvFile:
 
 
 def pairs(prediction: "Prediction") -> Iterator[tuple[str, float]]:
-    """Yields each class with its probability, the most probable first."""
+    """Yields the name and the probability of each predicted class, the most probable first."""
     return zip(prediction.classes, prediction.probabilities, strict=True)
 
 

@@ -1,10 +1,10 @@
-"""Searches for the best settings with many trials, each a run of train.py.
+"""Searches for the best settings with many trials, each of which is a run of train.py.
 
 Commands:
 
     python sweep.py configs/sweep.yaml                 12 trials on digits, no download
     python sweep.py configs/sweep.yaml                 in a second terminal: shares the trials
-    python sweep.py configs/sweep.yaml trials=20       8 more trials, when they are done
+    python sweep.py configs/sweep.yaml trials=20       8 more trials, after the first 12
     python sweep.py configs/sweep.yaml name=b search=random train.epochs=20
     python sweep.py configs/sweep.yaml --skip 7        leave out trial 7
 
@@ -38,19 +38,28 @@ NUM_SHOWN = 5  # trials in the table at the end
 
 
 class Command(cli.Command):
-    """The command line of sweep.py."""
+    """The parsed command line of sweep.py.
+
+    Attributes:
+        file: the YAML file of the sweep.
+        skip: the indices of the trials to leave out.
+    """
 
     file: Path
     skip: list[int]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the script and returns its exit status."""
+    """Runs the script and returns its exit status.
+
+    Args:
+        argv: the arguments of the command line; None takes the arguments of this process.
+    """
     return cli.main(prepare, argv)
 
 
 def prepare(argv: list[str]) -> cli.Task:
-    """Reads the command line and the sweep's file."""
+    """Reads the command line and the sweep's file, and returns the work to do."""
     parser = cli.Parser("sweep.py", __doc__)
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="settings of the sweep, such as configs/sweep.yaml")
@@ -66,7 +75,7 @@ def prepare(argv: list[str]) -> cli.Task:
 
 
 def check_packages() -> None:
-    """Raises Refused without Optuna, or on a system without the file locks that it needs."""
+    """Raises Refused if Optuna is not installed, or on Windows, which lacks its file locks."""
     if os.name == "nt":
         raise Refused("sweep.py needs locks that Windows has not; under WSL it works")
     if importlib.util.find_spec("optuna") is None:
@@ -74,7 +83,11 @@ def check_packages() -> None:
 
 
 def run(sweep: Sweep, command: Command, log: "Log", stop: "StopSignals") -> int:
-    """Runs the trials that are not finished; returns the exit status."""
+    """Runs the trials that are not finished, and logs the best ones of all trials.
+
+    Returns:
+        The exit status: cli.FAILED if no trial is complete at the end, otherwise cli.DONE.
+    """
     from cnn.sweeps.study import Study
     from cnn.sweeps.trial import run_trial
 
@@ -98,7 +111,7 @@ def run(sweep: Sweep, command: Command, log: "Log", stop: "StopSignals") -> int:
 
 
 def log_sweep(study: "Study") -> None:
-    """Logs what is tried, and how many trials are already finished."""
+    """Logs the settings and the search space of a sweep, and the count of finished trials."""
     from cnn.metrics.scores import mode
 
     sweep = study.sweep
@@ -110,7 +123,7 @@ def log_sweep(study: "Study") -> None:
 
 
 def log_trial(trial: "TakenTrial") -> None:
-    """Logs the values of a trial that starts or resumes."""
+    """Logs that a trial starts or resumes, and its values."""
     from cnn.records.run_record import format_setting
 
     verb = "resumes" if trial.is_resumed else "starts"
@@ -119,7 +132,7 @@ def log_trial(trial: "TakenTrial") -> None:
 
 
 def log_result(trial: "TakenTrial", result: "TrialResult") -> None:
-    """Logs how a trial ended, and the best trial so far."""
+    """Logs how a trial ended, and the best trial of the sweep so far."""
     study, ranking = trial.study, trial.study.ranking()
     if result.value is not None:
         text = f"{trial.monitor} {result.value:.4f} in epoch {result.epoch}"
@@ -138,7 +151,11 @@ def num_finished(study: "Study") -> int:
 
 
 def log_ranking(study: "Study") -> int:
-    """Logs the best trials and how to use them; returns the exit status."""
+    """Logs the best trials of a sweep, and the commands to compare them and to reuse the best one.
+
+    Returns:
+        The exit status: cli.FAILED if no trial is complete, otherwise cli.DONE.
+    """
     from cnn.records.run_record import format_setting
     from cnn.utils.screen import align_columns
 
@@ -166,7 +183,11 @@ def log_ranking(study: "Study") -> int:
 
 
 def log_best_settings(study: "Study", best: "FrozenTrial") -> None:
-    """Logs the command that trains with the settings of the best trial again."""
+    """Logs the command that trains again with the settings of the best trial.
+
+    The settings are in a file in configs/best_hparams if that file has this trial's result, or else
+    in the config.yaml of the trial's run. If the run is on another machine, this is logged instead.
+    """
     from cnn.records import best_hparams
     from cnn.utils.run_folder import RunFolder
 

@@ -6,7 +6,7 @@ Commands:
     python train.py optim.lr=0.01 train.epochs=10      any setting changed
     python train.py --config configs/folder.yaml data.root=photos
     python train.py --resume checkpoints/best.pth      resume from a checkpoint
-    python train.py --resume                           from the latest one; without one, start
+    python train.py --resume                           from the latest one, if there is one
     python train.py --drill                            check that this run can be stopped anywhere
     python train.py --find-lr                          suggest a learning rate by a range test
     torchrun --nproc-per-node 2 train.py --resume      in two processes, or on two GPUs
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from cnn.utils.run_folder import RunFolder
     from cnn.utils.signals import StopSignals
 
-# torch is imported in the functions that use it: a typo is answered before, in a tenth of a second.
+# torch is imported in the functions that use it, so that a typo is reported before that happens.
 
 logger = logging.getLogger("train")
 
 
 class Command(cli.Command):
-    """The command line of train.py.
+    """The parsed command line of train.py.
 
     Attributes:
         resume: the file after --resume; "" for the latest checkpoint, None without --resume.
@@ -58,12 +58,20 @@ class Command(cli.Command):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the script and returns its exit status."""
+    """Runs the script and returns its exit status.
+
+    Args:
+        argv: the arguments of the command line; None takes the arguments of this process.
+    """
     return cli.main(prepare, argv, distributed=True)
 
 
 def prepare(argv: list[str]) -> cli.Task | None:
-    """Reads the command line and checks the settings."""
+    """Reads the command line and checks the settings.
+
+    Returns:
+        The work to do; None if --print-config was given, which is done by then.
+    """
     command = parse(argv)
     cfg, places = command.load_config()
     command.places.update(places)
@@ -78,7 +86,12 @@ def prepare(argv: list[str]) -> cli.Task | None:
 
 
 def start(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
-    """Starts a run or resumes one."""
+    """Starts a run, or resumes one if --resume was given, and trains it to its end.
+
+    Args:
+        cfg: the settings of a new run, and of a resumed run if --config was given. Otherwise a
+            resumed run takes the settings of its checkpoint, changed by the typed ones.
+    """
     from cnn.training.distributed import process_group
     from cnn.training.resume import find_checkpoint_to_resume, run_name
 
@@ -108,10 +121,11 @@ def train(
     """Trains a run to its end, then tests its best epoch.
 
     Args:
+        folder: the folder of the run, which rank 0 has locked.
         group: the processes that train together; rank 0 logs and writes files.
-        checkpoint: where to resume; None starts.
-        max_batches: of every split and epoch, for a dry run.
-        trace: records every batch, for the drill.
+        checkpoint: the checkpoint from which the run resumes; None starts a new run.
+        max_batches: the largest number of batches per split and epoch; None uses all batches.
+        trace: records every batch for --drill; None records nothing.
     """
     from cnn.records import summary
     from cnn.records.records import open_records
@@ -144,7 +158,7 @@ def train(
 
 
 def train_epoch(run: "Run", saver: "Saver") -> None:
-    """Trains the rest of the current epoch, validates and saves it."""
+    """Trains the rest of the current epoch, evaluates it on the validation images, and saves it."""
     from cnn.training.engine import evaluate, train_one_epoch
     from cnn.utils.progress import show_progress
 
@@ -169,7 +183,7 @@ def train_epoch(run: "Run", saver: "Saver") -> None:
 
 
 def test(run: "Run", saver: "Saver") -> None:
-    """Tests the best epoch: the only time that the test images are used."""
+    """Tests the best epoch and saves the result; nothing else in training uses the test images."""
     from cnn.training.engine import evaluate
     from cnn.utils.module_state import state_preserved
 
@@ -191,7 +205,14 @@ def test(run: "Run", saver: "Saver") -> None:
 def locked_folder(
     group: "Group", name: str | None, root: Path = Path(), *, scratch: bool = False
 ) -> "Iterator[RunFolder]":
-    """Gives the folder of a run, which rank 0 locks so that no other run writes there."""
+    """Yields the folder of a run, which rank 0 locks so that no other run writes there.
+
+    Args:
+        name: the name of the run; None for a run without a name.
+        root: the folder that contains logs/ and checkpoints/.
+        scratch: whether the folder is removed when the run ends, so that nothing can resume from
+            it.
+    """
     from cnn.utils.run_folder import RunFolder
 
     folder = RunFolder(name, root, scratch=scratch)
@@ -205,7 +226,10 @@ def locked_folder(
 
 
 def dry_run(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
-    """Trains two batches, validates, saves, resumes and tests, in a scratch folder."""
+    """Tries out every part of a run with two batches per split and epoch, in a temporary folder.
+
+    It trains one epoch, validates, saves and tests, and then resumes for a second epoch.
+    """
     from cnn.training.distributed import process_group
     from cnn.training.resume import Checkpoint
     from cnn.utils.checkpoint import load_checkpoint
@@ -223,12 +247,20 @@ def dry_run(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> N
             content = load_checkpoint(folder.last) if group.is_rank0 else None
         checkpoint = Checkpoint(folder.last, group.broadcast(content), longer)
         train(longer, folder, log, stop, group, checkpoint, max_batches=2)
-        log.close_file()  # before the folder is removed
+        log.close_file()  # the folder of the log is removed next
     logger.info("dry run OK: trained, saved, resumed, tested (%.1f s)", time.monotonic() - started)
 
 
 def drill(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
-    """Is this a run that can be stopped at any instant? Kills it and sees."""
+    """Checks that this run can be stopped at any point and resumes with identical results.
+
+    A short version of the run is stopped by signals and resumed, in a temporary folder. It is
+    compared bit by bit with the same training without a stop.
+
+    Raises:
+        Refused: torchrun has started several processes, or this is Windows.
+        Failed: the results differ; the message says where.
+    """
     launch.refuse_multiple_processes("--drill")
     if os.name == "nt":
         raise Refused("--drill needs signals that Windows has not; under WSL it works")
@@ -238,7 +270,13 @@ def drill(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> Non
 
 
 def find_lr(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
-    """Which learning rate? Tries ever higher ones; touches nothing of the run."""
+    """Suggests a learning rate, after training for some steps with ever higher ones.
+
+    The checkpoints and logs of the run are neither read nor changed.
+
+    Raises:
+        Refused: torchrun has started several processes.
+    """
     from cnn.records.find_lr import range_test
 
     launch.refuse_multiple_processes("--find-lr")
@@ -249,7 +287,11 @@ def find_lr(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> N
 
 
 def parse(argv: list[str]) -> Command:
-    """Reads the command line; raises Refused if it is not valid."""
+    """Reads the command line.
+
+    Raises:
+        Refused: the command line is not valid.
+    """
     parser = cli.Parser("train.py", __doc__)
     add = parser.add_argument
     add("--config", type=Path, metavar="FILE", help="settings (default: configs/config.yaml)")
@@ -276,7 +318,10 @@ def parse(argv: list[str]) -> Command:
 
 
 def _separate(argv: list[str]) -> list[str]:
-    """Keeps argparse from taking the setting in `--resume key=value` for a file."""
+    """Returns the arguments with a `--resume` before `key=value` replaced by `--resume=`.
+
+    Otherwise argparse would take the setting for the file of --resume.
+    """
     return [
         "--resume=" if word == "--resume" and "=" in next_word else word
         for word, next_word in zip(argv, [*argv[1:], ""])
@@ -284,7 +329,12 @@ def _separate(argv: list[str]) -> list[str]:
 
 
 def _as_setting(option: str, argv: list[str]) -> str:
-    """Returns `--epochs 5` as `train.epochs=5`."""
+    """Returns the setting that an unknown option probably means: `train.epochs=5` for `--epochs 5`.
+
+    Args:
+        option: the unknown option, such as "--epochs" or "--epochs=5".
+        argv: all arguments, among which the value may follow the option.
+    """
     name, equals, value = option.lstrip("-").replace("-", "_").partition("=")
     if not equals:
         next_words = argv[argv.index(option) + 1 :][:1] if option in argv else []

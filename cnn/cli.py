@@ -1,7 +1,7 @@
-"""Runs the scripts: reads their command lines, sets up log and signals, turns errors into messages.
+"""Runs the scripts: reads the command line, sets up log and signal handlers, reports errors.
 
 A script's `prepare` function reads the command line without importing torch, so that a mistake is
-reported in a tenth of a second, and returns a Task, which `run_command` executes. Every error ends
+reported in a tenth of a second. It returns a Task, which `run_command` executes. Every error ends
 in one message and an exit status: 0 done, 1 failed, 2 refused, 128 + N stopped by signal N.
 """
 
@@ -37,13 +37,14 @@ MAX_NAMED = 5  # checkpoints in a message
 
 @dataclass(frozen=True)
 class Task:
-    """The work that a command line asks for, after its checks.
+    """The work that a command line asks for, after the command line has been checked.
 
     Attributes:
-        run: does the work; may return an exit status.
-        places: where each setting was given; a refusal that begins with a key is logged with it.
-        module: the module to import first; it imports torch, which takes seconds.
-        hint: ends the message if the work is stopped or fails.
+        run: does the work; may return an exit status, where None means success.
+        places: where each setting was given, such as {"optim.lr": "configs/a.yaml:4"}. If the work
+            raises Refused with a message that begins with a key, the key's place is logged before.
+        module: the name of a module to import before `run`; it imports torch, which takes seconds.
+        hint: text that is appended to the logged message if the work is stopped or fails.
     """
 
     run: Callable[["Log", "StopSignals"], int | None]
@@ -59,8 +60,8 @@ def main(prepare: Prepare, argv: list[str] | None, *, distributed: bool = False)
     """Runs a script and returns its exit status.
 
     Args:
-        prepare: reads the command line; returns None if nothing is left to do.
-        argv: the command line; None for that of this process.
+        prepare: reads the arguments and returns the work to do; None if nothing is left to do.
+        argv: the arguments of the command line; None takes the arguments of this process.
         distributed: whether torchrun may start the script in several processes.
     """
     open_missing_streams()
@@ -84,10 +85,13 @@ def main(prepare: Prepare, argv: list[str] | None, *, distributed: bool = False)
 
 
 def run_command(task: Task, *, is_last: bool = False) -> int:
-    """Sets up log and signals, does the work, logs why it failed, and returns the exit status.
+    """Executes a task and returns its exit status.
+
+    Sets up the log and the signal handlers first. An error of the task is logged.
 
     Args:
-        is_last: whether the process ends afterwards, so that signals are ignored from then on.
+        is_last: whether the process ends afterwards. Signals are then ignored from the end of the
+            task on; otherwise the earlier signal handlers are restored.
     """
     from cnn.utils.importing import garbage_collection_paused
     from cnn.utils.logger import Log
@@ -100,7 +104,7 @@ def run_command(task: Task, *, is_last: bool = False) -> int:
     stop.install()
     stop_with_parent()
     log = Log(processes.rank)
-    if processes.size > 1:  # DDP's warning that it found no unused parameters
+    if processes.size > 1:  # hides DDP's warning that it found no unused parameters
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         # A signal waits for the two seconds of importing torch, so that it neither leaves a module
@@ -111,7 +115,7 @@ def run_command(task: Task, *, is_last: bool = False) -> int:
         stop.check()
         return task.run(log, stop) or DONE
     except (Exception, Stopped) as error:  # noqa: BLE001  it is logged
-        # An assignment, before which no signal handler runs, as one may before a call.
+        # This is an assignment because a signal handler may run before a call, but not before it.
         stop.is_outcome_known = True
         return _log_error(error, task, stop)
     finally:
@@ -121,9 +125,16 @@ def run_command(task: Task, *, is_last: bool = False) -> int:
 
 
 def _log_error(error: BaseException, task: Task, stop: "StopSignals") -> int:
-    """Logs why the work ended and returns the exit status."""
+    """Logs the error that ended a task and returns the exit status.
+
+    Args:
+        error: the exception that the task raised.
+        task: its `places` and its `hint` complete the message.
+        stop: says whether a signal interrupted the task. If so, the signal is logged as the reason,
+            unless the error is a Refused or a RunError.
+    """
     if stop.was_raised and not isinstance(error, (Refused, RunError)):
-        error = Stopped(stop.received)  # a clean-up may have failed because of it
+        error = Stopped(stop.received)  # the signal may have made a clean-up fail
     if isinstance(error, Stopped):
         logger.warning("stopped by %s%s", error, task.hint)
     elif isinstance(error, RunError):
@@ -134,7 +145,7 @@ def _log_error(error: BaseException, task: Task, stop: "StopSignals") -> int:
         if not isinstance(error, RefusedElsewhere):
             logger.error("%s%s", place, error)
     elif kernel := re.match(r"(\w+) does not have a deterministic implementation", str(error)):
-        logger.error(  # torch's words are longer, and name no setting
+        logger.error(  # the message of torch is longer, and names no setting
             "train.deterministic: %s, which this model uses, has no repeatable implementation on this"
             " device; take another model, or say false",
             kernel[1],
@@ -150,13 +161,13 @@ def _log_error(error: BaseException, task: Task, stop: "StopSignals") -> int:
 
 
 class Command(argparse.Namespace):
-    """The command line of a script; each script adds its options in a subclass.
+    """The parsed command line of a script; each script adds its own options in a subclass.
 
     Attributes:
-        settings: `key=value`, as typed.
-        config: the file after --config, if given.
-        checkpoint: the file to resume from, or to use.
-        places: where each setting was given.
+        settings: the words of the form `key=value`, such as "optim.lr=0.01".
+        config: the file after --config; None without this option.
+        checkpoint: the checkpoint to resume from or to load; None if no file was named.
+        places: where each setting was given, such as {"optim.lr": "configs/a.yaml:4"}.
     """
 
     settings: list[str]
@@ -168,17 +179,26 @@ class Command(argparse.Namespace):
         self.places: dict[str, str] = {}
 
     def typed(self) -> set[str]:
-        """Returns the keys given on the command line."""
+        """Returns the keys of the settings typed on the command line, such as {"optim.lr"}."""
         return {setting.partition("=")[0] for setting in self.settings}
 
     def load_config(
         self, base: dict[str, Any] | None = None, base_name: str = ""
     ) -> tuple[Config, dict[str, str]]:
-        """Reads and checks the settings; returns them and where each was given.
+        """Reads and checks the settings, and returns them with the place where each was given.
+
+        Typed settings replace those of the file after --config, which replace those of `base`. With
+        neither --config nor `base`, the file is configs/config.yaml.
 
         Args:
-            base: the settings of a checkpoint, which take the place of the default file.
-            base_name: the place to give for them: "checkpoint FILE".
+            base: the nested settings of a checkpoint; None without a checkpoint.
+            base_name: the place to report for the settings of `base`, such as "checkpoint a.pth".
+
+        Returns:
+            The configuration, and a dict such as {"optim.lr": "configs/a.yaml:4"}.
+
+        Raises:
+            Refused: there are mistakes in the settings.
         """
         path = self.config
         if path is None and base is None:
@@ -188,38 +208,46 @@ class Command(argparse.Namespace):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose help keeps the lines of a script's docstring, and whose errors are Refused."""
+    """A command-line parser that raises Refused for a mistake.
+
+    Args:
+        name: the name of the script, such as "train.py".
+        description: a text for --help, which keeps its line breaks.
+    """
 
     def __init__(self, name: str, description: str) -> None:
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(name, None, description, formatter_class=layout, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Raises Refused, where argparse prints the usage and ends the process."""
+        """Raises Refused; the overridden method would print the usage and end the process."""
         raise Refused(f"{message}; see {self.prog} --help")
 
     def add_checkpoint(self) -> None:
-        """Adds the option --checkpoint."""
+        """Adds the option --checkpoint FILE, whose default is checkpoints/best.pth."""
         text = f"trained model (default: {BEST})"
         self.add_argument("--checkpoint", type=Path, default=BEST, metavar="FILE", help=text)
 
     def add_settings(self, which: str) -> None:
-        """Adds `key=value` words.
+        """Adds any number of positional arguments of the form `key=value`.
 
         Args:
-            which: the settings that can be changed, for the help.
+            which: names the settings that can be changed, for --help.
         """
         options = {"nargs": "*", "default": [], "metavar": "key=value"}
         self.add_argument("settings", **options, help=f"settings to change: {which}")
 
 
 def check_settings(words: Sequence[str], allowed: Sequence[str]) -> None:
-    """Checks `key=value` words for a script in which only some settings can be changed.
+    """Checks the `key=value` words of a script in which only some settings can be changed.
 
-    A setting that names code may be typed too, which permits a checkpoint's code to run.
+    Args:
+        words: the typed words, such as "device=cpu".
+        allowed: the keys that can be changed. Keys that may name the user's code, such as
+            model.name, are accepted too: typing them permits a checkpoint's code to run.
 
     Raises:
-        Refused: with one line for each mistake.
+        Refused: a value is wrong, or a key is not allowed.
     """
     load_config(None, words)
     for key in (word.partition("=")[0] for word in words):
@@ -229,7 +257,7 @@ def check_settings(words: Sequence[str], allowed: Sequence[str]) -> None:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Raises Refused if the checkpoint does not exist, with the names of some that do."""
+    """Raises Refused if the checkpoint does not exist; the message names up to five that do."""
     if os.path.exists(path):  # returns False for a name that no file can have; Path.exists raises
         return
     patterns = ("*.pth", f"*/{BEST.name}")
@@ -241,7 +269,14 @@ def check_checkpoint(path: Path) -> None:
 
 
 def check_output(option: str, path: Path) -> None:
-    """Raises Refused if a file cannot be written, before the work rather than after it."""
+    """Checks, before the work starts, that a file can be written at a path.
+
+    Args:
+        option: the option that names the file, such as "--csv"; the message begins with it.
+
+    Raises:
+        Refused: the folder of the file does not exist, or the path is a folder or a device.
+    """
     if not path.parent.is_dir():
         raise Refused(f"{option}: expected a file in a folder that exists, got {path}")
     if path.exists() and not path.is_file():

@@ -1,6 +1,6 @@
 """The exceptions that end a run or a script, each with its exit status.
 
-Exit status 0 is done; 128 + N is stopped by signal N, after saving.
+A script that succeeds exits with status 0. One that signal N stops exits with status 128 + N.
 """
 
 import errno
@@ -11,62 +11,84 @@ import traceback
 
 
 class Refused(ValueError):
-    """Raised if what the user asks for cannot be done; says where, why and what to do."""
+    """A request of the user that cannot be fulfilled, such as a setting with a wrong value.
+
+    The message says where the mistake is, what is wrong, and what to do. The exit status is 2.
+    """
 
     status = 2
 
 
 class RefusedElsewhere(Refused):
-    """Raised if another process raised Refused and logged why."""
+    """An error in another process of a distributed run, which raised `Refused` or `Failed`.
+
+    The other process logs the error. This one ends without logging anything.
+    """
 
 
 class RunError(RuntimeError):
-    """Raised if something fails while running and the message needs no traceback."""
+    """An error during the work, such as a full disk, that is reported without a traceback.
+
+    The exit status is 1.
+    """
 
     status = 1
 
 
 class Failed(RunError):
-    """Raised if the run cannot continue."""
+    """An error after which the work cannot continue, such as a loss that is no longer finite."""
 
 
 class DataFailed(RunError):
-    """Raised if the next batch cannot be loaded; the run can be resumed afterwards."""
+    """A batch that cannot be loaded; the run saves its state and can be resumed."""
 
 
 class ProcessLost(RunError):
-    """Raised if another process of the run has died."""
+    """The end of another process of a distributed run, without which this one cannot continue."""
 
 
 class DatabaseFailed(RunError):
-    """Raised if the database of a sweep does not answer; nothing is lost."""
+    """A database of a sweep that has not answered for a minute; no stored result is lost."""
 
 
 class Stopped(BaseException):
-    """Raised if a signal asked the run to stop."""
+    """A request to stop that came as a signal, such as SIGINT.
+
+    It is a BaseException, so that no `except Exception` catches it. The exit status is 128 plus the
+    number of the signal.
+
+    Args:
+        number: the number of the signal.
+    """
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
         self.number, self.status = number, 128 + number
 
 
-# -- caught before they end anything -------------------------------------------------------------
+# -- caught before they end a run -------------------------------------------------------------
 
 
 class InvalidValue(Exception):
-    """Raised for a wrong value in the configuration; the message follows the key directly.
+    """A wrong value in a configuration or a checkpoint; the caller turns it into a full message.
 
-    For example ": expected a number, got x" or "[1].scale: missing".
+    For a configuration, the caller writes the key directly before the message, which is for
+    example ": expected a number, got x" or "[1].scale: missing". For a checkpoint, the message
+    itself begins with the key.
     """
 
 
 class BadImage(Exception):
-    """Raised if a file is missing or is no whole image; `decode` raises it without the path."""
+    """An image that is missing, damaged or of a kind that cannot be used.
+
+    `decode` raises it with a message that does not name the file; its callers add the path.
+    """
 
 
 # -- errors of the user's own code ---------------------------------------------------------------
 
-# Too little memory, disk space, files or threads: error numbers of the system, words of torch.
+# Signs of too little memory, disk space, files or threads: the system's error numbers, and words in
+# messages of torch and of the system.
 SCARCITIES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EAGAIN)
 SCARCE = re.compile("memory|MemoryError|EOFError|file <|open files|ancdata|thread|worker|AF_UNIX")
 OURS = os.path.join(os.path.dirname(__file__), "")
@@ -74,9 +96,15 @@ ADVICE = "fewer data.num_workers need less (ulimit -n, ulimit -u, df /dev/shm, a
 
 
 def describe(error: Exception) -> str:
-    """Returns an error of the user's own code as one line: type, message, place and advice.
+    """Describes an exception that the user's own code raised, in one line.
 
-    The place is the first line outside this package, or else the last line inside it.
+    Args:
+        error: an exception that was caught, so that it has a traceback.
+
+    Returns:
+        The type, the first line of the message, and the place as FILE:LINE. The place is the first
+        line of the traceback that is outside this package, or else its last line. Advice follows if
+        memory, disk space, file descriptors or threads seem to be exhausted.
     """
     frames = traceback.extract_tb(error.__traceback__)
     place = next((frame for frame in frames if not frame.filename.startswith(OURS)), frames[-1])

@@ -1,4 +1,4 @@
-"""The settings of a run: which keys there are; how they are read, checked and written. No torch."""
+"""The settings of a run: how they are defined, read, checked and written, without torch."""
 
 from cnn.config.reader import load_config
 from cnn.config.settings import (

@@ -1,12 +1,13 @@
-"""Checks of a whole configuration, beyond the type and the limits of each value."""
+"""Checks of a whole configuration, after the type and the limits of each value were checked."""
 
 import re
 from collections.abc import Callable, Iterator
 
 from cnn.config.settings import Config
 
-# A run without a name shares its folders with the runs that have one, so that no run may have the
-# name of a file or folder that cnn.utils.run_folder writes there; a test compares both.
+# A run without a name writes into logs/ and checkpoints/, where each named run has a folder. So no
+# run may be named like a file or folder that cnn.utils.run_folder writes there. A test compares the
+# pattern with these names.
 TAKEN_NAMES = re.compile(
     r"archive|sweeps|tensorboard|.*\.(log|csv|yaml|txt|html|png|json|tmp|pth|pt2?|onnx)",
     re.IGNORECASE,  # some file systems take Archive and archive for the same name
@@ -15,17 +16,21 @@ MAX_PATTERN = 500  # characters of a regular expression
 
 
 def check_config(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
-    """Yields the mistakes in a configuration whose values are right one by one.
+    """Yields a message for each mistake that the type and the limits of a value do not show.
+
+    An example is the schedule multistep without schedule.milestones.
 
     Args:
-        at: returns a key after the place where it was given: `FILE:LINE: section.key`.
+        cfg: the configuration, with values of the right types and within their limits.
+        at: returns the words for a dotted key in a message: the key after the place where it was
+            given, such as "configs/a.yaml:4: optim.lr", or the key alone if it was not given.
     """
     if cfg.run is not None:
         yield from _check_run(cfg.run, at("run"))
     if cfg.schedule.name == "multistep" and not cfg.schedule.milestones:
         yield f"{at('schedule.milestones')}: missing; multistep needs the epochs, such as [30, 60]"
     if cfg.data.sampler == "balanced" and cfg.loss.class_weights == "balanced":
-        where = at("loss.class_weights")  # with both, rare classes would count twice
+        where = at("loss.class_weights")  # with both, a rare class would be weighted twice
         yield f"{where}: balanced cannot go with data.sampler: balanced; choose one"
     yield from _check_augment(cfg, at)
     yield from _check_patterns(cfg, at)
@@ -39,8 +44,8 @@ def _check_run(run: str, where: str) -> Iterator[str]:
 
 
 def _check_augment(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
-    for number, change in enumerate(cfg.data.augment):
-        where, scale = f"{at('data.augment')}[{number}].scale", change.scale
+    for index, change in enumerate(cfg.data.augment):
+        where, scale = f"{at('data.augment')}[{index}].scale", change.scale
         if scale is not None and change.name != "resized_crop":
             yield f"{where}: is for resized_crop, not for {change.name}"
         elif scale is not None and (len(scale) != 2 or scale[0] > scale[1]):

@@ -1,8 +1,8 @@
 """Reads the configuration from YAML files and the command line, and reports every mistake in it.
 
-The steps: text → YAML nodes → entries by dotted key → the dataclasses of settings.py. A mistake in
-a value is added to a list, so that all are reported together; a file that cannot be read or parsed
-raises Refused.
+Text is parsed into YAML nodes. The nodes become entries by dotted key, and the entries become the
+dataclasses of settings.py. Mistakes in values are collected in a list, so that all of them are
+reported together. A file that cannot be read or parsed raises Refused.
 """
 
 import dataclasses
@@ -22,15 +22,20 @@ from cnn.config.writer import dump
 from cnn.errors import InvalidValue, Refused
 
 MAX_CONFIG_BYTES = 100_000  # the files of this project have about 2,000
-MAX_DEPTH = 20  # of brackets and indents; PyYAML takes minutes for some thousands
+MAX_DEPTH = 20  # levels of brackets and indents; PyYAML takes minutes for thousands
 
-# Keys of configs/best_hparams/*.yaml that are no settings; skipped, so that --config takes it.
+# Keys of configs/best_hparams/*.yaml that are not settings. They are skipped, so that --config
+# accepts such a file.
 RECORDS = ("best_metrics", "test_metrics", "updated_at", "history")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A value as it was written, and the place where: `FILE:LINE`, or "command line"."""
+    """The value of one key as a YAML node, and the place where it was written.
+
+    Attributes:
+        where: "FILE:LINE", "command line" or "checkpoint FILE".
+    """
 
     node: yaml.Node
     where: str
@@ -46,16 +51,18 @@ def load_config(
     base: Mapping[str, Any] | None = None,
     base_name: str = "checkpoint ?",
 ) -> tuple[Config, dict[str, str]]:
-    """Reads the settings and where each was given.
+    """Reads and checks the settings, and returns them with the place where each was given.
 
     Args:
-        path: the YAML file; it may name another one as its `base:`. None for no file.
-        overrides: `section.key=value`; each replaces the value in the file.
-        base: values of an earlier run (`to_dict`), which file and overrides replace.
-        base_name: the place to give for them: "checkpoint FILE".
+        path: the YAML file, which may name another one as its `base:`; None reads no file.
+        overrides: words such as "optim.lr=0.01"; each replaces the value in the file.
+        base: the nested settings of an earlier run, as `to_dict` returns them. The values of the
+            file and of the overrides replace them. None starts from the defaults.
+        base_name: the place to report for the settings of `base`, such as "checkpoint a.pth".
 
     Returns:
-        The configuration, and for each dotted key that was given, where: `FILE:LINE`.
+        The configuration, and a dict from each dotted key that was given to its place: "FILE:LINE",
+        "command line" or `base_name`.
 
     Raises:
         Refused: there are mistakes; the message has one line for each.
@@ -75,7 +82,16 @@ def load_config(
 
 
 def build(cls: type, entries: dict[str, Entry], mistakes: list[str]) -> Any:
-    """Builds a dataclass of settings from entries; adds every mistake to the list."""
+    """Builds a dataclass of settings from entries, and appends every mistake to a list.
+
+    Args:
+        cls: the dataclass, such as Config.
+        entries: the values that were given, by dotted key such as "optim.lr".
+        mistakes: the list that gets one message for each mistake.
+
+    Returns:
+        An instance of the class. A value that was not given, or that is wrong, has its default.
+    """
     known = {key: (field, kind) for key, field, kind in keys_of(cls)}
     values, found = {}, []
     for key, entry in entries.items():
@@ -111,7 +127,20 @@ def _assemble(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
 
 
 def read_file(path: Path, mistakes: list[str], seen: tuple[Path, ...] = ()) -> dict[str, Entry]:
-    """Reads the entries of a file, added to those of the file that it names as its base."""
+    """Reads the entries of a YAML file and of the file that it names as its `base:`.
+
+    Where both files have a key, the entry of the file itself is returned.
+
+    Args:
+        mistakes: the list that gets a message for each mistake, such as a repeated key.
+        seen: the files whose chain of `base:` keys has led to this file.
+
+    Returns:
+        The entries by dotted key.
+
+    Raises:
+        Refused: a file cannot be read or parsed, or the files name each other in a circle.
+    """
     if path.resolve() in seen:
         raise Refused(f"{path}: base: the files name each other in a circle")
     entries = read_entries(compose(read_text(path), str(path)), str(path), mistakes)
@@ -128,7 +157,11 @@ def read_file(path: Path, mistakes: list[str], seen: tuple[Path, ...] = ()) -> d
 
 
 def read_text(path: Path) -> str:
-    """Reads a configuration file as text; refuses one that is too large or not UTF-8."""
+    """Reads a configuration file as text.
+
+    Raises:
+        Refused: the file cannot be read, has more than 100,000 bytes, or is not UTF-8.
+    """
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_CONFIG_BYTES + 1)  # a device such as /dev/zero has no end
@@ -148,7 +181,18 @@ def read_text(path: Path) -> str:
 
 
 def read_override(text: str, mistakes: list[str]) -> dict[str, Entry]:
-    """Reads `section.key=value` from the command line."""
+    """Reads a word of the form `section.key=value` from the command line.
+
+    Args:
+        text: the word, such as "optim.lr=0.01".
+        mistakes: the list that gets a message if the word has another form.
+
+    Returns:
+        The entry by its dotted key; {} if the word has another form.
+
+    Raises:
+        Refused: the value begins like a YAML list, mapping or quoted text and cannot be parsed.
+    """
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[\w.]+", key):
         mistakes.append(f"command line: expected section.key=value, got {text!r}")
@@ -158,13 +202,23 @@ def read_override(text: str, mistakes: list[str]) -> dict[str, Entry]:
         return {}
     if value[:1] in ("[", "{", "'", '"'):
         node = compose(value, f"command line: {key}")
-    else:  # not YAML: a path may contain ': ' or ' #'
+    else:  # not parsed as YAML, since a path may contain ': ' or ' #'
         node = yaml.ScalarNode("tag:yaml.org,2002:str", value.strip())
     return {key: Entry(node, "command line")}
 
 
 def read_entries(root: yaml.Node | None, where: str, mistakes: list[str]) -> dict[str, Entry]:
-    """Returns a file's values by dotted key; adds repeated and misplaced keys to mistakes."""
+    """Returns the values of a YAML document by dotted key, such as "optim.lr".
+
+    Args:
+        root: the top node of the document; None for an empty document.
+        where: the path of the file, or "checkpoint FILE".
+        mistakes: the list that gets a message for each key that is given twice, and for each
+            section that is not a mapping.
+
+    Raises:
+        Refused: the document is not a mapping.
+    """
     if root is None:
         return {}
     if not isinstance(root, yaml.MappingNode):
@@ -195,7 +249,15 @@ def read_entries(root: yaml.Node | None, where: str, mistakes: list[str]) -> dic
 
 
 class _Composer(yaml.SafeLoader):
-    """Composes YAML nodes; refuses anchors, tags, deep nesting and keys that are no plain text."""
+    """A YAML composer that refuses what a configuration does not need.
+
+    It raises Refused for anchors, aliases, tags, nesting deeper than 20 levels, and keys that are
+    lists or mappings.
+
+    Args:
+        text: the YAML document.
+        where: the place to report: the file's path, "checkpoint FILE" or "command line: KEY".
+    """
 
     def __init__(self, text: str, where: str):
         super().__init__(text)
@@ -221,10 +283,16 @@ class _Composer(yaml.SafeLoader):
 
 
 def compose(text: str, where: str) -> yaml.Node | None:
-    """Parses YAML into nodes; None for an empty document.
+    """Parses YAML text into a tree of nodes.
 
     Args:
-        where: the file's path, "checkpoint FILE", or "command line: KEY".
+        where: the place to report: the file's path, "checkpoint FILE" or "command line: KEY".
+
+    Returns:
+        The top node; None for an empty document.
+
+    Raises:
+        Refused: the text is not valid YAML, or contains something that is not allowed here.
     """
     try:
         return _Composer(text, where).get_single_node()
@@ -239,7 +307,13 @@ def compose(text: str, where: str) -> yaml.Node | None:
 
 
 def place_of(where: str, thing: Any) -> str:
-    """Returns `FILE:LINE` for the line in which a YAML node or event starts."""
+    """Returns the place of a YAML node or event, such as "configs/a.yaml:4".
+
+    Args:
+        where: the path of the file. "checkpoint FILE" and "command line: KEY" are accepted too and
+            returned without a line number.
+        thing: the node or event; the line in which it starts is its place.
+    """
     return _at_line(where, thing.start_mark.line + 1)
 
 

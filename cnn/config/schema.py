@@ -2,8 +2,8 @@
 
     python -m cnn.config.schema        after a change to the keys in settings.py
 
-The schema is JSON Schema draft 7, which the editors' YAML language servers know best. It checks
-each key alone; mistakes that need several keys are found by `train.py --print-config`.
+The schema is JSON Schema draft 7, which the YAML language servers of editors support best. It
+checks each key on its own; `train.py --print-config` finds mistakes that involve several keys.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from cnn.config.values import LIMITS, alternatives
 FILE = Path(__file__).resolve().parents[2] / "configs" / "schema.json"
 
 NULL = {"type": "null"}
-# The loader reads as text what is a number or a boolean to YAML: data.tag: 2024
+# A text may look like a number or a boolean, as in `data.tag: 2024`. The loader reads it as text.
 TEXT: dict[str, Any] = {"type": ["string", "number", "boolean"]}
-# Accepts more than the loader does: \w of JSON Schema has ASCII letters only.
+# This pattern accepts more than the loader does, since \w has only ASCII letters in JSON Schema.
 IMPORT_PATH = {"type": "string", "pattern": "^[^:/]+:[^:/]+$"}
 SIMPLE_TYPES = {
     types.NoneType: [NULL],
@@ -37,7 +37,7 @@ NO_SETTINGS: dict[str, Any] = {
 
 
 def schema() -> dict[str, Any]:
-    """Returns the schema of a configuration file."""
+    """Returns the JSON Schema of a configuration file."""
     top = _section(Config)
     top["properties"] |= NO_SETTINGS
     head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "settings of train.py"}
@@ -45,12 +45,18 @@ def schema() -> dict[str, Any]:
 
 
 def text() -> str:
-    """Returns the content of configs/schema.json."""
+    """Returns the content of configs/schema.json: the schema as indented JSON."""
     return json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
 
 
 def _section(cls: type) -> dict[str, Any]:
-    """Returns the schema of a dataclass's keys; a section without keys is null in YAML."""
+    """Returns the JSON Schema of a dataclass of settings.
+
+    The value of a section may be null, since YAML reads a section without keys as null.
+
+    Args:
+        cls: Config, or the dataclass of a section such as OptimConfig.
+    """
     properties = {
         field.name: _section(field.type) if dataclasses.is_dataclass(field.type) else _key(field)
         for field in dataclasses.fields(cls)
@@ -74,7 +80,12 @@ def _any_of(schemas: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _forms(kind: Any, meta: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns one schema for each form that a value of the type may have."""
+    """Returns a JSON Schema for each form that the value of a setting may have.
+
+    Args:
+        kind: the type of the setting, such as `int | None`.
+        meta: the metadata of the setting, with its choices and limits.
+    """
     return [schema for each in alternatives(kind) for schema in _forms_of_one(each, meta)]
 
 
@@ -102,7 +113,11 @@ def _words(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _mapping(cls: type) -> list[dict[str, Any]]:
-    """Returns the forms of an item that is a mapping; the value of its only required key is one."""
+    """Returns a JSON Schema for each form of a list item that is a dataclass.
+
+    The item is a mapping. If the first field is the only one without a default, the value of that
+    field may stand for the mapping.
+    """
     fields, required = dataclasses.fields(cls), required_keys(cls)
     short = _forms(fields[0].type, fields[0].metadata) if required == [fields[0].name] else []
     head = {"type": "object", "additionalProperties": False, "required": required}

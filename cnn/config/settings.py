@@ -1,8 +1,8 @@
 """The settings of a run: frozen dataclasses that mirror the sections of a YAML file.
 
-Every key stands here once, with its type, default, limits and meaning, and with what a resume, a
-comparison and a dry run make of it. Nothing here imports torch, so that a mistake in the settings
-is reported in a tenth of a second.
+Every key is defined once, with its type, default, limits and meaning, and with how a resume, a
+comparison of runs and a dry run treat it. Nothing here imports torch, so that a mistake in the
+settings is reported in a tenth of a second.
 """
 
 import copy
@@ -22,8 +22,8 @@ IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 # The further metadata that `setting` takes, with their defaults.
 METADATA: dict[str, Any] = {
-    "experiment": None,  # whether another value makes another experiment; by default unless FREE
-    "scratch": ...,  # the value in a dry run or drill, which leaves nothing; ...: unchanged
+    "experiment": None,  # whether another value makes another experiment; None: if not FREE
+    "scratch": ...,  # the value in a dry run or drill; Ellipsis leaves it unchanged
     "names_code": False,  # whether package.module:name is accepted too
     "choices": (),
     "pattern": None,  # regular expression that the whole text must match
@@ -35,10 +35,11 @@ def setting(default: Any, description: str, resume: str, **more: Any) -> Any:
     """Returns a dataclass field whose metadata describe one setting.
 
     Args:
-        default: MISSING where the user must give a value.
+        default: the default value; MISSING if the user must give a value.
         description: the meaning, shown by --print-config and by editors.
-        resume: FREE, ASKED or FIXED.
-        more: any key of METADATA.
+        resume: what a resume does with a value that differs from the checkpoint's: FREE, ASKED or
+            FIXED.
+        more: further metadata, such as least=1; the names are the keys of METADATA.
     """
     assert more.keys() <= METADATA.keys(), f"expected {list(METADATA)}, got {list(more)}"
     facts = {"description": description, "resume": resume, "experiment": resume != FREE}
@@ -49,7 +50,8 @@ def setting(default: Any, description: str, resume: str, **more: Any) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------
-# The keys. Each choice has its function in a table of its room; a test compares names and tables.
+# The keys. The package that implements a choice has its name and function in a table. A test
+# compares the tables with these names.
 
 KNOWN_DATASETS = ("mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "svhn")
 DATA_NAMES = ("digits", "synthetic", *KNOWN_DATASETS, "folder", "csv")
@@ -59,7 +61,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "radam", "rmsprop", "adagrad", "a
 LOSSES = ("cross_entropy",)
 SCHEDULES = ("constant", "step", "multistep", "cosine", "onecycle", "plateau")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-# f1 and auc are means over the classes; with two classes, auc is that of class 1, the positive one.
+# f1 and auc are means over the classes. With two classes, auc belongs to class 1, the positive one.
 METRICS = ("acc", "loss", "balanced_acc", "f1", "auc", "log_loss", "ece")
 BINARY_METRICS = ("sensitivity", "specificity")  # with two classes only
 MONITORED = tuple(f"val_{name}" for name in METRICS + BINARY_METRICS)
@@ -67,7 +69,10 @@ MONITORED = tuple(f"val_{name}" for name in METRICS + BINARY_METRICS)
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """A random change to training images; in YAML its name alone, or a mapping with arguments."""
+    """A random change to training images.
+
+    In YAML it is a name such as `flip`, or a mapping: `{name: resized_crop, scale: [0.5, 1]}`.
+    """
 
     name: str = setting(MISSING, "which change", ASKED, choices=AUGMENTATIONS, names_code=True)
     scale: list[float] | None = setting(
@@ -114,7 +119,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network and the weights it starts from."""
+    """The network and its initial weights."""
 
     name: str = setting(
         "simple_cnn",
@@ -149,7 +154,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """The learning rate of the parameters whose names match."""
+    """A factor on the learning rate of the parameters whose names match a regular expression."""
 
     match: str = setting(MISSING, "regular expression", ASKED)
     lr_scale: float = setting(MISSING, "factor on optim.lr; 0 freezes", ASKED, least=0)
@@ -157,7 +162,7 @@ class GroupConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer, and which parameters it updates how fast."""
+    """The optimizer with its learning rates, and the parameters that are frozen at first."""
 
     name: str = setting("sgd", "optimizer", FIXED, choices=OPTIMIZERS, names_code=True)
     lr: float = setting(0.05, "highest learning rate", ASKED, above=0)
@@ -171,7 +176,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The learning rate over time."""
+    """The schedule by which the learning rate changes during training."""
 
     name: str = setting("cosine", "how lr changes", FIXED, choices=SCHEDULES)
     warmup_epochs: float = setting(
@@ -186,7 +191,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The training loop: its length, its arithmetic, and when it stops early."""
+    """The training loop: its length, its number format, its steps, and when it stops early."""
 
     epochs: int = setting(30, "passes over the training images", FREE, least=1, experiment=True)
     precision: str = setting("auto", "number format", ASKED, choices=PRECISIONS)
@@ -207,7 +212,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Which epoch is the best, and how often checkpoints are saved."""
+    """The metric that determines the best epoch, and how often checkpoints are saved."""
 
     monitor: str = setting("val_acc", "metric that best.pth is best in", FIXED, choices=MONITORED)
     every_epochs: int | None = setting(
@@ -223,7 +228,10 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """The progress lines, the report and TensorBoard; what writes files has a `scratch` value."""
+    """The progress lines, the HTML report and the TensorBoard files.
+
+    Settings that make a run write files have a `scratch` value, which turns them off in a dry run.
+    """
 
     every_seconds: float = setting(
         30.0, "without a terminal: seconds between progress lines", FREE, above=0
@@ -262,7 +270,12 @@ SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if dataclasses.is_da
 
 
 def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """Yields every key below a dataclass: `section.key`, its field with metadata, its type."""
+    """Yields every key of a dataclass of settings as (dotted key, field with metadata, type).
+
+    Args:
+        cls: the dataclass, such as Config, whose keys are for example "seed" and "optim.lr".
+        prefix: text to put before each key, such as "optim.".
+    """
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
             yield from keys_of(field.type, f"{prefix}{field.name}.")
@@ -271,23 +284,34 @@ def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 
 
 def resume_rules() -> dict[str, str]:
-    """Returns for each dotted key what a resume does with a change: FREE, ASKED or FIXED."""
+    """Returns what a resume does with each setting whose value differs from the checkpoint's.
+
+    The rule of each dotted key is FREE (takes the new value), ASKED (takes it only if it is typed
+    on the command line) or FIXED (refuses it).
+    """
     return {key: field.metadata["resume"] for key, field, _ in keys_of(Config)}
 
 
 def non_experiment_keys() -> set[str]:
-    """Returns the keys that leave the experiment the same: where it runs, what it writes."""
+    """Returns the dotted keys whose values do not change the experiment, such as "device"."""
     return {key for key, field, _ in keys_of(Config) if not field.metadata["experiment"]}
 
 
 def item_fields(kind: Any) -> tuple[dataclasses.Field, ...]:
-    """Returns the fields of the dataclass of which a list type holds items; () for other types."""
+    """Returns the fields of the dataclass in a list type, or () for another type.
+
+    Args:
+        kind: the type of a setting, such as `list[GroupConfig]`.
+    """
     items = [item for item in typing.get_args(kind) if dataclasses.is_dataclass(item)]
     return dataclasses.fields(items[0]) if items else ()
 
 
 def code_keys() -> list[str]:
-    """Returns the keys that may name the user's code, directly or in the mappings of a list."""
+    """Returns the dotted keys whose values may name the user's code as package.module:name.
+
+    The name is the value itself, as in model.name, or is in an item of a list, as in data.augment.
+    """
     return [
         key
         for key, field, kind in keys_of(Config)
@@ -296,7 +320,12 @@ def code_keys() -> list[str]:
 
 
 def import_paths(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns the code that nested settings name, at any depth: key and package.module:name."""
+    """Returns the user's code that settings name, as pairs (dotted key, package.module:name).
+
+    Args:
+        values: nested settings, such as {"model": {"name": "package.module:Net"}}. The names may be
+            at any depth within the value of a setting.
+    """
 
     def texts(value: Any) -> Iterator[str]:
         if isinstance(value, str):
@@ -312,12 +341,12 @@ def import_paths(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def is_import_path(text: str) -> bool:
-    """Returns whether the text has the form package.module:name."""
+    """Returns whether a text has the form package.module:name."""
     return IMPORT_PATH.fullmatch(text) is not None
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:
-    """Returns the configuration as nested plain values, as they stand in a YAML file."""
+    """Returns a dataclass of settings as nested dicts of plain values, as a YAML file has them."""
     values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
     return {
         name: to_dict(value) if dataclasses.is_dataclass(value) else plain(value)
@@ -328,8 +357,8 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """Returns the value of one setting without dataclasses, in its shortest form.
 
-    A mapping in a list leaves out what has its default; if only its first key remains and the
-    others are optional, that key's value stands for the mapping.
+    A dataclass in a list becomes a dict without the values that equal their defaults. If only its
+    first field remains, and no other field is required, the value of that field replaces the dict.
     """
     if isinstance(value, list):
         return [plain(item) for item in value]
@@ -345,14 +374,16 @@ def plain(value: Any) -> Any:
 
 
 def required_keys(cls: type) -> list[str]:
-    """Returns the keys without a default of a mapping in a list."""
+    """Returns the names of the fields of a dataclass that have no default."""
     return [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is MISSING]
 
 
 def with_values(cfg: Config, **sections: Any) -> Config:
-    """Returns the configuration with some values replaced.
+    """Returns a copy of the configuration with some values replaced.
 
-    For example `with_values(cfg, run="a", train={"epochs": 3})`.
+    Args:
+        sections: the new values: a dict for a section, a value for a top-level key. An example is
+            `with_values(cfg, run="a", train={"epochs": 3})`.
     """
     changed = {
         name: dataclasses.replace(getattr(cfg, name), **value) if name in SECTIONS else value
@@ -362,7 +393,9 @@ def with_values(cfg: Config, **sections: Any) -> Config:
 
 
 def for_scratch(cfg: Config, **sections: Any) -> Config:
-    """Returns the configuration for a dry run or drill, which leaves nothing behind.
+    """Returns a copy of the configuration for a dry run or a drill, which leaves no files behind.
+
+    Every setting whose metadata have a `scratch` value gets that value.
 
     Args:
         sections: further values to replace, as in `with_values`.
@@ -376,7 +409,10 @@ def for_scratch(cfg: Config, **sections: Any) -> Config:
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `{"optim": {"lr": 1}}` as `{"optim.lr": 1}`; deeper mappings stay as they are."""
+    """Returns nested settings by dotted key: `{"optim": {"lr": 1}}` becomes `{"optim.lr": 1}`.
+
+    Only the first level is flattened: a mapping within a section stays as it is.
+    """
     result = {}
     for key, value in values.items():
         if isinstance(value, Mapping):

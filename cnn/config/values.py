@@ -17,7 +17,7 @@ import yaml
 from cnn.config.settings import is_import_path, required_keys
 from cnn.errors import InvalidValue
 
-# The limits of a number: the comparison, the words for a message, the keyword of JSON Schema.
+# For each limit of a number: the comparison, the words for a message, the keyword of JSON Schema.
 LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str, str]] = {
     "least": (operator.ge, "of at least", "minimum"),
     "above": (operator.gt, "above", "exclusiveMinimum"),
@@ -30,14 +30,14 @@ EXPECTED = {types.NoneType: "null", bool: "true or false", dict: "a mapping {key
 
 
 def read_value(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
-    """Reads a value of a setting's type.
+    """Reads the value of a setting from a YAML node.
 
     Args:
         kind: the type: bool, int, float, str, list[...], dict[str, Any], or a union of these.
         meta: the metadata of the setting, with its choices and limits.
 
     Raises:
-        InvalidValue: the node holds no such value.
+        InvalidValue: the value has another type, is not one of the choices, or exceeds a limit.
     """
     kinds = alternatives(kind)
     if is_null(node) and types.NoneType in kinds:
@@ -50,7 +50,15 @@ def read_value(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
 
 
 def read_list(node: yaml.SequenceNode, kind: Any, meta: Mapping[str, Any]) -> list[Any]:
-    """Reads every item as a value of the type; a mistake begins with the item's number."""
+    """Reads every item of a YAML list as a value of one type.
+
+    Args:
+        kind: the type of the items.
+        meta: the metadata of the setting, with the choices and limits of the items.
+
+    Raises:
+        InvalidValue: an item is wrong; the message begins with its index, such as "[1]".
+    """
     values = []
     for number, item in enumerate(node.value):
         try:
@@ -64,7 +72,14 @@ def read_list(node: yaml.SequenceNode, kind: Any, meta: Mapping[str, Any]) -> li
 
 
 def _read_mapping(node: yaml.Node, cls: type) -> Any:
-    """Reads an item as the dataclass; a scalar is its first key if the others are optional."""
+    """Reads an item of a YAML list as a dataclass.
+
+    A mapping has the fields by name. A scalar is the value of the first field, which is allowed if
+    this is the only field without a default.
+
+    Raises:
+        InvalidValue: a key is unknown, repeated or missing, or a value is wrong.
+    """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     required = required_keys(cls)
     first = next(iter(fields.values()))
@@ -90,7 +105,11 @@ def _read_mapping(node: yaml.Node, cls: type) -> Any:
 
 
 def plain_value(node: yaml.Node) -> Any:
-    """Reads a value of any type: null, bool, int, float, text, lists and mappings of these."""
+    """Reads a value of any type: None, a bool, int, float or text, or a list or dict of these.
+
+    Raises:
+        InvalidValue: a key is given twice, or a text contains control characters.
+    """
     if isinstance(node, yaml.SequenceNode):
         return [plain_value(item) for item in node.value]
     if isinstance(node, yaml.MappingNode):
@@ -109,7 +128,16 @@ def plain_value(node: yaml.Node) -> Any:
 
 
 def _read_as(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
-    """Reads a value of one type, no union; raises ValueError if the node holds no such value."""
+    """Reads a value of a single type, which is not a union; null is an empty list or dict.
+
+    Args:
+        kind: the type, such as int or list[str].
+        meta: the metadata of the setting, with its choices and limits.
+
+    Raises:
+        ValueError: the value has another type, is not one of the choices, or exceeds a limit.
+        InvalidValue: an item of a list or a mapping is wrong.
+    """
     origin = typing.get_origin(kind)
     if origin is not None and is_null(node):
         return origin()  # an empty list or dict
@@ -124,12 +152,16 @@ def _read_as(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
 
 
 def _read_scalar(node: yaml.Node, kind: Any) -> bool | int | float | str:
-    """Reads a bool, int, float or str; raises ValueError for other types and other text."""
+    """Reads a bool, int, float or str from a YAML node.
+
+    Raises:
+        ValueError: the node is not a scalar of the type `kind`, or `kind` is another type.
+    """
     if not isinstance(node, yaml.ScalarNode) or kind not in (bool, int, float, str):
         raise ValueError
     text = node.value
     if kind is str:
-        # Control characters and unpaired surrogates are in no name.
+        # No name contains control characters or unpaired surrogates.
         if is_null(node) or any(unicodedata.category(char) in ("Cc", "Cs") for char in text):
             raise ValueError
         return text
@@ -138,13 +170,13 @@ def _read_scalar(node: yaml.Node, kind: Any) -> bool | int | float | str:
     if kind is bool:
         return bool(("false", "true").index(text.lower()))
     value = kind(text)
-    if not abs(value) < TOO_LARGE[kind]:  # false for NaN too
+    if not abs(value) < TOO_LARGE[kind]:  # the comparison is false for NaN too
         raise ValueError
     return value
 
 
 def is_null(node: yaml.Node) -> bool:
-    """Returns whether the node is empty, null or ~, without quotes."""
+    """Returns whether a YAML node means null: it is empty, `null` or `~`, without quotes."""
     return (
         isinstance(node, yaml.ScalarNode)
         and node.style not in QUOTES
@@ -166,7 +198,7 @@ def _is_allowed(value: Any, meta: Mapping[str, Any]) -> bool:
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:
-    """Returns the members of a union of types, or the type itself."""
+    """Returns the members of a union such as `int | None`, or a tuple of the type alone."""
     return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
 
@@ -175,7 +207,12 @@ def _expected(kind: Any, meta: Mapping[str, Any]) -> str:
 
 
 def _expected_as(kind: Any, meta: Mapping[str, Any]) -> str:
-    """Names the values of one type, no union: "a number above 0"."""
+    """Describes the values that a setting may have, for a message: "a number above 0".
+
+    Args:
+        kind: the type of the setting, which is not a union.
+        meta: the metadata of the setting, with its choices and limits.
+    """
     origin = typing.get_origin(kind) or kind
     if origin in EXPECTED:
         return EXPECTED[origin]
@@ -197,7 +234,10 @@ def _expected_as(kind: Any, meta: Mapping[str, Any]) -> str:
 
 
 def describe_node(node: yaml.Node) -> str:
-    """Describes the value of a node for a message, shortened to 60 characters."""
+    """Describes the value of a YAML node for a message.
+
+    A list is "a list", a mapping is "a mapping". Text longer than 60 characters is shortened.
+    """
     if not isinstance(node, yaml.ScalarNode):
         return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
     if is_null(node):
@@ -209,13 +249,22 @@ def describe_node(node: yaml.Node) -> str:
 
 
 def choices_of(meta: Mapping[str, Any]) -> list[str]:
-    """Returns the words that a setting takes, import paths last; [] if it takes any."""
+    """Returns the words that a setting accepts, or [] if it has no list of choices.
+
+    The last one is "package.module:name" if the setting may name the user's code too.
+
+    Args:
+        meta: the metadata of the setting.
+    """
     words = list(meta["choices"])
     return [*words, "package.module:name"] if words and meta["names_code"] else words
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Returns " — did you mean 'x'?" with the nearest known word, or "" if none is near."""
+    """Returns " — did you mean 'x'?" with the known word that is most similar, or "" if none is.
+
+    A dotted key is also similar to a key of the same name in another section.
+    """
     known = list(known)
     near = difflib.get_close_matches(word, known, n=1)
     if not near:  # perhaps the right key in the wrong section

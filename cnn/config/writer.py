@@ -1,4 +1,4 @@
-"""Writes settings as YAML that `--config` reads, and values as they are typed."""
+"""Writes a configuration as a YAML file, and single values as text."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,10 @@ from cnn.errors import InvalidValue
 
 
 def to_yaml(cfg: Config) -> str:
-    """Returns the configuration as YAML that `--config` reads, with a comment for each key."""
+    """Returns a configuration as the text of a YAML file, with a comment for each key.
+
+    The option --config reads such a file.
+    """
     lines = []
     for field in dataclasses.fields(Config):
         value = getattr(cfg, field.name)
@@ -25,27 +28,35 @@ def to_yaml(cfg: Config) -> str:
 
 
 def _yaml_line(field: dataclasses.Field, value: Any, indent: str) -> str:
-    # The choices of a list of mappings are those of the mappings' first key.
+    # For a list of mappings, the choices belong to the first key of the mappings.
     words = choices_of([*item_fields(field.type), field][0].metadata)
-    # A single choice is a word besides numbers or paths, which the description explains.
+    # A single choice, such as auto, is accepted besides other values; the description explains it.
     choices = f": {', '.join(words)}" if len(words) > 1 else ""
     comment = f"  # {field.metadata['description']}{choices}"
     return f"{indent}{field.name}: {as_text(value)}".ljust(32) + comment
 
 
 def as_text(value: Any) -> str:
-    """Returns a value as it is written after `key:` or typed after `key=`, on one line."""
-    # PyYAML writes the items of a flow-style list on one line, whatever they are.
+    """Returns a value as one line of YAML, to be written after `key:` or typed after `key=`."""
+    # PyYAML writes the items of a flow-style list on one line, whatever their types.
     return dump([plain(value)], default_flow_style=True, width=10**9).strip()[1:-1]
 
 
 def dump(values: Any, **options: Any) -> str:
-    """Returns plain values as YAML that reads back as the same values."""
+    """Returns plain values as YAML text, from which the same values can be read again.
+
+    Args:
+        values: a dict, list or scalar without dataclasses.
+        options: further arguments of yaml.dump.
+    """
     return yaml.dump(values, Dumper=_Dumper, allow_unicode=True, **options)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that would be read as another type; PyYAML leaves 1e-3 unquoted."""
+    """A YAML dumper that quotes every text which would otherwise be read as another type.
+
+    PyYAML itself leaves texts such as "1e-3" unquoted.
+    """
 
     def ignore_aliases(self, _data: Any) -> bool:
         return True

@@ -1,1 +1,1 @@
-"""Many runs: a search for settings."""
+"""The search for good settings with many training runs."""

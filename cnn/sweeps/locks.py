@@ -9,11 +9,15 @@ from cnn.errors import Refused
 
 
 class SharedLock:
-    """An exclusive lock on a file, held by every process that has its open file descriptor.
+    """An exclusive lock on a file that a process shares with the processes that it starts.
 
-    The kernel frees it when the last of these processes has ended, even by `kill -9`. So a killed
+    Every process that has the open file descriptor holds the lock. The kernel frees it when the
+    last of these processes has closed the descriptor or ended, even by `kill -9`. So a killed
     process whose child still runs does not leave a free lock behind. The file is never removed,
     since another process may be about to lock it.
+
+    Attributes:
+        descriptor: the number of the open file descriptor; -1 after `release`.
     """
 
     def __init__(self, descriptor: int):
@@ -21,7 +25,10 @@ class SharedLock:
 
     @classmethod
     def acquire(cls, path: Path) -> Self | None:
-        """Locks the file, which is created if needed; returns None if another process holds it.
+        """Locks a file, which is created if it does not exist.
+
+        Returns:
+            The lock; None if another process has locked the file.
 
         Raises:
             Refused: the file cannot be written, or its file system does not support locks.
@@ -39,7 +46,7 @@ class SharedLock:
         return cls(descriptor)
 
     def release(self) -> None:
-        """Closes this process's descriptor; child processes may still hold the lock."""
+        """Closes the file descriptor of this process; child processes may still hold the lock."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1

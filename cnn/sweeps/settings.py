@@ -1,4 +1,4 @@
-"""The settings of a sweep, read as strictly as those of a run.
+"""The settings of a sweep, which are read as strictly as those of a run. An example of a file:
 
     search: random
     trials: 20
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """The keys of a sweep's file; FREE ones may change when the sweep is continued."""
+    """The keys of a sweep's YAML file; only FREE ones may change when the sweep is continued."""
 
     name: str | None = setting(
         None, "its trials are the runs NAME_0000, NAME_0001, ...; null: the file's name", FREE
@@ -67,10 +67,11 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class Choice:
-    """A list of values to choose from.
+    """A list of values, one of which is chosen for a setting in each trial.
 
     Attributes:
-        written: the values as they stand in the file.
+        values: the values.
+        written: the same values as YAML nodes, with the places where they were written.
     """
 
     values: tuple[Any, ...]
@@ -82,11 +83,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Range:
-    """All numbers between two bounds, whole numbers if the setting is one.
+    """A range of numbers, one of which is chosen for a setting in each trial.
 
     Attributes:
-        log: whether they are drawn uniformly on a logarithmic scale.
-        written: the two bounds as they stand in the file.
+        low, high: the bounds, which are included. For a setting that is a whole number, only whole
+            numbers are chosen.
+        log: whether numbers are drawn uniformly on a logarithmic scale instead of a linear one.
+        written: the two bounds as YAML nodes, with the places where they were written.
     """
 
     low: float
@@ -103,12 +106,15 @@ Space = dict[str, Choice | Range]
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep whose settings have been checked.
+    """A sweep whose settings have been read and checked.
 
     Attributes:
+        cfg: the keys of the sweep's file.
+        name: the name of the sweep, from which its folder and its runs are named.
+        file: the sweep's YAML file.
         base: the settings that all trials share.
-        typed: `key=value` of the command line, for all trials.
-        space: the values to try, by setting.
+        typed: the words `key=value` of the command line that are settings of all trials.
+        space: the values to try, by dotted key such as "optim.lr".
     """
 
     cfg: SweepConfig
@@ -120,20 +126,28 @@ class Sweep:
 
     @property
     def monitor(self) -> str:
-        """The metric that trials are compared by."""
+        """The name of the metric by which trials are compared, such as val_acc."""
         return self.base.checkpoint.monitor
 
     @property
     def trials(self) -> int:
-        """The number of trials; a grid has one for each combination."""
+        """The number of trials; a grid search has one trial for each combination of values."""
         return self.cfg.trials or num_combinations(self._options())
 
     def run_name(self, number: int) -> str:
-        """Returns the name of the run of a trial."""
+        """Returns the name of the run of a trial, such as "sweep_0007".
+
+        Args:
+            number: the index of the trial, from 0.
+        """
         return f"{self.name}_{number:04}"
 
     def combination(self, number: int) -> dict[str, Any]:
-        """Returns the values of a trial of a grid search."""
+        """Returns the values of one trial of a grid search, by dotted key.
+
+        Args:
+            number: the index of the trial, from 0, which is also the index of the combination.
+        """
         return combination(self._options(), number)
 
     def _options(self) -> dict[str, Sequence[Any]]:
@@ -141,12 +155,25 @@ class Sweep:
 
 
 def num_combinations(options: Mapping[str, Sequence[Any]]) -> int:
-    """Returns the size of the Cartesian product of the options."""
+    """Returns the number of combinations: the size of the Cartesian product of the options.
+
+    Args:
+        options: the values to choose from, by key.
+    """
     return math.prod(map(len, options.values()))
 
 
 def combination(options: Mapping[str, Sequence[T]], number: int) -> dict[str, T]:
-    """Returns one element of the Cartesian product of the options; the last key changes fastest."""
+    """Returns one combination, which is an element of the Cartesian product of the options.
+
+    Args:
+        options: the values to choose from, by key.
+        number: the index of the combination, from 0. From one index to the next, the value of the
+            last key changes fastest.
+
+    Returns:
+        One value for each key.
+    """
     values = {}
     for key in reversed(options):
         number, index = divmod(number, len(options[key]))
@@ -161,11 +188,12 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
     """Reads and checks the settings of a sweep and of all its trials.
 
     Args:
-        path: the YAML file.
-        words: `key=value`; keys that are not the sweep's are settings of all trials.
+        path: the YAML file of the sweep.
+        words: `key=value` words of the command line. A key that a sweep does not have, such as
+            train.epochs, is a setting of all trials.
 
     Raises:
-        Refused: with all mistakes, one per line.
+        Refused: there are mistakes; the message has one line for each.
     """
     if not path.is_file():
         raise Refused(f"{path}: no such file; expected the settings of a sweep")
@@ -177,7 +205,7 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
     for word in words:
         typed |= reader.read_override(word, mistakes)
     sweep_keys, run_keys = ({key for key, _, _ in keys_of(cls)} for cls in (SweepConfig, Config))
-    run_keys -= sweep_keys  # seed is the sweep's
+    run_keys -= sweep_keys  # `seed` without a section is the seed of the sweep
     for_trials = {key: item for key, item in typed.items() if "." in key or key in run_keys}
     entries |= {key: item for key, item in typed.items() if key not in for_trials}
     cfg = reader.build(SweepConfig, entries, mistakes)
@@ -198,7 +226,15 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
 
 
 def _read_config(file: Path, where: str, mistakes: list[str]) -> dict[str, Entry]:
-    """Reads the settings that all trials start from."""
+    """Reads the YAML file of settings that all trials share.
+
+    Args:
+        where: the place in the sweep's file that names the file, for a message.
+        mistakes: the list that gets a message for each mistake.
+
+    Returns:
+        The entries by dotted key; {} if the file cannot be read.
+    """
     try:
         if os.path.isfile(file):  # Path.is_file raises for a name that no file can have
             return reader.read_file(file, mistakes)
@@ -209,7 +245,16 @@ def _read_config(file: Path, where: str, mistakes: list[str]) -> dict[str, Entry
 
 
 def _read_settings(entry: Entry | None, mistakes: list[str]) -> dict[str, Entry]:
-    """Reads the changes for all trials, as `train.epochs: 3` or `train: {epochs: 3}`."""
+    """Reads the changes to the settings of all trials, from the key `settings` of a sweep's file.
+
+    Args:
+        entry: the value of this key, such as `{train.epochs: 3}` or `{train: {epochs: 3}}`; None if
+            the file does not have the key.
+        mistakes: the list that gets a message for each mistake.
+
+    Returns:
+        The entries by dotted key, such as "train.epochs".
+    """
     if entry is None or not isinstance(entry.node, yaml.MappingNode):
         return {}
     return reader.read_entries(entry.node, _file_of(entry), mistakes)
@@ -244,9 +289,9 @@ def _read_dimension(key: str, node: yaml.Node, where: str) -> Choice | Range:
     values = plain(read_list(node, kind, metadata))
     if not values:
         raise InvalidValue(f": expected {FORMS}, got an empty list")
-    for number, value in enumerate(values):
-        if value in values[:number]:
-            raise InvalidValue(f"[{number}]: given twice")
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise InvalidValue(f"[{index}]: given twice")
     return Choice(tuple(values), [Entry(item, where) for item in node.value])
 
 
@@ -256,7 +301,7 @@ def _read_range(
     if kind not in NUMBER_TYPES:
         raise InvalidValue(": is not a number; expected [a, b, ...]")
     forms = {str(key.value): bounds for key, bounds in node.value}
-    form = ", ".join(forms)  # of a single key, that key
+    form = ", ".join(forms)  # if there is a single key, this is the key
     bounds = forms.get(form)
     if form not in ("between", "log") or not isinstance(bounds, yaml.SequenceNode):
         raise InvalidValue(f": expected {FORMS}, got {{{form}}}")
@@ -272,7 +317,7 @@ def _read_range(
 
 
 def _file_of(entry: Entry) -> str:
-    """Returns FILE of a place FILE:LINE; "command line" is returned as it is."""
+    """Returns the file in which a value was written, or "command line" for a typed value."""
     return entry.where.rpartition(":")[0] or entry.where
 
 
@@ -286,10 +331,17 @@ def _check_sweep(
     space: Space,
     places: dict[str, str],
 ) -> list[str]:
-    """Returns the mistakes that concern several keys of the sweep."""
+    """Returns a message for each mistake that the types and limits of single values do not show.
+
+    Args:
+        name: the name of the sweep.
+        changes: the settings that are changed for all trials, by dotted key.
+        space: the values to try, by dotted key.
+        places: the place where each key of the sweep was written, such as "a.yaml:4".
+    """
     is_grid = cfg.search == "grid"
     size = math.prod(len(dimension.written) for dimension in space.values())
-    # Key, whether it is right, what was expected, what came.
+    # Each check: the key, whether its value is right, what was expected, what was found.
     checks = [
         ("name", re.fullmatch(r"[\w\-]{1,100}", name), "letters, digits, '_' and '-'", repr(name)),
         ("space", cfg.space or space, "lines such as `optim.lr: {log: [1e-3, 1.0]}`", "nothing"),
@@ -320,16 +372,21 @@ def _check_sweep(
 
 
 def _check_combinations(common: dict[str, Entry], space: Space) -> list[str]:
-    """Returns the mistakes in all combinations, where a range stands for its two bounds.
+    """Returns a message for each mistake in the settings of a combination of the values to try.
 
-    If there are too many combinations, a random sample of them is checked.
+    A range is checked at its two bounds. Of more than 2,000 combinations, a random sample is
+    checked.
+
+    Args:
+        common: the entries that all trials share, by dotted key.
+        space: the values to try, by dotted key.
     """
     options = {key: dimension.written for key, dimension in space.items()}
     size, generator = num_combinations(options), random.Random(0)
-    numbers = range(size)
+    indices = range(size)
     if size > MAX_CHECKED:
-        numbers = [generator.randrange(size) for _ in range(MAX_CHECKED)]
+        indices = [generator.randrange(size) for _ in range(MAX_CHECKED)]
     mistakes: list[str] = []
-    for number in numbers:
-        reader.build(Config, common | combination(options, number), mistakes)
+    for index in indices:
+        reader.build(Config, common | combination(options, index), mistakes)
     return mistakes

@@ -1,15 +1,15 @@
 """The trials of a sweep in an Optuna database that several processes and machines share.
 
 A sweep of N trials consists of the trials 0 to N-1 of an Optuna study. A trial is created in the
-state RUNNING together with the id of the folder (logs/sweeps/NAME) whose processes may train it.
-Among these processes a file lock decides. A trial that is RUNNING in the database and whose locks
-are free was interrupted: the process that takes it resumes it with the same number, the same values
-and the same run. The proposed values are a function of (seed, trial number) and of the trials that
-were finished before.
+state RUNNING, together with the id of the folder (logs/sweeps/NAME) whose processes may train it. A
+file lock decides which of these processes does. A trial that is RUNNING in the database and whose
+locks are free was interrupted. The process that takes it resumes it with the same number, the same
+values and the same run. The proposed values are a function of the seed, of the trial's number, and
+of the trials that were finished before.
 
-A trial has two lock files in logs/sweeps/NAME/trials/. NNNN.owner is held by sweep.py, NNNN.lock
-by sweep.py and the training process. If sweep.py is killed, another process can take its trial over
-at once, and waits for the training process to save and to exit.
+A trial has two lock files in logs/sweeps/NAME/trials/. sweep.py holds the lock of NNNN.owner, and
+both sweep.py and the training process hold the lock of NNNN.lock. If sweep.py is killed, another
+process can take its trial over at once, and waits for the training process to save and to exit.
 
 Machines that share the database but no disk cannot see each other's locks, so an interrupted trial
 resumes only on the machine that has its run.
@@ -61,9 +61,10 @@ class TrialResult:
 
     Attributes:
         state: COMPLETE, PRUNED or FAIL.
-        value: the monitored metric in the best epoch of a complete trial.
-        epoch: the best epoch of a complete trial, the latest one of a pruned trial.
-        reason: why a trial failed.
+        value: the monitored metric in the best epoch of a complete trial; None for other trials.
+        epoch: an epoch, counted from 1: the best one of a complete trial, the latest one of a
+            pruned trial; None for a failed trial.
+        reason: why a trial failed; "" for other trials.
     """
 
     state: TrialState
@@ -73,7 +74,18 @@ class TrialResult:
 
 
 class TakenTrial:
-    """A trial that this process trains; as a context manager, it releases its locks on exit."""
+    """A trial that this process trains; as a context manager, it releases its locks on exit.
+
+    Attributes:
+        number: the index of the trial in the sweep, from 0.
+        trial: the same trial in Optuna.
+        lock: the lock that this process shares with the training process.
+        owner: the lock that this process alone holds.
+        run: the name of the trial's run.
+        output: the file to which the output of train.py is appended.
+        is_resumed: whether an earlier process has started the trial; known after `start`.
+        values: the values of this trial, by dotted key such as "optim.lr"; known after `start`.
+    """
 
     def __init__(
         self, study: "Study", number: int, trial: optuna.Trial, lock: SharedLock, owner: SharedLock
@@ -94,14 +106,18 @@ class TakenTrial:
         self.owner.release()
 
     def start(self) -> None:
-        """Proposes the trial's values, and archives an earlier run of the same name."""
+        """Determines the trial's values, and makes room for the run of a new trial.
+
+        Optuna proposes the values of a new trial. An earlier run of the same name is then moved to
+        the archive. A trial that resumes keeps its values and its run.
+        """
         space = self.study.sweep.space
         self.values = self.study.retry(
             lambda: {key: self._suggest(key, space[key]) for key in space}
         )
         self._reported = set(self.study.frozen(self.number).intermediate_values)
         self.is_resumed = "run" in self.trial.user_attrs
-        if not self.is_resumed:  # once "run" is set, the run of this name is the trial's
+        if not self.is_resumed:  # once "run" is set, the run of this name belongs to the trial
             with RunFolder(self.run) as folder:
                 archived = folder.archive()
             if archived is not None:
@@ -117,18 +133,26 @@ class TakenTrial:
         return dimension.values[options.index(self.trial.suggest_categorical(key, options))]
 
     def arguments(self) -> list[str]:
-        """Returns the arguments of train.py that follow `--resume`."""
+        """Returns the command-line arguments of train.py that come after `--resume`."""
         file, typed = self.study.settings_file.as_posix(), self.study.sweep.typed
         tried = [f"{key}={as_text(value)}" for key, value in self.values.items()]
         return ["--config", file, *typed, *tried, f"run={self.run}"]
 
     @property
     def monitor(self) -> str:
-        """The metric that trials are compared by."""
+        """The name of the metric by which trials are compared, such as val_acc."""
         return self.study.sweep.monitor
 
     def report(self, epoch: int, value: float) -> bool:
-        """Stores the metric of a new epoch; returns whether the trial should now be pruned."""
+        """Stores the monitored metric of an epoch in the database.
+
+        Args:
+            epoch: the epoch, counted from 1.
+            value: the metric after this epoch.
+
+        Returns:
+            Whether the trial should now be pruned; False for an epoch that was reported before.
+        """
         if epoch in self._reported:
             return False
         self.study.retry(lambda: self.trial.report(value, epoch))
@@ -137,20 +161,26 @@ class TakenTrial:
 
     @property
     def epoch(self) -> int:
-        """The latest reported epoch, or 0."""
+        """The latest epoch that was reported, counted from 1; 0 before the first report."""
         return max(self._reported, default=0)
 
     def should_prune(self) -> bool:
-        """Returns whether the latest reported epoch is worse than the median of the other trials.
+        """Returns whether the trial should be stopped early.
 
-        After the last epoch there is nothing to save, and the trial is not pruned.
+        With prune_after_epochs, Optuna's MedianPruner compares the trial's best metric so far with
+        the median of earlier trials at the same epoch. After the last epoch, a trial is never
+        pruned, since no time would be saved.
         """
         epochs = self.values.get("train.epochs", self.study.sweep.base.train.epochs)
         return self.epoch < epochs and self.study.retry(self.trial.should_prune)
 
 
 class GivenValues(optuna.samplers.RandomSampler):
-    """An Optuna sampler that proposes the given values, for a grid search."""
+    """An Optuna sampler that proposes fixed values, for a grid search.
+
+    Args:
+        values: the values to propose, by dotted key such as "optim.lr".
+    """
 
     def __init__(self, values: dict[str, Any]):
         super().__init__()
@@ -159,15 +189,24 @@ class GivenValues(optuna.samplers.RandomSampler):
     def sample_independent(
         self, _study: optuna.Study, _trial: FrozenTrial, name: str, _: BaseDistribution
     ) -> Any:
-        """Returns the value of the parameter of this name."""
+        """Returns the fixed value of a parameter; a list or a mapping is returned as text.
+
+        Args:
+            name: the dotted key of the parameter, such as "optim.lr".
+        """
         return _as_plain(self.values[name])
 
 
 class Study:
-    """The opened database of a sweep, as a context manager.
+    """The database of a sweep, which is open within the context of this context manager.
+
+    Attributes:
+        folder: the folder of the sweep, logs/sweeps/NAME.
+        settings_file: the YAML file with the settings that all trials share.
 
     Raises:
-        Refused: the database cannot be opened, or holds a different sweep of the same name.
+        Refused: on entry, if the database cannot be opened or contains a different sweep of the
+            same name.
     """
 
     def __init__(self, sweep: Sweep):
@@ -231,7 +270,7 @@ class Study:
 
     def _check_same_sweep(self, stored: dict[str, str], current: dict[str, str]) -> None:
         defaults = config.flat(config.to_dict(Config()))
-        # A setting that did not exist when the sweep was started had what is its default now.
+        # A setting that did not exist when the sweep was started acted as its present default does.
         stored = {key: as_text(defaults[key]) for key in current if key in defaults} | stored
         keys = [key for key in current | stored if stored.get(key) != current.get(key)]
         if keys:
@@ -243,10 +282,10 @@ class Study:
             )
 
     def retry(self, function: Callable[[], T]) -> T:
-        """Calls the function, again for up to a minute while the database is locked or unreachable.
+        """Calls a function, and repeats the call while the database is locked or cannot be reached.
 
         Raises:
-            DatabaseFailed: it still is after that time.
+            DatabaseFailed: the database does not answer for a minute.
         """
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -256,21 +295,31 @@ class Study:
                 if time.monotonic() > deadline:
                     reason = _first_line(error)
                     raise DatabaseFailed(f"the database does not answer: {reason}") from None
-                time.sleep(random.uniform(0.05, 0.5))  # so that processes do not retry in step
+                time.sleep(random.uniform(0.05, 0.5))  # so that processes differ in their times
 
     # -- reading trials -------------------------------------------------------------------------
 
     def trials(self) -> list[FrozenTrial]:
-        """Returns the trials so far; machines that start together may add unused ones beyond."""
+        """Returns the trials of the sweep that exist so far, by index.
+
+        Machines that start together may create more trials than the sweep has; those are left out.
+        """
         trials = self.retry(lambda: self.study.get_trials(deepcopy=False))
         return [trial for trial in trials if trial.number < self.sweep.trials]
 
     def frozen(self, number: int) -> FrozenTrial:
-        """Returns the current state of a trial."""
+        """Returns the present state of a trial in the database.
+
+        Args:
+            number: the index of the trial, from 0.
+        """
         return self.trials()[number]
 
     def ranking(self) -> list[FrozenTrial]:
-        """Returns the complete trials, the best first; of equal ones, the earlier one first."""
+        """Returns the complete trials, the best one first.
+
+        Of trials with equal metrics, the one with the lower index comes first.
+        """
         sign = 1 if mode(self.sweep.monitor) == "min" else -1
         complete = [trial for trial in self.trials() if trial.state == TrialState.COMPLETE]
         return sorted(complete, key=lambda trial: sign * trial.value)
@@ -278,10 +327,13 @@ class Study:
     # -- taking and ending trials ---------------------------------------------------------------
 
     def take(self, stop: StopSignals) -> TakenTrial | None:
-        """Takes an interrupted trial, or else a new one, or else waits for other processes' trials.
+        """Takes a trial for this process to train: an interrupted one if possible, or a new one.
+
+        If other processes are training all remaining trials, this function waits until one of these
+        is interrupted or all are finished.
 
         Returns:
-            The trial, or None when all trials are finished.
+            The trial; None when all trials are finished.
 
         Raises:
             Stopped: a signal was received.
@@ -314,7 +366,21 @@ class Study:
                 self.retry(lambda: self.study.add_trial(new))
 
     def _try_to_take(self, trial: FrozenTrial, stop: StopSignals) -> TakenTrial | None:
-        """Takes the trial unless another machine or a living process has it."""
+        """Takes a trial, unless it belongs to another machine or another process trains it.
+
+        If sweep.py was killed and its training process is still alive, waits for that process to
+        exit.
+
+        Args:
+            trial: the trial as it is in the database; it is not finished.
+            stop: is checked for a signal during this wait.
+
+        Returns:
+            The trial with its locks; None if it cannot be taken or has been finished meanwhile.
+
+        Raises:
+            Stopped: a signal was received.
+        """
         file, number = self.lock_file(trial.number), trial.number
         ids = [self.folder_id]
         if file.is_file():  # earlier versions wrote an id into the lock file of each trial
@@ -345,11 +411,21 @@ class Study:
         return TakenTrial(self, number, taken, lock, owner)
 
     def lock_file(self, number: int) -> Path:
-        """Returns the lock file of a trial, held by its sweep.py and its training process."""
+        """Returns the path of the file that sweep.py and the training process of a trial lock.
+
+        Args:
+            number: the index of the trial, from 0.
+        """
         return self.folder / "trials" / f"{number:04}.lock"
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
-        """Returns the sampler of a trial, seeded by its number so that no two draw the same."""
+        """Returns the Optuna sampler that proposes the values of a trial.
+
+        Its seed depends on the trial, so that no two trials draw the same random numbers.
+
+        Args:
+            number: the index of the trial, from 0.
+        """
         cfg = self.sweep.cfg
         if cfg.search == "grid":
             return GivenValues(self.sweep.combination(number))
@@ -362,8 +438,11 @@ class Study:
     def skip(self, number: int) -> None:
         """Marks a trial as failed without training it.
 
+        Args:
+            number: the index of the trial, from 0.
+
         Raises:
-            Refused: there is no such unfinished trial, or a process is training it.
+            Refused: no unfinished trial has this index, or a process is training the trial.
         """
         trial = next((trial for trial in self.trials() if trial.number == number), None)
         if trial is None or trial.state.is_finished():
@@ -375,7 +454,13 @@ class Study:
         lock.release()
 
     def end(self, number: int, result: TrialResult) -> None:
-        """Stores the result of a trial."""
+        """Stores the result of a trial in the database.
+
+        If another process has ended the trial meanwhile, its result stays and a warning is logged.
+
+        Args:
+            number: the index of the trial, from 0.
+        """
         name, value = ("epoch", result.epoch) if result.epoch else ("reason", result.reason)
         trial_id = self.frozen(number)._trial_id
 
@@ -390,7 +475,12 @@ class Study:
 
 
 def comparable_settings(sweep: Sweep) -> dict[str, str]:
-    """Returns all settings that must not change within a sweep, by name, as text."""
+    """Returns the settings that must stay the same while a sweep is continued, as text by name.
+
+    The names are dotted keys such as "optim.momentum", and "search", "seed of the search" and
+    "space: KEY". Settings that do not change the experiment, and those that are tried, are not
+    included.
+    """
     settings = config.flat(config.to_dict(sweep.base))
     free = config.non_experiment_keys() | {"data.root", *sweep.space}
     return {
@@ -402,7 +492,10 @@ def comparable_settings(sweep: Sweep) -> dict[str, str]:
 
 
 def _as_plain(value: Any) -> Any:
-    """Returns lists and mappings as text, since Optuna stores plain values only."""
+    """Returns a list or a mapping as text, and any other value unchanged.
+
+    Optuna stores only None, bool, int, float and text as values to choose from.
+    """
     return value if value is None or isinstance(value, (bool, int, float, str)) else as_text(value)
 
 

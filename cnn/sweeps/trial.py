@@ -1,4 +1,4 @@
-"""Training one trial of a sweep: a process that runs train.py and whose epochs are reported."""
+"""Trains one trial of a sweep in a process of train.py, and reports the epochs of that process."""
 
 import logging
 import os
@@ -27,13 +27,16 @@ MAX_KILLED = 3  # times that a training process may be killed by a signal that s
 
 
 def run_trial(trial: TakenTrial, stop: StopSignals) -> TrialResult:
-    """Trains a trial, or resumes it, until it is complete, pruned or failed.
+    """Trains or resumes a trial until it is complete, pruned or failed.
+
+    A training process that was killed is started again and resumes from its last checkpoint. The
+    third time it is killed, the trial has failed.
 
     Raises:
         Refused: train.py refused the settings.
         Stopped: this process received a signal; the training process has saved and exited.
     """
-    if trial.should_prune() and not _is_finished(trial.run):  # interrupted while it was pruned
+    if trial.should_prune() and not _is_finished(trial.run):  # its pruning was interrupted
         return TrialResult(TrialState.PRUNED, epoch=trial.epoch)
     for _ in range(MAX_KILLED):
         start = trial.output.stat().st_size if trial.output.exists() else 0
@@ -55,10 +58,15 @@ def run_trial(trial: TakenTrial, stop: StopSignals) -> TrialResult:
 
 
 def _train(trial: TakenTrial, stop: StopSignals) -> tuple[int, bool]:
-    """Runs train.py to its end; returns its exit status, and whether the trial was pruned.
+    """Runs train.py for a trial until the process ends.
 
-    The process has a session of its own, so that Ctrl-C in a terminal reaches it once, passed on
-    from here. It also watches a pipe from here, so that it saves and exits if sweep.py is killed.
+    The process has a session of its own, so that Ctrl-C in a terminal does not reach it. This
+    function passes the signal on instead, once. The process also watches a pipe that this process
+    keeps open, so that it saves and exits if sweep.py is killed.
+
+    Returns:
+        The exit status, which is -N if signal N killed the process, and whether the trial was
+        pruned.
     """
     read_end, write_end = os.pipe()
     with open(trial.output, "ab") as file:
@@ -96,16 +104,25 @@ def _train(trial: TakenTrial, stop: StopSignals) -> tuple[int, bool]:
 
 
 def report_epochs(trial: TakenTrial, history: list[Metrics]) -> Iterator[bool]:
-    """Reports the metric of each epoch; yields whether the trial should then be pruned."""
+    """Reports the metric of each epoch, and yields whether the trial should then be pruned.
+
+    An epoch is reported only when its item is consumed. Epochs without the metric are skipped.
+
+    Args:
+        history: the rows of history.csv, one per epoch. The metric is the trial's `monitor`.
+    """
     for row in history:
         if row.get(trial.monitor) is not None:
             yield trial.report(int(row["epoch"]), row[trial.monitor])
 
 
 def _read_result(trial: TakenTrial) -> TrialResult:
-    """Reads the best epoch of a finished run, and reports the epochs that were not reported yet."""
+    """Reads the result of a trial whose run is finished, and reports the epochs not reported yet.
+
+    The trial has failed if its monitored metric is undefined in every epoch.
+    """
     record = read_run(f"logs/{trial.run}")
-    list(report_epochs(trial, record.history))  # all of them, whatever the median
+    list(report_epochs(trial, record.history))  # reports all, even if one says prune
     best = record.best()
     if not best:
         return TrialResult(TrialState.FAIL, reason=f"{trial.monitor} is undefined in every epoch")
@@ -120,18 +137,33 @@ def _is_finished(run: str) -> bool:
 
 
 def signal_name(status: int) -> str:
-    """Returns the signal of an exit status: -N of a killed process, 128 + N after saving."""
+    """Returns the name of the signal that ended a process, such as "SIGTERM".
+
+    Args:
+        status: the exit status of the process: -N if signal N killed it, 128 + N if it exited by
+            itself after signal N.
+
+    Returns:
+        The name, or "exit status STATUS" if no signal has this number.
+    """
     number = -status if status < 0 else status - 128
     names = {one.value: one.name for one in signal.Signals}
     return names.get(number, f"exit status {status}")
 
 
 def _last_message(output: Path, start: int) -> str:
-    """Returns the last error, or else the last lines, of the output from that byte on."""
+    """Returns the last error message of a training process, or else its last ten lines of output.
+
+    Of a traceback, only the last line is returned.
+
+    Args:
+        output: the file with the output of all training processes of the trial.
+        start: the position in bytes at which the output of the latest process begins.
+    """
     with open(output, "rb") as file:
         file.seek(start)
         lines = file.read().decode("utf-8", "replace").strip().splitlines()
-    errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    errors = [index for index, line in enumerate(lines) if line.startswith("error: ")]
     if errors:
         lines = lines[errors[-1] :]
     if any(line.startswith("Traceback ") for line in lines):
