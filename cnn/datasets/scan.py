@@ -1,7 +1,7 @@
-"""A scan of every image file once before training: whether it decodes, its size, its brightness.
+"""A scan of every image file before training: whether it decodes, its size and its brightness.
 
-The results are kept in the user's cache folder, never beside the images, and are valid as long as a
-file keeps its size and time of change.
+The results are kept in the user's cache folder, never beside the images. They are valid as long as
+a file keeps its size and its time of change.
 """
 
 import hashlib
@@ -26,10 +26,18 @@ SCAN = np.dtype(
 
 
 def scan(root: Path, paths: list[Path]) -> tuple[np.ndarray, dict[Path, str]]:
-    """Decodes each file, unless an earlier scan has decoded the same one.
+    """Returns facts about image files, for which it decodes each file that is new or has changed.
+
+    The facts about the other files are read from the results of an earlier scan.
+
+    Args:
+        root: the folder or CSV file of the dataset; the name of the file with the results is a
+            hash of its path.
+        paths: the N image files.
 
     Returns:
-        A row (SCAN) per path, and for each file that does not decode, the reason.
+        An array (N) of the dtype `SCAN`, one row per path; and for each file that does not decode,
+        the reason. Such a file's row is all zeros.
     """
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
     cache = cache_folder() / f"scan_{VERSION}_{name}.npz"
@@ -66,7 +74,7 @@ def _size_and_time(path: Path) -> tuple[int, int] | None:
 
 
 def _scan_file(path: Path) -> np.ndarray | str:
-    """Returns a file's row (SCAN), or the reason why it does not decode."""
+    """Decodes a file and returns its row, of the dtype `SCAN`, or the reason why it does not decode."""
     try:
         status = path.stat()
         image = open_image(path)
