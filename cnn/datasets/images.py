@@ -1,8 +1,8 @@
 """Labelled images from three sources: an array in memory, files, or a user's own dataset.
 
-Each of the three classes stores the labels (int64, N), and returns an image by its index as a tensor
-(C, H, W), uint8 or float in 0..1. It also returns an image's name, selects a subset, and computes
-the sums from which the mean and std of the pixels follow.
+Each of the three classes stores the labels (int64, N), and returns an image by its index as a
+tensor (C, H, W), uint8 or float in 0..1. It also returns an image's name, selects a subset, and
+computes the sums from which the mean and std of the pixels follow.
 """
 
 import copy
@@ -57,22 +57,22 @@ class Images:
         return part
 
     def checksum(self) -> int:
-        """Returns 0; subclasses that can read all pixels quickly return a checksum of them instead."""
+        """Returns 0; subclasses that can read all pixels quickly return their checksum instead."""
         return 0
 
     def num_decoded(self) -> int:
         """Returns the number of images that would have to be in memory for `decoded`.
 
-        Here these are the images of this subset. For subclasses that implement `decoded` they are the
-        images of the whole dataset, which its subsets share.
+        Here these are the images of this subset. For subclasses that implement `decoded` they are
+        the images of the whole dataset, which its subsets share.
         """
         return len(self)
 
     def decoded(self, _size: int, _channels: int) -> torch.Tensor | None:
         """Returns None, since these images cannot be kept in memory.
 
-        Subclasses whose images can be in memory return all images of the whole dataset instead, uint8
-        (M, size, size, C), in which `rows` are the indices of this subset.
+        Subclasses whose images can be in memory return all images of the whole dataset instead,
+        uint8 (M, size, size, C), in which `rows` are the indices of this subset.
         """
         return None
 
@@ -98,7 +98,7 @@ class ArrayImages(Images):
         return self.store[self.rows[index]].permute(2, 0, 1)
 
     def sizes(self) -> tuple[int, int, int]:
-        """Returns the number of channels, and the shorter and the longer side of the images in pixels."""
+        """Returns the number of channels, and the shorter and the longer side in pixels."""
         _, height, width, channels = self.store.shape
         return channels, min(height, width), max(height, width)
 
@@ -106,8 +106,8 @@ class ArrayImages(Images):
         """Returns the sums over all pixels from which the mean and std of each channel follow.
 
         Returns:
-            The number of pixels; per channel, the sum of the values of 0..255, (C); and per channel,
-            the sum of their squares, (C).
+            The number of pixels; per channel, the sum of the values of 0..255, (C); and per
+            channel, the sum of their squares, (C).
         """
         height, width, channels = self.store.shape[1:]
         counts = np.zeros((channels, 256))
@@ -193,7 +193,7 @@ class FileImages(Images):
         return FileImages(files, self.labels)
 
     def sizes(self) -> tuple[int, int, int]:
-        """Returns the number of channels, and the shortest and the longest side of an image in pixels."""
+        """Returns the number of channels, and the shortest and the longest side in pixels."""
         scans = self.files.scans[self.rows]
         sides = np.stack([scans["height"], scans["width"]])
         return self.files.channels, int(sides.min()), int(sides.max())
@@ -202,8 +202,9 @@ class FileImages(Images):
         """Returns the sums over all pixels from which the mean and std of each channel follow.
 
         Returns:
-            The number of pixels; per channel, the sum of the values of 0..255, (C); and per channel,
-            the sum of their squares, (C). C is 1 or 3, the number of channels that files decode to.
+            The number of pixels; per channel, the sum of the values of 0..255, (C); and per
+            channel, the sum of their squares, (C). C is 1 or 3, the number of channels that files
+            decode to.
         """
         scans = self.files.scans[self.rows]
         number = float((scans["height"] * scans["width"]).sum())
@@ -224,8 +225,9 @@ class FileImages(Images):
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
         """Returns the pixels of all files of the dataset, uint8 (M, size, size, channels).
 
-        Decodes the files once, keeps the pixels in the user's cache folder, and reads them from there
-        the next time. From then on, reading a single image also decodes it to `channels` channels.
+        Decodes the files once, keeps the pixels in the user's cache folder, and reads them from
+        there the next time. From then on, reading a single image also decodes it to `channels`
+        channels.
 
         Raises:
             Refused: a file does not decode any more.
@@ -274,17 +276,17 @@ class UserImages(Images):
     def _sample(self) -> Iterator[torch.Tensor]:
         """Yields evenly spaced images for the statistics: fewer than 2 * MAX_IMAGES_FOR_STATISTICS.
 
-        Seeds the global generators before each image, so that a dataset with random transforms yields
-        the same images every time.
+        Seeds the global generators before each image, so that a dataset with random transforms
+        yields the same images every time.
         """
         for index in range(0, len(self), max(1, len(self) // MAX_IMAGES_FOR_STATISTICS)):
             seeding.seed_sample(seeding.SAMPLE, index)
             yield self[index]
 
     def sizes(self) -> tuple[int, int, int]:
-        """Returns the number of channels, and the shortest and the longest side of a sample of images.
+        """Returns the number of channels, and the shortest and the longest side in pixels.
 
-        The sides are in pixels.
+        Reads only a sample of the images.
 
         Raises:
             Refused: the images differ in the number of channels, or one cannot be read.
@@ -300,8 +302,8 @@ class UserImages(Images):
         """Returns the sums over the pixels of a sample of images, from which mean and std follow.
 
         Returns:
-            The number of pixels; per channel, the sum of the values of 0..255, (C); and per channel,
-            the sum of their squares, (C).
+            The number of pixels; per channel, the sum of the values of 0..255, (C); and per
+            channel, the sum of their squares, (C).
         """
         number, sums, squares = 0.0, 0.0, 0.0
         for image in self._sample():

@@ -80,11 +80,11 @@ class Samples(Dataset):
         return self.images[key[1]]
 
     def image(self, key: Key) -> torch.Tensor:
-        """Returns an image resized and, in training, augmented, but not normalized: (C, size, size).
+        """Returns an image resized, augmented in training, and not normalized: (C, size, size).
 
         Args:
-            key: (epoch, index of the image), or (epoch, index, position in the epoch); epoch 0 means
-                evaluation.
+            key: (epoch, index of the image), or (epoch, index, position in the epoch); epoch 0
+                means evaluation.
         """
         image = self.raw(key)
         return (
@@ -98,7 +98,8 @@ class Samples(Dataset):
         would wrap a raised one in the traceback of the worker.
 
         Args:
-            keys: (epoch, index of the image) or (epoch, index, position in the epoch), one per image.
+            keys: (epoch, index of the image) or (epoch, index, position in the epoch), one per
+                image.
 
         Returns:
             ((images, labels), messages about images that were left out), or the error.
@@ -197,13 +198,13 @@ class Loader:
         return self._batches(epoch, self.order(epoch), spans[start:], start)
 
     def batches(self) -> Iterator[Batch]:
-        """Yields the batches that this process evaluates, in the order of the images, not augmented.
+        """Yields the batches that this process evaluates, in the images' order, not augmented.
 
         These are every `num_ranks`-th batch, from the batch with index `rank` on.
 
         Yields:
-            Normalized images, float32 (N, C, H, W); labels, int64 (N); and the number of images that
-            count, here all.
+            Normalized images, float32 (N, C, H, W); labels, int64 (N); and the number of images
+            that count, here all.
         """
         ends = np.cumsum(self.sizes).tolist()
         spans = [(end - size, end, size) for size, end in zip(self.sizes, ends)]
@@ -229,8 +230,8 @@ class Loader:
             batch: index of the batch in the epoch.
 
         Returns:
-            (epoch, index of the image), or (epoch, index, position in the epoch) in training with the
-            balanced sampler, per image.
+            (epoch, index of the image), or (epoch, index, position in the epoch) in training with
+            the balanced sampler, per image.
         """
         start = sum(self.sizes[:batch])
         order = np.arange(len(self.images)) if epoch == EVALUATION else self.order(epoch)
@@ -353,8 +354,8 @@ class MemoryLoader(Loader):
         """Returns an image in the model's size and, in training, augmented: uint8 (C, size, size).
 
         Args:
-            key: (epoch, index of the image), or (epoch, index, position in the epoch); epoch 0 means
-                evaluation.
+            key: (epoch, index of the image), or (epoch, index, position in the epoch); epoch 0
+                means evaluation.
         """
         draws = self._draws(key[0])
         row = draws[[key[-1]]] if draws is not None else None

@@ -70,10 +70,10 @@ def keys_of(epoch: int, order: np.ndarray, balanced: bool, start: int, end: int)
 
 
 def draw_balanced(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draws as many image indices as there are labels, with replacement, all classes equally likely.
+    """Draws as many image indices as there are labels, with replacement and from balanced classes.
 
-    The distribution is that of torch's WeightedRandomSampler if each image has the weight
-    1 / (number of images of its class).
+    At every draw all classes are equally likely. The distribution is that of torch's
+    WeightedRandomSampler if each image has the weight 1 / (number of images of its class).
 
     Args:
         labels: the class of each image, int (N).

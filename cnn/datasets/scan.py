@@ -74,7 +74,7 @@ def _size_and_time(path: Path) -> tuple[int, int] | None:
 
 
 def _scan_file(path: Path) -> np.ndarray | str:
-    """Decodes a file and returns its row, of the dtype `SCAN`, or the reason why it does not decode."""
+    """Decodes a file and returns its row (of the dtype `SCAN`), or the reason why it fails."""
     try:
         status = path.stat()
         image = open_image(path)

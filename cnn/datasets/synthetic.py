@@ -1,4 +1,4 @@
-"""Artificial images for tests, which a network can learn: one fixed pattern per class, with noise."""
+"""Artificial images for tests, which a network can learn: one pattern per class, with noise."""
 
 import numpy as np
 

@@ -25,10 +25,11 @@ WARN_EVERY = 30  # seconds of waiting for a batch
 
 
 class PickledBatch:
-    """A pickled batch, with its tensors in shared memory, to be sent from a worker to the main process.
+    """A pickled batch on its way to the main process, with its tensors in shared memory.
 
-    Otherwise torch pickles the batch in a thread of the worker. If shared memory or file descriptors
-    run out there, the error is only printed, and the batch never arrives.
+    A worker creates it. Otherwise torch would pickle the batch in a thread of the worker. If shared
+    memory or file descriptors ran out there, the error would only be printed, and the batch would
+    never arrive.
 
     Args:
         batch: ((images, labels), messages about images that were left out).
@@ -174,7 +175,7 @@ def restore_sigchld() -> None:
 
 
 def init_worker(worker: int) -> None:
-    """Prepares a worker to ignore the signals that the main process handles, and print no tracebacks.
+    """Makes a worker ignore the signals that the main process handles, and print no tracebacks.
 
     The main process reports errors. Threads of a worker that share tensors would print the same
     error again and again.

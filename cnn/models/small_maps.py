@@ -1,11 +1,11 @@
 """Convolutions over small feature maps that train faster on CPUs with AMX.
 
-oneDNN computes a weight's gradient from rows of the feature map, and pads each to the 32 numbers
-that AMX processes together; of a map 4 wide seven eighths of the work are wasted. Here several
-images are laid side by side to longer rows, which is two to nine times as fast in the deeper layers
-of a network; the sum is the same but for the order of its terms. resnet18 trains twice as fast at
-224 pixels (39 to 45 images per second instead of 18 to 26, 3 pairs on 2 cores with AMX under
-other load) and 1.3 times at 32; ResNet-9 no faster.
+oneDNN computes the gradient of a weight from rows of the feature map, and pads each row to the 32
+numbers that AMX processes together. For a map 4 wide, seven eighths of this work are wasted. Here
+several images are laid side by side to form longer rows. This is two to nine times as fast in the
+deeper layers of a network, and the sum is the same except for the order of its terms. resnet18
+trains twice as fast at 224 pixels (39 to 45 images per second instead of 18 to 26, 3 pairs of runs
+on 2 cores with AMX under other load) and 1.3 times as fast at 32. ResNet-9 trains no faster.
 """
 
 import math
@@ -20,10 +20,15 @@ MAX_ROW = 64  # width of the images laid side by side
 
 
 def use_small_maps(model: nn.Module) -> None:
-    """Gives the convolutions that keep the size of their map the faster backward pass.
+    """Gives convolutions a backward pass that is faster for small feature maps.
 
-    Sets the attribute `forward` of the modules, so that their parameters, names and hooks stay. For
-    models that train in bf16 autocast on a CPU with AMX.
+    Changes the convolutions that keep the size of their input and have no bias, groups or dilation.
+    Sets their attribute `forward`, so that parameters, names and hooks of the modules stay. The
+    faster pass is used only in bf16 autocast on the CPU, for maps at most `MAX_WIDTH` wide, and it
+    pays off only with AMX.
+
+    Args:
+        model: the model, changed in place.
     """
     for module in model.modules():
         if type(module) is nn.Conv2d and _keeps_size(module):
@@ -31,7 +36,11 @@ def use_small_maps(model: nn.Module) -> None:
 
 
 def _keeps_size(module: nn.Conv2d) -> bool:
-    """Returns whether it has an odd square kernel, zeros around the map, and no other option."""
+    """Returns whether a convolution is one that the faster backward pass can replace.
+
+    It needs an odd square kernel larger than 1, zero padding that keeps the size of the input,
+    stride 1, and no dilation, groups or bias.
+    """
     side = module.kernel_size[0]
     geometry = (module.kernel_size, module.padding, module.stride, module.dilation)
     plain = module.groups == 1 and module.padding_mode == "zeros" and module.bias is None
@@ -75,10 +84,12 @@ def _backward(gradient, images, weight, mask: tuple[bool, bool, bool]):
 
 
 def side_by_side(maps: torch.Tensor, number: int, gap: int) -> torch.Tensor:
-    """Lays every `number` maps beside each other, with `gap` columns of zeros after each.
+    """Lays every `number` successive maps of a batch side by side, with zeros after each.
 
     Args:
         maps: (N, C, H, W), with N a multiple of `number`.
+        number: count of maps in a row.
+        gap: count of columns of zeros after each map.
 
     Returns:
         (N / number, C, H, number * (W + gap)), channels last.
