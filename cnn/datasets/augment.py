@@ -20,11 +20,11 @@ from cnn.datasets.preprocessing import resize_and_crop
 from cnn.utils import seeding
 from cnn.utils.importing import import_object
 
-Transform = Callable[[Tensor], Tensor]  # of an image (C, H, W), mostly uint8
+Transform = Callable[[Tensor], Tensor]  # from an image (C, H, W) to another, mostly uint8
 ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, Tensor)
 
-DRAWS = 2  # version of the random draws; a resume logs when a checkpoint has another one
-RESIZED_CROP_SCALE = (0.35, 1.0)  # Wightman et al. (2021); gentler than Inception's 0.08
+DRAWS = 2  # version of the random draws; a resume logs if the checkpoint has another version
+RESIZED_CROP_SCALE = (0.35, 1.0)  # as in Wightman et al. (2021); Inception crops down to 0.08
 
 
 def _v2() -> Any:
@@ -33,8 +33,8 @@ def _v2() -> Any:
     return v2
 
 
-# Each builds a transform from its settings and the model's image size in pixels. The transforms
-# draw from torch's global generator.
+# Each entry builds a transform from its settings and the model's image size in pixels. The
+# transforms draw from torch's global generator.
 AUGMENTATIONS: dict[str, Callable[[AugmentationConfig, int], Transform]] = {
     "crop": lambda _, size: functools.partial(crop, size=size),
     "flip": lambda *_: flip,
@@ -80,7 +80,7 @@ class Augmentation:
         if self._resize_first:
             image = resize_and_crop(image, self.size)
         for transform, name, words in self._transforms:
-            # A user's augmentation may draw from any global generator, ours from torch's alone.
+            # A user's augmentation may draw from any global generator, ours draw only from torch's.
             seed = seeding.seed_torch if name in AUGMENTATIONS else seeding.seed_sample
             seed(self.seed, seeding.AUGMENT, *key, *words)
             image = transform(image)
@@ -158,7 +158,7 @@ def flip(image: Tensor) -> Tensor:
 
 # -- cutout (DeVries and Taylor, 2017) ----------------------------------------------------------
 
-ERASED = 0.5  # side of the erased square as a fraction of the image's
+ERASED = 0.5  # side of the erased square as a fraction of the image's side
 ERASE_PROBABILITY = 0.5
 
 
@@ -265,7 +265,7 @@ class BatchAugmentation:
         """
         size = self.size
         x = torch.where(is_flipped[:, None], size - 1 - self._sides, self._sides)
-        y, x = self._sides + shifts[:, :1], x + shifts[:, 1:]  # N, S; of the source
+        y, x = self._sides + shifts[:, :1], x + shifts[:, 1:]  # N, S; coordinates in the source
         near_y, near_x = y.clamp(0, size - 1), x.clamp(0, size - 1)
         pixels = (rows[:, None] * size + near_y)[:, :, None] * size + near_x[:, None, :]  # N, S, S
         images = self._store.view(-1, self.channels).index_select(0, pixels.view(-1))

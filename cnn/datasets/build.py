@@ -18,7 +18,7 @@ from cnn.utils.importing import import_object
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_IMAGE_SIZE = 224  # for images of several sizes, where the user sets none
+DEFAULT_IMAGE_SIZE = 224  # pixels, for images of several sizes if the user sets no size
 
 
 def _load_synthetic(cfg: DataConfig, _) -> tuple[Splits, list[str]]:
@@ -28,8 +28,8 @@ def _load_synthetic(cfg: DataConfig, _) -> tuple[Splits, list[str]]:
         raise Refused(f"data.args: synthetic cannot be made of {cfg.args}: {error}") from None
 
 
-# Each loads the splits that exist and the names of the classes. The second argument are the classes
-# of a model to evaluate, or None; datasets with classes of their own ignore it.
+# Each entry loads the splits that exist and the class names. The second argument is the list of
+# classes of a model to evaluate, or None. Datasets with fixed classes ignore it.
 DATASETS: dict[str, Callable[[DataConfig, list[str] | None], tuple[Splits, list[str]]]] = {
     "digits": lambda *_: digits.load(),
     "synthetic": _load_synthetic,
@@ -166,8 +166,8 @@ def _choose_preprocessing(cfg: DataConfig, train: Images) -> Preprocessing:
     from then on.
 
     Raises:
-        Refused: the configured channels differ from those of images that are no files, or some
-            images contain NaN.
+        Refused: the configured channels differ from those of a dataset that is not read from
+            image files, or some images contain NaN.
     """
     channels, smallest, largest = train.sizes()
     if cfg.channels in (1, 3) and isinstance(train, FileImages):
@@ -183,5 +183,5 @@ def _choose_preprocessing(cfg: DataConfig, train: Images) -> Preprocessing:
     if not np.isfinite(mean).all():
         raise Refused(f"data.name: {cfg.name}: some images contain NaN")
     std = np.sqrt(np.maximum(squares[:channels] / number / 255**2 - mean**2, 0))
-    std = np.where(std > 0, std, 1.0)  # all pixels equal: keep them finite
+    std = np.where(std > 0, std, 1.0)  # if all pixels are equal, dividing by 1 keeps them finite
     return Preprocessing(image_size, channels, mean.tolist(), std.tolist())

@@ -65,7 +65,7 @@ def decode_all(
             remove_leftovers(file.parent.glob(".pixels_*.tmp"))
             write_atomically(file, lambda out: out.writelines(_decode(paths, size, channels)))
         store = np.memmap(file, np.uint8, mode="c", shape=shape)  # c: changes stay in memory
-    except OSError:  # no room, or no permission to write or read there: keep them in memory alone
+    except OSError:  # no room or no permission in the cache: the pixels are only in memory
         store = np.empty(shape, np.uint8)
         for number, pixels in enumerate(_decode(paths, size, channels)):
             store[number] = pixels
@@ -108,6 +108,6 @@ def remove_leftovers(leftovers: Iterable[Path]) -> None:
     Younger ones may still be in use. Those that cannot be removed are ignored.
     """
     for path in leftovers:
-        with contextlib.suppress(OSError):  # removed by another process, or another user's
+        with contextlib.suppress(OSError):  # removed by another process, or of another user
             if time.time() - path.stat().st_mtime > OLD:
                 (shutil.rmtree if path.is_dir() else os.unlink)(path)

@@ -11,7 +11,7 @@ from cnn.errors import ADVICE, SCARCITIES, BadImage, DataFailed
 
 VERSION = 2  # incremented when files decode to other pixels, so that old caches are not used
 GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
-MAX_PIXELS = 120_000_000  # of one image: 360 MB as RGB; a larger one may be a decompression bomb
+MAX_PIXELS = 120_000_000  # per image: 360 MB as RGB; a larger image may be a decompression bomb
 MAX_OF_16_BITS = 2**16 - 1
 
 Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is the limit: an error instead of a warning
@@ -34,7 +34,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            if image.format == "EPS":  # a program, which Pillow would run with Ghostscript
+            if image.format == "EPS":  # EPS is a program, which Pillow would run with Ghostscript
                 raise BadImage("an EPS drawing, no photograph")
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
@@ -87,7 +87,7 @@ def to_array(image: Image.Image, channels: int) -> np.ndarray:
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        if image.mode == "LAB":  # which cannot be converted to gray directly
+        if image.mode == "LAB":  # Pillow cannot convert it to gray directly
             image = image.convert("RGB")
         image = image.convert("L" if channels == 1 else "RGB")
     except (*BROKEN, ImportError) as error:

@@ -19,7 +19,7 @@ MAX_NAMED = 20  # files or classes listed in a message
 
 LAYOUT = "ROOT/CLASS/*.jpg, or ROOT/train/CLASS/*.jpg with val/ and test/ beside train/"
 
-Listing = dict[str, list[tuple[Path, str]]]  # split: (file, class) per image
+Listing = dict[str, list[tuple[Path, str]]]  # by split, (file, class name) for every image
 FileSplits = dict[str, FileImages]
 
 

@@ -16,7 +16,7 @@ def image_files(folder: Path) -> Iterator[Path]:
     """
     seen = set()
     for where, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(where) in seen:  # a link to a folder above
+        if os.path.realpath(where) in seen:  # a link to a folder that was already searched
             folders.clear()
             continue
         seen.add(os.path.realpath(where))

@@ -20,16 +20,17 @@ from cnn.datasets.decode import decode
 from cnn.errors import BadImage, Refused, describe
 from cnn.utils import seeding
 
-MAX_IMAGES_FOR_STATISTICS = 2_000  # of a user's dataset, which has to be read image by image
+MAX_IMAGES_FOR_STATISTICS = 2_000  # fewer than twice as many are read of a user's dataset
 
 
 class Images:
     """Labelled images; each subclass reads the pixels from another source.
 
+    A subset shares the pixels of the whole dataset.
+
     Attributes:
         labels: the index of each image's class, int64 (N).
-        rows: the index of each image in the whole dataset, int64 (N); for a subset, N is smaller
-            than the number of images in the dataset.
+        rows: the index of each image in the whole dataset, int64 (N).
         skip: whether an image that cannot be read during the run is left out of its batch.
         may_draw: whether reading an image may draw from the global random generators.
     """
@@ -325,10 +326,10 @@ def _to_int64(labels: Any, name: str) -> np.ndarray:
         Refused: a label is no integer; 1.7 for example would become class 1.
     """
     plain = [label.tolist() if hasattr(label, "tolist") else label for label in labels]
-    for number, label in enumerate(plain):
+    for index, label in enumerate(plain):
         if not isinstance(label, int):
             got = f"{label!r} ({type(label).__name__}); return int(label) if it is one"
-            raise Refused(f"{name}[{number}]: expected a label that is a whole number, got {got}")
+            raise Refused(f"{name}[{index}]: expected a label that is a whole number, got {got}")
     return np.asarray(plain, dtype=np.int64)
 
 

@@ -28,15 +28,16 @@ from cnn.utils import seeding
 
 logger = logging.getLogger(__name__)
 
-# Normalized images, float32 (N, C, H, W); labels, int64 (N); and how many of the images count: the
-# first ones. All do, except in a process that computes a share of another one (`order.share_of`).
+# Normalized images, float32 (N, C, H, W); labels, int64 (N); and how many of the first images count
+# in gradients and metrics. All count, except in a process without a share (`order.share_of`).
 Batch = tuple[torch.Tensor, torch.Tensor, int]
 
-# The positions in an epoch of one batch, or of a process's share of it: start, end, and count as above.
+# One batch, or a process's share of it: its first position in the epoch, the position after its
+# last image, and how many of its images count.
 Span = tuple[int, int, int]
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of pixels that data.in_memory=auto keeps in memory
-EVALUATION_BATCHES = 2  # times the training batch; 4 are slower for ResNets on a CPU, and take more
+EVALUATION_BATCHES = 2  # training batches in one for evaluation; 4 are slower for ResNets on a CPU
 LARGEST_EVALUATION_BATCH = 512
 
 
@@ -116,7 +117,7 @@ class Samples(Dataset):
                     if not self.images.skip:
                         raise
                     left_out.append(str(bad))
-            # BatchNorm needs two images; and a folder that is gone must not be left out piecemeal.
+            # BatchNorm needs two images. Besides, a missing folder must not be left out bit by bit.
             if left_out and len(kept) < (1 if keys[0][0] == EVALUATION else 2):
                 raise BadImage(f"{left_out[0]}, and so nearly all of its batch of {len(keys)}")
             name = "the next batch"
@@ -124,7 +125,7 @@ class Samples(Dataset):
         except BadImage as bad:
             return DataFailed(f"{bad}; put the image back, and the run resumes at this batch")
         except (DataFailed, Refused) as error:
-            return DataFailed(str(error))  # training has started: too late to refuse
+            return DataFailed(str(error))  # training has started, and it is too late to refuse
         except Exception as error:  # noqa: BLE001  an augmentation or dataset may raise anything
             return workers.data_failure(error, name)
 
@@ -148,7 +149,7 @@ class Loader:
         batch_size: images per batch, over all processes.
         device: where the batches are needed.
         seed: the seed of the run.
-        sampler: "shuffle", or "balanced" to draw all classes equally often.
+        sampler: "shuffle", or "balanced" to draw all classes with equal probability.
         rank: the rank of this process.
         num_ranks: the number of processes.
 
@@ -246,7 +247,7 @@ class _Plan:
         spans: per batch, its first position, its end position, and the number of images that count.
     """
 
-    keys: Callable[[int, int], list[Key]]  # of the images from one position to another
+    keys: Callable[[int, int], list[Key]]
     spans: list[Span]
 
     def __iter__(self) -> Iterator[list[Key]]:
@@ -273,7 +274,7 @@ class StreamLoader(Loader):
         self.raw, self.image = self._samples.raw, self._samples.image
         self._finish = _identity if on_cpu else self._normalize
         self._plan = _Plan()
-        Finalize(None, workers.kill_workers, exitpriority=0)  # when this process ends
+        Finalize(None, workers.kill_workers, exitpriority=0)  # runs when this process ends
         self._loader = DataLoader(
             self._samples,
             batch_sampler=self._plan,
@@ -395,7 +396,7 @@ def build_loader(
     """
     augment = cfg.augment if training else []
     batch_size = cfg.batch_size
-    if not training:  # small enough that several processes have batches to evaluate in turn
+    if not training:  # not too large, so that every process has batches to evaluate
         batch_size = min(EVALUATION_BATCHES * batch_size, max(batch_size, LARGEST_EVALUATION_BATCH))
     sampler = cfg.sampler if training else "shuffle"
     common = (images, preprocessing, batch_size, device, seed, sampler, rank, num_ranks)

@@ -5,7 +5,7 @@ import numpy as np
 # Epoch and index of an image and, where an image may come twice in an epoch, its position there.
 # Everything random about a training image is a function of its key.
 Key = tuple[int, int] | tuple[int, int, int]
-EVALUATION = 0  # stands for the epoch in keys of images that are not augmented
+EVALUATION = 0  # stands in place of the epoch in the keys of images that are not augmented
 
 
 def split_epoch(number: int, batch_size: int) -> list[int]:

@@ -17,8 +17,9 @@ from cnn.datasets.decode import GRAY_MODES, VERSION, open_image, to_array
 from cnn.errors import BadImage
 from cnn.utils.files import write_atomically
 
-# Of one file: its size in bytes and time of change in ns, the image's sides and whether it is gray,
-# and the sums of its pixel values 0..255 and of their squares in red, green, blue, and gray.
+# What a scan stores of one file: its size in bytes and its time of change in ns, the image's height and
+# width, whether it is gray, and the sums of the pixel values 0..255 and of their squares, each for
+# red, green, blue, and gray.
 SCAN = np.dtype(
     [(name, "i8") for name in ("bytes", "changed", "height", "width")]
     + [("gray", "?"), ("sums", "f8", 4), ("squares", "f8", 4)]
@@ -26,9 +27,9 @@ SCAN = np.dtype(
 
 
 def scan(root: Path, paths: list[Path]) -> tuple[np.ndarray, dict[Path, str]]:
-    """Returns facts about image files, for which it decodes each file that is new or has changed.
+    """Returns sizes and pixel sums of image files; decodes those that are new or have changed.
 
-    The facts about the other files are read from the results of an earlier scan.
+    For the other files, the values are read from the results of an earlier scan.
 
     Args:
         root: the folder or CSV file of the dataset; the name of the file with the results is a
@@ -109,4 +110,4 @@ def _store(cache: Path, names: list[str], rows: np.ndarray) -> None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(cache, lambda file: np.savez_compressed(file, names=text, rows=rows))
     except OSError:
-        pass  # without the cache the next start scans again, nothing else
+        pass  # without the cache, the next start only has to scan again

@@ -4,7 +4,7 @@ import numpy as np
 
 from cnn.datasets.images import ArrayImages
 
-CHUNK = 1_024  # images drawn at a time, since they take eight times the memory as floats
+CHUNK = 1_024  # images made at a time, since they take eight times the memory as float64
 
 
 def load(

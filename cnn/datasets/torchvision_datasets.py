@@ -14,7 +14,7 @@ MNIST_FILES = [
 ]
 CIFAR10_FILES = [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch", "batches.meta"]
 
-# name in the configuration: torchvision's class, folder below root, files in it
+# By the name in the settings: torchvision's class, the folder below root, the files in it.
 FILES = {
     "mnist": ("MNIST", "MNIST/raw", MNIST_FILES),
     "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw", MNIST_FILES),
@@ -24,7 +24,7 @@ FILES = {
     "svhn": ("SVHN", ".", ["train_32x32.mat", "test_32x32.mat"]),
 }
 SPLITS = ("train", "test")
-DOWNLOAD_TIMEOUT = 30  # seconds without an answer
+DOWNLOAD_TIMEOUT = 30  # seconds to wait for an answer of the server
 
 
 def load(name: str, root: str, download: bool) -> tuple[dict[str, ArrayImages], list[str]]:

@@ -62,7 +62,7 @@ def pickle_batch(batch: Any) -> PickledBatch | DataFailed:
     """
     try:
         return batch if isinstance(batch, DataFailed) else PickledBatch(batch)
-    except Exception as error:  # noqa: BLE001  whatever it is, it has to reach the run
+    except Exception as error:  # noqa: BLE001  any error has to reach the main process
         return data_failure(error)
 
 
@@ -80,11 +80,11 @@ def receive_batches(loader: DataLoader, start: int, source: str) -> Iterator[Any
     awaited, since, ended, workers = start, time.monotonic(), threading.Event(), []
     source += " from the loader processes" if loader.num_workers else ""
 
-    def warn() -> None:  # in a thread, since the wait is inside of torch
+    def warn() -> None:  # runs in a thread, since the main thread waits inside torch
         warned_at = 0.0
         while not ended.wait(min(WARN_EVERY, 1)):
             waited = time.monotonic() - since if awaited is not None else 0.0
-            warned_at = min(warned_at, waited)  # a shorter wait is for another batch
+            warned_at = min(warned_at, waited)  # a shorter wait means that another batch is awaited
             if waited >= warned_at + WARN_EVERY:
                 warned_at = waited
                 logger.warning("waiting for batch %d of %s: %.0f s", awaited, source, waited)
@@ -102,7 +102,7 @@ def receive_batches(loader: DataLoader, start: int, source: str) -> Iterator[Any
             del batch  # frees its memory before another one is made
             awaited, since = number + 1, time.monotonic()
     except (DataFailed, Stopped):
-        kill_workers()  # they may hang in what they read
+        kill_workers()  # they may hang while they read a file
         raise
     except Exception as error:  # noqa: BLE001  torch fails in many ways
         failure = data_failure(error, workers=workers)
@@ -126,7 +126,7 @@ def _start_workers(loader: DataLoader) -> Iterator[Any]:
     """
     forked = multiprocessing.get_start_method() == "fork"
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS) if forked else None
-    try:  # the mask is of this thread; signals that reach other threads are deferred too
+    try:  # the mask is only for this thread; signals to other threads are deferred
         with signals.signals_deferred() if forked else contextlib.nullcontext():
             return iter(loader)
     finally:
@@ -146,7 +146,7 @@ def data_failure(
         workers: the worker processes. If one of them has died, the error describes that instead.
     """
     for worker in workers:
-        worker.join(0.2)  # its pipe closes a moment before it ends
+        worker.join(0.2)  # a worker's pipe closes a moment before the worker ends
     codes = [worker.exitcode for worker in workers if worker.exitcode is not None]
     if not codes:
         return DataFailed(f"{what}: {describe(error)}")

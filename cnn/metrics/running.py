@@ -1,4 +1,4 @@
-"""Running metrics: sums that stay on the device and are copied to the host only when they are read."""
+"""Running metrics: sums that stay on the device and are copied to the host only when read."""
 
 import itertools
 import math
@@ -61,15 +61,16 @@ class RunningMetrics:
         self.count = self.count + other.count
 
     def pack(self) -> Tensor:
-        """Returns the sums loss, weight, correct and count as one tensor (4), ready for an all-reduce.
+        """Returns the sums loss, weight, correct and count as one tensor (4).
 
-        It has the dtype of the summed loss: float64, or float32 on MPS.
+        It is ready for an all-reduce. Its dtype is that of the summed loss: float64, or float32 on
+        MPS.
         """
         sums = (getattr(self, name) for name in SUMS)
         return torch.stack([torch.as_tensor(s).to(self.loss, non_blocking=True) for s in sums])
 
     def unpack(self, total: Tensor) -> None:
-        """Sets the sums loss, weight, correct and count from a tensor (4), in the order of `pack`."""
+        """Sets the sums loss, weight, correct and count from a tensor (4), as `pack` returns it."""
         self.loss, self.weight, correct, count = total.unbind()
         self.correct, self.count = correct.to(torch.int64), count.to(torch.int64)
 
@@ -78,7 +79,7 @@ class RunningMetrics:
         return math.isfinite(self.loss.item())
 
     def compute(self) -> Metrics:
-        """Returns the mean loss ("loss") and the accuracy ("acc", a fraction) over the images so far.
+        """Returns the mean loss as "loss" and the accuracy as "acc", a fraction, of all images.
 
         Without images, both are 0. Waits for the device.
         """
@@ -103,7 +104,7 @@ class RunningMetrics:
 
 
 class EvaluationMetrics(RunningMetrics):
-    """Metrics of an evaluation: running metrics, confusion matrix, and the prediction for each image.
+    """Metrics of an evaluation: running metrics, confusion matrix, and each prediction.
 
     What depends on the order of the batches is stored as one list entry per batch. So several
     processes that evaluate batches in turn compute the same bits as a single process.
@@ -121,7 +122,7 @@ class EvaluationMetrics(RunningMetrics):
     def __init__(self, device: torch.device, num_classes: int, names: Sequence[str]):
         super().__init__(device)
         self.num_classes, self.names = num_classes, tuple(names)
-        # Row: label, column: prediction; kept flat, which index_add_ needs.
+        # Rows are labels, columns are predictions; flat, since index_add_ needs one dimension.
         self.matrix = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
         self.in_top = torch.zeros((), dtype=torch.int64, device=device)
         self._needs_probabilities = bool(set(names) & set(scores.FROM_PROBABILITIES))
@@ -158,7 +159,7 @@ class EvaluationMetrics(RunningMetrics):
             self._probabilities.append(probabilities)
 
     def gather(self, all_gather: Callable[[dict], list[dict]]) -> None:
-        """Merges the batches of all processes in place, after which all processes have the same metrics.
+        """Merges the batches of all processes, in place, so that all have the same metrics.
 
         Restores the order of the batches, which the processes evaluated in turn.
 
@@ -179,7 +180,7 @@ class EvaluationMetrics(RunningMetrics):
             self.weight = self.weight + weight
 
     def compute(self) -> Metrics:
-        """Returns the metrics that the constructor's `names` lists, by name; None for an undefined one."""
+        """Returns the metrics listed in `names`, by name; an undefined metric is None."""
         values = super().compute() | scores.from_confusion_matrix(self.confusion().numpy())
         values[scores.TOP_K_ACC] = self.in_top.item() / max(self.count, 1)
         if self._probabilities:

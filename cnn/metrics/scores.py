@@ -11,8 +11,8 @@ import numpy as np
 Metrics = dict[str, float | None]  # by name; None where undefined
 
 TOP_K = 5
-MIN_CLASSES_FOR_TOP_K = 4 * TOP_K  # among fewer, guessing is too often right
-ECE_BINS = 15  # as Guo et al. (ICML 2017)
+MIN_CLASSES_FOR_TOP_K = 4 * TOP_K  # with fewer classes, guessing is right too often
+ECE_BINS = 15  # as in Guo et al. (ICML 2017)
 SPLITS = ("train_", "val_", "test_")
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
@@ -21,7 +21,7 @@ TOP_K_ACC = f"top{TOP_K}_acc"
 # Every metric, by the direction in which it improves; a test verifies that none is missing.
 HIGHER = ("acc", "balanced_acc", "f1", TOP_K_ACC, "auc", "sensitivity", "specificity")
 LOWER = ("loss", "log_loss", "ece")
-# Those that need the probability of every class; the others follow from the confusion matrix.
+# These need the probability of every class; the others follow from the confusion matrix.
 FROM_PROBABILITIES = ("auc", "log_loss", "ece")
 OF_TWO_CLASSES = ("auc", "sensitivity", "specificity")
 
@@ -45,7 +45,7 @@ def epoch_metrics(num_classes: int, monitor: str) -> tuple[str, ...]:
 
 
 def result_metrics(num_classes: int) -> tuple[str, ...]:
-    """Returns the names of all metrics that exist for this number of classes, for the final test."""
+    """Returns the names of the metrics of the final test: all that exist for the classes."""
     return tuple(dict.fromkeys([*epoch_metrics(num_classes, "val_auc"), *FROM_PROBABILITIES]))
 
 
@@ -253,7 +253,7 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float | None:
 
 
 def log_loss(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Returns the mean over the images of -log(p), where p is the predicted probability of the label.
+    """Returns the mean of -log(p), where p is the probability of an image's label.
 
     As in scikit-learn, p is clipped to [eps, 1 - eps] with the eps of the dtype.
 
@@ -269,8 +269,9 @@ def log_loss(labels: np.ndarray, scores: np.ndarray) -> float:
 def calibration_error(labels: np.ndarray, scores: np.ndarray) -> float:
     """Returns the expected calibration error (Guo et al., ICML 2017, section 2).
 
-    The probabilities of the predicted classes are divided into 15 bins of equal width. The error is
-    the mean of |accuracy - mean probability| over the bins, weighted by their number of images.
+    The probabilities of the predicted classes are divided into `ECE_BINS` bins of equal width. The
+    error is the mean of |accuracy - mean probability| over the bins, weighted by their number of
+    images.
 
     Args:
         labels: index of each image's class (N).

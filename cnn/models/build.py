@@ -51,7 +51,7 @@ def build_model(
             raise Refused(f"model.args: {cfg.name}: {error}") from error
         except (ValueError, RuntimeError) as error:
             if cfg.name not in MODELS:
-                raise  # the user's code, for which a traceback helps
+                raise  # an error in the user's code, for which a traceback helps
             raise Refused(f"model.args: {cfg.name}: {error}") from None
     else:
         model = torchvision_models.build(cfg.name, num_classes, in_channels, pretrained, cfg.args)

@@ -20,7 +20,7 @@ def count_flops(model: nn.Module, shape: tuple[int, ...]) -> int | None:
 
     Counts convolutions, matrix products and attention, and each multiply-add as two operations. A
     copy of the model computes, so that the model does not change. (The meta device would need no
-    copy, but torch first loads its decompositions for it, as long as loading torch takes.)
+    copy, but torch first loads decompositions for it, which takes as long as loading torch.)
 
     Args:
         model: the model, on any device.
@@ -60,7 +60,7 @@ class _Counter(TorchDispatchMode):
 
 def _count_convolution(args: tuple, out: torch.Tensor) -> int:
     images, weight, transposed = args[0], args[1], args[6]
-    positions = (images if transposed else out).shape[2:]  # of the kernel
+    positions = (images if transposed else out).shape[2:]  # where the kernel is applied
     return 2 * len(images) * math.prod(positions) * weight.numel()
 
 

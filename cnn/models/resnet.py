@@ -8,7 +8,9 @@ from cnn.models.simple_cnn import conv_bn, conv_bn_relu, pool_relu
 
 
 class ResNet9(nn.Module):
-    """The network of D. Page, "How to Train Your ResNet" (2018), for images of 8 x 8 pixels and more.
+    """The network of D. Page, "How to Train Your ResNet" (2018).
+
+    Takes images of 8 x 8 pixels and more.
 
     Args:
         num_classes: number of logits per image.
@@ -30,7 +32,7 @@ class ResNet9(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W
         """Returns the logits (N, num_classes) of a batch of images (N, C, H, W)."""
         features = self.layer3(self.layer2(self.layer1(self.stem(images))))
-        # What AdaptiveMaxPool2d(1) gives, bit for bit; that one has no repeatable backward on CUDA.
+        # AdaptiveMaxPool2d(1) gives the same bits, but its backward on CUDA is not repeatable.
         pooled = F.max_pool2d(features, features.shape[2:]).flatten(1)  # N, 8 width
         return self.classifier(pooled) * self.scale  # N, num_classes
 
@@ -78,7 +80,7 @@ class ResNet20(nn.Module):
         self.classifier = nn.Linear(channels, num_classes)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight)  # He et al. (2015), as in the source
+                nn.init.kaiming_normal_(module.weight)  # He et al. (2015), as in the paper
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W
         """Returns the logits (N, num_classes) of a batch of images (N, C, H, W)."""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-MAX_WIDTH = 8  # of a feature map; wider ones are not faster
+MAX_WIDTH = 8  # of a feature map; for wider ones this is not faster
 MAX_ROW = 64  # width of the images laid side by side
 
 
@@ -70,7 +70,7 @@ class _Convolution(torch.autograd.Function):
             images_gradient = _backward(gradient, images, weight, (True, False, False))[0]
         if ctx.needs_input_grad[1]:
             in_row = max(MAX_ROW // (images.shape[3] + padding), 1)
-            number = math.gcd(len(images), 2 ** int(math.log2(in_row)))  # divides the batch
+            number = math.gcd(len(images), 2 ** int(math.log2(in_row)))  # divides the batch size
             rows, row_gradients = (side_by_side(m, number, padding) for m in (images, gradient))
             weight_gradient = _backward(row_gradients, rows, weight, (False, True, False))[1]
         return images_gradient, weight_gradient

@@ -1,4 +1,4 @@
-"""The classification models of torchvision, adapted to the number of classes and of image channels."""
+"""torchvision's classification models, adapted to the number of classes and of image channels."""
 
 import difflib
 from typing import Any
@@ -10,7 +10,7 @@ from cnn.config.settings import MODEL_NAMES
 from cnn.errors import Refused
 from cnn.models.weights import adapt_first_convolution, load_matching
 
-AUXILIARY_HEADS = ("googlenet", "inception_v3")  # return several outputs by default
+AUXILIARY_HEADS = ("googlenet", "inception_v3")  # these return several outputs by default
 
 
 def build(name: str, num_classes: int, in_channels: int, pretrained: bool, args: dict[str, Any]):

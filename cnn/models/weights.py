@@ -1,4 +1,4 @@
-"""Initial weights from a file, adapted to the number of classes and the number of image channels."""
+"""Initial weights from a file, adapted to the number of classes and of image channels."""
 
 import logging
 from pathlib import Path
