@@ -17,9 +17,9 @@ from cnn.datasets.decode import GRAY_MODES, VERSION, open_image, to_array
 from cnn.errors import BadImage
 from cnn.utils.files import write_atomically
 
-# What a scan stores of one file: its size in bytes and its time of change in ns, the image's height and
-# width, whether it is gray, and the sums of the pixel values 0..255 and of their squares, each for
-# red, green, blue, and gray.
+# What a scan stores of one file: its size in bytes and its time of change in ns, the image's height
+# and width, whether it is gray, and the sums of the pixel values 0..255 and of their squares, each
+# for red, green, blue, and gray.
 SCAN = np.dtype(
     [(name, "i8") for name in ("bytes", "changed", "height", "width")]
     + [("gray", "?"), ("sums", "f8", 4), ("squares", "f8", 4)]
