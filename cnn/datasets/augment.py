@@ -1,7 +1,8 @@
-"""Random augmentation of training images, one by one or a whole batch on the device.
+"""Random augmentation of training images, one by one or in whole batches on the device.
 
-The random numbers of an augmentation are a function of (seed, epoch, image) and of its own name, so
-that adding another one does not change it. torchvision is imported only by those that need it.
+The random numbers of an augmentation are a function of the seed, the epoch, the image and the name
+of the augmentation. So another augmentation can be added without changing them. torchvision is
+imported only when a configured augmentation needs it.
 """
 
 import functools
@@ -19,11 +20,11 @@ from cnn.datasets.preprocessing import resize_and_crop
 from cnn.utils import seeding
 from cnn.utils.importing import import_object
 
-Transform = Callable[[Tensor], Tensor]  # of an image (C, H, W), mostly uint8
+Transform = Callable[[Tensor], Tensor]  # from an image (C, H, W) to another, mostly uint8
 ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, Tensor)
 
-DRAWS = 2  # version of the random draws; a resume logs when a checkpoint has another one
-RESIZED_CROP_SCALE = (0.35, 1.0)  # Wightman et al. (2021); gentler than Inception's 0.08
+DRAWS = 2  # version of the random draws; a resume logs if the checkpoint has another version
+RESIZED_CROP_SCALE = (0.35, 1.0)  # as in Wightman et al. (2021); Inception crops down to 0.08
 
 
 def _v2() -> Any:
@@ -32,8 +33,8 @@ def _v2() -> Any:
     return v2
 
 
-# Each builds a transform from its settings and the model's image size in pixels. The transforms
-# draw from torch's global generator.
+# Each entry builds a transform from its settings and the model's image size in pixels. The
+# transforms draw from torch's global generator.
 AUGMENTATIONS: dict[str, Callable[[AugmentationConfig, int], Transform]] = {
     "crop": lambda _, size: functools.partial(crop, size=size),
     "flip": lambda *_: flip,
@@ -47,10 +48,15 @@ AUGMENTATIONS: dict[str, Callable[[AugmentationConfig, int], Transform]] = {
 
 
 class Augmentation:
-    """Applies the configured augmentations to an image, in their order.
+    """The configured augmentations, applied to one image at a time in the configured order.
 
-    Images are resized to the model's size before, except for `resized_crop`, which comes first and
-    crops from the whole image.
+    An image is first resized and cropped to the model's image size. With `resized_crop` among the
+    augmentations, that one is applied first instead, and crops from the whole image.
+
+    Args:
+        augment: name and settings of each augmentation.
+        size: height and width of the model's images in pixels.
+        seed: the seed of the run.
     """
 
     def __init__(self, augment: Sequence[AugmentationConfig], size: int, seed: int):
@@ -64,15 +70,17 @@ class Augmentation:
         ]
 
     def __call__(self, image: Tensor, key: Key) -> Tensor:
-        """Returns the image (C, H, W) augmented for an epoch, (C, size, size).
+        """Applies the augmentations to an image and returns it, (C, size, size).
 
         Args:
-            key: of the image in the epoch, from which the random numbers follow.
+            image: (C, H, W), uint8 or float.
+            key: (epoch, index of the image in the split), followed by the position in the epoch if
+                images may occur twice in an epoch. The random numbers depend on the seed and on it.
         """
         if self._resize_first:
             image = resize_and_crop(image, self.size)
         for transform, name, words in self._transforms:
-            # A user's augmentation may draw from any global generator, ours from torch's alone.
+            # A user's augmentation may draw from any global generator, ours draw only from torch's.
             seed = seeding.seed_torch if name in AUGMENTATIONS else seeding.seed_sample
             seed(self.seed, seeding.AUGMENT, *key, *words)
             image = transform(image)
@@ -80,7 +88,7 @@ class Augmentation:
 
 
 def name_key(name: str) -> int:
-    """Returns an augmentation's name as a number to seed its generator with."""
+    """Returns a checksum of an augmentation's name, an integer that helps to seed its generator."""
     return zlib.crc32(name.encode())
 
 
@@ -92,10 +100,15 @@ def _build(cfg: AugmentationConfig, size: int) -> Transform:
 
 
 def crop(image: Tensor, size: int) -> Tensor:
-    """Shifts an image by up to an eighth and fills with black, as torchvision's RandomCrop does.
+    """Shifts an image at random by up to an eighth of its size and fills the border with black.
 
-    Draws the same numbers and returns the same pixels in half to a third of the time (85 instead of
-    226 microseconds at 32 pixels, 114 instead of 211 at 224), without importing torchvision.
+    Draws the same numbers and returns the same pixels as torchvision's RandomCrop with padding.
+    Takes half to a third of the time (85 instead of 226 microseconds at 32 pixels, 114 instead of
+    211 at 224) and does not import torchvision.
+
+    Args:
+        image: (C, H, W), in general with H and W equal to `size`.
+        size: height and width of the returned image in pixels.
     """
     padding = max_shift(size)
     top, left = (_randint(side + 2 * padding - size) - padding for side in image.shape[-2:])
@@ -111,9 +124,15 @@ def _randint(most: int) -> int:
 
 
 def _copy_shifted(target: ArrayOrTensor, source: ArrayOrTensor, top: int, left: int) -> None:
-    """Copies into target (..., S, S) the part of the source that begins at row top, column left.
+    """Copies into a target the square of a source whose first pixel is at row `top`, column `left`.
 
-    What lies outside the source keeps its value in the target.
+    Where the square reaches beyond the source, the target keeps its values.
+
+    Args:
+        target: (..., S, S), changed in place.
+        source: (..., H, W).
+        top: index of the square's first row in the source; negative above the source.
+        left: index of the square's first column in the source; negative left of the source.
     """
     size = target.shape[-1]
     part = source[..., max(top, 0) : top + size, max(left, 0) : left + size]
@@ -122,31 +141,43 @@ def _copy_shifted(target: ArrayOrTensor, source: ArrayOrTensor, top: int, left: 
 
 
 def max_shift(size: int) -> int:
-    """Returns the largest shift of `crop` in pixels: 4 at 32, as He et al. (2016) for CIFAR."""
+    """Returns the largest shift of `crop` in pixels: an eighth of `size`, but at least 1.
+
+    At 32 pixels this is 4, as He et al. (2016) use for CIFAR.
+    """
     return max(1, size // 8)
 
 
 def flip(image: Tensor) -> Tensor:
-    """Flips an image left to right with probability 1/2, as torchvision's RandomHorizontalFlip."""
+    """Flips an image (C, H, W) left to right with probability 1/2.
+
+    Draws the same number as torchvision's RandomHorizontalFlip.
+    """
     return image if torch.rand(1) >= 0.5 else image.flip(-1)
 
 
 # -- cutout (DeVries and Taylor, 2017) ----------------------------------------------------------
 
-ERASED = 0.5  # side of the erased square as a fraction of the image's
+ERASED = 0.5  # side of the erased square as a fraction of the image's side
 ERASE_PROBABILITY = 0.5
 
 
 def erase(image: Tensor) -> Tensor:
-    """Erases a square of an image (C, H, W) to black with probability ERASE_PROBABILITY."""
+    """Sets a random square of an image (C, H, W) to black, with probability `ERASE_PROBABILITY`.
+
+    The method is cutout (DeVries and Taylor, 2017): the square may reach beyond the image.
+    """
     return image * ~erased_pixels(torch.rand(1, 3), *image.shape[-2:])
 
 
 def erased_pixels(draws: Tensor, height: int, width: int) -> Tensor:
-    """Returns which pixels of each image are erased, bool (N, H, W).
+    """Returns which pixels of each image are erased, bool (N, height, width).
 
     Args:
-        draws: uniform in [0, 1), (N, 3): whether to erase, and the center's y and x.
+        draws: (N, 3), uniform in [0, 1). Column 0 decides whether the image is erased at all.
+            Columns 1 and 2 are y and x of the square's center, as fractions of height and width.
+        height: of the images, in pixels.
+        width: of the images, in pixels.
     """
 
     def near(draw: Tensor, side: int) -> Tensor:  # N, side
@@ -163,11 +194,12 @@ BATCH_DRAWS = {"crop": 2, "flip": 1, "erase": 3}  # random numbers per image
 
 
 class BatchAugmentation:
-    """Gathers batches of images from a store and crops, flips and erases them.
+    """A transform of whole batches that gathers images from a store and crops, flips, erases them.
 
     Args:
-        store: all images, uint8 (M, S, S, C), on the device.
-        names: of BATCH_DRAWS; without any, images are only gathered.
+        store: all images of the dataset, uint8 (M, S, S, C), on the device.
+        names: the augmentations to apply, of "crop", "flip" and "erase"; other names are ignored.
+            Without any of the three, images are only gathered.
     """
 
     def __init__(self, store: Tensor, names: Sequence[str]):
@@ -177,9 +209,16 @@ class BatchAugmentation:
         self._sides = torch.arange(self.size, device=store.device)
 
     def draws(self, number: int, seed: int, epoch: int) -> Tensor:
-        """Returns the random numbers of an epoch's images, uniform in [0, 1): (number, draws).
+        """Returns the random numbers of one epoch, float32 (number, D), uniform in [0, 1).
 
-        Each augmentation has its own counter-based generator (Philox; Salmon et al., SC 2011).
+        D is the sum of the numbers that each augmentation needs per image, see `BATCH_DRAWS`. Each
+        augmentation draws from a counter-based generator (Philox; Salmon et al., SC 2011). Its key
+        depends on the seed, the epoch and the name of the augmentation.
+
+        Args:
+            number: count of images in the epoch.
+            seed: the seed of the run.
+            epoch: the epoch, counted from 1.
         """
         tables = []
         for name in self.names:
@@ -192,8 +231,9 @@ class BatchAugmentation:
         """Returns a batch of augmented images, uint8 (N, C, S, S), channels last.
 
         Args:
-            rows: of the images in the store (N).
-            draws: the images' rows of what the method `draws` returns; None to augment nothing.
+            rows: the index of each image in the store, int64 (N).
+            draws: (N, D), the random numbers of these images, taken from the result of
+                `BatchAugmentation.draws`; None to augment nothing.
         """
         if draws is None or not self.names:
             return self._store.index_select(0, rows).permute(0, 3, 1, 2)
@@ -213,10 +253,19 @@ class BatchAugmentation:
         return images.permute(0, 3, 1, 2)
 
     def _gather(self, rows: Tensor, is_flipped: Tensor, shifts: Tensor) -> Tensor:
-        """Flips and shifts images by indexing all pixels together: (N, S, S, C), black outside."""
+        """Flips and shifts a batch by indexing the pixels of all its images at once.
+
+        Args:
+            rows: the index of each image in the store, int64 (N).
+            is_flipped: whether to flip the image left to right, bool (N).
+            shifts: pixels by which to shift the image up and to the left, int64 (N, 2).
+
+        Returns:
+            Images, uint8 (N, S, S, C). Pixels from outside the original image are black.
+        """
         size = self.size
         x = torch.where(is_flipped[:, None], size - 1 - self._sides, self._sides)
-        y, x = self._sides + shifts[:, :1], x + shifts[:, 1:]  # N, S; of the source
+        y, x = self._sides + shifts[:, :1], x + shifts[:, 1:]  # N, S; coordinates in the source
         near_y, near_x = y.clamp(0, size - 1), x.clamp(0, size - 1)
         pixels = (rows[:, None] * size + near_y)[:, :, None] * size + near_x[:, None, :]  # N, S, S
         images = self._store.view(-1, self.channels).index_select(0, pixels.view(-1))
@@ -226,9 +275,9 @@ class BatchAugmentation:
         return images
 
     def _copy(self, rows: Tensor, is_flipped: Tensor, shifts: Tensor) -> Tensor:
-        """Does the same as `_gather` image by image.
+        """Flips and shifts a batch as `_gather` does, but copies one image after the other.
 
-        On one CPU thread that is 1.8 times as fast at 32 x 32 x 3, and 2.7 times at 28 x 28 x 1.
+        On one CPU thread this is 1.8 times as fast at 32 x 32 x 3, and 2.7 times at 28 x 28 x 1.
         """
         store = self._store.numpy().transpose(0, 3, 1, 2)  # M, C, S, S
         images = np.zeros((len(rows), self.size, self.size, self.channels), np.uint8)

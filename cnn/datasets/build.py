@@ -19,7 +19,7 @@ from cnn.utils.importing import import_object
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_IMAGE_SIZE = 224  # for images of several sizes, where the user sets none
+DEFAULT_IMAGE_SIZE = 224  # pixels, for images of several sizes if the user sets no size
 
 
 def _load_synthetic(cfg: DataConfig, _) -> tuple[Splits, list[str]]:
@@ -29,8 +29,8 @@ def _load_synthetic(cfg: DataConfig, _) -> tuple[Splits, list[str]]:
         raise Refused(f"data.args: synthetic cannot be made of {cfg.args}: {error}") from None
 
 
-# Each loads the splits that exist and the names of the classes. The second argument are the classes
-# of a model to evaluate, or None; datasets with classes of their own ignore it.
+# Each entry loads the splits that exist and the class names. The second argument is the list of
+# classes of a model to evaluate, or None. Datasets with fixed classes ignore it.
 DATASETS: dict[str, Callable[[DataConfig, list[str] | None], tuple[Splits, list[str]]]] = {
     "digits": lambda *_: digits.load(),
     "synthetic": _load_synthetic,
@@ -45,7 +45,12 @@ DATASETS: dict[str, Callable[[DataConfig, list[str] | None], tuple[Splits, list[
 
 @dataclass(frozen=True)
 class Data:
-    """The images of a run, divided, with the names of their classes and their preprocessing."""
+    """The training, validation and test images of a run, their class names and their preprocessing.
+
+    Attributes:
+        classes: the name of each class; a label is an index into this list.
+        preprocessing: the image size, the channels, and the mean and std of the training images.
+    """
 
     train: Images
     val: Images
@@ -54,18 +59,28 @@ class Data:
     preprocessing: Preprocessing
 
     def with_preprocessing(self, preprocessing: Preprocessing) -> "Data":
-        """Returns the same data with the preprocessing that a model was trained with."""
+        """Returns the same data with another preprocessing, such as a trained model's."""
         return replace(self, preprocessing=preprocessing)
 
     def head(self, number: int) -> "Data":
-        """Returns the first `number` images of each split."""
+        """Returns the same data with only the first `number` images of each split.
+
+        A split with fewer images stays whole. Datasets of image files are reduced to the files of
+        these images, so that no other file is decoded.
+        """
         splits = (self.train, self.val, self.test)
         cut = [images.subset(np.arange(min(number, len(images)))) for images in splits]
         cut = [images.detached() if isinstance(images, FileImages) else images for images in cut]
         return Data(*cut, self.classes, self.preprocessing)
 
     def fingerprint(self) -> dict[str, int]:
-        """Returns the number of images per split, and a checksum of their names and pixels."""
+        """Returns image counts and a checksum, which show a later run whether the data changed.
+
+        Returns:
+            The number of images under each of "train", "val" and "test". Under "checksum", a CRC-32
+            of the labels and names of all images (file names without their folders) and of
+            `train.checksum()`, which covers the pixels where they are quick to read.
+        """
         splits = {"train": self.train, "val": self.val, "test": self.test}
         checksum = self.train.checksum()
         for images in splits.values():
@@ -79,8 +94,13 @@ class Data:
 def build_data(cfg: DataConfig, seed: int) -> Data:
     """Reads a dataset and divides it into training, validation and test images.
 
-    A missing test or validation set is held out of the training images, stratified by class, as a
-    function of the seed. Mean and std are those of the training images.
+    If the dataset has no test or no validation images, a fraction of every class is taken out of
+    the training images. The mean and std of the preprocessing are those of the training images.
+    Logs a warning for each split that lacks a class.
+
+    Args:
+        cfg: the section `data` of the settings.
+        seed: chooses the images that are taken out of the training images.
 
     Raises:
         Refused: the data cannot be read or cannot be divided.
@@ -99,13 +119,20 @@ def build_data(cfg: DataConfig, seed: int) -> Data:
 def read_splits(
     cfg: DataConfig, model_classes: list[str] | None = None
 ) -> tuple[Splits, list[str]]:
-    """Reads a dataset with the splits that it comes with, and the names of its classes.
+    """Reads a dataset with the splits that it comes with, without dividing them further.
 
     Args:
-        model_classes: the classes of a model to evaluate; folders and CSV files then use these.
+        cfg: the section `data` of the settings.
+        model_classes: the class names of a model to evaluate, in the order of its outputs. The
+            labels of image folders and CSV files then are indices into this list. None: the
+            classes are those of the dataset.
+
+    Returns:
+        The images by split ("train", "val" or "test"), and the class names in the order of the
+        labels.
 
     Raises:
-        Refused: the data cannot be read.
+        Refused: the data cannot be read, or `data.args` has a keyword that the dataset lacks.
     """
     is_own = is_import_path(cfg.name)
     try:
@@ -134,7 +161,16 @@ def _check_user_dataset(cfg: DataConfig, found: Any) -> tuple[Splits, list[str]]
 
 
 def _choose_preprocessing(cfg: DataConfig, train: Images) -> Preprocessing:
-    """Returns the configured image size and channels, or the images' own, with mean and std."""
+    """Returns the preprocessing: image size and channels, and mean and std of the training images.
+
+    A configured image size or number of channels has precedence over the images'. Images of
+    several sizes get `DEFAULT_IMAGE_SIZE`. Image files are decoded to the configured channels
+    from then on.
+
+    Raises:
+        Refused: the configured channels differ from those of a dataset that is not read from
+            image files, or some images contain NaN.
+    """
     channels, smallest, largest = train.sizes()
     if cfg.channels in (1, 3) and isinstance(train, FileImages):
         channels = train.files.channels = cfg.channels
@@ -149,5 +185,5 @@ def _choose_preprocessing(cfg: DataConfig, train: Images) -> Preprocessing:
     if not np.isfinite(mean).all():
         raise Refused(f"data.name: {cfg.name}: some images contain NaN")
     std = np.sqrt(np.maximum(squares[:channels] / number / 255**2 - mean**2, 0))
-    std = np.where(std > 0, std, 1.0)  # all pixels equal: keep them finite
+    std = np.where(std > 0, std, 1.0)  # if all pixels are equal, dividing by 1 keeps them finite
     return Preprocessing(image_size, channels, mean.tolist(), std.tolist())

@@ -1,8 +1,9 @@
-"""A cache of image files decoded once to the model's image size and kept between runs.
+"""A cache of image files, decoded once to the model's image size and kept between runs.
 
-It is a plain array of bytes in the user's cache folder, never beside the images, and is mapped into
-memory, so that processes share it. Its name is a hash over the files' names, sizes and times of
-change, so that a changed folder gets another one. It appears under its name only once complete.
+A cache is a plain array of bytes in the user's cache folder, never beside the images. It is mapped
+into memory, so that processes share it. Its name contains a hash of the image files' names, sizes
+and times of change, so that a changed dataset gets another cache. It is renamed to this name only
+once it is complete.
 """
 
 import contextlib
@@ -28,9 +29,9 @@ CHUNK = 256  # images that are decoded together
 
 
 def cache_folder() -> Path:
-    """Returns the folder that keeps what was learned about the user's images.
+    """Returns the folder of all caches: `cnn` below $XDG_CACHE_HOME or, without it, below ~/.cache.
 
-    Without a home folder it is a path below /dev/null, where every access fails.
+    Without a home folder, returns a path below /dev/null, where every access fails (OSError).
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(os.devnull if base.startswith("~") else base) / "cnn"
@@ -39,10 +40,23 @@ def cache_folder() -> Path:
 def decode_all(
     root: Path, paths: list[Path], scans: np.ndarray, size: int, channels: int
 ) -> torch.Tensor:
-    """Returns the files' pixels, uint8 (N, size, size, channels), decoded or from the cache.
+    """Returns the pixels of image files from the cache, or decodes the files if it lacks them.
+
+    Decoded images are resized, cropped and written to the cache. If the cache cannot be written or
+    read, the pixels are only in memory.
+
+    Args:
+        root: the folder or CSV file of the dataset; it is part of the cache's key.
+        paths: the N image files.
+        scans: one row per file, of the dtype `scan.SCAN`; sizes and times of change are used.
+        size: height and width of the result in pixels.
+        channels: 1 for gray, 3 for RGB.
+
+    Returns:
+        Pixels, uint8 (N, size, size, channels).
 
     Raises:
-        Refused: a file does not decode any more.
+        Refused: a file that decoded during the scan does not decode any more.
     """
     shape = (len(paths), size, size, channels)
     file = cache_folder() / f"pixels_{_key(root, paths, scans, shape)}.bin"
@@ -52,7 +66,7 @@ def decode_all(
             remove_leftovers(file.parent.glob(".pixels_*.tmp"))
             write_atomically(file, lambda out: out.writelines(_decode(paths, size, channels)))
         store = np.memmap(file, np.uint8, mode="c", shape=shape)  # c: changes stay in memory
-    except OSError:  # no room, or no permission to write or read there: keep them in memory alone
+    except OSError:  # no room or no permission in the cache: the pixels are only in memory
         store = np.empty(shape, np.uint8)
         for number, pixels in enumerate(_decode(paths, size, channels)):
             store[number] = pixels
@@ -68,7 +82,14 @@ def _key(root: Path, paths: list[Path], scans: np.ndarray, shape: tuple[int, ...
 
 
 def _decode(paths: list[Path], size: int, channels: int) -> Iterator[np.ndarray]:
-    """Decodes the files in several threads and yields their pixels in order, (size, size, C)."""
+    """Decodes image files in several threads and yields the pixels of each in the order of `paths`.
+
+    Yields:
+        Resized and cropped pixels, uint8 (size, size, channels).
+
+    Raises:
+        Refused: a file does not decode any more.
+    """
 
     def decode_one(path: Path) -> np.ndarray:
         try:
@@ -86,8 +107,11 @@ def _decode(paths: list[Path], size: int, channels: int) -> Iterator[np.ndarray]
 
 
 def remove_leftovers(leftovers: Iterable[Path]) -> None:
-    """Removes files and folders of killed processes; young ones may still be in use."""
+    """Removes temporary files and folders of killed processes that are more than a day old.
+
+    Younger ones may still be in use. Those that cannot be removed are ignored.
+    """
     for path in leftovers:
-        with contextlib.suppress(OSError):  # removed by another process, or another user's
+        with contextlib.suppress(OSError):  # removed by another process, or of another user
             if time.time() - path.stat().st_mtime > OLD:
                 (shutil.rmtree if path.is_dir() else os.unlink)(path)

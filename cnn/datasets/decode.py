@@ -11,7 +11,7 @@ from cnn.errors import ADVICE, SCARCITIES, BadImage, DataFailed
 
 VERSION = 2  # incremented when files decode to other pixels, so that old caches are not used
 GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
-MAX_PIXELS = 120_000_000  # of one image: 360 MB as RGB; a larger one may be a decompression bomb
+MAX_PIXELS = 120_000_000  # per image: 360 MB as RGB; a larger image may be a decompression bomb
 MAX_OF_16_BITS = 2**16 - 1
 
 Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is the limit: an error instead of a warning
@@ -24,15 +24,17 @@ BROKEN = (OSError, EOFError, MemoryError, *DATA_ERRORS)
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """Reads a whole image file, rotated as its EXIF data demands; the first frame of several.
+    """Reads a whole image file and rotates the image as its EXIF data demand.
+
+    Of a file with several frames, reads the first one.
 
     Raises:
-        BadImage: it is not an image, or a broken one.
-        DataFailed: memory or file descriptors are exhausted, which says nothing about the image.
+        BadImage: the file is missing, broken, no photograph, or has more than `MAX_PIXELS` pixels.
+        DataFailed: memory or file descriptors are exhausted, so that the image may be a good one.
     """
     try:
         with Image.open(path) as image:
-            if image.format == "EPS":  # a program, which Pillow would run with Ghostscript
+            if image.format == "EPS":  # EPS is a program, which Pillow would run with Ghostscript
                 raise BadImage("an EPS drawing, no photograph")
             if image.width * image.height > MAX_PIXELS:
                 raise BadImage(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
@@ -47,13 +49,16 @@ def open_image(path: str | os.PathLike) -> Image.Image:
 
 
 def _reason(path: str | os.PathLike, error: Exception) -> str:
-    """Returns Pillow's message without the path, which the caller adds."""
+    """Returns an error's message, or its class name if the message is empty.
+
+    Leaves out the path at the end of Pillow's messages, since the caller names the file.
+    """
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return text.removesuffix(f" {str(path)!r}") or type(error).__name__
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Returns the image rotated as its EXIF data demands, if they can be read."""
+    """Returns the image rotated as its EXIF data demand, or unchanged if these cannot be read."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # noqa: BLE001  only the EXIF data are broken, not the picture
@@ -61,13 +66,17 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def to_array(image: Image.Image, channels: int) -> np.ndarray:
-    """Converts a PIL image to uint8 (channels, H, W); transparent pixels become white.
+    """Converts a PIL image to an array, uint8 (channels, H, W); transparent pixels become white.
 
-    Keeps the upper 8 of 16 bits. Treats 32-bit integers as 16-bit ones and clips larger values;
-    treats floats as 0..1 if all are in that range, else as 0..255.
+    Of 16-bit pixels, keeps the upper 8 bits. Clips 32-bit integers to 16 bits and treats them
+    alike. Takes floats as values of 0..1 if all are in that range, else as values of 0..255.
+
+    Args:
+        image: an image of any mode.
+        channels: 1 to convert to gray, any other number to convert to RGB.
 
     Raises:
-        BadImage: Pillow cannot convert its mode to gray or RGB.
+        BadImage: Pillow cannot convert the image to gray or RGB.
     """
     try:
         if image.mode.startswith("I;16") or image.mode == "I":
@@ -78,7 +87,7 @@ def to_array(image: Image.Image, channels: int) -> np.ndarray:
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        if image.mode == "LAB":  # which cannot be converted to gray directly
+        if image.mode == "LAB":  # Pillow cannot convert it to gray directly
             image = image.convert("RGB")
         image = image.convert("L" if channels == 1 else "RGB")
     except (*BROKEN, ImportError) as error:
@@ -95,5 +104,14 @@ def _bytes_of_floats(values: np.ndarray) -> np.ndarray:
 
 
 def decode(path: Path, channels: int) -> np.ndarray:
-    """Returns an image file's pixels as uint8 (channels, H, W)."""
+    """Reads an image file and returns its pixels, uint8 (channels, H, W).
+
+    Args:
+        path: the image file.
+        channels: 1 to decode to gray, 3 to decode to RGB.
+
+    Raises:
+        BadImage: the file is missing or broken, or is no photograph.
+        DataFailed: memory or file descriptors are exhausted.
+    """
     return to_array(open_image(path), channels)

@@ -17,7 +17,10 @@ NUM_TRAIN = 898
 
 
 def load() -> tuple[dict[str, ArrayImages], list[str]]:
-    """Returns the splits train and test, and the names of the classes."""
+    """Returns the digits as splits "train" and "test", and the class names "0" to "9".
+
+    The first 898 images are for training, the other 899 for testing.
+    """
     with np.load(FILE) as file:
         labels = file["labels"]
         pixels = np.round(file["images"] * (255 / 16)).astype(np.uint8)  # 0..16 in the source

@@ -13,13 +13,18 @@ Splits = dict[str, Images]
 
 
 def divide(splits: Splits, cfg: DataConfig, seed: int) -> Splits:
-    """Returns train, val and test; holds a missing one out of the training images.
+    """Returns the splits "train", "val" and "test"; takes missing ones out of the training images.
+
+    If `cfg.limit` is set, keeps at most that many of the remaining training images, chosen at
+    random.
 
     Args:
-        seed: on which the choice of the images depends, and that of `data.limit`.
+        splits: the images by split, at least "train".
+        cfg: the section `data` of the settings, with the fractions to take out and the limit.
+        seed: chooses the images to take out, and those that the limit keeps.
 
     Raises:
-        Refused: there are too few training images.
+        Refused: a split is missing, but no class has two training images.
     """
     splits = dict(splits)
     for split, fraction in (("test", cfg.test_fraction), ("val", cfg.val_fraction)):
@@ -38,9 +43,22 @@ def _permutation(number: int, seed: int, use: str) -> np.ndarray:
 
 
 def _hold_out(images: Images, fraction: float, seed: int, use: str) -> tuple[Images, Images]:
-    """Divides images into those to keep and those held out: a fraction of every class.
+    """Divides images at random into those to keep and those to take out.
 
-    Holds out at least one image of each class that has two, and never all of them.
+    Takes out a fraction of each class. At least one image is taken from a class that has two or
+    more, and at least one image stays in every class.
+
+    Args:
+        images: the images to divide.
+        fraction: the part of each class to take out, in 0..1.
+        seed: chooses the images.
+        use: the split that the images are taken out for, "val" or "test"; also chooses the images.
+
+    Returns:
+        The images to keep, and the images taken out.
+
+    Raises:
+        Refused: no class has two images.
     """
     order = _permutation(len(images), seed, use)
     held = np.zeros(len(images), bool)

@@ -19,24 +19,32 @@ MAX_NAMED = 20  # files or classes listed in a message
 
 LAYOUT = "ROOT/CLASS/*.jpg, or ROOT/train/CLASS/*.jpg with val/ and test/ beside train/"
 
-Listing = dict[str, list[tuple[Path, str]]]  # split: (file, class) per image
+Listing = dict[str, list[tuple[Path, str]]]  # by split, (file, class name) for every image
 FileSplits = dict[str, FileImages]
 
 
 def load_folder(
     root: str, on_bad_image: str, model_classes: list[str] | None = None
 ) -> tuple[FileSplits, list[str]]:
-    """Reads ROOT/train|val|test/CLASS/* or ROOT/CLASS/*; the class names are the folders' names.
+    """Reads a folder of images, ROOT/train|val|test/CLASS/* or ROOT/CLASS/*.
+
+    The names of the class folders are the class names.
 
     Args:
-        model_classes: the classes of a model to evaluate, in its order. Some of them, and the
-            training images, may then be missing.
+        root: path of the folder ROOT.
+        on_bad_image: "stop" refuses files that do not decode; "skip" leaves them out and logs a
+            warning.
+        model_classes: the class names of a model to evaluate, in the order of its outputs. The
+            labels then are indices into this list, and the folder may lack training images and
+            some of the classes. None: the classes are those of the training images.
 
     Returns:
-        The splits that the folder has, and the class names in the order of the labels.
+        The images by split, all of them under "train" for ROOT/CLASS/*; and the class names in the
+        order of the labels.
 
     Raises:
-        Refused: no such folder, two for one split, a class without images, undecodable files.
+        Refused: the folder does not exist, two folders stand for one split (val and valid), a
+            class folder has no images, a class is not known, or files do not decode.
     """
     top = Path(root)
     if not top.is_dir():
@@ -51,19 +59,25 @@ def load_folder(
 def load_csv(
     root: str, on_bad_image: str, model_classes: list[str] | None = None
 ) -> tuple[FileSplits, list[str]]:
-    """Reads a CSV file with the columns path, label and, optionally, split (train, val or test).
+    """Reads the images that a CSV file lists in the columns path, label and, optionally, split.
 
-    Paths are relative to the file's folder. Spaces around a value are ignored.
+    The split is train, val or test; without one, an image is for training. Paths are relative to
+    the folder of the CSV file. Spaces around a value are ignored.
 
     Args:
-        model_classes: as for `load_folder`.
+        root: path of the CSV file.
+        on_bad_image: "stop" refuses files that do not decode; "skip" leaves them out and logs a
+            warning.
+        model_classes: the class names of a model to evaluate, in the order of its outputs. The
+            labels then are indices into this list, and the file may lack training images and some
+            of the classes. None: the classes are those of the training images.
 
     Returns:
-        As `load_folder`.
+        The images by split, and the class names in the order of the labels.
 
     Raises:
-        Refused: no such file, a missing column or value, a line that contradicts an earlier one,
-            files that do not decode.
+        Refused: the CSV file does not exist, a column or a value is missing, a line contradicts an
+            earlier one, a class is not known, or image files do not decode.
     """
     file = Path(root)
     columns, rows = _read_table(file)
@@ -88,7 +102,15 @@ def load_csv(
 
 
 def _read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Returns a CSV file's columns, and per row its line number and its values by column."""
+    """Reads a CSV file and returns its columns and its rows.
+
+    Returns:
+        The column names, and for each row that is not empty its line number in the file and its
+        values by column. A value of path, label or split that the row lacks is "".
+
+    Raises:
+        Refused: the file cannot be read or is not in UTF-8.
+    """
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream)
@@ -106,7 +128,14 @@ def _read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]
 
 
 def _find_splits(top: Path) -> dict[str, Path]:
-    """Returns the folders of the splits; empty where those in `top` are class folders."""
+    """Returns the folder of each split ("train", "val", "test") that is inside the folder `top`.
+
+    The result is empty if no folder has the name of a split, so that all may be class folders. If
+    there are splits, logs a warning that names the other folders.
+
+    Raises:
+        Refused: two folders stand for the same split, such as val and valid.
+    """
     folders, splits = _list_folders(top), {}
     for folder in folders:
         split = SPLITS.get(folder.name.lower())
@@ -123,13 +152,17 @@ def _find_splits(top: Path) -> dict[str, Path]:
 
 
 def _list_folders(path: Path) -> list[Path]:
-    """Returns the folders in a folder, sorted by name, without hidden ones."""
+    """Returns the folders inside a folder, sorted by name, except those that begin with . or __."""
     inner = (p for p in path.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
     return sorted(inner, key=lambda p: p.name)
 
 
 def _list_images(path: Path) -> list[tuple[Path, str]]:
-    """Returns the image files in the class folders of a folder, each with its class."""
+    """Returns (image file, class name) for every image in the class folders inside a folder.
+
+    Raises:
+        Refused: there are no class folders, or one of them has no images.
+    """
     folders = _list_folders(path)
     if not folders:
         raise Refused(f"data.root: expected class folders, {LAYOUT}; there are none in {path}")
@@ -146,7 +179,20 @@ def _list_images(path: Path) -> list[tuple[Path, str]]:
 def _read(
     root: Path, listing: Listing, on_bad_image: str, model_classes: list[str] | None
 ) -> tuple[FileSplits, list[str]]:
-    """Scans the listed files and returns them as splits, with the names of their classes."""
+    """Scans the listed image files and builds the splits.
+
+    Args:
+        root: the folder or CSV file of the dataset, for messages and for the cache.
+        listing: by split, (image file, class name) for every image.
+        on_bad_image: "stop" refuses files that do not decode; "skip" leaves them out.
+        model_classes: the class names of a model to evaluate; None to use the classes of "train".
+
+    Returns:
+        The images by split, and the class names in the order of the labels.
+
+    Raises:
+        Refused: a class is not known, there are fewer than two, or files do not decode.
+    """
     classes = model_classes or sorted({label for _, label in listing["train"]})
     _check_classes(root, listing, classes, of_model=model_classes is not None)
     paths = [path for items in listing.values() for path, _ in items]
@@ -180,14 +226,25 @@ def _check_classes(root: Path, listing: Listing, classes: list[str], *, of_model
 
 
 def unknown_classes(key: str, unknown: list[str], known: list[str]) -> str:
-    """Returns the message for data with classes that a model does not know."""
+    """Returns the error message for data with classes that a model does not know.
+
+    Args:
+        key: the setting that names the data, such as "data.root".
+        unknown: the class names that the model does not know.
+        known: the class names that the model knows.
+    """
     got, more = ", ".join(unknown[:MAX_NAMED]), ", ..." if len(known) > MAX_NAMED else ""
     expected = f"classes that the model knows, got {got}; it knows {', '.join(known[:MAX_NAMED])}"
     return f"{key}: expected {expected}{more}"
 
 
 def _report_bad(bad: dict[Path, str], on_bad_image: str) -> None:
-    """Refuses files that do not decode, or warns about them where they are to be skipped."""
+    """Refuses a dataset with files that do not decode, or logs a warning that they are left out.
+
+    Args:
+        bad: for each file that does not decode, the reason.
+        on_bad_image: "stop" to refuse, "skip" to log a warning.
+    """
     if not bad:
         return
     lines = [f"  {path}: {reason}" for path, reason in list(bad.items())[:MAX_NAMED]]

@@ -1,4 +1,4 @@
-"""The search for image files in folders and by patterns; opens none and imports no torch."""
+"""The search for image files in folders and by patterns; it opens no file and imports no torch."""
 
 import glob
 import os
@@ -10,10 +10,13 @@ WILDCARDS = "*?["
 
 
 def image_files(folder: Path) -> Iterator[Path]:
-    """Yields the image files below a folder, by their extensions, without hidden ones."""
+    """Yields the files below a folder that have an image extension and are not hidden.
+
+    Searches all folders inside it, also through links, and each of them once.
+    """
     seen = set()
     for where, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(where) in seen:  # a link to a folder above
+        if os.path.realpath(where) in seen:  # a link to a folder that was already searched
             folders.clear()
             continue
         seen.add(os.path.realpath(where))
@@ -24,13 +27,14 @@ def image_files(folder: Path) -> Iterator[Path]:
 
 
 def find_images(words: Iterable[str]) -> Iterator[tuple[Path, str | None]]:
-    """Finds the image files that words on a command line name.
+    """Finds the image files that the words of a command line name.
 
     Args:
-        words: files of any extension, folders, or patterns such as `*.jpg`.
+        words: each word is a file with any extension, a folder, or a pattern such as `*.jpg`.
 
     Yields:
-        Each path with None, or with the reason why it cannot be opened.
+        (path, None) for every file, and (path, reason) for every word or path without a usable
+        file, such as "no such file or folder".
     """
     for word in words:
         # Unlike Path.exists, os.path.exists is False for a name that no file can have.
@@ -43,7 +47,10 @@ def find_images(words: Iterable[str]) -> Iterator[tuple[Path, str | None]]:
 
 
 def _matching(pattern: str) -> list[str]:
-    """Returns the paths that match a pattern, sorted, each once whatever links lead to it."""
+    """Returns the paths that match a glob pattern, sorted.
+
+    A file that the pattern finds by several links to its folder is returned once.
+    """
     found: dict[tuple[str, str], str] = {}
     for name in sorted(glob.glob(pattern, recursive=True)):
         folder, file = os.path.split(name)

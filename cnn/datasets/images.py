@@ -1,7 +1,8 @@
 """Labelled images from three sources: an array in memory, files, or a user's own dataset.
 
-Every class has `labels` (int64, N), returns image i as a tensor (C, H, W), uint8 or float in 0..1,
-and its name, selects a subset, and computes the sums from which mean and std follow.
+Each of the three classes stores the labels (int64, N), and returns an image by its index as a
+tensor (C, H, W), uint8 or float in 0..1. It also returns an image's name, selects a subset, and
+computes the sums from which the mean and std of the pixels follow.
 """
 
 import copy
@@ -19,15 +20,17 @@ from cnn.datasets.decode import decode
 from cnn.errors import BadImage, Refused, describe
 from cnn.utils import seeding
 
-MAX_IMAGES_FOR_STATISTICS = 2_000  # of a user's dataset, which has to be read image by image
+MAX_IMAGES_FOR_STATISTICS = 2_000  # fewer than twice as many are read of a user's dataset
 
 
 class Images:
-    """Labelled images; the subclasses know where the pixels come from.
+    """Labelled images; each subclass reads the pixels from another source.
+
+    A subset shares the pixels of the whole dataset.
 
     Attributes:
-        labels: int64 (N).
-        rows: int64 (N), the place of each image in what all subsets share.
+        labels: the index of each image's class, int64 (N).
+        rows: the index of each image in the whole dataset, int64 (N).
         skip: whether an image that cannot be read during the run is left out of its batch.
         may_draw: whether reading an image may draw from the global random generators.
     """
@@ -41,25 +44,37 @@ class Images:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """Returns the name of an image: its path, or the dataset's name and the image's place."""
+        """Returns an image's name: the dataset's name and the index in it, such as "digits[17]".
+
+        Args:
+            index: index of the image in this subset.
+        """
         return f"{self._name}[{self.rows[index]}]"
 
     def subset(self, indices: np.ndarray) -> Self:
-        """Returns the images at these indices; their pixels are not copied."""
+        """Returns the images at these indices as a new object, without copying pixels."""
         part = copy.copy(self)
         part.rows, part.labels = self.rows[indices], self.labels[indices]
         return part
 
     def checksum(self) -> int:
-        """Returns a checksum of the pixels, or 0 where reading them all may take long."""
+        """Returns 0; subclasses that can read all pixels quickly return their checksum instead."""
         return 0
 
     def num_decoded(self) -> int:
-        """Returns the number of images in `decoded`: those of all subsets."""
+        """Returns the number of images that would have to be in memory for `decoded`.
+
+        Here these are the images of this subset. For subclasses that implement `decoded` they are
+        the images of the whole dataset, which its subsets share.
+        """
         return len(self)
 
     def decoded(self, _size: int, _channels: int) -> torch.Tensor | None:
-        """Returns all images, uint8 (M, size, size, C), or None where they cannot be in memory."""
+        """Returns None, since these images cannot be kept in memory.
+
+        Subclasses whose images can be in memory return all images of the whole dataset instead,
+        uint8 (M, size, size, C), in which `rows` are the indices of this subset.
+        """
         return None
 
 
@@ -68,8 +83,8 @@ class ArrayImages(Images):
 
     Args:
         pixels: uint8 (N, C, H, W).
-        labels: (N).
-        name: of the dataset, for messages.
+        labels: the index of each image's class (N).
+        name: name of the dataset, for messages.
     """
 
     def __init__(self, pixels: np.ndarray | torch.Tensor, labels: Sequence[int], name: str):
@@ -84,12 +99,17 @@ class ArrayImages(Images):
         return self.store[self.rows[index]].permute(2, 0, 1)
 
     def sizes(self) -> tuple[int, int, int]:
-        """Returns the number of channels, and the shortest and the longest side in pixels."""
+        """Returns the number of channels, and the shorter and the longer side in pixels."""
         _, height, width, channels = self.store.shape
         return channels, min(height, width), max(height, width)
 
     def pixel_sums(self) -> tuple[float, np.ndarray, np.ndarray]:
-        """Returns the number of pixels, and per channel sum and sum of squares of 0..255 values."""
+        """Returns the sums over all pixels from which the mean and std of each channel follow.
+
+        Returns:
+            The number of pixels; per channel, the sum of the values of 0..255, (C); and per
+            channel, the sum of their squares, (C).
+        """
         height, width, channels = self.store.shape[1:]
         counts = np.zeros((channels, 256))
         for start in range(0, len(self), 4_096):
@@ -100,15 +120,18 @@ class ArrayImages(Images):
         return float(len(self) * height * width), counts @ values, counts @ values**2
 
     def checksum(self) -> int:
-        """Returns a checksum of the whole store's pixels."""
+        """Returns a CRC-32 of the pixels of the whole dataset, of which this may be a subset."""
         return zlib.crc32(self.store.numpy())
 
     def num_decoded(self) -> int:
-        """Returns the number of images in the store."""
+        """Returns the number of images in the whole dataset, of which this may be a subset."""
         return len(self.store)
 
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
-        """Returns the store, uint8 (M, size, size, C), where the images have that size."""
+        """Returns the images of the whole dataset, uint8 (M, size, size, channels).
+
+        Returns None if the images have another size or another number of channels.
+        """
         return self.store if self.store.shape[1:] == (size, size, channels) else None
 
 
@@ -117,8 +140,10 @@ class Files:
     """The image files of a dataset, shared by its splits.
 
     Attributes:
-        scans: a row per file, of the dtype `scan.SCAN`.
-        channels: to which they are decoded.
+        root: the folder or CSV file of the dataset.
+        paths: the image files of all splits.
+        scans: one row per file, of the dtype `scan.SCAN`.
+        channels: number of channels to which the files are decoded, 1 (gray) or 3 (RGB).
         skip: whether a file that cannot be read during the run is left out of its batch.
     """
 
@@ -130,11 +155,13 @@ class Files:
 
 
 class FileImages(Images):
-    """Images in files, decoded when they are read.
+    """Images in files, each of which is decoded whenever it is read.
 
     Args:
-        labels: (N).
-        rows: the place of each image in `files`; by default all files in their order.
+        files: the files of the whole dataset.
+        labels: the index of each image's class (N).
+        rows: the index of each image's file in `files.paths` (N); None stands for all files in
+            their order.
     """
 
     def __init__(self, files: Files, labels: Sequence[int], rows: np.ndarray | None = None):
@@ -150,11 +177,18 @@ class FileImages(Images):
             raise BadImage(f"{path}: {bad}") from None
 
     def name(self, index: int) -> str:
-        """Returns the path of an image."""
+        """Returns the path of an image.
+
+        Args:
+            index: index of the image in this subset.
+        """
         return str(self.files.paths[self.rows[index]])
 
     def detached(self) -> "FileImages":
-        """Returns the same images with no other files, so that `decoded` decodes only these."""
+        """Returns the same images with a list of their files only, instead of the whole dataset's.
+
+        The method `decoded` of the result decodes no other files.
+        """
         paths = [self.files.paths[row] for row in self.rows]
         files = replace(self.files, paths=paths, scans=self.files.scans[self.rows])
         return FileImages(files, self.labels)
@@ -166,35 +200,53 @@ class FileImages(Images):
         return self.files.channels, int(sides.min()), int(sides.max())
 
     def pixel_sums(self) -> tuple[float, np.ndarray, np.ndarray]:
-        """Returns the number of pixels, and per channel sum and sum of squares of 0..255 values."""
+        """Returns the sums over all pixels from which the mean and std of each channel follow.
+
+        Returns:
+            The number of pixels; per channel, the sum of the values of 0..255, (C); and per
+            channel, the sum of their squares, (C). C is 1 or 3, the number of channels that files
+            decode to.
+        """
         scans = self.files.scans[self.rows]
         number = float((scans["height"] * scans["width"]).sum())
         channels = [3] if self.files.channels == 1 else [0, 1, 2]
         return number, scans["sums"].sum(axis=0)[channels], scans["squares"].sum(axis=0)[channels]
 
     def checksum(self) -> int:
-        """Returns a checksum of every file's sums of pixels, as the scan found them."""
+        """Returns a CRC-32 of the sums of each file's pixel values, which the scan computed.
+
+        It covers all files of the dataset, of which this may be a subset.
+        """
         return zlib.crc32(np.ascontiguousarray(self.files.scans["sums"]))
 
     def num_decoded(self) -> int:
-        """Returns the number of files."""
+        """Returns the number of files in the whole dataset, of which this may be a subset."""
         return len(self.files.paths)
 
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
-        """Returns all files' pixels, uint8 (M, size, size, C), decoded once and kept in a cache."""
+        """Returns the pixels of all files of the dataset, uint8 (M, size, size, channels).
+
+        Decodes the files once, keeps the pixels in the user's cache folder, and reads them from
+        there the next time. From then on, reading a single image also decodes it to `channels`
+        channels.
+
+        Raises:
+            Refused: a file does not decode any more.
+        """
         self.files.channels = channels
         return decode_all(self.files.root, self.files.paths, self.files.scans, size, channels)
 
 
 class UserImages(Images):
-    """A user's map-style dataset of (image, label).
+    """The images of a user's map-style dataset, whose items are (image, label).
 
-    Its pixels are never kept in memory, since an item may be another one every time.
+    The pixels are never kept in memory, since reading an item may return another image every time.
 
     Args:
         dataset: its images are PIL images, uint8 arrays (H, W[, C]) or tensors (C, H, W). Labels
-            are read from its attribute `targets` or `labels`, else from every item.
-        name: of the dataset, for messages.
+            are read from its attribute `targets` or `labels`. If it has neither, every item is
+            read once for its label.
+        name: name of the dataset, for messages.
     """
 
     may_draw = True
@@ -223,13 +275,23 @@ class UserImages(Images):
         return item
 
     def _sample(self) -> Iterator[torch.Tensor]:
-        """Yields the images for the statistics, the same ones whatever the dataset draws."""
+        """Yields evenly spaced images for the statistics: fewer than 2 * MAX_IMAGES_FOR_STATISTICS.
+
+        Seeds the global generators before each image, so that a dataset with random transforms
+        yields the same images every time.
+        """
         for index in range(0, len(self), max(1, len(self) // MAX_IMAGES_FOR_STATISTICS)):
             seeding.seed_sample(seeding.SAMPLE, index)
             yield self[index]
 
     def sizes(self) -> tuple[int, int, int]:
-        """Returns the number of channels, and the shortest and the longest side of a sample."""
+        """Returns the number of channels, and the shortest and the longest side in pixels.
+
+        Reads only a sample of the images.
+
+        Raises:
+            Refused: the images differ in the number of channels, or one cannot be read.
+        """
         shapes = {tuple(image.shape) for image in self._sample()}
         sides = [side for shape in shapes for side in shape[1:]]
         channels = {shape[0] for shape in shapes}
@@ -238,7 +300,12 @@ class UserImages(Images):
         return channels.pop(), min(sides), max(sides)
 
     def pixel_sums(self) -> tuple[float, np.ndarray, np.ndarray]:
-        """Returns the sums of a sample; see `ArrayImages.pixel_sums`."""
+        """Returns the sums over the pixels of a sample of images, from which mean and std follow.
+
+        Returns:
+            The number of pixels; per channel, the sum of the values of 0..255, (C); and per
+            channel, the sum of their squares, (C).
+        """
         number, sums, squares = 0.0, 0.0, 0.0
         for image in self._sample():
             values = image.double().flatten(1) * (1 if image.dtype == torch.uint8 else 255)
@@ -249,17 +316,33 @@ class UserImages(Images):
 
 
 def _to_int64(labels: Any, name: str) -> np.ndarray:
-    """Returns the labels as int64 (N); refuses fractions, since 1.7 would become class 1."""
+    """Converts labels to int64 (N).
+
+    Args:
+        labels: N integers, or arrays or tensors of one integer each.
+        name: name of the dataset, for the message.
+
+    Raises:
+        Refused: a label is no integer; 1.7 for example would become class 1.
+    """
     plain = [label.tolist() if hasattr(label, "tolist") else label for label in labels]
-    for number, label in enumerate(plain):
+    for index, label in enumerate(plain):
         if not isinstance(label, int):
             got = f"{label!r} ({type(label).__name__}); return int(label) if it is one"
-            raise Refused(f"{name}[{number}]: expected a label that is a whole number, got {got}")
+            raise Refused(f"{name}[{index}]: expected a label that is a whole number, got {got}")
     return np.asarray(plain, dtype=np.int64)
 
 
 def _as_tensor(image: Any, name: str) -> torch.Tensor:
-    """Returns a user's image as uint8 or float in 0..1, (C, H, W)."""
+    """Converts an image of a user's dataset to a tensor (C, H, W), uint8 or float.
+
+    Args:
+        image: a PIL image, an array (H, W[, C]) or a tensor (C, H, W).
+        name: name of the image, for the message.
+
+    Raises:
+        Refused: the image has other dimensions, or values that are neither uint8 nor float.
+    """
     if not isinstance(image, torch.Tensor):
         array = np.asarray(image)
         if array.ndim == 2:

@@ -1,8 +1,9 @@
 """Batches of images and labels on the device, in the order and with the augmentations of an epoch.
 
-The order of an epoch is a function of (seed, epoch); everything random about an image is a function
-of (seed, epoch, index) and, where an image may come twice in an epoch, of its position there. So an
-epoch can be entered at any batch without reading those before, with any number of workers.
+The order of an epoch is a function of (seed, epoch). Everything random about an image is a function
+of (seed, epoch, index of the image) and, where an image may come twice in an epoch, of its position
+in the epoch. So a resumed run can start an epoch at any batch without reading the batches before
+it, and any number of workers yields the same batches.
 """
 
 import functools
@@ -27,24 +28,31 @@ from cnn.utils import seeding
 
 logger = logging.getLogger(__name__)
 
-# Normalized images, float32 (N, C, H, W); labels, int64 (N); and how many of the images count: the
-# first ones. All do, except in a process that computes a share of another one (`order.share_of`).
+# Normalized images, float32 (N, C, H, W); labels, int64 (N); and how many of the first images count
+# in gradients and metrics. All count, except in a process without a share (`order.share_of`).
 Batch = tuple[torch.Tensor, torch.Tensor, int]
 
-# The positions in an epoch of one batch, or of a process's share of it: start, end, and count as above.
+# One batch, or a process's share of it: its first position in the epoch, the position after its
+# last image, and how many of its images count.
 Span = tuple[int, int, int]
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of pixels that data.in_memory=auto keeps in memory
-EVALUATION_BATCHES = 2  # times the training batch; 4 are slower for ResNets on a CPU, and take more
+EVALUATION_BATCHES = 2  # training batches in one for evaluation; 4 are slower for ResNets on a CPU
 LARGEST_EVALUATION_BATCH = 512
 
 
 class Samples(Dataset):
-    """A dataset of batches: for a list of keys, the stacked images and their labels.
+    """A dataset whose items are whole batches: it turns a list of keys into images and labels.
+
+    A key is (epoch, index of the image in the split) or, where images may occur twice in an epoch,
+    (epoch, index, position in the epoch). Epoch 0 means evaluation, without augmentation.
 
     Args:
-        size: side of the images returned, in pixels.
-        collate: stacks images into a batch, in the worker process.
+        images: the images of one split.
+        size: height and width of the returned images in pixels.
+        augment: the augmentations for training.
+        seed: the seed of the run.
+        collate: stacks images (C, size, size) into a batch, in the worker process.
     """
 
     def __init__(
@@ -59,26 +67,40 @@ class Samples(Dataset):
         self.collate = collate
         self.labels = torch.from_numpy(images.labels)
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def raw(self, key: Key) -> torch.Tensor:
-        """Returns the image as it is in the dataset, (C, H, W)."""
+        """Returns an image as the dataset returns it, (C, H, W).
+
+        Args:
+            key: (epoch, index of the image), or (epoch, index, position in the epoch).
+        """
         if self.images.may_draw:
             seeding.seed_sample(self.seed, seeding.SAMPLE, *key)
         return self.images[key[1]]
 
     def image(self, key: Key) -> torch.Tensor:
-        """Returns the image resized and augmented, but not normalized: (C, size, size)."""
+        """Returns an image resized, augmented in training, and not normalized: (C, size, size).
+
+        Args:
+            key: (epoch, index of the image), or (epoch, index, position in the epoch); epoch 0
+                means evaluation.
+        """
         image = self.raw(key)
         return (
             resize_and_crop(image, self.size) if key[0] == EVALUATION else self.augment(image, key)
         )
 
     def __getitems__(self, keys: list[Key]) -> tuple[tuple, list[str]] | DataFailed:
-        """Returns (images, labels) and messages about images left out, or the error.
+        """Returns a batch, or the error that prevents it.
 
-        An error is returned, not raised, since torch would wrap it in a worker's traceback.
+        The DataLoader calls this in a worker. The error is returned rather than raised, since torch
+        would wrap a raised one in the traceback of the worker.
+
+        Args:
+            keys: (epoch, index of the image) or (epoch, index, position in the epoch), one per
+                image.
+
+        Returns:
+            ((images, labels), messages about images that were left out), or the error.
         """
         images, kept, left_out = [], [], []
         name = "the next batch"
@@ -92,7 +114,7 @@ class Samples(Dataset):
                     if not self.images.skip:
                         raise
                     left_out.append(str(bad))
-            # BatchNorm needs two images; and a folder that is gone must not be left out piecemeal.
+            # BatchNorm needs two images. Besides, a missing folder must not be left out bit by bit.
             if left_out and len(kept) < (1 if keys[0][0] == EVALUATION else 2):
                 raise BadImage(f"{left_out[0]}, and so nearly all of its batch of {len(keys)}")
             name = "the next batch"
@@ -100,21 +122,33 @@ class Samples(Dataset):
         except BadImage as bad:
             return DataFailed(f"{bad}; put the image back, and the run resumes at this batch")
         except (DataFailed, Refused) as error:
-            return DataFailed(str(error))  # training has started: too late to refuse
+            return DataFailed(str(error))  # training has started, and it is too late to refuse
         except Exception as error:  # noqa: BLE001  an augmentation or dataset may raise anything
             return workers.data_failure(error, name)
 
 
 class Loader:
-    """Loads a split's batches onto the device, shuffled and augmented for training or as they are.
+    """A loader of one split's batches onto the device, for training or for evaluation.
 
-    With several processes, each loads its share of every training batch. In evaluation they load
-    whole batches in turn, so that a batch has the same bits whichever process computes it.
+    Training batches are shuffled and augmented, and each process loads its share of every batch.
+    In evaluation, process r of n loads every n-th batch as a whole, from batch r on. So a batch has
+    the same bits whichever process computes it.
 
-    A subclass has three methods more. `raw(key)` returns an image as it is in the dataset, (C, H, W);
-    `image(key)` returns it resized and augmented, but not normalized, (C, size, size);
-    `_batches(epoch, order, spans, start)` yields the batches at these positions of an epoch in this
-    order, of which the first has the number `start`.
+    A subclass implements three more methods. `raw(key)` returns an image as the dataset returns it,
+    (C, H, W). `image(key)` returns it resized and augmented, but not normalized, (C, size, size).
+    `_batches(epoch, order, spans, start)` yields one batch per span; `order` has the index of the
+    image at each position of the epoch, a span is (first position, end position, number of images
+    that count), and `start` is the index of the first batch in the epoch.
+
+    Args:
+        images: the images of the split.
+        preprocessing: image size, channels, mean and std for the model.
+        batch_size: images per batch, over all processes.
+        device: where the batches are needed.
+        seed: the seed of the run.
+        sampler: "shuffle", or "balanced" to draw all classes with equal probability.
+        rank: the rank of this process.
+        num_ranks: the number of processes.
 
     Attributes:
         sizes: number of images in each batch of an epoch, over all processes.
@@ -142,41 +176,75 @@ class Loader:
         return len(self.sizes)
 
     def num_batches_per_rank(self) -> int:
-        """Returns the largest number of batches that a process evaluates."""
+        """Returns the number of batches in an evaluation for the process that evaluates most."""
         return -(-len(self.sizes) // self.num_ranks)
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yields the batches of an epoch from number `start` on, without reading those before."""
+        """Yields this process's share of each training batch of an epoch.
+
+        Args:
+            epoch: the epoch, counted from 1.
+            start: index of the first batch to yield; the batches before it are not read.
+
+        Yields:
+            Normalized images, float32 (N, C, H, W); labels, int64 (N); and the number of the first
+            images that count in gradients and metrics.
+        """
         shares = [share_of(size, self.rank, self.num_ranks) for size in self.sizes]
         begins = np.cumsum([0, *self.sizes]).tolist()
         spans = [(at + first, at + end, n) for at, (first, end, n) in zip(begins, shares)]
         return self._batches(epoch, self.order(epoch), spans[start:], start)
 
     def batches(self) -> Iterator[Batch]:
-        """Yields all images in their order without augmentation, every `num_ranks`-th batch."""
+        """Yields the batches that this process evaluates, in the images' order, not augmented.
+
+        These are every `num_ranks`-th batch, from the batch with index `rank` on.
+
+        Yields:
+            Normalized images, float32 (N, C, H, W); labels, int64 (N); and the number of images
+            that count, here all.
+        """
         ends = np.cumsum(self.sizes).tolist()
         spans = [(end - size, end, size) for size, end in zip(self.sizes, ends)]
         spans = spans[self.rank :: self.num_ranks]
         return self._batches(EVALUATION, np.arange(len(self.images)), spans, 0)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Returns the index of the image at each position of an epoch."""
+        """Returns the index of the image at each position of a training epoch, int64.
+
+        Args:
+            epoch: the epoch, which together with the seed determines the order.
+        """
         rng = np.random.default_rng(seeding.mix(self.seed, seeding.ORDER, epoch))
         if self.balanced:
             return draw_balanced(self.images.labels, rng)
         return rng.permutation(len(self.images))
 
     def keys(self, epoch: int, batch: int) -> list[Key]:
-        """Returns the keys of the images in one batch, over all processes."""
+        """Returns the keys of the images in one batch, over all processes.
+
+        Args:
+            epoch: the epoch; 0 means evaluation.
+            batch: index of the batch in the epoch.
+
+        Returns:
+            (epoch, index of the image), or (epoch, index, position in the epoch) in training with
+            the balanced sampler, per image.
+        """
         start = sum(self.sizes[:batch])
         order = np.arange(len(self.images)) if epoch == EVALUATION else self.order(epoch)
         return keys_of(epoch, order, self.balanced, start, start + self.sizes[batch])
 
 
 class _Plan:
-    """The batch sampler of a DataLoader: keys of the batches to load, set before every epoch."""
+    """A batch sampler whose batches are set before every epoch; a batch is a list of image keys.
 
-    keys: Callable[[int, int], list[Key]]  # of the images from one position to another
+    Attributes:
+        keys: returns the keys of the images from one position of the epoch to another.
+        spans: per batch, its first position, its end position, and the number of images that count.
+    """
+
+    keys: Callable[[int, int], list[Key]]
     spans: list[Span]
 
     def __iter__(self) -> Iterator[list[Key]]:
@@ -184,7 +252,14 @@ class _Plan:
 
 
 class StreamLoader(Loader):
-    """Loads image by image, in `num_workers` worker processes."""
+    """A loader that reads image by image, in worker processes.
+
+    Args:
+        *args: the arguments of `Loader`.
+        augment: name and settings of each augmentation, applied in training.
+        num_workers: number of worker processes; 0 to read in this process.
+        **keywords: the keyword arguments of `Loader`.
+    """
 
     def __init__(self, *args, augment: list[AugmentationConfig], num_workers: int, **keywords):
         super().__init__(*args, **keywords)
@@ -196,7 +271,7 @@ class StreamLoader(Loader):
         self.raw, self.image = self._samples.raw, self._samples.image
         self._finish = _identity if on_cpu else self._normalize
         self._plan = _Plan()
-        Finalize(None, workers.kill_workers, exitpriority=0)  # when this process ends
+        Finalize(None, workers.kill_workers, exitpriority=0)  # runs when this process ends
         self._loader = DataLoader(
             self._samples,
             batch_sampler=self._plan,
@@ -227,10 +302,16 @@ class StreamLoader(Loader):
 
 
 class MemoryLoader(Loader):
-    """Gathers whole batches from pixels in the memory of the device.
+    """A loader that gathers whole batches from pixels in the memory of the device.
 
-    Everything random about the images of an epoch is in a table that is a function of (seed,
-    epoch); its rows belong to images or, where an image may come twice, to positions.
+    The random numbers of an epoch are a table that is a function of the seed and the epoch. The row
+    of an image is its index or, where an image may come twice in an epoch, its position there.
+
+    Args:
+        *args: the arguments of `Loader`.
+        pixels: all images of the dataset, uint8 (M, size, size, C).
+        augment: name and settings of each augmentation, of those in `BATCH_DRAWS`.
+        **keywords: the keyword arguments of `Loader`.
     """
 
     def __init__(self, *args, pixels: torch.Tensor, augment: list[AugmentationConfig], **keywords):
@@ -240,7 +321,10 @@ class MemoryLoader(Loader):
         self._labels = torch.from_numpy(self.images.labels).to(self.device)
 
     def _draws(self, epoch: int) -> torch.Tensor | None:
-        """Returns the table of random numbers of an epoch, None where there are none."""
+        """Returns the random numbers of an epoch on the device, one row per image of the epoch.
+
+        Returns None in an evaluation (epoch 0) and if there are no augmentations.
+        """
         if epoch == EVALUATION or not self._gather.names:
             return None
         return self._gather.draws(len(self.images), self.seed, epoch).to(self.device)
@@ -257,9 +341,20 @@ class MemoryLoader(Loader):
             yield self._normalize(images), self._labels[indices], count
 
     def raw(self, key: Key) -> torch.Tensor:
+        """Returns an image as the dataset returns it, (C, H, W).
+
+        Args:
+            key: (epoch, index of the image), or (epoch, index, position in the epoch).
+        """
         return self.images[key[1]]
 
     def image(self, key: Key) -> torch.Tensor:
+        """Returns an image in the model's size and, in training, augmented: uint8 (C, size, size).
+
+        Args:
+            key: (epoch, index of the image), or (epoch, index, position in the epoch); epoch 0
+                means evaluation.
+        """
         draws = self._draws(key[0])
         row = draws[[key[-1]]] if draws is not None else None
         return self._gather(self._rows[[key[1]]], row)[0]
@@ -276,16 +371,29 @@ def build_loader(
     rank: int = 0,
     num_ranks: int = 1,
 ) -> Loader:
-    """Builds a loader from memory where the pixels fit, else one that reads image by image.
+    """Builds a loader that keeps the pixels in memory, or else one that reads image by image.
 
-    The two draw differently, so the choice depends on settings and data, never on the machine.
+    The two draw different random numbers. So the choice depends only on the settings and the data,
+    never on the machine.
+
+    Args:
+        cfg: the section `data` of the settings.
+        images: the images of one split.
+        preprocessing: image size, channels, mean and std for the model.
+        device: where the batches are needed.
+        seed: the seed of the run.
+        training: whether the loader is for training; otherwise it does not augment, and its batches
+            may be larger.
+        rank: the rank of this process.
+        num_ranks: the number of processes.
 
     Raises:
-        Refused: data.in_memory is true and cannot be.
+        Refused: `data.in_memory` is true, but an augmentation works only image by image, or the
+            images are of a user's dataset.
     """
     augment = cfg.augment if training else []
     batch_size = cfg.batch_size
-    if not training:  # small enough that several processes have batches to evaluate in turn
+    if not training:  # not too large, so that every process has batches to evaluate
         batch_size = min(EVALUATION_BATCHES * batch_size, max(batch_size, LARGEST_EVALUATION_BATCH))
     sampler = cfg.sampler if training else "shuffle"
     common = (images, preprocessing, batch_size, device, seed, sampler, rank, num_ranks)

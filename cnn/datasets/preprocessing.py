@@ -1,4 +1,4 @@
-"""Preprocessing of every image for the model: its size, its channels, mean and std."""
+"""Preprocessing of every image for the model: its size, its channels, and its normalization."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,9 @@ class Preprocessing:
 
     Attributes:
         image_size: height and width in pixels.
-        channels: 1 for gray, 3 for RGB, or what a user's dataset has.
-        mean, std: per channel, of pixel values in 0..1.
+        channels: 1 for gray, 3 for RGB, or the number that a user's dataset has.
+        mean: per channel, the mean of the training images' pixel values, scaled to 0..1.
+        std: per channel, the standard deviation of these values.
     """
 
     image_size: int
@@ -28,15 +29,19 @@ class Preprocessing:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """The shape of an image that the model takes: channels, height, width."""
+        """The shape of an image that the model takes: (channels, height, width)."""
         return self.channels, self.image_size, self.image_size
 
     @classmethod
     def from_checkpoint(cls, path: Path, saved: dict[str, Any]) -> "Preprocessing":
-        """Returns the preprocessing that the checkpoint at `path` contains.
+        """Returns the preprocessing that a checkpoint contains.
+
+        Args:
+            path: the checkpoint, for the message.
+            saved: image_size, channels, mean and std, as read from the checkpoint.
 
         Raises:
-            Refused: its values do not fit each other.
+            Refused: there is not one mean and one std per channel, or the image size or a std is 0.
         """
         pre = cls(**saved)
         if not pre.channels == len(pre.mean) == len(pre.std) or 0 in (pre.image_size, *pre.std):
@@ -46,10 +51,13 @@ class Preprocessing:
 
 
 def resize_and_crop(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Resizes the shorter side to `size` and crops the center; returns an image of that size as is.
+    """Resizes the shorter side of an image to `size` pixels and crops the square in the center.
+
+    An image that already is a square of this size is returned unchanged.
 
     Args:
         image: (C, H, W), uint8 or float.
+        size: height and width of the result in pixels.
 
     Returns:
         (C, size, size), of the same dtype.
@@ -67,10 +75,14 @@ def resize_and_crop(image: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class Normalize:
-    """Scales pixels to mean 0 and std 1 over the training images.
+    """A function that scales pixels so that the training images have mean 0 and std 1.
 
-    Computes on rows of width * C numbers, because arithmetic over the 3 channels alone is not
-    vectorized: on one CPU thread 4 times as fast at 32 pixels, twice as fast at 224.
+    It computes on rows of width * C numbers, because arithmetic over the 3 channels alone is not
+    vectorized. On one CPU thread this is 4 times as fast at 32 pixels, and twice as fast at 224.
+
+    Args:
+        preprocessing: image size, mean and std.
+        device: where the images are; the CPU for `stacked`.
     """
 
     def __init__(self, preprocessing: Preprocessing, device: torch.device):
@@ -81,10 +93,13 @@ class Normalize:
         self._shift = (-mean / std).repeat(preprocessing.image_size)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalizes images (N, C, H, W), uint8 or float in 0..1, without changing them.
+        """Returns normalized images and leaves the arguments unchanged.
+
+        Args:
+            images: (N, C, H, W), uint8 or float in 0..1.
 
         Returns:
-            A new float32 tensor of the same shape, channels last.
+            A new float32 tensor (N, C, H, W), channels last.
         """
         images = images.permute(0, 2, 3, 1)  # N, H, W, C
         batch = torch.empty(images.shape, device=images.device)
@@ -92,7 +107,12 @@ class Normalize:
         return batch.permute(0, 3, 1, 2)
 
     def stacked(self, images: list[torch.Tensor]) -> torch.Tensor:
-        """Normalizes images (C, H, W) one by one, while each is in the CPU's cache, into one batch.
+        """Normalizes images one by one and stacks them into a batch, on the CPU.
+
+        This is faster than stacking first, since each image is still in the CPU's cache.
+
+        Args:
+            images: N images (C, H, W), uint8 or float in 0..1.
 
         Returns:
             Float32 (N, C, H, W), channels last.
@@ -104,6 +124,11 @@ class Normalize:
         return batch.permute(0, 3, 1, 2)
 
     def _normalize_into(self, target: torch.Tensor, images: torch.Tensor) -> None:
-        """Writes images (..., H, W, C) into a contiguous float32 tensor of the same shape."""
+        """Normalizes images and writes the result into another tensor.
+
+        Args:
+            target: float32 (..., H, W, C), contiguous.
+            images: (..., H, W, C), uint8 or float in 0..1.
+        """
         scale = self._scale_bytes if images.dtype == torch.uint8 else self._scale_floats
         target.copy_(images).flatten(-2).mul_(scale).add_(self._shift)

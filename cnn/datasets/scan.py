@@ -1,7 +1,7 @@
-"""A scan of every image file once before training: whether it decodes, its size, its brightness.
+"""A scan of every image file before training: whether it decodes, its size and its brightness.
 
-The results are kept in the user's cache folder, never beside the images, and are valid as long as a
-file keeps its size and time of change.
+The results are kept in the user's cache folder, never beside the images. They are valid as long as
+a file keeps its size and its time of change.
 """
 
 import hashlib
@@ -17,8 +17,9 @@ from cnn.datasets.decode import GRAY_MODES, VERSION, open_image, to_array
 from cnn.errors import BadImage
 from cnn.utils.files import write_atomically
 
-# Of one file: its size in bytes and time of change in ns, the image's sides and whether it is gray,
-# and the sums of its pixel values 0..255 and of their squares in red, green, blue, and gray.
+# What a scan stores of one file: its size in bytes and its time of change in ns, the image's height
+# and width, whether it is gray, and the sums of the pixel values 0..255 and of their squares, each
+# for red, green, blue, and gray.
 SCAN = np.dtype(
     [(name, "i8") for name in ("bytes", "changed", "height", "width")]
     + [("gray", "?"), ("sums", "f8", 4), ("squares", "f8", 4)]
@@ -26,10 +27,18 @@ SCAN = np.dtype(
 
 
 def scan(root: Path, paths: list[Path]) -> tuple[np.ndarray, dict[Path, str]]:
-    """Decodes each file, unless an earlier scan has decoded the same one.
+    """Returns sizes and pixel sums of image files; decodes those that are new or have changed.
+
+    For the other files, the values are read from the results of an earlier scan.
+
+    Args:
+        root: the folder or CSV file of the dataset; the name of the file with the results is a
+            hash of its path.
+        paths: the N image files.
 
     Returns:
-        A row (SCAN) per path, and for each file that does not decode, the reason.
+        An array (N) of the dtype `SCAN`, one row per path; and for each file that does not decode,
+        the reason. Such a file's row is all zeros.
     """
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
     cache = cache_folder() / f"scan_{VERSION}_{name}.npz"
@@ -66,7 +75,7 @@ def _size_and_time(path: Path) -> tuple[int, int] | None:
 
 
 def _scan_file(path: Path) -> np.ndarray | str:
-    """Returns a file's row (SCAN), or the reason why it does not decode."""
+    """Decodes a file and returns its row (of the dtype `SCAN`), or the reason why it fails."""
     try:
         status = path.stat()
         image = open_image(path)
@@ -101,4 +110,4 @@ def _store(cache: Path, names: list[str], rows: np.ndarray) -> None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(cache, lambda file: np.savez_compressed(file, names=text, rows=rows))
     except OSError:
-        pass  # without the cache the next start scans again, nothing else
+        pass  # without the cache, the next start only has to scan again

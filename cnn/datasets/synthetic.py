@@ -1,10 +1,10 @@
-"""Made-up images for tests that a network can learn: per class a fixed pattern, with noise."""
+"""Artificial images for tests, which a network can learn: one pattern per class, with noise."""
 
 import numpy as np
 
 from cnn.datasets.images import ArrayImages
 
-CHUNK = 1_024  # images drawn at a time, since they take eight times the memory as floats
+CHUNK = 1_024  # images made at a time, since they take eight times the memory as float64
 
 
 def load(
@@ -16,10 +16,21 @@ def load(
     noise: float = 40.0,
     seed: int = 0,
 ) -> tuple[dict[str, ArrayImages], list[str]]:
-    """Returns the splits train and test and the class names; the same for the same arguments.
+    """Returns random images that a network can learn: one pattern per class, with noise added.
+
+    The same arguments give the same images.
 
     Args:
-        noise: standard deviation of the noise on pixel values of 0..255.
+        num_images: number of training images.
+        num_test: number of test images.
+        num_classes: number of classes, which take turns.
+        image_size: height and width in pixels.
+        channels: number of channels.
+        noise: standard deviation of the noise, for pixel values of 0..255.
+        seed: determines patterns and noise.
+
+    Returns:
+        The splits "train" and "test", and the class names.
     """
     rng = np.random.default_rng(seed)
     patterns = rng.uniform(60, 196, (num_classes, channels, image_size, image_size))

@@ -1,4 +1,4 @@
-"""Well-known datasets that torchvision reads: MNIST and similar ones, CIFAR, SVHN."""
+"""Well-known datasets that torchvision reads: MNIST, similar datasets of its size, CIFAR, SVHN."""
 
 import socket
 from pathlib import Path
@@ -14,7 +14,7 @@ MNIST_FILES = [
 ]
 CIFAR10_FILES = [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch", "batches.meta"]
 
-# name in the configuration: torchvision's class, folder below root, files in it
+# By the name in the settings: torchvision's class, the folder below root, the files in it.
 FILES = {
     "mnist": ("MNIST", "MNIST/raw", MNIST_FILES),
     "fashion_mnist": ("FashionMNIST", "FashionMNIST/raw", MNIST_FILES),
@@ -24,17 +24,22 @@ FILES = {
     "svhn": ("SVHN", ".", ["train_32x32.mat", "test_32x32.mat"]),
 }
 SPLITS = ("train", "test")
-DOWNLOAD_TIMEOUT = 30  # seconds without an answer
+DOWNLOAD_TIMEOUT = 30  # seconds to wait for an answer of the server
 
 
 def load(name: str, root: str, download: bool) -> tuple[dict[str, ArrayImages], list[str]]:
-    """Reads a dataset's splits train and test, and the names of its classes.
+    """Reads one of torchvision's datasets.
 
     Args:
-        download: whether to download files that are missing below `root`.
+        name: the dataset's name in the settings, such as "cifar10"; a key of `FILES`.
+        root: the folder below which the files are or are to be downloaded.
+        download: whether to download files that are missing.
+
+    Returns:
+        The splits "train" and "test", and the class names in the order of the labels.
 
     Raises:
-        Refused: files are missing or broken, or cannot be downloaded.
+        Refused: files are missing, broken or cannot be downloaded, or a Python package is missing.
     """
     class_name, folder, files = FILES[name]
     where = (Path(root) / folder).resolve()
@@ -67,7 +72,13 @@ def load(name: str, root: str, download: bool) -> tuple[dict[str, ArrayImages], 
 
 
 def _to_images(dataset: Any, name: str) -> ArrayImages:
-    """Converts torchvision's arrays, (N, H, W), (N, H, W, 3) or (N, 3, H, W)."""
+    """Converts a dataset of torchvision to images in memory.
+
+    Args:
+        dataset: its `data` are (N, H, W), (N, H, W, 3) or (N, 3, H, W), uint8; its labels are in
+            the attribute `targets` or `labels`.
+        name: name of the result, such as "mnist train", for messages.
+    """
     pixels = np.asarray(dataset.data)
     labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels
     if pixels.ndim == 3:

@@ -1,4 +1,7 @@
-"""Worker processes of a DataLoader: they ignore signals, end with their parent, and are watched."""
+"""Worker processes of a DataLoader: they ignore signals and end with the process that started them.
+
+Batches are received from them with a warning if one takes long, and with an error if a worker dies.
+"""
 
 import contextlib
 import logging
@@ -22,51 +25,66 @@ WARN_EVERY = 30  # seconds of waiting for a batch
 
 
 class PickledBatch:
-    """A batch on its way out of a worker: pickled, with its tensors in shared memory.
+    """A pickled batch on its way to the main process, with its tensors in shared memory.
 
-    torch would pickle it in a thread of the worker, where an error, for want of shared memory or of
-    file descriptors, is only printed, and the batch never arrives.
+    A worker creates it. Otherwise torch would pickle the batch in a thread of the worker. If shared
+    memory or file descriptors ran out there, the error would only be printed, and the batch would
+    never arrive.
+
+    Args:
+        batch: ((images, labels), messages about images that were left out).
     """
 
     def __init__(self, batch: Any):
         self._data = bytes(ForkingPickler.dumps(batch))
 
     def unpickle(self) -> Any:
-        """Returns the batch."""
+        """Returns the batch that was pickled."""
         return ForkingPickler.loads(self._data)
 
     def pin_memory(self) -> Any:
-        """Returns the batch in pinned memory; torch calls this in a thread that prefetches."""
+        """Returns the batch with its tensors in pinned memory.
+
+        The DataLoader calls this in its thread that prefetches batches.
+        """
         (images, labels), left_out = self.unpickle()
         return (images.pin_memory(), labels.pin_memory()), left_out
 
 
 def pickle_batch(batch: Any) -> PickledBatch | DataFailed:
-    """Pickles a batch in a worker; returns the error where there is one."""
+    """Pickles a batch in a worker process.
+
+    Args:
+        batch: the batch, or the error that came instead of it, which is returned unchanged.
+
+    Returns:
+        The pickled batch, or an error if the batch cannot be pickled.
+    """
     try:
         return batch if isinstance(batch, DataFailed) else PickledBatch(batch)
-    except Exception as error:  # noqa: BLE001  whatever it is, it has to reach the run
+    except Exception as error:  # noqa: BLE001  any error has to reach the main process
         return data_failure(error)
 
 
 def receive_batches(loader: DataLoader, start: int, source: str) -> Iterator[Any]:
-    """Yields the batches of a loader, and warns every 30 s while one does not arrive.
+    """Yields the batches of a DataLoader, and logs a warning every 30 s while one does not arrive.
 
     Args:
-        start: number of the first batch, for the warning.
-        source: what the batches belong to, for the warning.
+        loader: yields batches, pickled or not, or a `DataFailed` in place of a batch.
+        start: number of the first batch in the epoch, counted from 1, for the warning.
+        source: where the batches belong, such as "epoch 3", for the warning.
 
     Raises:
-        DataFailed: a batch cannot be loaded, or a worker has ended.
+        DataFailed: a batch cannot be loaded, or a worker has died.
     """
     awaited, since, ended, workers = start, time.monotonic(), threading.Event(), []
     source += " from the loader processes" if loader.num_workers else ""
 
-    def warn() -> None:  # in a thread, since the wait is inside of torch
+    def warn() -> None:  # runs in a thread, since the main thread waits inside torch
         warned_at = 0.0
         while not ended.wait(min(WARN_EVERY, 1)):
             waited = time.monotonic() - since if awaited is not None else 0.0
-            warned_at = min(warned_at, waited)  # a shorter wait is for another batch
+            warned_at = min(warned_at, waited)  # a shorter wait means that another batch is awaited
             if waited >= warned_at + WARN_EVERY:
                 warned_at = waited
                 logger.warning("waiting for batch %d of %s: %.0f s", awaited, source, waited)
@@ -84,7 +102,7 @@ def receive_batches(loader: DataLoader, start: int, source: str) -> Iterator[Any
             del batch  # frees its memory before another one is made
             awaited, since = number + 1, time.monotonic()
     except (DataFailed, Stopped):
-        kill_workers()  # they may hang in what they read
+        kill_workers()  # they may hang while they read a file
         raise
     except Exception as error:  # noqa: BLE001  torch fails in many ways
         failure = data_failure(error, workers=workers)
@@ -100,14 +118,15 @@ def receive_batches(loader: DataLoader, start: int, source: str) -> Iterator[Any
 
 
 def _start_workers(loader: DataLoader) -> Iterator[Any]:
-    """Starts the loader's workers.
+    """Starts the worker processes of a DataLoader and returns its iterator.
 
-    While workers are forked, signals are deferred until the workers ignore them. Workers that are
-    spawned may die before they take their data; then a signal must be able to end the wait.
+    Forked workers inherit the signal handlers. So signals are deferred until the workers ignore
+    them. Spawned workers do not inherit them. They may die before they receive the dataset, and
+    then a signal must be able to end the wait for them.
     """
     forked = multiprocessing.get_start_method() == "fork"
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS) if forked else None
-    try:  # the mask is of this thread; signals that reach other threads are deferred too
+    try:  # the mask is only for this thread; signals to other threads are deferred
         with signals.signals_deferred() if forked else contextlib.nullcontext():
             return iter(loader)
     finally:
@@ -119,9 +138,15 @@ def _start_workers(loader: DataLoader) -> Iterator[Any]:
 def data_failure(
     error: Exception, what: str = "the next batch", workers: Sequence = ()
 ) -> DataFailed:
-    """Describes why an image or a batch cannot be loaded, or how a worker ended."""
+    """Returns an error that says why an image or a batch cannot be loaded, or how a worker died.
+
+    Args:
+        error: the exception that came while loading.
+        what: what could not be loaded: the name of an image, or "the next batch".
+        workers: the worker processes. If one of them has died, the error describes that instead.
+    """
     for worker in workers:
-        worker.join(0.2)  # its pipe closes a moment before it ends
+        worker.join(0.2)  # a worker's pipe closes a moment before the worker ends
     codes = [worker.exitcode for worker in workers if worker.exitcode is not None]
     if not codes:
         return DataFailed(f"{what}: {describe(error)}")
@@ -133,16 +158,17 @@ def data_failure(
 
 
 def kill_workers() -> None:
-    """Kills the workers of this process, which ignore SIGTERM."""
+    """Kills the DataLoader workers that this process started, which ignore SIGTERM."""
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
 
 
 def restore_sigchld() -> None:
-    """Removes torch's handler of SIGCHLD, which raises in the middle of a step when a worker dies.
+    """Restores the default handling of SIGCHLD, in place of torch's handler.
 
-    The DataLoader notices a dead worker within 5 seconds too, while it waits for a batch.
+    Torch's handler raises in the middle of a step when a worker dies. Without it, the DataLoader
+    still notices a dead worker within 5 seconds, while it waits for a batch.
     """
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -151,7 +177,11 @@ def restore_sigchld() -> None:
 def init_worker(worker: int) -> None:
     """Makes a worker ignore the signals that the main process handles, and print no tracebacks.
 
-    Threads that share tensors would print the same error again and again; the main process reports.
+    The main process reports errors. Threads of a worker that share tensors would print the same
+    error again and again.
+
+    Args:
+        worker: index of the worker, which the DataLoader passes and which is not used.
     """
     sys.excepthook = lambda *_: None
     for number in signals.NUMBERS:

@@ -166,7 +166,7 @@ def _program(trained: TrainedModel) -> torch.export.ExportedProgram:
     """Returns the graph of the model and its normalization for any batch size."""
     pre = trained.preprocessing
     deployed = Deployed(trained.model, pre).eval()
-    example = torch.zeros(2, pre.channels, pre.image_size, pre.image_size)
+    example = torch.zeros(2, *pre.shape)
     with _refusing(trained, "torch.export"):
         return torch.export.export(deployed, (example,), dynamic_shapes=SHAPES)
 
@@ -231,9 +231,10 @@ def sample_images(trained: TrainedModel) -> tuple[torch.Tensor, str]:
         return images[torch.arange(number) % len(images)], f"{len(images)} validation images"
     except Exception as error:  # noqa: BLE001  the user's own dataset may raise anything
         logger.info("the images of the training are not available here (%s)", _first_line(error))
-    shape = (number, pre.channels, pre.image_size, pre.image_size)
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(256, shape, generator=generator, dtype=torch.uint8), "random images"
+    return torch.randint(
+        256, (number, *pre.shape), generator=generator, dtype=torch.uint8
+    ), "random images"
 
 
 def compare_logits(

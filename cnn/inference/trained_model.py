@@ -16,7 +16,7 @@ from cnn.models.build import build_model
 from cnn.training.resume import DOES_NOT_FIT, check_code, reason_of
 from cnn.training.state import check_like
 from cnn.utils import environment as env
-from cnn.utils.checkpoint import load_checkpoint, validated_weights
+from cnn.utils.checkpoint import load_checkpoint, position_text, validated_weights
 from cnn.utils.module_state import load_state
 
 
@@ -67,10 +67,8 @@ class TrainedModel:
         return epoch if split == "test" or self.is_within_epoch else max(epoch - 1, 0)
 
     def __str__(self) -> str:
-        batch = self.content["unfinished_epoch"]["batch"]
-        within = f" and {batch} batches" if self.is_within_epoch else ""
         averaged = ", averaged weights" if self.content["ema_state_dict"] else ""
-        trained = f"{self.cfg.model.name} after epoch {self.content['epoch']}{within}{averaged}"
+        trained = f"{self.cfg.model.name} {position_text(self.content)}{averaged}"
         return f"{self.path}: {trained}, {len(self.classes)} classes"
 
 

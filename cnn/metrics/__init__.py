@@ -1,1 +1,1 @@
-"""Figures: sums that stay on the device, and what an evaluation's predictions amount to."""
+"""Metrics: running sums on the device, and scores computed from an evaluation's predictions."""

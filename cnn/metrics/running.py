@@ -1,4 +1,4 @@
-"""Running metrics: sums that stay on the device, copied to the host only where they are read."""
+"""Running metrics: sums that stay on the device and are copied to the host only when read."""
 
 import itertools
 import math
@@ -19,7 +19,14 @@ SUMS = ("loss", "weight", "correct", "count")
 class RunningMetrics:
     """Sums over images, from which mean loss and accuracy are computed.
 
-    Summing over images rather than averaging batches gives a short last batch its smaller weight.
+    Summing over images, rather than averaging over batches, gives a smaller last batch its smaller
+    weight.
+
+    Attributes:
+        loss: sum over the batches of mean loss times weight, ().
+        weight: sum of the weights of the batches, by which `loss` is divided.
+        correct: count of images whose prediction equals the label, ().
+        count: count of images.
     """
 
     def __init__(self, device: torch.device):
@@ -30,13 +37,14 @@ class RunningMetrics:
         self.count: int | Tensor = 0
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor, weight: Weight = None) -> None:
-        """Adds a batch.
+        """Adds a batch of N images.
 
         Args:
             loss: mean over the batch, ().
             logits: (N, classes).
-            labels: (N).
-            weight: of the batch in the mean loss, from `weight_of`; None: the number of images.
+            labels: index of each image's class (N).
+            weight: weight of this batch in the mean loss over several batches, from `weight_of`;
+                None stands for N.
         """
         number = len(labels)
         weight = number if weight is None else weight
@@ -46,38 +54,46 @@ class RunningMetrics:
         self.count += number
 
     def merge(self, other: "RunningMetrics") -> None:
-        """Adds the sums of another object."""
-        self.loss += other.loss
-        self.correct += other.correct
-        self.weight = self.weight + other.weight
-        self.count = self.count + other.count
+        """Adds the sums of another `RunningMetrics` to these sums, in place."""
+        for name in SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def pack(self) -> Tensor:
-        """Returns the four sums as one float64 tensor (4), ready to be all-reduced."""
+        """Returns the sums loss, weight, correct and count as one tensor (4).
+
+        It is ready for an all-reduce. Its dtype is that of the summed loss: float64, or float32 on
+        MPS.
+        """
         sums = (getattr(self, name) for name in SUMS)
         return torch.stack([torch.as_tensor(s).to(self.loss, non_blocking=True) for s in sums])
 
     def unpack(self, total: Tensor) -> None:
-        """Sets the sums from a tensor (4) of the form that `pack` returns."""
+        """Sets the sums loss, weight, correct and count from a tensor (4), as `pack` returns it."""
         self.loss, self.weight, correct, count = total.unbind()
         self.correct, self.count = correct.to(torch.int64), count.to(torch.int64)
 
     def is_finite(self) -> bool:
-        """Returns whether every loss so far was finite; waits for the device."""
+        """Returns whether the sum of the losses so far is finite; waits for the device."""
         return math.isfinite(self.loss.item())
 
     def compute(self) -> Metrics:
-        """Returns mean loss and accuracy (a fraction) over the images so far."""
+        """Returns the mean loss as "loss" and the accuracy as "acc", a fraction, of all images.
+
+        Without images, both are 0. Waits for the device.
+        """
         count = int(self.count)
         weight = float(self.weight) if count else 1.0
         return {"loss": self.loss.item() / weight, "acc": self.correct.item() / max(count, 1)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the sums, for a checkpoint."""
+        """Returns the sums by name, for a checkpoint."""
         return {name: getattr(self, name) for name in SUMS} | {"count": int(self.count)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Sets the sums from `state_dict`; older checkpoints lack the weight, then the count."""
+        """Sets the sums from a result of `state_dict`.
+
+        Where the weight is missing, as in older checkpoints, it is the number of images.
+        """
         self.loss.copy_(state["loss"])
         self.correct.copy_(state["correct"])
         self.count = state["count"]
@@ -86,13 +102,16 @@ class RunningMetrics:
 
 
 class EvaluationMetrics(RunningMetrics):
-    """Metrics of an evaluation: running metrics, confusion matrix, prediction of each image.
+    """Metrics of an evaluation: running metrics, confusion matrix, and each prediction.
 
-    Keeps what depends on the order of the batches as a list over batches, so that several processes
-    which evaluate batches in turn compute the same bits as one.
+    What depends on the order of the batches is stored as one list entry per batch. So several
+    processes that evaluate batches in turn compute the same bits as a single process.
 
     Args:
-        names: metrics that `compute` returns; nothing is kept that they do not need.
+        device: where the logits are.
+        num_classes: number of classes.
+        names: the metrics that `compute` returns, such as "acc" and "auc". Probabilities of all
+            classes are stored only if one of the metrics needs them.
     """
 
     PER_BATCH = ("_losses", "_labels", "_predictions", "_confidences", "_probabilities")
@@ -101,7 +120,7 @@ class EvaluationMetrics(RunningMetrics):
     def __init__(self, device: torch.device, num_classes: int, names: Sequence[str]):
         super().__init__(device)
         self.num_classes, self.names = num_classes, tuple(names)
-        # Row: label, column: prediction; kept flat, which index_add_ needs.
+        # Rows are labels, columns are predictions; flat, since index_add_ needs one dimension.
         self.matrix = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
         self.in_top = torch.zeros((), dtype=torch.int64, device=device)
         self._needs_probabilities = bool(set(names) & set(scores.FROM_PROBABILITIES))
@@ -112,7 +131,15 @@ class EvaluationMetrics(RunningMetrics):
         self._probabilities: list[Tensor] = []
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor, weight: Weight = None) -> None:
-        """Adds a batch as `RunningMetrics.add` does, and the prediction of each of its images."""
+        """Adds a batch of N images, and the prediction for each of them.
+
+        Args:
+            loss: mean over the batch, ().
+            logits: (N, classes).
+            labels: index of each image's class (N).
+            weight: weight of this batch in the mean loss over several batches, from `weight_of`;
+                None stands for N.
+        """
         super().add(loss, logits, labels, weight)
         weight = len(labels) if weight is None else weight
         self._losses.append((loss.detach() * weight, weight))
@@ -130,10 +157,13 @@ class EvaluationMetrics(RunningMetrics):
             self._probabilities.append(probabilities)
 
     def gather(self, all_gather: Callable[[dict], list[dict]]) -> None:
-        """Merges the batches that the processes evaluated in turn; all get the same result.
+        """Merges the batches of all processes, in place, so that all have the same metrics.
+
+        Restores the order of the batches, which the processes evaluated in turn.
 
         Args:
-            all_gather: returns the values of all processes for the value of this one.
+            all_gather: takes the value of this process, and returns the list of the values of all
+                processes.
         """
         names = self.PER_BATCH + self.COUNTS
         parts = all_gather({name: _on_cpu(getattr(self, name)) for name in names})
@@ -148,7 +178,7 @@ class EvaluationMetrics(RunningMetrics):
             self.weight = self.weight + weight
 
     def compute(self) -> Metrics:
-        """Returns the metrics named at construction; None for one that is undefined."""
+        """Returns the metrics listed in `names`, by name; an undefined metric is None."""
         values = super().compute() | scores.from_confusion_matrix(self.confusion().numpy())
         values[scores.TOP_K_ACC] = self.in_top.item() / max(self.count, 1)
         if self._probabilities:
@@ -159,11 +189,18 @@ class EvaluationMetrics(RunningMetrics):
         return {name: values.get(name) for name in self.names}
 
     def confusion(self) -> Tensor:
-        """Returns the confusion matrix on the CPU, int64 (classes, classes); a row per label."""
+        """Returns the confusion matrix on the CPU, int64 (classes, classes).
+
+        Rows are labels, columns are predictions.
+        """
         return self.matrix.view(self.num_classes, self.num_classes).cpu()
 
     def predictions(self) -> dict[str, Tensor]:
-        """Returns the predicted class of each image, in their order, and its probability."""
+        """Returns the predicted class of each image and its probability, on the CPU.
+
+        Returns:
+            "prediction", int32 (N), and "probability", float32 (N), in the order of the batches.
+        """
         return {
             "prediction": torch.cat(self._predictions).to("cpu", torch.int32),
             "probability": torch.cat(self._confidences).to("cpu", torch.float32),
@@ -171,15 +208,26 @@ class EvaluationMetrics(RunningMetrics):
 
 
 def compute_loss(function: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
-    """Computes the loss in float32, or in float64 where the logits are."""
+    """Returns the loss of a batch, computed in float32, or in float64 if the logits are float64.
+
+    Args:
+        function: the loss function.
+        logits: (N, classes), of any float type.
+        labels: (N), or in the form that the loss function takes.
+    """
     return function(logits.float() if logits.dtype != torch.float64 else logits, labels)
 
 
 def weight_of(function: nn.Module, labels: Tensor) -> int | Tensor:
-    """Returns the weight of a batch in a mean loss over several batches.
+    """Returns the weight of a batch in the mean loss over several batches.
 
-    It is the number of images or, for cross-entropy with class weights, the sum of their weights
-    (), by which torch divides. Means weighted so do not depend on the division into batches.
+    This is the number of images. For cross-entropy with class weights it is the sum of the class
+    weights of the images, a tensor (), since torch divides by it. With these weights, the mean loss
+    does not depend on how the images are divided into batches.
+
+    Args:
+        function: the loss function.
+        labels: index of each image's class (N).
     """
     weights = getattr(function, "weight", None)
     if not isinstance(function, nn.CrossEntropyLoss) or weights is None:
@@ -189,7 +237,10 @@ def weight_of(function: nn.Module, labels: Tensor) -> int | Tensor:
 
 
 def _on_cpu(value: object) -> object:
-    """Copies the tensors in nested lists and tuples to the CPU."""
+    """Copies a tensor, or all tensors in nested lists and tuples, to the CPU.
+
+    Returns any other value unchanged.
+    """
     if isinstance(value, (list, tuple)):
         return type(value)(_on_cpu(part) for part in value)
     return value.cpu() if isinstance(value, Tensor) else value

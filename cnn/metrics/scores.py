@@ -1,7 +1,7 @@
-"""Metrics from a confusion matrix and from probabilities, computed in float64 on the CPU.
+"""Metrics from a confusion matrix and from probabilities, computed with NumPy on the CPU.
 
-An undefined metric is not 0: nan in an array, and None as a single value. The tests compare with
-scikit-learn (`zero_division=nan`). Nothing here imports torch.
+An undefined metric is not 0: it is nan in an array, and None as a single value. The tests compare
+with scikit-learn (`zero_division=nan`). Nothing here imports torch.
 """
 
 import math
@@ -11,8 +11,8 @@ import numpy as np
 Metrics = dict[str, float | None]  # by name; None where undefined
 
 TOP_K = 5
-MIN_CLASSES_FOR_TOP_K = 4 * TOP_K  # among fewer, guessing is too often right
-ECE_BINS = 15  # as Guo et al. (ICML 2017)
+MIN_CLASSES_FOR_TOP_K = 4 * TOP_K  # with fewer classes, guessing is right too often
+ECE_BINS = 15  # as in Guo et al. (ICML 2017)
 SPLITS = ("train_", "val_", "test_")
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
@@ -21,13 +21,21 @@ TOP_K_ACC = f"top{TOP_K}_acc"
 # Every metric, by the direction in which it improves; a test verifies that none is missing.
 HIGHER = ("acc", "balanced_acc", "f1", TOP_K_ACC, "auc", "sensitivity", "specificity")
 LOWER = ("loss", "log_loss", "ece")
-# Those that need the probability of every class; the others follow from the confusion matrix.
+# These need the probability of every class; the others follow from the confusion matrix.
 FROM_PROBABILITIES = ("auc", "log_loss", "ece")
 OF_TWO_CLASSES = ("auc", "sensitivity", "specificity")
 
 
 def epoch_metrics(num_classes: int, monitor: str) -> tuple[str, ...]:
-    """Returns the names of the metrics of every epoch's validation, with the monitored one."""
+    """Returns the names of the metrics that are computed in every epoch's validation.
+
+    Args:
+        num_classes: number of classes; some metrics exist for two classes or for many only.
+        monitor: the monitored metric, such as "val_auc", which is added if it is not among them.
+
+    Returns:
+        Names without the prefix "val_", such as "acc".
+    """
     names = ["loss", "acc", "balanced_acc", "f1"]
     if num_classes >= MIN_CLASSES_FOR_TOP_K:
         names.append(TOP_K_ACC)
@@ -37,25 +45,40 @@ def epoch_metrics(num_classes: int, monitor: str) -> tuple[str, ...]:
 
 
 def result_metrics(num_classes: int) -> tuple[str, ...]:
-    """Returns the names of the metrics of the final test: all that exist for these classes."""
+    """Returns the names of the metrics of the final test: all that exist for the classes."""
     return tuple(dict.fromkeys([*epoch_metrics(num_classes, "val_auc"), *FROM_PROBABILITIES]))
 
 
 def mode(metric: str) -> str:
-    """Returns min or max, the direction in which a metric improves; ignores train_, val_, test_."""
+    """Returns "min" if lower values of a metric are better, else "max".
+
+    Args:
+        metric: its name, such as "loss" or, with the name of a split, "val_loss".
+    """
     name = metric.split("_", 1)[1] if metric.startswith(SPLITS) else metric
     return "min" if name in LOWER else "max"
 
 
 def improves(metric: str, value: float | None, best: float | None) -> bool:
-    """Returns whether a value is better than the best so far; None, nan and inf never are."""
+    """Returns whether a value of a metric is better than the best value so far.
+
+    Args:
+        metric: its name, such as "val_loss"; see `mode`.
+        value: the new value; None, nan and infinite values are never better.
+        best: the best value so far; None if there is none.
+    """
     if value is None or not math.isfinite(value):
         return False
     return best is None or (value < best if mode(metric) == "min" else value > best)
 
 
 def wilson(correct: float, count: int) -> tuple[float, float] | None:
-    """Returns the 95 % interval of a proportion (Wilson, 1927), or None if `count` is 0."""
+    """Returns the lower and upper end of the 95 % interval of a proportion (Wilson, 1927).
+
+    Args:
+        correct: how many of the `count` cases are correct.
+        count: number of cases; for 0 the result is None.
+    """
     if count == 0:
         return None
     p, z2 = correct / count, Z_95**2
@@ -65,7 +88,13 @@ def wilson(correct: float, count: int) -> tuple[float, float] | None:
 
 
 def with_interval(accuracy: float | None, count: int, digits: int = 4) -> str:
-    """Formats an accuracy as `0.9833 (95 %: 0.9726 to 0.9899)`, or n/a if it is undefined."""
+    """Formats an accuracy with its 95 % interval, as in `0.9833 (95 %: 0.9726 to 0.9899)`.
+
+    Args:
+        accuracy: a fraction; for None the result is "n/a".
+        count: number of images; for 0 the result is "n/a".
+        digits: number of decimal places.
+    """
     if accuracy is None or count == 0:
         return "n/a"
     low, high = wilson(accuracy * count, count)
@@ -76,13 +105,27 @@ def with_interval(accuracy: float | None, count: int, digits: int = 4) -> str:
 
 
 def confusion(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
-    """Returns the confusion matrix, int64 (classes, classes): row label, column prediction."""
+    """Returns the confusion matrix, int64 (classes, classes): rows are labels, columns predictions.
+
+    Args:
+        labels: index of each image's class (N).
+        predictions: index of each image's predicted class (N).
+        num_classes: number of classes.
+    """
     cells = np.bincount(labels.astype(np.int64) * num_classes + predictions, None, num_classes**2)
     return cells.reshape(num_classes, num_classes)
 
 
 def per_class(matrix: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns precision, recall (sensitivity), specificity, F1 and support, each (classes)."""
+    """Returns precision, recall, specificity, F1 and support of every class.
+
+    Args:
+        matrix: confusion matrix (classes, classes): rows are labels, columns predictions.
+
+    Returns:
+        Arrays (classes) under "precision", "recall", "specificity", "f1" and "support". Undefined
+        values are nan. Support is the number of images with this label.
+    """
     matrix = np.asarray(matrix)
     hits, support, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     negatives = matrix.sum() - support
@@ -96,13 +139,28 @@ def per_class(matrix: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def macro(values: np.ndarray) -> float | None:
-    """Returns the mean over the classes for which the value is defined, or None."""
+    """Returns the mean over those classes for which the value is defined.
+
+    Args:
+        values: one value per class, nan where undefined (classes).
+
+    Returns:
+        The mean, or None if no value is defined.
+    """
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else None
 
 
 def weighted(values: np.ndarray, support: np.ndarray) -> float | None:
-    """Returns the mean over the classes for which the value is defined, weighted by support."""
+    """Returns the mean over the classes, weighted by their support.
+
+    Args:
+        values: one value per class, nan where undefined (classes). Undefined ones are left out.
+        support: number of images of each class (classes).
+
+    Returns:
+        The mean, or None if no class with images has a defined value.
+    """
     defined = ~np.isnan(values) & (support > 0)
     if not defined.any():
         return None
@@ -110,7 +168,16 @@ def weighted(values: np.ndarray, support: np.ndarray) -> float | None:
 
 
 def from_confusion_matrix(matrix: np.ndarray) -> Metrics:
-    """Returns balanced accuracy, macro F1 and, for two classes, sensitivity and specificity."""
+    """Returns balanced accuracy and macro F1 and, for two classes, sensitivity and specificity.
+
+    Class 1 is the positive class.
+
+    Args:
+        matrix: confusion matrix (classes, classes): rows are labels, columns predictions.
+
+    Returns:
+        Values under "balanced_acc", "f1", "sensitivity" and "specificity"; None where undefined.
+    """
     classes = per_class(matrix)
     values = {"balanced_acc": macro(classes["recall"]), "f1": macro(classes["f1"])}
     if len(matrix) == 2:
@@ -120,7 +187,15 @@ def from_confusion_matrix(matrix: np.ndarray) -> Metrics:
 
 
 def most_confused(matrix: np.ndarray, number: int) -> list[tuple[int, int, int]]:
-    """Returns the most frequent errors as (label, prediction, count), at most `number`."""
+    """Returns the most frequent kinds of errors, most frequent first.
+
+    Args:
+        matrix: confusion matrix (classes, classes): rows are labels, columns predictions.
+        number: the largest count of kinds to return.
+
+    Returns:
+        (label, prediction, count of images) per kind, where label and prediction are class indices.
+    """
     wrong = matrix * (1 - np.eye(len(matrix), dtype=matrix.dtype))
     cells = np.argsort(-wrong, axis=None, kind="stable")[:number]
     pairs = [divmod(int(cell), len(matrix)) for cell in cells]
@@ -136,10 +211,17 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 
 def auc_per_class(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Returns the area under the ROC curve of each class against the rest, from rank sums.
+    """Returns the area under the ROC curve (AUC) of each class against all others.
 
-    (Mann and Whitney, 1947; Hanley and McNeil, 1982.) Ties count half. The area is nan where no
-    image, or every image, has that class.
+    Computes the areas from rank sums (Mann and Whitney, 1947; Hanley and McNeil, 1982), in which
+    equal scores count half.
+
+    Args:
+        labels: index of each image's class (N).
+        scores: (N, classes), higher for a likelier class.
+
+    Returns:
+        Areas (classes), nan for a class that no image or every image has.
     """
     areas = np.full(scores.shape[1], np.nan)
     for number, column in enumerate(np.array(scores.T, order="C")):  # a copy, to be sorted
@@ -156,20 +238,45 @@ def auc_per_class(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float | None:
-    """Returns the area of class 1 for two classes, else the mean over the classes."""
+    """Returns the area under the ROC curve: of class 1 for two classes, else the mean over classes.
+
+    Args:
+        labels: index of each image's class (N).
+        scores: (N, classes), higher for a likelier class.
+
+    Returns:
+        The area, or None if it is undefined for every class. The mean leaves out the classes that
+        no image or every image has.
+    """
     areas = auc_per_class(labels, scores)
     return macro(areas[1:] if len(areas) == 2 else areas)
 
 
 def log_loss(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Returns the mean of -log of the label's probability, clipped as scikit-learn does."""
+    """Returns the mean of -log(p), where p is the probability of an image's label.
+
+    As in scikit-learn, p is clipped to [eps, 1 - eps] with the eps of the dtype.
+
+    Args:
+        labels: index of each image's class (N).
+        scores: probabilities (N, classes).
+    """
     least = np.finfo(scores.dtype).eps
     of_labels = scores[np.arange(len(labels)), labels].astype(np.float64)
     return float(-np.log(np.clip(of_labels, least, 1 - least)).mean())
 
 
 def calibration_error(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Returns the expected calibration error (Guo et al., ICML 2017, section 2), 15 equal bins."""
+    """Returns the expected calibration error (Guo et al., ICML 2017, section 2).
+
+    The probabilities of the predicted classes are divided into `ECE_BINS` bins of equal width. The
+    error is the mean of |accuracy - mean probability| over the bins, weighted by their number of
+    images.
+
+    Args:
+        labels: index of each image's class (N).
+        scores: probabilities (N, classes).
+    """
     confidence = scores.max(1).astype(np.float64)
     is_correct = scores.argmax(1) == labels
     bins = np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
@@ -178,7 +285,16 @@ def calibration_error(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def from_probabilities(labels: np.ndarray, scores: np.ndarray) -> Metrics:
-    """Returns AUC, log-loss and calibration error; None without images or with nan among scores."""
+    """Returns area under the ROC curve, log loss and expected calibration error.
+
+    Args:
+        labels: index of each image's class (N).
+        scores: probabilities (N, classes).
+
+    Returns:
+        Values under "auc", "log_loss" and "ece". All are None if there are no images, or if a
+        probability is nan or infinite.
+    """
     if len(labels) == 0 or not np.isfinite(scores).all():
         return dict.fromkeys(FROM_PROBABILITIES)
     return {

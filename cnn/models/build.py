@@ -22,14 +22,21 @@ MODELS = {"simple_cnn": SimpleCNN, "lenet5": LeNet5, "resnet9": ResNet9, "resnet
 def build_model(
     cfg: ModelConfig, num_classes: int, in_channels: int, image_size: int, seed: int
 ) -> nn.Module:
-    """Builds the model on the CPU, with initial weights that are a function of the seed.
+    """Builds a model on the CPU, with initial weights that are a function of the seed.
+
+    The model then computes the logits of two black images, so that a model that cannot take such
+    images is refused before training.
 
     Args:
-        image_size: height and width of its images in pixels, with which it is tried out.
+        cfg: the section `model` of the settings.
+        num_classes: number of logits per image.
+        in_channels: number of image channels.
+        image_size: height and width of the images in pixels.
+        seed: the seed of the run.
 
     Raises:
-        Refused: no such model, arguments it does not take, weights that do not fit, or images of
-            a size that it cannot take.
+        Refused: there is no such model, it does not take the arguments in `cfg.args`, the initial
+            weights do not fit it, or it cannot take images of this size.
     """
     seeding.seed_sample(seed, seeding.INIT)
     pretrained = cfg.pretrained and not cfg.weights
@@ -44,7 +51,7 @@ def build_model(
             raise Refused(f"model.args: {cfg.name}: {error}") from error
         except (ValueError, RuntimeError) as error:
             if cfg.name not in MODELS:
-                raise  # the user's code, for which a traceback helps
+                raise  # an error in the user's code, for which a traceback helps
             raise Refused(f"model.args: {cfg.name}: {error}") from None
     else:
         model = torchvision_models.build(cfg.name, num_classes, in_channels, pretrained, cfg.args)
@@ -55,7 +62,17 @@ def build_model(
 
 
 def _try_out(model: nn.Module, name: str, num_classes: int, shape: tuple[int, ...]) -> None:
-    """Computes the logits of two black images, to refuse a model that cannot before training."""
+    """Computes the logits of two black images and refuses a model that cannot take such images.
+
+    Args:
+        model: the model, whose state and mode do not change.
+        name: its name in the settings, for messages.
+        num_classes: the expected number of logits per image.
+        shape: of one image, (C, H, W).
+
+    Raises:
+        Refused: the model fails, or its output is not a tensor (2, num_classes).
+    """
     training = model.training
     model.eval()
     with torch.no_grad(), state_preserved(model):

@@ -1,4 +1,4 @@
-"""The floating-point operations of a model, counted while it computes.
+"""A count of the floating-point operations of a model, made while the model computes.
 
 torch.utils.flop_counter does the same, but importing and using it loads Triton and torch._dynamo,
 which takes 1.2 seconds of a run's start.
@@ -16,16 +16,18 @@ aten = torch.ops.aten
 
 
 def count_flops(model: nn.Module, shape: tuple[int, ...]) -> int | None:
-    """Counts the operations in the products of one image's forward pass, a multiply-add as two.
+    """Returns the number of floating-point operations in the forward pass of one image.
 
-    A copy of the model computes, so that the model does not change. (Not on the meta device, for
-    which torch first loads its decompositions, as long as loading torch takes.)
+    Counts convolutions, matrix products and attention, and each multiply-add as two operations. A
+    copy of the model computes, so that the model does not change. (The meta device would need no
+    copy, but torch first loads decompositions for it, which takes as long as loading torch.)
 
     Args:
+        model: the model, on any device.
         shape: of an image, (C, H, W).
 
     Returns:
-        None for a model that cannot be copied.
+        The number of operations, or None if the model cannot be copied or fails.
     """
     device = next(model.parameters()).device
     try:
@@ -37,7 +39,11 @@ def count_flops(model: nn.Module, shape: tuple[int, ...]) -> int | None:
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up the operations of every product that torch computes."""
+    """A dispatch mode that adds up the operations of the products that torch computes within it.
+
+    Attributes:
+        total: the number of operations so far.
+    """
 
     total = 0
 
@@ -54,7 +60,7 @@ class _Counter(TorchDispatchMode):
 
 def _count_convolution(args: tuple, out: torch.Tensor) -> int:
     images, weight, transposed = args[0], args[1], args[6]
-    positions = (images if transposed else out).shape[2:]  # of the kernel
+    positions = (images if transposed else out).shape[2:]  # where the kernel is applied
     return 2 * len(images) * math.prod(positions) * weight.numel()
 
 

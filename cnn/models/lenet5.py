@@ -6,10 +6,14 @@ from torch.nn import functional as F
 
 
 class LeNet5(nn.Module):
-    """LeNet-5 for 28 x 28 pixels; features of other sizes are pooled to what it expects.
+    """LeNet-5 for images of 28 x 28 pixels (LeCun et al., 1998), with ReLU and max pooling.
+
+    Takes other images of 12 x 12 pixels and more, too: their features are averaged to 5 x 5.
 
     Args:
-        dropout: probability in the two hidden linear layers.
+        num_classes: number of logits per image.
+        in_channels: number of image channels.
+        dropout: probability of dropout after each of the two hidden linear layers.
     """
 
     def __init__(self, num_classes: int, in_channels: int, dropout: float = 0.0):
@@ -33,7 +37,7 @@ class LeNet5(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W
-        """Returns the logits of a batch of images."""
+        """Returns the logits (N, num_classes) of a batch of images (N, C, H, W)."""
         features = self.features(images)
         if features.shape[-2:] != (5, 5):  # not 28 x 28; else the pooling would only take time
             features = F.adaptive_avg_pool2d(features, 5)

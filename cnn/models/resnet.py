@@ -8,11 +8,15 @@ from cnn.models.simple_cnn import conv_bn, conv_bn_relu, pool_relu
 
 
 class ResNet9(nn.Module):
-    """The network of D. Page, "How to Train Your ResNet" (2018); any size from 16 x 16 on.
+    """The network of D. Page, "How to Train Your ResNet" (2018).
+
+    Takes images of 8 x 8 pixels and more.
 
     Args:
-        width: channels of the first layer; the deepest have eight times as many.
-        scale: factor on the logits, 0.125 in the source.
+        num_classes: number of logits per image.
+        in_channels: number of image channels.
+        width: number of channels after the first layer; the last layers have eight times as many.
+        scale: factor by which the logits are multiplied, 0.125 in Page's network.
     """
 
     def __init__(self, num_classes: int, in_channels: int, width: int = 64, scale: float = 0.125):
@@ -26,31 +30,38 @@ class ResNet9(nn.Module):
         self.classifier = nn.Linear(8 * width, num_classes, bias=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W
-        """Returns the logits of a batch of images."""
+        """Returns the logits (N, num_classes) of a batch of images (N, C, H, W)."""
         features = self.layer3(self.layer2(self.layer1(self.stem(images))))
-        # What AdaptiveMaxPool2d(1) gives, bit for bit; that one has no repeatable backward on CUDA.
+        # AdaptiveMaxPool2d(1) gives the same bits, but its backward on CUDA is not repeatable.
         pooled = F.max_pool2d(features, features.shape[2:]).flatten(1)  # N, 8 width
         return self.classifier(pooled) * self.scale  # N, num_classes
 
 
 class Residual(nn.Module):
-    """Adds the output of two convolutions to their input."""
+    """A residual block that adds the output of two convolutions to their input.
+
+    Args:
+        channels: number of channels of input and output.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.body = nn.Sequential(*(conv_bn_relu(channels, channels) for _ in range(2)))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Returns the features after the block, (N, C, H, W)."""
+        """Returns the features (N, C, H, W) after the block, in the shape of the input."""
         return features + self.body(features)
 
 
 class ResNet20(nn.Module):
-    """The CIFAR network of He et al., "Deep Residual Learning" (2016), section 4.2.
+    """The network for CIFAR of He et al., "Deep Residual Learning" (2016), section 4.2.
 
     Args:
-        blocks: residual blocks per stage; 3 gives 20 layers, 9 gives 56.
-        width: channels of the first stage, 16 in the source.
+        num_classes: number of logits per image.
+        in_channels: number of image channels.
+        blocks: number of residual blocks per stage; 3 gives 20 layers, 9 gives 56.
+        width: number of channels in the first stage, 16 in the paper; it doubles from stage to
+            stage.
     """
 
     def __init__(self, num_classes: int, in_channels: int, blocks: int = 3, width: int = 16):
@@ -69,19 +80,24 @@ class ResNet20(nn.Module):
         self.classifier = nn.Linear(channels, num_classes)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(module.weight)  # He et al. (2015), as in the source
+                nn.init.kaiming_normal_(module.weight)  # He et al. (2015), as in the paper
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W
-        """Returns the logits of a batch of images."""
+        """Returns the logits (N, num_classes) of a batch of images (N, C, H, W)."""
         features = self.stages(self.stem(images))  # N, 4 width, H/4, W/4
         return self.classifier(self.pool(features).flatten(1))  # N, num_classes
 
 
 class BasicBlock(nn.Module):
-    """Adds the output of two convolutions to their input.
+    """A residual block that adds the output of two convolutions to their input.
 
-    Where they change the shape, the shortcut takes every second pixel and appends channels of zeros
-    (option A of the source, without parameters).
+    If the convolutions change the shape, the input is adapted without parameters: it is subsampled
+    by the stride, and channels of zeros are appended (option A of He et al., 2016).
+
+    Args:
+        in_channels: number of channels of the input.
+        out_channels: number of channels of the output, at least `in_channels`.
+        stride: stride of the first convolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
@@ -93,7 +109,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Returns the features after the block, (N, C, H, W)."""
+        """Returns the features after the block, (N, out_channels, H / stride, W / stride)."""
         out = F.relu(self.bn1(self.conv1(features)), inplace=True)
         out = self.bn2(self.conv2(out))
         shortcut = features[:, :, :: self.stride, :: self.stride]

@@ -5,11 +5,16 @@ from torch import nn
 
 
 class SimpleCNN(nn.Module):
-    """Three convolutions with batch norm, pooling and a linear layer; for 4 x 4 pixels and larger.
+    """A network of three convolutions with batch norm, pooling and a linear layer.
+
+    Takes images of 4 x 4 pixels and more.
 
     Args:
-        width: channels of the first block; the others have two and four times as many.
-        dropout: probability before the last layer.
+        num_classes: number of logits per image.
+        in_channels: number of image channels.
+        width: number of channels after the first convolution; the second has twice and the third
+            four times as many.
+        dropout: probability of dropout before the linear layer.
     """
 
     def __init__(self, num_classes: int, in_channels: int, width: int = 32, dropout: float = 0.2):
@@ -26,23 +31,26 @@ class SimpleCNN(nn.Module):
         self.classifier = nn.Linear(4 * width, num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W
-        """Returns the logits of a batch of images."""
+        """Returns the logits (N, num_classes) of a batch of images (N, C, H, W)."""
         features = self.features(images)  # N, 4 width, H/4, W/4
         features = self.pool(features).flatten(1)  # N, 4 width
         return self.classifier(self.dropout(features))  # N, num_classes
 
 
 def conv_bn(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Returns a 3 x 3 convolution and batch norm."""
+    """Returns a 3 x 3 convolution, which keeps the size of its input, followed by batch norm."""
     convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
 
 
 def conv_bn_relu(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Returns a 3 x 3 convolution, batch norm and ReLU."""
+    """Returns a 3 x 3 convolution, which keeps the size of its input, then batch norm and ReLU."""
     return conv_bn(in_channels, out_channels).append(nn.ReLU(inplace=True))
 
 
 def pool_relu() -> nn.Sequential:
-    """Returns 2 x 2 pooling and ReLU: bit for bit ReLU and pooling, with a quarter of its work."""
+    """Returns 2 x 2 max pooling followed by ReLU.
+
+    The result equals ReLU followed by pooling bit for bit, with a quarter of the work for ReLU.
+    """
     return nn.Sequential(nn.MaxPool2d(2), nn.ReLU(inplace=True))

@@ -1,11 +1,11 @@
 """Convolutions over small feature maps that train faster on CPUs with AMX.
 
-oneDNN computes a weight's gradient from rows of the feature map, and pads each to the 32 numbers
-that AMX processes together; of a map 4 wide seven eighths of the work are wasted. Here several
-images are laid side by side to longer rows, which is two to nine times as fast in the deeper layers
-of a network; the sum is the same but for the order of its terms. resnet18 trains twice as fast at
-224 pixels (39 to 45 images per second instead of 18 to 26, 3 pairs on 2 cores with AMX under
-other load) and 1.3 times at 32; ResNet-9 no faster.
+oneDNN computes the gradient of a weight from rows of the feature map, and pads each row to the 32
+numbers that AMX processes together. For a map 4 wide, seven eighths of this work are wasted. Here
+several images are laid side by side to form longer rows. This is two to nine times as fast in the
+deeper layers of a network, and the sum is the same except for the order of its terms. resnet18
+trains twice as fast at 224 pixels (39 to 45 images per second instead of 18 to 26, 3 pairs of runs
+on 2 cores with AMX under other load) and 1.3 times as fast at 32. ResNet-9 trains no faster.
 """
 
 import math
@@ -15,14 +15,19 @@ from torch import nn
 from torch.nn import functional as F
 
 BF16 = torch.bfloat16
-MAX_WIDTH = 8  # of a feature map; wider ones are not faster
+MAX_WIDTH = 8  # of a feature map; for wider ones this is not faster
 MAX_ROW = 64  # width of the images laid side by side
 
 
 def use_small_maps(model: nn.Module) -> None:
-    """Replaces the convolutions that keep the size of their map by ones with the faster backward pass.
+    """Replaces convolutions by ones with a backward pass that is faster for small feature maps.
 
-    Parameters, hooks and names stay. For models that train in bf16 autocast on a CPU with AMX.
+    Replaces those that keep the size of their input and have no bias, groups or dilation; their
+    parameters, hooks and names stay. The faster pass is used only in bf16 autocast on the CPU, for
+    maps at most `MAX_WIDTH` wide, and it pays off only with AMX.
+
+    Args:
+        model: the model, changed in place; of a lone convolution nothing is replaced.
     """
     for parent in model.modules():
         for name, module in parent.named_children():
@@ -37,18 +42,18 @@ class SmallMapConv2d(nn.Conv2d):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W
         is_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == BF16
-        if (
-            is_bf16
-            and torch.is_grad_enabled()
-            and images.ndim == 4
-            and images.shape[3] <= MAX_WIDTH
-        ):
+        is_small = images.ndim == 4 and images.shape[3] <= MAX_WIDTH
+        if is_bf16 and is_small and torch.is_grad_enabled():
             return _Convolution.apply(images.to(BF16), self.weight.to(BF16))
         return super().forward(images)
 
 
 def _keeps_size(module: nn.Conv2d) -> bool:
-    """Returns whether it has an odd square kernel, zeros around the map, and no other option."""
+    """Returns whether a convolution is one that the faster backward pass can replace.
+
+    It needs an odd square kernel larger than 1, zero padding that keeps the size of the input,
+    stride 1, and no dilation, groups or bias.
+    """
     side = module.kernel_size[0]
     geometry = (module.kernel_size, module.padding, module.stride, module.dilation)
     plain = module.groups == 1 and module.padding_mode == "zeros" and module.bias is None
@@ -71,7 +76,7 @@ class _Convolution(torch.autograd.Function):
             images_gradient = _backward(gradient, images, weight, (True, False, False))[0]
         if ctx.needs_input_grad[1]:
             in_row = max(MAX_ROW // (images.shape[3] + padding), 1)
-            number = math.gcd(len(images), 2 ** int(math.log2(in_row)))  # divides the batch
+            number = math.gcd(len(images), 2 ** int(math.log2(in_row)))  # divides the batch size
             rows, row_gradients = (side_by_side(m, number, padding) for m in (images, gradient))
             weight_gradient = _backward(row_gradients, rows, weight, (False, True, False))[1]
         return images_gradient, weight_gradient
@@ -85,10 +90,12 @@ def _backward(gradient, images, weight, mask: tuple[bool, bool, bool]):
 
 
 def side_by_side(maps: torch.Tensor, number: int, gap: int) -> torch.Tensor:
-    """Lays every `number` maps beside each other, with `gap` columns of zeros after each.
+    """Lays every `number` successive maps of a batch side by side, with zeros after each.
 
     Args:
         maps: (N, C, H, W), with N a multiple of `number`.
+        number: count of maps in a row.
+        gap: count of columns of zeros after each map.
 
     Returns:
         (N / number, C, H, number * (W + gap)), channels last.

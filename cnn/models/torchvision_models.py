@@ -1,4 +1,4 @@
-"""The classification models of torchvision, adapted to the classes and to the channels."""
+"""torchvision's classification models, adapted to the number of classes and of image channels."""
 
 import difflib
 from typing import Any
@@ -10,17 +10,26 @@ from cnn.config.settings import MODEL_NAMES
 from cnn.errors import Refused
 from cnn.models.weights import adapt_first_convolution, load_matching
 
-AUXILIARY_HEADS = ("googlenet", "inception_v3")  # return several outputs by default
+AUXILIARY_HEADS = ("googlenet", "inception_v3")  # these return several outputs by default
 
 
 def build(name: str, num_classes: int, in_channels: int, pretrained: bool, args: dict[str, Any]):
-    """Builds a model; `pretrained` loads torchvision's best weights, except for the head.
+    """Builds a classification model of torchvision.
 
     Args:
-        args: further keyword arguments of torchvision's model.
+        name: torchvision's name of the model, such as "resnet18".
+        num_classes: number of logits per image.
+        in_channels: number of image channels.
+        pretrained: whether to load torchvision's best weights, except for layers whose shape
+            depends on the number of classes.
+        args: further keyword arguments for torchvision's model.
+
+    Returns:
+        The model, on the CPU.
 
     Raises:
-        Refused: no such model, a keyword that it does not take, or weights that cannot be fetched.
+        Refused: there is no such model, it does not take a keyword, or the weights cannot be
+            downloaded.
     """
     from torchvision import models
 

@@ -14,10 +14,17 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads the weights that fit from a checkpoint of this project or a file with a state dict.
+    """Loads those weights of a file that fit the model, and logs which parameters stay new.
+
+    The file is a checkpoint of this project, whose EMA weights have precedence, or a state dict
+    that torch.save wrote.
+
+    Args:
+        model: the model, changed in place.
+        path: the file.
 
     Raises:
-        Refused: no such file, a damaged one, one without weights that fit, or with NaN.
+        Refused: the file is missing or damaged, contains NaN, or has no weights that fit.
     """
     try:
         if not path.is_file() or is_zipfile(path):
@@ -46,9 +53,16 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_matching(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
-    """Loads every tensor whose name and shape fit, and returns the names of the model's others.
+    """Loads the tensors of a state dict that fit a model by name and shape.
 
-    Adapts the weights of the first convolution to another number of channels.
+    First adapts the weights of the first convolution to the model's number of image channels.
+
+    Args:
+        model: the model, changed in place.
+        state: tensors by name.
+
+    Returns:
+        The names of the model's parameters and buffers that were not loaded.
     """
     expected = model.state_dict()
     first = f"{_first_convolution(model)[0]}.weight"
@@ -60,7 +74,15 @@ def load_matching(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]
 
 
 def adapt_first_convolution(model: nn.Module, in_channels: int) -> None:
-    """Replaces the first convolution by one for another number of channels."""
+    """Replaces the first convolution of a model by one that takes another number of channels.
+
+    The new weights sum up to the old ones, so that the features of gray images stay. A model
+    without convolution stays unchanged.
+
+    Args:
+        model: the model, changed in place.
+        in_channels: number of image channels.
+    """
     name, old = _first_convolution(model)
     if old is None:
         return
@@ -82,9 +104,17 @@ def _first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d | None]:
 
 
 def _adapt_channels(weight: torch.Tensor, in_channels: int) -> torch.Tensor:
-    """Distributes a convolution's weights evenly over another number of channels.
+    """Distributes the weights of a convolution evenly over another number of input channels.
 
-    Their sum stays, so that a gray image has the same features as the equal image in RGB.
+    The sum over the channels stays the same. So a gray image has the same features as the RGB
+    image with three equal channels.
+
+    Args:
+        weight: (out channels, in channels, H, W).
+        in_channels: the new number of input channels.
+
+    Returns:
+        Weights, (out channels, in_channels, H, W).
     """
     if weight.shape[1] == in_channels:
         return weight

@@ -34,8 +34,7 @@ def write(run: Run, checkpoint: Checkpoint | None) -> None:
     """Logs what the run is and where it resumes, and writes config.yaml and model.txt."""
     if checkpoint is not None:
         _log_resume(run, checkpoint)
-    pre = run.data.preprocessing
-    flops = count_flops(run.state.model, (pre.channels, pre.image_size, pre.image_size))
+    flops = count_flops(run.state.model, run.data.preprocessing.shape)
     log_start(run, flops)
     logs = run.folder.logs
     write_record(logs.config, to_yaml(run.cfg))
@@ -70,8 +69,7 @@ def log_start(run: Run, flops: int | None) -> None:
     if state.device.type == "cpu":
         device += f" ({env['threads']} threads)"
     logger.info("torch %s on %s, %s; seed %d", env["torch"], device, env["precision"], cfg.seed)
-    pre = data.preprocessing
-    shape = f"{pre.channels}x{pre.image_size}x{pre.image_size}"
+    shape = "x".join(map(str, data.preprocessing.shape))
     logger.info("data %s: images %s, %d classes", cfg.data.name, shape, len(data.classes))
     for split in ("train", "val", "test"):
         images = getattr(data, split)

@@ -118,15 +118,14 @@ class TensorBoard:
         """Returns the model's graph and the first training images as they are augmented."""
         from torch.utils.tensorboard._pytorch_graph import graph
 
-        events, pre = [], self.run.data.preprocessing
-        shape = (1, pre.channels, pre.image_size, pre.image_size)
+        events = []
         # A model that cannot be traced has no graph. Tracing warns of shapes taken for constants.
         with (
             contextlib.suppress(Exception),
             contextlib.redirect_stdout(io.StringIO()),
             warnings.catch_warnings(action="ignore"),
         ):
-            images = torch.zeros(shape, device=self.state.device)
+            images = torch.zeros(1, *self.run.data.preprocessing.shape, device=self.state.device)
             traced, _ = graph(copy.deepcopy(self.state.model), images)
             events.append(Event(wall_time=time.time(), graph_def=traced.SerializeToString()))
         if figures.is_available():

@@ -24,6 +24,9 @@ from cnn.utils.signals import StopSignals
 
 T = TypeVar("T")
 
+# A batch or the error in its place, and the tensor and the handle of an all-reduce under way.
+Pending = tuple[Any, DataFailed | None, torch.Tensor, "dist.Work"]
+
 # How long a process waits for the others before it gives up: within a step, and while the first
 # process of a machine decodes a large set of images.
 STEP_TIMEOUT = datetime.timedelta(minutes=10)
@@ -41,7 +44,7 @@ class Group:
     """
 
     def __init__(self, launch: Launch | None = None, stop: StopSignals | None = None):
-        self.launch, self.stop = launch or Launch(), stop
+        self.launch, self.stop = launch or Launch(), stop or StopSignals()
         self.rank, self.size = self.launch.rank, self.launch.size
         self.is_rank0 = self.launch.is_rank0
         self.key = (self.rank,) if self.rank else ()
@@ -169,11 +172,6 @@ class Group:
             metrics.unpack(self.sum(packed, packed.device))
         return metrics
 
-    def gather_metrics(self, metrics: RunningMetrics) -> None:
-        """Merges the batches that each process evaluated, in place; all get the same metrics."""
-        if self.size > 1:
-            metrics.gather(self.all_gather)
-
     def broadcast_module(self, module: nn.Module | None) -> None:
         """Copies rank 0's weights, buffers and extra state of a module to all processes.
 
@@ -216,14 +214,10 @@ class Group:
             del batch  # frees its memory before another one is made
 
     def _next(self, batches: Iterator[T]) -> T | None:
-        """Returns the next batch, None after the last; a signal interrupts the wait for it."""
-        if self.stop is None:
-            return next(batches, None)
+        """Returns the next batch, or None after the last; a signal interrupts the wait for it."""
         return self.stop.interruptible(lambda: next(batches, None))
 
-    def _begin_agreement(
-        self, batches: Iterator[T]
-    ) -> tuple[T | None, DataFailed | None, torch.Tensor, "dist.Work"]:
+    def _begin_agreement(self, batches: Iterator[T]) -> Pending:
         """Loads the next batch; starts an all-reduce of (signal received, rank + 1 if failed)."""
         batch = failure = None
         try:
@@ -236,9 +230,7 @@ class Group:
         work = dist.all_reduce(state, dist.ReduceOp.MAX, async_op=True)
         return batch, failure, state, work
 
-    def _end_agreement(
-        self, batch: T | None, failure: DataFailed | None, state: torch.Tensor, work: "dist.Work"
-    ) -> T | None:
+    def _end_agreement(self, batch: T | None, failure: Any, state: Any, work: Any) -> T | None:
         """Waits for the all-reduce; returns the batch, or raises where one process cannot go on."""
         work.wait()
         signalled, failed = state.tolist()

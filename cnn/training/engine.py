@@ -29,8 +29,8 @@ def train_one_epoch(run: Run, batches: Iterable[Batch]) -> Iterator[int]:
         The number of batches in each optimizer step, after the step.
     """
     cfg, state, group = run.cfg.train, run.state, run.group
-    optimizer, scaler = state.optimizer, state.scaler
-    start_training(state)
+    freeze(state.optimizer, state.epoch)
+    set_training_mode(state.model)
     for step in in_chunks(batches, cfg.accumulate):
         weights = [weight_of(run.loss, labels[:count]) for _, labels, count in step]
         total_weight = group.sum(sum(weights), state.device)
@@ -43,18 +43,17 @@ def train_one_epoch(run: Run, batches: Iterable[Batch]) -> Iterator[int]:
             loss = compute_loss(run.loss, logits, labels)
             metrics.add(loss, logits[:count], labels[:count], weights[number])
             # Times group.size, the average of gradients over the processes becomes their sum.
-            scaler.scale(loss * (weights[number] / total_weight * group.size)).backward()
+            state.scaler.scale(loss * (weights[number] / total_weight * group.size)).backward()
         if cfg.clip_grad_norm is not None:
             clip_gradients(state, cfg.clip_grad_norm)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
         if state.ema is not None:
             state.ema.update_parameters(state.model)
-        num_batches = len(step)
+        state.end_step(len(step), group.sum_metrics(metrics))
+        yield len(step)
         del step, images, labels  # frees their memory before the next batches are loaded
-        state.end_step(num_batches, group.sum_metrics(metrics))
-        yield num_batches
 
 
 @torch.no_grad()
@@ -97,7 +96,8 @@ def evaluate(
             loss = compute_loss(loss_function, logits, labels)
             metrics.add(loss, logits, labels, weight_of(loss_function, labels))
     model.train(was_training)
-    group.gather_metrics(metrics)
+    if group.size > 1:
+        metrics.gather(group.all_gather)
     return metrics.compute()
 
 
@@ -123,12 +123,6 @@ def clip_gradients(state: TrainingState, max_norm: float) -> None:
     state.scaler.unscale_(state.optimizer)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     nn.utils.clip_grad_norm_(parameters, max_norm)
-
-
-def start_training(state: TrainingState) -> None:
-    """Freezes parameters as the current epoch asks for, and sets training mode."""
-    freeze(state.optimizer, state.epoch)
-    set_training_mode(state.model)
 
 
 def set_training_mode(model: nn.Module) -> None:

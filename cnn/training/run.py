@@ -50,6 +50,7 @@ class Run:
 
     @property
     def environment(self) -> dict[str, Any]:
+        """Versions, device and other things that results may depend on."""
         return self.metadata["environment"]
 
     def is_finished(self) -> bool:

@@ -53,17 +53,14 @@ class Saver:
             self.folder.last.exists() and not self.folder.scratch and self.run.group.is_rank0
         )
         if error is not None and not isinstance(error, Failed) and can_resume:
-            logger.warning("go on with: %s", self.resume_command())
+            words = launch.command(sys.argv[0], "--resume", self.folder.last.as_posix())
+            logger.warning("go on with: %s", shlex.join(words))
 
     def _newest_readable(self) -> str:
         """Returns a message that names a checkpoint of the run that can be read."""
         for path, content in readable_checkpoints(self.folder.saved()):
             return f"Safe is {path}, {checkpoint.position_text(content)}: --resume {path}"
         return f"No file of this run can be read in {self.folder.checkpoints}"
-
-    def resume_command(self) -> str:
-        """Returns the command line that resumes this run."""
-        return shlex.join(launch.command(sys.argv[0], "--resume", self.folder.last.as_posix()))
 
     def lap(self) -> float:
         """Returns the seconds since the last call, or since the run started."""
