@@ -95,8 +95,8 @@ class Group:
         """Returns the value of rank 0 in every process.
 
         Args:
-            value: any object that can be pickled, such as a dict of tensors. The values that the other
-                ranks pass are ignored.
+            value: any object that can be pickled, such as a dict of tensors. The values that the
+                other ranks pass are ignored.
         """
         if self.size == 1:
             return value
@@ -160,11 +160,11 @@ class Group:
     # -- training ------------------------------------------------------------------------------
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Returns the model wrapped in DistributedDataParallel, or the model itself in a single process.
+        """Returns the model in DistributedDataParallel, or the model itself in a single process.
 
-        The option `find_unused_parameters` makes DDP add up the gradients in the same order in every
-        step. Without it, DDP assigns the gradients to other buckets after the first step, and a resumed
-        run would differ in rounding. The option also permits frozen parameters.
+        The option `find_unused_parameters` makes DDP add up the gradients in the same order in
+        every step. Without it, DDP assigns the gradients to other buckets after the first step, and
+        a resumed run would differ in rounding. The option also permits frozen parameters.
         """
         if self.size == 1:
             return model
@@ -173,7 +173,7 @@ class Group:
         )
 
     def no_sync(self, model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
-        """Returns a context in which `backward` adds up gradients without averaging over the processes.
+        """Returns a context in which `backward` does not average gradients over the processes.
 
         Args:
             model: the model that `wrap` returned.
@@ -212,19 +212,20 @@ class Group:
         """Merges the metrics of all processes in place, so that every process has the same metrics.
 
         Args:
-            metrics: contains the batches that this process evaluated; an `EvaluationMetrics` if there
-                are several processes.
+            metrics: contains the batches that this process evaluated; an `EvaluationMetrics` if
+                there are several processes.
         """
         if self.size > 1:
             metrics.gather(self.all_gather)
 
     def broadcast_module(self, module: nn.Module | None) -> None:
-        """Copies the parameters, buffers and extra state of rank 0's module to all processes, in place.
+        """Copies parameters, buffers and extra state from rank 0's module to all processes.
 
         They can differ: the running statistics of BatchNorm come from the images of one process.
 
         Args:
-            module: the module of this process; for None, the method does nothing.
+            module: the module of this process, which is changed in place. For None, the method does
+                nothing.
         """
         if self.size == 1 or module is None:
             return
@@ -241,14 +242,15 @@ class Group:
         """Yields the batches of this process, each as soon as every process has loaded its own.
 
         If a process cannot load its batch or receives a signal, all processes stop before the same
-        batch. With several processes, the next batch is loaded and a message about it is sent before
-        the current batch is yielded. The message travels while the current batch is computed, so that
-        it costs no time. A signal that arrives during that time stops all processes one batch later.
+        batch. With several processes, the next batch is loaded and a message about it is sent
+        before the current batch is yielded. The message travels while the current batch is
+        computed, so that it costs no time. A signal that arrives during that time stops all
+        processes one batch later.
 
         Args:
             batches: the batches of this process.
-            number: the largest count of batches that any process has. A process that has fewer keeps
-                exchanging messages with the others until they are done.
+            number: the largest count of batches that any process has. A process that has fewer
+                keeps exchanging messages with the others until they are done.
 
         Raises:
             Stopped: one of the processes received a signal.
@@ -282,10 +284,11 @@ class Group:
         """Loads the next batch, and starts an all-reduce that tells the others whether that worked.
 
         Returns:
-            Four values: the batch (None after the last one or if it was not loaded); the error of this
-            process, or None; an int64 tensor (2); and the all-reduce, which is still running. When it
-            ends, the tensor contains the number of the received signal, and the rank of the process
-            that failed plus 1. Each is 0 if there is none, and the maximum if there are several.
+            Four values: the batch (None after the last one or if it was not loaded); the error of
+            this process, or None; an int64 tensor (2); and the all-reduce, which is still running.
+            When it ends, the tensor contains the number of the received signal, and the rank of the
+            process that failed plus 1. Each is 0 if there is none, and the maximum if there are
+            several.
         """
         batch = failure = None
         try:
@@ -301,7 +304,9 @@ class Group:
     def _end_agreement(
         self, batch: T | None, failure: DataFailed | None, state: torch.Tensor, work: "dist.Work"
     ) -> T | None:
-        """Waits for the end of the all-reduce and returns the batch; takes what `_begin_agreement` returns.
+        """Waits for the end of the all-reduce, and returns the batch.
+
+        The arguments are the four values that `_begin_agreement` returned.
 
         Raises:
             DataFailed: one of the processes could not load its batch.
@@ -355,7 +360,7 @@ def process_group(stop: StopSignals) -> Iterator[Group]:
 
 
 def _attempt() -> str:
-    """Returns a prefix for the keys in torchrun's store, such as "attempt 1" after its first restart.
+    """Returns a prefix for keys in torchrun's store, such as "attempt 1" after the first restart.
 
     The store keeps the addresses of the processes. Without the prefix, a restarted process would
     look for the others at the addresses that they had before the restart.

@@ -120,7 +120,7 @@ def in_chunks(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 
 
 def seed_batch(run: Run, number: int) -> None:
-    """Seeds the global random generators, from which dropout draws, for one batch of a training step.
+    """Seeds the global random generators, from which dropout draws, for a training batch.
 
     Args:
         run: its state contains the index of the optimizer step, which is part of the seed.

@@ -12,7 +12,9 @@ from cnn.utils.importing import import_object
 
 
 def build_loss(cfg: LossConfig, labels: np.ndarray, classes: list[str]) -> nn.Module:
-    """Builds the loss function: a module that returns the mean loss of logits (N, classes), labels (N).
+    """Builds the loss function.
+
+    It is a module that takes logits (N, classes) and labels (N) and returns their mean loss ().
 
     Args:
         cfg: the settings of the loss.

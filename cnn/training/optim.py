@@ -151,7 +151,7 @@ def _group_parameters(cfg: OptimConfig, model: nn.Module) -> Groups:
 
 
 def _match_frozen_first(cfg: OptimConfig, trained: Collection[str]) -> Collection[str]:
-    """Returns the names of the parameters to freeze during the first epochs, which `optim.freeze` sets.
+    """Returns the names of the parameters that `optim.freeze` matches, to freeze them at first.
 
     Args:
         cfg: the settings of the optimizer.

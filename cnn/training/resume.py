@@ -38,8 +38,8 @@ class Checkpoint:
         path: the file of the checkpoint.
         content: everything that the file contains.
         cfg: the settings of the resumed run.
-        changes: the settings that differ from those in the checkpoint, such as
-            "train.epochs 10 → 20".
+        changes: the settings that differ from those in the checkpoint, such as "train.epochs 10 →
+            20".
     """
 
     path: Path
@@ -323,7 +323,7 @@ def prepare_folder(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
 
 
 def _metadata(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Returns the plain values in a checkpoint file, such as its epoch, without reading its tensors.
+    """Returns the plain values in a checkpoint, such as its epoch, without reading tensors.
 
     Args:
         path: the file to read.

@@ -76,8 +76,8 @@ class Run:
         """Returns metrics that contain no batches yet.
 
         Args:
-            of_result: whether they are the metrics of the final test; otherwise, they are those of the
-                validation after an epoch, which are fewer.
+            of_result: whether they are the metrics of the final test; otherwise, they are those of
+                the validation after an epoch, which are fewer.
         """
         number, monitor = len(self.data.classes), self.cfg.checkpoint.monitor
         names = result_metrics(number) if of_result else epoch_metrics(number, monitor)
@@ -98,7 +98,8 @@ class Run:
         Args:
             loader: the loader of the evaluated split.
             part: "validation" or "test"; `self.trace` records it with every batch.
-            metrics: the metrics to which the caller adds the batches; `self.trace` records their sums.
+            metrics: the metrics to which the caller adds the batches; `self.trace` records their
+                sums.
         """
         batches = self.group.synchronized(loader.batches(), loader.num_batches_per_rank())
         return self._traced(batches, part, metrics)

@@ -17,14 +17,19 @@ ONECYCLE_LAST = 1e-4 / 25
 
 
 class Schedule:
-    """Sets the learning rate of every step with torch's schedulers.
+    """A schedule that sets the learning rate of every step with torch's schedulers.
 
-    All but `plateau` are functions of the step alone (LambdaLR), so that the step is their whole
-    state. `plateau` warms up in the same way, and then depends on the monitored metric at the end
-    of every epoch (ReduceLROnPlateau).
+    Every schedule except `plateau` computes the learning rate from the index of the step alone
+    (LambdaLR). This index is its whole state. The schedule `plateau` does the same during the
+    warm-up. Afterwards, it lowers the learning rate when the monitored metric has stopped to
+    improve (ReduceLROnPlateau).
 
     Args:
-        mode: min or max, the direction in which the monitored metric improves.
+        cfg: the settings of the schedule.
+        optimizer: the optimizer, whose learning rates are changed in place.
+        steps_per_epoch: the number of optimizer steps per epoch.
+        epochs: the number of epochs of the whole run.
+        mode: "min" or "max", the direction in which the monitored metric improves.
     """
 
     def __init__(
@@ -48,24 +53,38 @@ class Schedule:
             )
 
     def step(self) -> None:
-        """Sets the learning rate of the next step; to be called after every optimizer step."""
+        """Sets the learning rate of the next step.
+
+        Has to be called after every optimizer step.
+        """
         if self.plateau is None or self.by_step.last_epoch < self.warmup_steps:
             self.by_step.step()
 
     def end_epoch(self, metric: float) -> None:
-        """Lets `plateau` see the monitored metric; to be called after every validation."""
+        """Passes the monitored metric to ReduceLROnPlateau, which may lower the learning rate.
+
+        Has to be called after every validation. It does nothing during the warm-up or if the
+        schedule is not `plateau`.
+
+        Args:
+            metric: the value of the monitored metric in this validation.
+        """
         if self.plateau is not None and self.by_step.last_epoch >= self.warmup_steps:
             self.plateau.step(metric)
 
     def state_dict(self) -> dict:
-        """Returns the step, and the state of `plateau`."""
+        """Returns the index of the step and, for the schedule `plateau`, the state of ReduceLROnPlateau."""
         state = {"by_step": {"last_epoch": self.by_step.last_epoch}}
         if self.plateau is not None:
             state["plateau"] = {name: getattr(self.plateau, name) for name in PLATEAU_STATE}
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores the step and the learning rate that the schedule has there."""
+        """Restores a state that `state_dict` returned, and sets the learning rate of its step.
+
+        The schedule `plateau` leaves the learning rate unchanged after the warm-up, because the
+        state dict of the optimizer restores it.
+        """
         self.by_step.last_epoch = step = state["by_step"]["last_epoch"]
         if self.plateau is None or step < self.warmup_steps:
             # Computed again, since a changed train.epochs changes the learning rate at this step.
@@ -76,7 +95,11 @@ class Schedule:
                 setattr(self.plateau, name, state["plateau"][name])
 
     def _factor(self, step: int) -> float:
-        """Returns the factor on every group's learning rate for step `step`, counted from 0."""
+        """Returns the factor by which the initial learning rate of every group is multiplied at a step.
+
+        Args:
+            step: the index of the optimizer step, from 0.
+        """
         cfg, warmup = self.cfg, self.warmup_steps
         if step < warmup:
             return (step + 1) / (warmup + 1)
@@ -85,7 +108,13 @@ class Schedule:
 
 
 def _anneal(start: float, end: float, progress: float) -> float:
-    """Returns the value between start and end along half a cosine."""
+    """Returns a value that moves from `start` to `end` along half a period of a cosine.
+
+    Args:
+        start: the value at progress 0.
+        end: the value at progress 1.
+        progress: a fraction from 0 to 1.
+    """
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 

@@ -24,13 +24,21 @@ MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
 
 
 def build_once_per_node(group: "Group", build: Callable[[], Data]) -> Data:
-    """Builds the data in one process of every machine and maps them into the memory of all.
+    """Builds the data in one process per machine, and maps it into the memory of the others there.
 
-    Every process builds a user's own dataset, which may contain an open file, after one process of
-    the machine has built it: what that one downloads is then there.
+    Where the data cannot be shared, every process builds it, but not before one process of its
+    machine has built it. Anything that must be downloaded is thus downloaded once. A dataset of the
+    user's own is never shared, because it may contain an open file.
+
+    Args:
+        group: the processes that train together. Every process has to call this function.
+        build: reads the data and returns it.
+
+    Returns:
+        The data, in every process.
 
     Raises:
-        Refused: the data cannot be built, on this machine or on another.
+        Refused: a process on any of the machines cannot build the data.
     """
     if group.size == 1:
         return build()
@@ -55,7 +63,11 @@ def build_once_per_node(group: "Group", build: Callable[[], Data]) -> Data:
 
 
 def _save(data: Data) -> Path | None:
-    """Writes the data to a temporary file; returns None where they cannot be shared."""
+    """Writes the data to a temporary file and returns its path.
+
+    Returns None if the data cannot be shared: it is a dataset of the user's own, or no folder for
+    temporary files has enough space.
+    """
     if isinstance(data.train, UserImages):
         return None
     for folder in (MEMORY, Path(tempfile.gettempdir())):
