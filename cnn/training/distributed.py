@@ -66,7 +66,7 @@ class Group:
         self.stop.is_single_process = False
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
-            with self.stop.default_handlers():  # torch would call no handlers while it waits
+            with self.stop.default_handlers():  # Python handlers do not run while torch waits
                 store, rank, size = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
                 store = dist.PrefixStore(_attempt(), store)
                 dist.init_process_group(
@@ -136,7 +136,7 @@ class Group:
             if failed and failed[0] != self.rank:
                 error = RefusedElsewhere(f"refused by rank {failed[0]}")
             if failed:
-                error.is_agreed = True  # an agreement around this one is not to ask again
+                error.is_agreed = True  # an enclosing agreement then exchanges nothing
         if error is not None:
             raise error
 
@@ -266,7 +266,7 @@ class Group:
             following = self._begin_agreement(batches) if left else None
             if batch is not None:
                 yield batch
-            del batch  # frees its memory before another one is made
+            del batch  # frees its memory before the next one is loaded
 
     def _next(self, batches: Iterator[T]) -> T | None:
         """Returns the next batch, or None after the last one.

@@ -45,7 +45,7 @@ def train_one_epoch(run: Run, batches: Iterable[Batch]) -> Iterator[int]:
                 logits = run.train_model(images)
             loss = compute_loss(run.loss, logits, labels)
             metrics.add(loss, logits[:count], labels[:count], weights[number])
-            # Times group.size, the average of gradients over the processes becomes their sum.
+            # Multiplied by group.size, the average of gradients over the processes is their sum.
             scaler.scale(loss * (weights[number] / total_weight * group.size)).backward()
         if cfg.clip_grad_norm is not None:
             clip_gradients(state, cfg.clip_grad_norm)

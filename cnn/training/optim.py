@@ -61,7 +61,8 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
         key = "optim.args" if cfg.args else "optim.name"
         raise Refused(f"{key}: {cfg.name}: {error}") from None
     _check_optimizer(cfg, optimizer)
-    # What a resume sets as configured; other values in the groups are restored from the checkpoint.
+    # On a resume, these keys of the groups keep their configured values; the checkpoint restores
+    # the others.
     optimizer.configured = None if known else {*PER_GROUP, *options, "initial_lr", FREEZE}
     return optimizer
 
@@ -87,7 +88,7 @@ def _keyword_arguments(cfg: OptimConfig, kind: Callable, groups: Groups) -> dict
         raise Refused(f"optim.args: {twice[0]} has a setting of its own: optim.{twice[0]}")
     options = {name: getattr(cfg, name) for name in sorted(settings - PER_GROUP)} | cfg.args
     if cfg.name in OPTIMIZERS and "fused" in names and "foreach" not in options:
-        # Steps all parameters in one pass, on CPU and CUDA; complex ones cannot be.
+        # A fused optimizer updates all parameters in one pass, but it cannot update complex ones.
         parameters = [parameter for group in groups for parameter in group["params"]]
         options.setdefault("fused", all(p.is_floating_point() for p in parameters))
     return options
@@ -129,8 +130,8 @@ def _group_parameters(cfg: OptimConfig, model: nn.Module) -> Groups:
     """
     parameters = dict(model.named_parameters())
     lr_scales = dict.fromkeys(parameters, 1.0)
-    for number, group in enumerate(cfg.groups):
-        matching = _match(f"optim.groups[{number}].match", group.match, parameters)
+    for index, group in enumerate(cfg.groups):
+        matching = _match(f"optim.groups[{index}].match", group.match, parameters)
         lr_scales |= dict.fromkeys(matching, group.lr_scale)
     for name, parameter in parameters.items():
         if lr_scales[name] == 0:

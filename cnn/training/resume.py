@@ -1,4 +1,4 @@
-"""Resuming a run: from which checkpoint, and whether it fits today's settings and data."""
+"""Resuming a run: from which checkpoint, and whether the settings and the data fit it."""
 
 import contextlib
 import itertools
@@ -26,7 +26,7 @@ from cnn.utils.screen import align_columns
 
 logger = logging.getLogger(__name__)
 
-# What torch and Python raise where a state dict is loaded into something else.
+# What torch and Python raise when a state dict does not fit the object that loads it.
 DOES_NOT_FIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
@@ -68,7 +68,7 @@ def run_name(command: Command, cfg: Config) -> str | None:
     try:
         saved = read_metadata(path)
     except Refused:
-        saved = load_checkpoint(path)  # its message names a file that can be read
+        saved = load_checkpoint(path)  # its message names a readable file
     return command.load_config(saved["config"], f"checkpoint {path}")[0].run
 
 
@@ -197,7 +197,7 @@ def check_settings(
         Refused: a setting differs that may never change, or that may change only on the command
             line.
     """
-    # The checkpoint lacks keys that are younger: those had their defaults.
+    # A checkpoint lacks settings that were added later; its run used their defaults.
     then = config.flat(config.to_dict(Config())) | config.flat(saved)
     now = config.flat(config.to_dict(cfg))
     rules = config.resume_rules()
@@ -406,7 +406,7 @@ def _copy_best(folder: RunFolder, checkpoint: Checkpoint) -> None:
         metadata = _metadata(path, checkpoint)
         if metadata is None or not is_end_of_epoch(metadata, started, best["epoch"]):
             continue
-        with contextlib.suppress(Refused):  # its tensors are damaged: look further
+        with contextlib.suppress(Refused):  # its tensors are damaged; the next file is tried
             if path != checkpoint.path:
                 read_checkpoint(path)
             if path != folder.best:

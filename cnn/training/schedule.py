@@ -21,8 +21,8 @@ class Schedule:
 
     Every schedule except `plateau` computes the learning rate from the index of the step alone
     (LambdaLR). This index is its whole state. The schedule `plateau` does the same during the
-    warm-up. Afterwards, it lowers the learning rate when the monitored metric has stopped to
-    improve (ReduceLROnPlateau).
+    warm-up. Afterwards, it lowers the learning rate when the monitored metric stops improving
+    (ReduceLROnPlateau).
 
     Args:
         cfg: the settings of the schedule.
@@ -40,7 +40,7 @@ class Schedule:
         epochs: int,
         mode: str,
     ):
-        warmup_epochs = 0 if cfg.name == "onecycle" else cfg.warmup_epochs  # which warms up itself
+        warmup_epochs = 0 if cfg.name == "onecycle" else cfg.warmup_epochs  # it has its own
         self.warmup_steps = round(warmup_epochs * steps_per_epoch)
         self.cfg, self.optimizer = cfg, optimizer
         self.steps_per_epoch, self.steps = steps_per_epoch, epochs * steps_per_epoch
@@ -73,7 +73,7 @@ class Schedule:
             self.plateau.step(metric)
 
     def state_dict(self) -> dict:
-        """Returns the index of the step and, for the schedule `plateau`, the state of ReduceLROnPlateau."""
+        """Returns the index of the step and, for `plateau`, the state of ReduceLROnPlateau."""
         state = {"by_step": {"last_epoch": self.by_step.last_epoch}}
         if self.plateau is not None:
             state["plateau"] = {name: getattr(self.plateau, name) for name in PLATEAU_STATE}
@@ -95,7 +95,7 @@ class Schedule:
                 setattr(self.plateau, name, state["plateau"][name])
 
     def _factor(self, step: int) -> float:
-        """Returns the factor by which the initial learning rate of every group is multiplied at a step.
+        """Returns the factor on the initial learning rate of every parameter group at a step.
 
         Args:
             step: the index of the optimizer step, from 0.
@@ -125,8 +125,8 @@ def _onecycle(progress: float) -> float:
 
 
 # The factor on the learning rate after the warm-up: a function of the settings, the epoch, the
-# fraction of the steps done, and the highest learning rate of all groups. Cosine is that of
-# Loshchilov and Hutter (2017) without restarts, onecycle that of Smith and Topin (2018).
+# fraction of the steps done, and the highest learning rate of all groups. Cosine follows
+# Loshchilov and Hutter (2017) without restarts, onecycle follows Smith and Topin (2018).
 SCHEDULES: dict[str, Callable[[ScheduleConfig, int, float, float], float]] = {
     "constant": lambda *_: 1.0,
     "step": lambda cfg, epoch, *_: cfg.gamma ** (epoch // cfg.step_epochs),

@@ -1,4 +1,4 @@
-"""From the settings to all parts of a run, in the order in which they depend on each other."""
+"""Builds all parts of a run from the settings, in the order in which they need each other."""
 
 import dataclasses
 from typing import Any
@@ -207,7 +207,7 @@ def check_one_image(model: nn.Module, shape: tuple[int, ...]) -> None:
     try:
         with torch.no_grad(), state_preserved(model):
             model(image)
-    except ValueError as error:  # torch's BatchNorm
+    except ValueError as error:  # raised by torch's BatchNorm
         reason = f"the model cannot train on one image at a time ({error})"
         advice = "more images per batch (data.limit) or a larger data.image_size may help"
         raise Refused(f"data.batch_size: {reason}; {advice}") from None

@@ -53,13 +53,13 @@ def build_once_per_node(group: "Group", build: Callable[[], Data]) -> Data:
         shared = files[group.launch.node]
         with group.agreement():
             if shared is not None:
-                data = _load(shared)  # in the process that built them too: it frees its own
+                data = _load(shared)  # the process that built the data frees its own copy
             elif not leads:
                 data = build()
         return data
     finally:
         if file is not None:
-            file.unlink(missing_ok=True)  # what is mapped stays until its processes have ended
+            file.unlink(missing_ok=True)  # mapped memory stays until the processes end
 
 
 def _save(data: Data) -> Path | None:
@@ -74,7 +74,7 @@ def _save(data: Data) -> Path | None:
         file = None
         try:
             remove_leftovers(folder.glob(f"{PREFIX}*"))
-            descriptor, name = tempfile.mkstemp(prefix=PREFIX, dir=folder)  # for this user alone
+            descriptor, name = tempfile.mkstemp(prefix=PREFIX, dir=folder)  # only for this user
             file = Path(name)
             with open(descriptor, "wb") as out:
                 torch.save(data, out, pickle_protocol=pickle.HIGHEST_PROTOCOL)

@@ -16,7 +16,7 @@ from cnn.utils.module_state import load_state
 
 # Attributes that are plain values and stand in a checkpoint under their own names.
 PLAIN_ATTRIBUTES = ("epoch", "step", "lr", "group_lrs", "best", "history", "test", "predictions")
-TIME_COLUMNS = ("images_per_second", "seconds")  # the last ones of history; differ between runs
+TIME_COLUMNS = ("images_per_second", "seconds")  # the last ones of history; they differ between runs
 
 
 class TrainingState:
@@ -123,9 +123,10 @@ class TrainingState:
                 setattr(self, name, copy.copy(saved[name]))
 
     def _check_tensors(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError if the saved tensors do not have the names, shapes and dtypes of this state.
+        """Raises ValueError if the saved tensors do not fit the model or the optimizer.
 
-        torch would ignore some of these differences and convert other dtypes without a message.
+        It compares names, shapes and dtypes. torch would ignore some of these differences and
+        convert other dtypes without a message.
 
         Args:
             saved: a state that `state_dict` returned.
@@ -139,20 +140,20 @@ class TrainingState:
                 if isinstance(weights.get(name), torch.Tensor):  # else a module's extra state
                     check_like(tensor, weights[name], f"{part}.{name}")
         parameters, of_optimizer = self._parameters(), saved["optimizer_state_dict"]
-        numbers = [n for group in of_optimizer["param_groups"] for n in group["params"]]
-        if numbers != list(range(len(parameters))):
+        indices = [i for group in of_optimizer["param_groups"] for i in group["params"]]
+        if indices != list(range(len(parameters))):
             raise ValueError(
                 f"optimizer_state_dict: expected {len(parameters)} parameters in order"
             )
         if self._is_own_optimizer():
             return  # its state may hold anything
         expected = state_of_one_parameter(self.optimizer)
-        for number, state in of_optimizer["state"].items():
-            if not 0 <= number < len(parameters):
-                raise ValueError(f"optimizer_state_dict.state.{number}: no such parameter")
+        for index, state in of_optimizer["state"].items():
+            if not 0 <= index < len(parameters):
+                raise ValueError(f"optimizer_state_dict.state.{index}: no such parameter")
             for name, like in expected.items():
-                key = f"optimizer_state_dict.state.{number}.{name}"
-                check_like(state.get(name), parameters[number] if like.ndim else like, key)
+                key = f"optimizer_state_dict.state.{index}.{name}"
+                check_like(state.get(name), parameters[index] if like.ndim else like, key)
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
         """Loads the state of the optimizer, but keeps the settings with which it was built.
@@ -179,23 +180,23 @@ class TrainingState:
             kept = settings.keys() - {"params"}
             if is_own:
                 kept &= self.optimizer.configured
-            else:  # a key too many would be passed on from checkpoint to checkpoint
+            else:  # an unknown key would pass from checkpoint to checkpoint
                 for key in group.keys() - settings.keys():
                     del group[key]
             group |= {key: settings[key] for key in kept}
             group["lr"] = lr
 
     def _undo_casts(self, saved: dict[Any, Any]) -> None:
-        """Restores the dtypes of the optimizer's state, which torch casts to those of the parameters.
+        """Restores dtypes of the optimizer's state, which torch casts to the parameters' dtypes.
 
         Args:
             saved: for the index of each parameter, the state by name, with the dtypes to restore.
         """
         parameters = self._parameters()
-        for number, state in saved.items():
-            if type(number) is not int or not isinstance(state, dict):
+        for index, state in saved.items():
+            if type(index) is not int or not isinstance(state, dict):
                 continue
-            parameter = parameters[number]
+            parameter = parameters[index]
             loaded = self.optimizer.state[parameter]
             for name, value in state.items():
                 if getattr(loaded.get(name), "dtype", None) != getattr(value, "dtype", "none"):
@@ -220,7 +221,7 @@ class TrainingState:
         return self.ema.module if self.ema is not None else self.model
 
     def end_step(self, num_batches: int, metrics: RunningMetrics) -> None:
-        """Records an optimizer step that was just taken, and sets the learning rate of the next one.
+        """Records the optimizer step just taken, and sets the learning rate of the next one.
 
         Args:
             num_batches: the number of batches in the step.
