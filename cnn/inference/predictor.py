@@ -161,8 +161,8 @@ class Predictor:
 
         Args:
             images: the decoded images, uint8 (N, C, size, size).
-            batch_index: the index of the batch. It seeds a model that draws random numbers in evaluation
-                mode, as in a validation.
+            batch_index: the index of the batch. It seeds a model that draws random numbers in
+                evaluation mode, as in a validation.
             top: the number of classes in a prediction; None for all.
         """
         trained = self.trained

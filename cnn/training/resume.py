@@ -38,8 +38,7 @@ class Checkpoint:
         path: the file of the checkpoint.
         content: everything that the file contains.
         cfg: the settings of the resumed run.
-        changes: the settings that differ from those in the checkpoint, such as "train.epochs 10 →
-            20".
+        changes: the settings that are not as in the checkpoint, such as "train.epochs 10 → 20".
     """
 
     path: Path
@@ -118,7 +117,7 @@ def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | Non
 def readable_checkpoints(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yields path and content of every checkpoint that can be read.
 
-    Logs a warning for each of the others.
+    Logs a warning for each other one.
 
     Args:
         paths: files of checkpoints, which are read one by one.
@@ -346,12 +345,12 @@ def _is_same_run(metadata: dict[str, Any] | None, checkpoint: Checkpoint) -> boo
 def _set_others_aside(
     folder: RunFolder, checkpoint: Checkpoint, existing: dict[Path, dict[str, Any] | None]
 ) -> None:
-    """Moves away the checkpoints that do not precede a given one, and makes last.pth a copy of it.
+    """Moves away checkpoints that do not precede `checkpoint`, and copies it to last.pth.
 
     Moved are damaged files, files of other runs, and files with more steps, whose run may have
-    continued with other settings. If the given checkpoint is last.pth itself, only files of other
-    runs are moved: a file with more steps was written just before the run was killed, and the run
-    will write it again.
+    continued with other settings. If `checkpoint` is last.pth itself, only files of other runs are
+    moved: a file with more steps was written just before the run was killed, and the run will write
+    it again.
 
     Args:
         folder: the folder in which the run trains.
@@ -387,11 +386,11 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _copy_best(folder: RunFolder, checkpoint: Checkpoint) -> None:
-    """Makes best.pth the checkpoint of the best epoch that a given checkpoint names.
+    """Makes best.pth the checkpoint of the best epoch that `checkpoint` names.
 
     If best.pth is damaged or contains another epoch, the best epoch is searched in the other files
-    of its folder and in the folder of the given checkpoint. If no readable file contains it, a
-    warning is logged.
+    of its folder and in the folder of `checkpoint`. If no readable file contains it, a warning is
+    logged.
 
     Args:
         folder: the folder in which the run trains.

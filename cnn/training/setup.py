@@ -44,15 +44,14 @@ def build_run(
 
     Args:
         cfg: the settings.
-        folder: the folder to which the run writes; None for the one that `cfg.run` names.
+        folder: where the run writes; None for the folder that `cfg.run` names.
         group: the processes that train together. Every process has to call this function.
         checkpoint: the checkpoint whose state is restored; None for a new run.
         max_batches: the number of batches of every split to use, for a short run; None for all.
         trace: an object that records every batch for `train.py --drill`; None for other runs.
 
     Raises:
-        Refused: the settings, the data, the hardware and the checkpoint do not fit each other, or
-            something that the settings name does not exist.
+        Refused: something is missing, or the settings, data, hardware and checkpoint do not fit.
     """
     device = env.choose_device(cfg.device, group.launch)
     check_group(cfg, device, group)

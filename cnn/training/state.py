@@ -16,7 +16,7 @@ from cnn.utils.module_state import load_state
 
 # Attributes that are plain values and stand in a checkpoint under their own names.
 PLAIN_ATTRIBUTES = ("epoch", "step", "lr", "group_lrs", "best", "history", "test", "predictions")
-TIME_COLUMNS = ("images_per_second", "seconds")  # the last ones of history; they differ between runs
+TIME_COLUMNS = ("images_per_second", "seconds")  # last ones of history; they differ between runs
 
 
 class TrainingState:
