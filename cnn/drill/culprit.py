@@ -53,8 +53,8 @@ class DrillRun:
     """The records and checkpoints of one of the runs that `train.py --drill` compares.
 
     Attributes:
-        records: a dict for every batch, as `Trace` writes it. A batch that a killed process had
-            begun can be there twice.
+        records: a dict for every batch, as `Trace` writes it. A batch can be there twice if the
+            process was killed in it.
         checkpoints: the contents of last.pth and best.pth, by these names.
         starts: for each process that trained the run, the index in `records` of its first record.
     """
@@ -156,7 +156,9 @@ def find_culprit(cfg: Config, max_batches: int, unbroken: DrillRun, run: DrillRu
 def _blame_step(
     parts: list[str], step: Record, following: Record, unbroken: DrillRun, run: DrillRun
 ) -> str:
-    """Returns what turned the same state and images into another state: the model or the optimizer.
+    """Returns whether the model or the optimizer made a state that differs between two runs.
+
+    Both runs began the step with the same state and the same images.
 
     Args:
         parts: the keys of FIELDS that differ in `following`.
@@ -179,7 +181,9 @@ def _blame_step(
 
 
 def _blame_images(cfg: Config, max_batches: int, record: Record) -> str:
-    """Returns what made other images: it reads the first images of a batch twice and compares them.
+    """Returns which part of the data made images that differ between two runs.
+
+    It reads the first eight images of a batch twice and compares the results.
 
     Args:
         cfg: the settings of the run.

@@ -156,8 +156,8 @@ def _run(
 def _start(process: BaseProcess) -> None:
     """Starts a process in which signals are blocked until it unblocks them.
 
-    Ctrl-C reaches all processes of a terminal. It would otherwise end the new process before that
-    has moved to a session of its own.
+    Ctrl-C reaches all processes of a terminal. Without this, it could end the new process before
+    that has a session of its own.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
     try:

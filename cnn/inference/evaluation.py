@@ -138,7 +138,7 @@ def set_channels(trained: TrainedModel, images: Images) -> None:
         images: the images, which are changed in place if they are files.
 
     Raises:
-        Refused: the images cannot be decoded to that number of channels and have another one.
+        Refused: the images have another number of channels and cannot be converted.
     """
     channels = trained.preprocessing.channels
     if isinstance(images, FileImages) and channels in (1, 3):

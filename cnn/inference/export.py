@@ -38,7 +38,7 @@ Inference = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Deployed(nn.Module):
-    """A model that normalizes its input itself, so that its user cannot forget to.
+    """A model together with its normalization, which takes pixels in 0..1.
 
     Args:
         model: takes normalized images (N, C, H, W) and returns logits (N, classes).

@@ -179,7 +179,9 @@ class Predictor:
 
 
 def load(checkpoint: str | os.PathLike, *settings: str) -> Predictor:
-    """Loads a trained model from a checkpoint, which contains everything that is needed.
+    """Returns a predictor with the trained model of a checkpoint.
+
+    The checkpoint contains everything that is needed.
 
     Args:
         checkpoint: a file that train.py saved.

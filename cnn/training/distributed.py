@@ -120,9 +120,10 @@ class Group:
     def agreement(self) -> Iterator[None]:
         """Raises an error in every process if any process raises Refused or Failed in the block.
 
-        Every process has to enter the block. At its end, each of them tells the others whether it
-        failed. Of the processes that failed, the one with the lowest rank raises its own error. All
-        other processes raise RefusedElsewhere. Exceptions of other types are not exchanged.
+        This is a context manager; the exceptions are in cnn.errors. Every process has to enter the
+        block. At its end, each of them tells the others whether it failed. Of the processes that
+        failed, the one with the lowest rank raises its own error. All other processes raise
+        RefusedElsewhere. Exceptions of other types are not exchanged.
         """
         error = None
         try:
@@ -144,8 +145,8 @@ class Group:
     def local_rank0_first(self) -> Iterator[None]:
         """Runs the block in one process of each machine first, and then in all others.
 
-        The first one is the process with local rank 0. If a process raises Refused or Failed in the
-        block, every process raises an error, as in `agreement`.
+        This is a context manager. The first one is the process with local rank 0. If a process
+        raises Refused or Failed in the block, every process raises an error, as in `agreement`.
         """
         leads = self.launch.local_rank == 0
         if not leads:
@@ -160,11 +161,12 @@ class Group:
     # -- training ------------------------------------------------------------------------------
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Returns the model in DistributedDataParallel, or the model itself in a single process.
+        """Returns the model wrapped in DistributedDataParallel.
 
-        The option `find_unused_parameters` makes DDP add up the gradients in the same order in
-        every step. Without it, DDP assigns the gradients to other buckets after the first step, and
-        a resumed run would differ in rounding. The option also permits frozen parameters.
+        In a single process, it returns the model itself. The option `find_unused_parameters` makes
+        DDP add up the gradients in the same order in every step. Without it, DDP assigns the
+        gradients to other buckets after the first step, and a resumed run would differ in rounding.
+        The option also permits frozen parameters.
         """
         if self.size == 1:
             return model
@@ -177,7 +179,7 @@ class Group:
 
         Args:
             model: the model that `wrap` returned.
-            enabled: whether the context has this effect; if False, it has none.
+            enabled: whether the context has this effect; if False, gradients are averaged as usual.
         """
         return model.no_sync() if enabled and self.size > 1 else contextlib.nullcontext()
 
@@ -221,7 +223,8 @@ class Group:
     def broadcast_module(self, module: nn.Module | None) -> None:
         """Copies parameters, buffers and extra state from rank 0's module to all processes.
 
-        They can differ: the running statistics of BatchNorm come from the images of one process.
+        Without this, they can differ: each process computes the running statistics of BatchNorm
+        from its own images.
 
         Args:
             module: the module of this process, which is changed in place. For None, the method does
@@ -241,11 +244,11 @@ class Group:
     def synchronized(self, batches: Iterable[T], number: int) -> Iterator[T]:
         """Yields the batches of this process, each as soon as every process has loaded its own.
 
-        If a process cannot load its batch or receives a signal, all processes stop before the same
-        batch. With several processes, the next batch is loaded and a message about it is sent
-        before the current batch is yielded. The message travels while the current batch is
+        If a process cannot load its batch or receives a signal, all processes raise an error before
+        the same batch. With several processes, the next batch is loaded and a message about it is
+        sent before the current batch is yielded. The message travels while the current batch is
         computed, so that it costs no time. A signal that arrives during that time stops all
-        processes one batch later.
+        processes one batch later. A single process sends no messages.
 
         Args:
             batches: the batches of this process.

@@ -82,8 +82,9 @@ def evaluate(
         autocast: returns the context in which a forward pass runs.
         metrics: empty metrics, to which every batch is added; an `EvaluationMetrics` if there are
             several processes.
-        seed, epoch: seed the random numbers of every batch, together with its index. They matter
-            only to a model that draws random numbers in evaluation, such as Monte-Carlo dropout.
+        seed, epoch: the seed of the run and the number of an epoch. Together with the index of a
+            batch, they seed its random numbers. They matter only to a model that draws random
+            numbers in evaluation, such as one with Monte-Carlo dropout.
         group: the processes that evaluate together; all of them get the same metrics.
 
     Returns:

@@ -117,11 +117,12 @@ def _check_optimizer(cfg: OptimConfig, optimizer: Any) -> None:
 
 
 def _group_parameters(cfg: OptimConfig, model: nn.Module) -> Groups:
-    """Returns the parameter groups for the optimizer; parameters with the same settings share one.
+    """Returns the parameter groups for the optimizer.
 
-    Parameters with fewer than two dimensions, such as biases and those of norms, get no weight
-    decay. Parameters that an entry of `optim.groups` with `lr_scale: 0` matches are left out and
-    get `requires_grad=False`. Parameters that `optim.freeze` matches are in separate groups, which
+    There is one for each combination of learning rate, weight decay and freezing. Parameters with
+    fewer than two dimensions, such as biases and the parameters of norms, get no weight decay.
+    Parameters that an entry of `optim.groups` with `lr_scale: 0` matches are left out and get
+    `requires_grad=False`. Parameters that `optim.freeze` matches are in separate groups, which
     contain the number of frozen epochs under "freeze_epochs". Separate groups are needed because
     all parameters of a group must have taken the same number of steps.
 
@@ -152,7 +153,9 @@ def _group_parameters(cfg: OptimConfig, model: nn.Module) -> Groups:
 
 
 def _match_frozen_first(cfg: OptimConfig, trained: Collection[str]) -> Collection[str]:
-    """Returns the names of the parameters that `optim.freeze` matches, to freeze them at first.
+    """Returns the names of the parameters that `optim.freeze` matches.
+
+    These parameters are frozen during the first epochs.
 
     Args:
         cfg: the settings of the optimizer.

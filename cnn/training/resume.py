@@ -74,8 +74,8 @@ def run_name(command: Command, cfg: Config) -> str | None:
 def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | None:
     """Returns the checkpoint to resume from: the file after `--resume`, or the run's latest one.
 
-    The resumed run has the settings in the checkpoint. With `--config`, it has the settings in that
-    file instead. In both cases, settings on the command line replace them. The attribute
+    The resumed run has the settings in the checkpoint. With `--config FILE`, it has the settings in
+    FILE instead. In both cases, settings on the command line replace them. The attribute
     `command.places` is updated with the places where these settings were found.
 
     Args:
@@ -296,7 +296,7 @@ def prepare_folder(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
     If the folder contains another run, all of its files are moved to an archive folder. If the run
     resumes in its own folder, only checkpoints that do not fit are moved: damaged ones, those of
     other runs and those with more steps. Afterwards, last.pth is the checkpoint from which the run
-    resumes, and best.pth is the best epoch up to there.
+    resumes, and best.pth is the best epoch that this checkpoint names.
 
     Args:
         folder: the folder in which the run trains.

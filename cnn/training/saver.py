@@ -64,7 +64,7 @@ class Saver:
     def _newest_readable(self) -> str:
         """Returns a sentence for an error message that names a readable checkpoint of the run.
 
-        It tries last.pth first, and says so if no checkpoint can be read.
+        The method tries last.pth first. If no checkpoint can be read, the sentence says that.
         """
         for path, content in readable_checkpoints(self.folder.saved()):
             return f"Safe is {path}, {checkpoint.position_text(content)}: --resume {path}"
@@ -108,11 +108,13 @@ class Saver:
         self.stop.check()
 
     def end_epoch(self, improved: bool) -> None:
-        """Saves a completed epoch to last.pth, and to best.pth or epoch_NNN.pth if that is due.
+        """Saves a completed epoch to last.pth and, if due, to best.pth and epoch_NNN.pth.
+
+        The best epoch so far is saved to best.pth. Every `checkpoint.every_epochs`-th epoch is
+        saved to epoch_NNN.pth.
 
         Args:
-            improved: whether the epoch is the best one so far, which is saved to best.pth. Every
-                `checkpoint.every_epochs`-th epoch is saved to epoch_NNN.pth.
+            improved: whether the epoch is the best one so far.
 
         Raises:
             Failed: the training loss, the validation loss or a weight is not finite; nothing is

@@ -40,7 +40,8 @@ class Schedule:
         epochs: int,
         mode: str,
     ):
-        warmup_epochs = 0 if cfg.name == "onecycle" else cfg.warmup_epochs  # it has its own
+        # The schedule onecycle contains a warm-up.
+        warmup_epochs = 0 if cfg.name == "onecycle" else cfg.warmup_epochs
         self.warmup_steps = round(warmup_epochs * steps_per_epoch)
         self.cfg, self.optimizer = cfg, optimizer
         self.steps_per_epoch, self.steps = steps_per_epoch, epochs * steps_per_epoch

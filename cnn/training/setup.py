@@ -111,8 +111,8 @@ def _build_model(
 ) -> nn.Module:
     """Builds the model on its device.
 
-    With `train.sync_batchnorm` and several processes, its BatchNorm layers become SyncBatchNorm. On
-    CPUs that compute bf16 in hardware, some layers are replaced by faster ones.
+    With `train.sync_batchnorm` and several processes, its BatchNorm layers become SyncBatchNorm.
+    For bf16 on CPUs with AMX, some layers are replaced by faster ones.
 
     Args:
         cfg: the settings.
@@ -141,8 +141,8 @@ def _build_model(
 def _build_loaders(cfg: Config, data: Data, device: torch.device, group: Group) -> list[Loader]:
     """Builds the loaders of the training, validation and test images, in this order.
 
-    One process of each machine does this first. It decodes the images into a cache that the others
-    can read.
+    On each machine, one process builds its loaders first. It decodes the images into a cache that
+    the others read.
     """
     common = (data.preprocessing, device, cfg.seed)
     share = {"rank": group.rank, "num_ranks": group.size}

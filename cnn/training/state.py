@@ -32,8 +32,8 @@ class TrainingState:
         ema: the model with averaged weights (AveragedModel), or None.
         epoch: the number of completed epochs.
         step: the number of optimizer steps taken.
-        batch: the number of batches of the current epoch that are done. After the last one, it
-            stays until the validation is done.
+        batch: the number of batches of the current epoch that are done. It becomes 0 again when the
+            validation of the epoch is done.
         running_metrics: the sums over the training batches of the current epoch.
         seconds: the time spent on the training batches of the current epoch.
         lr: the learning rate of the latest step, the highest of all parameter groups.
@@ -190,7 +190,8 @@ class TrainingState:
         """Restores dtypes of the optimizer's state, which torch casts to the parameters' dtypes.
 
         Args:
-            saved: for the index of each parameter, the state by name, with the dtypes to restore.
+            saved: the saved state of each parameter, by the index of the parameter. Its dtypes are
+                restored.
         """
         parameters = self._parameters()
         for index, state in saved.items():
@@ -207,7 +208,7 @@ class TrainingState:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _is_own_optimizer(self) -> bool:
-        """Returns whether the user wrote the optimizer, so that it is not one of torch's.
+        """Returns whether `optim.name` is an import path and not a known name such as "sgd".
 
         `build_optimizer` marks such an optimizer with the attribute `configured`.
         """
@@ -225,7 +226,7 @@ class TrainingState:
 
         Args:
             num_batches: the number of batches in the step.
-            metrics: the sums over these batches, of all processes.
+            metrics: the running metrics of these batches, summed over all processes.
         """
         self.running_metrics.merge(metrics)
         self.lr = max(group["lr"] for group in self.optimizer.param_groups)
