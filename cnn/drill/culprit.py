@@ -50,12 +50,13 @@ CAUSES = {
 
 @dataclass(frozen=True)
 class DrillRun:
-    """The records and checkpoints of one of the runs that the drill compares.
+    """The records and checkpoints of one of the runs that `train.py --drill` compares.
 
     Attributes:
-        records: of every batch, as `Trace` writes them; after a kill, some batches twice.
-        checkpoints: the contents of last.pth and best.pth, by their names.
-        starts: the indices of the records that are the first of a process.
+        records: a dict for every batch, as `Trace` writes it. A batch can be there twice if the
+            process was killed in it.
+        checkpoints: the contents of last.pth and best.pth, by these names.
+        starts: for each process that trained the run, the index in `records` of its first record.
     """
 
     records: list[Record]
@@ -64,12 +65,20 @@ class DrillRun:
 
 
 def log_table(unbroken: DrillRun, runs: dict[str, DrillRun]) -> None:
-    """Logs for each run what is identical to the unbroken one, and where it first is not."""
+    """Logs a table that compares runs with an unbroken run of the same settings.
+
+    Each row is a run, and each column is a part of it, such as images, model or last.pth. A cell
+    contains "identical" or the first place where the part differs.
+
+    Args:
+        unbroken: the run with which the others are compared.
+        runs: the other runs by name, such as "stopped".
+    """
     columns = ["images", *STATE, *unbroken.checkpoints]
     rows = [["", "batches", *columns]]
     for name, run in runs.items():
         cells = dict.fromkeys(columns, "identical")
-        for record, parts in reversed(_compare_records(unbroken, run)):  # so that the first stays
+        for record, parts in reversed(_compare_records(unbroken, run)):  # the first one is set last
             for part in parts:
                 column = "images" if part == "labels" else part
                 cells[column] = f"epoch {record['epoch']} batch {record['batch']}"
@@ -82,7 +91,14 @@ def log_table(unbroken: DrillRun, runs: dict[str, DrillRun]) -> None:
 
 
 def _compare_records(unbroken: DrillRun, run: DrillRun) -> list[tuple[Record, list[str]]]:
-    """Returns the run's records, each with the keys of FIELDS that are not as in `unbroken`."""
+    """Returns every record of a run with a list of what differs from the unbroken run.
+
+    Records of the same epoch and batch are compared.
+
+    Returns:
+        Pairs of a record and the keys of FIELDS that differ, such as ["images", "metrics"]. The
+        list is empty if nothing differs.
+    """
     expected = {(record["epoch"], record["batch"]): record for record in unbroken.records}
     compared = []
     for record in run.records:
@@ -93,10 +109,17 @@ def _compare_records(unbroken: DrillRun, run: DrillRun) -> list[tuple[Record, li
 
 
 def find_culprit(cfg: Config, max_batches: int, unbroken: DrillRun, run: DrillRun) -> str | None:
-    """Traces the first difference between a run and the unbroken one to its cause.
+    """Returns a message with the cause of the first difference between a run and the unbroken run.
+
+    Args:
+        cfg: the settings of both runs.
+        max_batches: the number of batches of every split that both runs used.
+        unbroken: the run that no signal stopped.
+        run: another run with the same settings.
 
     Returns:
-        A message with the place, the cause and what to do; None where the runs are identical.
+        The message, which contains the place, the cause and a remedy; None if the runs are
+        identical.
     """
     for number, (record, parts) in enumerate(_compare_records(unbroken, run)):
         if not parts:
@@ -133,11 +156,19 @@ def find_culprit(cfg: Config, max_batches: int, unbroken: DrillRun, run: DrillRu
 def _blame_step(
     parts: list[str], step: Record, following: Record, unbroken: DrillRun, run: DrillRun
 ) -> str:
-    """Returns whether model or optimizer turned the same state and images into another state.
+    """Returns whether the model or the optimizer made a state that differs between two runs.
+
+    Both runs began the step with the same state and the same images.
 
     Args:
-        parts: the keys of FIELDS that differ in the record after the step.
-        following: that record.
+        parts: the keys of FIELDS that differ in `following`.
+        step: the record of the batch in whose step the difference arose.
+        following: the next record, which contains the state after that step.
+        unbroken: the run that no signal stopped.
+        run: the run to which both records belong.
+
+    Returns:
+        A key of CAUSES: "model randomness" or "optimizer".
     """
     other_loss = "metrics" in parts
     if following["part"] != "training" or following["epoch"] > step["epoch"]:
@@ -150,7 +181,19 @@ def _blame_step(
 
 
 def _blame_images(cfg: Config, max_batches: int, record: Record) -> str:
-    """Returns which part made other images, after reading the same images twice."""
+    """Returns which part of the data made images that differ between two runs.
+
+    It reads the first eight images of a batch twice and compares the results.
+
+    Args:
+        cfg: the settings of the run.
+        max_batches: the number of batches of every split that the run used.
+        record: the record of the batch whose images differ.
+
+    Returns:
+        A key of CAUSES: "dataset" if the images read from the dataset differ, "augmentation" if
+        only the augmented images differ, "data" if all of them are equal.
+    """
     run = build_run(cfg, max_batches=max_batches)
     loader, epoch, batch = run.train_loader, record["epoch"], record["batch"]
     if record["part"] == "validation":

@@ -7,12 +7,19 @@ import torch
 
 from cnn.drill.trace import digest
 
-# When and where a run ran: all that may differ between two runs of one configuration.
+# Keys that say when and where a run ran; nothing else may differ between equal runs.
 IGNORED = ("environment", "started", "seconds", "images_per_second")
 
 
 def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
-    """Yields the leaves in which two trees of tensors and plain values differ, as `path: a, b`."""
+    """Yields a line of text for each leaf in which two trees of tensors and plain values differ.
+
+    An example is "history[0].lr: 0.1, 0.2". Keys in IGNORED, such as "seconds", are left out.
+
+    Args:
+        first, second: nested dicts, lists and tuples, such as the contents of two checkpoints.
+        path: where the two are in larger trees, such as "history[0]"; "" for whole trees.
+    """
     if path.rsplit(".", 1)[-1] in IGNORED:
         return
     if type(first) is not type(second):
@@ -36,5 +43,5 @@ def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
         elif digest(first) != digest(second):
             distance = (first.double() - second.double()).abs().max().item()
             yield f"{path}: differ by up to {distance:g}"
-    elif repr(first) != repr(second):  # the same bits of a float; nan is nan
+    elif repr(first) != repr(second):  # equal for floats of the same bits, even for nan
         yield f"{path}: {first!r}, {second!r}"

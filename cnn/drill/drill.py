@@ -37,10 +37,11 @@ logger = logging.getLogger(__name__)
 STEPS = 6  # optimizer steps per epoch
 EPOCHS = 2
 KILL, TERM = signal.SIGKILL, signal.SIGTERM
-# Where the run is stopped: epoch, share of its training batches (1: in validation), signal; the
-# epoch after the last is the test. After SIGKILL the run resumes from the last step. After SIGTERM
-# it takes the step and saves, so that no record shows what the step did: such a stop is the first
-# one, when nothing can be lost yet, or comes after others that would have shown it.
+# Where the run is stopped: the epoch, the fraction of its training batches (1: in the validation)
+# and the signal. The test counts as the epoch after the last one. After SIGKILL, the run resumes
+# from the last step. After SIGTERM, it takes one more step and saves, and no record shows what this
+# step did. Such a stop is therefore the first one, when nothing can be lost yet, or comes after
+# stops that would have shown an error.
 STOPS = (
     (1, 0.3, TERM), (1, 0.7, KILL), (1, 1.0, KILL), (1, 1.0, TERM),
     (2, 0.0, TERM), (2, 0.7, KILL), (2, 1.0, TERM),
@@ -52,22 +53,28 @@ TRACE = "trace.jsonl"
 Train = Callable[..., None]
 
 # A process is a fork of a server that has imported torch once. Forks share the seed of Python's
-# hashes, which a set is ordered by: one of the runs is in an interpreter with another seed.
+# hashes, which determines the order of a set. One run therefore has new interpreters, which have
+# another seed.
 FRESH = multiprocessing.get_context("spawn")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torchvision.transforms.v2", "cnn.training.setup"])
 
 
 def run_drill(cfg: Config, stop: StopSignals, train: Train) -> None:
-    """Runs the drill and logs what it finds.
+    """Trains a short run three times, and logs whether the results are identical.
+
+    The first two runs are unbroken. The third one is stopped by signals and resumed; it is left out
+    if the first two already differ. All runs write to a temporary folder.
 
     Args:
-        train: train.py's function of that name.
+        cfg: the settings of the user's run, of which fewer steps are trained.
+        stop: the signal handlers of this process. A signal ends the drill before its next run.
+        train: the function `train` of train.py.
 
     Raises:
-        Failed: the runs differ; the message names the culprit.
+        Failed: the runs differ, in which case the message names the cause, or a run itself fails.
     """
-    batches = STEPS * cfg.train.accumulate - (cfg.train.accumulate > 1)  # a short last step
+    batches = STEPS * cfg.train.accumulate - (cfg.train.accumulate > 1)  # the last step is shorter
     short = for_scratch(
         cfg,
         train={"epochs": EPOCHS},
@@ -99,13 +106,25 @@ def run_drill(cfg: Config, stop: StopSignals, train: Train) -> None:
 def _run(
     train: Train, cfg: Config, folder: Path, max_batches: int, stops: list[Stop], fresh: bool
 ) -> DrillRun:
-    """Trains in a process per stop and a last one; each resumes where the previous was stopped.
+    """Trains a run in one process after another, and returns its records and checkpoints.
+
+    A signal stops every process except the last one. The next process resumes from the latest
+    checkpoint.
 
     Args:
-        fresh: start new interpreters, not forks.
+        train: the function `train` of train.py.
+        cfg: the settings of the run.
+        folder: the folder of the run, which is created.
+        max_batches: the number of batches of every split to use.
+        stops: where each process except the last one is stopped; [] for an unbroken run.
+        fresh: whether the processes are new Python interpreters. If False, they are forks of a
+            server that has imported torch, which start faster.
+
+    Raises:
+        Failed: a process fails or does not end within TIMEOUT.
     """
     folder.mkdir()
-    if fresh:  # a seed in the environment would be the same again
+    if fresh:  # new interpreters would use the same seed again
         os.environ.pop("PYTHONHASHSEED", None)
     records, starts = [], []
     for stop in [*stops, None]:
@@ -115,8 +134,8 @@ def _run(
             target=_child, args=(train, cfg, folder, stop, max_batches, method)
         )
         try:
-            resource_tracker.ensure_running()  # started below, it would unblock the signals
-            with signals_deferred():  # of those that reach another thread
+            resource_tracker.ensure_running()  # its start inside _start would unblock signals
+            with signals_deferred():  # they can reach another thread, which does not block them
                 _start(process)
             process.join(TIMEOUT)
         finally:
@@ -135,7 +154,11 @@ def _run(
 
 
 def _start(process: BaseProcess) -> None:
-    """Starts a process with signals blocked: Ctrl-C reaches all processes of a terminal."""
+    """Starts a process in which signals are blocked until it unblocks them.
+
+    Ctrl-C reaches all processes of a terminal. Without this, it could end the new process before
+    that has a session of its own.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
     try:
         process.start()
@@ -144,7 +167,7 @@ def _start(process: BaseProcess) -> None:
 
 
 def _kill(process: BaseProcess) -> None:
-    """Kills a process and its loader processes."""
+    """Kills a process and the worker processes of its DataLoaders, and waits for its end."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -155,7 +178,18 @@ def _kill(process: BaseProcess) -> None:
 def _child(
     train: Train, cfg: Config, folder: Path, stop_at: Stop | None, max_batches: int, method: str
 ) -> None:
-    """Trains from the latest checkpoint in the folder until the stop, or to the end."""
+    """Trains a run from its latest checkpoint; this is the main function of a child process.
+
+    The output of the process is appended to output.txt in the folder.
+
+    Args:
+        train: the function `train` of train.py.
+        cfg: the settings of the run.
+        folder: the folder of the run. If it contains no checkpoint, the run starts from scratch.
+        stop_at: the batch before which a signal stops the process; None to train to the end.
+        max_batches: the number of batches of every split to use.
+        method: the start method of the worker processes of DataLoaders, such as "fork".
+    """
     from cnn import cli
     from cnn.training.resume import Checkpoint, latest_checkpoint
 

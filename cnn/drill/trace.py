@@ -1,4 +1,4 @@
-"""A record of every batch of a run and of the state that it meets, by which runs are compared."""
+"""Records every batch of a run and the state before it, so that runs can be compared."""
 
 import hashlib
 import json
@@ -15,17 +15,24 @@ from cnn.training.state import TrainingState
 
 
 class Stop(NamedTuple):
-    """A batch before which a run is stopped on purpose, and the signal that stops it."""
+    """A batch before which a run is stopped on purpose, and the signal that stops it.
+
+    Attributes:
+        at: the number of the epoch, from 1, and the index of the batch, from 0.
+        signal: the number of the signal.
+    """
 
     at: tuple[int, int]  # epoch, batch
     signal: int
 
 
 class Trace:
-    """Writes a line of JSON for each batch, before the model sees it.
+    """A file to which a line of JSON is appended for each batch, before the model sees the batch.
 
     Args:
-        stop: the batch from which on the process, and its loader processes, get a signal.
+        path: the file.
+        stop: from this batch on, the signal is sent to this process and the worker processes of its
+            DataLoaders. None sends no signal.
     """
 
     def __init__(self, path: Path, stop: Stop | None = None):
@@ -35,12 +42,18 @@ class Trace:
     def record(
         self, batches: Iterable[Batch], state: TrainingState, part: str, metrics: RunningMetrics
     ) -> Iterator[Batch]:
-        """Passes batches on, each of them recorded.
+        """Yields the batches unchanged, after writing a record of each one.
+
+        A record contains hashes of the images, the labels, the model and the optimizer, and sums of
+        the metrics, all as they are before the model sees the batch.
 
         Args:
-            part: training, validation (whose batches count on from the training's), or test (which
-                counts as the epoch after the last).
-            metrics: to which the batches are added.
+            batches: the batches of one split, in the order in which the model sees them.
+            state: the state of the run, which contains the present epoch and the index of the first
+                batch. Validation batches are counted on from the training batches of their epoch.
+                The test is recorded as the epoch after the last one.
+            part: "training", "validation" or "test".
+            metrics: the metrics to which the caller adds the batches.
         """
         for number, batch in enumerate(batches, start=state.batch):
             images, labels, _ = batch
@@ -63,7 +76,10 @@ class Trace:
 
 
 def digest(tree: Any) -> str:
-    """Returns a hash over every bit of a tree of tensors and plain values."""
+    """Returns a hash over every bit of nested dicts and lists of tensors and plain values.
+
+    It consists of 16 hexadecimal digits. Shapes and dtypes of the tensors are part of it.
+    """
     total = hashlib.sha256()
     _add(tree, total)
     return total.hexdigest()[:16]

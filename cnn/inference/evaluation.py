@@ -18,16 +18,18 @@ from cnn.training.losses import build_loss, has_state
 
 logger = logging.getLogger(__name__)
 
-OTHER_DATA = {"data.name", "data.root", "data.args"}  # typed, they permit other data
+OTHER_DATA = {"data.name", "data.root", "data.args"}  # on the command line, they permit other data
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """The labelled images of an evaluation.
+    """The labelled images on which a trained model is evaluated.
 
     Attributes:
-        train_labels: of the training images, or None if the data is not that of the training.
-        description: for messages.
+        images: the images, whose labels are indices into the classes of the model.
+        train_labels: the labels of the training images, int64 (number of training images); None if
+            `images` come from other data than the training.
+        description: what the images are, in words for messages, such as "test of digits".
     """
 
     images: Images
@@ -36,14 +38,19 @@ class EvaluationData:
 
     @property
     def is_same_data(self) -> bool:
-        """Whether the images are a split of the data that the model was trained on."""
+        """A flag that is True if the images belong to the data that the model was trained on."""
         return self.train_labels is not None
 
 
 def choose_images(trained: TrainedModel, split: str) -> EvaluationData:
-    """Returns a split of the data of the training, or of other data if such was typed.
+    """Returns the images of one split, on which a trained model is evaluated.
 
-    Other data that is not divided is used whole, since the model was not trained on any of it.
+    They come from the data of the training, or from other data if the command line names it. Other
+    data that has no splits is used as a whole, because the model was not trained on any of it.
+
+    Args:
+        trained: the model and its settings, which contain those of the command line.
+        split: "val" or "test".
 
     Raises:
         Refused: the data cannot be read, has other classes, or has changed since the training.
@@ -68,7 +75,16 @@ def choose_images(trained: TrainedModel, split: str) -> EvaluationData:
 
 
 def _divide_as_trained(trained: TrainedModel, splits: Splits, classes: list[str]) -> Splits | None:
-    """Divides the data; returns None if it is not the data that the model was trained on."""
+    """Divides the data into training, validation and test images as the training did.
+
+    Args:
+        trained: the model, whose checkpoint contains a checksum of its data.
+        splits: the splits that the dataset has.
+        classes: the names of the classes of the dataset.
+
+    Returns:
+        The three splits, or None if this is not the data that the model was trained on.
+    """
     if "train" not in splits or classes != trained.classes:
         return None
     try:
@@ -95,7 +111,16 @@ def _choose_other_images(
 
 
 def _with_model_labels(images: Images, classes: list[str], model_classes: list[str]) -> Images:
-    """Returns the images, their labels mapped by name to the model's classes."""
+    """Returns a copy of the images whose labels are indices into the classes of the model.
+
+    Args:
+        images: images whose labels are indices into `classes`.
+        classes: the names of the classes of the dataset.
+        model_classes: the names of the classes of the model. Equal names mean the same class.
+
+    Raises:
+        Refused: an image has a class that the model does not have.
+    """
     label_of = {name: label for label, name in enumerate(model_classes)}
     unknown = [classes[i] for i in np.unique(images.labels) if classes[i] not in label_of]
     if unknown:
@@ -106,7 +131,15 @@ def _with_model_labels(images: Images, classes: list[str], model_classes: list[s
 
 
 def set_channels(trained: TrainedModel, images: Images) -> None:
-    """Makes image files decode to the model's channels; refuses arrays with other channels."""
+    """Makes image files decode to the number of channels that the model takes.
+
+    Args:
+        trained: the model.
+        images: the images, which are changed in place if they are files.
+
+    Raises:
+        Refused: the images have another number of channels and cannot be converted.
+    """
     channels = trained.preprocessing.channels
     if isinstance(images, FileImages) and channels in (1, 3):
         images.files.channels = channels
@@ -115,10 +148,17 @@ def set_channels(trained: TrainedModel, images: Images) -> None:
 
 
 def build_training_loss(trained: TrainedModel, data: EvaluationData) -> nn.Module:
-    """Builds the loss of the training, with the class weights of the training images.
+    """Builds the loss function with which a model was trained, to evaluate the model.
+
+    Its class weights come from the checkpoint. If an old checkpoint lacks them, balanced weights
+    are computed from the training labels, or left out if these are not known.
+
+    Args:
+        trained: the model and its checkpoint.
+        data: the images of the evaluation and the training labels.
 
     Raises:
-        Refused: the checkpoint's class weights or loss state are invalid.
+        Refused: the class weights or the state of the loss in the checkpoint are not valid.
     """
     cfg, saved = trained.cfg.loss, trained.content.get("class_weights")
     if saved is not None:

@@ -26,8 +26,8 @@ from cnn.utils.checked_zip import write_archive
 
 logger = logging.getLogger(__name__)
 
-BATCH_SIZES = (1, 17)  # that the exported model is checked with
-TOLERANCE = 1e-4  # of a logit, times the largest logit where that is above 1
+BATCH_SIZES = (1, 17)  # with which the exported model is checked
+TOLERANCE = 1e-4  # largest difference of a logit, relative to the largest logit if above 1
 NORMALIZED_INSIDE = "in 0..1; mean and std are applied inside"
 METADATA = "metadata.json"  # its name within a file of torch.export
 SHAPES = {"images": {0: torch.export.Dim("batch", min=1)}}  # any batch size
@@ -38,11 +38,11 @@ Inference = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Deployed(nn.Module):
-    """A model with its normalization, which nobody can forget then.
+    """A model together with its normalization, which takes pixels in 0..1.
 
     Args:
-        model: takes normalized images.
-        preprocessing: contains their mean and standard deviation.
+        model: takes normalized images (N, C, H, W) and returns logits (N, classes).
+        preprocessing: contains the mean and standard deviation of every channel.
     """
 
     def __init__(self, model: nn.Module, preprocessing: Preprocessing):
@@ -52,23 +52,23 @@ class Deployed(nn.Module):
         self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W; in 0..1
-        """Returns logits (N, classes)."""
+        """Returns the logits (N, classes) of images (N, C, H, W), whose pixels are in 0..1."""
         return self.model((images - self.mean) / self.std)
 
 
 def export_model(trained: TrainedModel, file_format: str) -> tuple[bytes, str]:
-    """Exports a model, and checks the result on some images.
+    """Exports a model to a file's content, and compares the logits of that file with the model's.
 
     Args:
         trained: a model on the CPU.
-        file_format: a key of FORMATS.
+        file_format: "torch", "onnx" or "weights".
 
     Returns:
-        The content of the file, and a sentence about the check.
+        The content of the file, and a text that describes the result of the comparison.
 
     Raises:
         Refused: torch cannot export the model.
-        Failed: the logits of the exported model differ.
+        Failed: the logits differ by more than TOLERANCE.
     """
     export, load = FORMATS[file_format]
     trained.model.to(memory_format=torch.contiguous_format)
@@ -88,7 +88,10 @@ def export_model(trained: TrainedModel, file_format: str) -> tuple[bytes, str]:
 
 
 def to_torch(trained: TrainedModel) -> bytes:
-    """Exports to the .pt2 format of torch.export."""
+    """Exports a model to the .pt2 format of torch.export, and returns the content of the file.
+
+    The exported model takes pixels in 0..1. The file contains the metadata as JSON.
+    """
     buffer = io.BytesIO()
     text = json.dumps(metadata(trained), ensure_ascii=False, indent=1)
     torch.export.save(_program(trained), buffer, extra_files={METADATA: text})
@@ -96,12 +99,20 @@ def to_torch(trained: TrainedModel) -> bytes:
 
 
 def from_torch(content: bytes) -> Inference:
-    """Loads the .pt2 format."""
+    """Returns a function that runs the model in a .pt2 file of torch.export.
+
+    Args:
+        content: the bytes of the file.
+    """
     return torch.export.load(io.BytesIO(content)).module()
 
 
 def to_onnx(trained: TrainedModel) -> bytes:
-    """Exports to ONNX; the metadata is in the model's properties, as JSON."""
+    """Exports a model to the ONNX format, and returns the content of the file.
+
+    The exported model takes pixels in 0..1. The metadata is in its properties, with values other
+    than strings as JSON.
+    """
     import onnx
 
     program = _program(trained).run_decompositions({MAX_POOL: _max_pool_to_one})
@@ -120,7 +131,11 @@ def to_onnx(trained: TrainedModel) -> bytes:
 
 
 def from_onnx(content: bytes) -> Inference:
-    """Loads ONNX in onnxruntime."""
+    """Returns a function that runs the model in an ONNX file with onnxruntime on the CPU.
+
+    Args:
+        content: the bytes of the file.
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -128,7 +143,10 @@ def from_onnx(content: bytes) -> Inference:
 
 
 def to_weights(trained: TrainedModel) -> bytes:
-    """Exports the weights and the metadata as a file for `torch.load`."""
+    """Exports the weights of a model, and returns the content of a file for `torch.load`.
+
+    The file contains a dict with the state dict and the metadata.
+    """
     content = metadata(trained, "(pixels in 0..1 - mean) / std")
     buffer = io.BytesIO()
     write_archive({"model_state_dict": trained.model.state_dict()} | content, buffer)
@@ -136,7 +154,14 @@ def to_weights(trained: TrainedModel) -> bytes:
 
 
 def from_weights(content: bytes) -> Inference:
-    """Loads the weights into a new model."""
+    """Builds a new model with the weights in a file that `to_weights` exported.
+
+    Args:
+        content: the bytes of the file.
+
+    Returns:
+        The model with its normalization, which takes pixels in 0..1.
+    """
     saved = torch.load(io.BytesIO(content), weights_only=True)
     cfg = ModelConfig(saved["model"], saved["model_args"])
     pre = Preprocessing(**saved["preprocessing"])
@@ -155,7 +180,18 @@ MAX_POOL = torch.ops.aten.adaptive_max_pool2d.default
 
 
 def _max_pool_to_one(images: torch.Tensor, size: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decomposes max pooling to (N, C, 1, 1), which torch.onnx 2.11 cannot export."""
+    """Computes adaptive max pooling to one pixel with operators that torch.onnx can export.
+
+    In PyTorch 2.11, torch.onnx cannot export `adaptive_max_pool2d` itself.
+
+    Args:
+        images: the input (N, C, H, W).
+        size: the height and width of the output, [1, 1].
+
+    Returns:
+        The largest values and their indices among the H * W pixels, both (N, C, 1, 1);
+        NotImplemented for any other size.
+    """
     if list(size) != [1, 1]:
         return NotImplemented
     indices = images.flatten(-2).argmax(-1)[..., None, None]
@@ -163,7 +199,13 @@ def _max_pool_to_one(images: torch.Tensor, size: list[int]) -> tuple[torch.Tenso
 
 
 def _program(trained: TrainedModel) -> torch.export.ExportedProgram:
-    """Returns the graph of the model and its normalization for any batch size."""
+    """Returns the graph of a model with its normalization, made by torch.export.
+
+    It takes batches of any number of images.
+
+    Raises:
+        Refused: torch.export cannot export the model.
+    """
     pre = trained.preprocessing
     deployed = Deployed(trained.model, pre).eval()
     example = torch.zeros(2, *pre.shape)
@@ -173,7 +215,12 @@ def _program(trained: TrainedModel) -> torch.export.ExportedProgram:
 
 @contextlib.contextmanager
 def _refusing(trained: TrainedModel, exporter: str) -> Iterator[None]:
-    """Turns any error of an exporter of torch into a refusal."""
+    """Raises Refused with a short reason if the block raises any exception.
+
+    Args:
+        trained: the model that the block exports, whose name is in the message.
+        exporter: the function of torch that the block calls, such as "torch.onnx".
+    """
     try:
         yield
     except Exception as error:
@@ -193,11 +240,11 @@ def _first_line(error: Exception) -> str:
 
 
 def metadata(trained: TrainedModel, pixels: str = NORMALIZED_INSIDE) -> dict[str, Any]:
-    """Returns what is needed to use the file, as plain values.
+    """Returns what a program has to know to use an exported file, as plain values.
 
     Args:
         trained: the exported model.
-        pixels: how the input is computed from pixels.
+        pixels: a text that says how the input is computed from pixels.
     """
     pre, content = trained.preprocessing, trained.content
     shape = f"{pre.channels}, {pre.image_size}, {pre.image_size}"
@@ -218,9 +265,17 @@ def metadata(trained: TrainedModel, pixels: str = NORMALIZED_INSIDE) -> dict[str
 
 
 def sample_images(trained: TrainedModel) -> tuple[torch.Tensor, str]:
-    """Returns 17 validation images, or random ones if the data is not there, and what they are.
+    """Returns 17 images to check an exported model with, and a text that says what they are.
 
-    The images (17, C, H, W) have the size of the model's input.
+    They are validation images, repeated if there are fewer than 17. If the data cannot be read,
+    they are random numbers.
+
+    Args:
+        trained: the exported model, whose settings name the data.
+
+    Returns:
+        The images (17, C, size, size) in the size of the model's input, uint8 or float in 0..1; and
+        a text such as "17 validation images".
     """
     pre, number = trained.preprocessing, max(BATCH_SIZES)
     try:
@@ -240,10 +295,17 @@ def sample_images(trained: TrainedModel) -> tuple[torch.Tensor, str]:
 def compare_logits(
     trained: TrainedModel, inference: Inference, images: torch.Tensor
 ) -> tuple[float, float]:
-    """Compares the exported model with the model and the normalization of the training.
+    """Compares the logits of an exported model with those of the original model.
+
+    Both compute batches of every size in BATCH_SIZES.
+
+    Args:
+        trained: the original model.
+        inference: the exported model, which takes pixels in 0..1.
+        images: images (17, C, H, W), uint8 or float in 0..1, not normalized.
 
     Returns:
-        The largest difference of a logit, and the largest logit.
+        The largest absolute difference between two logits, and the largest absolute logit.
     """
     normalize = Normalize(trained.preprocessing, trained.device)
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()

@@ -34,18 +34,28 @@ Picture = str | os.PathLike | Image.Image | np.ndarray
 
 @dataclass(frozen=True)
 class Prediction:
-    """The classes of a picture and their probabilities, the most probable first."""
+    """The most probable classes of a picture and their probabilities, the highest first.
+
+    Attributes:
+        classes: the names of the classes.
+        probabilities: the probability of each of these classes, a fraction.
+    """
 
     classes: list[str]
     probabilities: list[float]
 
 
 class Predictor:
-    """Predicts the classes of pictures; made by `load`.
+    """A trained model that predicts the classes of pictures; `load` reads it from a checkpoint.
+
+    Args:
+        trained: the model and its checkpoint.
 
     Attributes:
-        classes: their names, in the order of the model's outputs.
-        model: the network in evaluation mode; takes normalized images (N, C, size, size).
+        classes: the names of the classes, in the order of the model's outputs.
+        model: the network in evaluation mode. It takes normalized images (N, C, size, size) and
+            returns logits (N, classes).
+        trained: the argument of this name.
     """
 
     def __init__(self, trained: TrainedModel):
@@ -61,17 +71,19 @@ class Predictor:
     def __call__(
         self, pictures: Picture | Sequence[Picture], top: int | None = None
     ) -> Prediction | list[Prediction]:
-        """Predicts one picture or a list of pictures.
+        """Predicts the classes of one picture or of a list of pictures.
 
         Args:
-            pictures: paths, PIL images of any mode, or uint8 arrays (H, W[, 1, 3 or 4]).
-            top: the number of classes in a prediction; None for all.
+            pictures: one picture or a list of them. A picture is a path, a PIL image of any mode,
+                or a uint8 array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+            top: the number of classes in a prediction, which are the most probable ones; None for
+                all.
 
         Returns:
-            A prediction; for a list of pictures, a list of predictions.
+            One prediction, or a list of predictions for a list of pictures.
 
         Raises:
-            BadImage: a picture cannot be read; the message names it.
+            BadImage: a picture cannot be read; the message contains its path.
         """
         if isinstance(pictures, Picture):
             return self([pictures], top)[0]
@@ -85,9 +97,15 @@ class Predictor:
     def predict_each(
         self, pictures: Sequence[Picture], top: int | None = None
     ) -> Iterator[Prediction | BadImage]:
-        """Yields the prediction of each picture in turn, or the error if it cannot be read.
+        """Yields the prediction of each picture, or a BadImage if the picture cannot be read.
 
-        Pictures are predicted in batches; while one is predicted, the next one is decoded.
+        The results are in the order of the pictures. They are predicted in batches. While the model
+        predicts one batch, threads decode the next one.
+
+        Args:
+            pictures: the pictures, in the forms that `__call__` accepts.
+            top: the number of classes in a prediction, which are the most probable ones; None for
+                all.
         """
         for number, images in enumerate(self._decode_batches(pictures)):
             good = [image for image in images if isinstance(image, torch.Tensor)]
@@ -98,7 +116,15 @@ class Predictor:
     def _decode_batches(
         self, pictures: Sequence[Picture]
     ) -> Iterator[list[torch.Tensor | BadImage]]:
-        """Yields the pictures in batches; threads decode the next batch meanwhile."""
+        """Yields the decoded pictures in batches, while threads decode the next batch.
+
+        Args:
+            pictures: the pictures, in the forms that `__call__` accepts.
+
+        Yields:
+            For each picture of a batch, a uint8 tensor (C, size, size), or a BadImage if the
+            picture cannot be read.
+        """
         start, upcoming = 0, []
         pool = ThreadPoolExecutor(self._num_threads)
         try:
@@ -112,7 +138,10 @@ class Predictor:
             pool.shutdown(cancel_futures=True)
 
     def _prepare(self, picture: Picture) -> torch.Tensor | BadImage:
-        """Decodes a picture and resizes it: uint8 (C, size, size)."""
+        """Returns a picture in the size of the model's input, as a uint8 tensor (C, size, size).
+
+        If the picture cannot be read, a BadImage is returned, not raised.
+        """
         is_path, channels = isinstance(picture, str | os.PathLike), self._pre.channels
         try:
             if is_path:
@@ -126,14 +155,18 @@ class Predictor:
 
     @torch.no_grad()
     def _predict_batch(
-        self, images: torch.Tensor, number: int, top: int | None
+        self, images: torch.Tensor, batch_index: int, top: int | None
     ) -> list[Prediction]:
-        """Predicts a batch, uint8 (N, C, size, size).
+        """Returns the prediction of each image of a batch.
 
-        Its number seeds models that draw random numbers in evaluation mode, as in validation.
+        Args:
+            images: the decoded images, uint8 (N, C, size, size).
+            batch_index: the index of the batch. It seeds a model that draws random numbers in
+                evaluation mode, as in a validation.
+            top: the number of classes in a prediction; None for all.
         """
         trained = self.trained
-        key = (trained.cfg.seed, seeding.EVALUATE, trained.seed_epoch("val"), number)
+        key = (trained.cfg.seed, seeding.EVALUATE, trained.seed_epoch("val"), batch_index)
         with _generators_preserved(trained.device):
             seeding.seed_step(trained.device, *key)
             with trained.autocast():
@@ -146,15 +179,18 @@ class Predictor:
 
 
 def load(checkpoint: str | os.PathLike, *settings: str) -> Predictor:
-    """Loads a trained model from a checkpoint, which contains everything that is needed.
+    """Returns a predictor with the trained model of a checkpoint.
+
+    The checkpoint contains everything that is needed.
 
     Args:
         checkpoint: a file that train.py saved.
-        settings: `key=value` as on the command line, such as "device=cpu".
+        settings: settings as on the command line, such as "device=cpu". They replace those in the
+            checkpoint.
 
     Raises:
-        Refused: a ValueError; the file is not a checkpoint, is damaged, or names code outside this
-            folder.
+        Refused: the file is not a checkpoint, is damaged, or names code outside the current folder.
+            This exception is a ValueError.
     """
     with _generators_preserved(None):
         return Predictor(load_trained_model(Path(checkpoint), settings))
@@ -170,7 +206,12 @@ def _to_image(array: np.ndarray) -> Image.Image:
 
 @contextlib.contextmanager
 def _generators_preserved(device: torch.device | None) -> Iterator[None]:
-    """Restores the states of all global random number generators when the context ends."""
+    """Restores the global random generators of Python, NumPy and torch when the context ends.
+
+    Args:
+        device: if it is a CUDA device, its generator is restored too. None restores only those of
+            the CPU.
+    """
     cuda_devices = [device] if device is not None and device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
         stack.callback(random.setstate, random.getstate())

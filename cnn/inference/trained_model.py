@@ -22,16 +22,18 @@ from cnn.utils.module_state import load_state
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with the weights of a checkpoint, in evaluation mode.
+    """A model in evaluation mode with the weights of a checkpoint, and its settings.
 
     Attributes:
-        path: the checkpoint's file.
+        path: the file of the checkpoint.
         content: everything that the checkpoint contains.
-        cfg: the checkpoint's settings, changed by those typed on the command line.
-        typed: the keys of the settings typed on the command line.
-        places: for each key, the file and line or the command line that its value is from.
-        model: takes normalized images (N, C, size, size); returns logits (N, classes).
-        precision: of a forward pass: fp32, bf16 or fp16.
+        cfg: the settings in the checkpoint; those on the command line replace them.
+        typed: the keys of the settings on the command line, such as {"data.root"}.
+        places: for each key, the place where its value was found, such as "command line".
+        model: takes normalized images (N, C, size, size) and returns logits (N, classes).
+        preprocessing: the size, the number of channels and the normalization of the images.
+        device: the device of the model.
+        precision: the precision of a forward pass: "fp32", "bf16" or "fp16".
     """
 
     path: Path
@@ -45,7 +47,7 @@ class TrainedModel:
     precision: str
 
     def autocast(self) -> torch.autocast:
-        """Returns a context manager that runs a forward pass in this precision."""
+        """Returns a context that runs a forward pass in the precision `self.precision`."""
         return env.autocast(self.device, self.precision)
 
     @property
@@ -55,13 +57,22 @@ class TrainedModel:
 
     @property
     def is_within_epoch(self) -> bool:
-        """Whether the checkpoint was saved within an epoch, so that it was never evaluated."""
+        """A flag that is True if the checkpoint was saved before its epoch was complete.
+
+        The weights of such a checkpoint were never validated.
+        """
         return self.content["unfinished_epoch"]["batch"] > 0
 
     def seed_epoch(self, split: str) -> int:
-        """Returns the epoch that seeded the random numbers when training evaluated these weights.
+        """Returns the number of the epoch that seeds random numbers when the model is evaluated.
 
-        It matters to models that draw random numbers in evaluation mode.
+        With it, a model that draws random numbers in evaluation mode draws the same ones as in the
+        evaluation during its training. The validation of an epoch takes place before the epoch
+        counts as complete. After a complete epoch, the number is therefore one less for "val" than
+        for "test".
+
+        Args:
+            split: "val" or "test".
         """
         epoch = self.content["epoch"]
         return epoch if split == "test" or self.is_within_epoch else max(epoch - 1, 0)
@@ -73,15 +84,18 @@ class TrainedModel:
 
 
 def load_trained_model(path: Path, settings: Sequence[str] = ()) -> TrainedModel:
-    """Reads a checkpoint and builds its model with the weights that were validated.
+    """Reads a checkpoint and returns its model, with the weights that were validated.
+
+    These are the averaged weights if the run averaged its weights.
 
     Args:
         path: a checkpoint that train.py saved.
-        settings: `key=value` that replace settings of the checkpoint.
+        settings: settings as on the command line, such as "device=cpu". They replace those in the
+            checkpoint.
 
     Raises:
-        Refused: the file is not a checkpoint, is damaged or inconsistent, or names code outside
-            this folder.
+        Refused: the file is not a checkpoint, is damaged or inconsistent, or names code outside the
+            current folder.
     """
     content = load_checkpoint(path, "--checkpoint")
     typed = {setting.partition("=")[0] for setting in settings}
@@ -106,20 +120,33 @@ def _read_settings(
 ) -> tuple[Config, dict[str, str]]:
     cfg, places = config.load_config(None, settings, saved, f"checkpoint {path}")
     before, now = config.flat(saved), config.flat(config.to_dict(cfg))
-    # Typing a key that names code only permits that code to run; data may be replaced.
+    # A key on the command line that names code permits this code to run, but may not change it.
+    # Only the data may be replaced.
     for key in typed.intersection(config.code_keys()) - {"data.name"}:
         if before.get(key) != now[key]:
             value = config.as_text(before.get(key))
             raise Refused(f"{key}: expected {value} as in {path}; a trained model keeps it")
     if before.get("data.name") != cfg.data.name and "data.args" not in typed:
-        cfg = config.with_values(cfg, data={"args": {}})  # the arguments were for the other data
+        cfg = config.with_values(cfg, data={"args": {}})  # the old ones are for the other data
     return cfg, places
 
 
 def _choose_precision(
     cfg: Config, saved: dict[str, Any], device: torch.device, typed: set[str]
 ) -> str:
-    """Returns the precision of training on the same kind of device, else what is fast there."""
+    """Returns the precision of a forward pass: "fp32", "bf16" or "fp16".
+
+    It is the precision of the training if that ran on the same type of device. Otherwise, it is
+    "bf16" where the hardware supports it, and "fp32" elsewhere. A precision that the command line
+    names replaces both.
+
+    Args:
+        cfg: the settings in the checkpoint; those on the command line replace them.
+        saved: the entry "environment" of the checkpoint, with the device and the precision of the
+            training.
+        device: the device of the model.
+        typed: the keys of the settings on the command line, such as {"train.precision"}.
+    """
     name = cfg.train.precision
     if "train.precision" in typed or name == "fp32":
         return env.choose_precision(name, device)

@@ -1,1 +1,1 @@
-"""A run: its parts, its state, the steps, when it is saved, where it goes on."""
+"""A training run: its parts, its state, its steps, how it is saved and how it is resumed."""

@@ -34,13 +34,20 @@ BUILD_TIMEOUT = datetime.timedelta(days=1)
 
 
 class Group:
-    """The processes that train together.
+    """The processes that train one model together; by default, a single process.
+
+    Args:
+        launch: the rank of this process and the number of processes; None for a single process.
+        stop: the signal handlers of this process. None, which only a single process may pass, means
+            that no signal interrupts the wait for a batch.
 
     Attributes:
-        rank, size: number of this process, and how many there are.
-        is_rank0: whether this is the process that logs and writes files.
-        key: added to the key of random numbers inside a step, which differ between processes; that
-            of rank 0 is empty, so that it draws what a single process draws.
+        rank: the index of this process, from 0 to size - 1.
+        size: the number of processes.
+        is_rank0: whether this process has rank 0, which logs and writes files.
+        key: () on rank 0 and (rank,) on the others. It is added to the seed of the random numbers
+            in a training step. The processes thus draw different numbers, and rank 0 draws the same
+            ones as a single process would.
     """
 
     def __init__(self, launch: Launch | None = None, stop: StopSignals | None = None):
@@ -52,17 +59,17 @@ class Group:
         self._patient: dist.ProcessGroup | None = None  # for exchanges that may take long
 
     def connect(self) -> None:
-        """Waits for the other processes and connects to them.
+        """Waits for the other processes and connects to them; returns at once in a single process.
 
         Raises:
-            Refused: they do not come, or cannot be reached.
+            Refused: the other processes cannot be reached or do not connect in time.
         """
         if self.size == 1:
             return
         self.stop.is_single_process = False
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
-            with self.stop.default_handlers():  # torch would call no handlers while it waits
+            with self.stop.default_handlers():  # Python handlers do not run while torch waits
                 store, rank, size = next(dist.rendezvous("env://", timeout=STEP_TIMEOUT))
                 store = dist.PrefixStore(_attempt(), store)
                 dist.init_process_group(
@@ -75,7 +82,7 @@ class Group:
             raise Refused(f"torchrun: {what}: {str(error).splitlines()[0]}") from None
 
     def disconnect(self) -> None:
-        """Waits until all processes are done, and closes the connections."""
+        """Waits until all processes have called this method, and closes the connections."""
         if self.size > 1:
             self.barrier()
             dist.destroy_process_group()
@@ -83,12 +90,17 @@ class Group:
     # -- before and after training -------------------------------------------------------------
 
     def barrier(self) -> None:
-        """Waits until all processes are here."""
+        """Waits until all processes have called this method."""
         if self.size > 1:
             dist.barrier(self._patient)
 
     def broadcast(self, value: T) -> T:
-        """Returns rank 0's value in every process; plain values and tensors."""
+        """Returns the value of rank 0 in every process.
+
+        Args:
+            value: any object that can be pickled, such as a dict of tensors. The values that the
+                other ranks pass are ignored.
+        """
         if self.size == 1:
             return value
         values = [value]
@@ -96,7 +108,11 @@ class Group:
         return values[0]
 
     def all_gather(self, value: T) -> list[T]:
-        """Returns the values of all processes, in the order of ranks."""
+        """Returns a list of the values that all processes pass, in the order of their ranks.
+
+        Args:
+            value: any object that can be pickled.
+        """
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -105,9 +121,12 @@ class Group:
 
     @contextlib.contextmanager
     def agreement(self) -> Iterator[None]:
-        """Ends the block with an error in every process where one of them raises Refused or Failed.
+        """Raises an error in every process if any process raises Refused or Failed in the block.
 
-        The first process that failed raises its own error, the others RefusedElsewhere.
+        This is a context manager; the exceptions are in cnn.errors. Every process has to enter the
+        block. At its end, each of them tells the others whether it failed. Of the processes that
+        failed, the one with the lowest rank raises its own error. All other processes raise
+        RefusedElsewhere. Exceptions of other types are not exchanged.
         """
         error = None
         try:
@@ -121,13 +140,17 @@ class Group:
             if failed and failed[0] != self.rank:
                 error = RefusedElsewhere(f"refused by rank {failed[0]}")
             if failed:
-                error.is_agreed = True  # an agreement around this one is not to ask again
+                error.is_agreed = True  # an enclosing agreement then exchanges nothing
         if error is not None:
             raise error
 
     @contextlib.contextmanager
     def local_rank0_first(self) -> Iterator[None]:
-        """Runs the block in one process of each machine, then in the others; all agree."""
+        """Runs the block in one process of each machine first, and then in all others.
+
+        This is a context manager. The first one is the process with local rank 0. If a process
+        raises Refused or Failed in the block, every process raises an error, as in `agreement`.
+        """
         leads = self.launch.local_rank == 0
         if not leads:
             with self.agreement():
@@ -141,11 +164,12 @@ class Group:
     # -- training ------------------------------------------------------------------------------
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Returns the model in a wrapper whose backward pass averages gradients over the processes.
+        """Returns the model wrapped in DistributedDataParallel.
 
-        Searching for unused parameters in every step keeps the order in which gradients are added
-        the same from the first step on, and with it the bits after a resume; otherwise they move to
-        other buckets after the first step. Frozen parameters are unused ones too.
+        In a single process, it returns the model itself. The option `find_unused_parameters` makes
+        DDP add up the gradients in the same order in every step. Without it, DDP assigns the
+        gradients to other buckets after the first step, and a resumed run would differ in rounding.
+        The option also permits frozen parameters.
         """
         if self.size == 1:
             return model
@@ -154,11 +178,24 @@ class Group:
         )
 
     def no_sync(self, model: nn.Module, enabled: bool) -> contextlib.AbstractContextManager:
-        """Returns a context in which the wrapped model's gradients accumulate, not averaged."""
+        """Returns a context in which `backward` does not average gradients over the processes.
+
+        Args:
+            model: the model that `wrap` returned.
+            enabled: whether the context has this effect; if False, gradients are averaged as usual.
+        """
         return model.no_sync() if enabled and self.size > 1 else contextlib.nullcontext()
 
     def sum(self, value: T, device: torch.device) -> T | torch.Tensor:
-        """Returns the sum over all processes of a number or a tensor, in float64."""
+        """Returns the sum of a value over all processes.
+
+        Args:
+            value: a number, or a tensor that has the same shape in every process.
+            device: the device of this process, on which the sum is computed.
+
+        Returns:
+            A float64 tensor of the shape of `value`; in a single process, `value` itself.
+        """
         if self.size == 1:
             return value
         total = torch.as_tensor(value, dtype=torch.float64, device=device).clone()
@@ -166,16 +203,25 @@ class Group:
         return total
 
     def sum_metrics(self, metrics: RunningMetrics) -> RunningMetrics:
-        """Sums running metrics over all processes, in place."""
+        """Adds up the running metrics of all processes in place, and returns them.
+
+        Args:
+            metrics: the sums over this process's share of the images.
+        """
         if self.size > 1:
             packed = metrics.pack()
             metrics.unpack(self.sum(packed, packed.device))
         return metrics
 
     def broadcast_module(self, module: nn.Module | None) -> None:
-        """Copies rank 0's weights, buffers and extra state of a module to all processes.
+        """Copies parameters, buffers and extra state from rank 0's module to all processes.
 
-        They differ where BatchNorm has seen the images of its own process alone.
+        Without this, they can differ: each process computes the running statistics of BatchNorm
+        from its own images.
+
+        Args:
+            module: the module of this process, which is changed in place. For None, the method does
+                nothing.
         """
         if self.size == 1 or module is None:
             return
@@ -189,17 +235,22 @@ class Group:
             load_state(module, self.broadcast(extra), strict=False)
 
     def synchronized(self, batches: Iterable[T], number: int) -> Iterator[T]:
-        """Yields batches, each once every process has its own; where one fails, all stop before it.
+        """Yields the batches of this process, each as soon as every process has loaded its own.
 
-        The next batch is loaded and agreed on before this one is computed, so that the agreement
-        takes no time; a signal that comes meanwhile stops all processes one batch later.
+        If a process cannot load its batch or receives a signal, all processes raise an error before
+        the same batch. With several processes, the next batch is loaded and a message about it is
+        sent before the current batch is yielded. The message travels while the current batch is
+        computed, so that it costs no time. A signal that arrives during that time stops all
+        processes one batch later. A single process sends no messages.
 
         Args:
-            number: of batches in the process that has most; those with fewer wait for it.
+            batches: the batches of this process.
+            number: the largest count of batches that any process has. A process that has fewer
+                keeps exchanging messages with the others until they are done.
 
         Raises:
             Stopped: one of the processes received a signal.
-            DataFailed: one of them cannot load its batch.
+            DataFailed: one of the processes cannot load its batch.
         """
         batches = iter(batches)
         if self.size == 1:
@@ -211,14 +262,26 @@ class Group:
             following = self._begin_agreement(batches) if left else None
             if batch is not None:
                 yield batch
-            del batch  # frees its memory before another one is made
+            del batch  # frees its memory before the next one is loaded
 
     def _next(self, batches: Iterator[T]) -> T | None:
-        """Returns the next batch, or None after the last; a signal interrupts the wait for it."""
+        """Returns the next batch, or None after the last one.
+
+        Raises:
+            Stopped: a signal came before or during the wait for the batch.
+        """
         return self.stop.interruptible(lambda: next(batches, None))
 
     def _begin_agreement(self, batches: Iterator[T]) -> Pending:
-        """Loads the next batch; starts an all-reduce of (signal received, rank + 1 if failed)."""
+        """Loads the next batch, and starts an all-reduce that tells the others whether that worked.
+
+        Returns:
+            Four values: the batch (None after the last one or if it was not loaded); the error of
+            this process, or None; an int64 tensor (2); and the all-reduce, which is still running.
+            When it ends, the tensor contains the number of the received signal, and the rank of the
+            process that failed plus 1. Each is 0 if there is none, and the maximum if there are
+            several.
+        """
         batch = failure = None
         try:
             batch = self._next(batches)
@@ -231,7 +294,14 @@ class Group:
         return batch, failure, state, work
 
     def _end_agreement(self, batch: T | None, failure: Any, state: Any, work: Any) -> T | None:
-        """Waits for the all-reduce; returns the batch, or raises where one process cannot go on."""
+        """Waits for the end of the all-reduce, and returns the batch.
+
+        The arguments are the four values that `_begin_agreement` returned.
+
+        Raises:
+            DataFailed: one of the processes could not load its batch.
+            Stopped: one of the processes received a signal.
+        """
         work.wait()
         signalled, failed = state.tolist()
         if failed:
@@ -241,7 +311,10 @@ class Group:
         return batch
 
     def _signal(self) -> int:
-        """Returns the signal that this process received, or 0; torchrun's end counts as one."""
+        """Returns the number of the signal that this process received, or 0 if there is none.
+
+        The end of torchrun, which started this process, counts as SIGTERM.
+        """
         if self.stop.received is None and os.getppid() != self._launcher:
             return signal.SIGTERM
         return self.stop.received or 0
@@ -252,9 +325,15 @@ ALONE = Group()
 
 @contextlib.contextmanager
 def process_group(stop: StopSignals) -> Iterator[Group]:
-    """Connects the processes that torchrun has started; a group of one without torchrun.
+    """Connects the processes that torchrun started, and disconnects them when the context ends.
+
+    Yields a `Group` of these processes. Without torchrun, it consists of this process alone.
+
+    Args:
+        stop: the signal handlers of this process.
 
     Raises:
+        Refused: the other processes cannot be reached or do not connect in time.
         ProcessLost: another process ended while this one needed it.
     """
     group = Group(find_launch(), stop)
@@ -271,9 +350,10 @@ def process_group(stop: StopSignals) -> Iterator[Group]:
 
 
 def _attempt() -> str:
-    """Returns a prefix that separates the restarts of torchrun in their shared store of addresses.
+    """Returns a prefix for keys in torchrun's store, such as "attempt 1" after the first restart.
 
-    Without it, a restarted process would look for the others at their old addresses.
+    The store keeps the addresses of the processes. Without the prefix, a restarted process would
+    look for the others at the addresses that they had before the restart.
     """
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT') if shared else 0}"

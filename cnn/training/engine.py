@@ -18,15 +18,17 @@ from cnn.utils.module_state import state_preserved
 
 
 def train_one_epoch(run: Run, batches: Iterable[Batch]) -> Iterator[int]:
-    """Trains the model on the rest of an epoch.
+    """Trains the model on the remaining batches of the current epoch.
 
-    Between two optimizer steps `run.state` is complete and may be saved.
+    This is a generator, which takes one optimizer step before each `yield`. At each `yield`,
+    `run.state` is complete and may be saved.
 
     Args:
-        batches: from number `run.state.batch` of the epoch on.
+        run: its state is changed in place.
+        batches: the batches of the epoch, beginning with the one whose index is `run.state.batch`.
 
     Yields:
-        The number of batches in each optimizer step, after the step.
+        The number of batches in the optimizer step just taken.
     """
     cfg, state, group = run.cfg.train, run.state, run.group
     freeze(state.optimizer, state.epoch)
@@ -42,7 +44,7 @@ def train_one_epoch(run: Run, batches: Iterable[Batch]) -> Iterator[int]:
                 logits = run.train_model(images)
             loss = compute_loss(run.loss, logits, labels)
             metrics.add(loss, logits[:count], labels[:count], weights[number])
-            # Times group.size, the average of gradients over the processes becomes their sum.
+            # Multiplied by group.size, the average of gradients over the processes is their sum.
             state.scaler.scale(loss * (weights[number] / total_weight * group.size)).backward()
         if cfg.clip_grad_norm is not None:
             clip_gradients(state, cfg.clip_grad_norm)
@@ -68,19 +70,25 @@ def evaluate(
     epoch: int,
     group: Group = ALONE,
 ) -> Metrics:
-    """Computes metrics of a model over batches, and leaves model and loss function as they were.
+    """Returns the metrics of a model over batches, without changing the model or the loss function.
 
-    Their state dicts are restored even where an exception ends the batches.
+    Their state dicts are restored even if loading a batch raises an exception.
 
     Args:
-        metrics: accumulates the batches; an `EvaluationMetrics` where there are several processes.
-        seed, epoch: key the draws of a model that is random in evaluation, such as Monte-Carlo
-            dropout, together with the number of the batch.
-        group: the processes, each of which evaluates every `group.size`-th batch; all of them get
-            the same metrics.
+        model: evaluated in evaluation mode.
+        batches: every `group.size`-th batch of a split, beginning with the one whose index is
+            `group.rank`; in a single process, all batches.
+        loss_function: computes the mean loss () from logits (N, classes) and labels (N).
+        autocast: returns the context in which a forward pass runs.
+        metrics: empty metrics, to which every batch is added; an `EvaluationMetrics` if there are
+            several processes.
+        seed, epoch: the seed of the run and the number of an epoch. Together with the index of a
+            batch, they seed its random numbers. They matter only to a model that draws random
+            numbers in evaluation, such as one with Monte-Carlo dropout.
+        group: the processes that evaluate together; all of them get the same metrics.
 
     Returns:
-        The values of `metrics` by name.
+        The values of `metrics` by name, such as {"loss": 0.1, "acc": 0.98}.
     """
     was_training = model.training
     model.eval()
@@ -104,29 +112,43 @@ def evaluate(
 def in_chunks(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
     """Returns an iterator over lists of `size` batches, the last of which may be shorter.
 
-    All batches of an optimizer step are thus there before the first is used: where one of them
-    cannot be loaded, no step is half done. It also keeps augmentations, which draw from the global
-    generators when there are no worker processes, apart from the draws of the model.
+    All batches of an optimizer step are loaded before the first of them is used. A batch that
+    cannot be loaded thus never leaves a step half done. Without worker processes, the augmentations
+    draw from the same global generators as the model. Loading first keeps their draws apart.
     """
     batches = iter(batches)
     return iter(lambda: list(itertools.islice(batches, size)), [])
 
 
 def seed_batch(run: Run, number: int) -> None:
-    """Seeds the generators that dropout and the like draw from, for a batch of this step."""
+    """Seeds the global random generators, from which dropout draws, for a training batch.
+
+    Args:
+        run: its state contains the index of the optimizer step, which is part of the seed.
+        number: the index of the batch within the step.
+    """
     key = (seeding.STEP, run.state.step, number, *run.group.key)
     seeding.seed_step(run.state.device, run.cfg.seed, *key)
 
 
 def clip_gradients(state: TrainingState, max_norm: float) -> None:
-    """Scales the gradient of all parameters down to a norm of at most `max_norm`."""
+    """Scales the gradients down so that their norm over all parameters is at most `max_norm`.
+
+    Args:
+        state: contains the optimizer, whose gradients are changed in place. If the gradient scaler
+            has scaled them, they are unscaled first.
+        max_norm: the largest L2 norm.
+    """
     state.scaler.unscale_(state.optimizer)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
     nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 def set_training_mode(model: nn.Module) -> None:
-    """Sets training mode, except in norms whose parameters are frozen: their statistics stay."""
+    """Puts a model into training mode, except the BatchNorm layers whose parameters are frozen.
+
+    Those layers are in evaluation mode, so that their running statistics do not change.
+    """
     model.train()
     for module in model.modules():
         parameters = list(module.parameters(recurse=False))

@@ -12,13 +12,20 @@ from cnn.utils.importing import import_object
 
 
 def build_loss(cfg: LossConfig, labels: np.ndarray, classes: list[str]) -> nn.Module:
-    """Builds the loss: a module from logits (N, classes) and labels (N) to their mean loss.
+    """Builds the loss function.
+
+    It is a module that takes logits (N, classes) and labels (N) and returns their mean loss ().
 
     Args:
-        labels: of the training images, for balanced class weights.
+        cfg: the settings of the loss.
+        labels: the labels of the training images, int64 (number of images). They are used only for
+            the setting `class_weights: balanced`.
+        classes: the names of the classes, in the order of the logits.
 
     Raises:
-        Refused: weights that do not fit the classes, keywords that the loss does not take.
+        Refused: there is not one class weight per class, or a loss function of the user's own
+            cannot be imported, does not take the keywords in `loss.args`, or has trainable
+            parameters.
     """
     weights = _class_weights(cfg.class_weights, labels, classes)
     return LOSSES[cfg.name](cfg, weights) if cfg.name in LOSSES else _build_user_loss(cfg)
@@ -33,18 +40,28 @@ LOSSES: dict[str, Callable[[LossConfig, torch.Tensor | None], nn.Module]] = {
 
 
 def has_state(loss: nn.Module) -> bool:
-    """Returns whether checkpoints contain the loss: any except cross-entropy."""
+    """Returns whether checkpoints contain the state dict of this loss function.
+
+    They contain it for every loss function except cross-entropy.
+    """
     return not isinstance(loss, nn.CrossEntropyLoss)
 
 
 def class_weights(loss: nn.Module) -> list[float] | None:
-    """Returns the class weights of cross-entropy for the checkpoint; None for other losses."""
+    """Returns the weight of every class in a cross-entropy loss, as plain numbers for a checkpoint.
+
+    Returns None for a cross-entropy loss without weights and for any other loss function.
+    """
     weights = None if has_state(loss) else loss.weight
     return None if weights is None else weights.tolist()
 
 
 class _FunctionLoss(nn.Module):
-    """A module that calls a plain function of the user's."""
+    """A module that calls a loss function which the user wrote as a plain Python function.
+
+    Args:
+        function: returns the mean loss () of logits (N, classes) and labels (N).
+    """
 
     def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
         super().__init__()

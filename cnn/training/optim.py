@@ -38,11 +38,14 @@ Groups = list[dict[str, Any]]  # as torch's optimizers take them
 
 
 def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
-    """Builds the optimizer over the model's parameters, grouped by learning rate and weight decay.
+    """Builds the optimizer, with parameters grouped by learning rate and weight decay.
+
+    Parameters whose learning rate is set to 0 by `optim.groups` get `requires_grad=False`.
 
     Raises:
-        Refused: a pattern that matches nothing, everything frozen, unknown `optim.args`, an
-            optimizer that a training step cannot use.
+        Refused: a pattern matches no parameter or takes too long, all parameters are frozen,
+            `optim.args` contains a keyword that the optimizer does not take, or the optimizer does
+            not fit the training step (it is no torch Optimizer or needs a closure).
     """
     too_slow = f"a pattern takes more than {MATCH_TIMEOUT} s to match; simplify it"
     with time_limit(MATCH_TIMEOUT, Refused(f"optim.groups or optim.freeze: {too_slow}")):
@@ -58,13 +61,26 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
         key = "optim.args" if cfg.args else "optim.name"
         raise Refused(f"{key}: {cfg.name}: {error}") from None
     _check_optimizer(cfg, optimizer)
-    # What a resume sets as configured; other values in the groups are restored from the checkpoint.
+    # On a resume, these keys of the groups keep their configured values; the checkpoint restores
+    # the others.
     optimizer.configured = None if known else {*PER_GROUP, *options, "initial_lr", FREEZE}
     return optimizer
 
 
 def _keyword_arguments(cfg: OptimConfig, kind: Callable, groups: Groups) -> dict[str, Any]:
-    """Returns the settings that the optimizer takes, and `optim.args`, as keyword arguments."""
+    """Returns the optimizer's keyword arguments, except lr and weight_decay, which groups contain.
+
+    They are the settings in `cfg` that the optimizer takes, and `optim.args`. Optimizers of torch
+    are fused where the types of the parameters permit it.
+
+    Args:
+        cfg: the settings of the optimizer.
+        kind: the class of the optimizer, or a function that returns an optimizer.
+        groups: the parameter groups, each with its parameters under "params".
+
+    Raises:
+        Refused: `optim.args` contains a keyword that has a setting of its own.
+    """
     names = inspect.signature(kind).parameters.keys()
     settings = ({field.name for field in fields(cfg)} - NO_KEYWORDS) & names
     twice = sorted(cfg.args.keys() & (settings | PER_GROUP))
@@ -72,14 +88,24 @@ def _keyword_arguments(cfg: OptimConfig, kind: Callable, groups: Groups) -> dict
         raise Refused(f"optim.args: {twice[0]} has a setting of its own: optim.{twice[0]}")
     options = {name: getattr(cfg, name) for name in sorted(settings - PER_GROUP)} | cfg.args
     if cfg.name in OPTIMIZERS and "fused" in names and "foreach" not in options:
-        # Steps all parameters in one pass, on CPU and CUDA; complex ones cannot be.
+        # A fused optimizer updates all parameters in one pass, but it cannot update complex ones.
         parameters = [parameter for group in groups for parameter in group["params"]]
         options.setdefault("fused", all(p.is_floating_point() for p in parameters))
     return options
 
 
 def _check_optimizer(cfg: OptimConfig, optimizer: Any) -> None:
-    """Refuses an optimizer that a step cannot use; warns if the weight decay has no effect."""
+    """Checks that the training step can use an optimizer.
+
+    Logs a warning if `optim.weight_decay` is set and the optimizer has no weight decay.
+
+    Args:
+        cfg: the settings of the optimizer, for the messages.
+        optimizer: the object that the user's class or function returned.
+
+    Raises:
+        Refused: the object is no torch Optimizer, or its `step` needs a closure.
+    """
     if not isinstance(optimizer, Optimizer):
         kind = type(optimizer).__name__
         raise Refused(f"optim.name: {cfg.name}: expected an Optimizer, got {kind}")
@@ -91,16 +117,22 @@ def _check_optimizer(cfg: OptimConfig, optimizer: Any) -> None:
 
 
 def _group_parameters(cfg: OptimConfig, model: nn.Module) -> Groups:
-    """Returns the parameters to train, grouped by their settings.
+    """Returns the parameter groups for the optimizer.
 
-    Biases and parameters of norms (of one dimension or none) have no weight decay. What a group
-    with `lr_scale: 0` matches is not trained. What `optim.freeze` matches is in separate groups
-    with their number of frozen epochs: all parameters of a group have taken the same steps.
+    There is one for each combination of learning rate, weight decay and freezing. Parameters with
+    fewer than two dimensions, such as biases and the parameters of norms, get no weight decay.
+    Parameters that an entry of `optim.groups` with `lr_scale: 0` matches are left out and get
+    `requires_grad=False`. Parameters that `optim.freeze` matches are in separate groups, which
+    contain the number of frozen epochs under "freeze_epochs". Separate groups are needed because
+    all parameters of a group must have taken the same number of steps.
+
+    Raises:
+        Refused: a pattern matches no parameter, or all parameters are frozen.
     """
     parameters = dict(model.named_parameters())
     lr_scales = dict.fromkeys(parameters, 1.0)
-    for number, group in enumerate(cfg.groups):
-        matching = _match(f"optim.groups[{number}].match", group.match, parameters)
+    for index, group in enumerate(cfg.groups):
+        matching = _match(f"optim.groups[{index}].match", group.match, parameters)
         lr_scales |= dict.fromkeys(matching, group.lr_scale)
     for name, parameter in parameters.items():
         if lr_scales[name] == 0:
@@ -121,7 +153,18 @@ def _group_parameters(cfg: OptimConfig, model: nn.Module) -> Groups:
 
 
 def _match_frozen_first(cfg: OptimConfig, trained: Collection[str]) -> Collection[str]:
-    """Returns the names that `optim.freeze` matches; with `freeze_epochs` some, but not all."""
+    """Returns the names of the parameters that `optim.freeze` matches.
+
+    These parameters are frozen during the first epochs.
+
+    Args:
+        cfg: the settings of the optimizer.
+        trained: the names of the trainable parameters.
+
+    Raises:
+        Refused: `optim.freeze_epochs` is above 0, and `optim.freeze` is not set or matches no
+            parameter or all of them.
+    """
     if cfg.freeze is None and cfg.freeze_epochs:
         raise Refused("optim.freeze_epochs: expected optim.freeze, such as '^(?!fc)', got none")
     if not cfg.freeze_epochs:
@@ -133,7 +176,16 @@ def _match_frozen_first(cfg: OptimConfig, trained: Collection[str]) -> Collectio
 
 
 def _match(key: str, pattern: str, names: Collection[str]) -> list[str]:
-    """Returns the names that a pattern matches; refuses a pattern without any."""
+    """Returns the names in which a regular expression is found.
+
+    Args:
+        key: the setting that contains the pattern, for the message: "optim.groups[0].match".
+        pattern: the regular expression.
+        names: the names of parameters, such as "fc.weight".
+
+    Raises:
+        Refused: the pattern is found in none of the names.
+    """
     matching = [name for name in names if re.search(pattern, name)]
     if not matching:
         some = ", ".join(list(names)[-4:])
@@ -142,13 +194,16 @@ def _match(key: str, pattern: str, names: Collection[str]) -> list[str]:
 
 
 def freeze(optimizer: Optimizer, epoch: int) -> None:
-    """Freezes the groups with `freeze_epochs`, or unfreezes them after that many epochs.
+    """Freezes parameters of an optimizer during the first epochs, and unfreezes them afterwards.
 
-    Depends on the epoch alone, so that a resume has nothing to restore. The optimizer skips
-    parameters without a gradient, and has no state for them until they have one.
+    It sets `requires_grad` of the parameters in the groups that contain the key "freeze_epochs".
+    The optimizer skips parameters without a gradient and has no state for them. The result depends
+    on the epoch alone, so that a resumed run needs nothing else from its checkpoint.
 
     Args:
-        epoch: number of complete epochs.
+        optimizer: an optimizer that `build_optimizer` returned.
+        epoch: the number of completed epochs. Parameters are frozen while it is below the
+            "freeze_epochs" of their group.
     """
     for group in optimizer.param_groups:
         if FREEZE in group:
@@ -158,11 +213,11 @@ def freeze(optimizer: Optimizer, epoch: int) -> None:
 
 @functools.cache
 def _without_compiler(kind: type[Optimizer]) -> type[Optimizer]:
-    """Returns a subclass of an optimizer without torch's wrappers for torch.compile.
+    """Returns a subclass of a torch optimizer whose methods lack the wrappers for torch.compile.
 
-    These wrappers around its methods (torch/_compile.py, torch/optim/optimizer.py) import
-    torch._dynamo at the first call, as if the optimizer were compiled. Without them a run starts
-    1 to 4 seconds earlier (4.1, 4.5 and 2.4 s against 0.01 s to the first step of SGD).
+    The wrappers (torch/_compile.py, torch/optim/optimizer.py) import torch._dynamo when they are
+    first called, even if nothing is compiled. Without them, a run starts 1 to 4 seconds earlier.
+    Measured to the first step of SGD: 4.1, 4.5 and 2.4 s with the wrappers, 0.01 s without them.
     """
     names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
     methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}

@@ -1,4 +1,4 @@
-"""Resuming a run: from which checkpoint, and whether it fits today's settings and data."""
+"""Resuming a run: from which checkpoint, and whether the settings and the data fit it."""
 
 import contextlib
 import itertools
@@ -26,17 +26,19 @@ from cnn.utils.screen import align_columns
 
 logger = logging.getLogger(__name__)
 
-# What torch and Python raise where a state dict is loaded into something else.
+# What torch and Python raise when a state dict does not fit the object that loads it.
 DOES_NOT_FIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint from which a run resumes.
+    """A checkpoint from which a run resumes, and settings that fit it.
 
     Attributes:
-        cfg: today's settings, found to fit the checkpoint.
-        changes: settings that differ from the checkpoint's, as `key then → now`.
+        path: the file of the checkpoint.
+        content: everything that the file contains.
+        cfg: the settings of the resumed run.
+        changes: the settings that are not as in the checkpoint, such as "train.epochs 10 → 20".
     """
 
     path: Path
@@ -46,10 +48,18 @@ class Checkpoint:
 
 
 def run_name(command: Command, cfg: Config) -> str | None:
-    """Returns the name of the run that will be written: the checkpoint's, if one is given.
+    """Returns the name of the run that a command trains; its folders have this name.
+
+    With `--resume FILE` and without `--config`, it is the name in the checkpoint, unless the
+    command line contains `run=NAME`. Otherwise, it is the name in `cfg`. None is the name of a run
+    that writes directly into logs/ and checkpoints/.
+
+    Args:
+        command: the command line.
+        cfg: the settings without the checkpoint.
 
     Raises:
-        Refused: no such checkpoint, or a damaged one.
+        Refused: the checkpoint does not exist or is damaged, or a setting is not valid.
     """
     path = command.checkpoint
     if path is None or command.config:
@@ -57,24 +67,30 @@ def run_name(command: Command, cfg: Config) -> str | None:
     try:
         saved = read_metadata(path)
     except Refused:
-        saved = load_checkpoint(path)  # its message names a file that can be read
+        saved = load_checkpoint(path)  # its message names a readable file
     check_version(path, saved)
     return command.load_config(saved["config"], f"checkpoint {path}")[0].run
 
 
 def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | None:
-    """Reads the checkpoint that `--resume` names, or the run's latest, and checks the settings.
+    """Returns the checkpoint to resume from: the file after `--resume`, or the run's latest one.
 
-    The settings are the checkpoint's with those typed now, or with `--config` the file's.
+    The resumed run has the settings in the checkpoint. With `--config FILE`, it has the settings in
+    FILE instead. In both cases, settings on the command line replace them. The attribute
+    `command.places` is updated with the places where these settings were found.
 
     Args:
-        cfg: the settings of today's file, which name the run's folder.
+        command: the command line.
+        cfg: the settings without the checkpoint. Without a file after `--resume`, the latest
+            checkpoint is searched in the folder of the run that they name.
 
     Returns:
-        None where the run has no checkpoint yet, so that it starts.
+        The checkpoint with the settings of the resumed run, or None if `--resume` names no file and
+        the run has no checkpoint yet.
 
     Raises:
-        Refused: no such file, a damaged one, or settings that do not fit it.
+        Refused: the checkpoint does not exist, is damaged, was written by a newer version, names
+            code outside the current folder, or was made with settings that may not change.
     """
     if command.checkpoint is not None:
         path, content = command.checkpoint, load_checkpoint(command.checkpoint)
@@ -99,7 +115,13 @@ def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | Non
 
 
 def readable_checkpoints(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yields path and content of each checkpoint; logs a warning for one that cannot be read."""
+    """Yields path and content of every checkpoint that can be read.
+
+    Logs a warning for each other one.
+
+    Args:
+        paths: files of checkpoints, which are read one by one.
+    """
     for path in paths:
         try:
             yield path, read_checkpoint(path)
@@ -108,13 +130,16 @@ def readable_checkpoints(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str
 
 
 def latest_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
-    """Reads last.pth of a run or, where it is damaged, the readable checkpoint with most steps.
+    """Returns path and content of the latest checkpoint of a run.
+
+    It is last.pth. If last.pth is missing or damaged, it is the readable checkpoint with the
+    largest number of optimizer steps.
 
     Returns:
-        Path and content, or None where the run has no checkpoint yet.
+        The path and the content, or None if the run has no checkpoint yet.
 
     Raises:
-        Refused: there are checkpoints and none can be read.
+        Refused: there are checkpoints, but none can be read.
     """
     paths = folder.saved()
     if not paths:
@@ -138,10 +163,15 @@ def check_version(path: Path, content: dict[str, Any]) -> None:
 
 
 def check_code(path: Path, saved: dict[str, Any], typed: set[str]) -> None:
-    """Refuses a checkpoint whose settings name code outside this folder.
+    """Raises Refused if the settings in a checkpoint name code outside the current folder.
+
+    A checkpoint may come from a stranger. It must not run code that its user did not ask for.
 
     Args:
-        typed: keys given on the command line, which allow the code that they name.
+        path: the file of the checkpoint, for the message.
+        saved: the nested settings in the checkpoint.
+        typed: the keys given on the command line, such as {"model.name"}. The code that these
+            settings name is permitted.
     """
     for key, name in config.import_paths(saved):
         if key not in typed and is_outside_code(name):
@@ -154,19 +184,25 @@ def check_code(path: Path, saved: dict[str, Any], typed: set[str]) -> None:
 def check_settings(
     path: Path, saved: dict[str, Any], cfg: Config, typed: set[str], places: dict[str, str]
 ) -> list[str]:
-    """Compares today's settings with the checkpoint's.
+    """Compares the settings of a resumed run with those in its checkpoint.
 
     Args:
-        typed: keys given on the command line.
-        places: where each key was given, for the message.
+        path: the file of the checkpoint, for the message.
+        saved: the nested settings in the checkpoint.
+        cfg: the settings of the resumed run.
+        typed: the keys given on the command line, such as {"optim.lr"}. Some settings may change
+            only if they are among these.
+        places: for each key, the place where its value was found, such as "config.yaml:4". The
+            message begins with the place of the first setting that may not change.
 
     Returns:
-        The changes, each as `key then → now`.
+        The settings that differ, each as a text such as "train.epochs 10 → 20".
 
     Raises:
-        Refused: a setting has changed that cannot, or that has to be typed to change.
+        Refused: a setting differs that may never change, or that may change only on the command
+            line.
     """
-    # The checkpoint lacks keys that are younger: those had their defaults.
+    # A checkpoint lacks settings that were added later; its run used their defaults.
     then = config.flat(config.to_dict(Config())) | config.flat(saved)
     now = config.flat(config.to_dict(cfg))
     rules = config.resume_rules()
@@ -193,19 +229,29 @@ def check_settings(
 
 
 def reason_of(error: Exception) -> str:
-    """Returns the first three lines of an error's message as one."""
+    """Returns the first three lines of an error's message, joined into one line.
+
+    If the error has no message, the name of its class is returned.
+    """
     lines = str(error).strip().splitlines()[:3]
     return " ".join(line.strip() for line in lines) or type(error).__name__
 
 
 def restore(state: TrainingState, checkpoint: Checkpoint, data: Data, loader: Loader) -> None:
-    """Loads the state of a checkpoint.
+    """Loads a checkpoint into the state of a run, after checking that its data is unchanged.
+
+    If epochs are left to train, the result of an earlier test is removed from the state, because
+    another epoch may become the best one.
 
     Args:
-        loader: of the training images.
+        state: the state of a newly built run, which is changed in place.
+        checkpoint: the checkpoint to load.
+        data: the images and classes of the resumed run.
+        loader: the loader of the training images.
 
     Raises:
-        Refused: the data, the model or the optimizer is another one.
+        Refused: the classes, the images, the model or the optimizer are not those of the
+            checkpoint.
     """
     path, content = checkpoint.path, checkpoint.content
     if content["classes"] != data.classes:
@@ -233,7 +279,13 @@ def restore(state: TrainingState, checkpoint: Checkpoint, data: Data, loader: Lo
 
 
 def _check_position(checkpoint: Checkpoint, loader: Loader) -> None:
-    """Refuses numbers of steps and images that no run over these batches reaches."""
+    """Raises Refused if a checkpoint contains a number of steps or images that is not possible.
+
+    Args:
+        checkpoint: contains the numbers of completed epochs and steps, and of the batches and
+            images of the unfinished epoch.
+        loader: the loader of the training images, from which the possible numbers follow.
+    """
     content, accumulate = checkpoint.content, checkpoint.cfg.train.accumulate
     epoch, step, batch = content["epoch"], content["step"], content["unfinished_epoch"]["batch"]
     per_epoch, in_this_one = (-(-number // accumulate) for number in (len(loader), batch))
@@ -245,10 +297,19 @@ def _check_position(checkpoint: Checkpoint, loader: Loader) -> None:
 
 
 def prepare_folder(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
-    """Moves away checkpoints that the run would overwrite: another run's, or its own further ones.
+    """Prepares the folder of a run, and moves files away that the run would overwrite.
+
+    If the folder contains another run, all of its files are moved to an archive folder. If the run
+    resumes in its own folder, only checkpoints that do not fit are moved: damaged ones, those of
+    other runs and those with more steps. Afterwards, last.pth is the checkpoint from which the run
+    resumes, and best.pth is the best epoch that this checkpoint names.
+
+    Args:
+        folder: the folder in which the run trains.
+        checkpoint: the checkpoint from which the run resumes, or None for a new run.
 
     Raises:
-        Refused: they cannot be moved.
+        Refused: a file cannot be moved or copied.
     """
     try:
         existing = {}
@@ -268,7 +329,16 @@ def prepare_folder(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
 
 
 def _metadata(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Returns the plain values of a file, without reading its tensors; None where it is damaged."""
+    """Returns the plain values in a checkpoint, such as its epoch, without reading tensors.
+
+    Args:
+        path: the file to read.
+        checkpoint: a checkpoint that has been read. If `path` is its file, its content is returned
+            without reading the file again.
+
+    Returns:
+        The values by key, or None if the file is damaged.
+    """
     try:
         return checkpoint.content if path == checkpoint.path else read_metadata(path)
     except Refused:
@@ -282,10 +352,17 @@ def _is_same_run(metadata: dict[str, Any] | None, checkpoint: Checkpoint) -> boo
 def _set_others_aside(
     folder: RunFolder, checkpoint: Checkpoint, existing: dict[Path, dict[str, Any] | None]
 ) -> None:
-    """Moves away what is further than the checkpoint, damaged or of another run.
+    """Moves away checkpoints that do not precede `checkpoint`, and copies it to last.pth.
 
-    What is further may have gone another way. Then makes last.pth the checkpoint. Where last.pth is
-    it already, what is further was written just before a kill, and will be written again.
+    Moved are damaged files, files of other runs, and files with more steps, whose run may have
+    continued with other settings. If `checkpoint` is last.pth itself, only files of other runs are
+    moved: a file with more steps was written just before the run was killed, and the run will write
+    it again.
+
+    Args:
+        folder: the folder in which the run trains.
+        checkpoint: the checkpoint from which the run resumes.
+        existing: the plain values of every checkpoint in the folder; None for a damaged one.
     """
     resumes_last = _is_same_file(folder.last, checkpoint.path)
     reasons = {}
@@ -316,9 +393,15 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _copy_best(folder: RunFolder, checkpoint: Checkpoint) -> None:
-    """Makes best.pth the best epoch that the checkpoint names.
+    """Makes best.pth the checkpoint of the best epoch that `checkpoint` names.
 
-    It may be another one in another folder, after a resume from an earlier file, or be damaged.
+    If best.pth is damaged or contains another epoch, the best epoch is searched in the other files
+    of its folder and in the folder of `checkpoint`. If no readable file contains it, a warning is
+    logged.
+
+    Args:
+        folder: the folder in which the run trains.
+        checkpoint: the checkpoint from which the run resumes.
     """
     best, started = checkpoint.content["best"], checkpoint.content["started"]
     if best is None:
@@ -329,7 +412,7 @@ def _copy_best(folder: RunFolder, checkpoint: Checkpoint) -> None:
         metadata = _metadata(path, checkpoint)
         if metadata is None or not is_end_of_epoch(metadata, started, best["epoch"]):
             continue
-        with contextlib.suppress(Refused):  # its tensors are damaged: look further
+        with contextlib.suppress(Refused):  # its tensors are damaged; the next file is tried
             if path != checkpoint.path:
                 read_checkpoint(path)
             if path != folder.best:

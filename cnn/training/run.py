@@ -20,14 +20,21 @@ from cnn.utils.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Run:
-    """All parts of a run.
+    """All parts of a run: its settings, data, model, and everything else that training uses.
 
     Attributes:
+        cfg: the settings.
+        folder: the folder to which checkpoints and logs are written.
         group: the processes that train together.
+        data: the images of all splits.
+        train_loader, val_loader, test_loader: the loaders of the three splits.
         loss: the loss function.
-        train_model: the model compiled and wrapped for several processes, as settings ask for.
-        metadata: entries of a checkpoint beside the state.
-        trace: the drill's `Trace`, which records every batch; else None.
+        state: everything that changes during the run, such as the model and the optimizer.
+        train_model: the model as training steps call it. The settings and the number of processes
+            decide whether it is compiled and whether it is wrapped in DistributedDataParallel.
+        precision: the precision of a forward pass: "fp32", "bf16" or "fp16".
+        metadata: the entries of every checkpoint that do not change during the run.
+        trace: an object that records every batch for `train.py --drill`; None in other runs.
     """
 
     cfg: Config
@@ -46,29 +53,38 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
+        """The number of optimizer steps per epoch."""
         return num_steps(self.cfg, self.train_loader)
 
     @property
     def environment(self) -> dict[str, Any]:
-        """Versions, device and other things that results may depend on."""
+        """The versions, hardware and precision with which the run trains, as plain values."""
         return self.metadata["environment"]
 
     def is_finished(self) -> bool:
-        """Returns whether there is nothing left to train."""
+        """Returns whether no training is left.
+
+        This is the case after the last epoch, and when early stopping has ended the training.
+        """
         return self.state.is_finished(self.cfg.train.epochs, self.cfg.train.early_stop_patience)
 
     def autocast(self) -> torch.autocast:
-        """Returns the context in which a forward pass has the run's precision."""
+        """Returns a context that runs a forward pass in the precision of the run."""
         return env.autocast(self.state.device, self.precision)
 
     def evaluation_metrics(self, *, of_result: bool = False) -> EvaluationMetrics:
-        """Returns empty metrics for the validation of an epoch, or for the result of the run."""
+        """Returns metrics that contain no batches yet.
+
+        Args:
+            of_result: whether they are the metrics of the final test; otherwise, they are those of
+                the validation after an epoch, which are fewer.
+        """
         number, monitor = len(self.data.classes), self.cfg.checkpoint.monitor
         names = result_metrics(number) if of_result else epoch_metrics(number, monitor)
         return EvaluationMetrics(self.state.device, number, names)
 
     def train_batches(self) -> Iterator[Batch]:
-        """Yields the batches that are left of the current epoch."""
+        """Yields this process's share of every remaining batch of the current epoch."""
         state, loader = self.state, self.train_loader
         batches = loader.train_batches(state.epoch + 1, start=state.batch)
         batches = self.group.synchronized(batches, len(loader) - state.batch)
@@ -77,7 +93,14 @@ class Run:
     def evaluation_batches(
         self, loader: Loader, part: str, metrics: EvaluationMetrics
     ) -> Iterator[Batch]:
-        """Yields this process's batches of an evaluation; part and metrics are for the trace."""
+        """Yields the batches of an evaluation that this process computes.
+
+        Args:
+            loader: the loader of the evaluated split.
+            part: "validation" or "test"; `self.trace` records it with every batch.
+            metrics: the metrics to which the caller adds the batches; `self.trace` records their
+                sums.
+        """
         batches = self.group.synchronized(loader.batches(), loader.num_batches_per_rank())
         return self._traced(batches, part, metrics)
 
@@ -88,5 +111,10 @@ class Run:
 
 
 def num_steps(cfg: Config, loader: Loader) -> int:
-    """Returns the number of optimizer steps per epoch."""
+    """Returns the number of optimizer steps per epoch.
+
+    Args:
+        cfg: the settings, which contain the number of batches per optimizer step.
+        loader: the loader of the training images; its length is the number of batches per epoch.
+    """
     return -(-len(loader) // cfg.train.accumulate)

@@ -22,10 +22,16 @@ logger = logging.getLogger(__name__)
 
 
 class Saver:
-    """Saves the state of a run to last.pth, best.pth and epoch_NNN.pth.
+    """A context manager that saves a run to last.pth, best.pth and epoch_NNN.pth.
 
-    As a context it defers signals to the end of a step. On leaving after a signal or missing data
-    it saves, waits for the file being written, and logs the command that resumes the run.
+    Within the context, a signal does not interrupt a training step: Stopped is raised after it. If
+    Stopped or DataFailed ends the context, the state is saved. At the end of the context, Saver
+    waits until every file is written, and raises Failed if the latest state could not be saved.
+    After an error other than Failed, it logs the command that resumes the run.
+
+    Args:
+        run: the run whose state is saved.
+        stop: the signal handlers of this process.
     """
 
     def __init__(self, run: Run, stop: StopSignals):
@@ -57,23 +63,33 @@ class Saver:
             logger.warning("go on with: %s", shlex.join(words))
 
     def _newest_readable(self) -> str:
-        """Returns a message that names a checkpoint of the run that can be read."""
+        """Returns a sentence for an error message that names a readable checkpoint of the run.
+
+        The method tries last.pth first. If no checkpoint can be read, the sentence says that.
+        """
         for path, content in readable_checkpoints(self.folder.saved()):
             return f"Safe is {path}, {checkpoint.position_text(content)}: --resume {path}"
         return f"No file of this run can be read in {self.folder.checkpoints}"
 
     def lap(self) -> float:
-        """Returns the seconds since the last call, or since the run started."""
+        """Returns the seconds since the previous call of this method.
+
+        The first call returns the seconds since this object was created.
+        """
         now = time.monotonic()
         passed, self._lap_started_at = now - self._lap_started_at, now
         return passed
 
     def between_steps(self) -> None:
-        """Saves where it is time to, and stops the run after a signal.
+        """Saves a checkpoint if one is due, and stops a single process that has received a signal.
+
+        Has to be called after every optimizer step. It also adds the duration of the step to that
+        of the epoch.
 
         Raises:
-            Failed: the loss is no longer finite; nothing is saved.
-            Stopped: a signal has come.
+            Failed: the loss or a weight is not finite; nothing is saved. On the CPU the loss is
+                checked after every step, on other devices only when a checkpoint is due.
+            Stopped: a signal has come, and the run has a single process.
         """
         cfg = self.run.cfg.checkpoint
         self.state.seconds += self.lap()
@@ -86,10 +102,17 @@ class Saver:
         self.stop.check()
 
     def end_epoch(self, improved: bool) -> None:
-        """Saves a completed epoch to last.pth, and to best.pth or epoch_NNN.pth where it is due.
+        """Saves a completed epoch to last.pth and, if due, to best.pth and epoch_NNN.pth.
+
+        The best epoch so far is saved to best.pth. Every `checkpoint.every_epochs`-th epoch is
+        saved to epoch_NNN.pth.
+
+        Args:
+            improved: whether the epoch is the best one so far.
 
         Raises:
-            Failed: its losses are not finite; nothing is saved.
+            Failed: the training loss, the validation loss or a weight is not finite; nothing is
+                saved.
         """
         row, every = self.state.history[-1], self.run.cfg.checkpoint.every_epochs
         for name in ("train_loss", "val_loss"):
@@ -100,10 +123,15 @@ class Saver:
         self.save(self.folder.best if improved else None, kept)
 
     def save(self, best: Path | None = None, also: tuple[Path, ...] = ()) -> None:
-        """Saves last.pth in the background, and the same as the best epoch or under further names.
+        """Begins to write the state to last.pth, in a background thread of rank 0.
+
+        Args:
+            best: the path of best.pth if the state is that of the best epoch; the same content is
+                written there. None otherwise.
+            also: other paths at which the same content is written, such as epoch_005.pth.
 
         Raises:
-            Failed: the loss or a weight is not finite; nothing is saved.
+            Failed: the loss is not finite or a weight is NaN; nothing is saved.
         """
         self.check_finite()
         for name, tensor in self.state.model.state_dict().items():
@@ -116,7 +144,10 @@ class Saver:
         self._saved_at = time.monotonic()
 
     def check_finite(self) -> None:
-        """Raises Failed where the loss is no longer finite; waits for the device."""
+        """Raises Failed if the training loss of the current epoch is not finite.
+
+        Waits until the device has computed the loss.
+        """
         if not self.state.running_metrics.is_finite():
             self._raise_diverged("the loss is no longer a number")
 
@@ -127,10 +158,16 @@ class Saver:
         raise Failed(f"{reason}: {place}; the checkpoints are from before; {advice}")
 
     def load_best(self, model: nn.Module) -> None:
-        """Loads the best epoch's weights; without a best epoch, the latest weights stay.
+        """Loads the weights of the best epoch into a model.
+
+        They come from memory if they are not written yet, otherwise from a file of the run. If the
+        run has no best epoch, the weights of the model do not change.
+
+        Args:
+            model: the model to test, which is changed in place in every process.
 
         Raises:
-            Failed: no file holds them, nor does the memory.
+            Failed: no readable file contains the weights of the best epoch.
         """
         self.writer.wait()
         best, group = self.state.best, self.run.group
@@ -146,7 +183,16 @@ class Saver:
         load_state(model, group.broadcast(weights))
 
     def _read_best(self, epoch: int) -> dict[str, Any]:
-        """Reads best.pth, or another checkpoint saved at the end of the same epoch."""
+        """Returns the content of a checkpoint that was saved at the end of the best epoch.
+
+        It tries best.pth first, and then the other checkpoints of the run.
+
+        Args:
+            epoch: the number of the best epoch, from 1.
+
+        Raises:
+            Failed: no readable checkpoint was saved at the end of that epoch.
+        """
         paths = sorted(self.folder.saved(), key=lambda path: path != self.folder.best)
         for _, content in readable_checkpoints(paths):
             if checkpoint.is_end_of_epoch(content, self.run.metadata["started"], epoch):

@@ -17,14 +17,19 @@ ONECYCLE_LAST = 1e-4 / 25
 
 
 class Schedule:
-    """Sets the learning rate of every step with torch's schedulers.
+    """A schedule that sets the learning rate of every step with torch's schedulers.
 
-    All but `plateau` are functions of the step alone (LambdaLR), so that the step is their whole
-    state. `plateau` warms up in the same way, and then depends on the monitored metric at the end
-    of every epoch (ReduceLROnPlateau).
+    Every schedule except `plateau` computes the learning rate from the index of the step alone
+    (LambdaLR). This index is its whole state. The schedule `plateau` does the same during the
+    warm-up. Afterwards, it lowers the learning rate when the monitored metric stops improving
+    (ReduceLROnPlateau).
 
     Args:
-        mode: min or max, the direction in which the monitored metric improves.
+        cfg: the settings of the schedule.
+        optimizer: the optimizer, whose learning rates are changed in place.
+        steps_per_epoch: the number of optimizer steps per epoch.
+        epochs: the number of epochs of the whole run.
+        mode: "min" or "max", the direction in which the monitored metric improves.
     """
 
     def __init__(
@@ -35,7 +40,8 @@ class Schedule:
         epochs: int,
         mode: str,
     ):
-        warmup_epochs = 0 if cfg.name == "onecycle" else cfg.warmup_epochs  # which warms up itself
+        # The schedule onecycle contains a warm-up.
+        warmup_epochs = 0 if cfg.name == "onecycle" else cfg.warmup_epochs
         self.warmup_steps = round(warmup_epochs * steps_per_epoch)
         self.cfg, self.optimizer = cfg, optimizer
         self.steps_per_epoch, self.steps = steps_per_epoch, epochs * steps_per_epoch
@@ -48,24 +54,38 @@ class Schedule:
             )
 
     def step(self) -> None:
-        """Sets the learning rate of the next step; to be called after every optimizer step."""
+        """Sets the learning rate of the next step.
+
+        Has to be called after every optimizer step.
+        """
         if self.plateau is None or self.by_step.last_epoch < self.warmup_steps:
             self.by_step.step()
 
     def end_epoch(self, metric: float) -> None:
-        """Lets `plateau` see the monitored metric; to be called after every validation."""
+        """Passes the monitored metric to ReduceLROnPlateau, which may lower the learning rate.
+
+        Has to be called after every validation. It does nothing during the warm-up or if the
+        schedule is not `plateau`.
+
+        Args:
+            metric: the value of the monitored metric in this validation.
+        """
         if self.plateau is not None and self.by_step.last_epoch >= self.warmup_steps:
             self.plateau.step(metric)
 
     def state_dict(self) -> dict:
-        """Returns the step, and the state of `plateau`."""
+        """Returns the index of the step and, for `plateau`, the state of ReduceLROnPlateau."""
         state = {"by_step": {"last_epoch": self.by_step.last_epoch}}
         if self.plateau is not None:
             state["plateau"] = {name: getattr(self.plateau, name) for name in PLATEAU_STATE}
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores the step and the learning rate that the schedule has there."""
+        """Restores a state that `state_dict` returned, and sets the learning rate of its step.
+
+        The schedule `plateau` leaves the learning rate unchanged after the warm-up, because the
+        state dict of the optimizer restores it.
+        """
         self.by_step.last_epoch = step = state["by_step"]["last_epoch"]
         if self.plateau is None or step < self.warmup_steps:
             # Computed again, since a changed train.epochs changes the learning rate at this step.
@@ -76,7 +96,11 @@ class Schedule:
                 setattr(self.plateau, name, state["plateau"][name])
 
     def _factor(self, step: int) -> float:
-        """Returns the factor on every group's learning rate for step `step`, counted from 0."""
+        """Returns the factor on the initial learning rate of every parameter group at a step.
+
+        Args:
+            step: the index of the optimizer step, from 0.
+        """
         cfg, warmup = self.cfg, self.warmup_steps
         if step < warmup:
             return (step + 1) / (warmup + 1)
@@ -85,7 +109,13 @@ class Schedule:
 
 
 def _anneal(start: float, end: float, progress: float) -> float:
-    """Returns the value between start and end along half a cosine."""
+    """Returns a value that moves from `start` to `end` along half a period of a cosine.
+
+    Args:
+        start: the value at progress 0.
+        end: the value at progress 1.
+        progress: a fraction from 0 to 1.
+    """
     return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -96,8 +126,8 @@ def _onecycle(progress: float) -> float:
 
 
 # The factor on the learning rate after the warm-up: a function of the settings, the epoch, the
-# fraction of the steps done, and the highest learning rate of all groups. Cosine is that of
-# Loshchilov and Hutter (2017) without restarts, onecycle that of Smith and Topin (2018).
+# fraction of the steps done, and the highest learning rate of all groups. Cosine follows
+# Loshchilov and Hutter (2017) without restarts, onecycle follows Smith and Topin (2018).
 SCHEDULES: dict[str, Callable[[ScheduleConfig, int, float, float], float]] = {
     "constant": lambda *_: 1.0,
     "step": lambda cfg, epoch, *_: cfg.gamma ** (epoch // cfg.step_epochs),

@@ -1,4 +1,4 @@
-"""From the settings to all parts of a run, in the order in which they depend on each other."""
+"""Builds all parts of a run from the settings, in the order in which they need each other."""
 
 import dataclasses
 from typing import Any
@@ -40,16 +40,18 @@ def build_run(
     max_batches: int | None = None,
     trace: Any = None,
 ) -> Run:
-    """Builds a run; with a checkpoint, in the state that it holds.
+    """Builds all parts of a run.
 
     Args:
-        folder: where the run writes; None: the folder of its name.
-        group: the processes that train together; each builds its own parts.
-        checkpoint: from which the run resumes.
-        max_batches: number of batches of every split to use; None: all.
+        cfg: the settings.
+        folder: where the run writes; None for the folder that `cfg.run` names.
+        group: the processes that train together. Every process has to call this function.
+        checkpoint: the checkpoint whose state is restored; None for a new run.
+        max_batches: the number of batches of every split to use, for a short run; None for all.
+        trace: an object that records every batch for `train.py --drill`; None for other runs.
 
     Raises:
-        Refused: something is missing, or does not fit.
+        Refused: something is missing, or the settings, data, hardware and checkpoint do not fit.
     """
     device = env.choose_device(cfg.device, group.launch)
     check_group(cfg, device, group)
@@ -107,11 +109,20 @@ def _build_model(
     *,
     from_scratch: bool,
 ) -> nn.Module:
-    """Builds the model on its device, with modules replaced by faster or synchronized ones.
+    """Builds the model on its device.
+
+    With `train.sync_batchnorm` and several processes, its BatchNorm layers become SyncBatchNorm.
+    For bf16 on CPUs with AMX, some layers are replaced by faster ones.
 
     Args:
-        from_scratch: else a checkpoint brings the weights, and those the run started from may be
-            gone.
+        cfg: the settings.
+        data: determines the number of classes and the shape of the images.
+        device: the device of this process.
+        precision: the precision of a forward pass: "fp32", "bf16" or "fp16".
+        group: the processes that train together.
+        from_scratch: whether this is a new run, whose initial weights are those that the settings
+            name. If False, these weights are not read: the checkpoint replaces them, and their file
+            may no longer exist.
     """
     wanted = cfg.model
     if not from_scratch:
@@ -128,7 +139,11 @@ def _build_model(
 
 
 def _build_loaders(cfg: Config, data: Data, device: torch.device, group: Group) -> list[Loader]:
-    """Builds the loaders of train, val and test; one process per machine decodes for all there."""
+    """Builds the loaders of the training, validation and test images, in this order.
+
+    On each machine, one process builds its loaders first. It decodes the images into a cache that
+    the others read.
+    """
     common = (data.preprocessing, device, cfg.seed)
     share = {"rank": group.rank, "num_ranks": group.size}
     splits = ((data.train, True), (data.val, False), (data.test, False))
@@ -156,7 +171,16 @@ def _build_state(
 
 
 def check_group(cfg: Config, device: torch.device, group: Group) -> None:
-    """Refuses settings that several processes cannot train with."""
+    """Raises Refused if the settings do not permit training in several processes.
+
+    This is the case on MPS, with fewer than two images per process in a batch, and with
+    SyncBatchNorm without CUDA.
+
+    Args:
+        cfg: the settings.
+        device: the device of this process.
+        group: the processes that train together; a group of one passes every check.
+    """
     if group.size == 1:
         return
     if device.type == "mps":
@@ -169,20 +193,34 @@ def check_group(cfg: Config, device: torch.device, group: Group) -> None:
 
 
 def check_one_image(model: nn.Module, shape: tuple[int, ...]) -> None:
-    """Refuses batches of one image where a norm would have one value per channel to train on."""
+    """Raises Refused if the model cannot train on a batch of one image.
+
+    BatchNorm cannot if its input has a single value per channel.
+
+    Args:
+        model: the model, whose state does not change; it is in training mode afterwards.
+        shape: the shape of an image: (channels, height, width).
+    """
     image = torch.zeros(1, *shape, device=next(model.parameters()).device)
     set_training_mode(model)
     try:
         with torch.no_grad(), state_preserved(model):
             model(image)
-    except ValueError as error:  # torch's BatchNorm
+    except ValueError as error:  # raised by torch's BatchNorm
         reason = f"the model cannot train on one image at a time ({error})"
         advice = "more images per batch (data.limit) or a larger data.image_size may help"
         raise Refused(f"data.batch_size: {reason}; {advice}") from None
 
 
 def check_monitor(monitor: str, data: Data) -> None:
-    """Refuses to choose the best epoch by a metric that these validation images leave undefined."""
+    """Raises Refused if the monitored metric is undefined for the classes of the validation images.
+
+    AUC, for example, is undefined if all validation images have the same class.
+
+    Args:
+        monitor: the metric by which the best epoch is chosen, such as "val_auc".
+        data: the images and the names of the classes.
+    """
     number, name = len(data.classes), monitor.removeprefix("val_")
     present = torch.from_numpy(np.unique(data.val.labels))
     metrics = EvaluationMetrics(torch.device("cpu"), number, [name])

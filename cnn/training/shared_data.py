@@ -24,13 +24,21 @@ MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
 
 
 def build_once_per_node(group: "Group", build: Callable[[], Data]) -> Data:
-    """Builds the data in one process of every machine and maps them into the memory of all.
+    """Builds the data in one process per machine, and maps it into the memory of the others there.
 
-    Every process builds a user's own dataset, which may contain an open file, after one process of
-    the machine has built it: what that one downloads is then there.
+    Where the data cannot be shared, every process builds it, but not before one process of its
+    machine has built it. Anything that must be downloaded is thus downloaded once. A dataset of the
+    user's own is never shared, because it may contain an open file.
+
+    Args:
+        group: the processes that train together. Every process has to call this function.
+        build: reads the data and returns it.
+
+    Returns:
+        The data, in every process.
 
     Raises:
-        Refused: the data cannot be built, on this machine or on another.
+        Refused: a process on any of the machines cannot build the data.
     """
     if group.size == 1:
         return build()
@@ -45,24 +53,28 @@ def build_once_per_node(group: "Group", build: Callable[[], Data]) -> Data:
         shared = files[group.launch.node]
         with group.agreement():
             if shared is not None:
-                data = _load(shared)  # in the process that built them too: it frees its own
+                data = _load(shared)  # the process that built the data frees its own copy
             elif not leads:
                 data = build()
         return data
     finally:
         if file is not None:
-            file.unlink(missing_ok=True)  # what is mapped stays until its processes have ended
+            file.unlink(missing_ok=True)  # mapped memory stays until the processes end
 
 
 def _save(data: Data) -> Path | None:
-    """Writes the data to a temporary file; returns None where they cannot be shared."""
+    """Writes the data to a temporary file and returns its path.
+
+    Returns None if the data cannot be shared: it is a dataset of the user's own, or no folder for
+    temporary files has enough space.
+    """
     if isinstance(data.train, UserImages):
         return None
     for folder in (MEMORY, Path(tempfile.gettempdir())):
         file = None
         try:
             remove_leftovers(folder.glob(f"{PREFIX}*"))
-            descriptor, name = tempfile.mkstemp(prefix=PREFIX, dir=folder)  # for this user alone
+            descriptor, name = tempfile.mkstemp(prefix=PREFIX, dir=folder)  # only for this user
             file = Path(name)
             with open(descriptor, "wb") as out:
                 torch.save(data, out, pickle_protocol=pickle.HIGHEST_PROTOCOL)

@@ -16,27 +16,36 @@ from cnn.utils.module_state import load_state
 
 # Attributes that are plain values and stand in a checkpoint under their own names.
 PLAIN_ATTRIBUTES = ("epoch", "step", "lr", "group_lrs", "best", "history", "test", "predictions")
-TIME_COLUMNS = ("images_per_second", "seconds")  # the last ones of history; differ between runs
+TIME_COLUMNS = ("images_per_second", "seconds")  # last ones of history; they differ between runs
 
 
 class TrainingState:
-    """The state of a run between two optimizer steps.
+    """Everything that changes during a run, as it is between two optimizer steps.
+
+    Args:
+        model, optimizer, schedule, scaler: the parts whose state a checkpoint contains.
+        device: the device of the model.
+        ema_decay: the decay of the exponential moving average of the weights; None for no average.
+        loss: a loss function of the user's own, which may have a state; None for cross-entropy.
 
     Attributes:
-        epoch: number of completed epochs.
-        step: number of optimizer steps taken.
-        batch: number of batches done of the current epoch; after the last one, validation is due.
-        running_metrics: of the training batches of the current epoch.
-        seconds: spent on the current epoch.
-        lr: learning rate of the latest step.
-        group_lrs: those of parameter groups with their own learning rate: {"lr_x0.1": ...}.
-        best: {"metric", "value", "epoch"} of the best epoch, or None.
-        epochs_since_best: number of epochs since the best one.
-        loss: a loss function of the user's own, which may have a state; else None.
-        history: a row of metrics per completed epoch.
-        test: metrics of the final test, or None before it.
-        predictions: {"val": ..., "test": ...}: class and probability per image; those of the
-            validation are of the best epoch.
+        ema: the model with averaged weights (AveragedModel), or None.
+        epoch: the number of completed epochs.
+        step: the number of optimizer steps taken.
+        batch: the number of batches of the current epoch that are done. It becomes 0 again when the
+            validation of the epoch is done.
+        running_metrics: the sums over the training batches of the current epoch.
+        seconds: the time spent on the training batches of the current epoch.
+        lr: the learning rate of the latest step, the highest of all parameter groups.
+        group_lrs: the learning rates of the other parameter groups, such as {"lr_x0.1": 0.005}. The
+            key contains the ratio of their initial learning rate to the highest one.
+        best: the keys "metric", "value" and "epoch" of the best epoch; None if there is none yet.
+        epochs_since_best: the number of epochs since the best one.
+        history: the metrics of every completed epoch.
+        test: the metrics of the final test; None before it.
+        predictions: the predictions for the splits "val" and "test": for each, a dict with the
+            predicted class and its probability for every image. Those for "val" are from the best
+            epoch.
     """
 
     def __init__(
@@ -68,7 +77,7 @@ class TrainingState:
         self.predictions: dict[str, dict[str, torch.Tensor]] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state as tensors and plain values."""
+        """Returns the state as a dict of tensors and plain values, which a checkpoint contains."""
         return {
             "model_state_dict": self.model.state_dict(),
             "optimizer_state_dict": self.optimizer.state_dict(),
@@ -86,10 +95,13 @@ class TrainingState:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Restores the state; older checkpoints lack some entries.
+        """Restores a state that `state_dict` returned.
+
+        An attribute that an older checkpoint lacks keeps its present value.
 
         Raises:
-            ValueError: a tensor has another shape or dtype than the model or optimizer.
+            ValueError: a tensor is missing, or its shape or dtype is not that of the model or
+                optimizer.
         """
         self._check_tensors(saved)
         load_state(self.model, saved["model_state_dict"])
@@ -111,7 +123,14 @@ class TrainingState:
                 setattr(self, name, copy.copy(saved[name]))
 
     def _check_tensors(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError for tensors that torch would silently convert or ignore."""
+        """Raises ValueError if the saved tensors do not fit the model or the optimizer.
+
+        It compares names, shapes and dtypes. torch would ignore some of these differences and
+        convert other dtypes without a message.
+
+        Args:
+            saved: a state that `state_dict` returned.
+        """
         weights = self.model.state_dict()
         missing = sorted(weights.keys() - saved["model_state_dict"].keys())
         if missing:
@@ -121,26 +140,32 @@ class TrainingState:
                 if isinstance(weights.get(name), torch.Tensor):  # else a module's extra state
                     check_like(tensor, weights[name], f"{part}.{name}")
         parameters, of_optimizer = self._parameters(), saved["optimizer_state_dict"]
-        numbers = [n for group in of_optimizer["param_groups"] for n in group["params"]]
-        if numbers != list(range(len(parameters))):
+        indices = [i for group in of_optimizer["param_groups"] for i in group["params"]]
+        if indices != list(range(len(parameters))):
             raise ValueError(
                 f"optimizer_state_dict: expected {len(parameters)} parameters in order"
             )
         if self._is_own_optimizer():
             return  # its state may hold anything
         expected = state_of_one_parameter(self.optimizer)
-        for number, state in of_optimizer["state"].items():
-            if not 0 <= number < len(parameters):
-                raise ValueError(f"optimizer_state_dict.state.{number}: no such parameter")
+        for index, state in of_optimizer["state"].items():
+            if not 0 <= index < len(parameters):
+                raise ValueError(f"optimizer_state_dict.state.{index}: no such parameter")
             for name, like in expected.items():
-                key = f"optimizer_state_dict.state.{number}.{name}"
-                check_like(state.get(name), parameters[number] if like.ndim else like, key)
+                key = f"optimizer_state_dict.state.{index}.{name}"
+                check_like(state.get(name), parameters[index] if like.ndim else like, key)
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
-        """Loads the optimizer's state, but keeps the settings with which it was built.
+        """Loads the state of the optimizer, but keeps the settings with which it was built.
 
-        They equal the saved ones unless the user has changed them for this resume. Learning rates
-        are set by the schedule; a plateau's keeps its ratio to the initial learning rate.
+        These settings, such as the momentum, equal the saved ones unless the user changed them for
+        this resume. Saved learning rates are multiplied by the change of the initial learning rate.
+        This preserves the reductions of the schedule `plateau`; the other schedules set the
+        learning rate again. An optimizer of the user's own also gets the saved values of options
+        that the settings do not contain.
+
+        Args:
+            saved: a state dict of the optimizer.
         """
         built = [dict(group) for group in self.optimizer.param_groups]
         is_own, parameters = self._is_own_optimizer(), self._parameters()
@@ -155,38 +180,54 @@ class TrainingState:
             kept = settings.keys() - {"params"}
             if is_own:
                 kept &= self.optimizer.configured
-            else:  # a key too many would be passed on from checkpoint to checkpoint
+            else:  # an unknown key would pass from checkpoint to checkpoint
                 for key in group.keys() - settings.keys():
                     del group[key]
             group |= {key: settings[key] for key in kept}
             group["lr"] = lr
 
     def _undo_casts(self, saved: dict[Any, Any]) -> None:
-        """Restores dtypes of the optimizer's state, which torch casts to the parameters' dtypes."""
+        """Restores dtypes of the optimizer's state, which torch casts to the parameters' dtypes.
+
+        Args:
+            saved: the saved state of each parameter, by the index of the parameter. Its dtypes are
+                restored.
+        """
         parameters = self._parameters()
-        for number, state in saved.items():
-            if type(number) is not int or not isinstance(state, dict):
+        for index, state in saved.items():
+            if type(index) is not int or not isinstance(state, dict):
                 continue
-            parameter = parameters[number]
+            parameter = parameters[index]
             loaded = self.optimizer.state[parameter]
             for name, value in state.items():
                 if getattr(loaded.get(name), "dtype", None) != getattr(value, "dtype", "none"):
                     loaded[name] = clone_tree(value, parameter.device)
 
     def _parameters(self) -> list[nn.Parameter]:
-        """Returns the parameters in the order in which the optimizer numbers them."""
+        """Returns the optimizer's parameters; their indices are those in its state dict."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _is_own_optimizer(self) -> bool:
-        """Returns whether the optimizer is the user's own class (see `build_optimizer`)."""
+        """Returns whether `optim.name` is an import path and not a known name such as "sgd".
+
+        `build_optimizer` marks such an optimizer with the attribute `configured`.
+        """
         return getattr(self.optimizer, "configured", None) is not None
 
     def evaluated_model(self) -> nn.Module:
-        """Returns the model that is validated and tested: the averaged one where there is one."""
+        """Returns the model that is validated and tested.
+
+        It is the model with averaged weights if there is one, otherwise the trained model.
+        """
         return self.ema.module if self.ema is not None else self.model
 
     def end_step(self, num_batches: int, metrics: RunningMetrics) -> None:
-        """Counts an optimizer step over so many batches and sets the next learning rate."""
+        """Records the optimizer step just taken, and sets the learning rate of the next one.
+
+        Args:
+            num_batches: the number of batches in the step.
+            metrics: the running metrics of these batches, summed over all processes.
+        """
         self.running_metrics.merge(metrics)
         self.lr = max(group["lr"] for group in self.optimizer.param_groups)
         self.group_lrs = own_lrs(self.optimizer)
@@ -201,13 +242,14 @@ class TrainingState:
         val_seconds: float,
         predictions: dict[str, torch.Tensor] | None = None,
     ) -> bool:
-        """Completes the current epoch.
+        """Adds the metrics of the current epoch to the history, and begins the next epoch.
 
         Args:
-            metrics: of its validation, without the prefix val_.
-            monitor: the metric that the best epoch is best in, such as val_acc.
-            val_seconds: duration of the validation.
-            predictions: of the validation; those of the best epoch are kept.
+            metrics: the metrics of the validation, such as {"loss": 0.1, "acc": 0.98}.
+            monitor: the metric by which the best epoch is chosen, such as "val_acc".
+            val_seconds: the duration of the validation in seconds.
+            predictions: the predicted class and its probability for every validation image. They
+                are kept if this is the best epoch so far. None keeps nothing.
 
         Returns:
             Whether this is the best epoch so far.
@@ -231,16 +273,28 @@ class TrainingState:
         return improved
 
     def is_finished(self, epochs: int, patience: int | None) -> bool:
-        """Returns whether there is nothing left to train."""
+        """Returns whether no training is left.
+
+        This is the case when all epochs are complete, or when early stopping has ended the
+        training.
+
+        Args:
+            epochs: the number of epochs of the run.
+            patience: early stopping ends the training after this number of epochs without
+                improvement; None for no early stopping.
+        """
         stops_early = patience is not None and self.epochs_since_best >= patience
         return self.batch == 0 and (self.epoch >= epochs or stops_early)
 
 
 def state_of_one_parameter(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Returns the state that the optimizer keeps for a parameter of shape (1), by name.
+    """Returns the state that an optimizer has for a parameter of shape (1), found by a trial step.
 
-    It is found by a step of a copy. Entries of shape (1) are as large as the parameter in general,
-    those of shape () are single numbers.
+    The step is taken by a copy of the optimizer.
+
+    Returns:
+        The tensors by name, such as {"momentum_buffer": ...}. An entry of shape (1) has the shape
+        of its parameter in general. An entry of shape () is a single number for any parameter.
     """
     parameter = nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
@@ -253,9 +307,14 @@ def state_of_one_parameter(optimizer: torch.optim.Optimizer) -> dict[str, torch.
 
 
 def laid_out_like(tree: Any, parameter: nn.Parameter) -> Any:
-    """Copies the state of a parameter into tensors with the parameter's strides.
+    """Returns a copy of a parameter's optimizer state whose tensors have the parameter's strides.
 
-    Fused optimizers assume these strides; those in a file may differ.
+    Fused optimizers expect these strides; tensors from a file may have others. Tensors of another
+    shape than the parameter become contiguous.
+
+    Args:
+        tree: a tensor, a dict of tensors, or another value, which is returned as it is.
+        parameter: the parameter to which the state belongs.
     """
     if isinstance(tree, dict):
         return {name: laid_out_like(value, parameter) for name, value in tree.items()}
@@ -267,7 +326,13 @@ def laid_out_like(tree: Any, parameter: nn.Parameter) -> Any:
 
 
 def check_like(tensor: Any, expected: torch.Tensor, name: str) -> None:
-    """Raises ValueError where a tensor has another shape or dtype than expected."""
+    """Raises ValueError if a value is not a tensor of the expected shape and dtype.
+
+    Args:
+        tensor: the value to check.
+        expected: a tensor of the expected shape and dtype.
+        name: the name of the value in the message, such as "model_state_dict.fc.weight".
+    """
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")  # noqa: TRY004
     if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
@@ -278,7 +343,14 @@ def check_like(tensor: Any, expected: torch.Tensor, name: str) -> None:
 
 
 def own_lrs(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Returns the lower learning rates by their initial ratio to the highest: {"lr_x0.1": lr}."""
+    """Returns the learning rates of the parameter groups that do not have the highest one.
+
+    The groups are compared by their initial learning rates.
+
+    Returns:
+        The present learning rates, such as {"lr_x0.1": 0.005}. The key contains the ratio of the
+        group's initial learning rate to the highest one.
+    """
     highest = max(group["initial_lr"] for group in optimizer.param_groups)
     return {
         f"lr_x{group['initial_lr'] / highest:g}": group["lr"]
