@@ -1,1 +1,3 @@
-"""What belongs to no room above: files, folders, log, signals, seeds; one subject a file."""
+"""Helpers that every other package may use: files, folders, log, signals, seeds; one subject a
+file.
+"""

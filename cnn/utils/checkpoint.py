@@ -1,7 +1,7 @@
 """Checkpoints: written so that a crash never leaves half of one, and checked before they are used.
 
-What a file must contain is checked here and in `checkpoint_structure`; that its bytes are those
-that were written, in `checked_zip`.
+This module and `checkpoint_structure` check what a checkpoint must contain. `checked_zip` checks
+that the bytes of the file are those that were written.
 """
 
 import contextlib
@@ -28,14 +28,20 @@ FORMAT = 1  # of the content; counted up when an earlier version could not read 
 
 
 def load_checkpoint(path: Path, option: str = "--resume") -> dict[str, Any]:
-    """Reads a checkpoint to the CPU; checks every byte and executes nothing.
+    """Reads a checkpoint, with its tensors on the CPU, and checks its bytes and its content.
+
+    No code that the file may contain is executed.
 
     Args:
-        option: the command-line option that takes another file, for the message.
+        option: the command-line option that names a checkpoint, "--resume" or "--checkpoint". The
+            message of an error suggests this option with another file.
+
+    Returns:
+        The entries of the checkpoint, such as "model_state_dict" and "epoch".
 
     Raises:
-        Refused: the file cannot be read, is damaged, or is no checkpoint of this project; the
-            message names another intact checkpoint beside it, where there is one.
+        Refused: the file cannot be read, is damaged, or is not a checkpoint of this project. The
+            message names another intact checkpoint in the same folder, if there is one.
     """
     try:
         return read_checkpoint(path)
@@ -44,7 +50,17 @@ def load_checkpoint(path: Path, option: str = "--resume") -> dict[str, Any]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint as `load_checkpoint` does, and looks for no other file where it fails."""
+    """Reads a checkpoint, with its tensors on the CPU, and checks its bytes and its content.
+
+    Unlike `load_checkpoint`, it does not look for another intact checkpoint if this one is refused.
+
+    Returns:
+        The entries of the checkpoint, such as "model_state_dict" and "epoch".
+
+    Raises:
+        Refused: the file cannot be read, is damaged, is not a checkpoint of this project, or
+            contains weights that are NaN.
+    """
     content = read_archive(path)
     _check_kind(path, content)
     try:
@@ -63,14 +79,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint's plain values without its tensors: in milliseconds, whatever its size.
+    """Reads the plain values of a checkpoint, without the data of its tensors.
+
+    This takes milliseconds, whatever the size of the file.
 
     Returns:
-        All but the state dicts, such as `started`, `epoch`, `step` and `unfinished_epoch`; a tensor
-        among them is None.
+        All entries except the state dicts, such as "started", "epoch", "step" and
+        "unfinished_epoch". A tensor in one of these entries is replaced by None.
 
     Raises:
-        Refused: the file cannot be read, is damaged outside of its tensors' data, or is no
+        Refused: the file cannot be read, is damaged outside of its tensors' data, or is not a
             checkpoint of this project.
     """
     content = read_plain_values(path)
@@ -85,7 +103,14 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def check_readable(content: dict[str, Any]) -> None:
-    """Refuses a content that `read_checkpoint` would refuse."""
+    """Checks that the content of a checkpoint has the structure that `read_checkpoint` expects.
+
+    Args:
+        content: the entries of the checkpoint by name.
+
+    Raises:
+        Refused: an entry is missing, has a wrong kind of value, or contradicts another entry.
+    """
     try:
         structure.check_content(content)
     except InvalidValue as mistake:
@@ -93,25 +118,52 @@ def check_readable(content: dict[str, Any]) -> None:
 
 
 def position_text(content: dict[str, Any]) -> str:
-    """Returns how far a checkpoint's run is, such as "after epoch 3 and 2 batches, step 38"."""
+    """Returns how far a run was when a checkpoint was saved: "after epoch 3 and 2 batches, step
+    38".
+
+    Args:
+        content: the entries of the checkpoint by name.
+    """
     batch = content["unfinished_epoch"]["batch"]
     within = f" and {batch} batches" if batch else ""
     return f"after epoch {content['epoch']}{within}, step {content['step']}"
 
 
 def validated_weights(content: dict[str, Any]) -> dict[str, Any]:
-    """Returns the weights that validation used: the averaged ones where the run averages."""
+    """Returns the state dict of the model that was validated when a checkpoint was saved.
+
+    It contains the moving average of the weights (EMA) if the run computes one, and otherwise the
+    weights that the optimizer trains.
+
+    Args:
+        content: the entries of the checkpoint by name.
+    """
     return content["ema_state_dict"] or content["model_state_dict"]
 
 
 def is_end_of_epoch(content: dict[str, Any], started: str, epoch: int) -> bool:
-    """Returns whether a checkpoint was saved at the end of that epoch by the run of that start."""
+    """Returns whether a checkpoint was saved at the end of the given epoch of the given run.
+
+    Args:
+        content: the entries of the checkpoint by name.
+        started: the value of "started" that identifies the run.
+        epoch: the number of the epoch, from 1.
+    """
     position = content["started"], content["epoch"], content["unfinished_epoch"]["batch"]
     return position == (started, epoch, 0)
 
 
 def _advice(path: Path, option: str) -> str:
-    """Names another intact checkpoint in the folder."""
+    """Returns advice for the case that a checkpoint cannot be read.
+
+    Args:
+        path: the checkpoint that cannot be read, or a folder.
+        option: the command-line option that names a checkpoint, such as "--resume".
+
+    Returns:
+        The end of an error message. It names another intact checkpoint in the same folder, or says
+        that there is none.
+    """
     for other in checkpoints_in(path if path.is_dir() else path.parent):
         if other != path:
             try:
@@ -123,7 +175,16 @@ def _advice(path: Path, option: str) -> str:
 
 
 def _check_kind(path: Path, content: Any) -> None:
-    """Refuses other files of torch.save, and checkpoints of a later version."""
+    """Checks that a file of torch.save contains a checkpoint which this version can read.
+
+    Args:
+        path: the path of the file, for the message.
+        content: the value that the file contains.
+
+    Raises:
+        Refused: the value is not a dict, contains weights alone, was written by a newer version of
+            this project, or lacks a required entry.
+    """
     if not isinstance(content, dict):
         kind = structure.describe_value(content)
         raise Refused(f"{path}: expected a checkpoint of train.py, got {kind}")
@@ -142,10 +203,11 @@ def _check_kind(path: Path, content: Any) -> None:
 
 
 def clone_tree(tree: Any, device: torch.device | str | None = "cpu") -> Any:
-    """Copies nested dicts, lists and tuples with their tensors.
+    """Copies nested dicts, lists and tuples together with the tensors in them.
 
     Args:
-        device: the device of the copied tensors; None keeps each one's own.
+        device: the device of the copied tensors, or None to leave each copy on the device of its
+            original.
     """
     if isinstance(tree, torch.Tensor):
         return tree.detach().to(device, copy=True)
@@ -157,7 +219,11 @@ def clone_tree(tree: Any, device: torch.device | str | None = "cpu") -> Any:
 
 
 def estimate_bytes(tree: Any) -> int:
-    """Estimates the size of a checkpoint's file."""
+    """Estimates the size of a checkpoint's file in bytes.
+
+    Args:
+        tree: the content of the file: nested dicts, lists and tuples of tensors and plain values.
+    """
     if isinstance(tree, torch.Tensor):
         return tree.nbytes + 300  # zip headers, alignment, pickled shape
     if isinstance(tree, structure.CONTAINERS):
@@ -167,24 +233,31 @@ def estimate_bytes(tree: Any) -> int:
 
 
 def save_checkpoint(content: dict[str, Any], path: Path, also: Paths = ()) -> None:
-    """Writes a checkpoint durably, once, under `path` and further names in the same folder.
+    """Writes a checkpoint to disk once, under one or more names in the same folder.
+
+    Args:
+        content: the entries of the checkpoint by name.
+        path: the path of the file.
+        also: further paths in the same folder for the same content. They are in place before `path`
+            is.
 
     Raises:
-        OSError: the files are as they were before.
+        OSError: the checkpoint cannot be written. Each path has its old content or the new one.
     """
     content = content | {STRUCTURE_HASH: structure.structure_hash(content)}
     write_atomically(path, lambda file: write_archive(content, file), also)
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background, one at a time, in the order of their saves.
+    """A writer of checkpoints that works in a background thread, one checkpoint after the other.
 
-    A failed write is logged and costs only itself: the earlier file stays, training continues, and
-    the next save tries again, for the best epoch too, whose content is kept until then.
+    If a write fails, the error is logged, the earlier file stays, and training continues. If the
+    checkpoint was of the best epoch, its content stays in memory, and the next save writes it too.
 
     Attributes:
-        failure: why the latest write failed, or None.
-        pending_best: the best epoch's content where it is not written yet, or None.
+        failure: why the latest write failed, or None if it did not fail.
+        pending_best: the content of the best epoch's checkpoint while it is not written yet, or
+            None.
     """
 
     def __init__(self) -> None:
@@ -196,14 +269,18 @@ class CheckpointWriter:
     def save(
         self, content: dict[str, Any], path: Path, best: Path | None = None, also: Paths = ()
     ) -> None:
-        """Copies the content and returns; a thread writes the copy.
+        """Waits for the previous write, copies the content, and starts a thread that writes the
+        copy.
 
         Args:
-            best: a further name for the same file, where this is the best epoch.
-            also: further names for the same file.
+            content: the entries of the checkpoint by name.
+            path: the path of the file, such as checkpoints/last.pth.
+            best: a further path for the same content if this is the best epoch, such as
+                checkpoints/best.pth; else None.
+            also: further paths for the same content, such as checkpoints/epoch_005.pth.
 
         Raises:
-            Refused: the file could not be read again; nothing is saved.
+            Refused: `load_checkpoint` would refuse the content. Nothing is written.
         """
         self.wait()
         copy = clone_tree(content)
@@ -230,14 +307,19 @@ class CheckpointWriter:
             logger.error("could not save %s. %s", self.failure, effect)
 
     def wait(self) -> None:
-        """Waits until the latest save is written or has failed."""
+        """Waits until the latest checkpoint is written or its write has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
 
 def _space(content: dict[str, Any], path: Path) -> str:
-    """Returns how much space a save needs, and how much is free."""
+    """Returns a text on how much space a checkpoint needs, and how much is free on the disk.
+
+    Args:
+        content: the entries of the checkpoint by name.
+        path: the path of the checkpoint. The free space is measured on the disk of its folder.
+    """
     free = ""
     with contextlib.suppress(OSError):  # the folder is removed
         free = f", {path.parent} has {_size(shutil.disk_usage(path.parent).free)} free"
