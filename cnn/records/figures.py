@@ -1,4 +1,4 @@
-"""Figures, drawn with matplotlib's Figure objects: no window, no global state.
+"""Figures that are drawn with matplotlib's Figure objects, without windows or global state.
 
 An SVG takes the colours of the page around it (`currentColor`), so that it suits light and dark
 pages; a PNG is dark on white.
@@ -46,11 +46,13 @@ def is_available() -> bool:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart.
+    """A curve of a chart.
 
     Attributes:
-        label: its name in the legend; None: not in the legend.
-        ys: the values; None where one is undefined.
+        label: the name of the curve in the legend, or None to leave it out of the legend.
+        xs: the x coordinates, such as epochs.
+        ys: a value per x coordinate. None leaves a gap in the curve.
+        colour: the colour in hexadecimal, such as "#3b82d6".
     """
 
     label: str | None
@@ -62,11 +64,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart with its curves, over epochs unless `xlabel` names another axis.
+    """A chart with its curves.
 
     Attributes:
-        marks: places on the x axis where a dotted line is drawn.
+        marks: the x coordinates of vertical dotted lines.
         mark_label: the name of these lines in the legend.
+        xlabel: the label of the x axis.
+        xscale: the scale of the x axis, "linear" or "log".
     """
 
     title: str
@@ -81,9 +85,13 @@ class Panel:
 
 
 def svg(draw: Callable[..., "Figure"], *args, **kwargs) -> str:
-    """Returns the figure that `draw(*args, **kwargs)` draws as an <svg> element.
+    """Returns a figure as an <svg> element for an HTML page.
 
-    Text stays text, in the font of the page.
+    Text stays text, in the font of the page. Lines and text have the colours of the page.
+
+    Args:
+        draw: a function that returns the figure, such as `draw_panels`. It is called with the
+            arguments that follow.
     """
     with _style(SVG_INK, SVG_GRID):
         figure, file = draw(*args, **kwargs), io.StringIO()
@@ -96,12 +104,17 @@ def svg(draw: Callable[..., "Figure"], *args, **kwargs) -> str:
 
 
 def panel_svgs(panels: Sequence[Panel]) -> list[str]:
-    """Returns an <svg> element for each panel."""
+    """Returns an <svg> element for each panel, to be put into an HTML page."""
     return [svg(draw_panels, [panel], width=4.8, height=3.0) for panel in panels]
 
 
 def png(draw: Callable[..., "Figure"], *args, **kwargs) -> bytes:
-    """Returns the figure that `draw(*args, **kwargs)` draws as a PNG file."""
+    """Returns a figure as the content of a PNG file.
+
+    Args:
+        draw: a function that returns the figure, such as `draw_panels`. It is called with the
+            arguments that follow.
+    """
     with _style(PNG_INK, PNG_GRID):
         figure, file = draw(*args, **kwargs), io.BytesIO()
         figure.savefig(file, format="png", dpi=110, facecolor="white")
@@ -109,7 +122,12 @@ def png(draw: Callable[..., "Figure"], *args, **kwargs) -> bytes:
 
 
 def save_png(path: Path, draw: Callable[..., "Figure"], *args, **kwargs) -> None:
-    """Replaces a file by the figure that `draw(*args, **kwargs)` draws."""
+    """Writes a figure to a PNG file, and replaces the file if it exists.
+
+    Args:
+        draw: a function that returns the figure, such as `draw_panels`. It is called with the
+            arguments that follow.
+    """
     data = png(draw, *args, **kwargs)
     write_atomically(path, lambda file: file.write(data))
 
@@ -134,7 +152,12 @@ def _style(ink: str, grid: str) -> Iterator[None]:
 
 
 def draw_panels(panels: Sequence[Panel], width: float = 4.4, height: float = 3.2) -> "Figure":
-    """Draws the panels side by side, each `width` x `height` inches."""
+    """Draws panels side by side.
+
+    Args:
+        width: the width of each panel in inches.
+        height: the height of each panel in inches.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * len(panels), height), layout="constrained")
@@ -175,7 +198,15 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
 
 
 def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str = "") -> "Figure":
-    """Draws a confusion matrix: rows as labelled, numbers are counts, colours shares of the row."""
+    """Draws a confusion matrix, with a row per label and a column per predicted class.
+
+    The colour of a cell shows its share of the row. Up to 20 classes, the cells also show their
+    counts. Up to 120 classes, the axes show the names of the classes.
+
+    Args:
+        matrix: the number of images per cell, integers (classes, classes).
+        classes: the names of the classes, in the order of the rows and columns.
+    """
     from matplotlib.figure import Figure
 
     number = len(classes)
@@ -209,7 +240,12 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str = "") 
 
 
 def draw_images(images: Sequence[np.ndarray], labels: Sequence[str]) -> "Figure":
-    """Draws images, uint8 (H, W, C), eight per row, each under its label."""
+    """Draws images in rows of eight, each with its label above it.
+
+    Args:
+        images: each uint8 (H, W, C), where C is 1 or 3.
+        labels: the text above each image.
+    """
     from matplotlib.figure import Figure
 
     rows = -(-len(images) // IMAGES_PER_ROW)

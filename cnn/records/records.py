@@ -1,7 +1,7 @@
-"""The files of a run besides its checkpoints; they come from the state: a resume restores them.
+"""The files that a run writes besides its checkpoints.
 
-None of them can stop a training: one that cannot be written is reported, and tried again after the
-next epoch.
+They are made from the state of the training, so that a resume restores them. A failure to write one
+of them does not stop the training. It is logged, and the file is tried again after the next epoch.
 """
 
 import contextlib
@@ -30,10 +30,12 @@ FIRST_REPORT = 0.5  # seconds; an estimate of the first one, which imports matpl
 
 
 class Records:
-    """history.csv, result.json, predictions_val.csv, report.html with its pictures, TensorBoard.
+    """The writer of a run's tables, result, report and TensorBoard files.
 
-    On entry to the context it replaces the files of an earlier process by what the state holds; on
-    exit, after an exception too, it writes the last report.
+    These are history.csv, predictions_val.csv, result.json, report.html with its two pictures, and
+    the files in logs/tensorboard. On entry to the context, it replaces files that an earlier
+    process has written by what the state contains. On exit, after an exception too, it writes the
+    last report.
     """
 
     def __init__(self, run: Run):
@@ -62,7 +64,9 @@ class Records:
         self._tensorboard.rewrite()
 
     def write(self) -> None:
-        """Writes what an epoch has added."""
+        """Updates the files after an epoch, and the report if enough time has passed since the last
+        one.
+        """
         self._write_tables()
         if self._tensorboard is not None:
             self._attempt("logs/tensorboard", self._tensorboard.append)
@@ -70,7 +74,7 @@ class Records:
             self._write_report()
 
     def finish(self) -> None:
-        """Writes what the test has added, and the best settings."""
+        """Updates the files after the final test, and the best settings for the model and data."""
         self._write_result()
         self.write()
         if self.state.best is not None and not self.folder.scratch:
@@ -91,7 +95,13 @@ class Records:
             self._epoch_of_predictions = epoch if written else None
 
     def _predictions(self) -> str:
-        """Returns the text of predictions_val.csv: a row per validation image."""
+        """Returns the text of predictions_val.csv, which has a row per validation image.
+
+        A row contains the name of the image, its label, the predicted class, and its probability.
+
+        Raises:
+            ValueError: some images were left out of the validation.
+        """
         images, classes = self.run.data.val, self.run.data.classes
         saved = self.state.predictions["val"]
         if len(saved["prediction"]) != len(images):  # they would not be in the same order
@@ -106,7 +116,10 @@ class Records:
         return text.getvalue()
 
     def _write_result(self) -> None:
-        """Writes result.json: numbers of images, and after the test its metrics."""
+        """Writes result.json: the numbers of classes and images, and the results after the test.
+
+        The results are the metrics of the final test and the best epoch by the monitored metric.
+        """
         data, state = self.run.data, self.state
         result = {
             "classes": len(data.classes),
@@ -136,7 +149,15 @@ class Records:
             logger.info("the best settings yet for this model and data: %s", path)
 
     def _attempt(self, record: Path | str, write: Callable[[], object]) -> bool:
-        """Returns whether `write` succeeds; logs each new reason why it does not."""
+        """Calls a function that writes a record, and returns whether it succeeded.
+
+        An exception is logged as a warning, unless the last attempt to write this record failed for
+        the same reason.
+
+        Args:
+            record: the path of the file, or a name for several files, such as "logs/tensorboard".
+            write: a function without arguments.
+        """
         try:
             write()
             self._reasons.pop(record, None)
@@ -151,20 +172,20 @@ class Records:
 
 
 class NoRecords(contextlib.AbstractContextManager):
-    """Takes the place of `Records` in processes other than rank 0, and writes nothing."""
+    """A stand-in for `Records` in processes other than rank 0, which writes nothing."""
 
     def __exit__(self, *_: object) -> None:
         pass
 
     def write(self) -> None:
-        """Does nothing."""
+        """Does nothing, since rank 0 writes the files."""
 
     def finish(self) -> None:
-        """Does nothing."""
+        """Does nothing, since rank 0 writes the files."""
 
 
 def open_records(run: Run) -> Records | NoRecords:
-    """Returns the records of a run, which rank 0 writes."""
+    """Returns the writer of a run's files on rank 0, and one that writes nothing on other ranks."""
     return Records(run) if run.group.is_rank0 else NoRecords()
 
 
@@ -174,7 +195,7 @@ def has_tensorboard() -> bool:
 
 
 def log_left_out(cfg: Config) -> None:
-    """Logs in one line which records are left out because a package is not installed."""
+    """Logs in one line which files are left out because a package is not installed."""
     left_out = {}
     if (cfg.log.report or cfg.log.tensorboard) and not figures.is_available():
         report = "report.html, curves.png, confusion_matrix.png"

@@ -1,4 +1,4 @@
-"""The log's lines about a run: its start, its epochs, its test; and model.txt."""
+"""The lines in the log on a run's start, epochs and test, and the text of model.txt."""
 
 import logging
 import math
@@ -31,7 +31,11 @@ HISTORY_ONLY = {"val_balanced_acc", "val_f1", "val_top5_acc"}
 
 
 def write(run: Run, checkpoint: Checkpoint | None) -> None:
-    """Logs what the run is and where it resumes, and writes config.yaml and model.txt."""
+    """Logs what the run is and where it resumes, and writes config.yaml and model.txt.
+
+    Args:
+        checkpoint: the checkpoint from which the run resumes, or None for a new run.
+    """
     if checkpoint is not None:
         _log_resume(run, checkpoint)
     pre = run.data.preprocessing
@@ -64,7 +68,11 @@ def _log_resume(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def log_start(run: Run, flops: int | None) -> None:
-    """Logs versions and device, data, model and optimizer, in at most eight lines."""
+    """Logs versions, device, data, model and optimizer of a run, in at most eight lines.
+
+    Args:
+        flops: the floating-point operations of a forward pass per image, or None if unknown.
+    """
     cfg, data, state, env = run.cfg, run.data, run.state, run.environment
     device = env["device"]
     if state.device.type == "cpu":
@@ -103,7 +111,11 @@ def _format_flops(flops: int | None) -> str:
 
 
 def log_epoch(run: Run) -> None:
-    """Logs the latest epoch in one line, and once a warning if the loss has exploded."""
+    """Logs the latest epoch in one line, and a warning if the validation loss has exploded.
+
+    The warning is logged once, after the first epoch whose loss is above 1000 times the loss of
+    guessing. It is left out if the loss function is the user's, whose loss of guessing is unknown.
+    """
     state, epochs = run.state, run.cfg.train.epochs
     row, best = state.history[-1], state.best
     monitor = best["metric"] if best else None
@@ -130,7 +142,7 @@ def log_epoch(run: Run) -> None:
 
 
 def log_finished(cfg: Config, state: TrainingState) -> None:
-    """Logs why there is nothing to train, and how to continue."""
+    """Logs why a run has nothing left to train, and the setting with which it would continue."""
     if state.epoch < cfg.train.epochs:
         patience = cfg.train.early_stop_patience
         why = f"no improvement in {patience} epochs; to continue: train.early_stop_patience=null"
@@ -140,7 +152,11 @@ def log_finished(cfg: Config, state: TrainingState) -> None:
 
 
 def log_test(state: TrainingState, num_images: int) -> None:
-    """Logs the result of the run, with the 95 % interval for a test of so many images."""
+    """Logs the loss and the accuracy of the final test, with the accuracy's 95 % interval.
+
+    Args:
+        num_images: the number of test images, on which the interval depends.
+    """
     best, test = state.best, state.test
     accuracy = with_interval(test["test_acc"], num_images)
     epoch = f"  (epoch {best['epoch']}, {best['metric']} {best['value']:.4f})" if best else ""
@@ -148,7 +164,11 @@ def log_test(state: TrainingState, num_images: int) -> None:
 
 
 def model_text(run: Run, flops: int | None) -> str:
-    """Returns the text of model.txt: structure, parameters, FLOPs, environment, command line."""
+    """Returns the text of model.txt: structure, parameters, FLOPs, environment, command line.
+
+    Args:
+        flops: the floating-point operations of a forward pass per image, or None if unknown.
+    """
     model = run.state.model
     lines = [str(model), ""]
     for name, parameter in model.named_parameters():

@@ -1,3 +1,1 @@
-"""Helpers that every other package may use: files, folders, log, signals, seeds; one subject a
-file.
-"""
+"""Helpers for the other packages: files, folders, log, signals, seeds; one subject per file."""

@@ -118,8 +118,7 @@ class _TensorsAsNone(pickle.Unpickler):
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]:
-    """Opens a file of torch.save for the duration of the context, and checks all but the tensors'
-    data.
+    """Opens a file of torch.save within the context, and checks all but the data of its tensors.
 
     An exception within the context is raised as Refused. The same file stays open throughout: if
     another program replaces it meanwhile, all reads still get the old content.

@@ -118,11 +118,13 @@ def check_readable(content: dict[str, Any]) -> None:
 
 
 def position_text(content: dict[str, Any]) -> str:
-    """Returns how far a run was when a checkpoint was saved: "after epoch 3 and 2 batches, step
-    38".
+    """Returns a text on how far a run was when a checkpoint was saved.
 
     Args:
         content: the entries of the checkpoint by name.
+
+    Returns:
+        The text, such as "after epoch 3 and 2 batches, step 38".
     """
     batch = content["unfinished_epoch"]["batch"]
     within = f" and {batch} batches" if batch else ""
@@ -269,8 +271,9 @@ class CheckpointWriter:
     def save(
         self, content: dict[str, Any], path: Path, best: Path | None = None, also: Paths = ()
     ) -> None:
-        """Waits for the previous write, copies the content, and starts a thread that writes the
-        copy.
+        """Copies the content and starts a thread that writes the copy.
+
+        It first waits until the previous write has ended.
 
         Args:
             content: the entries of the checkpoint by name.
@@ -280,7 +283,7 @@ class CheckpointWriter:
             also: further paths for the same content, such as checkpoints/epoch_005.pth.
 
         Raises:
-            Refused: `load_checkpoint` would refuse the content. Nothing is written.
+            Refused: the content does not have the structure of a checkpoint. Nothing is written.
         """
         self.wait()
         copy = clone_tree(content)

@@ -15,9 +15,7 @@ NAMES = ("cnn", "train", "py.warnings")
 
 
 class _Formatter(logging.Formatter):
-    """A formatter that escapes control characters, which would act on the terminal that shows the
-    text.
-    """
+    """A formatter that escapes control characters, which a terminal would otherwise act on."""
 
     def format(self, record: logging.LogRecord) -> str:
         return escape_unprintable(super().format(record), keep=LINES)
@@ -95,8 +93,7 @@ class Log:
         logging.captureWarnings(True)
 
     def open_file(self, path: Path) -> None:
-        """Opens a file to which the log is appended, including the messages that were logged
-        before.
+        """Opens a file to which the log is appended, including the messages logged before.
 
         If the file cannot be opened, it logs a warning, and the console remains the only log.
 
@@ -129,8 +126,7 @@ class Log:
             self.root.addHandler(self._buffer)
 
     def close(self) -> None:
-        """Closes the file, and restores the root logger's level and handlers as they were before.
-        """
+        """Closes the file, and restores the earlier level and handlers of the root logger."""
         logging.captureWarnings(False)
         self.close_file()
         level, self.root.handlers = self._before

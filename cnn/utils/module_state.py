@@ -40,12 +40,11 @@ def state_preserved(*modules: nn.Module) -> Iterator[None]:
 
 
 def load_state(module: nn.Module, state: dict[str, Any], *, strict: bool = True) -> None:
-    """Loads a state dict into a module, and assumes that all its modules have their current
-    versions.
+    """Loads a state dict into a module, whatever version numbers it contains or lacks.
 
-    `nn.Module.load_state_dict` would otherwise take a state dict without version numbers, such as
-    one from a checkpoint of this project, for one of an old version of PyTorch. Version numbers
-    that the state dict does contain are ignored.
+    `nn.Module.load_state_dict` would take a state dict without version numbers, such as one from a
+    checkpoint of this project, for one of an old version of PyTorch. Here all submodules are
+    assumed to have their current versions.
 
     Args:
         strict: whether missing and unexpected keys are errors, as in `nn.Module.load_state_dict`.

@@ -156,8 +156,7 @@ class RunFolder:
                 time.sleep(0.05)
 
     def unlock(self) -> None:
-        """Releases the lock, and removes the folders that this process created if they are empty.
-        """
+        """Releases the lock, and removes those folders that this process created and are empty."""
         held = self._lock is not None and self._lock.is_locked
         with contextlib.suppress(OSError):  # the folder is removed, or read-only by now
             if held:
@@ -253,8 +252,7 @@ class RunFolder:
         return name
 
     def _put_back(self) -> None:
-        """Moves files back from the archive if `_move` was interrupted, and does nothing otherwise.
-        """
+        """Moves files back from the archive if `_move` was interrupted; does nothing otherwise."""
         unfinished = self.checkpoints / ARCHIVE / UNFINISHED
         if not unfinished.exists():
             return
@@ -309,11 +307,10 @@ def is_running(logs: Path) -> bool:
 
 
 def _living_owner(checkpoints: Path) -> dict[str, Any] | None:
-    """Returns what the file OWNER says about the process that writes a run, if the process is
-    alive.
+    """Returns the entries of the file OWNER if the process that wrote it is alive.
 
-    A process on another machine cannot be checked, and no process can be on Windows. These count as
-    alive.
+    That process writes the files of a run. It cannot be checked if it runs on another machine or on
+    Windows; it then counts as alive.
 
     Args:
         checkpoints: the checkpoint folder of the run.

@@ -77,8 +77,7 @@ class StopSignals:
             signal.signal(number, signal.SIG_IGN if is_last else handler)
 
     def _drop_unraisable(self, failure: "sys.UnraisableHookArgs") -> None:
-        """Ignores a `Stopped` that was raised in a `__del__` method, so that no traceback is
-        printed.
+        """Ignores a `Stopped` that was raised in a `__del__` method, and prints no traceback.
 
         `check` will raise it again. Any other exception is passed to the hook that was installed
         before.
