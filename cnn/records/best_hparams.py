@@ -20,8 +20,8 @@ from cnn.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 
-MAX_EARLIER = 10  # earlier bests that a file keeps
-LOCK_SECONDS = 60.0  # to wait for another process, which holds the lock for milliseconds
+MAX_EARLIER = 10  # the most earlier results that a file keeps
+LOCK_SECONDS = 60.0  # to wait for another process, which needs the lock for milliseconds
 
 
 def file_of(cfg: Config, folder: Path) -> Path:
@@ -63,7 +63,7 @@ def update(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = file_of(cfg, folder)
-    cfg = with_values(cfg, run=None, device="auto")  # where it ran, not how
+    cfg = with_values(cfg, run=None, device="auto")  # these say where it ran, not how
     head = (
         "# yaml-language-server: $schema=../schema.json\n"
         f"# The best of {cfg.model.name} on {cfg.data.name} yet, by {best['metric']}."

@@ -32,7 +32,7 @@ MAX_CLASSES_WITH_NUMBERS, MAX_CLASSES_WITH_NAMES = 20, 120
 IMAGES_PER_ROW = 8
 STYLE = Path(__file__).with_name("templates") / "figures.mplstyle"
 
-# Fonts for PNGs: the first of these that is installed draws what DejaVu Sans lacks.
+# The first of these fonts that is installed draws the letters that DejaVu Sans lacks, in a PNG.
 CJK_FONTS = (
     "Noto Sans CJK SC, Noto Sans SC, Source Han Sans SC, WenQuanYi Micro Hei, SimHei,"
     " Microsoft YaHei, PingFang SC, Hiragino Sans GB, Arial Unicode MS, Noto Sans CJK JP"
@@ -143,7 +143,7 @@ def _style(ink: str, grid: str) -> Iterator[None]:
     for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"):
         settings[name] = ink
     with style.context([STYLE, settings]), warnings.catch_warnings():
-        # A browser has the letters of an SVG that no font here has.
+        # A browser can draw the letters of an SVG that no font on this machine has.
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         yield
 
@@ -175,7 +175,7 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
             "--" if curve.dashed else "-",
             color=curve.colour,
             linewidth=1.6,
-            marker="o" if np.isfinite(ys).sum() <= 1 else None,  # one point is no line
+            marker="o" if np.isfinite(ys).sum() <= 1 else None,  # a line needs two points
             markersize=4,
             label=re.sub("^_", " _", curve.label or ""),  # matplotlib hides names that begin with _
             gid=f"{panel.title} {curve.label}".replace(" ", "-"),
@@ -188,7 +188,8 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
     axes.set_xlabel(panel.xlabel)
     if panel.xscale == "log":
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")  # powers would be math, which is not parsed
+        # The default labels, powers of ten, are math text, which figures.mplstyle turns off.
+        axes.xaxis.set_major_formatter("{x:g}")
     else:
         axes.xaxis.get_major_locator().set_params(integer=True)
         longest = max((curve.xs[-1] for curve in panel.curves if len(curve.xs)), default=1)
@@ -213,7 +214,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str = "") 
     if number <= MAX_CLASSES_WITH_NUMBERS:
         side = max(3.6, 0.42 * number)  # inches
         axes = Figure(figsize=(side + 0.8, side + 0.5), layout="constrained").add_subplot()
-    else:  # fixed margins: the constrained layout takes seconds to measure 200 names
+    else:  # fixed margins, since the constrained layout takes seconds for 200 names
         side, margin = min(max(3.6, 0.17 * number), 20.0), 2.0
         figure = Figure(figsize=(side + margin, side + margin))
         left = margin / (side + margin)
@@ -221,7 +222,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str = "") 
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     cells = np.zeros((number, number, 4))
     cells[..., :3] = [int(BLUE[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    cells[..., 3] = 0.8 * np.sqrt(share)  # roots, so that rare mistakes are visible
+    cells[..., 3] = 0.8 * np.sqrt(share)  # the root makes rare mistakes visible
     axes.imshow(cells, interpolation="nearest")
     if number <= MAX_CLASSES_WITH_NUMBERS:
         for row, column in np.argwhere(matrix):
@@ -252,7 +253,7 @@ def draw_images(images: Sequence[np.ndarray], labels: Sequence[str]) -> "Figure"
     figure = Figure(figsize=(IMAGES_PER_ROW * 1.1, rows * 1.3), layout="constrained")
     for axes in figure.subplots(rows, IMAGES_PER_ROW, squeeze=False).flat:
         axes.set_axis_off()
-    for axes, image, label in zip(figure.axes, images, labels, strict=False):  # some stay empty
+    for axes, image, label in zip(figure.axes, images, labels, strict=False):  # some axes stay empty
         axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
         axes.set_title(shorten_name(label), fontsize=8)
     return figure

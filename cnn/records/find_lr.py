@@ -22,8 +22,8 @@ from cnn.training.setup import build_run
 logger = logging.getLogger(__name__)
 
 FIRST_LR, LAST_LR, STEPS = 1e-5, 10.0, 150
-SMOOTHING = 0.9  # of the loss, an exponential mean
-EXPLOSION = 4.0  # times the lowest loss: the test ends there
+SMOOTHING = 0.9  # the decay of the exponential mean of the loss
+EXPLOSION = 4.0  # the test ends when the loss is this many times its lowest value
 PICTURE = Path("logs", "find_lr.png")
 
 
@@ -70,7 +70,7 @@ def train_with_rising_lr(run: Run) -> tuple[list[float], list[float]]:
     set_lr(run, 0)
     for _ in endless_steps(run):
         mean = SMOOTHING * mean + (1 - SMOOTHING) * state.running_metrics.compute()["loss"]
-        state.running_metrics = RunningMetrics(state.device)  # of the next step
+        state.running_metrics = RunningMetrics(state.device)  # for the next step
         smoothed = mean / (1 - SMOOTHING ** (len(lrs) + 1))
         if not math.isfinite(smoothed) or smoothed > EXPLOSION * min(losses, default=math.inf):
             break

@@ -42,7 +42,7 @@ def write_history(path: Path, history: list[Metrics]) -> None:
     """
     text = io.StringIO()
     if history:
-        # Rows have different metrics where a resume changed the monitored one.
+        # Rows have different metrics if a resume has changed the monitored metric.
         columns = dict.fromkeys(name for row in history for name in list(row)[:-2])
         columns |= dict.fromkeys(list(history[-1])[-2:])
         writer = csv.DictWriter(text, list(columns), lineterminator="\n")

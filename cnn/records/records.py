@@ -23,10 +23,10 @@ from cnn.utils.files import warn_unwritten, write_text
 
 logger = logging.getLogger(__name__)
 
-# A report is only rewritten after this many times the time that the previous one took, so that they
-# take less than 1 % of a run; and, with its pictures, at the end.
+# The pause after a report is this many times the time that it took, so that reports take less than
+# 1 % of a run. One more report, with its pictures, is written at the end.
 REPORT_PAUSE = 100
-FIRST_REPORT = 0.5  # seconds; an estimate of the first one, which imports matplotlib
+FIRST_REPORT = 0.5  # seconds; an estimate for the first report, which imports matplotlib
 
 
 class Records:
@@ -40,10 +40,10 @@ class Records:
 
     def __init__(self, run: Run):
         self.folder, self.run, self.state = run.folder, run, run.state
-        self._epoch_of_predictions: int | None = None  # in predictions_val.csv
+        self._epoch_of_predictions: int | None = None  # the epoch in predictions_val.csv
         self._next_report = time.monotonic() + REPORT_PAUSE * FIRST_REPORT
         self._report = self._tensorboard = None
-        self._reasons: dict[Path | str, str] = {}  # why a record could not be written last time
+        self._reasons: dict[Path | str, str] = {}  # why the last write of a record failed
         log_left_out(run.cfg)
         if run.cfg.log.report and figures.is_available():
             from cnn.records.report import Report
@@ -64,8 +64,9 @@ class Records:
         self._tensorboard.rewrite()
 
     def write(self) -> None:
-        """Updates the files after an epoch, and the report if enough time has passed since the last
-        one.
+        """Updates the files after an epoch.
+
+        The report is only written if enough time has passed since the previous one.
         """
         self._write_tables()
         if self._tensorboard is not None:
@@ -88,7 +89,7 @@ class Records:
         logs, state = self.folder.logs, self.state
         self._attempt(logs.history, lambda: write_history(logs.history, state.history))
         path, epoch = logs.val_predictions, state.best and state.best["epoch"]
-        if "val" not in state.predictions:  # then a file is of an epoch that the state lacks
+        if "val" not in state.predictions:  # a file would be of an epoch that the state lacks
             self._attempt(path, lambda: path.unlink(missing_ok=True))
         elif epoch != self._epoch_of_predictions:
             written = self._attempt(path, lambda: write_text(path, self._predictions()))
@@ -104,7 +105,7 @@ class Records:
         """
         images, classes = self.run.data.val, self.run.data.classes
         saved = self.state.predictions["val"]
-        if len(saved["prediction"]) != len(images):  # they would not be in the same order
+        if len(saved["prediction"]) != len(images):  # the order would differ
             raise ValueError("some images were left out of the validation (data.on_bad_image=skip)")
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -162,7 +163,7 @@ class Records:
             write()
             self._reasons.pop(record, None)
             return True
-        except Exception as error:  # noqa: BLE001  no record is worth a training
+        except Exception as error:  # noqa: BLE001  no record shall stop a training
             message = str(error).strip().splitlines() or [""]
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {message[0]}"
             if self._reasons.get(record) != reason:

@@ -28,7 +28,7 @@ from cnn.utils.screen import shorten_name
 
 NUM_MISTAKES = 24
 NUM_TRAINING_IMAGES = 32
-NUM_PAIRS = 10  # of confused classes
+NUM_PAIRS = 10  # the most pairs of confused classes
 SPLITS = ("train", "val", "test")
 THUMBNAIL = 96  # pixels of the longest side of an embedded image
 RESUMED = re.compile(r"==== resumed from .*: epoch \d+, step (\d+), batch")
@@ -100,11 +100,10 @@ class Report:
     # -- the page -------------------------------------------------------------------------------
 
     def _content(self) -> dict[str, Any]:
-        """Returns everything that the page shows, by the names that the template report.jinja uses.
-        """
+        """Returns everything that the page shows, by the names that report.jinja uses."""
         cfg, history, data = self.run.cfg, self.state.history, self.run.data
         columns = list(history[-1])
-        counts = [[*data.classes, "all"]]  # by column
+        counts = [[*data.classes, "all"]]  # a list per column
         for split in SPLITS:
             numbers = np.bincount(self._labels(split), minlength=len(data.classes))
             counts.append([*numbers, numbers.sum()])
@@ -127,7 +126,7 @@ class Report:
         }
 
     def _headline(self) -> dict[str, Any]:
-        """Returns what the top of the page shows, by the names that the template report.jinja uses.
+        """Returns what the top of the page shows, by the names that report.jinja uses.
 
         It is the result so far, the accuracy of always predicting the most frequent class, the
         progress, and the command that trains with these settings.
@@ -246,5 +245,5 @@ def thumbnail(image: torch.Tensor) -> str:
     picture, file = Image.fromarray(as_pixels(image).squeeze()), io.BytesIO()
     kind = "png" if max(picture.size) <= 48 else "jpeg"
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    picture.save(file, kind, quality=85)  # of a JPEG; PNG ignores it
+    picture.save(file, kind, quality=85)  # only a JPEG has a quality
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

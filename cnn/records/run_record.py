@@ -67,7 +67,7 @@ def read_run(where: str) -> RunRecord:
             f"{where}: no run there: expected a run's name, or its folder with config.yaml"
         )
     try:
-        settings = config.flat(config.to_dict(Config()))  # for keys that an older version lacks
+        settings = config.flat(config.to_dict(Config()))  # keys that an older file lacks
         settings |= config.flat(yaml.safe_load(logs.config.read_text(encoding="utf-8")))
         history, result = read_history(logs.history), {}
         if logs.result.is_file():

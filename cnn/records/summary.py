@@ -23,10 +23,11 @@ from cnn.utils.screen import escape_unprintable
 
 logger = logging.getLogger(__name__)
 
-MAX_LISTED = 140  # characters of the line with the number of images per class
-# Times the loss of guessing; models that learn nothing, or overfit, stay below 100.
+MAX_LISTED = 140  # the most characters of the line with the number of images per class
+# A run diverges if its loss is this many times the loss of guessing. The loss of a model that learns
+# nothing, or overfits, stays below 100 times.
 DIVERGED = 1000
-# Metrics in history.csv and not in an epoch's line.
+# Metrics that are in history.csv and not in the log's line on an epoch.
 HISTORY_ONLY = {"val_balanced_acc", "val_f1", "val_top5_acc"}
 
 
@@ -52,7 +53,7 @@ def _log_resume(run: Run, checkpoint: Checkpoint) -> None:
     logger.info("==== resumed from %s: %s of %d ====", checkpoint.path, at, len(run.train_loader))
     if checkpoint.changes:
         logger.info("settings changed: %s", "; ".join(checkpoint.changes))
-    draws = saved.get("draws", 1)  # which older files lack
+    draws = saved.get("draws", 1)  # older files lack it
     if draws != DRAWS and checkpoint.cfg.data.augment:
         logger.warning(
             f"random changes to images are drawn in a new way since this file was written"
@@ -133,7 +134,7 @@ def log_epoch(run: Run) -> None:
     )
     limit = DIVERGED * math.log(max(2, len(run.data.classes)))  # guessing has loss ln(classes)
     diverged = [row["epoch"] for row in state.history if row["val_loss"] > limit]
-    is_ours = run.cfg.loss.name in LOSSES  # by other functions the loss of guessing is unknown
+    is_ours = run.cfg.loss.name in LOSSES  # else the loss of guessing is unknown
     if is_ours and diverged[:1] == [state.epoch] and run.group.is_rank0:
         logger.warning(
             f"val_loss {row['val_loss']:.3g} is over {DIVERGED} times that of guessing: the run"

@@ -34,7 +34,7 @@ from cnn.records import figures, report
 from cnn.training.run import Run
 from cnn.utils.files import write_atomically
 
-PARTS = ("train", "val", "test", "")  # subfolders; the hyperparameters are in the folder itself
+PARTS = ("train", "val", "test", "")  # subfolders; "" is the folder itself, for hyperparameters
 
 
 class TensorBoard:
@@ -42,9 +42,9 @@ class TensorBoard:
 
     def __init__(self, run: Run):
         self.folder, self.run, self.state = run.folder.logs.tensorboard, run, run.state
-        self._files: dict[str, Path] = {}  # by part; none while the files lack part of the state
-        self._num_epochs, self._has_test = 0, False  # in the files
-        self._matrix_steps: set[int] = set()  # of the confusion matrices in the files
+        self._files: dict[str, Path] = {}  # the file of each part; {} if they have to be rewritten
+        self._num_epochs, self._has_test = 0, False  # what the files contain
+        self._matrix_steps: set[int] = set()  # the steps of the confusion matrices in the files
 
     def rewrite(self) -> None:
         """Replaces the event files by new ones that contain the whole history in the state.
@@ -86,7 +86,8 @@ class TensorBoard:
             settings and results for the HPARAMS page.
         """
         state, events = self.state, {part: [] for part in PARTS}
-        # Times are counted without the interruptions, whichever process continues the run.
+        # The time of an event is the start of the run and the seconds of its epochs, so that it does not
+        # depend on interruptions.
         started = datetime.fromisoformat(self.run.metadata["started"][:19]).timestamp()
         seconds = (row["seconds"] for row in state.history)
         times = list(itertools.accumulate(seconds, initial=started))
@@ -147,7 +148,7 @@ class TensorBoard:
 
         events, pre = [], self.run.data.preprocessing
         shape = (1, pre.channels, pre.image_size, pre.image_size)
-        # A model that cannot be traced has no graph. Tracing warns of shapes taken for constants.
+        # A model that cannot be traced has no graph. Tracing warns that shapes become constants.
         with (
             contextlib.suppress(Exception),
             contextlib.redirect_stdout(io.StringIO()),
@@ -166,10 +167,9 @@ class TensorBoard:
     # -- files ----------------------------------------------------------------------------------
 
     def _read_images(self, part: str) -> list[Event]:
-        """Returns the events in the files that contain the graph or a picture, up to the state's
-        step.
+        """Returns the events in the files that contain the graph or a picture.
 
-        An event that is in two files is returned once.
+        Events after the state's step are left out. An event that is in two files is returned once.
 
         Args:
             part: the subfolder of the files: "train", "val", "test", or "" for the folder itself.
@@ -198,10 +198,10 @@ class TensorBoard:
         now = time.time()
         start = [
             Event(wall_time=now, file_version="brain.Event:2"),
-            # Has a reader drop the events of the older files, which it may have read.
+            # This makes a reader drop the events of older files that it has read already.
             Event(wall_time=now, step=0, session_log=SessionLog(status=SessionLog.START)),
         ]
-        # TensorBoard reads files in the order of their names: nanoseconds sort after older seconds.
+        # TensorBoard reads files in the order of their names, which contain the time.
         path = self.folder / part / f"events.out.tfevents.{time.time_ns()}.{platform.node()}"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: write_events(file, [*start, *events]))
@@ -238,7 +238,7 @@ def image(tag: str, png: bytes, step: int) -> Event:
         png: the content of a PNG file.
         step: the number of optimizer steps taken.
     """
-    width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))  # PNG's header
+    width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))  # in PNG's header
     image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
     summary = Summary(value=[Summary.Value(tag=tag, image=image)])
     return Event(wall_time=time.time(), step=step, summary=summary)
@@ -260,5 +260,5 @@ def read_events(path: Path) -> Iterator[Event]:
 
     A crash may have cut off the end of the file. This is not an error.
     """
-    with contextlib.suppress(Exception):  # a torn file raises many kinds
+    with contextlib.suppress(Exception):  # a damaged file raises many kinds
         yield from LegacyEventFileLoader(str(path)).Load()

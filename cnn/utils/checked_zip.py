@@ -28,12 +28,13 @@ import torch
 from cnn.errors import Refused
 
 MARK = b"sha256 of all that has no CRC: "
-FIRST_MARK = b"sha256 of all before, as torch.save wrote it: "  # of the first format, data included
+# The mark of the first format, whose checksum covers the data of the members too.
+FIRST_MARK = b"sha256 of all before, as torch.save wrote it: "
 END_MARK = b"PK\x05\x06"
 END_BYTES = 22  # the zip file's end record; its last two bytes are the length of the comment
 LOCAL_HEADER_BYTES = 30  # its last four bytes are the lengths of the name and of an extra field
 
-# The objects that a pickle of tensors and plain values refers to.
+# The objects that a pickle of tensors and plain values may name.
 NUMBERS = "Float Double Half BFloat16 ComplexFloat ComplexDouble Bool Byte Char Short Int Long"
 ALLOWED = {
     "collections OrderedDict",
@@ -57,7 +58,7 @@ def write_archive(content: Any, file: IO[bytes]) -> None:
     """
     try:
         torch.save(content, file)
-    except RuntimeError as error:  # torch's own, raised while it handles the system's
+    except RuntimeError as error:  # torch raises it while it handles an OSError
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -150,7 +151,7 @@ def _open(path: Path) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]:
         raise Refused(f"{path}: cannot be read: {error.strerror or error}") from None
     except zipfile.BadZipFile as error:
         raise Refused(f"{path}: damaged: the file is cut off or changed: {error}") from None
-    except pickle.UnpicklingError:  # torch's message would advise to load it all the same
+    except pickle.UnpicklingError:  # torch's message advises to load it anyway
         raise Refused(f"{path}: not opened: it does not read as tensors and plain values") from None
     except Exception as error:  # noqa: BLE001  zipfile and torch raise many kinds for a strange file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -262,5 +263,5 @@ def _check_pickle(path: Path, pickled: bytes) -> None:
             named = str(argument or opcode.name).replace(" ", ".")
             fault = f"holds a Python object that a checkpoint has no use for ({named})"
             raise Refused(f"{path}: {fault}; not opened, since such a file can run code")
-        if "PUT" in opcode.name and argument > len(pickled):  # which takes memory
+        if "PUT" in opcode.name and argument > len(pickled):  # it would take memory
             raise Refused(f"{path}: damaged: its pickle numbers more values than it has")

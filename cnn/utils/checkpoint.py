@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 Paths = tuple[Path, ...]
 
-STRUCTURE_HASH = "outline"  # its key in a checkpoint
-FORMAT = 1  # of the content; counted up when an earlier version could not read it
+STRUCTURE_HASH = "outline"  # the key of the structure's hash in a checkpoint
+FORMAT = 1  # the version of the content; raised when earlier code cannot read the new one
 
 
 def load_checkpoint(path: Path, option: str = "--resume") -> dict[str, Any]:
@@ -192,7 +192,7 @@ def _check_kind(path: Path, content: Any) -> None:
         raise Refused(f"{path}: expected a checkpoint of train.py, got {kind}")
     is_state = bool(content) and all(isinstance(value, torch.Tensor) for value in content.values())
     of_training = {"optimizer_state_dict", "step"} & content.keys()
-    if is_state or ("model_state_dict" in content and not of_training):  # export.py's
+    if is_state or ("model_state_dict" in content and not of_training):  # export.py writes it
         advice = f"to begin a new run from them, say model.weights={path}"
         raise Refused(f"{path}: weights alone, without the state of a run; {advice}")
     version = content.get("format")
@@ -298,12 +298,12 @@ class CheckpointWriter:
         try:
             if self.pending_best is content:
                 also = (self._best_path, *also)
-            elif self.pending_best is not None:  # before last.pth, which refers to it
+            elif self.pending_best is not None:  # first, since last.pth refers to it
                 save_checkpoint(self.pending_best, self._best_path)
                 self.pending_best = None
             save_checkpoint(content, path, also)
             self.pending_best = self.failure = None
-        except Exception as error:  # noqa: BLE001  training can continue whatever it is
+        except Exception as error:  # noqa: BLE001  training can continue anyway
             reason = getattr(error, "strerror", None) or describe(error)
             self.failure = f"{path}: {reason}; {_space(content, path)}"
             effect = "The file of before is kept, training goes on, the next save tries again"
@@ -324,7 +324,7 @@ def _space(content: dict[str, Any], path: Path) -> str:
         path: the path of the checkpoint. The free space is measured on the disk of its folder.
     """
     free = ""
-    with contextlib.suppress(OSError):  # the folder is removed
+    with contextlib.suppress(OSError):  # the folder may be removed
         free = f", {path.parent} has {_size(shutil.disk_usage(path.parent).free)} free"
     return f"it needs {_size(estimate_bytes(content))}{free}"
 

@@ -19,7 +19,7 @@ CONTAINERS = (dict, list, tuple)
 MAX_DEPTH = 50
 MAX_INT = 2**63
 
-# The tensors of a checkpoint have one of these; `checked_zip` reads no others.
+# Every tensor of a checkpoint has one of these dtypes. `checked_zip` reads no others.
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 DTYPES = (*FLOATS, *INTEGERS, torch.complex64, torch.complex128)
@@ -64,7 +64,7 @@ PLAIN = Leaf("plain values", is_plain)
 NULL = Leaf("null", lambda value: value is None)
 TEXT = Leaf("text", lambda value: type(value) is str)
 WHOLE = Leaf("a whole number of at least 0", lambda v: type(v) is int and 0 <= v < MAX_INT)
-NUMBER = Leaf("a number", lambda v: type(v) in (int, float) and v >= -math.inf)  # and not NaN
+NUMBER = Leaf("a number", lambda v: type(v) in (int, float) and v >= -math.inf)  # NaN does not match
 AMOUNT = Leaf("a finite number of at least 0", is_amount)
 METRIC = Leaf("a number or null", lambda value: type(value) in (int, float, NoneType))
 TENSOR = Leaf("a tensor", lambda value: isinstance(value, torch.Tensor))
@@ -109,9 +109,9 @@ CHECKPOINT = {
     "history": [EPOCH | {"*": METRIC}],
     "test": (NULL, {"*": METRIC}),
     "predictions?": {"val?": PREDICTIONS, "test?": PREDICTIONS},
-    "*": PLAIN,  # of a later version
+    "*": PLAIN,  # entries of a later version
 }
-# What is left of a checkpoint that is read without its tensors.
+# The entries of a checkpoint that is read without its tensors.
 METADATA = {key: kind for key, kind in CHECKPOINT.items() if not key.rstrip("?").endswith("_dict")}
 METADATA |= {"unfinished_epoch": {"batch": WHOLE, "*": ANY}, "predictions?": ANY}
 
@@ -246,7 +246,7 @@ def _check_value(tree: Any, key: str, depth: int, seen: set[int]) -> None:
         if fault is not None:
             raise InvalidValue(f"{key}: expected a plain tensor, got {fault}")
     elif isinstance(tree, CONTAINERS):
-        # A container met twice, or inside of itself, could take endless time to walk.
+        # A container that occurs twice, or inside itself, could take endless time to check.
         if (id(tree) in seen and len(tree)) or depth > MAX_DEPTH:
             raise InvalidValue(f"{key}: not a tree of plain values")
         seen.add(id(tree))
@@ -271,7 +271,7 @@ def _fault_of(tensor: torch.Tensor) -> str | None:
         return "a conjugated or negated view"
     if tensor.dtype not in DTYPES:
         return f"one of {_name_of(tensor.dtype)}, which is not kept"
-    reached = 0  # offset of the last number in the dimensions of smaller strides
+    reached = 0  # offset of the last element within the dimensions of smaller strides
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= reached:
             return "one whose numbers overlap in memory"

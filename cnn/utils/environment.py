@@ -20,7 +20,7 @@ from cnn.utils.launch import Launch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Where one of these differs, a run repeats itself only up to rounding. numpy is among them because
+# If one of these differs, a run is repeated only up to rounding. numpy is among them because
 # it shuffles the images and draws their augmentations.
 BITS_DEPEND_ON = ("torch", "numpy", "device", "cpu", "threads", "precision", "world_size")
 
@@ -146,7 +146,7 @@ def git_commit() -> str | None:
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return None
-    # Without optional locks: killed in the middle, git would leave .git/index.lock behind.
+    # With optional locks, a git that is killed would leave .git/index.lock behind.
     git = ["git", "--no-optional-locks", "-C", str(folder)]
     words = ["describe", "--always", "--dirty=+", "--exclude=*"]
     try:

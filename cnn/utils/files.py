@@ -13,7 +13,7 @@ from cnn.errors import Failed
 
 logger = logging.getLogger(__name__)
 
-TEMPORARY = ".cnn.tmp"  # suffix of our unfinished files; the user's own .tmp files are left alone
+TEMPORARY = ".cnn.tmp"  # suffix of temporary files; the user's .tmp files have another one
 
 
 def write_atomically(

@@ -32,7 +32,7 @@ def garbage_collection_paused() -> Iterator[None]:
     finally:
         gc.enable()
         if is_first:
-            gc.freeze()  # so that no later collection searches these objects either
+            gc.freeze()  # later collections do not search these objects either
 
 
 def is_outside_code(path: str) -> bool:
@@ -51,7 +51,7 @@ def is_outside_code(path: str) -> bool:
     except (ImportError, ValueError):
         return True
     if spec is None:
-        return False  # nowhere: import_object will refuse it
+        return False  # there is no such module, so import_object will refuse it
     if top in sys.stdlib_module_names or top in OURS:
         return True
     places = [*(spec.submodule_search_locations or ()), *([spec.origin] * spec.has_location)]

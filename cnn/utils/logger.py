@@ -10,7 +10,7 @@ from tqdm import tqdm
 from cnn.utils.files import warn_unwritten
 from cnn.utils.screen import LINES, escape_unprintable
 
-# Messages of INFO are shown from these; from other libraries, only warnings and errors.
+# The loggers whose INFO messages are shown. Other libraries show only warnings and errors.
 NAMES = ("cnn", "train", "py.warnings")
 
 
@@ -45,7 +45,7 @@ class _File(logging.FileHandler):
     """
 
     def __init__(self, path: Path, prefix: str):
-        # Other ranks than 0, which have a prefix, create the file only when they have a message.
+        # Ranks other than 0 have a prefix. They create the file only when they have a message.
         delay = bool(prefix)
         super().__init__(path, mode="a", encoding="utf-8", delay=delay, errors="backslashreplace")
         self.setFormatter(_Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s"))
@@ -83,7 +83,7 @@ class Log:
         self._before = (self.root.level, list(self.root.handlers))
         self._buffer = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
         self._file: logging.FileHandler | None = None
-        tqdm.get_lock()  # created now: later, a signal could interrupt that
+        tqdm.get_lock()  # created now, since a signal could interrupt it later
         console = _Console()
         console.setFormatter(_Formatter(f"{self._prefix}%(message)s"))
         self.root.handlers = [console, self._buffer]

@@ -3,12 +3,12 @@
 import contextlib
 import ctypes
 
-# Numbers of glibc's malloc.h
+# The numbers of these options in glibc's malloc.h
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
-# Bytes. Larger blocks are returned to the system: keeping them too would save 5 % of the time, and
-# take 15 % more memory, since later blocks do not fit into their holes.
+# In bytes. Larger blocks are returned to the system. Keeping them too would save 5 % of the time but
+# take 15 % more memory, since later blocks do not fit where they were.
 LARGEST_KEPT = 20 * 2**20
 
 

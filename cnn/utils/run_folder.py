@@ -24,8 +24,9 @@ LAST = "last.pth"
 
 OWNER, LOCK = ".run.json", ".run.lock"
 ARCHIVE = "archive"
-UNFINISHED = ".unfinished"  # in checkpoints/archive/, while files are moved: the target's name
-PATIENCE = 10.0  # seconds; loader processes notice within 5 that their run was killed
+# A file in checkpoints/archive/ that exists while files are moved. It contains the new folder's name.
+UNFINISHED = ".unfinished"
+PATIENCE = 10.0  # seconds; loader processes notice within 5 seconds that their run was killed
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class RunFolder:
         self.checkpoints = root / "checkpoints" / (name or "")
         self.last = self.checkpoints / LAST
         self.best = self.checkpoints / "best.pth"
-        self.best_hparams = root / "configs" / "best_hparams"  # of all runs
+        self.best_hparams = root / "configs" / "best_hparams"  # common to all runs
         self._lock: Any = None  # a FileLock
         self._made: list[Path] = []  # folders that this process created
 
@@ -99,7 +100,7 @@ class RunFolder:
         try:
             self._make(self.checkpoints)
             self._acquire()
-            self._make(self.logs.folder)  # after the lock: nobody else creates or removes it now
+            self._make(self.logs.folder)  # with the lock, no other process creates or removes it
             self._put_back()
             owner = {
                 "process": os.getpid(),
@@ -133,7 +134,7 @@ class RunFolder:
         Raises:
             Refused: another process has the lock. The message names the process if it is known.
         """
-        from filelock import FileLock, Timeout  # imported here: it takes as long as the rest
+        from filelock import FileLock, Timeout  # imported here, since it takes long
 
         self._lock = FileLock(self.checkpoints / LOCK)
         deadline = time.monotonic() + PATIENCE
@@ -248,7 +249,7 @@ class RunFolder:
             self._put_back()
             raise
         unfinished.unlink()
-        sync_folder(unfinished.parent)  # so that no power failure brings it back
+        sync_folder(unfinished.parent)  # a power failure then does not bring it back
         return name
 
     def _put_back(self) -> None:
@@ -323,8 +324,8 @@ def _living_owner(checkpoints: Path) -> dict[str, Any] | None:
         text = (checkpoints / OWNER).read_text(encoding="utf-8")
         owner = {"command": "?", "since": "?", **json.loads(text)}
         if owner["machine"] != platform.node() or os.name == "nt":
-            return owner  # it cannot be checked from here; the run removes the file at its end
-        if type(owner["process"]) is not int or owner["process"] < 1:  # else groups of processes
+            return owner  # it cannot be checked here; the run removes the file when it ends
+        if type(owner["process"]) is not int or owner["process"] < 1:  # groups of processes
             return None
         with contextlib.suppress(PermissionError):
             os.kill(owner["process"], 0)

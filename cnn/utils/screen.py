@@ -8,8 +8,8 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 
-LINES = "\n\t"  # control characters that our own text contains
-MAX_NAME = 22  # columns of a class name
+LINES = "\n\t"  # control characters that this project's messages contain
+MAX_NAME = 22  # the most columns that a class name takes
 
 
 def display_width(text: str) -> int:
@@ -17,7 +17,7 @@ def display_width(text: str) -> int:
     return sum(
         2 if unicodedata.east_asian_width(letter) in "WF" else 1
         for letter in text
-        if unicodedata.category(letter) not in ("Mn", "Me", "Cf")  # combined with the letter before
+        if unicodedata.category(letter) not in ("Mn", "Me", "Cf")  # they take no column
     )
 
 
@@ -80,7 +80,7 @@ def write_stdout(text: str) -> None:
     Raises:
         SystemExit: stdout is a pipe whose reader has closed it. The exit status is 141.
     """
-    from tqdm import tqdm  # imported here: it takes a third of the time of a refusal
+    from tqdm import tqdm  # imported here: a refusal would take half as long again
 
     try:
         tqdm.write(escape_unprintable(text, keep=LINES), sys.stdout, end="")

@@ -13,11 +13,12 @@ from cnn.errors import Refused, Stopped
 
 T = TypeVar("T")
 
-# Ctrl-C; a scheduler's time limit; its warning before that; a closed terminal or lost connection.
+# Sent by Ctrl-C, by a scheduler at the time limit and before it, and when a terminal is closed.
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 NUMBERS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows lacks two
 
-PARENT = "CNN_PARENT"  # environment variable: the read end of a pipe that the parent holds open
+# An environment variable: the descriptor of the read end of a pipe, whose other end the parent has.
+PARENT = "CNN_PARENT"
 
 
 class StopSignals:
@@ -96,7 +97,9 @@ class StopSignals:
 
     def _handle(self, number: int, _: types.FrameType | None) -> None:
         if self.is_outcome_known or os.getpid() != self._process:
-            return  # too late; or a loader process has just been forked: its parent has it too
+            # It is too late, or this is a loader process that was just forked. The parent of that
+            # process receives the signal too.
+            return
         if self.received == number == signal.SIGINT:
             os._exit(128 + number)
         self.received = number
@@ -163,7 +166,7 @@ def stop_with_parent() -> None:
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
     if PARENT in os.environ:
-        pipe = int(os.environ.pop(PARENT))  # not for processes that this one starts
+        pipe = int(os.environ.pop(PARENT))  # child processes shall not inherit it
         threading.Thread(target=watch, daemon=True).start()
 
 
