@@ -253,7 +253,7 @@ def draw_images(images: Sequence[np.ndarray], labels: Sequence[str]) -> "Figure"
     figure = Figure(figsize=(IMAGES_PER_ROW * 1.1, rows * 1.3), layout="constrained")
     for axes in figure.subplots(rows, IMAGES_PER_ROW, squeeze=False).flat:
         axes.set_axis_off()
-    for axes, image, label in zip(figure.axes, images, labels, strict=False):  # some axes stay empty
+    for axes, image, label in zip(figure.axes, images, labels, strict=False):  # some stay empty
         axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
         axes.set_title(shorten_name(label), fontsize=8)
     return figure

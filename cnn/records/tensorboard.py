@@ -86,8 +86,8 @@ class TensorBoard:
             settings and results for the HPARAMS page.
         """
         state, events = self.state, {part: [] for part in PARTS}
-        # The time of an event is the start of the run and the seconds of its epochs, so that it does not
-        # depend on interruptions.
+        # The time of an event is the start of the run plus the seconds of its epochs, so that
+        # interruptions do not count.
         started = datetime.fromisoformat(self.run.metadata["started"][:19]).timestamp()
         seconds = (row["seconds"] for row in state.history)
         times = list(itertools.accumulate(seconds, initial=started))

@@ -64,7 +64,7 @@ PLAIN = Leaf("plain values", is_plain)
 NULL = Leaf("null", lambda value: value is None)
 TEXT = Leaf("text", lambda value: type(value) is str)
 WHOLE = Leaf("a whole number of at least 0", lambda v: type(v) is int and 0 <= v < MAX_INT)
-NUMBER = Leaf("a number", lambda v: type(v) in (int, float) and v >= -math.inf)  # NaN does not match
+NUMBER = Leaf("a number", lambda v: type(v) in (int, float) and v >= -math.inf)  # but not NaN
 AMOUNT = Leaf("a finite number of at least 0", is_amount)
 METRIC = Leaf("a number or null", lambda value: type(value) in (int, float, NoneType))
 TENSOR = Leaf("a tensor", lambda value: isinstance(value, torch.Tensor))

@@ -7,8 +7,8 @@ import ctypes
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
-# In bytes. Larger blocks are returned to the system. Keeping them too would save 5 % of the time but
-# take 15 % more memory, since later blocks do not fit where they were.
+# In bytes. Larger blocks are returned to the system. Keeping them too would save 5 % of the time
+# but take 15 % more memory, since later blocks do not fit where they were.
 LARGEST_KEPT = 20 * 2**20
 
 

@@ -24,7 +24,7 @@ LAST = "last.pth"
 
 OWNER, LOCK = ".run.json", ".run.lock"
 ARCHIVE = "archive"
-# A file in checkpoints/archive/ that exists while files are moved. It contains the new folder's name.
+# A file in checkpoints/archive/ that exists while files are moved, with the new folder's name.
 UNFINISHED = ".unfinished"
 PATIENCE = 10.0  # seconds; loader processes notice within 5 seconds that their run was killed
 

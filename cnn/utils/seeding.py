@@ -12,7 +12,7 @@ import random
 import numpy as np
 import torch
 
-# The purpose of a draw is hashed too, so that the dropout of step 3 and the order of epoch 3 differ.
+# The purpose of a draw is hashed too, so that step 3's dropout and epoch 3's order differ.
 INIT, ORDER, SAMPLE, STEP, SPLIT, EVALUATE, AUGMENT = range(1, 8)
 
 _MASK = 2**64 - 1
