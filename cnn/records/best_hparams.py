@@ -25,11 +25,11 @@ LOCK_SECONDS = 60.0  # to wait for another process, which needs the lock for mil
 
 
 def file_of(cfg: Config, folder: Path) -> Path:
-    """Returns the path of the file with the best settings for the model and data of these settings.
+    """Returns the path of the file with the best settings for the model and data of `cfg`.
 
-    The name is MODEL_DATA.yaml, or MODEL_DATA_TAG.yaml if data.tag is set. All folders of images
-    have the data name "folder" and all tables have "csv". For these, the tag takes the place of
-    DATA.
+    The name is MODEL_DATA.yaml, or MODEL_DATA_TAG.yaml if the setting data.tag is not None. All
+    folders of images have the data name "folder", and all tables have "csv". For these, the tag
+    takes the place of DATA.
 
     Args:
         folder: the folder of the file, configs/best_hparams.
@@ -46,7 +46,7 @@ def update(
 ) -> Path | None:
     """Writes the settings and results of a run to their file if they are the best so far.
 
-    They replace the file only if its result is by the same metric and is worse.
+    An existing file is replaced only if its result is by the same metric and is worse.
 
     Args:
         folder: the folder of the file, configs/best_hparams. It is created if it is missing.
@@ -56,7 +56,7 @@ def update(
         test: the metrics of the final test.
 
     Returns:
-        The path of the file, or None if it is left as it is.
+        The path of the file, or None if an existing file is left as it is.
 
     Raises:
         ValueError: there is a file, but its best_metrics cannot be read.
@@ -90,7 +90,7 @@ def update(
 def _is_beaten(path: Path, earlier: dict[str, Any], best: dict[str, Any]) -> bool:
     """Returns whether a run's best epoch is better than the result in a file, by the same metric.
 
-    If the two metrics differ, it logs so and returns False.
+    If they are by different metrics, a line is logged and the answer is False.
 
     Args:
         path: the path of the file, for the log.

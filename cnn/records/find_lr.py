@@ -62,8 +62,9 @@ def train_with_rising_lr(run: Run) -> tuple[list[float], list[float]]:
     It ends earlier if the smoothed loss is not finite or is above 4 times its lowest value.
 
     Returns:
-        The learning rate of each step, and the smoothed loss of each step: the exponential mean of
-        the losses so far, corrected for its bias to 0 as in Adam (Kingma and Ba, ICLR 2015).
+        Two lists with an entry per step: the learning rates and the smoothed losses. The smoothed
+        loss is the exponential mean of the losses so far, corrected for its bias to 0 as in Adam
+        (Kingma and Ba, ICLR 2015). The step that ends the training early is left out.
     """
     lrs, losses, state = [], [], run.state
     mean = 0.0

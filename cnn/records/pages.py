@@ -45,10 +45,12 @@ def class_rows(matrix: np.ndarray, classes: list[str]) -> tuple[list[list[str]],
 
     Args:
         matrix: the confusion matrix, integers (classes, classes), with a row per label.
+        classes: the names of the classes, in the order of the matrix.
 
     Returns:
-        A row per class, and two more rows: the mean over the classes, and the mean weighted by the
-        number of images per class. A row is a list of texts.
+        Two lists of rows, where a row is a list of texts. The first list has a row per class. The
+        second one has two rows: the mean over the classes, and the mean weighted by the number of
+        images per class.
     """
     values = scores.per_class(matrix)
     support = values.pop("support")

@@ -100,7 +100,7 @@ class Report:
     # -- the page -------------------------------------------------------------------------------
 
     def _content(self) -> dict[str, Any]:
-        """Returns everything that the page shows, by the names that report.jinja uses."""
+        """Returns all values that the page shows, by the names that report.jinja uses."""
         cfg, history, data = self.run.cfg, self.state.history, self.run.data
         columns = list(history[-1])
         counts = [[*data.classes, "all"]]  # a list per column
@@ -126,9 +126,9 @@ class Report:
         }
 
     def _headline(self) -> dict[str, Any]:
-        """Returns what the top of the page shows, by the names that report.jinja uses.
+        """Returns the values at the top of the page, by the names that report.jinja uses.
 
-        It is the result so far, the accuracy of always predicting the most frequent class, the
+        These are the results so far, the accuracy of always predicting the most frequent class, the
         progress, and the command that trains with these settings.
         """
         state, data = self.state, self.run.data
@@ -151,10 +151,11 @@ class Report:
         }
 
     def _evaluation(self, split: str) -> dict[str, Any]:
-        """Returns what the page shows of an evaluation, by the names that report.jinja uses.
+        """Returns the values that the page shows of an evaluation, by the names that report.jinja
+        uses.
 
-        It is the confusion matrix, the classes that are most often confused, and the metrics per
-        class.
+        These are the confusion matrix, the classes that are most often confused, and the metrics
+        per class.
 
         Args:
             split: "val" for the validation of the best epoch, or "test" for the final test.

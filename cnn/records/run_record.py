@@ -43,7 +43,7 @@ class RunRecord:
         """Returns the row of `history` that is best by the monitored metric.
 
         Returns:
-            {} if no row has the metric.
+            The row, or {} if no row has the metric.
         """
         rows = [row for row in self.history if row.get(self.monitor) is not None]
         choose = min if mode(self.monitor) == "min" else max
@@ -54,8 +54,8 @@ def read_run(where: str) -> RunRecord:
     """Reads the files of a run.
 
     Args:
-        where: the name of the run, such as "first", its folder, such as "logs/first", or a folder
-            that contains the run's logs folder.
+        where: the name of the run, such as "first", or its folder, such as "logs/first". For a run
+            without a name, it may also be the folder that contains logs.
 
     Raises:
         Refused: there is no run, or its files cannot be read.

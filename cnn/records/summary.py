@@ -24,8 +24,8 @@ from cnn.utils.screen import escape_unprintable
 logger = logging.getLogger(__name__)
 
 MAX_LISTED = 140  # the most characters of the line with the number of images per class
-# A run diverges if its loss is this many times the loss of guessing. For a model that learns nothing,
-# or overfits, it stays below 100 times.
+# A run diverges if its loss is this many times the loss of guessing. For a model that learns
+# nothing, or overfits, it stays below 100 times.
 DIVERGED = 1000
 # Metrics that are in history.csv and not in the log's line on an epoch.
 HISTORY_ONLY = {"val_balanced_acc", "val_f1", "val_top5_acc"}

@@ -141,7 +141,7 @@ def git_commit() -> str | None:
     The plus sign means that files differ from the commit.
 
     Returns:
-        None if the code is not in a git repository or git fails.
+        The commit, or None if the code is not in a git repository or git fails.
     """
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():

@@ -40,7 +40,7 @@ def state_preserved(*modules: nn.Module) -> Iterator[None]:
 
 
 def load_state(module: nn.Module, state: dict[str, Any], *, strict: bool = True) -> None:
-    """Loads a state dict into a module, whatever version numbers it contains or lacks.
+    """Loads a state dict into a module, and ignores the version numbers in it.
 
     `nn.Module.load_state_dict` would take a state dict without version numbers, such as one from a
     checkpoint of this project, for one of an old version of PyTorch. Here all submodules are

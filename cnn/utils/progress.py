@@ -18,7 +18,7 @@ T = TypeVar("T")
 def show_progress(
     items: Iterable[T], label: str, total: int, done: int = 0, every_seconds: float = 30.0
 ) -> Iterator[T]:
-    """Yields the items, and shows how many of them were taken in a bar or in the log.
+    """Yields the items, and shows in a bar or in the log how many of them were taken.
 
     The bar is shown on rank 0 if stderr is a terminal. Otherwise, log lines show the progress.
 

@@ -127,9 +127,10 @@ class RunFolder:
     def _acquire(self) -> None:
         """Takes the lock of the folders.
 
-        If another process has the lock but its name is not in the file OWNER, this waits for up to
-        10 seconds. Either that process has taken the lock an instant ago and has not written OWNER
-        yet, or it was killed, and its loader processes keep the lock for a few seconds more.
+        If another process has the lock but the file .run.json does not name a living process, this
+        waits for up to 10 seconds. Either the other process has taken the lock an instant ago and
+        has not written the file yet, or it was killed, and its loader processes keep the lock for a
+        few seconds more.
 
         Raises:
             Refused: another process has the lock. The message names the process if it is known.
@@ -308,13 +309,13 @@ def is_running(logs: Path) -> bool:
 
 
 def _living_owner(checkpoints: Path) -> dict[str, Any] | None:
-    """Returns the entries of the file OWNER if the process that wrote it is alive.
+    """Returns the content of the file .run.json if the process that wrote it is alive.
 
     That process writes the files of a run. It cannot be checked if it runs on another machine or on
     Windows; it then counts as alive.
 
     Args:
-        checkpoints: the checkpoint folder of the run.
+        checkpoints: the checkpoint folder of the run, which contains the file.
 
     Returns:
         {"process": its id, "machine": ..., "since": ..., "command": ...}, or None if there is no
