@@ -151,8 +151,7 @@ class Report:
         }
 
     def _evaluation(self, split: str) -> dict[str, Any]:
-        """Returns the values that the page shows of an evaluation, by the names that report.jinja
-        uses.
+        """Returns what the page shows of an evaluation, by the names that report.jinja uses.
 
         These are the confusion matrix, the classes that are most often confused, and the metrics
         per class.

@@ -79,7 +79,7 @@ class TensorBoard:
     def _new_events(self) -> dict[str, list[Event]]:
         """Returns the events for what is in the state but not in the event files yet.
 
-        From then on, they count as written.
+        After this call, they count as written.
 
         Returns:
             A list of events for each of "train", "val", "test" and "". The last one has the

@@ -158,7 +158,7 @@ def check_content(content: dict[str, Any]) -> None:
 
 
 def check(value: Any, kind: Any, key: str = "") -> None:
-    """Checks that a value, with everything nested in it, is of a kind.
+    """Checks a value, and everything nested in it, against a kind or a table of kinds.
 
     Args:
         kind: a `Leaf`, or a table: a dict maps keys to kinds, a list contains the kind of all

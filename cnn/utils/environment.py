@@ -157,7 +157,7 @@ def git_commit() -> str | None:
 
 
 def environment_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns what has changed between two environments and may change the bits of the results.
+    """Returns what differs between two environments and may change the bits of the results.
 
     Args:
         then: the environment in a checkpoint, as `describe` returned it.
