@@ -143,7 +143,7 @@ def train(
         summary.write(run, checkpoint)
 
     with open_records(run) as records, Saver(run, stop) as saver:
-        while not run.is_finished():
+        while not run.state.is_finished(cfg.train):
             train_epoch(run, saver)
             records.write()
             summary.log_epoch(run)

@@ -1,6 +1,6 @@
-"""configs/best_hparams/MODEL_DATA[_TAG].yaml: the best settings yet for a model and data.
+"""configs/best_hparams/MODEL_DATA[_TAG].yaml: the best settings so far for a model and data.
 
-`--config` takes such a file again and skips the results that it records.
+`--config` reads the settings from such a file and ignores the results that the file contains too.
 """
 
 import logging
@@ -20,14 +20,19 @@ from cnn.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 
-MAX_EARLIER = 10  # earlier bests that a file keeps
-LOCK_SECONDS = 60.0  # to wait for another process, which holds the lock for milliseconds
+MAX_EARLIER = 10  # the most earlier results that a file keeps
+LOCK_SECONDS = 60.0  # to wait for another process, which needs the lock for milliseconds
 
 
 def file_of(cfg: Config, folder: Path) -> Path:
-    """Returns the file for the model and data of these settings.
+    """Returns the path of the file with the best settings for the model and data of `cfg`.
 
-    All folders and tables are called alike: there the tag takes the place of the data's name.
+    The name is MODEL_DATA.yaml, or MODEL_DATA_TAG.yaml if the setting data.tag is not None. All
+    folders of images have the data name "folder", and all tables have "csv". For these, the tag
+    takes the place of DATA.
+
+    Args:
+        folder: the folder of the file, configs/best_hparams.
     """
     names = [cfg.model.name, cfg.data.name, cfg.data.tag or ""]
     if cfg.data.tag and cfg.data.name in ("folder", "csv"):
@@ -39,19 +44,26 @@ def file_of(cfg: Config, folder: Path) -> Path:
 def update(
     folder: Path, cfg: Config, best: dict[str, Any], metrics: Metrics, test: Metrics
 ) -> Path | None:
-    """Replaces the file if this result is better than the one it holds, by the same metric.
+    """Writes the settings and results of a run to their file if they are the best so far.
+
+    An existing file is replaced only if its result is by the same metric and is worse.
 
     Args:
+        folder: the folder of the file, configs/best_hparams. It is created if it is missing.
+        cfg: the settings of the run.
         best: {"metric", "value", "epoch"} of the run's best epoch.
-        metrics: the validation metrics of that epoch.
+        metrics: the validation metrics of the best epoch.
         test: the metrics of the final test.
 
     Returns:
-        The file, or None where it stays as it is.
+        The path of the file, or None if an existing file is left as it is.
+
+    Raises:
+        ValueError: there is a file, but its best_metrics cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = file_of(cfg, folder)
-    cfg = with_values(cfg, run=None, device="auto")  # where it ran, not how
+    cfg = with_values(cfg, run=None, device="auto")  # these say where it ran, not how
     head = (
         "# yaml-language-server: $schema=../schema.json\n"
         f"# The best of {cfg.model.name} on {cfg.data.name} yet, by {best['metric']}."
@@ -76,7 +88,15 @@ def update(
 
 
 def _is_beaten(path: Path, earlier: dict[str, Any], best: dict[str, Any]) -> bool:
-    """Returns whether `best` is better by the same metric; logs that metrics differ."""
+    """Returns whether a run's best epoch is better than the result in a file, by the same metric.
+
+    If they are by different metrics, a line is logged and the answer is False.
+
+    Args:
+        path: the path of the file, for the log.
+        earlier: {"monitor", "value", ...} from the file, where "monitor" is the name of the metric.
+        best: {"metric", "value", "epoch"} of the run's best epoch.
+    """
     monitor, metric = earlier["monitor"], best["metric"]
     if monitor == metric:
         return improves(metric, best["value"], earlier["value"])
@@ -88,7 +108,12 @@ def _is_beaten(path: Path, earlier: dict[str, Any], best: dict[str, Any]) -> boo
 
 
 def best_result(path: Path) -> tuple[str, float] | None:
-    """Reads the metric and its value from a file; None where there is no such file."""
+    """Reads the result in a file of best settings.
+
+    Returns:
+        The name of the metric and its value, such as ("val_acc", 0.98), or None if there is no such
+        file or it cannot be read.
+    """
     try:
         best = _read(path)["best_metrics"]
     except (OSError, ValueError, TypeError):
@@ -97,10 +122,10 @@ def best_result(path: Path) -> tuple[str, float] | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Returns the content of a file, or None where there is none.
+    """Returns the content of a file of best settings, or None if there is no file.
 
     Raises:
-        ValueError: the file holds no best_metrics, since someone has changed it.
+        ValueError: the file contains no readable best_metrics, because someone has changed it.
     """
     if not path.exists():
         return None
@@ -116,7 +141,16 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _history(cfg: Config, earlier: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the earlier bests, latest first, each with its settings that differ from `cfg`."""
+    """Returns the earlier best results of a file, the latest first.
+
+    Args:
+        cfg: the settings that are now the best.
+        earlier: the content of the file so far.
+
+    Returns:
+        At most `MAX_EARLIER` entries. The first one is the result in `earlier`, with those of its
+        settings that differ from `cfg`.
+    """
     best, now = earlier["best_metrics"], config.flat(config.to_dict(cfg))
     settings = config.flat({key: v for key, v in earlier.items() if key not in RECORDS})
     entry = {

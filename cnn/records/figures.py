@@ -1,4 +1,4 @@
-"""Figures, drawn with matplotlib's Figure objects: no window, no global state.
+"""Figures that are drawn with matplotlib's Figure objects, without windows or global state.
 
 An SVG takes the colours of the page around it (`currentColor`), so that it suits light and dark
 pages; a PNG is dark on white.
@@ -32,7 +32,7 @@ MAX_CLASSES_WITH_NUMBERS, MAX_CLASSES_WITH_NAMES = 20, 120
 IMAGES_PER_ROW = 8
 STYLE = Path(__file__).with_name("templates") / "figures.mplstyle"
 
-# Fonts for PNGs: the first of these that is installed draws what DejaVu Sans lacks.
+# The first of these fonts that is installed draws the letters that DejaVu Sans lacks, in a PNG.
 CJK_FONTS = (
     "Noto Sans CJK SC, Noto Sans SC, Source Han Sans SC, WenQuanYi Micro Hei, SimHei,"
     " Microsoft YaHei, PingFang SC, Hiragino Sans GB, Arial Unicode MS, Noto Sans CJK JP"
@@ -46,11 +46,13 @@ def is_available() -> bool:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart.
+    """A curve of a chart.
 
     Attributes:
-        label: its name in the legend; None: not in the legend.
-        ys: the values; None where one is undefined.
+        label: the name of the curve in the legend, or None to leave it out of the legend.
+        xs: the x coordinates, such as epochs.
+        ys: a value per x coordinate. None leaves a gap in the curve.
+        colour: the colour in hexadecimal, such as "#3b82d6".
     """
 
     label: str | None
@@ -62,11 +64,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart with its curves, over epochs unless `xlabel` names another axis.
+    """A chart with its curves.
 
     Attributes:
-        marks: places on the x axis where a dotted line is drawn.
+        marks: the x coordinates of vertical dotted lines.
         mark_label: the name of these lines in the legend.
+        xlabel: the label of the x axis.
+        xscale: the scale of the x axis, "linear" or "log".
     """
 
     title: str
@@ -81,9 +85,13 @@ class Panel:
 
 
 def svg(draw: Callable[..., "Figure"], *args, **kwargs) -> str:
-    """Returns the figure that `draw(*args, **kwargs)` draws as an <svg> element.
+    """Returns a figure as an <svg> element for an HTML page.
 
-    Text stays text, in the font of the page.
+    Text stays text, in the font of the page. Lines and text have the colours of the page.
+
+    Args:
+        draw: a function that returns the figure, such as `draw_panels`. It is called with the
+            arguments that follow.
     """
     with _style(SVG_INK, SVG_GRID):
         figure, file = draw(*args, **kwargs), io.StringIO()
@@ -96,12 +104,17 @@ def svg(draw: Callable[..., "Figure"], *args, **kwargs) -> str:
 
 
 def panel_svgs(panels: Sequence[Panel]) -> list[str]:
-    """Returns an <svg> element for each panel."""
+    """Returns an <svg> element for each panel, to be put into an HTML page."""
     return [svg(draw_panels, [panel], width=4.8, height=3.0) for panel in panels]
 
 
 def png(draw: Callable[..., "Figure"], *args, **kwargs) -> bytes:
-    """Returns the figure that `draw(*args, **kwargs)` draws as a PNG file."""
+    """Returns a figure as the content of a PNG file.
+
+    Args:
+        draw: a function that returns the figure, such as `draw_panels`. It is called with the
+            arguments that follow.
+    """
     with _style(PNG_INK, PNG_GRID):
         figure, file = draw(*args, **kwargs), io.BytesIO()
         figure.savefig(file, format="png", dpi=110, facecolor="white")
@@ -109,7 +122,12 @@ def png(draw: Callable[..., "Figure"], *args, **kwargs) -> bytes:
 
 
 def save_png(path: Path, draw: Callable[..., "Figure"], *args, **kwargs) -> None:
-    """Replaces a file by the figure that `draw(*args, **kwargs)` draws."""
+    """Writes a figure to a PNG file, and replaces the file if it exists.
+
+    Args:
+        draw: a function that returns the figure, such as `draw_panels`. It is called with the
+            arguments that follow.
+    """
     data = png(draw, *args, **kwargs)
     write_atomically(path, lambda file: file.write(data))
 
@@ -125,7 +143,7 @@ def _style(ink: str, grid: str) -> Iterator[None]:
     for name in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"):
         settings[name] = ink
     with style.context([STYLE, settings]), warnings.catch_warnings():
-        # A browser has the letters of an SVG that no font here has.
+        # A browser can draw the letters of an SVG that no font on this machine has.
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
         yield
 
@@ -134,7 +152,12 @@ def _style(ink: str, grid: str) -> Iterator[None]:
 
 
 def draw_panels(panels: Sequence[Panel], width: float = 4.4, height: float = 3.2) -> "Figure":
-    """Draws the panels side by side, each `width` x `height` inches."""
+    """Draws panels side by side.
+
+    Args:
+        width: the width of each panel in inches.
+        height: the height of each panel in inches.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * len(panels), height), layout="constrained")
@@ -152,7 +175,7 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
             "--" if curve.dashed else "-",
             color=curve.colour,
             linewidth=1.6,
-            marker="o" if np.isfinite(ys).sum() <= 1 else None,  # one point is no line
+            marker="o" if np.isfinite(ys).sum() <= 1 else None,  # a line needs two points
             markersize=4,
             label=re.sub("^_", " _", curve.label or ""),  # matplotlib hides names that begin with _
             gid=f"{panel.title} {curve.label}".replace(" ", "-"),
@@ -165,7 +188,8 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
     axes.set_xlabel(panel.xlabel)
     if panel.xscale == "log":
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")  # powers would be math, which is not parsed
+        # The default labels, powers of ten, are math text, which figures.mplstyle turns off.
+        axes.xaxis.set_major_formatter("{x:g}")
     else:
         axes.xaxis.get_major_locator().set_params(integer=True)
         longest = max((curve.xs[-1] for curve in panel.curves if len(curve.xs)), default=1)
@@ -175,14 +199,22 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
 
 
 def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str = "") -> "Figure":
-    """Draws a confusion matrix: rows as labelled, numbers are counts, colours shares of the row."""
+    """Draws a confusion matrix, with a row per label and a column per predicted class.
+
+    The colour of a cell shows its share of the row. Up to 20 classes, the cells also show their
+    counts. Up to 120 classes, the axes show the names of the classes.
+
+    Args:
+        matrix: the number of images per cell, integers (classes, classes).
+        classes: the names of the classes, in the order of the rows and columns.
+    """
     from matplotlib.figure import Figure
 
     number = len(classes)
     if number <= MAX_CLASSES_WITH_NUMBERS:
         side = max(3.6, 0.42 * number)  # inches
         axes = Figure(figsize=(side + 0.8, side + 0.5), layout="constrained").add_subplot()
-    else:  # fixed margins: the constrained layout takes seconds to measure 200 names
+    else:  # fixed margins, since the constrained layout takes seconds for 200 names
         side, margin = min(max(3.6, 0.17 * number), 20.0), 2.0
         figure = Figure(figsize=(side + margin, side + margin))
         left = margin / (side + margin)
@@ -190,7 +222,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str = "") 
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     cells = np.zeros((number, number, 4))
     cells[..., :3] = [int(BLUE[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    cells[..., 3] = 0.8 * np.sqrt(share)  # roots, so that rare mistakes are visible
+    cells[..., 3] = 0.8 * np.sqrt(share)  # the root makes rare mistakes visible
     axes.imshow(cells, interpolation="nearest")
     if number <= MAX_CLASSES_WITH_NUMBERS:
         for row, column in np.argwhere(matrix):
@@ -209,7 +241,12 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str = "") 
 
 
 def draw_images(images: Sequence[np.ndarray], labels: Sequence[str]) -> "Figure":
-    """Draws images, uint8 (H, W, C), eight per row, each under its label."""
+    """Draws images in rows of eight, each with its label above it.
+
+    Args:
+        images: each uint8 (H, W, C), where C is 1 or 3.
+        labels: the text above each image.
+    """
     from matplotlib.figure import Figure
 
     rows = -(-len(images) // IMAGES_PER_ROW)

@@ -1,7 +1,8 @@
-"""Learning-rate range test: ever higher rates, one step each, until the loss explodes.
+"""Learning-rate range test: trains with ever higher learning rates until the loss explodes.
 
-Smith, Cyclical Learning Rates for Training Neural Networks, WACV 2017, section 3.3. It starts from
-the weights that a run would start from, and writes nothing but a picture.
+Smith, Cyclical Learning Rates for Training Neural Networks, WACV 2017, section 3.3. Each rate is
+used for one step. The test starts from the weights from which a run would start, and writes nothing
+except a picture.
 """
 
 import logging
@@ -21,13 +22,17 @@ from cnn.training.setup import build_run
 logger = logging.getLogger(__name__)
 
 FIRST_LR, LAST_LR, STEPS = 1e-5, 10.0, 150
-SMOOTHING = 0.9  # of the loss, an exponential mean
-EXPLOSION = 4.0  # times the lowest loss: the test ends there
+SMOOTHING = 0.9  # the decay of the exponential mean of the loss
+EXPLOSION = 4.0  # the test ends when the loss is this many times its lowest value
 PICTURE = Path("logs", "find_lr.png")
 
 
 def range_test(cfg: Config) -> None:
-    """Suggests a learning rate, a tenth of where the loss is lowest, and draws the curve."""
+    """Trains with a rising learning rate, logs a suggestion, and draws the loss curve.
+
+    The suggestion is a tenth of the learning rate at which the smoothed loss is lowest. The curve
+    is drawn in logs/find_lr.png, unless matplotlib is not installed.
+    """
     lrs, losses = train_with_rising_lr(build_run(cfg))
     lowest = lrs[np.argmin(losses)]
     suggestion = float(f"{lowest / 10:.1g}")
@@ -52,18 +57,21 @@ def range_test(cfg: Config) -> None:
 
 
 def train_with_rising_lr(run: Run) -> tuple[list[float], list[float]]:
-    """Trains with a geometrically rising learning rate, until the end or an exploding loss.
+    """Trains with a learning rate that rises geometrically, from 1e-5 to 10 in 150 steps.
+
+    It ends earlier if the smoothed loss is not finite or is above 4 times its lowest value.
 
     Returns:
-        The learning rate of each step, and the exponential mean of the losses up to it, corrected
-        for its bias to 0 as in Adam (Kingma and Ba, ICLR 2015).
+        Two lists with an entry per step: the learning rates and the smoothed losses. The smoothed
+        loss is the exponential mean of the losses so far, corrected for its bias to 0 as in Adam
+        (Kingma and Ba, ICLR 2015). The step that ends the training early is left out.
     """
     lrs, losses, state = [], [], run.state
     mean = 0.0
     set_lr(run, 0)
     for _ in endless_steps(run):
         mean = SMOOTHING * mean + (1 - SMOOTHING) * state.running_metrics.compute()["loss"]
-        state.running_metrics = RunningMetrics(state.device)  # of the next step
+        state.running_metrics = RunningMetrics(state.device)  # for the next step
         smoothed = mean / (1 - SMOOTHING ** (len(lrs) + 1))
         if not math.isfinite(smoothed) or smoothed > EXPLOSION * min(losses, default=math.inf):
             break
@@ -76,7 +84,11 @@ def train_with_rising_lr(run: Run) -> tuple[list[float], list[float]]:
 
 
 def endless_steps(run: Run) -> Iterator[int]:
-    """Yields after each optimizer step, epoch after epoch."""
+    """Trains epoch after epoch without an end, and yields after each optimizer step.
+
+    Yields:
+        The number of batches in the step.
+    """
     state = run.state
     while True:
         yield from train_one_epoch(run, run.train_loader.train_batches(state.epoch + 1))
@@ -84,7 +96,13 @@ def endless_steps(run: Run) -> Iterator[int]:
 
 
 def set_lr(run: Run, step: int) -> None:
-    """Sets the highest learning rate for a step; those of other groups keep their ratio to it."""
+    """Sets the learning rate of every parameter group for a step of the range test.
+
+    The highest one is 1e-5 in the first step and 10 in the last. The others keep their ratio to it.
+
+    Args:
+        step: the index of the step, from 0 to 149.
+    """
     groups = run.state.optimizer.param_groups
     highest = max(group["initial_lr"] for group in groups)
     lr = FIRST_LR * (LAST_LR / FIRST_LR) ** (step / (STEPS - 1))

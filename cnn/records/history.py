@@ -1,4 +1,4 @@
-"""history.csv: one row per epoch, written and read."""
+"""Reading and writing of history.csv, which has one row per epoch."""
 
 import csv
 import io
@@ -9,7 +9,15 @@ from cnn.utils.files import write_text
 
 
 def read_history(path: Path) -> list[Metrics]:
-    """Reads history.csv as numbers; an empty cell is None, a missing file has no rows."""
+    """Reads history.csv, which has one row per epoch.
+
+    Returns:
+        A dict of numbers by column name for each row. An empty cell is None. If there is no file,
+        the list is empty.
+
+    Raises:
+        ValueError: a cell is not a number.
+    """
     if not path.is_file():
         return []
     with open(path, encoding="utf-8", newline="") as file:
@@ -20,13 +28,21 @@ def read_history(path: Path) -> list[Metrics]:
 
 
 def write_history(path: Path, history: list[Metrics]) -> None:
-    """Replaces history.csv by this history, so that a resume leaves no gap and no duplicate.
+    """Replaces history.csv by a file with one row per completed epoch.
 
-    Undefined metrics become empty cells. The two columns of times come last.
+    The whole file is written anew, so that a resume leaves no gap and no duplicate in it. A metric
+    that is None becomes an empty cell.
+
+    Args:
+        history: the metrics of each epoch by name. The last two of each epoch are its speed and its
+            duration, which become the last two columns.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     text = io.StringIO()
     if history:
-        # Rows have different metrics where a resume changed the monitored one.
+        # Rows have different metrics if a resume has changed the monitored metric.
         columns = dict.fromkeys(name for row in history for name in list(row)[:-2])
         columns |= dict.fromkeys(list(history[-1])[-2:])
         writer = csv.DictWriter(text, list(columns), lineterminator="\n")

@@ -1,4 +1,4 @@
-"""HTML pages from the templates beside this file, and metrics as their tables show them."""
+"""HTML pages from the files in templates/, and metrics as the tables of these pages show them."""
 
 import math
 from pathlib import Path
@@ -12,7 +12,12 @@ CLASS_HEAD = ["class", "precision", "recall", "specificity", "F1", "images"]
 
 
 def render(template: str, **content: Any) -> str:
-    """Returns the page of a file in templates/; text in the content is escaped."""
+    """Returns an HTML page that is made from a template.
+
+    Args:
+        template: the name of a file in templates/, such as "report.jinja".
+        content: the values by their names in the template. Text in them is escaped.
+    """
     import jinja2  # a requirement of torch
 
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
@@ -22,7 +27,12 @@ def render(template: str, **content: Any) -> str:
 
 
 def format_metric(value: float | None) -> str:
-    """Formats with four digits, whole numbers as they are, and n/a for undefined values."""
+    """Formats a metric for a table.
+
+    Returns:
+        The digits of an int, four decimals of a float, three significant digits of a float up to
+        0.001, and "n/a" for None and NaN.
+    """
     if value is None or math.isnan(value):
         return "n/a"
     if isinstance(value, int):
@@ -31,7 +41,17 @@ def format_metric(value: float | None) -> str:
 
 
 def class_rows(matrix: np.ndarray, classes: list[str]) -> tuple[list[list[str]], list[list[str]]]:
-    """Returns the table rows of a confusion matrix: one per class, and two of means over them."""
+    """Returns the rows of a table of metrics per class, with the columns of `CLASS_HEAD`.
+
+    Args:
+        matrix: the confusion matrix, integers (classes, classes), with a row per label.
+        classes: the names of the classes, in the order of the matrix.
+
+    Returns:
+        Two lists of rows, where a row is a list of texts. The first list has a row per class. The
+        second one has two rows: the mean over the classes, and the mean weighted by the number of
+        images per class.
+    """
     values = scores.per_class(matrix)
     support = values.pop("support")
     columns, total = list(values.values()), f"{support.sum()}"

@@ -1,7 +1,7 @@
-"""The files of a run besides its checkpoints; they come from the state: a resume restores them.
+"""The files that a run writes besides its checkpoints.
 
-None of them can stop a training: one that cannot be written is reported, and tried again after the
-next epoch.
+They are made from the state of the training, so that a resume restores them. A failure to write one
+of them does not stop the training. It is logged, and the file is tried again after the next epoch.
 """
 
 import contextlib
@@ -23,25 +23,27 @@ from cnn.utils.files import warn_unwritten, write_text
 
 logger = logging.getLogger(__name__)
 
-# A report is only rewritten after this many times the time that the previous one took, so that they
-# take less than 1 % of a run; and, with its pictures, at the end.
+# The pause after a report is this many times the time that it took, so that reports take less than
+# 1 % of a run. One more report, with its pictures, is written at the end.
 REPORT_PAUSE = 100
-FIRST_REPORT = 0.5  # seconds; an estimate of the first one, which imports matplotlib
+FIRST_REPORT = 0.5  # seconds; an estimate for the first report, which imports matplotlib
 
 
 class Records:
-    """history.csv, result.json, predictions_val.csv, report.html with its pictures, TensorBoard.
+    """The writer of a run's tables, result, report and TensorBoard files.
 
-    On entry to the context it replaces the files of an earlier process by what the state holds; on
-    exit, after an exception too, it writes the last report.
+    These are history.csv, predictions_val.csv, result.json, report.html with its two pictures, and
+    the files in logs/tensorboard. On entry to the context, it replaces files that an earlier
+    process has written by what the state contains. On exit, after an exception too, it writes the
+    last report.
     """
 
     def __init__(self, run: Run):
         self.folder, self.run, self.state = run.folder, run, run.state
-        self._epoch_of_predictions: int | None = None  # in predictions_val.csv
+        self._epoch_of_predictions: int | None = None  # the epoch in predictions_val.csv
         self._next_report = time.monotonic() + REPORT_PAUSE * FIRST_REPORT
         self._report = self._tensorboard = None
-        self._reasons: dict[Path | str, str] = {}  # why a record could not be written last time
+        self._reasons: dict[Path | str, str] = {}  # why the last write of a record failed
         log_left_out(run.cfg)
         if run.cfg.log.report and figures.is_available():
             from cnn.records.report import Report
@@ -62,7 +64,10 @@ class Records:
         self._tensorboard.rewrite()
 
     def write(self) -> None:
-        """Writes what an epoch has added."""
+        """Updates the files after an epoch.
+
+        The report is only written if enough time has passed since the previous one.
+        """
         self._write_tables()
         if self._tensorboard is not None:
             self._attempt("logs/tensorboard", self._tensorboard.append)
@@ -70,7 +75,7 @@ class Records:
             self._write_report()
 
     def finish(self) -> None:
-        """Writes what the test has added, and the best settings."""
+        """Updates the files after the final test, and the best settings for the model and data."""
         self._write_result()
         self.write()
         if self.state.best is not None and not self.folder.scratch:
@@ -84,17 +89,23 @@ class Records:
         logs, state = self.folder.logs, self.state
         self._attempt(logs.history, lambda: write_history(logs.history, state.history))
         path, epoch = logs.val_predictions, state.best and state.best["epoch"]
-        if "val" not in state.predictions:  # then a file is of an epoch that the state lacks
+        if "val" not in state.predictions:  # a file would be of an epoch that the state lacks
             self._attempt(path, lambda: path.unlink(missing_ok=True))
         elif epoch != self._epoch_of_predictions:
             written = self._attempt(path, lambda: write_text(path, self._predictions()))
             self._epoch_of_predictions = epoch if written else None
 
     def _predictions(self) -> str:
-        """Returns the text of predictions_val.csv: a row per validation image."""
+        """Returns the text of predictions_val.csv, which has a row per validation image.
+
+        A row contains the name of the image, its label, the predicted class, and its probability.
+
+        Raises:
+            ValueError: some images were left out of the validation.
+        """
         images, classes = self.run.data.val, self.run.data.classes
         saved = self.state.predictions["val"]
-        if len(saved["prediction"]) != len(images):  # they would not be in the same order
+        if len(saved["prediction"]) != len(images):  # the order would differ
             raise ValueError("some images were left out of the validation (data.on_bad_image=skip)")
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -106,7 +117,10 @@ class Records:
         return text.getvalue()
 
     def _write_result(self) -> None:
-        """Writes result.json: numbers of images, and after the test its metrics."""
+        """Writes result.json: the numbers of classes and images, and the results after the test.
+
+        The results are the metrics of the final test and the best epoch by the monitored metric.
+        """
         data, state = self.run.data, self.state
         result = {
             "classes": len(data.classes),
@@ -136,12 +150,20 @@ class Records:
             logger.info("the best settings yet for this model and data: %s", path)
 
     def _attempt(self, record: Path | str, write: Callable[[], object]) -> bool:
-        """Returns whether `write` succeeds; logs each new reason why it does not."""
+        """Calls a function that writes a record, and returns whether it succeeded.
+
+        An exception is logged as a warning, unless the last attempt to write this record failed for
+        the same reason.
+
+        Args:
+            record: the path of the file, or a name for several files, such as "logs/tensorboard".
+            write: a function without arguments.
+        """
         try:
             write()
             self._reasons.pop(record, None)
             return True
-        except Exception as error:  # noqa: BLE001  no record is worth a training
+        except Exception as error:  # noqa: BLE001  no record shall stop a training
             message = str(error).strip().splitlines() or [""]
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {message[0]}"
             if self._reasons.get(record) != reason:
@@ -151,20 +173,20 @@ class Records:
 
 
 class NoRecords(contextlib.AbstractContextManager):
-    """Takes the place of `Records` in processes other than rank 0, and writes nothing."""
+    """A stand-in for `Records` in processes other than rank 0, which writes nothing."""
 
     def __exit__(self, *_: object) -> None:
         pass
 
     def write(self) -> None:
-        """Does nothing."""
+        """Does nothing, since rank 0 writes the files."""
 
     def finish(self) -> None:
-        """Does nothing."""
+        """Does nothing, since rank 0 writes the files."""
 
 
 def open_records(run: Run) -> Records | NoRecords:
-    """Returns the records of a run, which rank 0 writes."""
+    """Returns the writer of a run's files on rank 0, and one that writes nothing on other ranks."""
     return Records(run) if run.group.is_rank0 else NoRecords()
 
 
@@ -174,7 +196,7 @@ def has_tensorboard() -> bool:
 
 
 def log_left_out(cfg: Config) -> None:
-    """Logs in one line which records are left out because a package is not installed."""
+    """Logs in one line which files are left out because a package is not installed."""
     left_out = {}
     if (cfg.log.report or cfg.log.tensorboard) and not figures.is_available():
         report = "report.html, curves.png, confusion_matrix.png"

@@ -1,7 +1,7 @@
 """logs/report.html: a run on one page, complete in itself, without network or script.
 
-Beside it are curves.png and confusion_matrix.png. Everything comes from the run's state and data,
-except where the run was resumed, which the log knows.
+The pictures curves.png and confusion_matrix.png are written too. Everything comes from the state
+and the data of the run, except the steps at which the run was resumed, which come from its log.
 """
 
 import base64
@@ -28,24 +28,28 @@ from cnn.utils.screen import shorten_name
 
 NUM_MISTAKES = 24
 NUM_TRAINING_IMAGES = 32
-NUM_PAIRS = 10  # of confused classes
+NUM_PAIRS = 10  # the most pairs of confused classes
 SPLITS = ("train", "val", "test")
 THUMBNAIL = 96  # pixels of the longest side of an embedded image
 RESUMED = re.compile(r"==== resumed from .*: epoch \d+, step (\d+), batch")
 
 
 class Report:
-    """Writes a run's page and its two pictures."""
+    """The writer of report.html and of the pictures curves.png and confusion_matrix.png."""
 
     def __init__(self, run: Run):
         self.logs, self.run, self.state = run.folder.logs, run, run.state
 
     def write(self) -> None:
-        """Replaces the page by one of the run's present state."""
+        """Replaces report.html by a page on the present state of the run."""
         write_text(self.logs.report, render("report.jinja", **self._content()))
 
     def write_pictures(self) -> None:
-        """Writes curves.png, and confusion_matrix.png of the test or, before it, the best epoch."""
+        """Writes curves.png and, if there are predictions, confusion_matrix.png.
+
+        The confusion matrix shows the final test or, before the test, the validation of the best
+        epoch.
+        """
         figures.save_png(self.logs.curves, figures.draw_panels, self._panels())
         split = "test" if "test" in self.state.predictions else "val"
         if split in self.state.predictions:
@@ -84,7 +88,10 @@ class Report:
         return panels
 
     def _resumed_at(self) -> list[float]:
-        """Returns the fractional epochs at which the run was resumed, according to its log."""
+        """Returns when the run was resumed, in epochs since its start, according to its log.
+
+        A resume in the middle of the third epoch is 2.5.
+        """
         path = self.logs.log
         log = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         steps = {int(step) for step in RESUMED.findall(log)}
@@ -93,10 +100,10 @@ class Report:
     # -- the page -------------------------------------------------------------------------------
 
     def _content(self) -> dict[str, Any]:
-        """Returns all that the page shows, by its names in the template."""
+        """Returns all values that the page shows, by the names that report.jinja uses."""
         cfg, history, data = self.run.cfg, self.state.history, self.run.data
         columns = list(history[-1])
-        counts = [[*data.classes, "all"]]  # by column
+        counts = [[*data.classes, "all"]]  # a list per column
         for split in SPLITS:
             numbers = np.bincount(self._labels(split), minlength=len(data.classes))
             counts.append([*numbers, numbers.sum()])
@@ -119,7 +126,11 @@ class Report:
         }
 
     def _headline(self) -> dict[str, Any]:
-        """Returns the result so far, the accuracy of the majority class, and the command."""
+        """Returns the values at the top of the page, by the names that report.jinja uses.
+
+        These are the results so far, the accuracy of always predicting the most frequent class, the
+        progress, and the command that trains with these settings.
+        """
         state, data = self.state, self.run.data
         split = "val" if state.test is None else "test"
         labels = self._labels(split)
@@ -140,7 +151,14 @@ class Report:
         }
 
     def _evaluation(self, split: str) -> dict[str, Any]:
-        """Returns a split's metrics, confusion matrix, most confused classes, and every class."""
+        """Returns what the page shows of an evaluation, by the names that report.jinja uses.
+
+        These are the confusion matrix, the classes that are most often confused, and the metrics
+        per class.
+
+        Args:
+            split: "val" for the validation of the best epoch, or "test" for the final test.
+        """
         matrix, classes = self._confusion(split), self.run.data.classes
         rows, means = class_rows(matrix, classes)
         names = [shorten_name(name) for name in classes]
@@ -158,7 +176,15 @@ class Report:
         }
 
     def _mistakes(self) -> dict[str, Any]:
-        """Returns the most confident mistakes of the validation; the test's would be tuned on."""
+        """Returns the validation images whose wrong predictions have the highest probabilities.
+
+        Mistakes in the test are not shown, because that would lead users to tune the model on test
+        images.
+
+        Returns:
+            {"total": number of all mistakes, "num_images": number of validation images, "images":
+            what the page shows of each of at most 24 mistakes}.
+        """
         images, classes = self.run.data.val, self.run.data.classes
         predictions = self.state.predictions["val"]["prediction"].numpy()
         confidences = self.state.predictions["val"]["probability"].numpy()
@@ -181,14 +207,26 @@ class Report:
 
 
 def first_training_images(run: Run) -> list[tuple[torch.Tensor, str]]:
-    """Returns the first images of epoch 1 (C, H, W), augmented as there, with their classes."""
+    """Returns the first training images of epoch 1, augmented as in that epoch, with their classes.
+
+    Returns:
+        At most 32 pairs of an image (C, H, W) and the name of its class.
+    """
     loader, labels, classes = run.train_loader, run.data.train.labels, run.data.classes
     keys = loader.keys(1, 0)[:NUM_TRAINING_IMAGES]
     return [(loader.image(key), classes[labels[key[1]]]) for key in keys]
 
 
 def as_pixels(image: torch.Tensor) -> np.ndarray:
-    """Converts an image (C, H, W), uint8 or float in 0..1, to uint8 (H, W, C) with C 1 or 3."""
+    """Converts an image tensor to pixels.
+
+    Args:
+        image: (C, H, W), uint8 or float from 0 to 1. Other floats are clipped to this range.
+
+    Returns:
+        uint8 (H, W, C), where C is 1 or 3. If the image has another number of channels, only the
+        first channel is returned.
+    """
     if image.dtype != torch.uint8:
         image = (image.float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
     image = image if image.shape[0] in (1, 3) else image[:1]
@@ -196,9 +234,16 @@ def as_pixels(image: torch.Tensor) -> np.ndarray:
 
 
 def thumbnail(image: torch.Tensor) -> str:
-    """Encodes an image as a data: URL, PNG where it is small and a reduced JPEG where not."""
+    """Encodes an image as a data: URL for an HTML page.
+
+    An image of at most 48 pixels per side becomes a PNG. A larger one becomes a JPEG, which is
+    reduced to at most 96 pixels per side.
+
+    Args:
+        image: (C, H, W), uint8 or float from 0 to 1.
+    """
     picture, file = Image.fromarray(as_pixels(image).squeeze()), io.BytesIO()
     kind = "png" if max(picture.size) <= 48 else "jpeg"
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    picture.save(file, kind, quality=85)  # of a JPEG; PNG ignores it
+    picture.save(file, kind, quality=85)  # only a JPEG has a quality
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""A run read from its folder in logs/: finished, running or broken off. Imports no torch."""
+"""A run as its files in logs/ describe it: finished, running or broken off. Imports no torch."""
 
 import json
 from dataclasses import dataclass
@@ -18,13 +18,14 @@ from cnn.utils.screen import escape_unprintable
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The files of a run as values.
+    """The content of a run's files.
 
     Attributes:
-        settings: by their full names, such as optim.lr.
-        history: a row per epoch.
-        result: the content of result.json; {} before there is one.
-        status: finished, running, broken off.
+        name: the name or folder with which the user named the run.
+        settings: the settings by their full names, such as "optim.lr".
+        history: a row of metrics per completed epoch.
+        result: the content of result.json; {} if there is no such file.
+        status: "finished", "running" or "broken off".
     """
 
     name: str
@@ -35,21 +36,29 @@ class RunRecord:
 
     @property
     def monitor(self) -> str:
-        """The metric that the best epoch is chosen by."""
+        """The name of the metric by which the best epoch is chosen, such as "val_acc"."""
         return self.settings["checkpoint.monitor"]
 
     def best(self) -> Metrics:
-        """Returns the row of the best epoch by the monitored metric; {} before there is one."""
+        """Returns the row of `history` that is best by the monitored metric.
+
+        Returns:
+            The row, or {} if no row has the metric.
+        """
         rows = [row for row in self.history if row.get(self.monitor) is not None]
         choose = min if mode(self.monitor) == "min" else max
         return choose(rows, key=lambda row: row[self.monitor], default={})
 
 
 def read_run(where: str) -> RunRecord:
-    """Reads a run by its folder in logs/, the folder above, or its name.
+    """Reads the files of a run.
+
+    Args:
+        where: the name of the run, such as "first", or its folder, such as "logs/first". For a run
+            without a name, it may also be the folder that contains logs.
 
     Raises:
-        Refused: there is no run.
+        Refused: there is no run, or its files cannot be read.
     """
     candidates = [RunLogs(path) for path in (Path(where), Path(where, "logs"), Path("logs", where))]
     logs = next((logs for logs in candidates if logs.config.is_file()), None)
@@ -58,7 +67,7 @@ def read_run(where: str) -> RunRecord:
             f"{where}: no run there: expected a run's name, or its folder with config.yaml"
         )
     try:
-        settings = config.flat(config.to_dict(Config()))  # for keys that an older version lacks
+        settings = config.flat(config.to_dict(Config()))  # keys that an older file lacks
         settings |= config.flat(yaml.safe_load(logs.config.read_text(encoding="utf-8")))
         history, result = read_history(logs.history), {}
         if logs.result.is_file():
@@ -74,5 +83,5 @@ def read_run(where: str) -> RunRecord:
 
 
 def format_setting(value: Any) -> str:
-    """Formats a value as it is written in a configuration file, numbers in short."""
+    """Formats a value as it is written in a configuration file, a float with at most six digits."""
     return f"{value:g}" if isinstance(value, float) else config.as_text(value)

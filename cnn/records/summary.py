@@ -1,4 +1,4 @@
-"""The log's lines about a run: its start, its epochs, its test; and model.txt."""
+"""The lines in the log on a run's start, epochs and test, and the text of model.txt."""
 
 import logging
 import math
@@ -23,15 +23,20 @@ from cnn.utils.screen import escape_unprintable
 
 logger = logging.getLogger(__name__)
 
-MAX_LISTED = 140  # characters of the line with the number of images per class
-# Times the loss of guessing; models that learn nothing, or overfit, stay below 100.
+MAX_LISTED = 140  # the most characters of the line with the number of images per class
+# A run diverges if its loss is this many times the loss of guessing. For a model that learns
+# nothing, or overfits, it stays below 100 times.
 DIVERGED = 1000
-# Metrics in history.csv and not in an epoch's line.
+# Metrics that are in history.csv and not in the log's line on an epoch.
 HISTORY_ONLY = {"val_balanced_acc", "val_f1", "val_top5_acc"}
 
 
 def write(run: Run, checkpoint: Checkpoint | None) -> None:
-    """Logs what the run is and where it resumes, and writes config.yaml and model.txt."""
+    """Logs what the run is and where it resumes, and writes config.yaml and model.txt.
+
+    Args:
+        checkpoint: the checkpoint from which the run resumes, or None for a new run.
+    """
     if checkpoint is not None:
         _log_resume(run, checkpoint)
     flops = count_flops(run.state.model, run.data.preprocessing.shape)
@@ -47,7 +52,7 @@ def _log_resume(run: Run, checkpoint: Checkpoint) -> None:
     logger.info("==== resumed from %s: %s of %d ====", checkpoint.path, at, len(run.train_loader))
     if checkpoint.changes:
         logger.info("settings changed: %s", "; ".join(checkpoint.changes))
-    draws = saved.get("draws", 1)  # which older files lack
+    draws = saved.get("draws", 1)  # older files lack it
     if draws != DRAWS and checkpoint.cfg.data.augment:
         logger.warning(
             f"random changes to images are drawn in a new way since this file was written"
@@ -63,7 +68,11 @@ def _log_resume(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def log_start(run: Run, flops: int | None) -> None:
-    """Logs versions and device, data, model and optimizer, in at most eight lines."""
+    """Logs versions, device, data, model and optimizer of a run, in at most eight lines.
+
+    Args:
+        flops: the floating-point operations of a forward pass per image, or None if unknown.
+    """
     cfg, data, state, env = run.cfg, run.data, run.state, run.environment
     device = env["device"]
     if state.device.type == "cpu":
@@ -101,7 +110,11 @@ def _format_flops(flops: int | None) -> str:
 
 
 def log_epoch(run: Run) -> None:
-    """Logs the latest epoch in one line, and once a warning if the loss has exploded."""
+    """Logs the latest epoch in one line, and a warning if the validation loss has exploded.
+
+    The warning is logged once, after the first epoch whose loss is above 1000 times the loss of
+    guessing. It is left out if the loss function is the user's, whose loss of guessing is unknown.
+    """
     state, epochs = run.state, run.cfg.train.epochs
     row, best = state.history[-1], state.best
     monitor = best["metric"] if best else None
@@ -119,7 +132,7 @@ def log_epoch(run: Run) -> None:
     )
     limit = DIVERGED * math.log(max(2, len(run.data.classes)))  # guessing has loss ln(classes)
     diverged = [row["epoch"] for row in state.history if row["val_loss"] > limit]
-    is_ours = run.cfg.loss.name in LOSSES  # by other functions the loss of guessing is unknown
+    is_ours = run.cfg.loss.name in LOSSES  # else the loss of guessing is unknown
     if is_ours and diverged[:1] == [state.epoch] and run.group.is_rank0:
         logger.warning(
             f"val_loss {row['val_loss']:.3g} is over {DIVERGED} times that of guessing: the run"
@@ -128,7 +141,7 @@ def log_epoch(run: Run) -> None:
 
 
 def log_finished(cfg: Config, state: TrainingState) -> None:
-    """Logs why there is nothing to train, and how to continue."""
+    """Logs why a run has nothing left to train, and the setting with which it would continue."""
     if state.epoch < cfg.train.epochs:
         patience = cfg.train.early_stop_patience
         why = f"no improvement in {patience} epochs; to continue: train.early_stop_patience=null"
@@ -138,7 +151,11 @@ def log_finished(cfg: Config, state: TrainingState) -> None:
 
 
 def log_test(state: TrainingState, num_images: int) -> None:
-    """Logs the result of the run, with the 95 % interval for a test of so many images."""
+    """Logs the loss and the accuracy of the final test, with the accuracy's 95 % interval.
+
+    Args:
+        num_images: the number of test images, on which the interval depends.
+    """
     best, test = state.best, state.test
     accuracy = with_interval(test["test_acc"], num_images)
     epoch = f"  (epoch {best['epoch']}, {best['metric']} {best['value']:.4f})" if best else ""
@@ -146,7 +163,11 @@ def log_test(state: TrainingState, num_images: int) -> None:
 
 
 def model_text(run: Run, flops: int | None) -> str:
-    """Returns the text of model.txt: structure, parameters, FLOPs, environment, command line."""
+    """Returns the text of model.txt: structure, parameters, FLOPs, environment, command line.
+
+    Args:
+        flops: the floating-point operations of a forward pass per image, or None if unknown.
+    """
     model = run.state.model
     lines = [str(model), ""]
     for name, parameter in model.named_parameters():

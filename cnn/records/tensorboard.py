@@ -1,10 +1,11 @@
-"""TensorBoard's event files, written from the state, so that a resume leaves one curve.
+"""TensorBoard's event files, which are made from the state, so that a resume leaves one curve.
 
-Each process rewrites the files when it starts, from the history in the state, and then appends.
-Only the graph and earlier images, which the state does not hold, are copied from the files there.
-Records are written without a SummaryWriter, whose thread and open file would not survive a fork.
+Each process rewrites the files from the history in the state when it starts, and appends to them
+later. Only the graph and earlier images, which the state does not contain, are copied from the old
+files. The events are written without a SummaryWriter, whose thread and open file would not survive
+a fork.
 
-`train`, `val` and `test` are folders of their own, so that one chart shows all three.
+`train`, `val` and `test` are separate folders, so that one chart shows all three.
 """
 
 import contextlib
@@ -33,20 +34,23 @@ from cnn.records import figures, report
 from cnn.training.run import Run
 from cnn.utils.files import write_atomically
 
-PARTS = ("train", "val", "test", "")  # subfolders; the hyperparameters are in the folder itself
+PARTS = ("train", "val", "test", "")  # subfolders; "" is the folder itself, for hyperparameters
 
 
 class TensorBoard:
-    """The event files of a run."""
+    """The writer of a run's TensorBoard event files."""
 
     def __init__(self, run: Run):
         self.folder, self.run, self.state = run.folder.logs.tensorboard, run, run.state
-        self._files: dict[str, Path] = {}  # by part; none while the files lack part of the state
-        self._num_epochs, self._has_test = 0, False  # in the files
-        self._matrix_steps: set[int] = set()  # of the confusion matrices in the files
+        self._files: dict[str, Path] = {}  # the file of each part; {} if they have to be rewritten
+        self._num_epochs, self._has_test = 0, False  # what the files contain
+        self._matrix_steps: set[int] = set()  # the steps of the confusion matrices in the files
 
     def rewrite(self) -> None:
-        """Replaces the files by new ones with all that the state holds, and the images so far."""
+        """Replaces the event files by new ones that contain the whole history in the state.
+
+        The graph and the images up to the state's step are copied from the old files.
+        """
         self._files = {}
         kept = {part: self._read_images(part) for part in PARTS}
         if not kept["train"]:
@@ -57,7 +61,10 @@ class TensorBoard:
         self._files = {part: self._replace(part, kept[part] + new[part]) for part in PARTS}
 
     def append(self) -> None:
-        """Appends the events of the state that the files lack: of an epoch, or of the test."""
+        """Appends the epochs and the test that are in the state but not in the event files yet.
+
+        If the last write failed, or there was none, it rewrites the files.
+        """
         if not self._files:  # the last write failed, or there was none
             self.rewrite()
             return
@@ -70,9 +77,17 @@ class TensorBoard:
     # -- events ---------------------------------------------------------------------------------
 
     def _new_events(self) -> dict[str, list[Event]]:
-        """Returns the events of the state that are not in the files yet, by part."""
+        """Returns the events for what is in the state but not in the event files yet.
+
+        After this call, they count as written.
+
+        Returns:
+            A list of events for each of "train", "val", "test" and "". The last one has the
+            settings and results for the HPARAMS page.
+        """
         state, events = self.state, {part: [] for part in PARTS}
-        # Times are counted without the interruptions, whichever process continues the run.
+        # The time of an event is the start of the run plus the seconds of its epochs, so that
+        # interruptions do not count.
         started = datetime.fromisoformat(self.run.metadata["started"][:19]).timestamp()
         seconds = (row["seconds"] for row in state.history)
         times = list(itertools.accumulate(seconds, initial=started))
@@ -86,7 +101,11 @@ class TensorBoard:
         return events
 
     def _hyperparameters(self, now: float) -> list[Event]:
-        """Returns the settings and results that TensorBoard's HPARAMS page shows."""
+        """Returns the events with the settings and results that TensorBoard's HPARAMS page shows.
+
+        Args:
+            now: the time of the events, in seconds since 1970.
+        """
         state = self.state
         settings = {
             key: value if isinstance(value, (bool, int, float, str)) else str(value)
@@ -100,7 +119,12 @@ class TensorBoard:
         return [Event(wall_time=now, step=state.step, summary=summary) for summary in summaries]
 
     def _confusion_matrix(self) -> list[Event]:
-        """Returns an image of the best epoch's confusion matrix, unless the files have it."""
+        """Returns an event with a picture of the best epoch's confusion matrix.
+
+        Returns:
+            A list with the event. It is empty if the files contain the picture already, if there is
+            no best epoch, or if matplotlib is not installed.
+        """
         best, predictions = self.state.best, self.state.predictions.get("val")
         if not figures.is_available() or best is None or predictions is None:
             return []
@@ -115,7 +139,11 @@ class TensorBoard:
         return [image("confusion", png, step)]
 
     def _initial_events(self) -> list[Event]:
-        """Returns the model's graph and the first training images as they are augmented."""
+        """Returns an event with the model's graph and one with the first augmented training images.
+
+        The graph is left out if the model cannot be traced, and the images if matplotlib is not
+        installed.
+        """
         from torch.utils.tensorboard._pytorch_graph import graph
 
         events = []
@@ -138,7 +166,13 @@ class TensorBoard:
     # -- files ----------------------------------------------------------------------------------
 
     def _read_images(self, part: str) -> list[Event]:
-        """Reads graph and images up to the state's step; two files may hold the same ones."""
+        """Returns the events in the files that contain the graph or a picture.
+
+        Events after the state's step are left out. An event that is in two files is returned once.
+
+        Args:
+            part: the subfolder of the files: "train", "val", "test", or "" for the folder itself.
+        """
         found: dict[tuple[int, str], Event] = {}
         for path in self._event_files(part):
             for event in read_events(path):
@@ -151,15 +185,22 @@ class TensorBoard:
         return sorted((self.folder / part).glob("*tfevents*"))
 
     def _replace(self, part: str, events: list[Event]) -> Path:
-        """Writes a new file with these events and removes the others of the folder."""
+        """Writes a new event file, and removes the older event files in the same folder.
+
+        Args:
+            part: the subfolder of the files: "train", "val", "test", or "" for the folder itself.
+
+        Returns:
+            The path of the new file.
+        """
         old = self._event_files(part)
         now = time.time()
         start = [
             Event(wall_time=now, file_version="brain.Event:2"),
-            # Has a reader drop the events of the older files, which it may have read.
+            # This makes a reader drop the events of older files that it has read already.
             Event(wall_time=now, step=0, session_log=SessionLog(status=SessionLog.START)),
         ]
-        # TensorBoard reads files in the order of their names: nanoseconds sort after older seconds.
+        # TensorBoard reads files in the order of their names, which contain the time.
         path = self.folder / part / f"events.out.tfevents.{time.time_ns()}.{platform.node()}"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: write_events(file, [*start, *events]))
@@ -169,9 +210,16 @@ class TensorBoard:
 
 
 def add_scalars(events: dict[str, list[Event]], metrics: Metrics, step: int, now: float) -> None:
-    """Adds the metrics named PART_TAG to the events of their part, and learning rates to train's.
+    """Adds the metrics of an epoch or of the test to the events of "train", "val" and "test".
 
-    Other columns (epoch, step, times) and undefined metrics are left out.
+    The metric "val_acc" becomes "acc" in the events of "val". Learning rates, such as "lr", are
+    added to the events of "train". Other entries and metrics that are None are left out.
+
+    Args:
+        events: a list of events for each of "train", "val" and "test", to which the metrics are
+            added.
+        step: the number of optimizer steps taken.
+        now: the time of the events, in seconds since 1970.
     """
     for name, value in metrics.items():
         part, _, tag = name.partition("_")
@@ -182,21 +230,34 @@ def add_scalars(events: dict[str, list[Event]], metrics: Metrics, step: int, now
 
 
 def image(tag: str, png: bytes, step: int) -> Event:
-    """Returns the event of an image that is encoded as PNG."""
-    width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))  # PNG's header
+    """Returns an event with a picture.
+
+    Args:
+        tag: the name of the picture in TensorBoard, such as "confusion".
+        png: the content of a PNG file.
+        step: the number of optimizer steps taken.
+    """
+    width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))  # in PNG's header
     image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
     summary = Summary(value=[Summary.Value(tag=tag, image=image)])
     return Event(wall_time=time.time(), step=step, summary=summary)
 
 
 def write_events(file: IO[bytes], events: Iterable[Event]) -> None:
-    """Writes events as length-prefixed records with checksums."""
+    """Writes events in TensorBoard's format, as length-prefixed records with checksums.
+
+    Args:
+        file: a file that is open for writing in binary mode.
+    """
     writer = RecordWriter(file)
     for event in events:
         writer.write(event.SerializeToString())
 
 
 def read_events(path: Path) -> Iterator[Event]:
-    """Yields the events of a file, up to where a crash may have cut it off."""
-    with contextlib.suppress(Exception):  # a torn file raises many kinds
+    """Yields the events of a file up to the first record that cannot be read.
+
+    A crash may have cut off the end of the file. This is not an error.
+    """
+    with contextlib.suppress(Exception):  # a damaged file raises many kinds
         yield from LegacyEventFileLoader(str(path)).Load()

@@ -272,8 +272,7 @@ def restore(state: TrainingState, checkpoint: Checkpoint, data: Data, loader: Lo
     except DOES_NOT_FIT as error:
         what = "does not fit the model or optimizer as configured"
         raise Refused(f"{path}: {what}: {reason_of(error)}") from None
-    cfg = checkpoint.cfg.train
-    if not state.is_finished(cfg.epochs, cfg.early_stop_patience):
+    if not state.is_finished(checkpoint.cfg.train):
         state.test = None  # there are more epochs now, and another one may become the best
         state.predictions.pop("test", None)
 

@@ -61,13 +61,6 @@ class Run:
         """The versions, hardware and precision with which the run trains, as plain values."""
         return self.metadata["environment"]
 
-    def is_finished(self) -> bool:
-        """Returns whether no training is left.
-
-        This is the case after the last epoch, and when early stopping has ended the training.
-        """
-        return self.state.is_finished(self.cfg.train.epochs, self.cfg.train.early_stop_patience)
-
     def autocast(self) -> torch.autocast:
         """Returns a context that runs a forward pass in the precision of the run."""
         return env.autocast(self.state.device, self.precision)

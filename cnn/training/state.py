@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from cnn.config.settings import TrainConfig
 from cnn.metrics.running import RunningMetrics
 from cnn.metrics.scores import Metrics, improves
 from cnn.training.schedule import Schedule
@@ -194,14 +195,13 @@ class TrainingState:
                 restored.
         """
         parameters = self._parameters()
-        for index, state in saved.items():
-            if type(index) is not int or not isinstance(state, dict):
-                continue
-            parameter = parameters[index]
-            loaded = self.optimizer.state[parameter]
-            for name, value in state.items():
+        for index in [
+            i for i, state in saved.items() if type(i) is int and isinstance(state, dict)
+        ]:
+            loaded = self.optimizer.state[parameters[index]]
+            for name, value in saved[index].items():
                 if getattr(loaded.get(name), "dtype", None) != getattr(value, "dtype", "none"):
-                    loaded[name] = clone_tree(value, parameter.device)
+                    loaded[name] = clone_tree(value, parameters[index].device)
 
     def _parameters(self) -> list[nn.Parameter]:
         """Returns the optimizer's parameters; their indices are those in its state dict."""
@@ -272,19 +272,18 @@ class TrainingState:
         self.epochs_since_best = 0 if improved else self.epochs_since_best + 1
         return improved
 
-    def is_finished(self, epochs: int, patience: int | None) -> bool:
+    def is_finished(self, cfg: TrainConfig) -> bool:
         """Returns whether no training is left.
 
         This is the case when all epochs are complete, or when early stopping has ended the
         training.
 
         Args:
-            epochs: the number of epochs of the run.
-            patience: early stopping ends the training after this number of epochs without
-                improvement; None for no early stopping.
+            cfg: contains the number of epochs, and the patience of early stopping or None.
         """
+        patience = cfg.early_stop_patience
         stops_early = patience is not None and self.epochs_since_best >= patience
-        return self.batch == 0 and (self.epoch >= epochs or stops_early)
+        return self.batch == 0 and (self.epoch >= cfg.epochs or stops_early)
 
 
 def state_of_one_parameter(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -1,1 +1,1 @@
-"""What belongs to no room above: files, folders, log, signals, seeds; one subject a file."""
+"""Helpers for the other packages: files, folders, log, signals, seeds; one subject per file."""

@@ -1,12 +1,12 @@
-"""The file format under a checkpoint: torch.save's zip file with a checksum over its headers.
+"""The file format of a checkpoint: the zip file of torch.save, with a checksum over its headers.
 
-torch.save stores a CRC of every member of the zip file, which torch.load does not check, and
-nothing covers the bytes between the members' data: headers and directory. The zip file's comment
-therefore holds a SHA-256 of everything that is no member's data; torch.load and other programs
-ignore it. Reading a file here checks that SHA-256 and the CRCs. A file saved by plain torch.save
-has no comment, so its CRCs alone are checked.
+torch.save stores a CRC of every member of the zip file, but torch.load does not check these CRCs,
+and they do not cover the bytes outside the members' data: the headers and the directory. Therefore
+the comment of the zip file contains a SHA-256 of every byte that is not a member's data. torch.load
+and other programs ignore the comment. Reading a file here checks that SHA-256 and the CRCs. A file
+that plain torch.save has written has no comment, so only its CRCs are checked.
 
-Before anything is unpickled, the pickle is checked to name no Python object except those that
+Before anything is unpickled, the pickle is checked: it may name no Python objects except those that
 tensors are made of.
 """
 
@@ -28,12 +28,13 @@ import torch
 from cnn.errors import Refused
 
 MARK = b"sha256 of all that has no CRC: "
-FIRST_MARK = b"sha256 of all before, as torch.save wrote it: "  # of the first format, data included
+# The mark of the first format, whose checksum covers the data of the members too.
+FIRST_MARK = b"sha256 of all before, as torch.save wrote it: "
 END_MARK = b"PK\x05\x06"
 END_BYTES = 22  # the zip file's end record; its last two bytes are the length of the comment
 LOCAL_HEADER_BYTES = 30  # its last four bytes are the lengths of the name and of an extra field
 
-# The objects that a pickle of tensors and plain values refers to.
+# The objects that a pickle of tensors and plain values may name.
 NUMBERS = "Float Double Half BFloat16 ComplexFloat ComplexDouble Bool Byte Char Short Int Long"
 ALLOWED = {
     "collections OrderedDict",
@@ -46,17 +47,18 @@ NAMING = ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")  # opcodes t
 
 
 def write_archive(content: Any, file: IO[bytes]) -> None:
-    """Writes torch.save's file, then the checksum.
+    """Writes a value with torch.save, and then a checksum as the comment of the zip file.
 
     Args:
-        file: opened for writing and reading.
+        content: whatever torch.save accepts, such as the dict of a checkpoint.
+        file: an empty file that is open for writing and reading in binary mode.
 
     Raises:
         OSError: the file cannot be written.
     """
     try:
         torch.save(content, file)
-    except RuntimeError as error:  # torch's own, raised while it handles the system's
+    except RuntimeError as error:  # torch raises it while it handles an OSError
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -67,7 +69,12 @@ def write_archive(content: Any, file: IO[bytes]) -> None:
 
 
 def read_archive(path: Path) -> Any:
-    """Reads a file of torch.save to the CPU; checks every byte and executes nothing.
+    """Reads a file that torch.save has written, with its tensors on the CPU.
+
+    All checksums are checked first. No code that the file may contain is executed.
+
+    Returns:
+        The value that was saved.
 
     Raises:
         Refused: the file cannot be read, is damaged, or contains something that could run code.
@@ -81,12 +88,13 @@ def read_archive(path: Path) -> Any:
 
 
 def read_plain_values(path: Path) -> Any:
-    """Reads a file of torch.save without its tensors, in milliseconds whatever its size.
+    """Reads a file that torch.save has written, without the data of its tensors.
 
-    Checks the headers and the pickle as `read_archive` does, and not the tensors' data.
+    This takes milliseconds, whatever the size of the file. The headers and the pickle are checked
+    as `read_archive` checks them, but the data of the tensors is not.
 
     Returns:
-        What was saved, with None in place of every tensor.
+        The value that was saved, with None in place of every tensor.
 
     Raises:
         Refused: the file cannot be read, is damaged, or contains something that could run code.
@@ -97,20 +105,30 @@ def read_plain_values(path: Path) -> Any:
 
 
 class _TensorsAsNone(pickle.Unpickler):
-    """An unpickler for what `_check_pickle` accepts; it imports nothing."""
+    """An unpickler that puts None in place of every tensor and imports nothing.
+
+    It expects a pickle that `_check_pickle` has accepted.
+    """
 
     def find_class(self, _: str, name: str) -> Any:
         return {"OrderedDict": OrderedDict, "Size": tuple}.get(name, lambda *_: None)
 
     def persistent_load(self, _: Any) -> None:
-        """Returns None for the memory of a tensor."""
+        """Returns None in place of the storage of a tensor."""
 
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]:
-    """Opens a file, checks all but the tensors' data, and has every failure in it raise Refused.
+    """Opens a file of torch.save within the context, and checks all but the data of its tensors.
 
-    The file stays open meanwhile: another one may be put in its place, and none is mixed of both.
+    An exception within the context is raised as Refused. The same file stays open throughout: if
+    another program replaces it meanwhile, all reads still get the old content.
+
+    Yields:
+        The open file and its zip archive.
+
+    Raises:
+        Refused: the file cannot be read, is damaged, or contains something that could run code.
     """
     try:
         status = path.stat()
@@ -133,7 +151,7 @@ def _open(path: Path) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]:
         raise Refused(f"{path}: cannot be read: {error.strerror or error}") from None
     except zipfile.BadZipFile as error:
         raise Refused(f"{path}: damaged: the file is cut off or changed: {error}") from None
-    except pickle.UnpicklingError:  # torch's message would advise to load it all the same
+    except pickle.UnpicklingError:  # torch's message advises to load it anyway
         raise Refused(f"{path}: not opened: it does not read as tensors and plain values") from None
     except Exception as error:  # noqa: BLE001  zipfile and torch raise many kinds for a strange file
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -141,7 +159,15 @@ def _open(path: Path) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]:
 
 
 def _check_frame(path: Path, file: IO[bytes], archive: zipfile.ZipFile) -> None:
-    """Checks the end of the file, and the checksum in its comment."""
+    """Checks the end record of a zip file, and the checksum in its comment if it has one.
+
+    Args:
+        path: the path of the file, for the message.
+
+    Raises:
+        zipfile.BadZipFile: the end record does not fit the end of the file.
+        Refused: the checksum does not fit the file.
+    """
     comment = archive.comment
     size = file.seek(0, 2) - len(comment)
     file.seek(size - END_BYTES)
@@ -157,7 +183,14 @@ def _check_frame(path: Path, file: IO[bytes], archive: zipfile.ZipFile) -> None:
 
 
 def _frame_checksum(file: IO[bytes], archive: zipfile.ZipFile, size: int) -> bytes:
-    """Returns the SHA-256 of the first `size` bytes without those of the members' data."""
+    """Returns the SHA-256 of a zip file without its members' data and without its comment.
+
+    Args:
+        size: the size of the file without its comment, in bytes.
+
+    Returns:
+        The checksum in hexadecimal digits.
+    """
     spans, position = [], 0
     for member in sorted(archive.infolist(), key=lambda member: member.header_offset):
         file.seek(member.header_offset)
@@ -169,7 +202,16 @@ def _frame_checksum(file: IO[bytes], archive: zipfile.ZipFile, size: int) -> byt
 
 
 def _checksum(file: IO[bytes], spans: list[tuple[int, int]]) -> bytes:
-    """Returns the SHA-256 of these spans of the file, and of a comment's length of 0 after them."""
+    """Returns the SHA-256 of some spans of a file, followed by two zero bytes.
+
+    The zero bytes stand for the length of an empty comment at the end of a zip file.
+
+    Args:
+        spans: the byte offsets (start, end) of each span, without the byte at `end`.
+
+    Returns:
+        The checksum in hexadecimal digits.
+    """
     sha256 = hashlib.sha256()
     for start, end in spans:
         file.seek(start)
@@ -179,7 +221,16 @@ def _checksum(file: IO[bytes], spans: list[tuple[int, int]]) -> bytes:
 
 
 def _check_members(path: Path, archive: zipfile.ZipFile, size: int) -> None:
-    """Checks the members' sizes, that nothing is compressed, and what they would unpickle."""
+    """Checks the names, flags, sizes and pickles of the members of a zip file.
+
+    Args:
+        path: the path of the file, for the message.
+        size: the size of the whole file in bytes.
+
+    Raises:
+        Refused: two members have the same name, a member is compressed, encrypted or marked as a
+            folder, the members are larger than the file, or a pickle could run code.
+    """
     members = archive.infolist()
     names = [member.filename for member in members]
     if len({name.lower() for name in names}) < len(names):
@@ -197,7 +248,16 @@ def _check_members(path: Path, archive: zipfile.ZipFile, size: int) -> None:
 
 
 def _check_pickle(path: Path, pickled: bytes) -> None:
-    """Refuses a pickle that names any object but those that tensors and plain values need."""
+    """Checks that a pickle names no objects except those that tensors and plain values need.
+
+    Args:
+        path: the path of the file with the pickle, for the message.
+        pickled: the bytes of the pickle.
+
+    Raises:
+        Refused: the pickle names another object, which could run code, or an index in it is so
+            large that unpickling would take too much memory.
+    """
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name in NAMING and argument not in ALLOWED:
             named = str(argument or opcode.name).replace(" ", ".")

@@ -1,7 +1,7 @@
 """Checkpoints: written so that a crash never leaves half of one, and checked before they are used.
 
-What a file must contain is checked here and in `checkpoint_structure`; that its bytes are those
-that were written, in `checked_zip`.
+This module and `checkpoint_structure` check what a checkpoint must contain. `checked_zip` checks
+that the bytes of the file are those that were written.
 """
 
 import contextlib
@@ -23,19 +23,25 @@ logger = logging.getLogger(__name__)
 
 Paths = tuple[Path, ...]
 
-STRUCTURE_HASH = "outline"  # its key in a checkpoint
-FORMAT = 1  # of the content; counted up when an earlier version could not read it
+STRUCTURE_HASH = "outline"  # the key of the structure's hash in a checkpoint
+FORMAT = 1  # the version of the content; raised when earlier code cannot read the new one
 
 
 def load_checkpoint(path: Path, option: str = "--resume") -> dict[str, Any]:
-    """Reads a checkpoint to the CPU; checks every byte and executes nothing.
+    """Reads a checkpoint, with its tensors on the CPU, and checks its bytes and its content.
+
+    No code that the file may contain is executed.
 
     Args:
-        option: the command-line option that takes another file, for the message.
+        option: the command-line option that names a checkpoint, "--resume" or "--checkpoint". The
+            message of an error suggests this option with another file.
+
+    Returns:
+        The entries of the checkpoint, such as "model_state_dict" and "epoch".
 
     Raises:
-        Refused: the file cannot be read, is damaged, or is no checkpoint of this project; the
-            message names another intact checkpoint beside it, where there is one.
+        Refused: the file cannot be read, is damaged, or is not a checkpoint of this project. The
+            message names another intact checkpoint in the same folder, if there is one.
     """
     try:
         return read_checkpoint(path)
@@ -44,7 +50,17 @@ def load_checkpoint(path: Path, option: str = "--resume") -> dict[str, Any]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint as `load_checkpoint` does, and looks for no other file where it fails."""
+    """Reads a checkpoint, with its tensors on the CPU, and checks its bytes and its content.
+
+    Unlike `load_checkpoint`, it does not look for another intact checkpoint if this one is refused.
+
+    Returns:
+        The entries of the checkpoint, such as "model_state_dict" and "epoch".
+
+    Raises:
+        Refused: the file cannot be read, is damaged, is not a checkpoint of this project, or
+            contains weights that are NaN.
+    """
     content = read_archive(path)
     _check_kind(path, content)
     try:
@@ -63,14 +79,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint's plain values without its tensors: in milliseconds, whatever its size.
+    """Reads the plain values of a checkpoint, without the data of its tensors.
+
+    This takes milliseconds, whatever the size of the file.
 
     Returns:
-        All but the state dicts, such as `started`, `epoch`, `step` and `unfinished_epoch`; a tensor
-        among them is None.
+        All entries except the state dicts, such as "started", "epoch", "step" and
+        "unfinished_epoch". A tensor in one of these entries is replaced by None.
 
     Raises:
-        Refused: the file cannot be read, is damaged outside of its tensors' data, or is no
+        Refused: the file cannot be read, is damaged outside of its tensors' data, or is not a
             checkpoint of this project.
     """
     content = read_plain_values(path)
@@ -89,7 +107,14 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def check_readable(content: dict[str, Any]) -> None:
-    """Refuses a content that `read_checkpoint` would refuse."""
+    """Checks that the content of a checkpoint has the structure that `read_checkpoint` expects.
+
+    Args:
+        content: the entries of the checkpoint by name.
+
+    Raises:
+        Refused: an entry is missing, has a wrong kind of value, or contradicts another entry.
+    """
     try:
         structure.check_content(content)
     except InvalidValue as mistake:
@@ -97,43 +122,78 @@ def check_readable(content: dict[str, Any]) -> None:
 
 
 def position_text(content: dict[str, Any]) -> str:
-    """Returns how far a checkpoint's run is, such as "after epoch 3 and 2 batches, step 38"."""
+    """Returns a text on how far a run was when a checkpoint was saved.
+
+    Args:
+        content: the entries of the checkpoint by name.
+
+    Returns:
+        The text, such as "after epoch 3 and 2 batches, step 38".
+    """
     batch = content["unfinished_epoch"]["batch"]
     within = f" and {batch} batches" if batch else ""
     return f"after epoch {content['epoch']}{within}, step {content['step']}"
 
 
 def validated_weights(content: dict[str, Any]) -> dict[str, Any]:
-    """Returns the weights that validation used: the averaged ones where the run averages."""
+    """Returns the state dict of the model that was validated when a checkpoint was saved.
+
+    It contains the moving average of the weights (EMA) if the run computes one, and otherwise the
+    weights that the optimizer trains.
+
+    Args:
+        content: the entries of the checkpoint by name.
+    """
     return content["ema_state_dict"] or content["model_state_dict"]
 
 
 def is_end_of_epoch(content: dict[str, Any], started: str, epoch: int) -> bool:
-    """Returns whether a checkpoint was saved at the end of that epoch by the run of that start."""
+    """Returns whether a checkpoint was saved at the end of the given epoch of the given run.
+
+    Args:
+        content: the entries of the checkpoint by name.
+        started: the value of "started" that identifies the run.
+        epoch: the number of the epoch, from 1.
+    """
     position = content["started"], content["epoch"], content["unfinished_epoch"]["batch"]
     return position == (started, epoch, 0)
 
 
 def _advice(path: Path, option: str) -> str:
-    """Names another intact checkpoint in the folder."""
-    for other in checkpoints_in(path if path.is_dir() else path.parent):
-        if other != path:
-            try:
-                position = position_text(read_checkpoint(other))
-            except Refused:
-                continue
-            return f"{other} is whole ({position}): {option} {other}"
+    """Returns advice for the case that a checkpoint cannot be read.
+
+    Args:
+        path: the checkpoint that cannot be read, or a folder.
+        option: the command-line option that names a checkpoint, such as "--resume".
+
+    Returns:
+        The end of an error message. It names another intact checkpoint in the same folder, or says
+        that there is none.
+    """
+    others = [p for p in checkpoints_in(path if path.is_dir() else path.parent) if p != path]
+    for other in others:
+        with contextlib.suppress(Refused):
+            return f"{other} is whole ({position_text(read_checkpoint(other))}): {option} {other}"
     return "there is no other file beside it that is whole; a copy elsewhere may be"
 
 
 def _check_kind(path: Path, content: Any) -> None:
-    """Refuses other files of torch.save, and checkpoints of a later version."""
+    """Checks that a file of torch.save contains a checkpoint which this version can read.
+
+    Args:
+        path: the path of the file, for the message.
+        content: the value that the file contains.
+
+    Raises:
+        Refused: the value is not a dict, contains weights alone, was written by a newer version of
+            this project, or lacks a required entry.
+    """
     if not isinstance(content, dict):
         kind = structure.describe_value(content)
         raise Refused(f"{path}: expected a checkpoint of train.py, got {kind}")
     is_state = bool(content) and all(isinstance(value, torch.Tensor) for value in content.values())
     of_training = {"optimizer_state_dict", "step"} & content.keys()
-    if is_state or ("model_state_dict" in content and not of_training):  # export.py's
+    if is_state or ("model_state_dict" in content and not of_training):  # export.py writes it
         advice = f"to begin a new run from them, say model.weights={path}"
         raise Refused(f"{path}: weights alone, without the state of a run; {advice}")
     version = content.get("format")
@@ -146,10 +206,11 @@ def _check_kind(path: Path, content: Any) -> None:
 
 
 def clone_tree(tree: Any, device: torch.device | str | None = "cpu") -> Any:
-    """Copies nested dicts, lists and tuples with their tensors.
+    """Copies nested dicts, lists and tuples together with the tensors in them.
 
     Args:
-        device: the device of the copied tensors; None keeps each one's own.
+        device: the device of the copied tensors, or None to leave each copy on the device of its
+            original.
     """
     if isinstance(tree, torch.Tensor):
         return tree.detach().to(device, copy=True)
@@ -161,7 +222,11 @@ def clone_tree(tree: Any, device: torch.device | str | None = "cpu") -> Any:
 
 
 def estimate_bytes(tree: Any) -> int:
-    """Estimates the size of a checkpoint's file."""
+    """Estimates the size of a checkpoint's file in bytes.
+
+    Args:
+        tree: the content of the file: nested dicts, lists and tuples of tensors and plain values.
+    """
     if isinstance(tree, torch.Tensor):
         return tree.nbytes + 300  # zip headers, alignment, pickled shape
     if isinstance(tree, structure.CONTAINERS):
@@ -171,24 +236,31 @@ def estimate_bytes(tree: Any) -> int:
 
 
 def save_checkpoint(content: dict[str, Any], path: Path, also: Paths = ()) -> None:
-    """Writes a checkpoint durably, once, under `path` and further names in the same folder.
+    """Writes a checkpoint to disk once, under one or more names in the same folder.
+
+    Args:
+        content: the entries of the checkpoint by name.
+        path: the path of the file.
+        also: further paths in the same folder for the same content. They are in place before `path`
+            is.
 
     Raises:
-        OSError: the files are as they were before.
+        OSError: the checkpoint cannot be written. Each path has its old content or the new one.
     """
     content = content | {STRUCTURE_HASH: structure.structure_hash(content)}
     write_atomically(path, lambda file: write_archive(content, file), also)
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background, one at a time, in the order of their saves.
+    """A writer of checkpoints that works in a background thread, one checkpoint after the other.
 
-    A failed write is logged and costs only itself: the earlier file stays, training continues, and
-    the next save tries again, for the best epoch too, whose content is kept until then.
+    If a write fails, the error is logged, the earlier file stays, and training continues. If the
+    checkpoint was of the best epoch, its content stays in memory, and the next save writes it too.
 
     Attributes:
-        failure: why the latest write failed, or None.
-        pending_best: the best epoch's content where it is not written yet, or None.
+        failure: why the latest write failed, or None if it did not fail.
+        pending_best: the content of the best epoch's checkpoint while it is not written yet, or
+            None.
     """
 
     def __init__(self) -> None:
@@ -200,14 +272,19 @@ class CheckpointWriter:
     def save(
         self, content: dict[str, Any], path: Path, best: Path | None = None, also: Paths = ()
     ) -> None:
-        """Copies the content and returns; a thread writes the copy.
+        """Copies the content and starts a thread that writes the copy.
+
+        It first waits until the previous write has ended.
 
         Args:
-            best: a further name for the same file, where this is the best epoch.
-            also: further names for the same file.
+            content: the entries of the checkpoint by name.
+            path: the path of the file, such as checkpoints/last.pth.
+            best: a further path for the same content if this is the best epoch, such as
+                checkpoints/best.pth; else None.
+            also: further paths for the same content, such as checkpoints/epoch_005.pth.
 
         Raises:
-            Refused: the file could not be read again; nothing is saved.
+            Refused: the content does not have the structure of a checkpoint. Nothing is written.
         """
         self.wait()
         copy = clone_tree(content)
@@ -222,28 +299,33 @@ class CheckpointWriter:
         try:
             if self.pending_best is content:
                 also = (self._best_path, *also)
-            elif self.pending_best is not None:  # before last.pth, which refers to it
+            elif self.pending_best is not None:  # first, since last.pth refers to it
                 save_checkpoint(self.pending_best, self._best_path)
                 self.pending_best = None
             save_checkpoint(content, path, also)
             self.pending_best = self.failure = None
-        except Exception as error:  # noqa: BLE001  training can continue whatever it is
+        except Exception as error:  # noqa: BLE001  training can continue anyway
             reason = getattr(error, "strerror", None) or describe(error)
             self.failure = f"{path}: {reason}; {_space(content, path)}"
             effect = "The file of before is kept, training goes on, the next save tries again"
             logger.error("could not save %s. %s", self.failure, effect)
 
     def wait(self) -> None:
-        """Waits until the latest save is written or has failed."""
+        """Waits until the latest checkpoint is written or its write has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
 
 def _space(content: dict[str, Any], path: Path) -> str:
-    """Returns how much space a save needs, and how much is free."""
+    """Returns a text on how much space a checkpoint needs, and how much is free on the disk.
+
+    Args:
+        content: the entries of the checkpoint by name.
+        path: the path of the checkpoint. The free space is measured on the disk of its folder.
+    """
     free = ""
-    with contextlib.suppress(OSError):  # the folder is removed
+    with contextlib.suppress(OSError):  # the folder may be removed
         free = f", {path.parent} has {_size(shutil.disk_usage(path.parent).free)} free"
     return f"it needs {_size(estimate_bytes(content))}{free}"
 

@@ -19,31 +19,39 @@ CONTAINERS = (dict, list, tuple)
 MAX_DEPTH = 50
 MAX_INT = 2**63
 
-# The tensors of a checkpoint have one of these; `checked_zip` reads no others.
+# Every tensor of a checkpoint has one of these dtypes. `checked_zip` reads no others.
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 DTYPES = (*FLOATS, *INTEGERS, torch.complex64, torch.complex128)
 
 
 class Leaf(NamedTuple):
-    """A kind of value: its name in messages, and the function that recognizes it."""
+    """A kind of value in the tables of this module.
+
+    Attributes:
+        expected: the name of the kind in error messages, such as "a finite number of at least 0".
+        matches: a function that returns whether a value is of this kind.
+    """
 
     expected: str
     matches: Callable[[Any], bool]
 
 
 def is_real(value: Any, ndim: int) -> bool:
-    """Returns whether a value is a tensor of real numbers with `ndim` dimensions."""
+    """Returns whether a value is a tensor of `ndim` dimensions whose dtype is not complex."""
     return isinstance(value, torch.Tensor) and value.ndim == ndim and not value.is_complex()
 
 
 def is_amount(value: Any) -> bool:
-    """Returns whether a value is a finite number of at least 0."""
+    """Returns whether a value is an int or float that is finite and at least 0."""
     return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def is_plain(value: Any) -> bool:
-    """Returns whether a value could come from YAML: there is no tensor in it, and keys are text."""
+    """Returns whether a value could come from a YAML file.
+
+    This is so if neither the value nor anything nested in it is a tensor, and all keys are text.
+    """
     if isinstance(value, dict):
         return all(type(key) is str and is_plain(inner) for key, inner in value.items())
     if isinstance(value, (list, tuple)):
@@ -56,7 +64,7 @@ PLAIN = Leaf("plain values", is_plain)
 NULL = Leaf("null", lambda value: value is None)
 TEXT = Leaf("text", lambda value: type(value) is str)
 WHOLE = Leaf("a whole number of at least 0", lambda v: type(v) is int and 0 <= v < MAX_INT)
-NUMBER = Leaf("a number", lambda v: type(v) in (int, float) and v >= -math.inf)  # and not NaN
+NUMBER = Leaf("a number", lambda v: type(v) in (int, float) and v >= -math.inf)  # but not NaN
 AMOUNT = Leaf("a finite number of at least 0", is_amount)
 METRIC = Leaf("a number or null", lambda value: type(value) in (int, float, NoneType))
 TENSOR = Leaf("a tensor", lambda value: isinstance(value, torch.Tensor))
@@ -101,9 +109,9 @@ CHECKPOINT = {
     "history": [EPOCH | {"*": METRIC}],
     "test": (NULL, {"*": METRIC}),
     "predictions?": {"val?": PREDICTIONS, "test?": PREDICTIONS},
-    "*": PLAIN,  # of a later version
+    "*": PLAIN,  # entries of a later version
 }
-# What is left of a checkpoint that is read without its tensors.
+# The entries of a checkpoint that is read without its tensors.
 METADATA = {key: kind for key, kind in CHECKPOINT.items() if not key.rstrip("?").endswith("_dict")}
 METADATA |= {"unfinished_epoch": {"batch": WHOLE, "*": ANY}, "predictions?": ANY}
 
@@ -116,10 +124,14 @@ KEYS = _required(CHECKPOINT)
 
 
 def check_content(content: dict[str, Any]) -> None:
-    """Checks that a checkpoint is plain, fits the table, and that its parts fit each other.
+    """Checks that a checkpoint has the expected structure and that its entries fit each other.
+
+    Args:
+        content: the entries of the checkpoint by name.
 
     Raises:
-        InvalidValue: a value does not fit; the message begins with its key.
+        InvalidValue: an entry is missing, has a wrong kind of value, or contradicts another entry.
+            The message begins with its key, such as "best.epoch".
     """
     check_values(content)
     check(content, CHECKPOINT)
@@ -146,10 +158,16 @@ def check_content(content: dict[str, Any]) -> None:
 
 
 def check(value: Any, kind: Any, key: str = "") -> None:
-    """Checks a value against its kind in a table.
+    """Checks a value, and everything nested in it, against a kind or a table of kinds.
+
+    Args:
+        kind: a `Leaf`, or a table: a dict maps keys to kinds, a list contains the kind of all
+            items, and a tuple contains alternative kinds.
+        key: the place of the value in the checkpoint, such as "best.epoch"; "" for the checkpoint
+            itself.
 
     Raises:
-        InvalidValue: a value does not fit; the message begins with its key.
+        InvalidValue: a value does not fit. The message begins with its key.
     """
     if isinstance(kind, Leaf):
         if not kind.matches(value):
@@ -176,7 +194,16 @@ def check(value: Any, kind: Any, key: str = "") -> None:
 
 
 def _kind_of(name: Any, kinds: dict[Any, Any], key: str) -> Any:
-    """Returns the kind of the value under a name of a mapping."""
+    """Returns the kind that a table gives to the value under a name.
+
+    Args:
+        name: the name in a mapping of the checkpoint, such as "epoch".
+        kinds: the table for this mapping.
+        key: the place of the mapping in the checkpoint, such as "best", for the message.
+
+    Raises:
+        InvalidValue: the table does not have the name.
+    """
     names = [type(name)]
     if type(name) is str:
         names = [name, f"{name}?", "*_extra_state" if name.endswith("_extra_state") else "*", "*"]
@@ -191,22 +218,35 @@ def _join(key: str, name: Any) -> str:
 
 
 def check_values(tree: Any) -> None:
-    """Checks that there are only plain values and plain tensors in nested dicts, lists and tuples.
+    """Checks that nested dicts, lists and tuples contain only plain values and plain tensors.
+
+    Plain values are None, bool, int, float and str. Plain tensors are dense, and no two of their
+    elements share memory.
 
     Raises:
-        InvalidValue: something else is there; the message begins with its key.
+        InvalidValue: something else is among them, or the nesting is not a tree. The message begins
+            with its key, such as "optimizer_state_dict.state".
     """
     _check_value(tree, "", 0, set())
 
 
 def _check_value(tree: Any, key: str, depth: int, seen: set[int]) -> None:
-    """Checks one value and all below it; `seen` has the ids of the containers met before."""
+    """Checks that a value, with everything nested in it, is plain, as `check_values` describes.
+
+    Args:
+        key: the place of the value in the checkpoint, such as "optimizer_state_dict.state".
+        depth: the number of containers around the value.
+        seen: the ids of the containers that were checked before. This call adds to them.
+
+    Raises:
+        InvalidValue: something is not plain. The message begins with its key.
+    """
     if isinstance(tree, torch.Tensor):
         fault = _fault_of(tree)
         if fault is not None:
             raise InvalidValue(f"{key}: expected a plain tensor, got {fault}")
     elif isinstance(tree, CONTAINERS):
-        # A container met twice, or inside of itself, could take endless time to walk.
+        # A container that occurs twice, or inside itself, could take endless time to check.
         if (id(tree) in seen and len(tree)) or depth > MAX_DEPTH:
             raise InvalidValue(f"{key}: not a tree of plain values")
         seen.add(id(tree))
@@ -221,14 +261,17 @@ def _check_value(tree: Any, key: str, depth: int, seen: set[int]) -> None:
 
 
 def _fault_of(tensor: torch.Tensor) -> str | None:
-    """Returns why a tensor is no plain one, in which every number has its own memory, or None."""
+    """Returns why a tensor is not plain, as words for an error message, or None if it is plain.
+
+    A plain tensor is dense, has one of `DTYPES`, and no two of its elements share memory.
+    """
     if tensor.layout != torch.strided or tensor.is_quantized:
         return "a sparse or quantised one"
     if tensor.is_conj() or tensor.is_neg():
         return "a conjugated or negated view"
     if tensor.dtype not in DTYPES:
         return f"one of {_name_of(tensor.dtype)}, which is not kept"
-    reached = 0  # offset of the last number in the dimensions of smaller strides
+    reached = 0  # offset of the last element within the dimensions of smaller strides
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= reached:
             return "one whose numbers overlap in memory"
@@ -237,9 +280,16 @@ def _fault_of(tensor: torch.Tensor) -> str | None:
 
 
 def structure_hash(content: dict[str, Any]) -> str:
-    """Returns a SHA-256 over all plain values, and over the tensors' shapes, dtypes and scalars.
+    """Returns a SHA-256 over a checkpoint's plain values and its tensors' shapes and dtypes.
 
-    The numbers of larger tensors are left out: the checksums of the file cover them.
+    It covers the value of a tensor only if the tensor has no dimensions. The elements of other
+    tensors are left out, because the checksums of the file cover them.
+
+    Args:
+        content: the entries of the checkpoint by name.
+
+    Returns:
+        The hash in hexadecimal digits.
     """
     return hashlib.sha256(repr(_structure(content)).encode()).hexdigest()
 
@@ -255,7 +305,12 @@ def _structure(tree: Any) -> Any:
 
 
 def describe_value(value: Any) -> str:
-    """Returns a value for a message: a number itself, and otherwise its type."""
+    """Describes a value for an error message.
+
+    Returns:
+        The digits of a number, "null" for None, "a tensor float32 (2, 3)" for a tensor, and the
+        name of the type for anything else.
+    """
     if isinstance(value, torch.Tensor):
         return f"a tensor {_name_of(value.dtype)} {tuple(value.shape)}"
     if type(value) in (int, float):

@@ -1,4 +1,7 @@
-"""The environment of a run: device, precision, versions and code, on which its bits depend."""
+"""The environment of a run: its device, precision, versions and code.
+
+The exact bits of the run's results depend on the environment.
+"""
 
 import datetime
 import os
@@ -17,17 +20,21 @@ from cnn.utils.launch import Launch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Where one of these differs, a run repeats itself only up to rounding. numpy is among them because
+# If one of these differs, a run is repeated only up to rounding. numpy is among them because
 # it shuffles the images and draws their augmentations.
 BITS_DEPEND_ON = ("torch", "numpy", "device", "cpu", "threads", "precision", "world_size")
 
 
 def choose_device(name: str, launch: Launch | None = None) -> torch.device:
-    """Finds the device of that name and makes it the current one.
+    """Returns the device that the setting `device` names.
+
+    A CUDA device with an index, such as "cuda:1", also becomes PyTorch's current device.
 
     Args:
-        name: "auto" is CUDA, else MPS, else the CPU.
-        launch: with several processes, each takes the CUDA device of its local rank.
+        name: "cpu", "cuda", "cuda:1", "mps" or "auto". "auto" is CUDA if it is available, otherwise
+            MPS, otherwise the CPU.
+        launch: the processes of the run. If there are several, "auto" and "cuda" give each process
+            the CUDA device whose index is its local rank. None is a single process.
 
     Raises:
         Refused: there is no such device, or there are more processes than CUDA devices.
@@ -50,11 +57,13 @@ def choose_device(name: str, launch: Launch | None = None) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device, earlier: str | None = None) -> str:
-    """Returns fp32, bf16 or fp16.
+    """Returns the precision of the forward passes: "fp32", "bf16" or "fp16".
 
     Args:
-        name: one of these, or "auto": bf16 where the hardware computes in it, else fp32.
-        earlier: the precision before a resume, which "auto" keeps.
+        name: the setting: one of these three, or "auto". "auto" is "bf16" if the device computes in
+            it, and otherwise "fp32".
+        device: the device of the model.
+        earlier: the precision before a resume, which "auto" takes again; None for a new run.
     """
     if name != "auto":
         return name
@@ -68,12 +77,21 @@ def choose_precision(name: str, device: torch.device, earlier: str | None = None
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Returns the context in which a forward pass computes in that precision."""
+    """Returns the context manager in which a forward pass computes in the given precision.
+
+    Args:
+        precision: "fp32", "bf16" or "fp16". With "fp32", the context manager has no effect.
+    """
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def cpu_has(*features: str) -> bool:
-    """Returns whether the CPU has one of these features of Linux's list, and torch has oneDNN."""
+    """Returns whether the CPU has at least one of the features and PyTorch has oneDNN.
+
+    Args:
+        features: names as in Linux's /proc/cpuinfo, such as "avx512_bf16". Without that file the
+            result is False.
+    """
     try:
         flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
     except OSError:
@@ -82,7 +100,16 @@ def cpu_has(*features: str) -> bool:
 
 
 def describe(device: torch.device, precision: str, world_size: int = 1) -> dict[str, Any]:
-    """Returns versions, hardware and commit as plain values, for checkpoint and log."""
+    """Describes the environment of a run for its checkpoint and its log.
+
+    Args:
+        precision: "fp32", "bf16" or "fp16".
+        world_size: the number of processes of the run.
+
+    Returns:
+        Plain values by name: versions of packages, the device, the CPU, the number of threads,
+        `precision`, `world_size`, and the git commit as "git".
+    """
     on_cuda = device.type == "cuda"
     return {
         "torch": str(torch.__version__),
@@ -101,16 +128,25 @@ def describe(device: torch.device, precision: str, world_size: int = 1) -> dict[
 
 
 def timestamp() -> str:
-    """Returns the time as 2026-11-20 18:45:01.123456, by which runs are distinguished."""
+    """Returns the local time, such as "2026-11-20 18:45:01.123456".
+
+    The time at which a run started identifies the run.
+    """
     return datetime.datetime.now().isoformat(" ")
 
 
 def git_commit() -> str | None:
-    """Returns the commit of this code, with '+' where files differ from it; None outside git."""
+    """Returns the git commit of this project's code, such as "1a2b3c4" or "1a2b3c4+".
+
+    The plus sign means that files differ from the commit.
+
+    Returns:
+        The commit, or None if the code is not in a git repository or git fails.
+    """
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return None
-    # Without optional locks: killed in the middle, git would leave .git/index.lock behind.
+    # With optional locks, a git that is killed would leave .git/index.lock behind.
     git = ["git", "--no-optional-locks", "-C", str(folder)]
     words = ["describe", "--always", "--dirty=+", "--exclude=*"]
     try:
@@ -121,14 +157,25 @@ def git_commit() -> str | None:
 
 
 def environment_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns what bits depend on and has changed, each as 'threads 2 → 4'."""
+    """Returns what differs between two environments and may change the bits of the results.
+
+    Args:
+        then: the environment in a checkpoint, as `describe` returned it.
+        now: the environment of this process, as `describe` returns it.
+
+    Returns:
+        A text per change, such as "threads 2 → 4".
+    """
     return [
         f"{key} {then.get(key)} → {now[key]}" for key in BITS_DEPEND_ON if then.get(key) != now[key]
     ]
 
 
 def make_deterministic() -> None:
-    """Makes PyTorch deterministic on CUDA, as its notes on reproducibility describe."""
+    """Makes PyTorch use deterministic algorithms only, as its notes on reproducibility describe.
+
+    From then on, an operation that has no deterministic algorithm raises RuntimeError.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)

@@ -13,23 +13,27 @@ from cnn.errors import Failed
 
 logger = logging.getLogger(__name__)
 
-TEMPORARY = ".cnn.tmp"  # suffix of our unfinished files; the user's own .tmp files are left alone
+TEMPORARY = ".cnn.tmp"  # suffix of temporary files; the user's .tmp files have another one
 
 
 def write_atomically(
     path: Path, write: Callable[[IO[bytes]], None], also: tuple[Path, ...] = ()
 ) -> None:
-    """Writes a temporary file in the same folder, syncs it, and renames it to `path`.
+    """Replaces a file so that, even after a crash, it has either its old content or the new one.
+
+    The content is written to a temporary file in the same folder, synced to disk, and renamed.
 
     Args:
-        path: the file to replace.
-        write: writes the content to the temporary file, which is open for writing and reading.
-        also: further names in the same folder for the same content; they are durably in place
-            before `path` is, so that the content of `path` may refer to them.
+        path: the file to replace or create.
+        write: a function that writes the content to the file which it is called with. That file is
+            open for writing and reading in binary mode.
+        also: further paths in the same folder for the same content. They are synced to disk before
+            `path` is replaced, so that the content of `path` may refer to them.
 
     Raises:
-        OSError: `path` is unchanged, and no temporary file is left; each further name has either
-            its old content or the new one.
+        OSError: a write, rename or sync failed. No temporary file is left. `path` is unchanged
+            unless only the last sync failed. Each path in `also` has its old content or the new
+            one.
     """
     temporary = temporary_name(path)
     links = [temporary_name(other) for other in also]
@@ -58,10 +62,13 @@ def write_atomically(
 
 
 def write_output(path: Path, data: bytes) -> None:
-    """Writes a file that the user asked for.
+    """Replaces a file that the user has asked for, such as a table or an export.
+
+    Args:
+        data: the new content of the file.
 
     Raises:
-        Failed: the file cannot be written.
+        Failed: the file cannot be written. The message names it.
     """
     with raising_failed(path):
         write_atomically(path, lambda file: file.write(data))
@@ -69,7 +76,11 @@ def write_output(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def raising_failed(path: Path) -> Iterator[None]:
-    """Raises Failed, with the file's name, for an OSError within the context."""
+    """Raises Failed in place of an OSError that occurs within the context.
+
+    Args:
+        path: the file that is being written, which the message names.
+    """
     try:
         yield
     except OSError as error:
@@ -77,12 +88,18 @@ def raising_failed(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file by a text in UTF-8; a lone surrogate is written as its escape sequence."""
+    """Replaces a file by a text in UTF-8, so that a crash leaves the old content or the new one.
+
+    A lone surrogate, which UTF-8 cannot encode, is written as its escape sequence.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
 
 
 def write_record(path: Path, text: str) -> None:
-    """Writes a record of the run; logs a warning where that fails."""
+    """Replaces a text file in the logs of a run, or logs a warning if it cannot be written."""
     try:
         write_text(path, text)
     except OSError as error:
@@ -90,25 +107,41 @@ def write_record(path: Path, text: str) -> None:
 
 
 def warn_unwritten(what: Path | str, reason: str) -> None:
-    """Logs that a record of the run cannot be written."""
+    """Logs a warning that a file in the logs of a run cannot be written.
+
+    Args:
+        what: the path of the file, or a name for several files, such as "logs/tensorboard".
+        reason: why it cannot be written, such as "No space left on device".
+    """
     effect = "training goes on, and no checkpoint lacks anything"
     logger.warning("%s: cannot be written: %s; %s", what, reason, effect)
 
 
 def temporary_name(path: Path) -> Path:
-    """Returns a unique name for a temporary file in the same folder."""
+    """Returns a unique path for a temporary file in the folder of another file.
+
+    Args:
+        path: the file that the temporary file will replace.
+    """
     return path.with_name(f".{path.name[:40]}.{uuid.uuid4().hex}{TEMPORARY}")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files that a crash has left in a folder, where permissions allow it."""
+    """Removes the temporary files that a crash has left in a folder.
+
+    Only temporary files of this project are removed. An OSError, such as a missing permission, ends
+    the removal without an error.
+    """
     with contextlib.suppress(OSError):
         for path in folder.glob(f".*{TEMPORARY}"):
             path.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:
-    """Creates a folder and its missing parents, durably."""
+    """Creates a folder and its missing parents, and syncs their entries to disk.
+
+    A folder that exists is left as it is.
+    """
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -116,7 +149,10 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable; does nothing on Windows, which cannot sync folders."""
+    """Syncs a folder to disk, so that a power failure does not undo renames in it.
+
+    On Windows, which cannot sync folders, it does nothing.
+    """
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""The processes that torchrun has started for a run; nothing here imports torch."""
+"""The processes that torchrun has started for a run. This module does not import torch."""
 
 import os
 from dataclasses import dataclass
@@ -8,13 +8,17 @@ from cnn.errors import Refused
 
 @dataclass(frozen=True)
 class Launch:
-    """This process's place among those of its run; the default is a run of one process.
+    """The place of this process among the processes of its run.
+
+    The default values describe a run of one process.
 
     Attributes:
-        rank: from 0; rank 0 logs and writes.
-        size: the number of processes.
-        local_rank, local_size: the same among those on this machine.
-        node: the number of this machine, from 0.
+        rank: the index of this process among all processes of the run. Rank 0 logs and writes
+            files.
+        size: the number of all processes of the run.
+        local_rank: the index of this process among those on the same machine.
+        local_size: the number of processes on the same machine.
+        node: the index of this machine among those of the run.
     """
 
     rank: int = 0
@@ -25,12 +29,15 @@ class Launch:
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this is rank 0."""
+        """Whether this process is rank 0, which logs and writes files."""
         return self.rank == 0
 
 
 def find_launch() -> Launch:
-    """Returns what torchrun has put into the environment; without torchrun, one process."""
+    """Returns the rank and the number of processes, which torchrun sets as environment variables.
+
+    Without these variables, the result is a run of one process.
+    """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
     try:
         return Launch(*(int(os.environ[name]) for name in names))
@@ -39,7 +46,15 @@ def find_launch() -> Launch:
 
 
 def command(*words: str) -> list[str]:
-    """Returns the command that runs a script in as many processes as this run has."""
+    """Returns the command that runs a script in as many processes as this run has.
+
+    Args:
+        words: the script and its arguments, such as "train.py" and "--resume".
+
+    Returns:
+        The words of a command that begins with "python", or with "torchrun" for several processes.
+        For several machines, the word "..." stands for torchrun's options that the user has to add.
+    """
     launch = find_launch()
     if launch.size == 1:
         return ["python", *words]
@@ -49,7 +64,12 @@ def command(*words: str) -> list[str]:
 
 
 def refuse_multiple_processes(what: str) -> None:
-    """Raises Refused where torchrun has started several processes, for work of a single one."""
+    """Raises Refused if torchrun has started several processes.
+
+    Args:
+        what: the option or script that needs a single process, such as "--find-lr" or "compare.py".
+            The message begins with it.
+    """
     launch = find_launch()
     if launch.size > 1:
         fault = f"is the work of one process, and torchrun has started {launch.size}"

@@ -1,4 +1,4 @@
-"""Logging to the console and logs/train.log."""
+"""Logging to the console and to logs/train.log."""
 
 import contextlib
 import logging.handlers
@@ -10,19 +10,22 @@ from tqdm import tqdm
 from cnn.utils.files import warn_unwritten
 from cnn.utils.screen import LINES, escape_unprintable
 
-# Messages of INFO are shown from these; from other libraries, only warnings and errors.
+# The loggers whose INFO messages are shown. Other libraries show only warnings and errors.
 NAMES = ("cnn", "train", "py.warnings")
 
 
 class _Formatter(logging.Formatter):
-    """Escapes control characters, which would act on the terminal that shows the text."""
+    """A formatter that escapes control characters, which a terminal would otherwise act on."""
 
     def format(self, record: logging.LogRecord) -> str:
         return escape_unprintable(super().format(record), keep=LINES)
 
 
 class _Console(logging.Handler):
-    """Writes to stderr above a tqdm bar, with the level where it is not INFO."""
+    """A handler that writes messages to stderr, above a tqdm bar if one is shown.
+
+    A message above the level INFO is preceded by its level, such as "warning: ".
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         level = f"{record.levelname.lower()}: " if record.levelno > logging.INFO else ""
@@ -31,10 +34,18 @@ class _Console(logging.Handler):
 
 
 class _File(logging.FileHandler):
-    """Appends to train.log; warns of a write that fails, once until one succeeds again."""
+    """A handler that appends messages to train.log.
+
+    It warns of a write that fails, and does not warn again until a write has succeeded.
+
+    Args:
+        path: the path of train.log.
+        prefix: a text before every message, such as "rank 1: "; "" on rank 0. With a prefix, the
+            file is not opened before the first message.
+    """
 
     def __init__(self, path: Path, prefix: str):
-        # Other ranks than 0, which have a prefix, create the file only when they have a message.
+        # Ranks other than 0 have a prefix. They create the file only when they have a message.
         delay = bool(prefix)
         super().__init__(path, mode="a", encoding="utf-8", delay=delay, errors="backslashreplace")
         self.setFormatter(_Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s"))
@@ -56,9 +67,14 @@ class _File(logging.FileHandler):
 
 
 class Log:
-    """The log of one process: console, and file once it is open.
+    """The log of one process: the console and, after `open_file`, a file.
 
-    Rank 0 logs everything. Others log errors, and from `open_file` on warnings, with their rank.
+    It replaces the handlers of Python's root logger until `close`. Rank 0 logs the messages of this
+    project from INFO on. The other ranks log errors and, after `open_file`, warnings of this
+    project too. They write their rank before each message.
+
+    Args:
+        rank: the index of this process among those of the run.
     """
 
     def __init__(self, rank: int = 0) -> None:
@@ -67,7 +83,7 @@ class Log:
         self._before = (self.root.level, list(self.root.handlers))
         self._buffer = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
         self._file: logging.FileHandler | None = None
-        tqdm.get_lock()  # created now: later, a signal could interrupt that
+        tqdm.get_lock()  # created now, since a signal could interrupt it later
         console = _Console()
         console.setFormatter(_Formatter(f"{self._prefix}%(message)s"))
         self.root.handlers = [console, self._buffer]
@@ -77,7 +93,13 @@ class Log:
         logging.captureWarnings(True)
 
     def open_file(self, path: Path) -> None:
-        """Appends to a file, first the messages logged so far."""
+        """Opens a file to which the log is appended, including the messages logged before.
+
+        If the file cannot be opened, it logs a warning, and the console remains the only log.
+
+        Args:
+            path: the path of the file, such as logs/train.log.
+        """
         self.close_file()
         if self._prefix:
             for name in NAMES:
@@ -93,7 +115,10 @@ class Log:
         self.root.addHandler(self._file)
 
     def close_file(self) -> None:
-        """Closes the file; the next one begins with the messages logged from here on."""
+        """Closes the file, if one is open.
+
+        Messages that are logged afterwards are written to the next file that `open_file` opens.
+        """
         if self._file is not None:
             self.root.removeHandler(self._file)
             self._file.close()
@@ -101,7 +126,7 @@ class Log:
             self.root.addHandler(self._buffer)
 
     def close(self) -> None:
-        """Closes the file and restores Python's logging as it was before."""
+        """Closes the file, and restores the earlier level and handlers of the root logger."""
         logging.captureWarnings(False)
         self.close_file()
         level, self.root.handlers = self._before

@@ -1,25 +1,26 @@
-"""The memory of the process."""
+"""The memory of the process, which glibc's malloc manages."""
 
 import contextlib
 import ctypes
 
-# Numbers of glibc's malloc.h
+# The numbers of these options in glibc's malloc.h
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 
-# Bytes. Larger blocks are returned to the system: keeping them too would save 5 % of the time, and
-# take 15 % more memory, since later blocks do not fit into their holes.
+# In bytes. Larger blocks are returned to the system. Keeping them too would save 5 % of the time
+# but take 15 % more memory, since later blocks do not fit where they were.
 LARGEST_KEPT = 20 * 2**20
 
 
 def keep_freed_memory() -> None:
     """Makes glibc's malloc keep the memory of freed tensors for those of the next step.
 
-    By default glibc returns it to the system and requests it again in every step, and the system
-    zeroes it page by page. Without this, ResNet-9 of bench/throughput.py trains 0.79 times as many
-    images per second on the CPU, with 1.28 times the CPU time and 0.95 times the memory (medians
-    of 5 alternating pairs; images per second from 0.56 to 1.61, on a busy machine). LeNet-5 and the
-    digits, whose tensors are small, show no difference. Other C libraries are left as they are.
+    By default, glibc returns this memory to the system and requests it again in every step, and the
+    system zeroes it page by page. Without this function, ResNet-9 of bench/throughput.py trains
+    0.79 times as many images per second on the CPU, with 1.28 times the CPU time and 0.95 times the
+    memory (medians of 5 alternating pairs; images per second from 0.56 to 1.61, on a busy machine).
+    LeNet-5 and the digits, whose tensors are small, show no difference. With another C library, it
+    does nothing.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt

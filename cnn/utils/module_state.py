@@ -14,13 +14,13 @@ from cnn.utils.checkpoint import clone_tree
 
 @contextlib.contextmanager
 def state_preserved(*modules: nn.Module) -> Iterator[None]:
-    """Restores the state dicts of the modules at the end of the block, however it ends.
+    """Restores the state dicts of the modules at the end of the context, after an exception too.
 
     A forward pass may change buffers, even in evaluation mode. Parameters that a lazy layer creates
-    in the block stay.
+    within the context are left as they are.
 
     Raises:
-        Refused: a module changed in a way that its state dict cannot restore.
+        Refused: a module has changed so much that its earlier state dict cannot be loaded.
     """
     saved = [
         {k: clone_tree(v, None) for k, v in module.state_dict().items() if not is_lazy(v)}
@@ -40,7 +40,18 @@ def state_preserved(*modules: nn.Module) -> Iterator[None]:
 
 
 def load_state(module: nn.Module, state: dict[str, Any], *, strict: bool = True) -> None:
-    """Loads a state dict without the version numbers of its modules, assuming today's versions."""
+    """Loads a state dict into a module, and ignores the version numbers in it.
+
+    `nn.Module.load_state_dict` would take a state dict without version numbers, such as one from a
+    checkpoint of this project, for one of an old version of PyTorch. Here all submodules are
+    assumed to have their current versions.
+
+    Args:
+        strict: whether missing and unexpected keys are errors, as in `nn.Module.load_state_dict`.
+
+    Raises:
+        RuntimeError: the state dict does not fit the module.
+    """
     versioned = OrderedDict(state)
     versioned._metadata = module.state_dict()._metadata
     module.load_state_dict(versioned, strict=strict)

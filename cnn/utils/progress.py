@@ -1,4 +1,4 @@
-"""Progress of an epoch: a bar on a terminal; without one, a log line from time to time."""
+"""The progress of an epoch: a bar on a terminal, and otherwise a log line from time to time."""
 
 import logging
 import sys
@@ -18,12 +18,16 @@ T = TypeVar("T")
 def show_progress(
     items: Iterable[T], label: str, total: int, done: int = 0, every_seconds: float = 30.0
 ) -> Iterator[T]:
-    """Yields the items and shows how many were taken, of `total`.
+    """Yields the items, and shows in a bar or in the log how many of them were taken.
+
+    The bar is shown on rank 0 if stderr is a terminal. Otherwise, log lines show the progress.
 
     Args:
-        items: steps or batches.
+        items: the steps or batches that are still to be taken.
+        label: the text before the numbers, such as "epoch 3/10".
+        total: the number of all items, including those that were taken before.
         done: the number of items that were taken before, in an epoch that is resumed.
-        every_seconds: between two log lines.
+        every_seconds: the shortest time between two log lines.
     """
     on_terminal = sys.stderr.isatty() and find_launch().is_rank0
     start = logged = time.monotonic()
@@ -40,7 +44,7 @@ def show_progress(
 
 
 def format_duration(seconds: float) -> str:
-    """Returns seconds as 7.0s, 3:05 or 2:03:05."""
+    """Formats a duration in seconds as "7.0s", as minutes "3:05", or as hours "2:03:05"."""
     if round(seconds) < 60:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)

@@ -24,14 +24,19 @@ LAST = "last.pth"
 
 OWNER, LOCK = ".run.json", ".run.lock"
 ARCHIVE = "archive"
-UNFINISHED = ".unfinished"  # in checkpoints/archive/, while files are moved: the target's name
-PATIENCE = 10.0  # seconds; loader processes notice within 5 that their run was killed
+# A file in checkpoints/archive/ that exists while files are moved, with the new folder's name.
+UNFINISHED = ".unfinished"
+PATIENCE = 10.0  # seconds; loader processes notice within 5 seconds that their run was killed
 
 logger = logging.getLogger(__name__)
 
 
 class RunLogs:
-    """The files of a run in logs/[NAME/]."""
+    """The paths of the files of a run in its log folder.
+
+    Args:
+        folder: logs/NAME, or logs for a run without a name.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -47,15 +52,23 @@ class RunLogs:
         self.tensorboard = folder / "tensorboard"
 
     def paths(self) -> list[Path]:
-        """Returns all of them, so that no other files are moved to an archive."""
+        """Returns the paths of all files that a run may write into its log folder.
+
+        Only these are moved to an archive. Other files in the folder stay.
+        """
         return [path for path in vars(self).values() if path != self.folder]
 
 
 class RunFolder:
-    """The folders logs/[NAME/] and checkpoints/[NAME/] below `root`; as a context, locked.
+    """The two folders of a run: logs/NAME and checkpoints/NAME.
+
+    Within a `with` block, this process is the only one that may write them.
 
     Args:
-        scratch: the folder is removed when the run ends, so that nothing can resume from it.
+        name: the name of the run. None is a run whose folders are logs and checkpoints themselves.
+        root: the folder that contains logs, checkpoints and configs.
+        scratch: whether the folders are removed when the run ends, so that nothing can resume from
+            them. The caller removes them.
     """
 
     def __init__(self, name: str | None, root: Path = Path(), *, scratch: bool = False):
@@ -64,7 +77,7 @@ class RunFolder:
         self.checkpoints = root / "checkpoints" / (name or "")
         self.last = self.checkpoints / LAST
         self.best = self.checkpoints / "best.pth"
-        self.best_hparams = root / "configs" / "best_hparams"  # of all runs
+        self.best_hparams = root / "configs" / "best_hparams"  # common to all runs
         self._lock: Any = None  # a FileLock
         self._made: list[Path] = []  # folders that this process created
 
@@ -76,15 +89,18 @@ class RunFolder:
         self.unlock()
 
     def lock(self) -> None:
-        """Creates the folders and makes this process their only writer.
+        """Creates the folders, and makes this process the only one that may write them.
+
+        It also moves files back if an earlier process was killed while it archived them, and
+        removes temporary files that a crash has left.
 
         Raises:
-            Refused: another process is their writer, or they cannot be written.
+            Refused: another process is writing the folders, or they cannot be written.
         """
         try:
             self._make(self.checkpoints)
             self._acquire()
-            self._make(self.logs.folder)  # after the lock: nobody else creates or removes it now
+            self._make(self.logs.folder)  # with the lock, no other process creates or removes it
             self._put_back()
             owner = {
                 "process": os.getpid(),
@@ -104,17 +120,22 @@ class RunFolder:
             raise Refused(f"{place}: cannot be written: {error.strerror}") from None
 
     def _make(self, folder: Path) -> None:
-        """Creates a folder and remembers which of its parents were missing."""
+        """Creates a folder and its missing parents, and records all of these that did not exist."""
         self._made += [f for f in (*folder.parents[::-1], folder) if not os.path.lexists(f)]
         make_folder(folder)
 
     def _acquire(self) -> None:
-        """Takes the lock, or refuses with the name of its owner.
+        """Takes the lock of the folders.
 
-        A lock without an owner is waited for: its process has taken it an instant ago and not yet
-        written OWNER, or was killed, and its loader processes hold the lock for seconds more.
+        If another process has the lock but the file .run.json does not name a living process, this
+        waits for up to 10 seconds. Either the other process has taken the lock an instant ago and
+        has not written the file yet, or it was killed, and its loader processes keep the lock for a
+        few seconds more.
+
+        Raises:
+            Refused: another process has the lock. The message names the process if it is known.
         """
-        from filelock import FileLock, Timeout  # imported here: it takes as long as the rest
+        from filelock import FileLock, Timeout  # imported here, since it takes long
 
         self._lock = FileLock(self.checkpoints / LOCK)
         deadline = time.monotonic() + PATIENCE
@@ -137,7 +158,7 @@ class RunFolder:
                 time.sleep(0.05)
 
     def unlock(self) -> None:
-        """Releases the lock; removes the folders that `lock` created where they are empty."""
+        """Releases the lock, and removes those folders that this process created and are empty."""
         held = self._lock is not None and self._lock.is_locked
         with contextlib.suppress(OSError):  # the folder is removed, or read-only by now
             if held:
@@ -152,15 +173,26 @@ class RunFolder:
                 self._lock.release()
 
     def epoch_checkpoint(self, epoch: int) -> Path:
-        """Returns the path of a kept epoch's checkpoint, such as epoch_005.pth."""
+        """Returns the path of the checkpoint that is kept of an epoch, such as epoch_005.pth.
+
+        Args:
+            epoch: the number of the epoch, from 1.
+        """
         return self.checkpoints / f"epoch_{epoch:03}.pth"
 
     def saved(self) -> list[Path]:
-        """Returns the run's checkpoints, in the order in which --resume tries them."""
+        """Returns the paths of the run's checkpoints, in the order in which --resume tries them."""
         return checkpoints_in(self.checkpoints)
 
     def archive(self) -> Path | None:
-        """Moves an earlier run's files to archive/<its start>/ and returns that folder, if any."""
+        """Moves the files of an earlier run in these folders to archive/START in each of them.
+
+        START is the time at which that run started, such as 2026-11-20_18-45-01.
+
+        Returns:
+            The folder archive/START in the logs, or in the checkpoints if there are no logs; None
+            if there are no files.
+        """
         names = [name + ending for name in CHECKPOINTS for ending in (".pth", *EXPORTS.values())]
         left = [path for name in names for path in self.checkpoints.glob(name)]
         left += [path for path in self.logs.paths() if path.exists()]
@@ -169,7 +201,16 @@ class RunFolder:
         return left[-1].parent / ARCHIVE / self._move(left, self._start_of_earlier(left))
 
     def set_aside(self, checkpoints: list[Path]) -> Path:
-        """Moves checkpoints to checkpoints/archive/<now>/, with a copy of history.csv."""
+        """Moves checkpoints to archive/TIME in their folder, and copies history.csv there.
+
+        TIME is the present time, such as 2026-11-20_18-45-01.
+
+        Args:
+            checkpoints: the paths of the checkpoints, which are in the run's folder.
+
+        Returns:
+            The folder archive/TIME.
+        """
         name = self._move(checkpoints, time.strftime("%Y-%m-%d_%H-%M-%S"))
         target = self.checkpoints / ARCHIVE / name
         with contextlib.suppress(OSError):  # the checkpoints contain the history too
@@ -177,9 +218,17 @@ class RunFolder:
         return target
 
     def _move(self, paths: list[Path], stamp: str) -> str:
-        """Moves all of the files or none to archive/<stamp>/, or to <stamp>-2 if that exists.
+        """Moves files to archive/STAMP in their folders: all of them, or none.
 
-        Where the process is killed meanwhile, the next one to take the lock moves them back.
+        If that folder exists, the files are moved to archive/STAMP-2 or a higher number. If this
+        process is killed meanwhile, the next process that takes the lock moves the files back.
+
+        Args:
+            paths: files in the run's two folders.
+            stamp: a name for the new folder, such as "2026-11-20_18-45-01".
+
+        Returns:
+            The name of the new folder: `stamp`, or `stamp` with a number.
         """
         folders = [self.checkpoints, self.logs.folder]
         names = (f"{stamp}-{number}" if number > 1 else stamp for number in itertools.count(1))
@@ -201,11 +250,11 @@ class RunFolder:
             self._put_back()
             raise
         unfinished.unlink()
-        sync_folder(unfinished.parent)  # so that no power failure brings it back
+        sync_folder(unfinished.parent)  # a power failure then does not bring it back
         return name
 
     def _put_back(self) -> None:
-        """Moves files back where `_move` was interrupted."""
+        """Moves files back from the archive if `_move` was interrupted; does nothing otherwise."""
         unfinished = self.checkpoints / ARCHIVE / UNFINISHED
         if not unfinished.exists():
             return
@@ -220,7 +269,14 @@ class RunFolder:
         unfinished.unlink()
 
     def _start_of_earlier(self, paths: list[Path]) -> str:
-        """Returns the earlier run's start: the log's first time, or that of the oldest file."""
+        """Returns when the earlier run in these folders started, such as "2026-11-20_18-45-01".
+
+        It is the time of the first line in train.log or, if there is none, the time at which the
+        oldest of the files was modified.
+
+        Args:
+            paths: the files of the earlier run.
+        """
         stamp = ""
         with contextlib.suppress(OSError), open(self.logs.log, "rb") as file:
             stamp = file.readline(19).decode("ascii", "replace")
@@ -231,19 +287,40 @@ class RunFolder:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Returns the checkpoints in a folder: last.pth, best.pth, then the others, latest first."""
+    """Returns the paths of the checkpoints in a folder, in the order in which --resume tries them.
+
+    These are last.pth, best.pth, and then the epochs that were kept, from the latest to the first.
+    """
     names = [f"{name}.pth" for name in CHECKPOINTS]
     return [path for name in names for path in sorted(folder.glob(name), reverse=True)]
 
 
 def is_running(logs: Path) -> bool:
-    """Returns whether a process is writing the run with these logs, as far as can be known."""
+    """Returns whether a process is writing the files of a run.
+
+    A process on another machine cannot be checked. It counts as running until it has removed its
+    entry from the folder of the checkpoints.
+
+    Args:
+        logs: the log folder of the run, such as logs/NAME.
+    """
     checkpoints = re.sub("(.*/)logs(?=/|$)", r"\1checkpoints", logs.resolve().as_posix(), count=1)
     return _living_owner(Path(checkpoints)) is not None
 
 
 def _living_owner(checkpoints: Path) -> dict[str, Any] | None:
-    """Returns what the process that holds the lock has written into OWNER; None if it is dead."""
+    """Returns the content of the file .run.json if the process that wrote it is alive.
+
+    That process writes the files of a run. It cannot be checked if it runs on another machine or on
+    Windows; it then counts as alive.
+
+    Args:
+        checkpoints: the checkpoint folder of the run, which contains the file.
+
+    Returns:
+        {"process": its id, "machine": ..., "since": ..., "command": ...}, or None if there is no
+        such file or the process has ended.
+    """
     try:
         text = (checkpoints / OWNER).read_text(encoding="utf-8")
         owner = {"command": "?", "since": "?", **json.loads(text)}

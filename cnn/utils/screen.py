@@ -1,25 +1,31 @@
-"""Text for a terminal: columns, where a Chinese character takes two, and control characters."""
+"""Text for a terminal: the columns that it takes, tables, and escapes for control characters.
+
+A Chinese character takes two columns.
+"""
 
 import os
 import sys
 import unicodedata
 from collections.abc import Sequence
 
-LINES = "\n\t"  # control characters that our own text contains
-MAX_NAME = 22  # columns of a class name
+LINES = "\n\t"  # control characters that this project's messages contain
+MAX_NAME = 22  # the most columns that a class name takes
 
 
 def display_width(text: str) -> int:
-    """Returns the number of columns that a text takes."""
+    """Returns the number of terminal columns that a text takes. A Chinese character takes two."""
     return sum(
         2 if unicodedata.east_asian_width(letter) in "WF" else 1
         for letter in text
-        if unicodedata.category(letter) not in ("Mn", "Me", "Cf")  # combined with the letter before
+        if unicodedata.category(letter) not in ("Mn", "Me", "Cf")  # they take no column
     )
 
 
 def shorten_name(name: str) -> str:
-    """Returns a class name on one line, cut to 22 columns."""
+    """Returns a class name on one line, cut to at most 22 terminal columns.
+
+    The last character of a name that was cut is "…".
+    """
     name = escape_unprintable(" ".join(name.split()))
     if display_width(name) <= MAX_NAME:
         return name
@@ -29,17 +35,22 @@ def shorten_name(name: str) -> str:
 
 
 def pad(text: str, columns: int, *, right: bool = False) -> str:
-    """Fills a text up with blanks to a number of columns; `right` aligns it to the right."""
+    """Adds blanks to a text until it takes the given number of terminal columns.
+
+    Args:
+        columns: the number of columns. A longer text is returned as it is.
+        right: whether the blanks are added before the text, which aligns it to the right.
+    """
     blanks = " " * (columns - display_width(text))
     return blanks + text if right else text + blanks
 
 
 def align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Returns a table as lines.
+    """Returns the lines of a table whose columns are aligned.
 
     Args:
-        rows: of equally many cells.
-        right: the numbers of the columns that are aligned to the right.
+        rows: the cells of each row. All rows have the same number of cells.
+        right: the indices of the columns that are aligned to the right.
     """
     widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -51,17 +62,25 @@ def align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> l
 
 
 def escape_unprintable(text: str, keep: str = "") -> str:
-    """Replaces control characters and lone surrogates, which a name may contain, by their escapes.
+    """Replaces the unprintable characters of a text by their escape sequences.
+
+    A class name or a file name may contain such characters: control characters and lone surrogates.
 
     Args:
-        keep: control characters of our own text, such as line ends.
+        keep: unprintable characters that are not replaced, such as line ends.
     """
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text))
 
 
 def write_stdout(text: str) -> None:
-    """Writes to stdout above a tqdm bar; exits with status 141 where the reader closed the pipe."""
-    from tqdm import tqdm  # imported here: it takes a third of the time of a refusal
+    """Writes a text to stdout, above a tqdm bar if one is shown.
+
+    Unprintable characters other than line ends and tabs are written as escape sequences.
+
+    Raises:
+        SystemExit: stdout is a pipe whose reader has closed it. The exit status is 141.
+    """
+    from tqdm import tqdm  # imported here: it takes a third of a refusal's time
 
     try:
         tqdm.write(escape_unprintable(text, keep=LINES), sys.stdout, end="")

@@ -1,9 +1,10 @@
 """Randomness without state: every draw is a function of the seed and of the position in the run.
 
-The order of an epoch depends on (seed, epoch). The augmentation of an image depends on (seed,
-epoch, index of the image, name of the augmentation), and on its place in the epoch where an image
-may occur twice. Dropout and the like depend on (seed, step) in training and on (seed, epoch, batch)
-in an evaluation. So no generator is saved, and any number of loader processes draws the same.
+The order of the images in an epoch depends on (seed, epoch). The augmentation of an image depends
+on (seed, epoch, index of the image, name of the augmentation), and also on the position in the
+epoch if an image may occur twice. Dropout and other random layers depend on (seed, step) in
+training and on (seed, epoch, batch) in an evaluation. Therefore no checkpoint needs the state of a
+generator, and the draws do not depend on the number of loader processes.
 """
 
 import random
@@ -11,14 +12,18 @@ import random
 import numpy as np
 import torch
 
-# The purpose of a draw, as a word of its key: step 3's dropout and epoch 3's order differ.
+# The purpose of a draw is hashed too, so that step 3's dropout and epoch 3's order differ.
 INIT, ORDER, SAMPLE, STEP, SPLIT, EVALUATE, AUGMENT = range(1, 8)
 
 _MASK = 2**64 - 1
 
 
 def mix(*words: int) -> int:
-    """Hashes integers to an integer of 63 bits (SplitMix64; Steele, Lea, Flood, OOPSLA 2014)."""
+    """Hashes integers to one integer of 63 bits (SplitMix64; Steele, Lea, Flood, OOPSLA 2014).
+
+    Args:
+        words: for example the seed, the purpose of a draw such as STEP, and the index of the step.
+    """
     state = 0
     for word in words:
         state = (state ^ (word & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
@@ -29,12 +34,20 @@ def mix(*words: int) -> int:
 
 
 def seed_torch(*words: int) -> None:
-    """Seeds torch's global generator on the CPU with a hash of the words."""
+    """Seeds PyTorch's global CPU generator with a hash of integers.
+
+    Args:
+        words: for example the seed, the epoch and the index of an image.
+    """
     torch.default_generator.manual_seed(mix(*words))  # torch.manual_seed is 60 times slower
 
 
 def seed_sample(*words: int) -> None:
-    """Seeds the global CPU generators of torch, numpy and Python with a hash of the words."""
+    """Seeds the global CPU generators of PyTorch, numpy and Python with a hash of integers.
+
+    Args:
+        words: for example the seed, the purpose SAMPLE, the epoch and the index of an image.
+    """
     key = mix(*words)
     torch.default_generator.manual_seed(key)
     random.seed(key)
@@ -42,7 +55,14 @@ def seed_sample(*words: int) -> None:
 
 
 def seed_step(device: torch.device, *words: int) -> None:
-    """Seeds the global generators and the device's, so that dropout depends on the words alone."""
+    """Seeds the global generators of PyTorch, numpy and Python, on the CPU and on the device.
+
+    Dropout in the next forward pass then depends on the words alone.
+
+    Args:
+        device: the device of the model.
+        words: for example the seed, the purpose STEP and the index of the step.
+    """
     seed_sample(*words)
     if device.type == "cuda":
         torch.cuda.manual_seed(mix(*words))

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it finishes the current step, saves, and exits."""
+"""Signals that ask a run to stop. The run finishes the current step, saves, and exits."""
 
 import contextlib
 import os
@@ -13,25 +13,32 @@ from cnn.errors import Refused, Stopped
 
 T = TypeVar("T")
 
-# Ctrl-C; a scheduler's time limit; its warning before that; a closed terminal or lost connection.
+# Sent by Ctrl-C, by a scheduler at the time limit and before it, and when a terminal is closed.
 NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
 NUMBERS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]  # Windows lacks two
 
-PARENT = "CNN_PARENT"  # environment variable: the read end of a pipe that the parent holds open
+# An environment variable: the descriptor of the read end of a pipe, whose other end the parent has.
+PARENT = "CNN_PARENT"
 
 
 class StopSignals:
-    """Signal handlers that raise `Stopped`: immediately, or where they are deferred, in `check`.
+    """Handlers that raise `Stopped` when a signal asks the run to stop.
 
-    A second SIGINT ends the process immediately; the latest checkpoint is intact.
+    They raise it at once or, while `deferred` is true, when `check` is called. A second SIGINT ends
+    the process at once; the latest checkpoint is intact.
+
+    Args:
+        deferred: the first value of the attribute of that name.
 
     Attributes:
-        installed: the handlers that are in force in this process.
-        received: the number of the signal that has come, or None.
-        was_raised: whether the handler raised `Stopped`, in the middle of any other code.
-        deferred: whether a signal waits until `check`.
-        is_single_process: whether `check` raises; of several processes, all stop together.
-        is_outcome_known: whether the exit status is decided, so that signals are ignored.
+        installed: the object whose handlers are installed in this process, or None.
+        received: the number of the latest signal that has come, or None.
+        was_raised: whether a handler has raised `Stopped`, which can happen in the middle of any
+            code.
+        deferred: whether a signal waits until `check` is called.
+        is_single_process: whether the run has only one process. If not, `check` does nothing,
+            because all processes have to stop after the same step.
+        is_outcome_known: whether the exit status is decided. Signals are ignored from then on.
     """
 
     installed: "StopSignals | None" = None
@@ -45,7 +52,13 @@ class StopSignals:
         self._process = os.getpid()
 
     def install(self) -> None:
-        """Takes the signals over; raises Refused outside of the main thread."""
+        """Installs the handlers in place of the current ones.
+
+        SIGHUP stays ignored if it was ignored before, as it is under nohup.
+
+        Raises:
+            Refused: this is not the main thread, which is the only one that signals reach.
+        """
         if threading.current_thread() is not threading.main_thread():
             raise Refused("signals reach the main thread alone; call main() there, not in another")
         StopSignals.installed = self
@@ -55,19 +68,27 @@ class StopSignals:
         self._before = {number: signal.signal(number, self._handle) for number in numbers}
 
     def uninstall(self, *, is_last: bool = False) -> None:
-        """Restores the handlers of before; with `is_last`, at exit, ignores signals instead."""
+        """Restores the signal handlers that `install` replaced.
+
+        Args:
+            is_last: whether the process is about to exit. The signals are then ignored instead.
+        """
         sys.unraisablehook = self._unraisable
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if is_last else handler)
 
     def _drop_unraisable(self, failure: "sys.UnraisableHookArgs") -> None:
-        """Prints no traceback of a `Stopped` raised in a `__del__`; `check` will raise it again."""
+        """Ignores a `Stopped` that was raised in a `__del__` method, and prints no traceback.
+
+        `check` will raise it again. Any other exception is passed to the hook that was installed
+        before.
+        """
         if not isinstance(failure.exc_value, Stopped):
             self._unraisable(failure)
 
     @contextlib.contextmanager
     def default_handlers(self) -> Iterator[None]:
-        """Restores the handlers of before within the context."""
+        """Restores the signal handlers that `install` replaced, within the context."""
         self.uninstall()
         try:
             yield
@@ -76,7 +97,9 @@ class StopSignals:
 
     def _handle(self, number: int, _: types.FrameType | None) -> None:
         if self.is_outcome_known or os.getpid() != self._process:
-            return  # too late; or a loader process has just been forked: its parent has it too
+            # It is too late, or this is a loader process that was just forked. The parent of that
+            # process receives the signal too.
+            return
         if self.received == number == signal.SIGINT:
             os._exit(128 + number)
         self.received = number
@@ -85,15 +108,19 @@ class StopSignals:
             raise Stopped(number)
 
     def check(self) -> None:
-        """Raises Stopped if a signal has come, in a run of a single process."""
+        """Raises Stopped if a signal has come and the run has only one process."""
         if self.is_single_process:
             self.raise_received()
 
     def interruptible(self, act: Callable[[], T]) -> T:
-        """Returns the result of a function that a signal may interrupt anywhere.
+        """Calls a function that a signal may interrupt anywhere, and returns its result.
+
+        Args:
+            act: a function without arguments.
 
         Raises:
-            Stopped: a signal came before it, within it, or within it and other code caught that.
+            Stopped: a signal came before or during the call. It is raised even if the function
+                caught the first `Stopped`.
         """
         before, self.deferred = self.deferred, False
         try:
@@ -105,14 +132,17 @@ class StopSignals:
             self.deferred = before
 
     def raise_received(self) -> None:
-        """Raises Stopped if a signal has come."""
+        """Raises Stopped if a signal has come, however many processes the run has."""
         if self.received is not None:
             raise Stopped(self.received)
 
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Defers signals until the context ends, where `Stopped` is raised."""
+    """Defers signals within the context. If one has come, Stopped is raised at its end.
+
+    If signals were deferred before the context too, Stopped is not raised at its end.
+    """
     stop = StopSignals.installed or StopSignals()
     before, stop.deferred = stop.deferred, True
     try:
@@ -124,9 +154,11 @@ def signals_deferred() -> Iterator[None]:
 
 
 def stop_with_parent() -> None:
-    """Sends this process SIGTERM when its parent ends, if the parent has set `CNN_PARENT`.
+    """Starts a thread that sends this process SIGTERM when its parent process ends.
 
-    Nothing is ever written into the pipe; the kernel closes the parent's end however it ends.
+    It does so only if the parent has set the environment variable `CNN_PARENT` to the file
+    descriptor of a pipe's read end. Nothing is ever written into the pipe. The kernel closes the
+    parent's end of the pipe when the parent ends, even if the parent is killed.
     """
 
     def watch() -> None:
@@ -134,13 +166,19 @@ def stop_with_parent() -> None:
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
     if PARENT in os.environ:
-        pipe = int(os.environ.pop(PARENT))  # not for processes that this one starts
+        pipe = int(os.environ.pop(PARENT))  # child processes shall not inherit it
         threading.Thread(target=watch, daemon=True).start()
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float, error: Exception) -> Iterator[None]:
-    """Raises an error when the context takes longer; only in the main thread, not on Windows."""
+    """Raises an error if the context takes longer than a number of seconds.
+
+    There is no limit on Windows, and none outside of the main thread.
+
+    Args:
+        error: the exception to raise.
+    """
     if os.name == "nt" or threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -7,8 +7,8 @@ import sys
 def open_missing_streams() -> None:
     """Opens the null device in place of each standard stream that is closed.
 
-    Otherwise the next opened file, such as a checkpoint, would get the stream's descriptor, and
-    libraries would print into it.
+    Otherwise, the next file that is opened, such as a checkpoint, would get the file descriptor of
+    the closed stream, and libraries would print into that file.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
