@@ -695,3 +695,21 @@ def test_the_head_of_the_data_has_the_first_images_of_each_split():
     assert isinstance(head, Data) and head.preprocessing == data.preprocessing
     assert (len(head.train), len(head.val), len(head.test)) == (95, len(data.val), 95)
     assert names(head.test) == names(data.test)[:95]
+
+
+def test_few_decoded_images_wait_in_memory_for_a_slow_disk(monkeypatch):
+    decoded = []
+
+    def decode(path, channels):
+        decoded.append(path)
+        return np.zeros((channels, 8, 8), np.uint8)
+
+    from cnn.datasets import cache as decoding
+
+    monkeypatch.setattr(decoding, "decode", decode)
+    monkeypatch.setattr(decoding, "CHUNK", 4)
+    paths = [Path(f"{number}.png") for number in range(20)]
+    images = decoding._decode(paths, 8, 1)
+    for number, _ in enumerate(images):
+        assert len(decoded) <= 4 * (number // 4 + 1)
+    assert set(decoded) == set(paths)

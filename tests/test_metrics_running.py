@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -61,22 +62,44 @@ def test_a_weighted_loss_is_that_of_all_images_at_once_whatever_the_batches(size
 
 def step_over(images: torch.Tensor, labels: torch.Tensor, sizes: list[int], loss) -> torch.Tensor:
     """The weights of a small model after one step over the images, in batches of such sizes."""
+    batches = zip(images.split(sizes[0]), labels.split(sizes[0]), sizes)
+    weight, steps = step_through(batches, loss)
+    assert steps == [len(sizes)]
+    return weight
+
+
+def step_through(batches, loss, accumulate: int = 3) -> tuple[torch.Tensor, list[int]]:
+    """The weights of a small model that was trained on the batches, and the batches in each step."""
     model = torch.nn.Linear(5, 5)
     torch.nn.init.zeros_(model.weight), torch.nn.init.zeros_(model.bias)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     schedule = Schedule(ScheduleConfig("constant"), optimizer, 1, 1, "min")
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     run = SimpleNamespace(
-        cfg=with_values(Config(), train={"accumulate": 3}),
+        cfg=with_values(Config(), train={"accumulate": accumulate}),
         state=TrainingState(model, optimizer, schedule, scaler, CPU),
         train_model=model,
         loss=loss,
         group=ALONE,
         autocast=contextlib.nullcontext,
     )
-    batches = zip(images.split(sizes[0]), labels.split(sizes[0]), sizes)
-    assert list(train_one_epoch(run, batches)) == [len(sizes)]
-    return model.weight
+    steps = list(train_one_epoch(run, batches))
+    return model.weight, steps
+
+
+def test_the_batches_of_a_step_are_freed_before_the_next_are_loaded():
+    alive, most = weakref.WeakSet(), []
+
+    def batches():
+        for _ in range(6):
+            images = torch.randn(4, 5)
+            alive.add(images)
+            most.append(len(alive))
+            yield images, torch.zeros(4, dtype=torch.int64), 4
+            del images
+
+    _, steps = step_through(batches(), torch.nn.CrossEntropyLoss(), accumulate=2)
+    assert steps == [2, 2, 2] and max(most) == 2
 
 
 @pytest.mark.parametrize("weights", [None, [0.2, 1.0, 5.0, 0.7, 2.0]], ids=["plain", "weighted"])

@@ -1,6 +1,7 @@
 """Convolutions over small feature maps: another way to the same gradient."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -23,6 +24,12 @@ def gradients(module, images):
     return out, images.grad, module.weight.grad
 
 
+def with_small_maps(module: nn.Conv2d) -> nn.Conv2d:
+    model = nn.Sequential(module)
+    small_maps.use_small_maps(model)
+    return model[0]
+
+
 def used(out):
     return type(out.grad_fn).__name__ == "_ConvolutionBackward"
 
@@ -33,8 +40,7 @@ def used(out):
 def test_the_gradients_are_those_of_torchs_convolution(number, height, width, kernel):
     torch.manual_seed(0)
     theirs = nn.Conv2d(3, 4, kernel, padding=kernel // 2, bias=False)
-    ours = copy.deepcopy(theirs)
-    small_maps.use_small_maps(nn.Sequential(ours))
+    ours = with_small_maps(copy.deepcopy(theirs))
     images = torch.randn(number, 3, height, width)
     expected, found = gradients(theirs, images), gradients(ours, images)
     assert used(found[0]) and not used(expected[0])
@@ -66,14 +72,12 @@ def test_maps_are_laid_side_by_side_with_zeros_between():
     ],
 )
 def test_other_convolutions_stay_as_they_are(settings):
-    module = nn.Conv2d(4, 4, 3, **{"bias": False} | settings)
-    small_maps.use_small_maps(module)
-    assert "forward" not in vars(module)
+    module = with_small_maps(nn.Conv2d(4, 4, 3, **{"bias": False} | settings))
+    assert type(module) is nn.Conv2d
 
 
 def test_wide_maps_fp32_and_evaluation_take_torchs_way():
-    module = nn.Conv2d(3, 4, 3, padding=1, bias=False)
-    small_maps.use_small_maps(module)
+    module = with_small_maps(nn.Conv2d(3, 4, 3, padding=1, bias=False))
     assert not used(gradients(module, torch.randn(2, 3, 4, 9))[0])
     assert not used(module(torch.randn(2, 3, 4, 4)))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -81,8 +85,7 @@ def test_wide_maps_fp32_and_evaluation_take_torchs_way():
 
 
 def test_a_gradient_can_be_differentiated_again():
-    module = nn.Conv2d(3, 4, 3, padding=1, bias=False)
-    small_maps.use_small_maps(module)
+    module = with_small_maps(nn.Conv2d(3, 4, 3, padding=1, bias=False))
     images = torch.randn(4, 3, 4, 4, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         out = module(images).square().sum()
@@ -96,6 +99,9 @@ def test_a_model_keeps_its_weights_names_and_looks():
     before, names = str(model), list(model.state_dict())
     small_maps.use_small_maps(model)
     assert str(model) == before and list(model.state_dict()) == names
+    again = pickle.loads(pickle.dumps(model))
+    shallow = copy.copy(model.stem[0])
+    assert type(again.stem[0]) is type(shallow) is type(model.stem[0]) is small_maps.Conv2d
 
 
 @pytest.mark.parametrize(
@@ -115,5 +121,5 @@ def test_a_run_uses_it_in_bf16_on_a_cpu_that_gains(
     settings = ["data.name=synthetic", "device=cpu", f"train.precision={precision}"]
     cfg, _ = load_config(None, [*settings, f"train.compile={str(compile).lower()}"])
     model = build_run(cfg).state.model
-    convolutions = [module for module in model.modules() if type(module) is nn.Conv2d]
-    assert {"forward" in vars(module) for module in convolutions} == {expected}
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert {type(module) is small_maps.Conv2d for module in convolutions} == {expected}

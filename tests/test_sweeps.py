@@ -324,6 +324,18 @@ def test_a_trial_of_an_earlier_version_with_an_id_in_its_lock_file_is_resumed():
             assert trial.number == 0 and len(study.trials()) == 1
 
 
+@pytest.mark.parametrize("state", [TrialState.WAITING, TrialState.RUNNING])
+def test_a_trial_of_an_earlier_version_that_nobody_had_signed_for_is_taken(state):
+    """It waited, or its process was killed between taking it and storing its id."""
+    with Study(load_sweep(write(f"trials: 1\n{LR}"))) as study:
+        study.study.add_trial(optuna.create_trial(state=state))
+        if state == TrialState.RUNNING:
+            study.lock_file(0).write_text("")
+        with study.take(StopSignals()) as trial:
+            trial.start()
+            assert trial.number == 0 and study.frozen(0).state == TrialState.RUNNING
+
+
 def test_a_trial_that_was_refused_is_there_again_and_takes_nothing_from_an_earlier_run():
     write(f"trials: 1\n{LR}")
     Path("logs/small_0000").mkdir(parents=True)

@@ -383,6 +383,12 @@ def test_a_process_number_that_is_none_is_nobody_and_gets_no_signal(process, mon
     assert all(number > 1 for number, _ in sent)
 
 
+def test_an_owner_of_another_machine_that_names_no_process_is_nobody():
+    Path("checkpoints").mkdir()
+    Path("checkpoints/.run.json").write_text(json.dumps({"machine": "elsewhere"}))
+    assert not is_running(Path("logs"))
+
+
 def test_names_are_data_and_steer_no_terminal(train, capfd):
     names = {"\x1b[31mred": 12, "two\nlines": 12, "\u202etfel": 12}
     write_folder(Path("photos"), names)

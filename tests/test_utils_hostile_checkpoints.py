@@ -147,6 +147,9 @@ FILES: dict[str, Callable[[], bytes]] = {
     "deep": lambda: changed(nested(200)),
     "a billion laughs": lambda: changed(laughs),
     "a huge number": lambda: changed(lambda tree: tree.update(step=10**4000)),
+    "a huge number for a key": lambda: with_pickle(
+        b"\x80\x02}\x8b" + (3000).to_bytes(4, "little") + b"\x7f" * 3000 + b"Ns."
+    ),
     "truncated pickle": lambda: with_pickle(b"\x80\x02}q\x00("),
     "a pickle of nothing": lambda: with_pickle(b""),
     # other files
