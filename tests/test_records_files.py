@@ -41,13 +41,13 @@ def test_the_best_epoch_can_be_looked_for_by_any_metric(train, monitor):
 
 def test_a_metric_that_these_data_leave_undefined_is_refused(train, capfd):
     assert train("checkpoint.monitor=val_sensitivity") == 2
-    assert "val_sensitivity is undefined" in capfd.readouterr().err
+    assert "val_sensitivity is for two classes, there are 3" in capfd.readouterr().err
     write_folder(Path("photos/train"), {"cat": 6, "dog": 6})
     write_folder(Path("photos/val"), {"cat": 3})
     words = ["data.name=folder", "data.root=photos", "data.args={}", "checkpoint.monitor=val_auc"]
     assert train(*words) == 2
     said = capfd.readouterr().err
-    assert "val_auc is undefined where the validation has images of cat among 2 classes" in said
+    assert "val_auc is undefined without validation images of dog" in said
 
 
 def test_what_is_undefined_is_an_empty_cell_and_n_a(train):
