@@ -42,11 +42,11 @@ class Task:
     Attributes:
         run: the function that does the work. It is called with the log and the signal handlers. It
             returns an exit status, or None for success.
-        places: where each setting was given, such as {"optim.lr": "configs/a.yaml:4"}. If `run` raises
-            Refused with a message that begins with one of these keys, the logged message begins with
-            the key's place.
-        module: the name of a module to import before `run` is called. This module imports torch, which
-            takes seconds.
+        places: where each setting was given, such as {"optim.lr": "configs/a.yaml:4"}. If `run`
+            raises Refused with a message that begins with one of these keys, the logged message
+            begins with the key's place.
+        module: the name of a module to import before `run` is called. This module imports torch,
+            which takes seconds.
         hint: a text to append to the logged message if a signal stops the work or `run` raises
             RunError.
     """
@@ -64,10 +64,10 @@ def main(prepare: Prepare, argv: list[str] | None, *, distributed: bool = False)
     """Runs a script and returns its exit status.
 
     Args:
-        prepare: a function that gets the arguments of the command line. It returns the work to do, or
-            None if nothing is left to do.
-        argv: the arguments of the command line. None means those of this process, which is expected to
-            end afterwards.
+        prepare: a function that gets the arguments of the command line. It returns the work to do,
+            or None if nothing is left to do.
+        argv: the arguments of the command line. None means those of this process, which is expected
+            to end afterwards.
         distributed: whether torchrun may start the script in several processes.
     """
     open_missing_streams()
@@ -137,8 +137,8 @@ def _log_error(error: BaseException, task: Task, stop: "StopSignals") -> int:
     Args:
         error: the exception that the task raised.
         task: the task; its `places` and its `hint` complete the message.
-        stop: the signal handlers. If a signal interrupted the task, the signal is logged instead of the
-            error, unless the error is a Refused or a RunError.
+        stop: the signal handlers. If a signal interrupted the task, the signal is logged instead of
+            the error, unless the error is a Refused or a RunError.
     """
     if stop.was_raised and not isinstance(error, (Refused, RunError)):
         error = Stopped(stop.received)  # the signal may have made a clean-up fail
@@ -195,11 +195,12 @@ class Command(argparse.Namespace):
     ) -> tuple[Config, dict[str, str]]:
         """Reads and checks the settings, and returns them with the place where each was given.
 
-        Settings typed on the command line replace those of the file after --config. Both replace those of
-        `base`. Without --config and `base`, the file configs/config.yaml is read.
+        Settings typed on the command line replace those of the file after --config. Both replace
+        those of `base`. Without --config and `base`, the file configs/config.yaml is read.
 
         Args:
-            base: the settings of a checkpoint, such as {"optim": {"lr": 0.01}}; None without a checkpoint.
+            base: the settings of a checkpoint, such as {"optim": {"lr": 0.01}}; None without a
+                checkpoint.
             base_name: the place to report for the settings of `base`, such as "checkpoint a.pth".
 
         Returns:
@@ -255,8 +256,8 @@ class Parser(argparse.ArgumentParser):
 def check_settings(words: Sequence[str], allowed: Sequence[str]) -> None:
     """Checks the `key=value` words of a script in which only some settings can be changed.
 
-    A key that may name the user's code, such as model.name, is accepted in every script. By typing it,
-    the user permits the code that a checkpoint names to run.
+    A key that may name the user's code, such as model.name, is accepted in every script. By typing
+    it, the user permits the code that a checkpoint names to run.
 
     Args:
         words: the typed words, such as "device=cpu".

@@ -72,17 +72,17 @@ class Stopped(BaseException):
 class InvalidValue(Exception):
     """A wrong value in a configuration or a checkpoint; the caller turns it into a full message.
 
-    For a configuration, the message is what follows the key, such as ": expected a number, got x" or
-    "[1].scale: missing". The caller writes the key directly before it. For a checkpoint, the message
-    itself names the key.
+    For a configuration, the message is what follows the key, such as ": expected a number, got x"
+    or "[1].scale: missing". The caller writes the key directly before it. For a checkpoint, the
+    message itself names the key.
     """
 
 
 class BadImage(Exception):
     """An image that is missing, damaged or of a kind that cannot be used.
 
-    The function `decode` of cnn.datasets.decode raises it with a message that does not name the file.
-    The callers of `decode` add the path.
+    The function `decode` of cnn.datasets.decode raises it with a message that does not name the
+    file. The callers of `decode` add the path.
     """
 
 
@@ -104,9 +104,9 @@ def describe(error: Exception) -> str:
 
     Returns:
         The type, the first line of the message, and the place as FILE:LINE, such as "ValueError: no
-        labels (loss.py:12)". The place is the first line of the traceback that is outside the package
-        cnn, or the traceback's last line if all are inside. If memory, disk space, file descriptors or
-        threads seem to be exhausted, advice follows.
+        labels (loss.py:12)". The place is the first line of the traceback that is outside the
+        package cnn, or the traceback's last line if all are inside. If memory, disk space, file
+        descriptors or threads seem to be exhausted, advice follows.
     """
     frames = traceback.extract_tb(error.__traceback__)
     place = next((frame for frame in frames if not frame.filename.startswith(OURS)), frames[-1])

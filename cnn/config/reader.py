@@ -54,8 +54,8 @@ def load_config(
 ) -> tuple[Config, dict[str, str]]:
     """Reads and checks the settings, and returns them with the place where each was given.
 
-    The settings of `overrides` replace those of the file. Both replace those of `base`. A setting that
-    is given nowhere has its default.
+    The settings of `overrides` replace those of the file. Both replace those of `base`. A setting
+    that is given nowhere has its default.
 
     Args:
         path: the YAML file; None for no file. The file may name another file under the key `base:`,
@@ -138,8 +138,8 @@ def read_file(path: Path, mistakes: list[str], seen: tuple[Path, ...] = ()) -> d
     Args:
         path: the file.
         mistakes: the list that gets a message for each mistake, such as a repeated key.
-        seen: the files that were read before: the first one, its base, the base of that, and so on. The
-            last of them names this file as its base. () if this file is the first.
+        seen: the files that were read before: the first one, its base, the base of that, and so on.
+            The last of them names this file as its base. () if this file is the first.
 
     Returns:
         The entries by dotted key.
@@ -191,8 +191,8 @@ def read_override(text: str, mistakes: list[str]) -> dict[str, Entry]:
 
     Args:
         text: the word.
-        mistakes: the list that gets a message if the word has another form, or names a section instead
-            of a key.
+        mistakes: the list that gets a message if the word has another form, or names a section
+            instead of a key.
 
     Returns:
         A dict with the entry by its dotted key; {} after such a mistake.
@@ -220,8 +220,8 @@ def read_entries(root: yaml.Node | None, where: str, mistakes: list[str]) -> dic
     Args:
         root: the top node of the document; None for an empty document.
         where: the path of the file, or "checkpoint FILE".
-        mistakes: the list that gets a message for each key that is given twice, and for each section
-            that is neither empty nor a mapping.
+        mistakes: the list that gets a message for each key that is given twice, and for each
+            section that is neither empty nor a mapping.
 
     Raises:
         Refused: the document is not a mapping.
@@ -300,8 +300,8 @@ def compose(text: str, where: str) -> yaml.Node | None:
         The top node; None for an empty document.
 
     Raises:
-        Refused: the text is not valid YAML, or contains what a configuration does not need: anchors,
-            aliases, tags, keys that are lists or mappings, or more than 20 levels.
+        Refused: the text is not valid YAML, or contains what a configuration does not need:
+            anchors, aliases, tags, keys that are lists or mappings, or more than 20 levels.
     """
     try:
         return _Composer(text, where).get_single_node()

@@ -115,8 +115,8 @@ def _words(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _mapping(cls: type) -> list[dict[str, Any]]:
     """Returns a JSON Schema for each form in which an item of a list may be written.
 
-    One form is a mapping, such as `{name: flip}`. If the first field is the only one without a default,
-    there are shorter forms, in which the value of that field stands alone, such as `flip`.
+    One form is a mapping, such as `{name: flip}`. If the first field is the only one without a
+    default, there are shorter forms, in which the value of that field stands alone, such as `flip`.
 
     Args:
         cls: the dataclass of the item, such as AugmentationConfig.
