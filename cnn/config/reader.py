@@ -58,8 +58,8 @@ def load_config(
     that is given nowhere has its default.
 
     Args:
-        path: the YAML file; None for no file. The file may name another file under the key `base:`,
-            whose settings it then changes.
+        path: the YAML file; None for no file. With the line `base: FILE`, it takes its other
+            settings from another file.
         overrides: words of the command line, such as "optim.lr=0.01".
         base: the settings of an earlier run, such as {"optim": {"lr": 0.01}}; None for none.
         base_name: the place to report for the settings of `base`, such as "checkpoint a.pth".
@@ -131,15 +131,15 @@ def _assemble(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
 
 
 def read_file(path: Path, mistakes: list[str], seen: tuple[Path, ...] = ()) -> dict[str, Entry]:
-    """Reads the entries of a YAML file and of the file that it names under the key `base:`.
+    """Reads the entries of a YAML file and of the file that it names with the key `base`.
 
-    If both files have a key, the entry of the first file counts, not that of its base.
+    If both files give the same key, the entry of the file itself counts, not that of its base.
 
     Args:
         path: the file.
         mistakes: the list that gets a message for each mistake, such as a repeated key.
-        seen: the files that were read before: the first one, its base, the base of that, and so on.
-            The last of them names this file as its base. () if this file is the first.
+        seen: the chain of files that leads to this one by the key `base`, as absolute paths; () for
+            the first file.
 
     Returns:
         The entries by dotted key.

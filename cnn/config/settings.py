@@ -82,9 +82,7 @@ class AugmentationConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The settings of the images: their source, their split into training, validation and test, and
-    how they are loaded.
-    """
+    """The settings of the images, of their split, and of how they are loaded."""
 
     name: str = setting("digits", "dataset", FIXED, choices=DATA_NAMES, names_code=True)
     root: str = setting("data", "folder of the files; for csv, the file", FREE, experiment=True)
@@ -193,9 +191,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of the training loop, such as its length, its number format and when it stops
-    early.
-    """
+    """The settings of the training loop, such as the number of epochs."""
 
     epochs: int = setting(30, "passes over the training images", FREE, least=1, experiment=True)
     precision: str = setting("auto", "number format", ASKED, choices=PRECISIONS)
@@ -216,9 +212,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """The settings of the checkpoints: which metric determines the best one, and how often they are
-    saved.
-    """
+    """The settings of the checkpoints, such as the metric that determines the best one."""
 
     monitor: str = setting("val_acc", "metric that best.pth is best in", FIXED, choices=MONITORED)
     every_epochs: int | None = setting(
@@ -331,6 +325,8 @@ def import_paths(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns the names of the user's code in some settings, as pairs (dotted key,
     package.module:name).
 
+    Only the keys that may name code are searched, such as "model.name".
+
     Args:
         values: nested settings, such as {"model": {"name": "package.module:Net"}}. Names are found
             at any depth within the value of a setting.
@@ -373,8 +369,8 @@ def plain(value: Any) -> Any:
     """Returns the value of one setting without dataclasses, in its shortest form.
 
     A dataclass in a list becomes a dict without the values that equal their defaults, such as
-    {"name": "flip"}. If the only value left is that of the first field, and no other field lacks a
-    default, the value alone takes the place of the dict: "flip".
+    {"name": "flip"}. If only the value of the first field is left, and this is the only field
+    without a default, the value itself takes the place of the dict: "flip".
     """
     if isinstance(value, list):
         return [plain(item) for item in value]
@@ -412,7 +408,7 @@ def with_values(cfg: Config, **sections: Any) -> Config:
 def for_scratch(cfg: Config, **sections: Any) -> Config:
     """Returns a copy of the configuration for a dry run or a drill, which leaves no files behind.
 
-    Each setting with `scratch` in its metadata gets that value, unless it is Ellipsis.
+    Each setting gets the value `scratch` of its metadata, unless this is Ellipsis.
 
     Args:
         sections: further values to replace, such as `train={"epochs": 3}`.

@@ -32,6 +32,8 @@ def count_flops(model: nn.Module, shape: tuple[int, ...]) -> int | None:
     device = next(model.parameters()).device
     try:
         with torch.no_grad(), _Counter() as counter:
+            # The meta device would need no copy, but torch first loads decompositions for it, which
+            # takes as long as loading torch.
             copy.deepcopy(model).eval()(torch.zeros(1, *shape, device=device))
     except Exception:  # noqa: BLE001  the user's code, and no figure is worth a failed training
         return None
@@ -39,7 +41,7 @@ def count_flops(model: nn.Module, shape: tuple[int, ...]) -> int | None:
 
 
 class _Counter(TorchDispatchMode):
-    """A context that counts floating-point operations of what torch computes in it.
+    """A context that counts the floating-point operations that torch computes in it.
 
     Only those of convolutions, matrix products and attention are counted.
 

@@ -5,15 +5,15 @@ from torch import nn
 
 
 class SimpleCNN(nn.Module):
-    """A network of three convolutions with batch norm, pooling and a linear layer.
+    """A network of three convolutions, each followed by batch norm and ReLU, and a linear layer.
 
     Takes images of 4 x 4 pixels and more.
 
     Args:
         num_classes: number of logits per image.
         in_channels: number of image channels.
-        width: number of channels after the first convolution; the second has twice and the third
-            four times as many.
+        width: number of channels after the first convolution. The second has twice as many, the
+            third four times as many.
         dropout: probability of dropout before the linear layer.
     """
 

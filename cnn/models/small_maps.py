@@ -22,9 +22,10 @@ MAX_ROW = 64  # width of the images laid side by side
 def use_small_maps(model: nn.Module) -> None:
     """Replaces convolutions of a model by ones that train faster on small feature maps.
 
-    A convolution is replaced if it keeps the height and width of its input and has no bias, groups
-    or dilation. Its parameters, hooks and name stay. Training is faster only on a CPU with AMX, in
-    bf16 autocast, for maps at most 8 pixels wide.
+    A convolution is replaced if its kernel is square and larger than 1, if it keeps the height and
+    width of its input, and if it has no bias, groups or dilation. Its parameters, hooks and name
+    stay. Training is faster only on a CPU with AMX, in bf16 autocast, for maps at most 8 pixels
+    wide.
 
     Args:
         model: the model, whose layers are replaced in place. A model that is itself a convolution

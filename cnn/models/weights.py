@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 def load_weights(model: nn.Module, path: Path) -> None:
     """Loads the weights of a file into a model, as far as they fit by name and shape.
 
-    The names of the parameters that are not in the file are logged; they keep their values. The
-    file is a checkpoint of this project or a state dict that torch.save wrote. If a checkpoint
-    contains EMA weights, these are loaded.
+    The file is a checkpoint of this project or a state dict that torch.save wrote. If a checkpoint
+    contains EMA weights, these are loaded. A parameter without fitting weights in the file keeps
+    its value, and its name is logged.
 
     Args:
         model: the model, changed in place.
@@ -56,8 +56,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def load_matching(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
     """Loads the tensors of a state dict that fit a model by name and shape.
 
-    The weights of the first convolution fit with any number of image channels, since they are
-    adapted to that of the model.
+    The weights of the first convolution are adapted to the model's number of image channels before.
 
     Args:
         model: the model, changed in place.
@@ -78,8 +77,8 @@ def load_matching(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]
 def adapt_first_convolution(model: nn.Module, in_channels: int) -> None:
     """Replaces the first convolution of a model by one that takes another number of channels.
 
-    The weights are distributed evenly over the new channels, with the same sum. So an image whose
-    channels are equal gives the same features as before. A model without convolution stays
+    The weights are distributed evenly over the new channels, with the same sum. So a gray image,
+    given as equal channels, has the same features as before. A model without convolution stays
     unchanged.
 
     Args:
@@ -109,8 +108,8 @@ def _first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d | None]:
 def _adapt_channels(weight: torch.Tensor, in_channels: int) -> torch.Tensor:
     """Distributes the weights of a convolution evenly over another number of input channels.
 
-    The sum of the weights over the channels stays the same. So an image whose channels are equal
-    gives the same features as before.
+    The sum of the weights over the channels stays the same. So a gray image, given as equal
+    channels, has the same features as before.
 
     Args:
         weight: the weights, (out channels, in channels, kernel height, kernel width).
