@@ -40,11 +40,15 @@ class Task:
     """The work that a command line asks for, after the command line has been checked.
 
     Attributes:
-        run: does the work; may return an exit status, where None means success.
-        places: where each setting was given, such as {"optim.lr": "configs/a.yaml:4"}. If the work
-            raises Refused with a message that begins with a key, the key's place is logged before.
-        module: the name of a module to import before `run`; it imports torch, which takes seconds.
-        hint: text that is appended to the logged message if the work is stopped or fails.
+        run: the function that does the work. It is called with the log and the signal handlers. It
+            returns an exit status, or None for success.
+        places: where each setting was given, such as {"optim.lr": "configs/a.yaml:4"}. If `run`
+            raises Refused with a message that begins with one of these keys, the logged message
+            begins with the key's place.
+        module: the name of a module to import before `run` is called. This module imports torch,
+            which takes seconds.
+        hint: a text to append to the logged message if a signal stops the work or `run` raises
+            RunError.
     """
 
     run: Callable[["Log", "StopSignals"], int | None]
@@ -60,8 +64,10 @@ def main(prepare: Prepare, argv: list[str] | None, *, distributed: bool = False)
     """Runs a script and returns its exit status.
 
     Args:
-        prepare: reads the arguments and returns the work to do; None if nothing is left to do.
-        argv: the arguments of the command line; None takes the arguments of this process.
+        prepare: a function that gets the arguments of the command line. It returns the work to do,
+            or None if nothing is left to do.
+        argv: the arguments of the command line. None means those of this process, which is expected
+            to end afterwards.
         distributed: whether torchrun may start the script in several processes.
     """
     open_missing_streams()
@@ -90,8 +96,9 @@ def run_command(task: Task, *, is_last: bool = False) -> int:
     Sets up the log and the signal handlers first. An error of the task is logged.
 
     Args:
-        is_last: whether the process ends afterwards. Signals are then ignored from the end of the
-            task on; otherwise the earlier signal handlers are restored.
+        task: the work.
+        is_last: whether the process ends afterwards. If so, signals are ignored once the task has
+            ended. If not, the signal handlers from before the call are restored then.
     """
     from cnn.utils.importing import garbage_collection_paused
     from cnn.utils.logger import Log
@@ -129,9 +136,9 @@ def _log_error(error: BaseException, task: Task, stop: "StopSignals") -> int:
 
     Args:
         error: the exception that the task raised.
-        task: its `places` and its `hint` complete the message.
-        stop: says whether a signal interrupted the task. If so, the signal is logged as the reason,
-            unless the error is a Refused or a RunError.
+        task: the task; its `places` and its `hint` complete the message.
+        stop: the signal handlers. If a signal interrupted the task, the signal is logged instead of
+            the error, unless the error is a Refused or a RunError.
     """
     if stop.was_raised and not isinstance(error, (Refused, RunError)):
         error = Stopped(stop.received)  # the signal may have made a clean-up fail
@@ -166,7 +173,8 @@ class Command(argparse.Namespace):
     Attributes:
         settings: the words of the form `key=value`, such as "optim.lr=0.01".
         config: the file after --config; None without this option.
-        checkpoint: the checkpoint to resume from or to load; None if no file was named.
+        checkpoint: the checkpoint file to resume from or to load; None if the script starts without
+            one.
         places: where each setting was given, such as {"optim.lr": "configs/a.yaml:4"}.
     """
 
@@ -187,15 +195,16 @@ class Command(argparse.Namespace):
     ) -> tuple[Config, dict[str, str]]:
         """Reads and checks the settings, and returns them with the place where each was given.
 
-        Typed settings replace those of the file after --config, which replace those of `base`. With
-        neither --config nor `base`, the file is configs/config.yaml.
+        Settings typed on the command line replace those of the file after --config. Both replace
+        those of `base`. Without --config and `base`, the file configs/config.yaml is read.
 
         Args:
-            base: the nested settings of a checkpoint; None without a checkpoint.
+            base: the settings of a checkpoint, such as {"optim": {"lr": 0.01}}; None without a
+                checkpoint.
             base_name: the place to report for the settings of `base`, such as "checkpoint a.pth".
 
         Returns:
-            The configuration, and a dict such as {"optim.lr": "configs/a.yaml:4"}.
+            The configuration, and a dict of the places, such as {"optim.lr": "configs/a.yaml:4"}.
 
         Raises:
             Refused: there are mistakes in the settings.
@@ -212,7 +221,7 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         name: the name of the script, such as "train.py".
-        description: a text for --help, which keeps its line breaks.
+        description: a text that --help shows with the same line breaks.
     """
 
     def __init__(self, name: str, description: str) -> None:
@@ -220,7 +229,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(name, None, description, formatter_class=layout, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        """Raises Refused; the overridden method would print the usage and end the process."""
+        """Raises Refused for a mistake in the command line.
+
+        The method of argparse, which this one replaces, prints the usage and ends the process.
+
+        Args:
+            message: what is wrong.
+        """
         raise Refused(f"{message}; see {self.prog} --help")
 
     def add_checkpoint(self) -> None:
@@ -229,10 +244,10 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--checkpoint", type=Path, default=BEST, metavar="FILE", help=text)
 
     def add_settings(self, which: str) -> None:
-        """Adds any number of positional arguments of the form `key=value`.
+        """Adds the positional argument `settings`, which takes any number of words `key=value`.
 
         Args:
-            which: names the settings that can be changed, for --help.
+            which: a description of the settings that can be changed, shown by --help.
         """
         options = {"nargs": "*", "default": [], "metavar": "key=value"}
         self.add_argument("settings", **options, help=f"settings to change: {which}")
@@ -241,10 +256,12 @@ class Parser(argparse.ArgumentParser):
 def check_settings(words: Sequence[str], allowed: Sequence[str]) -> None:
     """Checks the `key=value` words of a script in which only some settings can be changed.
 
+    A key that may name the user's code, such as model.name, is accepted in every script. By typing
+    it, the user permits the code that a checkpoint names to run.
+
     Args:
         words: the typed words, such as "device=cpu".
-        allowed: the keys that can be changed. Keys that may name the user's code, such as
-            model.name, are accepted too: typing them permits a checkpoint's code to run.
+        allowed: the keys that can be changed.
 
     Raises:
         Refused: a value is wrong, or a key is not allowed.
@@ -257,7 +274,11 @@ def check_settings(words: Sequence[str], allowed: Sequence[str]) -> None:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Raises Refused if the checkpoint does not exist; the message names up to five that do."""
+    """Raises Refused if a checkpoint file does not exist.
+
+    The message names up to five checkpoints that exist in the folder `checkpoints` of the working
+    folder.
+    """
     if os.path.exists(path):  # returns False for a name that no file can have; Path.exists raises
         return
     patterns = ("*.pth", f"*/{BEST.name}")
@@ -273,6 +294,7 @@ def check_output(option: str, path: Path) -> None:
 
     Args:
         option: the option that names the file, such as "--csv"; the message begins with it.
+        path: the path of the file, which may exist already.
 
     Raises:
         Refused: the folder of the file does not exist, or the path is a folder or a device.

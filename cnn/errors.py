@@ -20,9 +20,9 @@ class Refused(ValueError):
 
 
 class RefusedElsewhere(Refused):
-    """An error in another process of a distributed run, which raised `Refused` or `Failed`.
+    """An error that ends this process because another process of the distributed run has failed.
 
-    The other process logs the error. This one ends without logging anything.
+    The other process logs its own error, a `Refused` or a `Failed`. This process logs nothing.
     """
 
 
@@ -44,11 +44,11 @@ class DataFailed(RunError):
 
 
 class ProcessLost(RunError):
-    """The end of another process of a distributed run, without which this one cannot continue."""
+    """The end of another process of a distributed run; this process cannot continue alone."""
 
 
 class DatabaseFailed(RunError):
-    """A database of a sweep that has not answered for a minute; no stored result is lost."""
+    """A sweep's database that has not answered for a minute; the results stored in it are kept."""
 
 
 class Stopped(BaseException):
@@ -72,16 +72,17 @@ class Stopped(BaseException):
 class InvalidValue(Exception):
     """A wrong value in a configuration or a checkpoint; the caller turns it into a full message.
 
-    For a configuration, the caller writes the key directly before the message, which is for
-    example ": expected a number, got x" or "[1].scale: missing". For a checkpoint, the message
-    itself begins with the key.
+    For a configuration, the message is what follows the key, such as ": expected a number, got x"
+    or "[1].scale: missing". The caller writes the key directly before it. For a checkpoint, the
+    message itself names the key.
     """
 
 
 class BadImage(Exception):
     """An image that is missing, damaged or of a kind that cannot be used.
 
-    `decode` raises it with a message that does not name the file; its callers add the path.
+    The function `decode` of cnn.datasets.decode raises it with a message that does not name the
+    file. The callers of `decode` add the path.
     """
 
 
@@ -102,9 +103,10 @@ def describe(error: Exception) -> str:
         error: an exception that was caught, so that it has a traceback.
 
     Returns:
-        The type, the first line of the message, and the place as FILE:LINE. The place is the first
-        line of the traceback that is outside this package, or else its last line. Advice follows if
-        memory, disk space, file descriptors or threads seem to be exhausted.
+        The type, the first line of the message, and the place as FILE:LINE, such as "ValueError: no
+        labels (loss.py:12)". The place is the first line of the traceback that is outside the
+        package cnn, or the traceback's last line if all are inside. If memory, disk space, file
+        descriptors or threads seem to be exhausted, advice follows.
     """
     frames = traceback.extract_tb(error.__traceback__)
     place = next((frame for frame in frames if not frame.filename.startswith(OURS)), frames[-1])

@@ -22,8 +22,9 @@ def check_config(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
 
     Args:
         cfg: the configuration, with values of the right types and within their limits.
-        at: returns the words for a dotted key in a message: the key after the place where it was
-            given, such as "configs/a.yaml:4: optim.lr", or the key alone if it was not given.
+        at: a function that takes a dotted key, such as "optim.lr", and returns the words for it in
+            a message: "configs/a.yaml:4: optim.lr" if the key was given there, "optim.lr" if it was
+            not given.
     """
     if cfg.run is not None:
         yield from _check_run(cfg.run, at("run"))

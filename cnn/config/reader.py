@@ -31,10 +31,11 @@ RECORDS = ("best_metrics", "test_metrics", "updated_at", "history")
 
 @dataclass(frozen=True)
 class Entry:
-    """The value of one key as a YAML node, and the place where it was written.
+    """The value that was written for one key, and the place where it was written.
 
     Attributes:
-        where: "FILE:LINE", "command line" or "checkpoint FILE".
+        node: the value as a YAML node.
+        where: the place: "FILE:LINE", "command line" or "checkpoint FILE".
     """
 
     node: yaml.Node
@@ -53,11 +54,14 @@ def load_config(
 ) -> tuple[Config, dict[str, str]]:
     """Reads and checks the settings, and returns them with the place where each was given.
 
+    The settings of `overrides` replace those of the file. Both replace those of `base`. A setting
+    that is given nowhere has its default.
+
     Args:
-        path: the YAML file, which may name another one as its `base:`; None reads no file.
-        overrides: words such as "optim.lr=0.01"; each replaces the value in the file.
-        base: the nested settings of an earlier run, as `to_dict` returns them. The values of the
-            file and of the overrides replace them. None starts from the defaults.
+        path: the YAML file; None for no file. With the line `base: FILE`, it takes its other
+            settings from another file.
+        overrides: words of the command line, such as "optim.lr=0.01".
+        base: the settings of an earlier run, such as {"optim": {"lr": 0.01}}; None for none.
         base_name: the place to report for the settings of `base`, such as "checkpoint a.pth".
 
     Returns:
@@ -127,13 +131,15 @@ def _assemble(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
 
 
 def read_file(path: Path, mistakes: list[str], seen: tuple[Path, ...] = ()) -> dict[str, Entry]:
-    """Reads the entries of a YAML file and of the file that it names as its `base:`.
+    """Reads the entries of a YAML file and of the file that it names with the key `base`.
 
-    Where both files have a key, the entry of the file itself is returned.
+    If both files give the same key, the entry of the file itself counts, not that of its base.
 
     Args:
+        path: the file.
         mistakes: the list that gets a message for each mistake, such as a repeated key.
-        seen: the files whose chain of `base:` keys has led to this file.
+        seen: the chain of files that leads to this one by the key `base`, as absolute paths; () for
+            the first file.
 
     Returns:
         The entries by dotted key.
@@ -181,14 +187,15 @@ def read_text(path: Path) -> str:
 
 
 def read_override(text: str, mistakes: list[str]) -> dict[str, Entry]:
-    """Reads a word of the form `section.key=value` from the command line.
+    """Reads one setting from a word of the command line, such as "optim.lr=0.01" or "seed=1".
 
     Args:
-        text: the word, such as "optim.lr=0.01".
-        mistakes: the list that gets a message if the word has another form.
+        text: the word.
+        mistakes: the list that gets a message if the word has another form, or names a section
+            instead of a key.
 
     Returns:
-        The entry by its dotted key; {} if the word has another form.
+        A dict with the entry by its dotted key; {} after such a mistake.
 
     Raises:
         Refused: the value begins like a YAML list, mapping or quoted text and cannot be parsed.
@@ -208,13 +215,13 @@ def read_override(text: str, mistakes: list[str]) -> dict[str, Entry]:
 
 
 def read_entries(root: yaml.Node | None, where: str, mistakes: list[str]) -> dict[str, Entry]:
-    """Returns the values of a YAML document by dotted key, such as "optim.lr".
+    """Returns the entries of a YAML document by dotted key, such as "optim.lr".
 
     Args:
         root: the top node of the document; None for an empty document.
         where: the path of the file, or "checkpoint FILE".
         mistakes: the list that gets a message for each key that is given twice, and for each
-            section that is not a mapping.
+            section that is neither empty nor a mapping.
 
     Raises:
         Refused: the document is not a mapping.
@@ -286,13 +293,15 @@ def compose(text: str, where: str) -> yaml.Node | None:
     """Parses YAML text into a tree of nodes.
 
     Args:
+        text: the YAML document.
         where: the place to report: the file's path, "checkpoint FILE" or "command line: KEY".
 
     Returns:
         The top node; None for an empty document.
 
     Raises:
-        Refused: the text is not valid YAML, or contains something that is not allowed here.
+        Refused: the text is not valid YAML, or contains what a configuration does not need:
+            anchors, aliases, tags, keys that are lists or mappings, or more than 20 levels.
     """
     try:
         return _Composer(text, where).get_single_node()
@@ -307,12 +316,12 @@ def compose(text: str, where: str) -> yaml.Node | None:
 
 
 def place_of(where: str, thing: Any) -> str:
-    """Returns the place of a YAML node or event, such as "configs/a.yaml:4".
+    """Returns the place of a YAML node or event for a message, such as "configs/a.yaml:4".
 
     Args:
-        where: the path of the file. "checkpoint FILE" and "command line: KEY" are accepted too and
-            returned without a line number.
-        thing: the node or event; the line in which it starts is its place.
+        where: the path of the file, which gets the line number appended; or "checkpoint FILE" or
+            "command line: KEY", which are returned unchanged.
+        thing: the node or event. The line in which it starts is reported.
     """
     return _at_line(where, thing.start_mark.line + 1)
 

@@ -52,7 +52,7 @@ def text() -> str:
 def _section(cls: type) -> dict[str, Any]:
     """Returns the JSON Schema of a dataclass of settings.
 
-    The value of a section may be null, since YAML reads a section without keys as null.
+    A section may be null, since YAML reads a section without keys as null.
 
     Args:
         cls: Config, or the dataclass of a section such as OptimConfig.
@@ -113,10 +113,13 @@ def _words(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _mapping(cls: type) -> list[dict[str, Any]]:
-    """Returns a JSON Schema for each form of a list item that is a dataclass.
+    """Returns a JSON Schema for each form in which an item of a list may be written.
 
-    The item is a mapping. If the first field is the only one without a default, the value of that
-    field may stand for the mapping.
+    One form is a mapping, such as `{name: flip}`. If the first field is the only one without a
+    default, there are shorter forms, in which the value of that field stands alone, such as `flip`.
+
+    Args:
+        cls: the dataclass of the item, such as AugmentationConfig.
     """
     fields, required = dataclasses.fields(cls), required_keys(cls)
     short = _forms(fields[0].type, fields[0].metadata) if required == [fields[0].name] else []

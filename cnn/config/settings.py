@@ -82,7 +82,7 @@ class AugmentationConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The images, their split into training, validation and test, and how they are loaded."""
+    """The settings of the images, of their split, and of how they are loaded."""
 
     name: str = setting("digits", "dataset", FIXED, choices=DATA_NAMES, names_code=True)
     root: str = setting("data", "folder of the files; for csv, the file", FREE, experiment=True)
@@ -119,7 +119,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network and its initial weights."""
+    """The settings of the network and of its initial weights."""
 
     name: str = setting(
         "simple_cnn",
@@ -136,7 +136,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The loss function."""
+    """The settings of the loss function."""
 
     name: str = setting("cross_entropy", "loss function", ASKED, choices=LOSSES, names_code=True)
     label_smoothing: float = setting(
@@ -154,7 +154,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """A factor on the learning rate of the parameters whose names match a regular expression."""
+    """A factor on the learning rate of all parameters whose names match a regular expression."""
 
     match: str = setting(MISSING, "regular expression", ASKED)
     lr_scale: float = setting(MISSING, "factor on optim.lr; 0 freezes", ASKED, least=0)
@@ -162,7 +162,7 @@ class GroupConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer with its learning rates, and the parameters that are frozen at first."""
+    """The settings of the optimizer, such as its learning rates and the frozen parameters."""
 
     name: str = setting("sgd", "optimizer", FIXED, choices=OPTIMIZERS, names_code=True)
     lr: float = setting(0.05, "highest learning rate", ASKED, above=0)
@@ -176,7 +176,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The schedule by which the learning rate changes during training."""
+    """The settings of the schedule by which the learning rate changes during training."""
 
     name: str = setting("cosine", "how lr changes", FIXED, choices=SCHEDULES)
     warmup_epochs: float = setting(
@@ -191,7 +191,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The training loop: its length, its number format, its steps, and when it stops early."""
+    """The settings of the training loop, such as the number of epochs."""
 
     epochs: int = setting(30, "passes over the training images", FREE, least=1, experiment=True)
     precision: str = setting("auto", "number format", ASKED, choices=PRECISIONS)
@@ -212,7 +212,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """The metric that determines the best epoch, and how often checkpoints are saved."""
+    """The settings of the checkpoints, such as the metric that determines the best one."""
 
     monitor: str = setting("val_acc", "metric that best.pth is best in", FIXED, choices=MONITORED)
     every_epochs: int | None = setting(
@@ -228,9 +228,10 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """The progress lines, the HTML report and the TensorBoard files.
+    """The settings of the progress lines, the HTML report and the TensorBoard files.
 
-    Settings that make a run write files have a `scratch` value, which turns them off in a dry run.
+    A dry run writes no files. So `report` and `tensorboard` have metadata `scratch=False`, the
+    value that they take in a dry run.
     """
 
     every_seconds: float = setting(
@@ -270,10 +271,10 @@ SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if dataclasses.is_da
 
 
 def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """Yields every key of a dataclass of settings as (dotted key, field with metadata, type).
+    """Yields every key of a dataclass of settings as (dotted key, field, type).
 
     Args:
-        cls: the dataclass, such as Config, whose keys are for example "seed" and "optim.lr".
+        cls: the dataclass. For Config, the keys are for example "seed" and "optim.lr".
         prefix: text to put before each key, such as "optim.".
     """
     for field in dataclasses.fields(cls):
@@ -284,10 +285,10 @@ def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 
 
 def resume_rules() -> dict[str, str]:
-    """Returns what a resume does with each setting whose value differs from the checkpoint's.
+    """Returns, for each dotted key, the rule by which a resume takes or refuses a new value.
 
-    The rule of each dotted key is FREE (takes the new value), ASKED (takes it only if it is typed
-    on the command line) or FIXED (refuses it).
+    The rule matters if the value differs from the checkpoint's: FREE takes the new value, ASKED
+    takes it only if it is typed on the command line, and FIXED refuses it.
     """
     return {key: field.metadata["resume"] for key, field, _ in keys_of(Config)}
 
@@ -298,10 +299,10 @@ def non_experiment_keys() -> set[str]:
 
 
 def item_fields(kind: Any) -> tuple[dataclasses.Field, ...]:
-    """Returns the fields of the dataclass in a list type, or () for another type.
+    """Returns the fields of the dataclass in a list type such as `list[GroupConfig]`.
 
     Args:
-        kind: the type of a setting, such as `list[GroupConfig]`.
+        kind: the type of a setting. For a type without a dataclass, such as int, the result is ().
     """
     items = [item for item in typing.get_args(kind) if dataclasses.is_dataclass(item)]
     return dataclasses.fields(items[0]) if items else ()
@@ -310,7 +311,8 @@ def item_fields(kind: Any) -> tuple[dataclasses.Field, ...]:
 def code_keys() -> list[str]:
     """Returns the dotted keys whose values may name the user's code as package.module:name.
 
-    The name is the value itself, as in model.name, or is in an item of a list, as in data.augment.
+    Examples are "model.name", whose value is such a name, and "data.augment", whose value is a list
+    in which such names may occur.
     """
     return [
         key
@@ -320,10 +322,13 @@ def code_keys() -> list[str]:
 
 
 def import_paths(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns the user's code that settings name, as pairs (dotted key, package.module:name).
+    """Returns the names of the user's code in some settings, as pairs (dotted key,
+    package.module:name).
+
+    Only the keys that may name code are searched, such as "model.name".
 
     Args:
-        values: nested settings, such as {"model": {"name": "package.module:Net"}}. The names may be
+        values: nested settings, such as {"model": {"name": "package.module:Net"}}. Names are found
             at any depth within the value of a setting.
     """
 
@@ -346,7 +351,13 @@ def is_import_path(text: str) -> bool:
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:
-    """Returns a dataclass of settings as nested dicts of plain values, as a YAML file has them."""
+    """Returns a dataclass of settings as nested dicts, such as {"optim": {"lr": 0.05}}.
+
+    The values are plain: numbers, texts, booleans, None, and lists and dicts of these.
+
+    Args:
+        cfg: the dataclass, such as a Config.
+    """
     values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
     return {
         name: to_dict(value) if dataclasses.is_dataclass(value) else plain(value)
@@ -357,8 +368,9 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """Returns the value of one setting without dataclasses, in its shortest form.
 
-    A dataclass in a list becomes a dict without the values that equal their defaults. If only its
-    first field remains, and no other field is required, the value of that field replaces the dict.
+    A dataclass in a list becomes a dict without the values that equal their defaults, such as
+    {"name": "flip"}. If only the value of the first field is left, and this is the only field
+    without a default, the value itself takes the place of the dict: "flip".
     """
     if isinstance(value, list):
         return [plain(item) for item in value]
@@ -382,8 +394,9 @@ def with_values(cfg: Config, **sections: Any) -> Config:
     """Returns a copy of the configuration with some values replaced.
 
     Args:
-        sections: the new values: a dict for a section, a value for a top-level key. An example is
-            `with_values(cfg, run="a", train={"epochs": 3})`.
+        sections: the new values by section or top-level key. For a section, a dict of the values to
+            replace; its other values stay. An example is `with_values(cfg, run="a",
+            train={"epochs": 3})`.
     """
     changed = {
         name: dataclasses.replace(getattr(cfg, name), **value) if name in SECTIONS else value
@@ -395,10 +408,10 @@ def with_values(cfg: Config, **sections: Any) -> Config:
 def for_scratch(cfg: Config, **sections: Any) -> Config:
     """Returns a copy of the configuration for a dry run or a drill, which leaves no files behind.
 
-    Every setting whose metadata have a `scratch` value gets that value.
+    Each setting gets the value `scratch` of its metadata, unless this is Ellipsis.
 
     Args:
-        sections: further values to replace, as in `with_values`.
+        sections: further values to replace, such as `train={"epochs": 3}`.
     """
     for key, field, _ in keys_of(Config):
         section, _, name = key.rpartition(".")

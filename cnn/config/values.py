@@ -33,7 +33,9 @@ def read_value(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
     """Reads the value of a setting from a YAML node.
 
     Args:
-        kind: the type: bool, int, float, str, list[...], dict[str, Any], or a union of these.
+        node: the node.
+        kind: the type: bool, int, float, str, list[...], dict[str, Any], or a union of these and
+            None.
         meta: the metadata of the setting, with its choices and limits.
 
     Raises:
@@ -53,7 +55,8 @@ def read_list(node: yaml.SequenceNode, kind: Any, meta: Mapping[str, Any]) -> li
     """Reads every item of a YAML list as a value of one type.
 
     Args:
-        kind: the type of the items.
+        node: the list.
+        kind: the type of the items, such as float or GroupConfig.
         meta: the metadata of the setting, with the choices and limits of the items.
 
     Raises:
@@ -74,11 +77,16 @@ def read_list(node: yaml.SequenceNode, kind: Any, meta: Mapping[str, Any]) -> li
 def _read_mapping(node: yaml.Node, cls: type) -> Any:
     """Reads an item of a YAML list as a dataclass.
 
-    A mapping has the fields by name. A scalar is the value of the first field, which is allowed if
-    this is the only field without a default.
+    The item is a mapping of the fields, such as `{name: flip}`. If the first field is the only one
+    without a default, the value of that field may stand alone, such as `flip`.
+
+    Args:
+        node: the item.
+        cls: the dataclass, such as AugmentationConfig.
 
     Raises:
-        InvalidValue: a key is unknown, repeated or missing, or a value is wrong.
+        InvalidValue: the item has another form, a key is unknown, repeated or missing, or a value
+            is wrong.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     required = required_keys(cls)
@@ -128,10 +136,13 @@ def plain_value(node: yaml.Node) -> Any:
 
 
 def _read_as(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
-    """Reads a value of a single type, which is not a union; null is an empty list or dict.
+    """Reads the value of a setting as a value of one type.
+
+    If the type is a list or dict, null is read as an empty list or dict.
 
     Args:
-        kind: the type, such as int or list[str].
+        node: the YAML node of the value.
+        kind: the type, such as int or list[str]; not a union.
         meta: the metadata of the setting, with its choices and limits.
 
     Raises:
@@ -154,8 +165,13 @@ def _read_as(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
 def _read_scalar(node: yaml.Node, kind: Any) -> bool | int | float | str:
     """Reads a bool, int, float or str from a YAML node.
 
+    Args:
+        node: the node.
+        kind: the type to read.
+
     Raises:
-        ValueError: the node is not a scalar of the type `kind`, or `kind` is another type.
+        ValueError: the node is not a value of this type, a number is too large or NaN, a text
+            contains control characters, or `kind` is none of the four types.
     """
     if not isinstance(node, yaml.ScalarNode) or kind not in (bool, int, float, str):
         raise ValueError
@@ -176,7 +192,7 @@ def _read_scalar(node: yaml.Node, kind: Any) -> bool | int | float | str:
 
 
 def is_null(node: yaml.Node) -> bool:
-    """Returns whether a YAML node means null: it is empty, `null` or `~`, without quotes."""
+    """Returns whether a YAML node means null: it is unquoted, and empty, `null` or `~`."""
     return (
         isinstance(node, yaml.ScalarNode)
         and node.style not in QUOTES
@@ -198,7 +214,11 @@ def _is_allowed(value: Any, meta: Mapping[str, Any]) -> bool:
 
 
 def alternatives(kind: Any) -> tuple[Any, ...]:
-    """Returns the members of a union such as `int | None`, or a tuple of the type alone."""
+    """Returns the types in a union, such as (int, NoneType) for `int | None`.
+
+    Args:
+        kind: the union. For any other type, the result is a tuple of this type alone.
+    """
     return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
 
@@ -207,10 +227,10 @@ def _expected(kind: Any, meta: Mapping[str, Any]) -> str:
 
 
 def _expected_as(kind: Any, meta: Mapping[str, Any]) -> str:
-    """Describes the values that a setting may have, for a message: "a number above 0".
+    """Describes the values that a setting may have, such as "a number above 0", for a message.
 
     Args:
-        kind: the type of the setting, which is not a union.
+        kind: the type of the setting; not a union.
         meta: the metadata of the setting, with its choices and limits.
     """
     origin = typing.get_origin(kind) or kind
@@ -236,7 +256,9 @@ def _expected_as(kind: Any, meta: Mapping[str, Any]) -> str:
 def describe_node(node: yaml.Node) -> str:
     """Describes the value of a YAML node for a message.
 
-    A list is "a list", a mapping is "a mapping". Text longer than 60 characters is shortened.
+    Returns:
+        "a list", "a mapping", "null" (or "nothing" if the value is empty), or the text of the
+        value. A text longer than 60 characters is shortened.
     """
     if not isinstance(node, yaml.ScalarNode):
         return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
@@ -249,9 +271,10 @@ def describe_node(node: yaml.Node) -> str:
 
 
 def choices_of(meta: Mapping[str, Any]) -> list[str]:
-    """Returns the words that a setting accepts, or [] if it has no list of choices.
+    """Returns the words that a setting accepts, such as ["sgd", "adam", "package.module:name"].
 
-    The last one is "package.module:name" if the setting may name the user's code too.
+    The word "package.module:name" is the last one if the setting may name the user's code. The
+    result is [] for a setting without a list of choices.
 
     Args:
         meta: the metadata of the setting.
@@ -261,9 +284,17 @@ def choices_of(meta: Mapping[str, Any]) -> list[str]:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Returns " — did you mean 'x'?" with the known word that is most similar, or "" if none is.
+    """Returns the question " — did you mean 'x'?" with the known word most similar to a word.
 
-    A dotted key is also similar to a key of the same name in another section.
+    If no known word is similar, the question names one with the same part after the last dot, such
+    as "optim.lr" for "schedule.lr".
+
+    Args:
+        word: the unknown word.
+        known: the known words.
+
+    Returns:
+        The question, or "" if there is nothing to suggest.
     """
     known = list(known)
     near = difflib.get_close_matches(word, known, n=1)

@@ -14,7 +14,7 @@ from cnn.errors import InvalidValue
 def to_yaml(cfg: Config) -> str:
     """Returns a configuration as the text of a YAML file, with a comment for each key.
 
-    The option --config reads such a file.
+    The option --config of train.py reads such a file.
     """
     lines = []
     for field in dataclasses.fields(Config):
@@ -47,7 +47,7 @@ def dump(values: Any, **options: Any) -> str:
 
     Args:
         values: a dict, list or scalar without dataclasses.
-        options: further arguments of yaml.dump.
+        options: further keyword arguments for yaml.dump.
     """
     return yaml.dump(values, Dumper=_Dumper, allow_unicode=True, **options)
 

@@ -22,10 +22,10 @@ MODELS = {"simple_cnn": SimpleCNN, "lenet5": LeNet5, "resnet9": ResNet9, "resnet
 def build_model(
     cfg: ModelConfig, num_classes: int, in_channels: int, image_size: int, seed: int
 ) -> nn.Module:
-    """Builds a model on the CPU, with initial weights that are a function of the seed.
+    """Builds a model on the CPU; its initial weights depend only on the settings and the seed.
 
-    The model then computes the logits of two black images, so that a model that cannot take such
-    images is refused before training.
+    A model that cannot take images of the given size is refused at once: it has to compute the
+    logits of two black images.
 
     Args:
         cfg: the section `model` of the settings.
@@ -35,8 +35,9 @@ def build_model(
         seed: the seed of the run.
 
     Raises:
-        Refused: there is no such model, it does not take the arguments in `cfg.args`, the initial
-            weights do not fit it, or it cannot take images of this size.
+        Refused: there is no such model, the model does not take the arguments in `cfg.args`, the
+            initial weights do not fit the model or cannot be loaded, or the model cannot take the
+            images.
     """
     seeding.seed_sample(seed, seeding.INIT)
     pretrained = cfg.pretrained and not cfg.weights
@@ -62,16 +63,16 @@ def build_model(
 
 
 def _try_out(model: nn.Module, name: str, num_classes: int, shape: tuple[int, ...]) -> None:
-    """Computes the logits of two black images and refuses a model that cannot take such images.
+    """Raises Refused if a model cannot compute the logits of two black images.
 
     Args:
-        model: the model, whose state and mode do not change.
-        name: its name in the settings, for messages.
+        model: the model; its state and mode are the same afterwards.
+        name: the name of the model in the settings, for messages.
         num_classes: the expected number of logits per image.
-        shape: of one image, (C, H, W).
+        shape: the shape of one image: (channels, height, width).
 
     Raises:
-        Refused: the model fails, or its output is not a tensor (2, num_classes).
+        Refused: the model fails, or its output is not a tensor of shape (2, num_classes).
     """
     training = model.training
     model.eval()

@@ -18,13 +18,13 @@ aten = torch.ops.aten
 def count_flops(model: nn.Module, shape: tuple[int, ...]) -> int | None:
     """Returns the number of floating-point operations in the forward pass of one image.
 
-    Counts convolutions, matrix products and attention, and each multiply-add as two operations. A
-    copy of the model computes, so that the model does not change. (The meta device would need no
-    copy, but torch first loads decompositions for it, which takes as long as loading torch.)
+    Only convolutions, matrix products and attention are counted. A multiplication with the addition
+    that follows it counts as two operations. The model does not change, since a copy of it
+    computes.
 
     Args:
         model: the model, on any device.
-        shape: of an image, (C, H, W).
+        shape: the shape of the image: (channels, height, width).
 
     Returns:
         The number of operations, or None if the model cannot be copied or fails.
@@ -32,6 +32,8 @@ def count_flops(model: nn.Module, shape: tuple[int, ...]) -> int | None:
     device = next(model.parameters()).device
     try:
         with torch.no_grad(), _Counter() as counter:
+            # The meta device would need no copy, but torch first loads decompositions for it, which
+            # takes as long as loading torch.
             copy.deepcopy(model).eval()(torch.zeros(1, *shape, device=device))
     except Exception:  # noqa: BLE001  the user's code, and no figure is worth a failed training
         return None
@@ -39,7 +41,9 @@ def count_flops(model: nn.Module, shape: tuple[int, ...]) -> int | None:
 
 
 class _Counter(TorchDispatchMode):
-    """A dispatch mode that adds up the operations of the products that torch computes within it.
+    """A context that counts the floating-point operations that torch computes in it.
+
+    Only those of convolutions, matrix products and attention are counted.
 
     Attributes:
         total: the number of operations so far.

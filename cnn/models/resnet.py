@@ -8,7 +8,7 @@ from cnn.models.simple_cnn import conv_bn, conv_bn_relu, pool_relu
 
 
 class ResNet9(nn.Module):
-    """The network of D. Page, "How to Train Your ResNet" (2018).
+    """ResNet-9, the network of D. Page, "How to Train Your ResNet" (2018).
 
     Takes images of 8 x 8 pixels and more.
 
@@ -38,7 +38,7 @@ class ResNet9(nn.Module):
 
 
 class Residual(nn.Module):
-    """A residual block that adds the output of two convolutions to their input.
+    """A residual block: the input plus the output of two convolutions with batch norm and ReLU.
 
     Args:
         channels: number of channels of input and output.
@@ -49,18 +49,19 @@ class Residual(nn.Module):
         self.body = nn.Sequential(*(conv_bn_relu(channels, channels) for _ in range(2)))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Returns the features (N, C, H, W) after the block, in the shape of the input."""
+        """Returns the features after the block, in the shape of the input (N, channels, H, W)."""
         return features + self.body(features)
 
 
 class ResNet20(nn.Module):
-    """The network for CIFAR of He et al., "Deep Residual Learning" (2016), section 4.2.
+    """ResNet-20, the network for CIFAR of He et al., "Deep Residual Learning" (2016), section 4.2.
 
     Args:
         num_classes: number of logits per image.
         in_channels: number of image channels.
-        blocks: number of residual blocks per stage; 3 gives 20 layers, 9 gives 56.
-        width: number of channels in the first stage, 16 in the paper; it doubles from stage to
+        blocks: number of residual blocks in each of the three stages. 3 blocks give 20 layers, 9
+            give 56.
+        width: number of channels in the first stage, 16 in the paper. It doubles from stage to
             stage.
     """
 
@@ -89,10 +90,11 @@ class ResNet20(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """A residual block that adds the output of two convolutions to their input.
+    """A residual block: ReLU of the sum of the input and the output of two convolutions.
 
-    If the convolutions change the shape, the input is adapted without parameters: it is subsampled
-    by the stride, and channels of zeros are appended (option A of He et al., 2016).
+    If the output of the convolutions has another shape, the input is adapted before the sum,
+    without parameters: it is subsampled by the stride, and channels of zeros are appended (option A
+    of He et al., 2016).
 
     Args:
         in_channels: number of channels of the input.
@@ -109,7 +111,14 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Returns the features after the block, (N, out_channels, H / stride, W / stride)."""
+        """Returns the features after the block.
+
+        Args:
+            features: (N, in_channels, H, W).
+
+        Returns:
+            (N, out_channels, H / stride, W / stride), rounded up.
+        """
         out = F.relu(self.bn1(self.conv1(features)), inplace=True)
         out = self.bn2(self.conv2(out))
         shortcut = features[:, :, :: self.stride, :: self.stride]

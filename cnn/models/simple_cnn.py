@@ -5,15 +5,15 @@ from torch import nn
 
 
 class SimpleCNN(nn.Module):
-    """A network of three convolutions with batch norm, pooling and a linear layer.
+    """A network of three convolutions, each followed by batch norm and ReLU, and a linear layer.
 
     Takes images of 4 x 4 pixels and more.
 
     Args:
         num_classes: number of logits per image.
         in_channels: number of image channels.
-        width: number of channels after the first convolution; the second has twice and the third
-            four times as many.
+        width: number of channels after the first convolution. The second has twice as many, the
+            third four times as many.
         dropout: probability of dropout before the linear layer.
     """
 
@@ -38,19 +38,20 @@ class SimpleCNN(nn.Module):
 
 
 def conv_bn(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Returns a 3 x 3 convolution, which keeps the size of its input, followed by batch norm."""
+    """Returns a 3 x 3 convolution and batch norm; height and width stay the same."""
     convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
 
 
 def conv_bn_relu(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Returns a 3 x 3 convolution, which keeps the size of its input, then batch norm and ReLU."""
+    """Returns a 3 x 3 convolution, batch norm and ReLU; height and width stay the same."""
     return conv_bn(in_channels, out_channels).append(nn.ReLU(inplace=True))
 
 
 def pool_relu() -> nn.Sequential:
     """Returns 2 x 2 max pooling followed by ReLU.
 
-    The result equals ReLU followed by pooling bit for bit, with a quarter of the work for ReLU.
+    The result is the same as that of ReLU followed by pooling, bit for bit. ReLU has a quarter of
+    the work in this order.
     """
     return nn.Sequential(nn.MaxPool2d(2), nn.ReLU(inplace=True))

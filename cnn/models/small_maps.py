@@ -20,14 +20,16 @@ MAX_ROW = 64  # width of the images laid side by side
 
 
 def use_small_maps(model: nn.Module) -> None:
-    """Replaces convolutions by ones with a backward pass that is faster for small feature maps.
+    """Replaces convolutions of a model by ones that train faster on small feature maps.
 
-    Replaces those that keep the size of their input and have no bias, groups or dilation; their
-    parameters, hooks and names stay. The faster pass is used only in bf16 autocast on the CPU, for
-    maps at most `MAX_WIDTH` wide, and it pays off only with AMX.
+    A convolution is replaced if its kernel is square and larger than 1, if it keeps the height and
+    width of its input, and if it has no bias, groups or dilation. Its parameters, hooks and name
+    stay. Training is faster only on a CPU with AMX, in bf16 autocast, for maps at most 8 pixels
+    wide.
 
     Args:
-        model: the model, changed in place; of a lone convolution nothing is replaced.
+        model: the model, whose layers are replaced in place. A model that is itself a convolution
+            stays as it is.
     """
     for parent in model.modules():
         for name, module in parent.named_children():
@@ -38,7 +40,10 @@ def use_small_maps(model: nn.Module) -> None:
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution whose backward pass is faster on small maps, in bf16 autocast on a CPU."""
+    """A convolution that trains faster on small feature maps, in bf16 autocast on a CPU with AMX.
+
+    Its results are those of nn.Conv2d, except for the rounding of the gradients.
+    """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W
         is_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == BF16
@@ -49,10 +54,10 @@ class Conv2d(nn.Conv2d):
 
 
 def _keeps_size(module: nn.Conv2d) -> bool:
-    """Returns whether a convolution is one that the faster backward pass can replace.
+    """Returns whether a convolution can be replaced by one that is faster on small feature maps.
 
-    It needs an odd square kernel larger than 1, zero padding that keeps the size of the input,
-    stride 1, and no dilation, groups or bias.
+    This needs an odd square kernel larger than 1, zero padding that keeps the height and width of
+    the input, stride 1, and no dilation, groups or bias.
     """
     side = module.kernel_size[0]
     geometry = (module.kernel_size, module.padding, module.stride, module.dilation)
@@ -90,15 +95,15 @@ def _backward(gradient, images, weight, mask: tuple[bool, bool, bool]):
 
 
 def side_by_side(maps: torch.Tensor, number: int, gap: int) -> torch.Tensor:
-    """Lays every `number` successive maps of a batch side by side, with zeros after each.
+    """Lays the feature maps of a batch side by side in rows, with zeros after each map.
 
     Args:
-        maps: (N, C, H, W), with N a multiple of `number`.
-        number: count of maps in a row.
-        gap: count of columns of zeros after each map.
+        maps: the batch of feature maps, (N, C, H, W), with N a multiple of `number`.
+        number: how many successive maps form a row.
+        gap: how many columns of zeros follow each map.
 
     Returns:
-        (N / number, C, H, number * (W + gap)), channels last.
+        The rows, (N / number, C, H, number * (W + gap)), in the memory format channels last.
     """
     channels, height, width = maps.shape[1:]
     padded = F.pad(maps.permute(0, 2, 3, 1), (0, 0, 0, gap))  # N, H, W + gap, C

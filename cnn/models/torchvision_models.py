@@ -14,22 +14,19 @@ AUXILIARY_HEADS = ("googlenet", "inception_v3")  # these return several outputs 
 
 
 def build(name: str, num_classes: int, in_channels: int, pretrained: bool, args: dict[str, Any]):
-    """Builds a classification model of torchvision.
+    """Builds a classification model of torchvision on the CPU.
 
     Args:
         name: torchvision's name of the model, such as "resnet18".
         num_classes: number of logits per image.
         in_channels: number of image channels.
-        pretrained: whether to load torchvision's best weights, except for layers whose shape
-            depends on the number of classes.
+        pretrained: whether to load torchvision's best weights. A layer whose shape differs keeps
+            its random weights, such as the last one for another number of classes.
         args: further keyword arguments for torchvision's model.
 
-    Returns:
-        The model, on the CPU.
-
     Raises:
-        Refused: there is no such model, it does not take a keyword, or the weights cannot be
-            downloaded.
+        Refused: there is no such model, the model does not take the arguments in `args`, or the
+            weights cannot be downloaded.
     """
     from torchvision import models
 

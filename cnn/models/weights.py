@@ -14,10 +14,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads those weights of a file that fit the model, and logs which parameters stay new.
+    """Loads the weights of a file into a model, as far as they fit by name and shape.
 
-    The file is a checkpoint of this project, whose EMA weights have precedence, or a state dict
-    that torch.save wrote.
+    The file is a checkpoint of this project or a state dict that torch.save wrote. If a checkpoint
+    contains EMA weights, these are loaded. A parameter without fitting weights in the file keeps
+    its value, and its name is logged.
 
     Args:
         model: the model, changed in place.
@@ -55,7 +56,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 def load_matching(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
     """Loads the tensors of a state dict that fit a model by name and shape.
 
-    First adapts the weights of the first convolution to the model's number of image channels.
+    The weights of the first convolution are adapted to the model's number of image channels before.
 
     Args:
         model: the model, changed in place.
@@ -76,12 +77,13 @@ def load_matching(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]
 def adapt_first_convolution(model: nn.Module, in_channels: int) -> None:
     """Replaces the first convolution of a model by one that takes another number of channels.
 
-    The new weights sum up to the old ones, so that the features of gray images stay. A model
-    without convolution stays unchanged.
+    The weights are distributed evenly over the new channels, with the same sum. So a gray image,
+    given as equal channels, has the same features as before. A model without convolution stays
+    unchanged.
 
     Args:
         model: the model, changed in place.
-        in_channels: number of image channels.
+        in_channels: the new number of image channels.
     """
     name, old = _first_convolution(model)
     if old is None:
@@ -106,15 +108,15 @@ def _first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d | None]:
 def _adapt_channels(weight: torch.Tensor, in_channels: int) -> torch.Tensor:
     """Distributes the weights of a convolution evenly over another number of input channels.
 
-    The sum over the channels stays the same. So a gray image has the same features as the RGB
-    image with three equal channels.
+    The sum of the weights over the channels stays the same. So a gray image, given as equal
+    channels, has the same features as before.
 
     Args:
-        weight: (out channels, in channels, H, W).
+        weight: the weights, (out channels, in channels, kernel height, kernel width).
         in_channels: the new number of input channels.
 
     Returns:
-        Weights, (out channels, in_channels, H, W).
+        The new weights, (out channels, in_channels, kernel height, kernel width).
     """
     if weight.shape[1] == in_channels:
         return weight
