@@ -212,13 +212,11 @@ def spread_of(values: Sequence[float]) -> float | None:
 
 
 def verdict(names: tuple[str, str], values: tuple[list[float], list[float]], metric: str) -> str:
-    """Returns a sentence on whether two groups of runs differ by more than chance.
+    """Returns a sentence on whether the means of two groups differ by more than their spread.
 
-    They do if the difference between their means is larger than sqrt(s1² + s2²), where s1 and s2
-    are the standard deviations of the groups. A smaller difference could be reversed by other
-    seeds.
-
-    If a group has a single run, its standard deviation is unknown, and the sentence says so.
+    The spread is sqrt(s1² + s2²), where s1 and s2 are the standard deviations of the groups. A
+    difference below the spread could be reversed by other seeds. If a group has only one run, there
+    is no spread, and the sentence says so.
 
     Args:
         names: the names of the two groups.
@@ -323,8 +321,7 @@ def settings_table(runs: Sequence[RunRecord], settings: dict[str, list[Any]]) ->
     The first row has the names of the runs, and the first column has the keys of the settings.
 
     Args:
-        settings: for each dotted key, a list with the value in each run, such as {"optim.lr": [0.1,
-            0.01]}.
+        settings: the values in each run by dotted key, such as {"optim.lr": [0.1, 0.01]}.
     """
     rows = [[key, *map(format_setting, values)] for key, values in settings.items()]
     return [["setting", *(run.name for run in runs)], *rows]

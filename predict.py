@@ -126,10 +126,10 @@ def read_list() -> list[str]:
 
 
 def predict_images(command: Command) -> int:
-    """Predicts the classes of the images, and writes them to the screen.
+    """Predicts the classes of the images, and writes the predictions to the screen.
 
-    With --csv, the predictions are written to a CSV file, too. Each one is written as soon as it is
-    known.
+    With --csv, the predictions are written to a CSV file, too. Each prediction is written as soon
+    as it is known.
 
     Returns:
         The exit status: cli.FAILED if an image could not be found or read, otherwise cli.DONE.

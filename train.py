@@ -95,9 +95,9 @@ def prepare(argv: list[str]) -> cli.Task | None:
 
 
 def start(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
-    """Trains a new run, or resumes an earlier one, and ends when the run is finished.
+    """Trains a run until it is finished: a new run, or an earlier one that is resumed.
 
-    It resumes if --resume was given and there is a checkpoint.
+    A run is resumed if --resume was given and there is a checkpoint.
 
     Args:
         cfg: the settings of a new run. A resumed run has these settings if --config was given.
@@ -237,7 +237,7 @@ def locked_folder(
         The folder of the run.
 
     Raises:
-        Refused: another process is writing into the folder, or it cannot be written.
+        Refused: another process is writing into the folder, or the folder cannot be written.
     """
     from cnn.utils.run_folder import RunFolder
 
@@ -359,7 +359,7 @@ def _separate(argv: list[str]) -> list[str]:
 
 
 def _as_setting(option: str, argv: list[str]) -> str:
-    """Returns how the setting that an unknown option probably means is written.
+    """Returns the setting that the user probably meant by an unknown option.
 
     Args:
         option: the unknown option, such as "--epochs" or "--epochs=5".

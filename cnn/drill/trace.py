@@ -33,8 +33,8 @@ class Trace:
 
     Args:
         path: the path of the file.
-        stop: the batch from which on a signal is sent to this process and to the worker processes
-            of its DataLoaders, and the signal. None sends no signal.
+        stop: names a batch and a signal. From this batch on, the signal is sent to this process and
+            to the worker processes of its DataLoaders. None sends no signal.
     """
 
     def __init__(self, path: Path, stop: Stop | None = None):

@@ -46,7 +46,7 @@ def file_of(cfg: Config, folder: Path) -> Path:
 def update(
     folder: Path, cfg: Config, best: dict[str, Any], metrics: Metrics, test: Metrics
 ) -> Path | None:
-    """Writes the settings and results of a run to a file if its result is the best so far.
+    """Writes the settings and results of a run to a file if the run is the best so far.
 
     There is one file for each model and dataset. If the file exists, it is replaced only if its
     result is worse and is a value of the same metric.

@@ -69,8 +69,8 @@ class Records:
     def write(self) -> None:
         """Updates the files after an epoch.
 
-        The report takes long to write. It is updated only if enough time has passed since the last
-        time.
+        The report takes long to write. It is updated only if enough time has passed since its
+        last update.
         """
         self._write_tables()
         if self._tensorboard is not None:
@@ -126,7 +126,7 @@ class Records:
         return text.getvalue()
 
     def _write_result(self) -> None:
-        """Writes result.json, which contains the number of classes and the number of images per split.
+        """Writes result.json, which contains the numbers of classes and of images per split.
 
         After the final test, the file contains the metrics of the test and the best epoch, too.
         Before the test, these are null.

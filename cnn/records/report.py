@@ -222,8 +222,8 @@ def as_pixels(image: torch.Tensor) -> np.ndarray:
     """Converts an image tensor to an array of pixels.
 
     Args:
-        image: uint8, or float from 0 to 1, of shape (channels, height, width). Floats outside this
-            range are clipped.
+        image: uint8, or float from 0 to 1, of shape (channels, height, width). Floats below 0 or
+            above 1 are clipped.
 
     Returns:
         uint8 (height, width, channels), with 1 or 3 channels. If the image has another number of
