@@ -48,14 +48,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(argv: list[str]) -> None:
-    """Reads the command line, compares the runs and prints the comparison.
+    """Reads the command line, compares the runs, writes the HTML page and prints the comparison.
 
-    All of this is done here, since it needs no torch.
+    It returns no task for later, since this script needs no torch, whose import takes seconds.
 
     Raises:
-        Refused: no run can be read.
-        Failed: some runs cannot be read, which is raised after the comparison of the others; or the
-            page cannot be written.
+        Refused: none of the runs can be read.
+        Failed: some of the runs cannot be read, or the page cannot be written. In the first case,
+            the other runs have been compared before the error is raised.
     """
     parser = cli.Parser("compare.py", __doc__)
     add = parser.add_argument
@@ -82,12 +82,16 @@ def prepare(argv: list[str]) -> None:
 
 
 def write_comparison(runs: Sequence[RunRecord], page: Path) -> str:
-    """Writes the comparison as an HTML page, and returns it as text.
+    """Compares runs, and writes the comparison to an HTML page.
 
-    If matplotlib is installed, a picture of the curves is written beside the page.
+    If matplotlib is installed, the page contains charts of the curves. The charts are written to a
+    PNG file beside the page, too.
 
     Args:
         page: the path of the page.
+
+    Returns:
+        The comparison as text for the screen.
     """
     settings, groups = differing_settings(runs), groups_of(runs)
     names, metric = group_names(groups, settings), compared_metric(runs)
@@ -118,9 +122,12 @@ def write_comparison(runs: Sequence[RunRecord], page: Path) -> str:
 
 
 def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
-    """Returns the settings whose values differ between runs, by dotted key such as "optim.lr".
+    """Returns the settings that do not have the same value in all runs.
 
-    Each value is a list with the setting's value in every run. The name of the run is left out.
+    The setting `run`, which is the name of a run, is left out.
+
+    Returns:
+        For each dotted key, a list with the value in each run, such as {"optim.lr": [0.1, 0.01]}.
     """
     values = {key: [run.settings.get(key) for run in runs] for key in runs[0].settings}
     return {
@@ -131,9 +138,10 @@ def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
 
 
 def groups_of(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
-    """Groups the runs of the same experiment, which may differ in their seeds, names and folders.
+    """Divides runs into groups, each with the runs of one experiment.
 
-    Groups and runs stay in the order in which they were given.
+    The runs of a group have equal settings, except for the seed and for settings that do not change
+    the experiment, such as "device". Groups and runs stay in the order in which they were given.
     """
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
@@ -147,12 +155,13 @@ def group_names(groups: list[list[RunRecord]], settings: Iterable[str]) -> list[
     """Returns a name for each group, made of its settings, such as "optim.lr=0.1, train.epochs=5".
 
     Args:
-        groups: groups of runs of the same experiment.
-        settings: the dotted keys of the settings that differ between runs. The seed, and settings
-            that do not change the experiment, are not used.
+        groups: the runs of each group, whose settings are the same except for the seed.
+        settings: the dotted keys of the settings that differ between the groups. The seed, and
+            settings that do not change the experiment, such as "device", may be among them and are
+            left out.
 
     Returns:
-        The names in the order of the groups; "all runs" if no setting is left.
+        The names in the order of the groups. A name is "all runs" if no setting is left.
     """
     keys = [key for key in settings if key not in config.non_experiment_keys() | {SEED}]
     return [
@@ -187,8 +196,8 @@ def final_metric(run: RunRecord, name: str) -> float | None:
 def values_of(group: list[RunRecord], metric: str) -> list[float]:
     """Returns the final values of a metric in a group of runs, one value for each seed.
 
-    Runs with the same seed are repetitions without any spread; the last of them counts. Runs
-    without the metric are left out.
+    If several runs have the same seed, only the last of them is used. A run without the metric
+    gives no value.
 
     Args:
         metric: the name of the metric, such as "val_acc".
@@ -205,11 +214,9 @@ def spread_of(values: Sequence[float]) -> float | None:
 def verdict(names: tuple[str, str], values: tuple[list[float], list[float]], metric: str) -> str:
     """Returns a sentence on whether the means of two groups differ by more than their spread.
 
-    The spread is sqrt(s1² + s2²), where s1 and s2 are the standard deviations of the groups. It is
-    the standard deviation of the difference between one run of each group. A smaller difference may
-    be reversed by other seeds.
-
-    For a group of a single run, the sentence says that it has no spread.
+    The spread is sqrt(s1² + s2²), where s1 and s2 are the standard deviations of the groups. A
+    difference below the spread could be reversed by other seeds. If a group has only one run, there
+    is no spread, and the sentence says so.
 
     Args:
         names: the names of the two groups.
@@ -235,10 +242,11 @@ def verdict(names: tuple[str, str], values: tuple[list[float], list[float]], met
 
 
 def run_table(runs: Sequence[RunRecord]) -> list[list[str]]:
-    """Returns a table with a row per run, after a row with the names of the columns.
+    """Returns a table with a row per run.
 
-    The columns are the status, epochs, best epoch, metrics, training time and images per second.
-    Accuracies have their 95 % intervals.
+    An additional first row has the names of the columns. The columns are the run's name, status,
+    epochs, best epoch, metrics, training time and images per second. Accuracies have their 95 %
+    intervals.
     """
     monitors = list(dict.fromkeys(run.monitor for run in runs if run.monitor != "val_acc"))
     rows = [
@@ -280,9 +288,10 @@ def format_value(value: float | None) -> str:
 def group_table(
     groups: list[list[RunRecord]], names: list[str], metrics: Sequence[str]
 ) -> list[list[str]]:
-    """Returns a table with a row per group of runs, after a row with the names of the columns.
+    """Returns a table with a row per group.
 
-    A row contains the number of runs, and the mean ± standard deviation of each metric.
+    An additional first row has the names of the columns. The columns are the group's name, its
+    number of runs, and the mean ± standard deviation of each metric.
 
     Args:
         groups: the runs of each group.
@@ -307,20 +316,23 @@ def group_table(
 
 
 def settings_table(runs: Sequence[RunRecord], settings: dict[str, list[Any]]) -> list[list[str]]:
-    """Returns a table with a row per setting and a column per run, after a row with the run names.
+    """Returns a table of settings, with a row per setting and a column per run.
+
+    The first row has the names of the runs, and the first column has the keys of the settings.
 
     Args:
-        settings: for each dotted key, the values of the setting in all runs.
+        settings: the values in each run by dotted key, such as {"optim.lr": [0.1, 0.01]}.
     """
     rows = [[key, *map(format_setting, values)] for key, values in settings.items()]
     return [["setting", *(run.name for run in runs)], *rows]
 
 
 def panels_of(groups: list[list[RunRecord]], names: list[str]) -> list[Panel]:
-    """Returns charts over epochs, each with a curve of every run.
+    """Returns charts of the accuracy and the losses over the epochs.
 
-    If there are several groups, the runs of a group have the same colour and one name in the
-    legend.
+    The three charts show the validation accuracy, the validation loss and the training loss. Each
+    chart has a curve for every run. If there are several groups, the curves of a group have the
+    same colour, and the legend names the group only once.
 
     Args:
         groups: the runs of each group.

@@ -44,9 +44,9 @@ class Command(cli.Command):
     """The parsed command line of evaluate.py.
 
     Attributes:
-        split: the images to evaluate on: "val" or "test".
-        json: the file for all metrics; None writes no such file.
-        figure: the .png file for the confusion matrix; None writes no such file.
+        split: which images the model is evaluated on: "val" or "test".
+        json: the file to which all metrics are written; None writes no such file.
+        figure: the .png file in which the confusion matrix is drawn; None draws none.
     """
 
     split: str
@@ -95,9 +95,10 @@ def parse(argv: list[str]) -> Command:
 
 
 def evaluate_checkpoint(command: Command) -> None:
-    """Evaluates a checkpoint as training does, and prints the metrics.
+    """Evaluates the model of a checkpoint in the same way as training does, and prints the metrics.
 
-    With --json and --figure, the metrics and the confusion matrix are written to files too.
+    Writes the metrics to a JSON file if --json was given, and draws the confusion matrix in a PNG
+    file if --figure was given.
     """
     from cnn.datasets.loader import build_loader
     from cnn.inference import evaluation
@@ -142,14 +143,14 @@ def evaluate_checkpoint(command: Command) -> None:
 
 
 def reported_metrics(trained: "TrainedModel", split: str) -> "Metrics | None":
-    """Returns the metrics that training reported for the weights of the checkpoint.
+    """Returns the metrics that training reported for the weights in the checkpoint.
 
     Args:
         split: "val" or "test".
 
     Returns:
-        The metrics by name, such as "val_acc"; None if training did not evaluate exactly these
-        weights on the split, or if its result cannot be found.
+        The metrics by name, such as "val_acc". The result is None if training did not evaluate
+        these weights on this split, or if the file with the metrics cannot be found or read.
     """
     from cnn.utils.checkpoint import read_checkpoint
     from cnn.utils.run_folder import LAST
@@ -176,7 +177,8 @@ def reported_metrics(trained: "TrainedModel", split: str) -> "Metrics | None":
 def compare_with_training(trained: "TrainedModel", metrics: "Metrics", reported: "Metrics") -> str:
     """Returns a sentence on whether the metrics equal those that training reported.
 
-    If they differ, the sentence lists the changes of software, hardware and batch size since then.
+    If they differ, the sentence lists both values of each differing metric. It also names what has
+    changed since the training: software, hardware or batch size.
 
     Args:
         metrics: the metrics of this evaluation by name, such as "test_acc".
@@ -202,10 +204,14 @@ def compare_with_training(trained: "TrainedModel", metrics: "Metrics", reported:
 
 
 def draw(path: Path, matrix: "np.ndarray", classes: list[str], title: str) -> None:
-    """Writes the confusion matrix as a picture; without matplotlib, logs a warning instead.
+    """Draws a confusion matrix in a PNG file. Without matplotlib, a warning is logged instead.
 
     Args:
-        matrix: numbers of images (classes, classes): a row per label, a column per prediction.
+        path: the path of the PNG file.
+        matrix: the numbers of images, integers of shape (classes, classes), with a row per label
+            and a column per predicted class.
+        classes: the names of the classes, in the order of the rows.
+        title: the text above the matrix.
     """
     from cnn.records import figures
 
@@ -216,11 +222,16 @@ def draw(path: Path, matrix: "np.ndarray", classes: list[str], title: str) -> No
 
 
 def as_text(metrics: "Metrics", matrix: "np.ndarray", classes: list[str]) -> str:
-    """Formats the metrics, a table of the classes, and the most frequent confusions of two classes.
+    """Formats the results of an evaluation as text for the screen.
+
+    The text lists the metrics of the evaluation, the metrics of each class, and the pairs of
+    classes that are most often confused. If there are more than 40 classes, only the 40 with the
+    lowest F1 are listed.
 
     Args:
         metrics: the metrics by name, such as "test_acc"; an undefined metric is None.
-        matrix: numbers of images (classes, classes): a row per label, a column per prediction.
+        matrix: the numbers of images, integers of shape (classes, classes), with a row per label
+            and a column per predicted class.
         classes: the names of the classes, in the order of the rows.
     """
     import numpy as np
@@ -259,12 +270,14 @@ def as_json(
     matrix: "np.ndarray",
     reported: "Metrics | None",
 ) -> str:
-    """Formats the evaluation as JSON, with all digits of each metric; undefined values are null.
+    """Formats the results of an evaluation as JSON, with all digits of each metric.
+
+    Undefined metrics become null.
 
     Args:
         split: "val" or "test".
         metrics: the metrics by name, such as "test_acc"; an undefined metric is None.
-        matrix: numbers of images (classes, classes): a row per label, a column per prediction.
+        matrix: the numbers of images, integers of shape (classes, classes), with a row per label.
         reported: the metrics that training reported for the same weights and images; None if there
             are none.
     """
@@ -297,7 +310,7 @@ def as_json(
 
 
 def _finite(value: float | None) -> float | None:
-    """Returns the value, or None if it is None, nan or infinite."""
+    """Returns the value if it is a finite number, or None if it is None, NaN or infinite."""
     return value if value is not None and math.isfinite(value) else None
 
 

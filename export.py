@@ -56,7 +56,7 @@ def prepare(argv: list[str]) -> cli.Task:
 
 
 def parse(argv: list[str]) -> Command:
-    """Reads the command line, and chooses the format and the file where they were not given.
+    """Reads the command line, and chooses the format and the output file if they are not given.
 
     Raises:
         Refused: the command line is not valid, the checkpoint does not exist, or a package that the
@@ -84,7 +84,7 @@ def parse(argv: list[str]) -> Command:
 
 
 def check_packages(file_format: str) -> None:
-    """Raises Refused if a package that a format needs is not installed.
+    """Raises Refused if a package is missing that is needed to export a model in a format.
 
     Args:
         file_format: "torch", "onnx" or "weights".
@@ -97,10 +97,14 @@ def check_packages(file_format: str) -> None:
 
 
 def export_checkpoint(command: Command) -> None:
-    """Exports the model of a checkpoint to a file, after checking that its logits agree.
+    """Exports the model of a checkpoint to the file `command.output`.
+
+    Before the file is written, the exported model is loaded, and its logits for some images are
+    compared with those of the original model.
 
     Raises:
-        Failed: the logits of the exported model differ, or the file cannot be written.
+        Refused: the checkpoint cannot be loaded, or its model cannot be exported.
+        Failed: the logits of the two models differ, or the file cannot be written.
     """
     from cnn.inference.export import export_model
     from cnn.inference.trained_model import load_trained_model

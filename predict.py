@@ -41,14 +41,15 @@ MAX_PATH = 60  # columns reserved for a path; a longer one shifts its line to th
 
 
 class Command(cli.Command):
-    """The parsed command line of predict.py, in which paths and settings may be in any order.
+    """The parsed command line of predict.py.
 
     Attributes:
-        paths: the positional arguments as they were typed: paths and settings.
+        paths: all positional arguments as typed: paths of images, and settings such as
+            "device=cpu".
         images: the image files found at the paths.
         missing: a message for each path at which no image was found.
         top: the number of classes to write per image.
-        csv: the CSV file for the predictions; None writes no such file.
+        csv: the CSV file to which the predictions are written; None writes no such file.
     """
 
     paths: list[str]
@@ -74,7 +75,7 @@ def prepare(argv: list[str]) -> cli.Task:
 
 
 def parse(argv: list[str]) -> Command:
-    """Reads the command line and finds the images.
+    """Reads the command line, and finds the image files at the typed paths.
 
     Raises:
         Refused: the command line is not valid, no image was found, or the checkpoint does not
@@ -125,7 +126,10 @@ def read_list() -> list[str]:
 
 
 def predict_images(command: Command) -> int:
-    """Predicts the classes of the images, and writes each prediction as soon as it is known.
+    """Predicts the classes of the images, and writes the predictions to the screen.
+
+    With --csv, the predictions are written to a CSV file, too. Each prediction is written as soon
+    as it is known.
 
     Returns:
         The exit status: cli.FAILED if an image could not be found or read, otherwise cli.DONE.
@@ -160,12 +164,13 @@ def predict_images(command: Command) -> int:
 
 
 class Table:
-    """A table of the predictions on the screen, with one line per image.
+    """A table on the screen with one line per image, which shows the predicted classes.
 
     Args:
-        images: the paths of all images, which determine the width of the first column.
-        classes: the names of the model's classes, which determine the width of the other columns.
-        top: the number of classes per image.
+        images: the paths of all images, from which the width of the first column is computed.
+        classes: the names of the model's classes, from which the width of the other columns is
+            computed.
+        top: the number of classes to show per image.
     """
 
     def __init__(self, images: list[Path], classes: list[str], top: int):
@@ -183,10 +188,11 @@ class Table:
         write_stdout("  ".join([pad("image", self.path_width), *cells]).rstrip() + "\n")
 
     def write_row(self, path: Path, prediction: "Prediction") -> None:
-        """Writes the line with the prediction of one image.
+        """Writes the line of one image.
 
         Args:
             path: the path of the image.
+            prediction: the most probable classes of the image.
         """
         cells = [
             f"{pad(shorten_name(escape_unprintable(name)), self.name_width)} {probability:.4f}"
@@ -196,14 +202,17 @@ class Table:
 
 
 class CsvFile:
-    """A CSV file of the predictions, with one row per image.
+    """A CSV file with one row per image, which contains the predicted classes.
 
-    As a context manager, it opens the file on entry. On exit it closes the file, also after an
-    interruption, so that all rows written before are kept.
+    The file is open during a `with` block. All rows that were written are kept if the block is
+    interrupted.
 
     Args:
         path: the path of the CSV file; None writes no file.
         top: the number of classes per image.
+
+    Raises:
+        Failed: the file cannot be opened or written.
     """
 
     def __init__(self, path: Path | None, top: int):
@@ -226,10 +235,11 @@ class CsvFile:
                 self.file.close()
 
     def write_row(self, image: Path, prediction: "Prediction") -> None:
-        """Writes the row with the prediction of one image, if there is a file to write.
+        """Writes the row of one image. Does nothing if the path of the CSV file is None.
 
         Args:
             image: the path of the image.
+            prediction: the most probable classes of the image.
 
         Raises:
             Failed: the file cannot be written.
@@ -241,7 +251,10 @@ class CsvFile:
 
 
 def pairs(prediction: "Prediction") -> Iterator[tuple[str, float]]:
-    """Yields the name and the probability of each predicted class, the most probable first."""
+    """Returns an iterator over the predicted classes of an image, the most probable class first.
+
+    Each item is the name of a class and its probability, a number from 0 to 1.
+    """
     return zip(prediction.classes, prediction.probabilities, strict=True)
 
 

@@ -75,7 +75,7 @@ def prepare(argv: list[str]) -> cli.Task:
 
 
 def check_packages() -> None:
-    """Raises Refused if Optuna is not installed, or on Windows, which lacks its file locks."""
+    """Raises Refused if Optuna is not installed, or on Windows, where file locks are missing."""
     if os.name == "nt":
         raise Refused("sweep.py needs locks that Windows has not; under WSL it works")
     if importlib.util.find_spec("optuna") is None:
@@ -83,10 +83,10 @@ def check_packages() -> None:
 
 
 def run(sweep: Sweep, command: Command, log: "Log", stop: "StopSignals") -> int:
-    """Runs the trials that are not finished, and logs the best ones of all trials.
+    """Trains the trials that are not finished, one after another, and then logs the best trials.
 
     Returns:
-        The exit status: cli.FAILED if no trial is complete at the end, otherwise cli.DONE.
+        The exit status: cli.FAILED if no trial of the sweep is complete, otherwise cli.DONE.
     """
     from cnn.sweeps.study import Study
     from cnn.sweeps.trial import run_trial
@@ -111,7 +111,7 @@ def run(sweep: Sweep, command: Command, log: "Log", stop: "StopSignals") -> int:
 
 
 def log_sweep(study: "Study") -> None:
-    """Logs the settings and the search space of a sweep, and the count of finished trials."""
+    """Logs the settings of a sweep, the values to search, and the number of finished trials."""
     from cnn.metrics.scores import mode
 
     sweep = study.sweep
@@ -123,7 +123,7 @@ def log_sweep(study: "Study") -> None:
 
 
 def log_trial(trial: "TakenTrial") -> None:
-    """Logs that a trial starts or resumes, and its values."""
+    """Logs that a trial starts or resumes, and the values of its settings."""
     from cnn.records.run_record import format_setting
 
     verb = "resumes" if trial.is_resumed else "starts"
@@ -146,12 +146,12 @@ def log_result(trial: "TakenTrial", result: "TrialResult") -> None:
 
 
 def num_finished(study: "Study") -> int:
-    """Returns the number of trials that are complete, pruned or failed."""
+    """Returns the number of trials that have ended: complete, stopped early or failed."""
     return sum(trial.state.is_finished() for trial in study.trials())
 
 
 def log_ranking(study: "Study") -> int:
-    """Logs the best trials of a sweep, and the commands to compare them and to reuse the best one.
+    """Logs the best trials of a sweep, and commands that compare them and reuse the best trial.
 
     Returns:
         The exit status: cli.FAILED if no trial is complete, otherwise cli.DONE.
@@ -183,10 +183,14 @@ def log_ranking(study: "Study") -> int:
 
 
 def log_best_settings(study: "Study", best: "FrozenTrial") -> None:
-    """Logs the command that trains again with the settings of the best trial.
+    """Logs a command that trains with the settings of the best trial.
 
-    The settings are in a file in configs/best_hparams if that file has this trial's result, or else
-    in the config.yaml of the trial's run. If the run is on another machine, this is logged instead.
+    The command reads the file in configs/best_hparams, if that file contains the result of this
+    trial. Otherwise, it reads config.yaml in the logs of the trial. If the logs are on another
+    machine, a line says so, and there is no command.
+
+    Args:
+        best: the best trial of the sweep.
     """
     from cnn.records import best_hparams
     from cnn.utils.run_folder import RunFolder

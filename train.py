@@ -47,7 +47,11 @@ class Command(cli.Command):
     """The parsed command line of train.py.
 
     Attributes:
-        resume: the file after --resume; "" for the latest checkpoint, None without --resume.
+        resume: the file after --resume; "" for --resume without a file, None without --resume.
+        dry_run: whether --dry-run was given.
+        drill: whether --drill was given.
+        find_lr: whether --find-lr was given.
+        print_config: whether --print-config was given.
     """
 
     resume: str | None
@@ -69,8 +73,13 @@ def main(argv: list[str] | None = None) -> int:
 def prepare(argv: list[str]) -> cli.Task | None:
     """Reads the command line and checks the settings.
 
+    With --print-config, it prints the settings.
+
     Returns:
-        The work to do; None if --print-config was given, which is done by then.
+        The work to do, or None with --print-config, after which there is nothing more to do.
+
+    Raises:
+        Refused: the command line or a setting is wrong.
     """
     command = parse(argv)
     cfg, places = command.load_config()
@@ -86,11 +95,14 @@ def prepare(argv: list[str]) -> cli.Task | None:
 
 
 def start(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
-    """Starts a run, or resumes one if --resume was given, and trains it to its end.
+    """Trains a run until it is finished: a new run, or an earlier one that is resumed.
+
+    A run is resumed if --resume was given and there is a checkpoint.
 
     Args:
-        cfg: the settings of a new run, and of a resumed run if --config was given. Otherwise a
-            resumed run takes the settings of its checkpoint, changed by the typed ones.
+        cfg: the settings of a new run. A resumed run has these settings if --config was given.
+            Otherwise, it has the settings in its checkpoint, changed by those on the command line.
+        command: the command line.
     """
     from cnn.training.distributed import process_group
     from cnn.training.resume import find_checkpoint_to_resume, run_name
@@ -121,11 +133,12 @@ def train(
     """Trains a run to its end, then tests its best epoch.
 
     Args:
+        cfg: the settings of the run.
         folder: the folder of the run, which rank 0 has locked.
         group: the processes that train together; rank 0 logs and writes files.
         checkpoint: the checkpoint from which the run resumes; None starts a new run.
         max_batches: the largest number of batches per split and epoch; None uses all batches.
-        trace: records every batch for --drill; None records nothing.
+        trace: writes a record of every batch, for --drill; None writes no records.
     """
     from cnn.records import summary
     from cnn.records.records import open_records
@@ -158,7 +171,7 @@ def train(
 
 
 def train_epoch(run: "Run", saver: "Saver") -> None:
-    """Trains the rest of the current epoch, evaluates it on the validation images, and saves it."""
+    """Trains the rest of the current epoch, validates the model, and saves a checkpoint."""
     from cnn.training.engine import evaluate, train_one_epoch
     from cnn.utils.progress import show_progress
 
@@ -183,7 +196,11 @@ def train_epoch(run: "Run", saver: "Saver") -> None:
 
 
 def test(run: "Run", saver: "Saver") -> None:
-    """Tests the best epoch and saves the result; nothing else in training uses the test images."""
+    """Evaluates the weights of the best epoch on the test images, and saves the metrics.
+
+    A run does this once, after its last epoch. If there is no best epoch, the latest weights are
+    tested.
+    """
     from cnn.training.engine import evaluate
     from cnn.utils.module_state import state_preserved
 
@@ -205,13 +222,22 @@ def test(run: "Run", saver: "Saver") -> None:
 def locked_folder(
     group: "Group", name: str | None, root: Path = Path(), *, scratch: bool = False
 ) -> "Iterator[RunFolder]":
-    """Yields the folder of a run, which rank 0 locks so that no other run writes there.
+    """Locks the folder of a run during a `with` block, so that no other run writes into it.
+
+    Rank 0 holds the lock for all processes.
 
     Args:
+        group: the processes that train together.
         name: the name of the run; None for a run without a name.
         root: the folder that contains logs/ and checkpoints/.
-        scratch: whether the folder is removed when the run ends, so that nothing can resume from
+        scratch: whether the caller removes the folder at the end, so that nothing can resume from
             it.
+
+    Yields:
+        The folder of the run.
+
+    Raises:
+        Refused: another process is writing into the folder, or the folder cannot be written.
     """
     from cnn.utils.run_folder import RunFolder
 
@@ -226,9 +252,10 @@ def locked_folder(
 
 
 def dry_run(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
-    """Tries out every part of a run with two batches per split and epoch, in a temporary folder.
+    """Tries out every part of a run in a temporary folder.
 
-    It trains one epoch, validates, saves and tests, and then resumes for a second epoch.
+    With at most two batches per split and epoch, it trains one epoch, validates, saves and tests,
+    and then resumes for a second epoch.
     """
     from cnn.training.distributed import process_group
     from cnn.training.resume import Checkpoint
@@ -252,10 +279,10 @@ def dry_run(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> N
 
 
 def drill(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
-    """Checks that this run can be stopped at any point and resumes with identical results.
+    """Checks that a run with these settings can be stopped at any point and resumed.
 
-    A short version of the run is stopped by signals and resumed, in a temporary folder. It is
-    compared bit by bit with the same training without a stop.
+    A short version of the run is stopped by signals and resumed, in a temporary folder. The result
+    is compared bit by bit with that of the same training without a stop.
 
     Raises:
         Refused: torchrun has started several processes, or this is Windows.
@@ -270,9 +297,9 @@ def drill(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> Non
 
 
 def find_lr(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
-    """Suggests a learning rate, after training for some steps with ever higher ones.
+    """Trains for some steps with a rising learning rate, and logs a learning rate to try.
 
-    The checkpoints and logs of the run are neither read nor changed.
+    The checkpoints and logs of earlier runs are neither read nor changed.
 
     Raises:
         Refused: torchrun has started several processes.
@@ -318,9 +345,12 @@ def parse(argv: list[str]) -> Command:
 
 
 def _separate(argv: list[str]) -> list[str]:
-    """Returns the arguments with a `--resume` before `key=value` replaced by `--resume=`.
+    """Replaces `--resume` by `--resume=` where a setting such as `optim.lr=0.01` follows.
 
-    Otherwise argparse would take the setting for the file of --resume.
+    Without this, argparse would take the setting for the file of --resume.
+
+    Returns:
+        The changed list of arguments.
     """
     return [
         "--resume=" if word == "--resume" and "=" in next_word else word
@@ -329,11 +359,15 @@ def _separate(argv: list[str]) -> list[str]:
 
 
 def _as_setting(option: str, argv: list[str]) -> str:
-    """Returns the setting that an unknown option probably means: `train.epochs=5` for `--epochs 5`.
+    """Returns the setting that the user probably meant by an unknown option.
 
     Args:
         option: the unknown option, such as "--epochs" or "--epochs=5".
-        argv: all arguments, among which the value may follow the option.
+        argv: all arguments, in which the value may follow the option.
+
+    Returns:
+        "train.epochs=5" for the arguments --epochs 5. If the value is missing, "..." takes its
+        place. If no setting has the name, the text is "key=value: train.epochs=5".
     """
     name, equals, value = option.lstrip("-").replace("-", "_").partition("=")
     if not equals:

@@ -53,9 +53,10 @@ class DrillRun:
     """The records and checkpoints of one of the runs that `train.py --drill` compares.
 
     Attributes:
-        records: a dict for every batch, as `Trace` writes it. A batch can be there twice if the
-            process was killed in it.
-        checkpoints: the contents of last.pth and best.pth, by these names.
+        records: a dict for every batch, with hashes of the images and of the state before the
+            batch. If a process was killed in a batch, the next process repeats the batch, which
+            then has two records.
+        checkpoints: the contents of the files last.pth and best.pth, by file name.
         starts: for each process that trained the run, the index in `records` of its first record.
     """
 
@@ -67,8 +68,8 @@ class DrillRun:
 def log_table(unbroken: DrillRun, runs: dict[str, DrillRun]) -> None:
     """Logs a table that compares runs with an unbroken run of the same settings.
 
-    Each row is a run, and each column is a part of it, such as images, model or last.pth. A cell
-    contains "identical" or the first place where the part differs.
+    Each row is a run. The columns are what is compared: the images, the model, the optimizer, the
+    metrics, and the checkpoint files. A cell contains "identical" or where the first difference is.
 
     Args:
         unbroken: the run with which the others are compared.
@@ -91,13 +92,11 @@ def log_table(unbroken: DrillRun, runs: dict[str, DrillRun]) -> None:
 
 
 def _compare_records(unbroken: DrillRun, run: DrillRun) -> list[tuple[Record, list[str]]]:
-    """Returns every record of a run with a list of what differs from the unbroken run.
-
-    Records of the same epoch and batch are compared.
+    """Compares each record of a run with the unbroken run's record of the same epoch and batch.
 
     Returns:
-        Pairs of a record and the keys of FIELDS that differ, such as ["images", "metrics"]. The
-        list is empty if nothing differs.
+        A pair for each record of `run`: the record, and the list of what differs, such as
+        ["images", "metrics"]. The list contains keys of FIELDS. It is empty if nothing differs.
     """
     expected = {(record["epoch"], record["batch"]): record for record in unbroken.records}
     compared = []
@@ -109,16 +108,16 @@ def _compare_records(unbroken: DrillRun, run: DrillRun) -> list[tuple[Record, li
 
 
 def find_culprit(cfg: Config, max_batches: int, unbroken: DrillRun, run: DrillRun) -> str | None:
-    """Returns a message with the cause of the first difference between a run and the unbroken run.
+    """Finds the first difference between a run and the unbroken run, and what causes it.
 
     Args:
         cfg: the settings of both runs.
-        max_batches: the number of batches of every split that both runs used.
+        max_batches: the largest number of batches of every split that both runs used.
         unbroken: the run that no signal stopped.
         run: another run with the same settings.
 
     Returns:
-        The message, which contains the place, the cause and a remedy; None if the runs are
+        A message with the place of the difference, its cause and a remedy; None if the runs are
         identical.
     """
     for number, (record, parts) in enumerate(_compare_records(unbroken, run)):
@@ -156,14 +155,15 @@ def find_culprit(cfg: Config, max_batches: int, unbroken: DrillRun, run: DrillRu
 def _blame_step(
     parts: list[str], step: Record, following: Record, unbroken: DrillRun, run: DrillRun
 ) -> str:
-    """Returns whether the model or the optimizer made a state that differs between two runs.
+    """Returns whether the model or the optimizer caused the difference between two runs in a step.
 
-    Both runs began the step with the same state and the same images.
+    Both runs began the step with the same state and the same images, and ended it with different
+    states.
 
     Args:
         parts: the keys of FIELDS that differ in `following`.
-        step: the record of the batch in whose step the difference arose.
-        following: the next record, which contains the state after that step.
+        step: the record of the batch that the step used.
+        following: the next record, which contains the state after the step.
         unbroken: the run that no signal stopped.
         run: the run to which both records belong.
 
@@ -181,18 +181,19 @@ def _blame_step(
 
 
 def _blame_images(cfg: Config, max_batches: int, record: Record) -> str:
-    """Returns which part of the data made images that differ between two runs.
+    """Returns which part of the data causes different images in two runs.
 
-    It reads the first eight images of a batch twice and compares the results.
+    The first eight images of a batch are read twice and compared.
 
     Args:
         cfg: the settings of the run.
-        max_batches: the number of batches of every split that the run used.
+        max_batches: the largest number of batches of every split that the run used.
         record: the record of the batch whose images differ.
 
     Returns:
-        A key of CAUSES: "dataset" if the images read from the dataset differ, "augmentation" if
-        only the augmented images differ, "data" if all of them are equal.
+        A key of CAUSES: "dataset" if the dataset returns other images the second time,
+        "augmentation" if only the augmented images differ, "data" if the images are equal both
+        times.
     """
     run = build_run(cfg, max_batches=max_batches)
     loader, epoch, batch = run.train_loader, record["epoch"], record["batch"]

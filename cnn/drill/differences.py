@@ -12,13 +12,15 @@ IGNORED = ("environment", "started", "seconds", "images_per_second")
 
 
 def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
-    """Yields a line of text for each leaf in which two trees of tensors and plain values differ.
+    """Yields a text for each difference between two trees of tensors and plain values.
 
-    An example is "history[0].lr: 0.1, 0.2". Keys in IGNORED, such as "seconds", are left out.
+    An example is "history[0].lr: 0.1, 0.2". Entries that say when and where a run ran, such as
+    "seconds", are not compared. Their keys are in IGNORED.
 
     Args:
-        first, second: nested dicts, lists and tuples, such as the contents of two checkpoints.
-        path: where the two are in larger trees, such as "history[0]"; "" for whole trees.
+        first: one tree: nested dicts, lists and tuples, such as the content of a checkpoint.
+        second: the other tree.
+        path: the place of both trees within larger trees, such as "history[0]"; "" for whole trees.
     """
     if path.rsplit(".", 1)[-1] in IGNORED:
         return

@@ -63,16 +63,17 @@ CONTEXT.set_forkserver_preload(["torch", "torchvision.transforms.v2", "cnn.train
 def run_drill(cfg: Config, stop: StopSignals, train: Train) -> None:
     """Trains a short run three times, and logs whether the results are identical.
 
-    The first two runs are unbroken. The third one is stopped by signals and resumed; it is left out
+    The first two runs are unbroken. The third run is stopped by signals and resumed. It is left out
     if the first two already differ. All runs write to a temporary folder.
 
     Args:
         cfg: the settings of the user's run, of which fewer steps are trained.
-        stop: the signal handlers of this process. A signal ends the drill before its next run.
+        stop: tells whether this process has received a signal, which ends the drill before its next
+            run.
         train: the function `train` of train.py.
 
     Raises:
-        Failed: the runs differ, in which case the message names the cause, or a run itself fails.
+        Failed: the runs differ, in which case the message names the cause; or one of them fails.
     """
     batches = STEPS * cfg.train.accumulate - (cfg.train.accumulate > 1)  # the last step is shorter
     short = for_scratch(
@@ -115,7 +116,7 @@ def _run(
         train: the function `train` of train.py.
         cfg: the settings of the run.
         folder: the folder of the run, which is created.
-        max_batches: the number of batches of every split to use.
+        max_batches: the largest number of batches of every split to use.
         stops: where each process except the last one is stopped; [] for an unbroken run.
         fresh: whether the processes are new Python interpreters. If False, they are forks of a
             server that has imported torch, which start faster.
@@ -154,10 +155,10 @@ def _run(
 
 
 def _start(process: BaseProcess) -> None:
-    """Starts a process in which signals are blocked until it unblocks them.
+    """Starts a process in which signals are blocked until the process itself unblocks them.
 
-    Ctrl-C reaches all processes of a terminal. Without this, it could end the new process before
-    that has a session of its own.
+    Ctrl-C sends a signal to all processes of a terminal. The signal could otherwise end the new
+    process before it has left the terminal's session.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
     try:
@@ -178,7 +179,7 @@ def _kill(process: BaseProcess) -> None:
 def _child(
     train: Train, cfg: Config, folder: Path, stop_at: Stop | None, max_batches: int, method: str
 ) -> None:
-    """Trains a run from its latest checkpoint; this is the main function of a child process.
+    """Trains a run from its latest checkpoint. This is the main function of a child process.
 
     The output of the process is appended to output.txt in the folder.
 
@@ -187,7 +188,7 @@ def _child(
         cfg: the settings of the run.
         folder: the folder of the run. If it contains no checkpoint, the run starts from scratch.
         stop_at: the batch before which a signal stops the process; None to train to the end.
-        max_batches: the number of batches of every split to use.
+        max_batches: the largest number of batches of every split to use.
         method: the start method of the worker processes of DataLoaders, such as "fork".
     """
     from cnn import cli

@@ -27,12 +27,14 @@ class Stop(NamedTuple):
 
 
 class Trace:
-    """A file to which a line of JSON is appended for each batch, before the model sees the batch.
+    """The writer of a file with a record of each batch of a run, as a line of JSON.
+
+    The records are appended to the file. Each one is written before the model sees the batch.
 
     Args:
-        path: the file.
-        stop: from this batch on, the signal is sent to this process and the worker processes of its
-            DataLoaders. None sends no signal.
+        path: the path of the file.
+        stop: names a batch and a signal. From this batch on, the signal is sent to this process and
+            to the worker processes of its DataLoaders. None sends no signal.
     """
 
     def __init__(self, path: Path, stop: Stop | None = None):
@@ -42,18 +44,22 @@ class Trace:
     def record(
         self, batches: Iterable[Batch], state: TrainingState, part: str, metrics: RunningMetrics
     ) -> Iterator[Batch]:
-        """Yields the batches unchanged, after writing a record of each one.
+        """Writes a record of each batch, and yields the batches unchanged.
 
         A record contains hashes of the images, the labels, the model and the optimizer, and sums of
-        the metrics, all as they are before the model sees the batch.
+        the metrics, all as they are before the model sees the batch. It contains the number of the
+        epoch, from 1, and the index of the batch, from 0. The indices of validation batches follow
+        those of the training batches. The test has the number of the epoch after the last one.
 
         Args:
             batches: the batches of one split, in the order in which the model sees them.
             state: the state of the run, which contains the present epoch and the index of the first
-                batch. Validation batches are counted on from the training batches of their epoch.
-                The test is recorded as the epoch after the last one.
+                batch.
             part: "training", "validation" or "test".
             metrics: the metrics to which the caller adds the batches.
+
+        Yields:
+            Each batch.
         """
         for number, batch in enumerate(batches, start=state.batch):
             images, labels, _ = batch
@@ -76,9 +82,10 @@ class Trace:
 
 
 def digest(tree: Any) -> str:
-    """Returns a hash over every bit of nested dicts and lists of tensors and plain values.
+    """Returns a hash of nested dicts and lists of tensors and plain values.
 
-    It consists of 16 hexadecimal digits. Shapes and dtypes of the tensors are part of it.
+    The hash consists of 16 hexadecimal digits. It depends on every bit of the tensors, and on their
+    shapes and dtypes.
     """
     total = hashlib.sha256()
     _add(tree, total)

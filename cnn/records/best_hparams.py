@@ -25,13 +25,15 @@ LOCK_SECONDS = 60.0  # to wait for another process, which needs the lock for mil
 
 
 def file_of(cfg: Config, folder: Path) -> Path:
-    """Returns the path of the file with the best settings for the model and data of `cfg`.
+    """Returns the path of the file for the best settings of a model and a dataset.
 
-    The name is MODEL_DATA.yaml, or MODEL_DATA_TAG.yaml if the setting data.tag is not None. All
-    folders of images have the data name "folder", and all tables have "csv". For these, the tag
-    takes the place of DATA.
+    The name contains the settings model.name, data.name and, if it is set, data.tag, as in
+    simple_cnn_digits.yaml or simple_cnn_digits_small.yaml. The data names "folder" and "csv" stand
+    for any images of the user. With these, a tag takes the place of the data name, as in
+    simple_cnn_flowers.yaml.
 
     Args:
+        cfg: the settings of a run, which contain these names.
         folder: the folder of the file, configs/best_hparams.
     """
     names = [cfg.model.name, cfg.data.name, cfg.data.tag or ""]
@@ -44,9 +46,10 @@ def file_of(cfg: Config, folder: Path) -> Path:
 def update(
     folder: Path, cfg: Config, best: dict[str, Any], metrics: Metrics, test: Metrics
 ) -> Path | None:
-    """Writes the settings and results of a run to their file if they are the best so far.
+    """Writes the settings and results of a run to a file if the run is the best so far.
 
-    An existing file is replaced only if its result is by the same metric and is worse.
+    There is one file for each model and dataset. If the file exists, it is replaced only if its
+    result is worse and is a value of the same metric.
 
     Args:
         folder: the folder of the file, configs/best_hparams. It is created if it is missing.
@@ -88,12 +91,12 @@ def update(
 
 
 def _is_beaten(path: Path, earlier: dict[str, Any], best: dict[str, Any]) -> bool:
-    """Returns whether a run's best epoch is better than the result in a file, by the same metric.
+    """Returns whether the best epoch of a run is better than the result in a file.
 
-    If they are by different metrics, a line is logged and the answer is False.
+    If the two results are values of different metrics, a line is logged and the answer is False.
 
     Args:
-        path: the path of the file, for the log.
+        path: the path of the file, which is named in the logged line.
         earlier: {"monitor", "value", ...} from the file, where "monitor" is the name of the metric.
         best: {"metric", "value", "epoch"} of the run's best epoch.
     """
@@ -108,11 +111,11 @@ def _is_beaten(path: Path, earlier: dict[str, Any], best: dict[str, Any]) -> boo
 
 
 def best_result(path: Path) -> tuple[str, float] | None:
-    """Reads the result in a file of best settings.
+    """Reads the best result from a file in configs/best_hparams.
 
     Returns:
-        The name of the metric and its value, such as ("val_acc", 0.98), or None if there is no such
-        file or it cannot be read.
+        The name of the metric and its value, such as ("val_acc", 0.98). The result is None if there
+        is no such file or it cannot be read.
     """
     try:
         best = _read(path)["best_metrics"]
@@ -122,10 +125,11 @@ def best_result(path: Path) -> tuple[str, float] | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Returns the content of a file of best settings, or None if there is no file.
+    """Returns the content of a file in configs/best_hparams, or None if there is no such file.
 
     Raises:
-        ValueError: the file contains no readable best_metrics, because someone has changed it.
+        ValueError: the entry best_metrics is missing or wrong, because someone has changed the
+            file.
     """
     if not path.exists():
         return None
@@ -141,15 +145,15 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _history(cfg: Config, earlier: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the earlier best results of a file, the latest first.
+    """Returns the list of earlier best results for a file that is about to be replaced.
 
     Args:
         cfg: the settings that are now the best.
-        earlier: the content of the file so far.
+        earlier: the content of the file before it is replaced.
 
     Returns:
-        At most `MAX_EARLIER` entries. The first one is the result in `earlier`, with those of its
-        settings that differ from `cfg`.
+        At most 10 entries, the latest first. The first entry contains the best result in `earlier`,
+        and those of its settings that differ from `cfg`.
     """
     best, now = earlier["best_metrics"], config.flat(config.to_dict(cfg))
     settings = config.flat({key: v for key, v in earlier.items() if key not in RECORDS})

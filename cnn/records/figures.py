@@ -53,6 +53,7 @@ class Curve:
         xs: the x coordinates, such as epochs.
         ys: a value per x coordinate. None leaves a gap in the curve.
         colour: the colour in hexadecimal, such as "#3b82d6".
+        dashed: whether the line is dashed.
     """
 
     label: str | None
@@ -67,8 +68,10 @@ class Panel:
     """A chart with its curves.
 
     Attributes:
+        title: the text above the chart.
+        curves: the curves.
         marks: the x coordinates of vertical dotted lines.
-        mark_label: the name of these lines in the legend.
+        mark_label: the name of the dotted lines in the legend.
         xlabel: the label of the x axis.
         xscale: the scale of the x axis, "linear" or "log".
     """
@@ -85,13 +88,14 @@ class Panel:
 
 
 def svg(draw: Callable[..., "Figure"], *args, **kwargs) -> str:
-    """Returns a figure as an <svg> element for an HTML page.
+    """Draws a figure and returns it as an <svg> element for an HTML page.
 
     Text stays text, in the font of the page. Lines and text have the colours of the page.
 
     Args:
-        draw: a function that returns the figure, such as `draw_panels`. It is called with the
-            arguments that follow.
+        draw: a function that returns the figure, such as `draw_panels`.
+        args: the positional arguments of `draw`.
+        kwargs: the keyword arguments of `draw`.
     """
     with _style(SVG_INK, SVG_GRID):
         figure, file = draw(*args, **kwargs), io.StringIO()
@@ -104,16 +108,17 @@ def svg(draw: Callable[..., "Figure"], *args, **kwargs) -> str:
 
 
 def panel_svgs(panels: Sequence[Panel]) -> list[str]:
-    """Returns an <svg> element for each panel, to be put into an HTML page."""
+    """Draws each chart and returns it as an <svg> element for an HTML page."""
     return [svg(draw_panels, [panel], width=4.8, height=3.0) for panel in panels]
 
 
 def png(draw: Callable[..., "Figure"], *args, **kwargs) -> bytes:
-    """Returns a figure as the content of a PNG file.
+    """Draws a figure and returns the content of a PNG file.
 
     Args:
-        draw: a function that returns the figure, such as `draw_panels`. It is called with the
-            arguments that follow.
+        draw: a function that returns the figure, such as `draw_panels`.
+        args: the positional arguments of `draw`.
+        kwargs: the keyword arguments of `draw`.
     """
     with _style(PNG_INK, PNG_GRID):
         figure, file = draw(*args, **kwargs), io.BytesIO()
@@ -122,11 +127,13 @@ def png(draw: Callable[..., "Figure"], *args, **kwargs) -> bytes:
 
 
 def save_png(path: Path, draw: Callable[..., "Figure"], *args, **kwargs) -> None:
-    """Writes a figure to a PNG file, and replaces the file if it exists.
+    """Draws a figure and writes it to a PNG file, which is replaced if it exists.
 
     Args:
-        draw: a function that returns the figure, such as `draw_panels`. It is called with the
-            arguments that follow.
+        path: the path of the PNG file.
+        draw: a function that returns the figure, such as `draw_panels`.
+        args: the positional arguments of `draw`.
+        kwargs: the keyword arguments of `draw`.
     """
     data = png(draw, *args, **kwargs)
     write_atomically(path, lambda file: file.write(data))
@@ -152,11 +159,12 @@ def _style(ink: str, grid: str) -> Iterator[None]:
 
 
 def draw_panels(panels: Sequence[Panel], width: float = 4.4, height: float = 3.2) -> "Figure":
-    """Draws panels side by side.
+    """Draws charts side by side in one figure.
 
     Args:
-        width: the width of each panel in inches.
-        height: the height of each panel in inches.
+        panels: the charts, from left to right.
+        width: the width of each chart in inches.
+        height: the height of each chart in inches.
     """
     from matplotlib.figure import Figure
 
@@ -201,12 +209,13 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
 def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str = "") -> "Figure":
     """Draws a confusion matrix, with a row per label and a column per predicted class.
 
-    The colour of a cell shows its share of the row. Up to 20 classes, the cells also show their
-    counts. Up to 120 classes, the axes show the names of the classes.
+    The larger a cell's share of its row, the stronger is its colour. With at most 20 classes, the
+    cells show their numbers of images. With at most 120 classes, the axes show the class names.
 
     Args:
-        matrix: the number of images per cell, integers (classes, classes).
+        matrix: the number of images per cell, integers of shape (classes, classes).
         classes: the names of the classes, in the order of the rows and columns.
+        title: the text above the matrix.
     """
     from matplotlib.figure import Figure
 
@@ -244,7 +253,7 @@ def draw_images(images: Sequence[np.ndarray], labels: Sequence[str]) -> "Figure"
     """Draws images in rows of eight, each with its label above it.
 
     Args:
-        images: each uint8 (H, W, C), where C is 1 or 3.
+        images: the pixels of each image, uint8 (height, width, channels), with 1 or 3 channels.
         labels: the text above each image.
     """
     from matplotlib.figure import Figure

@@ -28,10 +28,13 @@ PICTURE = Path("logs", "find_lr.png")
 
 
 def range_test(cfg: Config) -> None:
-    """Trains with a rising learning rate, logs a suggestion, and draws the loss curve.
+    """Trains with a rising learning rate, logs a learning rate to try, and draws the loss curve.
 
-    The suggestion is a tenth of the learning rate at which the smoothed loss is lowest. The curve
-    is drawn in logs/find_lr.png, unless matplotlib is not installed.
+    The learning rate to try is a tenth of the one at which the smoothed loss is lowest. The curve
+    is drawn in logs/find_lr.png if matplotlib is installed.
+
+    Args:
+        cfg: the settings of the model, the data and the training.
     """
     lrs, losses = train_with_rising_lr(build_run(cfg))
     lowest = lrs[np.argmin(losses)]
@@ -59,12 +62,16 @@ def range_test(cfg: Config) -> None:
 def train_with_rising_lr(run: Run) -> tuple[list[float], list[float]]:
     """Trains with a learning rate that rises geometrically, from 1e-5 to 10 in 150 steps.
 
-    It ends earlier if the smoothed loss is not finite or is above 4 times its lowest value.
+    The training ends earlier if the smoothed loss is not finite or is above 4 times its lowest
+    value.
+
+    Args:
+        run: the run, which is trained from its present weights.
 
     Returns:
-        Two lists with an entry per step: the learning rates and the smoothed losses. The smoothed
-        loss is the exponential mean of the losses so far, corrected for its bias to 0 as in Adam
-        (Kingma and Ba, ICLR 2015). The step that ends the training early is left out.
+        Two lists with an entry per step: the learning rates and the smoothed losses. The step that
+        ends the training early is left out. The smoothed loss is the exponential mean of the
+        losses, with the bias correction of Adam (Kingma and Ba, ICLR 2015).
     """
     lrs, losses, state = [], [], run.state
     mean = 0.0
@@ -84,7 +91,7 @@ def train_with_rising_lr(run: Run) -> tuple[list[float], list[float]]:
 
 
 def endless_steps(run: Run) -> Iterator[int]:
-    """Trains epoch after epoch without an end, and yields after each optimizer step.
+    """Trains epoch after epoch without an end, and pauses after each optimizer step.
 
     Yields:
         The number of batches in the step.
@@ -98,7 +105,8 @@ def endless_steps(run: Run) -> Iterator[int]:
 def set_lr(run: Run, step: int) -> None:
     """Sets the learning rate of every parameter group for a step of the range test.
 
-    The highest one is 1e-5 in the first step and 10 in the last. The others keep their ratio to it.
+    The group with the highest initial learning rate gets 1e-5 in the first step and 10 in the last.
+    The learning rates of the other groups keep their initial ratio to this one.
 
     Args:
         step: the index of the step, from 0 to 149.

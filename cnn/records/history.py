@@ -12,8 +12,8 @@ def read_history(path: Path) -> list[Metrics]:
     """Reads history.csv, which has one row per epoch.
 
     Returns:
-        A dict of numbers by column name for each row. An empty cell is None. If there is no file,
-        the list is empty.
+        A list with a dict per row, such as {"epoch": 1.0, "val_acc": 0.9}. An empty cell becomes
+        None. If there is no file, the list is empty.
 
     Raises:
         ValueError: a cell is not a number.
@@ -30,12 +30,12 @@ def read_history(path: Path) -> list[Metrics]:
 def write_history(path: Path, history: list[Metrics]) -> None:
     """Replaces history.csv by a file with one row per completed epoch.
 
-    The whole file is written anew, so that a resume leaves no gap and no duplicate in it. A metric
-    that is None becomes an empty cell.
+    A metric that is None becomes an empty cell.
 
     Args:
-        history: the metrics of each epoch by name. The last two of each epoch are its speed and its
-            duration, which become the last two columns.
+        path: the path of history.csv.
+        history: the metrics of each epoch by name. The last two entries of each dict are the speed
+            and the duration of the epoch. They become the last two columns.
 
     Raises:
         OSError: the file cannot be written.

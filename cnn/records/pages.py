@@ -16,7 +16,7 @@ def render(template: str, **content: Any) -> str:
 
     Args:
         template: the name of a file in templates/, such as "report.jinja".
-        content: the values by their names in the template. Text in them is escaped.
+        content: a value for each name in the template. Characters such as "<" in texts are escaped.
     """
     import jinja2  # a requirement of torch
 
@@ -30,8 +30,8 @@ def format_metric(value: float | None) -> str:
     """Formats a metric for a table.
 
     Returns:
-        The digits of an int, four decimals of a float, three significant digits of a float up to
-        0.001, and "n/a" for None and NaN.
+        An int in full, a float above 0.001 with four decimals, any other float with three
+        significant digits, and "n/a" for None and NaN.
     """
     if value is None or math.isnan(value):
         return "n/a"
@@ -41,15 +41,18 @@ def format_metric(value: float | None) -> str:
 
 
 def class_rows(matrix: np.ndarray, classes: list[str]) -> tuple[list[list[str]], list[list[str]]]:
-    """Returns the rows of a table of metrics per class, with the columns of `CLASS_HEAD`.
+    """Returns the rows of a table with the metrics of each class.
+
+    The columns are the name of the class, its precision, recall, specificity and F1, and its number
+    of images.
 
     Args:
-        matrix: the confusion matrix, integers (classes, classes), with a row per label.
+        matrix: the confusion matrix, integers of shape (classes, classes), with a row per label.
         classes: the names of the classes, in the order of the matrix.
 
     Returns:
         Two lists of rows, where a row is a list of texts. The first list has a row per class. The
-        second one has two rows: the mean over the classes, and the mean weighted by the number of
+        second list has two rows: the mean over the classes, and the mean weighted by the number of
         images per class.
     """
     values = scores.per_class(matrix)

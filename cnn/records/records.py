@@ -33,9 +33,12 @@ class Records:
     """The writer of a run's tables, result, report and TensorBoard files.
 
     These are history.csv, predictions_val.csv, result.json, report.html with its two pictures, and
-    the files in logs/tensorboard. On entry to the context, it replaces files that an earlier
-    process has written by what the state contains. On exit, after an exception too, it writes the
-    last report.
+    the files in logs/tensorboard. At the beginning of a `with` block, all of them except the report
+    are written as the state of the training describes them. At the end of the block, even after an
+    exception, the report and its pictures are written.
+
+    Args:
+        run: the run, whose state is written.
     """
 
     def __init__(self, run: Run):
@@ -66,7 +69,8 @@ class Records:
     def write(self) -> None:
         """Updates the files after an epoch.
 
-        The report is only written if enough time has passed since the previous one.
+        The report takes long to write. It is updated only if enough time has passed since its
+        last update.
         """
         self._write_tables()
         if self._tensorboard is not None:
@@ -75,7 +79,11 @@ class Records:
             self._write_report()
 
     def finish(self) -> None:
-        """Updates the files after the final test, and the best settings for the model and data."""
+        """Updates the files after the final test.
+
+        If the run has the best result so far for its model and data, its settings are written to
+        configs/best_hparams, too.
+        """
         self._write_result()
         self.write()
         if self.state.best is not None and not self.folder.scratch:
@@ -98,10 +106,11 @@ class Records:
     def _predictions(self) -> str:
         """Returns the text of predictions_val.csv, which has a row per validation image.
 
-        A row contains the name of the image, its label, the predicted class, and its probability.
+        A row contains the name of the image, its label, the predicted class, and the probability of
+        this class.
 
         Raises:
-            ValueError: some images were left out of the validation.
+            ValueError: some images were left out of the validation, because they could not be read.
         """
         images, classes = self.run.data.val, self.run.data.classes
         saved = self.state.predictions["val"]
@@ -117,9 +126,10 @@ class Records:
         return text.getvalue()
 
     def _write_result(self) -> None:
-        """Writes result.json: the numbers of classes and images, and the results after the test.
+        """Writes result.json, which contains the numbers of classes and of images per split.
 
-        The results are the metrics of the final test and the best epoch by the monitored metric.
+        After the final test, the file contains the metrics of the test and the best epoch, too.
+        Before the test, these are null.
         """
         data, state = self.run.data, self.state
         result = {
@@ -150,14 +160,14 @@ class Records:
             logger.info("the best settings yet for this model and data: %s", path)
 
     def _attempt(self, record: Path | str, write: Callable[[], object]) -> bool:
-        """Calls a function that writes a record, and returns whether it succeeded.
+        """Calls a function that writes a file, and returns whether it raised no exception.
 
-        An exception is logged as a warning, unless the last attempt to write this record failed for
-        the same reason.
+        An exception is logged as a warning. If the same file has failed for the same reason in the
+        call before, no second warning is logged.
 
         Args:
             record: the path of the file, or a name for several files, such as "logs/tensorboard".
-            write: a function without arguments.
+            write: a function without arguments, which writes the file.
         """
         try:
             write()
@@ -186,7 +196,7 @@ class NoRecords(contextlib.AbstractContextManager):
 
 
 def open_records(run: Run) -> Records | NoRecords:
-    """Returns the writer of a run's files on rank 0, and one that writes nothing on other ranks."""
+    """Returns the writer of a run's files. On ranks other than 0, it writes nothing."""
     return Records(run) if run.group.is_rank0 else NoRecords()
 
 
@@ -196,7 +206,7 @@ def has_tensorboard() -> bool:
 
 
 def log_left_out(cfg: Config) -> None:
-    """Logs in one line which files are left out because a package is not installed."""
+    """Logs which files of a run cannot be written because a package is not installed."""
     left_out = {}
     if (cfg.log.report or cfg.log.tensorboard) and not figures.is_available():
         report = "report.html, curves.png, confusion_matrix.png"

@@ -41,7 +41,7 @@ class Report:
         self.logs, self.run, self.state = run.folder.logs, run, run.state
 
     def write(self) -> None:
-        """Replaces report.html by a page on the present state of the run."""
+        """Replaces report.html by a page that describes the present state of the run."""
         write_text(self.logs.report, render("report.jinja", **self._content()))
 
     def write_pictures(self) -> None:
@@ -88,9 +88,9 @@ class Report:
         return panels
 
     def _resumed_at(self) -> list[float]:
-        """Returns when the run was resumed, in epochs since its start, according to its log.
+        """Returns the points at which the run was resumed, in epochs since the start of the run.
 
-        A resume in the middle of the third epoch is 2.5.
+        They are read from the log. A resume in the middle of the third epoch is 2.5.
         """
         path = self.logs.log
         log = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
@@ -100,7 +100,7 @@ class Report:
     # -- the page -------------------------------------------------------------------------------
 
     def _content(self) -> dict[str, Any]:
-        """Returns all values that the page shows, by the names that report.jinja uses."""
+        """Returns all values that the page shows, by their names in report.jinja."""
         cfg, history, data = self.run.cfg, self.state.history, self.run.data
         columns = list(history[-1])
         counts = [[*data.classes, "all"]]  # a list per column
@@ -126,7 +126,7 @@ class Report:
         }
 
     def _headline(self) -> dict[str, Any]:
-        """Returns the values at the top of the page, by the names that report.jinja uses.
+        """Returns the values at the top of the page, by their names in report.jinja.
 
         These are the results so far, the accuracy of always predicting the most frequent class, the
         progress, and the command that trains with these settings.
@@ -151,7 +151,7 @@ class Report:
         }
 
     def _evaluation(self, split: str) -> dict[str, Any]:
-        """Returns what the page shows of an evaluation, by the names that report.jinja uses.
+        """Returns the values that the page shows of an evaluation, by their names in report.jinja.
 
         These are the confusion matrix, the classes that are most often confused, and the metrics
         per class.
@@ -176,14 +176,15 @@ class Report:
         }
 
     def _mistakes(self) -> dict[str, Any]:
-        """Returns the validation images whose wrong predictions have the highest probabilities.
+        """Returns the validation images with the worst mistakes of the best epoch.
 
-        Mistakes in the test are not shown, because that would lead users to tune the model on test
-        images.
+        The worst mistakes are the wrong predictions with the highest probabilities. Mistakes in the
+        test are not shown, because that would lead users to tune the model on test images.
 
         Returns:
-            {"total": number of all mistakes, "num_images": number of validation images, "images":
-            what the page shows of each of at most 24 mistakes}.
+            A dict: "total" is the number of all mistakes, and "num_images" is the number of
+            validation images. "images" is a list of dicts, which describe at most 24 images, the
+            worst first.
         """
         images, classes = self.run.data.val, self.run.data.classes
         predictions = self.state.predictions["val"]["prediction"].numpy()
@@ -210,7 +211,7 @@ def first_training_images(run: Run) -> list[tuple[torch.Tensor, str]]:
     """Returns the first training images of epoch 1, augmented as in that epoch, with their classes.
 
     Returns:
-        At most 32 pairs of an image (C, H, W) and the name of its class.
+        At most 32 pairs of an image, of shape (channels, height, width), and the name of its class.
     """
     loader, labels, classes = run.train_loader, run.data.train.labels, run.data.classes
     keys = loader.keys(1, 0)[:NUM_TRAINING_IMAGES]
@@ -218,14 +219,15 @@ def first_training_images(run: Run) -> list[tuple[torch.Tensor, str]]:
 
 
 def as_pixels(image: torch.Tensor) -> np.ndarray:
-    """Converts an image tensor to pixels.
+    """Converts an image tensor to an array of pixels.
 
     Args:
-        image: (C, H, W), uint8 or float from 0 to 1. Other floats are clipped to this range.
+        image: uint8, or float from 0 to 1, of shape (channels, height, width). Floats below 0 or
+            above 1 are clipped.
 
     Returns:
-        uint8 (H, W, C), where C is 1 or 3. If the image has another number of channels, only the
-        first channel is returned.
+        uint8 (height, width, channels), with 1 or 3 channels. If the image has another number of
+        channels, only its first channel is returned.
     """
     if image.dtype != torch.uint8:
         image = (image.float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
@@ -236,11 +238,11 @@ def as_pixels(image: torch.Tensor) -> np.ndarray:
 def thumbnail(image: torch.Tensor) -> str:
     """Encodes an image as a data: URL for an HTML page.
 
-    An image of at most 48 pixels per side becomes a PNG. A larger one becomes a JPEG, which is
-    reduced to at most 96 pixels per side.
+    An image of at most 48 pixels per side becomes a PNG. A larger image becomes a JPEG of at most
+    96 pixels per side.
 
     Args:
-        image: (C, H, W), uint8 or float from 0 to 1.
+        image: uint8, or float from 0 to 1, of shape (channels, height, width).
     """
     picture, file = Image.fromarray(as_pixels(image).squeeze()), io.BytesIO()
     kind = "png" if max(picture.size) <= 48 else "jpeg"

@@ -18,11 +18,11 @@ from cnn.utils.screen import escape_unprintable
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The content of a run's files.
+    """The settings and results of a run, read from the files in its log folder.
 
     Attributes:
-        name: the name or folder with which the user named the run.
-        settings: the settings by their full names, such as "optim.lr".
+        name: the name or folder by which the user called the run.
+        settings: the settings by their dotted keys, such as "optim.lr".
         history: a row of metrics per completed epoch.
         result: the content of result.json; {} if there is no such file.
         status: "finished", "running" or "broken off".
@@ -40,10 +40,10 @@ class RunRecord:
         return self.settings["checkpoint.monitor"]
 
     def best(self) -> Metrics:
-        """Returns the row of `history` that is best by the monitored metric.
+        """Returns the row of the best epoch in `history`, by the monitored metric.
 
         Returns:
-            The row, or {} if no row has the metric.
+            The row, or {} if no row has a value of this metric.
         """
         rows = [row for row in self.history if row.get(self.monitor) is not None]
         choose = min if mode(self.monitor) == "min" else max
@@ -54,8 +54,9 @@ def read_run(where: str) -> RunRecord:
     """Reads the files of a run.
 
     Args:
-        where: the name of the run, such as "first", or its folder, such as "logs/first". For a run
-            without a name, it may also be the folder that contains logs.
+        where: the name of the run, such as "first", or its folder, such as "logs/first". The files
+            of a run without a name lie directly in a folder `logs`. For such a run, the parent of
+            that folder may be given, too.
 
     Raises:
         Refused: there is no run, or its files cannot be read.
@@ -83,5 +84,8 @@ def read_run(where: str) -> RunRecord:
 
 
 def format_setting(value: Any) -> str:
-    """Formats a value as it is written in a configuration file, a float with at most six digits."""
+    """Formats the value of a setting as in a configuration file.
+
+    A float is rounded to six significant digits.
+    """
     return f"{value:g}" if isinstance(value, float) else config.as_text(value)

@@ -35,6 +35,7 @@ def write(run: Run, checkpoint: Checkpoint | None) -> None:
     """Logs what the run is and where it resumes, and writes config.yaml and model.txt.
 
     Args:
+        run: the run that starts or resumes.
         checkpoint: the checkpoint from which the run resumes, or None for a new run.
     """
     if checkpoint is not None:
@@ -68,7 +69,7 @@ def _log_resume(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def log_start(run: Run, flops: int | None) -> None:
-    """Logs versions, device, data, model and optimizer of a run, in at most eight lines.
+    """Logs the versions, device, data, model and optimizer of a run, in at most eight lines.
 
     Args:
         flops: the floating-point operations of a forward pass per image, or None if unknown.
@@ -113,7 +114,8 @@ def log_epoch(run: Run) -> None:
     """Logs the latest epoch in one line, and a warning if the validation loss has exploded.
 
     The warning is logged once, after the first epoch whose loss is above 1000 times the loss of
-    guessing. It is left out if the loss function is the user's, whose loss of guessing is unknown.
+    guessing. With a loss function of the user, whose loss of guessing is unknown, there is no
+    warning.
     """
     state, epochs = run.state, run.cfg.train.epochs
     row, best = state.history[-1], state.best
@@ -141,7 +143,7 @@ def log_epoch(run: Run) -> None:
 
 
 def log_finished(cfg: Config, state: TrainingState) -> None:
-    """Logs why a run has nothing left to train, and the setting with which it would continue."""
+    """Logs why a run has nothing left to train, and a setting with which it would continue."""
     if state.epoch < cfg.train.epochs:
         patience = cfg.train.early_stop_patience
         why = f"no improvement in {patience} epochs; to continue: train.early_stop_patience=null"
@@ -151,10 +153,11 @@ def log_finished(cfg: Config, state: TrainingState) -> None:
 
 
 def log_test(state: TrainingState, num_images: int) -> None:
-    """Logs the loss and the accuracy of the final test, with the accuracy's 95 % interval.
+    """Logs the loss and the accuracy of the final test, with a 95 % interval of the accuracy.
 
     Args:
-        num_images: the number of test images, on which the interval depends.
+        state: the state of the run, which contains the metrics of the test.
+        num_images: the number of test images, on which the width of the interval depends.
     """
     best, test = state.best, state.test
     accuracy = with_interval(test["test_acc"], num_images)
@@ -163,7 +166,10 @@ def log_test(state: TrainingState, num_images: int) -> None:
 
 
 def model_text(run: Run, flops: int | None) -> str:
-    """Returns the text of model.txt: structure, parameters, FLOPs, environment, command line.
+    """Returns the text of model.txt.
+
+    It lists the layers and parameters of the model, the FLOPs of a forward pass, the environment,
+    and the command line.
 
     Args:
         flops: the floating-point operations of a forward pass per image, or None if unknown.

@@ -47,9 +47,10 @@ class TensorBoard:
         self._matrix_steps: set[int] = set()  # the steps of the confusion matrices in the files
 
     def rewrite(self) -> None:
-        """Replaces the event files by new ones that contain the whole history in the state.
+        """Replaces the event files by new ones with the whole history of the run.
 
-        The graph and the images up to the state's step are copied from the old files.
+        The graph, and the images up to the present step, are copied from the old files. All other
+        events are made from the state.
         """
         self._files = {}
         kept = {part: self._read_images(part) for part in PARTS}
@@ -63,7 +64,7 @@ class TensorBoard:
     def append(self) -> None:
         """Appends the epochs and the test that are in the state but not in the event files yet.
 
-        If the last write failed, or there was none, it rewrites the files.
+        If no files were written before, or the last attempt failed, all files are rewritten.
         """
         if not self._files:  # the last write failed, or there was none
             self.rewrite()
@@ -79,11 +80,11 @@ class TensorBoard:
     def _new_events(self) -> dict[str, list[Event]]:
         """Returns the events for what is in the state but not in the event files yet.
 
-        After this call, they count as written.
+        The caller has to write them, since the next call does not return them again.
 
         Returns:
-            A list of events for each of "train", "val", "test" and "". The last one has the
-            settings and results for the HPARAMS page.
+            A list of events for each of "train", "val", "test" and "". The list for "" has the
+            settings and results that TensorBoard shows on its HPARAMS page.
         """
         state, events = self.state, {part: [] for part in PARTS}
         # The time of an event is the start of the run plus the seconds of its epochs, so that
@@ -101,7 +102,7 @@ class TensorBoard:
         return events
 
     def _hyperparameters(self, now: float) -> list[Event]:
-        """Returns the events with the settings and results that TensorBoard's HPARAMS page shows.
+        """Returns the events for TensorBoard's HPARAMS page: the settings and results of the run.
 
         Args:
             now: the time of the events, in seconds since 1970.
@@ -139,10 +140,10 @@ class TensorBoard:
         return [image("confusion", png, step)]
 
     def _initial_events(self) -> list[Event]:
-        """Returns an event with the model's graph and one with the first augmented training images.
+        """Returns the two events that are made only once in a run.
 
-        The graph is left out if the model cannot be traced, and the images if matplotlib is not
-        installed.
+        One has the graph of the model. It is left out if the model cannot be traced. The other has
+        a picture of augmented training images. It is left out if matplotlib is not installed.
         """
         from torch.utils.tensorboard._pytorch_graph import graph
 
@@ -166,9 +167,10 @@ class TensorBoard:
     # -- files ----------------------------------------------------------------------------------
 
     def _read_images(self, part: str) -> list[Event]:
-        """Returns the events in the files that contain the graph or a picture.
+        """Reads the events with the model's graph or with a picture from the existing event files.
 
-        Events after the state's step are left out. An event that is in two files is returned once.
+        Events after the present step of the run are left out. An event that is in two files is
+        returned once.
 
         Args:
             part: the subfolder of the files: "train", "val", "test", or "" for the folder itself.
@@ -189,6 +191,7 @@ class TensorBoard:
 
         Args:
             part: the subfolder of the files: "train", "val", "test", or "" for the folder itself.
+            events: the events to write.
 
         Returns:
             The path of the new file.
@@ -210,14 +213,15 @@ class TensorBoard:
 
 
 def add_scalars(events: dict[str, list[Event]], metrics: Metrics, step: int, now: float) -> None:
-    """Adds the metrics of an epoch or of the test to the events of "train", "val" and "test".
+    """Adds the metrics of an epoch or of the test to lists of events.
 
-    The metric "val_acc" becomes "acc" in the events of "val". Learning rates, such as "lr", are
-    added to the events of "train". Other entries and metrics that are None are left out.
+    The prefix of a metric selects the list: "val_acc" is added to the list "val", under the name
+    "acc". Learning rates, such as "lr", are added to the list "train". Metrics that are None, and
+    entries without such a prefix, are left out.
 
     Args:
-        events: a list of events for each of "train", "val" and "test", to which the metrics are
-            added.
+        events: a list of events for each of "train", "val" and "test", which is extended.
+        metrics: the metrics by name.
         step: the number of optimizer steps taken.
         now: the time of the events, in seconds since 1970.
     """
@@ -244,7 +248,7 @@ def image(tag: str, png: bytes, step: int) -> Event:
 
 
 def write_events(file: IO[bytes], events: Iterable[Event]) -> None:
-    """Writes events in TensorBoard's format, as length-prefixed records with checksums.
+    """Writes events to a file in TensorBoard's format, which has a length and a checksum per event.
 
     Args:
         file: a file that is open for writing in binary mode.
@@ -255,9 +259,9 @@ def write_events(file: IO[bytes], events: Iterable[Event]) -> None:
 
 
 def read_events(path: Path) -> Iterator[Event]:
-    """Yields the events of a file up to the first record that cannot be read.
+    """Yields the events in a file. Stops without an error at the first event that cannot be read.
 
-    A crash may have cut off the end of the file. This is not an error.
+    A crash may have cut off the end of the file.
     """
     with contextlib.suppress(Exception):  # a damaged file raises many kinds
         yield from LegacyEventFileLoader(str(path)).Load()
