@@ -138,9 +138,10 @@ def _choose_precision(
 ) -> str:
     """Returns the precision of a forward pass: "fp32", "bf16" or "fp16".
 
-    A precision on the command line is used, and so is the setting "fp32". Otherwise, it is the
-    precision of the training if `device` is of the same type as the device of the training. On
-    another type of device, it is "bf16" where the hardware supports it, and "fp32" elsewhere.
+    A precision that the command line names is used, and the setting "fp32" is kept. In all other
+    cases, the result is the precision of the training, if the training ran on the same type of
+    device. On another type of device, it is "bf16" if the hardware supports it, and otherwise
+    "fp32".
 
     Args:
         cfg: the settings of the checkpoint, in which settings of the command line have replaced

@@ -476,7 +476,7 @@ class Study:
         """Stores the result of a trial in the database.
 
         If another process has ended the trial meanwhile, the result of that process stays, and a
-        warning may be logged.
+        warning is logged.
 
         Args:
             number: the index of the trial, from 0.

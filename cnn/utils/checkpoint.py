@@ -338,7 +338,7 @@ def _space(content: dict[str, Any], path: Path) -> str:
 
     Args:
         content: the entries of the checkpoint by name.
-        path: the path of the checkpoint. The free space is that of the disk with its folder.
+        path: the path of the checkpoint. Its folder is on the disk in question.
 
     Returns:
         A text such as "it needs 5.1 MB, checkpoints has 2.3 MB free". The free space is left out if

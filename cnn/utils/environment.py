@@ -163,7 +163,7 @@ def git_commit() -> str | None:
 
 
 def environment_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Lists the differences between two environments that may change results by rounding.
+    """Lists the differences between two environments that may change the rounding of results.
 
     Args:
         then: the environment in a checkpoint, as `describe` returned it.

@@ -36,9 +36,7 @@ class Launch:
 def find_launch() -> Launch:
     """Reads the place of this process in its run from the environment variables of torchrun.
 
-    Returns:
-        The place. If a variable is missing or is not a whole number, it is that of the only process
-        of a run.
+    Without these variables, the place is that of the only process of a run.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
     try:

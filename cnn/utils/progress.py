@@ -25,8 +25,8 @@ def show_progress(
     Args:
         items: the steps or batches that are still to be taken.
         label: the text before the numbers, such as "epoch 3/10".
-        total: the number of all items, including the `done` ones.
-        done: in an epoch that is resumed, the number of items that were taken before; otherwise 0.
+        total: the number of all items, including those that were taken before.
+        done: the number of items that were taken before, if the epoch is resumed; otherwise 0.
         every_seconds: the shortest time between two log lines.
     """
     on_terminal = sys.stderr.isatty() and find_launch().is_rank0
