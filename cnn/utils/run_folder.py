@@ -158,9 +158,9 @@ class RunFolder:
                 time.sleep(0.05)
 
     def unlock(self) -> None:
-        """Releases the lock, and removes those of the folders that are empty and new.
+        """Releases the lock, and removes the folders that this process left empty.
 
-        A folder is new if this process has created it.
+        Only folders that this process has created are removed.
         """
         held = self._lock is not None and self._lock.is_locked
         with contextlib.suppress(OSError):  # the folder is removed, or read-only by now
@@ -188,15 +188,15 @@ class RunFolder:
         return checkpoints_in(self.checkpoints)
 
     def archive(self) -> Path | None:
-        """Moves the files of an earlier run with the same folders to an archive.
+        """Moves the files that an earlier run has left in these folders to an archive.
 
-        Files in the log folder are moved to archive/START in that folder, and checkpoints to
-        archive/START in the checkpoint folder. START is the time at which the earlier run started,
-        such as 2026-11-20_18-45-01; a number is added if that name is taken.
+        Files in the log folder are moved to archive/START in that folder. Checkpoints and exported
+        models are moved to archive/START in the checkpoint folder. START is the time at which the
+        earlier run started, such as 2026-11-20_18-45-01; a number is added if that name is taken.
 
         Returns:
-            The folder archive/START in the log folder, or in the checkpoint folder if there are
-            only checkpoints; None if there are no files.
+            The folder archive/START in the log folder, or in the checkpoint folder if the log
+            folder has no files; None if neither has any.
         """
         names = [name + ending for name in CHECKPOINTS for ending in (".pth", *EXPORTS.values())]
         left = [path for name in names for path in self.checkpoints.glob(name)]
@@ -224,11 +224,11 @@ class RunFolder:
         return target
 
     def _move(self, paths: list[Path], stamp: str) -> str:
-        """Moves each of some files to a folder archive/STAMP in its own folder: all files, or none.
+        """Moves some files to the archives of their folders: all of the files, or none.
 
-        If there is a folder of that name, the files are moved to archive/STAMP-2 or a higher
-        number. If this process is killed meanwhile, the next process that takes the lock moves the
-        files back.
+        A file moves to archive/STAMP in the folder that it is in. If that name is taken, it is
+        archive/STAMP-2 or a higher number. If this process is killed meanwhile, the next process
+        that takes the lock moves the files back.
 
         Args:
             paths: files in the run's two folders.

@@ -57,10 +57,10 @@ def seed_sample(*words: int) -> None:
 
 
 def seed_step(device: torch.device, *words: int) -> None:
-    """Seeds all global generators with a hash of integers: PyTorch, numpy and Python.
+    """Seeds the global generators of PyTorch, numpy and Python with a hash of integers.
 
-    PyTorch's generator on the device of the model is seeded too. Random layers such as dropout then
-    draw numbers in the next forward pass that depend only on the integers.
+    PyTorch's generator on the device is seeded too. Random layers such as dropout then draw the
+    same numbers in the next forward pass whenever the integers are the same.
 
     Args:
         device: the device of the model.
