@@ -28,7 +28,7 @@ class EvaluationData:
     Attributes:
         images: the images, whose labels are indices into the classes of the model.
         train_labels: the labels of the training images, int64 (number of training images); None if
-            `images` come from other data than the training.
+            the model was trained on other data than `images` come from.
         description: what the images are, in words for messages, such as "test of digits".
     """
 
@@ -43,7 +43,7 @@ class EvaluationData:
 
 
 def choose_images(trained: TrainedModel, split: str) -> EvaluationData:
-    """Returns the images of one split, on which a trained model is evaluated.
+    """Returns the images on which a trained model is evaluated.
 
     They come from the data of the training, or from other data if the command line names it. Other
     data that has no splits is used as a whole, because the model was not trained on any of it.
@@ -53,7 +53,8 @@ def choose_images(trained: TrainedModel, split: str) -> EvaluationData:
         split: "val" or "test".
 
     Raises:
-        Refused: the data cannot be read, has other classes, or has changed since the training.
+        Refused: the data cannot be read, contains a class that the model does not have, or has
+            changed since the training.
     """
     cfg = trained.cfg.data
     splits, classes = read_splits(cfg, trained.classes)
@@ -79,11 +80,12 @@ def _divide_as_trained(trained: TrainedModel, splits: Splits, classes: list[str]
 
     Args:
         trained: the model, whose checkpoint contains a checksum of its data.
-        splits: the splits that the dataset has.
+        splits: the images of each split that the dataset has, by the name of the split.
         classes: the names of the classes of the dataset.
 
     Returns:
-        The three splits, or None if this is not the data that the model was trained on.
+        The images of the splits "train", "val" and "test"; None if this is not the data that the
+        model was trained on.
     """
     if "train" not in splits or classes != trained.classes:
         return None
@@ -151,7 +153,8 @@ def build_training_loss(trained: TrainedModel, data: EvaluationData) -> nn.Modul
     """Builds the loss function with which a model was trained, to evaluate the model.
 
     Its class weights come from the checkpoint. If an old checkpoint lacks them, balanced weights
-    are computed from the training labels, or left out if these are not known.
+    are computed from the training labels. If these labels are not known, the loss has no class
+    weights.
 
     Args:
         trained: the model and its checkpoint.

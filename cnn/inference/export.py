@@ -38,7 +38,7 @@ Inference = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Deployed(nn.Module):
-    """A model together with its normalization, which takes pixels in 0..1.
+    """A model that takes pixels in 0..1, because it contains its normalization.
 
     Args:
         model: takes normalized images (N, C, H, W) and returns logits (N, classes).
@@ -57,18 +57,19 @@ class Deployed(nn.Module):
 
 
 def export_model(trained: TrainedModel, file_format: str) -> tuple[bytes, str]:
-    """Exports a model to a file's content, and compares the logits of that file with the model's.
+    """Exports a model, and checks that the exported file computes the same logits.
 
     Args:
         trained: a model on the CPU.
         file_format: "torch", "onnx" or "weights".
 
     Returns:
-        The content of the file, and a text that describes the result of the comparison.
+        The content of the file, and a text that describes the result of the check.
 
     Raises:
         Refused: torch cannot export the model.
-        Failed: the logits differ by more than TOLERANCE.
+        Failed: a logit differs by more than 1e-4, or by more than 1e-4 of the largest logit if that
+            is above 1.
     """
     export, load = FORMATS[file_format]
     trained.model.to(memory_format=torch.contiguous_format)
@@ -90,7 +91,8 @@ def export_model(trained: TrainedModel, file_format: str) -> tuple[bytes, str]:
 def to_torch(trained: TrainedModel) -> bytes:
     """Exports a model to the .pt2 format of torch.export, and returns the content of the file.
 
-    The exported model takes pixels in 0..1. The file contains the metadata as JSON.
+    The exported model takes pixels in 0..1. The file contains a member metadata.json with the
+    result of `metadata`.
     """
     buffer = io.BytesIO()
     text = json.dumps(metadata(trained), ensure_ascii=False, indent=1)
@@ -101,6 +103,8 @@ def to_torch(trained: TrainedModel) -> bytes:
 def from_torch(content: bytes) -> Inference:
     """Returns a function that runs the model in a .pt2 file of torch.export.
 
+    The function takes pixels in 0..1 (N, C, H, W) and returns logits (N, classes).
+
     Args:
         content: the bytes of the file.
     """
@@ -110,8 +114,8 @@ def from_torch(content: bytes) -> Inference:
 def to_onnx(trained: TrainedModel) -> bytes:
     """Exports a model to the ONNX format, and returns the content of the file.
 
-    The exported model takes pixels in 0..1. The metadata is in its properties, with values other
-    than strings as JSON.
+    The exported model takes pixels in 0..1. The result of `metadata` is stored in the properties of
+    the file. Since a property is text, values that are not text are stored as JSON.
     """
     import onnx
 
@@ -133,6 +137,8 @@ def to_onnx(trained: TrainedModel) -> bytes:
 def from_onnx(content: bytes) -> Inference:
     """Returns a function that runs the model in an ONNX file with onnxruntime on the CPU.
 
+    The function takes pixels in 0..1 (N, C, H, W) and returns logits (N, classes).
+
     Args:
         content: the bytes of the file.
     """
@@ -145,7 +151,7 @@ def from_onnx(content: bytes) -> Inference:
 def to_weights(trained: TrainedModel) -> bytes:
     """Exports the weights of a model, and returns the content of a file for `torch.load`.
 
-    The file contains a dict with the state dict and the metadata.
+    The file contains a dict with "model_state_dict" and the entries that `metadata` returns.
     """
     content = metadata(trained, "(pixels in 0..1 - mean) / std")
     buffer = io.BytesIO()
@@ -160,7 +166,7 @@ def from_weights(content: bytes) -> Inference:
         content: the bytes of the file.
 
     Returns:
-        The model with its normalization, which takes pixels in 0..1.
+        The model, which contains its normalization and takes pixels in 0..1.
     """
     saved = torch.load(io.BytesIO(content), weights_only=True)
     cfg = ModelConfig(saved["model"], saved["model_args"])
@@ -190,7 +196,7 @@ def _max_pool_to_one(images: torch.Tensor, size: list[int]) -> tuple[torch.Tenso
 
     Returns:
         The largest values and their indices among the H * W pixels, both (N, C, 1, 1);
-        NotImplemented for any other size.
+        NotImplemented if `size` is not [1, 1].
     """
     if list(size) != [1, 1]:
         return NotImplemented
@@ -199,9 +205,9 @@ def _max_pool_to_one(images: torch.Tensor, size: list[int]) -> tuple[torch.Tenso
 
 
 def _program(trained: TrainedModel) -> torch.export.ExportedProgram:
-    """Returns the graph of a model with its normalization, made by torch.export.
+    """Returns the graph that torch.export makes of a model together with its normalization.
 
-    It takes batches of any number of images.
+    The graph takes batches of any number of images, with pixels in 0..1.
 
     Raises:
         Refused: torch.export cannot export the model.
@@ -215,11 +221,13 @@ def _program(trained: TrainedModel) -> torch.export.ExportedProgram:
 
 @contextlib.contextmanager
 def _refusing(trained: TrainedModel, exporter: str) -> Iterator[None]:
-    """Raises Refused with a short reason if the block raises any exception.
+    """Raises Refused with a short reason if the `with` block raises any exception.
 
     Args:
-        trained: the model that the block exports, whose name is in the message.
-        exporter: the function of torch that the block calls, such as "torch.onnx".
+        trained: the model that the block exports. Its name in the settings is part of the error
+            message.
+        exporter: the part of torch that the block calls, such as "torch.onnx", for the error
+            message.
     """
     try:
         yield
@@ -240,11 +248,13 @@ def _first_line(error: Exception) -> str:
 
 
 def metadata(trained: TrainedModel, pixels: str = NORMALIZED_INSIDE) -> dict[str, Any]:
-    """Returns what a program has to know to use an exported file, as plain values.
+    """Returns what a program has to know to use an exported file, as plain values by name.
+
+    The names include "input", "output", "classes" and "preprocessing".
 
     Args:
         trained: the exported model.
-        pixels: a text that says how the input is computed from pixels.
+        pixels: a text that says how the numbers in the input are computed from pixels.
     """
     pre, content = trained.preprocessing, trained.content
     shape = f"{pre.channels}, {pre.image_size}, {pre.image_size}"
@@ -267,8 +277,8 @@ def metadata(trained: TrainedModel, pixels: str = NORMALIZED_INSIDE) -> dict[str
 def sample_images(trained: TrainedModel) -> tuple[torch.Tensor, str]:
     """Returns 17 images to check an exported model with, and a text that says what they are.
 
-    They are validation images, repeated if there are fewer than 17. If the data cannot be read,
-    they are random numbers.
+    The images are validation images, repeated if there are fewer than 17. If the data cannot be
+    read, they are random numbers.
 
     Args:
         trained: the exported model, whose settings name the data.
@@ -297,7 +307,7 @@ def compare_logits(
 ) -> tuple[float, float]:
     """Compares the logits of an exported model with those of the original model.
 
-    Both compute batches of every size in BATCH_SIZES.
+    Both models compute one batch of each size in BATCH_SIZES.
 
     Args:
         trained: the original model.
@@ -305,7 +315,8 @@ def compare_logits(
         images: images (17, C, H, W), uint8 or float in 0..1, not normalized.
 
     Returns:
-        The largest absolute difference between two logits, and the largest absolute logit.
+        The largest absolute difference between a logit of one model and the same logit of the
+        other; and the largest absolute logit of the original model.
     """
     normalize = Normalize(trained.preprocessing, trained.device)
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()

@@ -38,7 +38,7 @@ class Prediction:
 
     Attributes:
         classes: the names of the classes.
-        probabilities: the probability of each of these classes, a fraction.
+        probabilities: the probability of each of these classes, from 0 to 1.
     """
 
     classes: list[str]
@@ -55,7 +55,10 @@ class Predictor:
         classes: the names of the classes, in the order of the model's outputs.
         model: the network in evaluation mode. It takes normalized images (N, C, size, size) and
             returns logits (N, classes).
-        trained: the argument of this name.
+        trained: the argument `trained`.
+
+    Raises:
+        Refused: the model takes neither 1 nor 3 channels.
     """
 
     def __init__(self, trained: TrainedModel):
@@ -76,14 +79,15 @@ class Predictor:
         Args:
             pictures: one picture or a list of them. A picture is a path, a PIL image of any mode,
                 or a uint8 array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
-            top: the number of classes in a prediction, which are the most probable ones; None for
-                all.
+            top: how many classes a prediction contains, beginning with the most probable one; None
+                for all.
 
         Returns:
             One prediction, or a list of predictions for a list of pictures.
 
         Raises:
-            BadImage: a picture cannot be read; the message contains its path.
+            BadImage: a picture cannot be read. If the picture is a file, the message contains its
+                path.
         """
         if isinstance(pictures, Picture):
             return self([pictures], top)[0]
@@ -99,13 +103,13 @@ class Predictor:
     ) -> Iterator[Prediction | BadImage]:
         """Yields the prediction of each picture, or a BadImage if the picture cannot be read.
 
-        The results are in the order of the pictures. They are predicted in batches. While the model
-        predicts one batch, threads decode the next one.
+        The results are in the order of the pictures. The pictures are predicted in batches. While
+        the model predicts one batch, threads decode the next one.
 
         Args:
             pictures: the pictures, in the forms that `__call__` accepts.
-            top: the number of classes in a prediction, which are the most probable ones; None for
-                all.
+            top: how many classes a prediction contains, beginning with the most probable one; None
+                for all.
         """
         for number, images in enumerate(self._decode_batches(pictures)):
             good = [image for image in images if isinstance(image, torch.Tensor)]
@@ -161,9 +165,10 @@ class Predictor:
 
         Args:
             images: the decoded images, uint8 (N, C, size, size).
-            batch_index: the index of the batch. It seeds a model that draws random numbers in
-                evaluation mode, as in a validation.
-            top: the number of classes in a prediction; None for all.
+            batch_index: the index of the batch. If the model draws random numbers in evaluation
+                mode, they depend on it, as in a validation.
+            top: how many classes a prediction contains, beginning with the most probable one; None
+                for all.
         """
         trained = self.trained
         key = (trained.cfg.seed, seeding.EVALUATE, trained.seed_epoch("val"), batch_index)
@@ -181,10 +186,8 @@ class Predictor:
 def load(checkpoint: str | os.PathLike, *settings: str) -> Predictor:
     """Returns a predictor with the trained model of a checkpoint.
 
-    The checkpoint contains everything that is needed.
-
     Args:
-        checkpoint: a file that train.py saved.
+        checkpoint: the path of a file that train.py saved. No other file is needed.
         settings: settings as on the command line, such as "device=cpu". They replace those in the
             checkpoint.
 
@@ -206,11 +209,13 @@ def _to_image(array: np.ndarray) -> Image.Image:
 
 @contextlib.contextmanager
 def _generators_preserved(device: torch.device | None) -> Iterator[None]:
-    """Restores the global random generators of Python, NumPy and torch when the context ends.
+    """Restores the global random generators at the end of the `with` block.
+
+    These are the generators of Python, NumPy and torch on the CPU, and the one of a CUDA device.
 
     Args:
-        device: if it is a CUDA device, its generator is restored too. None restores only those of
-            the CPU.
+        device: the device of the model, whose generator is restored too if it is a CUDA device.
+            With None, only the generators on the CPU are restored.
     """
     cuda_devices = [device] if device is not None and device.type == "cuda" else []
     with contextlib.ExitStack() as stack:

@@ -27,7 +27,8 @@ class TrainedModel:
     Attributes:
         path: the file of the checkpoint.
         content: everything that the checkpoint contains.
-        cfg: the settings in the checkpoint; those on the command line replace them.
+        cfg: the settings of the checkpoint, in which settings of the command line have replaced
+            others.
         typed: the keys of the settings on the command line, such as {"data.root"}.
         places: for each key, the place where its value was found, such as "command line".
         model: takes normalized images (N, C, size, size) and returns logits (N, classes).
@@ -66,10 +67,11 @@ class TrainedModel:
     def seed_epoch(self, split: str) -> int:
         """Returns the number of the epoch that seeds random numbers when the model is evaluated.
 
-        With it, a model that draws random numbers in evaluation mode draws the same ones as in the
-        evaluation during its training. The validation of an epoch takes place before the epoch
-        counts as complete. After a complete epoch, the number is therefore one less for "val" than
-        for "test".
+        With this number, a model that draws random numbers in evaluation mode draws the same ones
+        as when it was evaluated during training. Training validates an epoch before it counts the
+        epoch as complete. Therefore, the number for "val" is the number of complete epochs less
+        one. For "test", and for a checkpoint from within an epoch, it is the number of complete
+        epochs.
 
         Args:
             split: "val" or "test".
@@ -84,9 +86,9 @@ class TrainedModel:
 
 
 def load_trained_model(path: Path, settings: Sequence[str] = ()) -> TrainedModel:
-    """Reads a checkpoint and returns its model, with the weights that were validated.
+    """Reads a checkpoint, and returns its model with the weights that were validated.
 
-    These are the averaged weights if the run averaged its weights.
+    These are the averaged weights (EMA) if the run averaged its weights.
 
     Args:
         path: a checkpoint that train.py saved.
@@ -136,12 +138,14 @@ def _choose_precision(
 ) -> str:
     """Returns the precision of a forward pass: "fp32", "bf16" or "fp16".
 
-    It is the precision of the training if that ran on the same type of device. Otherwise, it is
-    "bf16" where the hardware supports it, and "fp32" elsewhere. A precision that the command line
-    names replaces both.
+    A precision that the command line names is used, and the setting "fp32" is kept. In all other
+    cases, the result is the precision of the training, if the training ran on the same type of
+    device. On another type of device, it is "bf16" if the hardware supports it, and otherwise
+    "fp32".
 
     Args:
-        cfg: the settings in the checkpoint; those on the command line replace them.
+        cfg: the settings of the checkpoint, in which settings of the command line have replaced
+            others.
         saved: the entry "environment" of the checkpoint, with the device and the precision of the
             training.
         device: the device of the model.

@@ -11,13 +11,16 @@ from cnn.errors import Refused
 class SharedLock:
     """An exclusive lock on a file that a process shares with the processes that it starts.
 
-    Every process that has the open file descriptor holds the lock. The kernel frees it when the
-    last of these processes has closed the descriptor or ended, even by `kill -9`. So a killed
-    process whose child still runs does not leave a free lock behind. The file is never removed,
-    since another process may be about to lock it.
+    Every process that has the open file descriptor holds the lock. The kernel frees the lock when
+    the last of these processes has closed the descriptor or ended, even by `kill -9`. So the lock
+    stays taken while a child of a killed process still runs. The file is never removed, since
+    another process may be about to lock it.
+
+    Args:
+        descriptor: the number of the open descriptor of a locked file; `acquire` passes it.
 
     Attributes:
-        descriptor: the number of the open file descriptor; -1 after `release`.
+        descriptor: the argument `descriptor`; -1 after `release`.
     """
 
     def __init__(self, descriptor: int):

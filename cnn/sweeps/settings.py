@@ -46,7 +46,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """The keys of a sweep's YAML file; only FREE ones may change when the sweep is continued."""
+    """The keys of a sweep's YAML file.
+
+    When a sweep is continued, keys that are marked FREE may have changed, and the others may not.
+    """
 
     name: str | None = setting(
         None, "its trials are the runs NAME_0000, NAME_0001, ...; null: the file's name", FREE
@@ -70,7 +73,7 @@ class Choice:
     """A list of values, one of which is chosen for a setting in each trial.
 
     Attributes:
-        values: the values.
+        values: the values to choose from.
         written: the same values as YAML nodes, with the places where they were written.
     """
 
@@ -86,8 +89,8 @@ class Range:
     """A range of numbers, one of which is chosen for a setting in each trial.
 
     Attributes:
-        low, high: the bounds, which are included. For a setting that is a whole number, only whole
-            numbers are chosen.
+        low, high: the bounds, which may be chosen too. For a setting that is a whole number, only
+            whole numbers are chosen.
         log: whether numbers are drawn uniformly on a logarithmic scale instead of a linear one.
         written: the two bounds as YAML nodes, with the places where they were written.
     """
@@ -109,11 +112,11 @@ class Sweep:
     """A sweep whose settings have been read and checked.
 
     Attributes:
-        cfg: the keys of the sweep's file.
-        name: the name of the sweep, from which its folder and its runs are named.
+        cfg: the keys of the sweep's file, some of which the command line may have replaced.
+        name: the name of the sweep, which is also in the names of its folder and of its runs.
         file: the sweep's YAML file.
         base: the settings that all trials share.
-        typed: the words `key=value` of the command line that are settings of all trials.
+        typed: those words `key=value` of the command line that are settings of all trials.
         space: the values to try, by dotted key such as "optim.lr".
     """
 
@@ -131,7 +134,7 @@ class Sweep:
 
     @property
     def trials(self) -> int:
-        """The number of trials; a grid search has one trial for each combination of values."""
+        """The number of trials; for a grid search, the number of combinations of values."""
         return self.cfg.trials or num_combinations(self._options())
 
     def run_name(self, number: int) -> str:
@@ -189,8 +192,8 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
 
     Args:
         path: the YAML file of the sweep.
-        words: `key=value` words of the command line. A key that a sweep does not have, such as
-            train.epochs, is a setting of all trials.
+        words: words `key=value` of the command line, which replace values in the file. If a sweep
+            does not have the key, such as train.epochs, the word is a setting of all trials.
 
     Raises:
         Refused: there are mistakes; the message has one line for each.
@@ -229,7 +232,9 @@ def _read_config(file: Path, where: str, mistakes: list[str]) -> dict[str, Entry
     """Reads the YAML file of settings that all trials share.
 
     Args:
-        where: the place in the sweep's file that names the file, for a message.
+        file: the path of this file.
+        where: the place in the sweep's file that names this file, such as "a.yaml:4", for an error
+            message.
         mistakes: the list that gets a message for each mistake.
 
     Returns:
@@ -245,7 +250,7 @@ def _read_config(file: Path, where: str, mistakes: list[str]) -> dict[str, Entry
 
 
 def _read_settings(entry: Entry | None, mistakes: list[str]) -> dict[str, Entry]:
-    """Reads the changes to the settings of all trials, from the key `settings` of a sweep's file.
+    """Reads the key `settings` of a sweep's file, which changes settings of all trials.
 
     Args:
         entry: the value of this key, such as `{train.epochs: 3}` or `{train: {epochs: 3}}`; None if
@@ -253,7 +258,7 @@ def _read_settings(entry: Entry | None, mistakes: list[str]) -> dict[str, Entry]
         mistakes: the list that gets a message for each mistake.
 
     Returns:
-        The entries by dotted key, such as "train.epochs".
+        The entries by dotted key, such as "train.epochs"; {} if the value is no mapping.
     """
     if entry is None or not isinstance(entry.node, yaml.MappingNode):
         return {}
@@ -331,13 +336,17 @@ def _check_sweep(
     space: Space,
     places: dict[str, str],
 ) -> list[str]:
-    """Returns a message for each mistake that the types and limits of single values do not show.
+    """Checks those rules for a sweep's settings that involve several keys, or the sweep's name.
 
     Args:
+        cfg: the keys of the sweep's file.
         name: the name of the sweep.
         changes: the settings that are changed for all trials, by dotted key.
         space: the values to try, by dotted key.
         places: the place where each key of the sweep was written, such as "a.yaml:4".
+
+    Returns:
+        A message for each mistake.
     """
     is_grid = cfg.search == "grid"
     size = math.prod(len(dimension.written) for dimension in space.values())
@@ -372,14 +381,17 @@ def _check_sweep(
 
 
 def _check_combinations(common: dict[str, Entry], space: Space) -> list[str]:
-    """Returns a message for each mistake in the settings of a combination of the values to try.
+    """Checks the settings of the trials, for each combination of the values to try.
 
-    A range is checked at its two bounds. Of more than 2,000 combinations, a random sample is
-    checked.
+    Of a range, only the two bounds are checked. If there are more than 2,000 combinations, a random
+    sample of 2,000 is checked.
 
     Args:
         common: the entries that all trials share, by dotted key.
         space: the values to try, by dotted key.
+
+    Returns:
+        A message for each mistake.
     """
     options = {key: dimension.written for key, dimension in space.items()}
     size, generator = num_combinations(options), random.Random(0)

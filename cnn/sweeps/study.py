@@ -77,8 +77,9 @@ class TakenTrial:
     """A trial that this process trains; as a context manager, it releases its locks on exit.
 
     Attributes:
+        study: the database of the sweep.
         number: the index of the trial in the sweep, from 0.
-        trial: the same trial in Optuna.
+        trial: the same trial as an object of Optuna.
         lock: the lock that this process shares with the training process.
         owner: the lock that this process alone holds.
         run: the name of the trial's run.
@@ -108,8 +109,9 @@ class TakenTrial:
     def start(self) -> None:
         """Determines the trial's values, and makes room for the run of a new trial.
 
-        Optuna proposes the values of a new trial. An earlier run of the same name is then moved to
-        the archive. A trial that resumes keeps its values and its run.
+        Optuna proposes the values of a new trial, and files of an earlier run with the same name
+        are moved to the archive. A trial that an earlier process has started keeps its values and
+        its run.
         """
         space = self.study.sweep.space
         self.values = self.study.retry(
@@ -133,7 +135,7 @@ class TakenTrial:
         return dimension.values[options.index(self.trial.suggest_categorical(key, options))]
 
     def arguments(self) -> list[str]:
-        """Returns the command-line arguments of train.py that come after `--resume`."""
+        """Returns the command-line arguments of train.py that follow `--resume` for this trial."""
         file, typed = self.study.settings_file.as_posix(), self.study.sweep.typed
         tried = [f"{key}={as_text(value)}" for key, value in self.values.items()]
         return ["--config", file, *typed, *tried, f"run={self.run}"]
@@ -167,9 +169,10 @@ class TakenTrial:
     def should_prune(self) -> bool:
         """Returns whether the trial should be stopped early.
 
-        With prune_after_epochs, Optuna's MedianPruner compares the trial's best metric so far with
-        the median of earlier trials at the same epoch. After the last epoch, a trial is never
-        pruned, since no time would be saved.
+        If the setting prune_after_epochs is a number, Optuna's MedianPruner compares the trial's
+        best metric so far with the median of earlier trials at the same epoch. If it is null, the
+        result is False. After the last epoch, the result is False too, since no time would be
+        saved.
         """
         epochs = self.values.get("train.epochs", self.study.sweep.base.train.epochs)
         return self.epoch < epochs and self.study.retry(self.trial.should_prune)
@@ -198,15 +201,19 @@ class GivenValues(optuna.samplers.RandomSampler):
 
 
 class Study:
-    """The database of a sweep, which is open within the context of this context manager.
+    """The database of a sweep, which is open within a `with` block.
+
+    Args:
+        sweep: the settings of the sweep.
 
     Attributes:
+        sweep: the argument `sweep`.
         folder: the folder of the sweep, logs/sweeps/NAME.
         settings_file: the YAML file with the settings that all trials share.
 
     Raises:
-        Refused: on entry, if the database cannot be opened or contains a different sweep of the
-            same name.
+        Refused: at the start of the block, if the database cannot be opened or contains a different
+            sweep of the same name.
     """
 
     def __init__(self, sweep: Sweep):
@@ -284,6 +291,12 @@ class Study:
     def retry(self, function: Callable[[], T]) -> T:
         """Calls a function, and repeats the call while the database is locked or cannot be reached.
 
+        Args:
+            function: a function without arguments.
+
+        Returns:
+            The result of the function.
+
         Raises:
             DatabaseFailed: the database does not answer for a minute.
         """
@@ -300,9 +313,10 @@ class Study:
     # -- reading trials -------------------------------------------------------------------------
 
     def trials(self) -> list[FrozenTrial]:
-        """Returns the trials of the sweep that exist so far, by index.
+        """Returns the trials of the sweep that exist so far, in the order of their indices.
 
-        Machines that start together may create more trials than the sweep has; those are left out.
+        Machines that start together may create more trials than the sweep has. The additional
+        trials are left out.
         """
         trials = self.retry(lambda: self.study.get_trials(deepcopy=False))
         return [trial for trial in trials if trial.number < self.sweep.trials]
@@ -330,7 +344,10 @@ class Study:
         """Takes a trial for this process to train: an interrupted one if possible, or a new one.
 
         If other processes are training all remaining trials, this function waits until one of these
-        is interrupted or all are finished.
+        trials is interrupted or all of them are finished.
+
+        Args:
+            stop: the signal handlers of this process.
 
         Returns:
             The trial; None when all trials are finished.
@@ -368,12 +385,12 @@ class Study:
     def _try_to_take(self, trial: FrozenTrial, stop: StopSignals) -> TakenTrial | None:
         """Takes a trial, unless it belongs to another machine or another process trains it.
 
-        If sweep.py was killed and its training process is still alive, waits for that process to
-        exit.
+        If sweep.py was killed and its training process is still alive, this method waits for that
+        process to exit.
 
         Args:
             trial: the trial as it is in the database; it is not finished.
-            stop: is checked for a signal during this wait.
+            stop: the signal handlers of this process, which end the wait if a signal comes.
 
         Returns:
             The trial with its locks; None if it cannot be taken or has been finished meanwhile.
@@ -411,7 +428,9 @@ class Study:
         return TakenTrial(self, number, taken, lock, owner)
 
     def lock_file(self, number: int) -> Path:
-        """Returns the path of the file that sweep.py and the training process of a trial lock.
+        """Returns the path of a trial's file NNNN.lock.
+
+        Both sweep.py and the training process of the trial hold the lock of this file.
 
         Args:
             number: the index of the trial, from 0.
@@ -456,10 +475,12 @@ class Study:
     def end(self, number: int, result: TrialResult) -> None:
         """Stores the result of a trial in the database.
 
-        If another process has ended the trial meanwhile, its result stays and a warning is logged.
+        If another process has ended the trial meanwhile, the result of that process stays, and a
+        warning is logged.
 
         Args:
             number: the index of the trial, from 0.
+            result: the result.
         """
         name, value = ("epoch", result.epoch) if result.epoch else ("reason", result.reason)
         trial_id = self.frozen(number)._trial_id
@@ -475,11 +496,13 @@ class Study:
 
 
 def comparable_settings(sweep: Sweep) -> dict[str, str]:
-    """Returns the settings that must stay the same while a sweep is continued, as text by name.
+    """Returns the settings of a sweep that must not change while the sweep is continued.
 
-    The names are dotted keys such as "optim.momentum", and "search", "seed of the search" and
-    "space: KEY". Settings that do not change the experiment, and those that are tried, are not
-    included.
+    Settings that do not affect the results, and those whose values the sweep varies, are left out.
+
+    Returns:
+        The values as text, by name. A name is a dotted key such as "optim.momentum", or "search",
+        "seed of the search" or "space: KEY".
     """
     settings = config.flat(config.to_dict(sweep.base))
     free = config.non_experiment_keys() | {"data.root", *sweep.space}

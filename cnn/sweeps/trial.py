@@ -32,6 +32,13 @@ def run_trial(trial: TakenTrial, stop: StopSignals) -> TrialResult:
     A training process that was killed is started again and resumes from its last checkpoint. The
     third time it is killed, the trial has failed.
 
+    Args:
+        trial: the trial, which this process has taken and started.
+        stop: the signal handlers of this process.
+
+    Returns:
+        The result of the trial.
+
     Raises:
         Refused: train.py refused the settings.
         Stopped: this process received a signal; the training process has saved and exited.
@@ -58,15 +65,19 @@ def run_trial(trial: TakenTrial, stop: StopSignals) -> TrialResult:
 
 
 def _train(trial: TakenTrial, stop: StopSignals) -> tuple[int, bool]:
-    """Runs train.py for a trial until the process ends.
+    """Runs train.py for a trial until the training process ends.
 
-    The process has a session of its own, so that Ctrl-C in a terminal does not reach it. This
-    function passes the signal on instead, once. The process also watches a pipe that this process
-    keeps open, so that it saves and exits if sweep.py is killed.
+    Ctrl-C in a terminal does not reach the training process, which has a session of its own.
+    Instead, a signal that sweep.py receives is passed on to it once. If sweep.py is killed, a pipe
+    between the two processes closes, and the training process saves and exits.
+
+    Args:
+        trial: the trial.
+        stop: the signal handlers of this process.
 
     Returns:
-        The exit status, which is -N if signal N killed the process, and whether the trial was
-        pruned.
+        The exit status, which is -N if signal N killed the training process; and whether the trial
+        was pruned.
     """
     read_end, write_end = os.pipe()
     with open(trial.output, "ab") as file:
@@ -106,10 +117,12 @@ def _train(trial: TakenTrial, stop: StopSignals) -> tuple[int, bool]:
 def report_epochs(trial: TakenTrial, history: list[Metrics]) -> Iterator[bool]:
     """Reports the metric of each epoch, and yields whether the trial should then be pruned.
 
-    An epoch is reported only when its item is consumed. Epochs without the metric are skipped.
+    An epoch is reported only when its item is taken from the generator. Epochs without the metric
+    are skipped.
 
     Args:
-        history: the rows of history.csv, one per epoch. The metric is the trial's `monitor`.
+        trial: the trial, whose `monitor` is the name of the metric.
+        history: the rows of history.csv, one per epoch.
     """
     for row in history:
         if row.get(trial.monitor) is not None:
@@ -117,9 +130,10 @@ def report_epochs(trial: TakenTrial, history: list[Metrics]) -> Iterator[bool]:
 
 
 def _read_result(trial: TakenTrial) -> TrialResult:
-    """Reads the result of a trial whose run is finished, and reports the epochs not reported yet.
+    """Reads the result of a trial whose run is finished.
 
-    The trial has failed if its monitored metric is undefined in every epoch.
+    Epochs that were not reported to the database before are reported. The trial has failed if its
+    monitored metric is undefined in every epoch.
     """
     record = read_run(f"logs/{trial.run}")
     list(report_epochs(trial, record.history))  # reports all, even if one says prune
@@ -152,9 +166,10 @@ def signal_name(status: int) -> str:
 
 
 def _last_message(output: Path, start: int) -> str:
-    """Returns the last error message of a training process, or else its last ten lines of output.
+    """Returns the last error message of a training process.
 
-    Of a traceback, only the last line is returned.
+    If there is no message, the last ten lines of output are returned. Of a traceback, only the last
+    line is returned.
 
     Args:
         output: the file with the output of all training processes of the trial.

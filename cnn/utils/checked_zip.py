@@ -47,7 +47,9 @@ NAMING = ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")  # opcodes t
 
 
 def write_archive(content: Any, file: IO[bytes]) -> None:
-    """Writes a value with torch.save, and then a checksum as the comment of the zip file.
+    """Saves a value with torch.save, and adds a checksum to the file.
+
+    The checksum is stored in the comment of the zip file, which torch.load ignores.
 
     Args:
         content: whatever torch.save accepts, such as the dict of a checkpoint.
@@ -69,9 +71,9 @@ def write_archive(content: Any, file: IO[bytes]) -> None:
 
 
 def read_archive(path: Path) -> Any:
-    """Reads a file that torch.save has written, with its tensors on the CPU.
+    """Reads a file that torch.save has written, and puts its tensors on the CPU.
 
-    All checksums are checked first. No code that the file may contain is executed.
+    The checksums in the file are checked first. No code that the file may contain is executed.
 
     Returns:
         The value that was saved.
@@ -88,10 +90,10 @@ def read_archive(path: Path) -> Any:
 
 
 def read_plain_values(path: Path) -> Any:
-    """Reads a file that torch.save has written, without the data of its tensors.
+    """Reads everything except the tensors from a file that torch.save has written.
 
-    This takes milliseconds, whatever the size of the file. The headers and the pickle are checked
-    as `read_archive` checks them, but the data of the tensors is not.
+    This takes milliseconds, whatever the size of the file. The headers of the file and its pickle
+    are checked. The data of the tensors is neither read nor checked.
 
     Returns:
         The value that was saved, with None in place of every tensor.
@@ -119,16 +121,20 @@ class _TensorsAsNone(pickle.Unpickler):
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]:
-    """Opens a file of torch.save within the context, and checks all but the data of its tensors.
+    """Opens a file that torch.save has written, and keeps it open within a `with` block.
 
-    An exception within the context is raised as Refused. The same file stays open throughout: if
-    another program replaces it meanwhile, all reads still get the old content.
+    Everything except the data of the tensors is checked first. If another program replaces the file
+    during the block, the block still reads the old content.
+
+    Args:
+        path: the path of the file.
 
     Yields:
         The open file and its zip archive.
 
     Raises:
-        Refused: the file cannot be read, is damaged, or contains something that could run code.
+        Refused: the file cannot be read, is damaged, or contains something that could run code. An
+            exception in the block is raised as Refused too.
     """
     try:
         status = path.stat()
@@ -159,10 +165,14 @@ def _open(path: Path) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]:
 
 
 def _check_frame(path: Path, file: IO[bytes], archive: zipfile.ZipFile) -> None:
-    """Checks the end record of a zip file, and the checksum in its comment if it has one.
+    """Checks the end record of a zip file, and the checksum in the comment of the file.
+
+    A file without a comment has no checksum, and is accepted.
 
     Args:
-        path: the path of the file, for the message.
+        path: the path of the file, for the error message.
+        file: the open file.
+        archive: the zip archive in the file.
 
     Raises:
         zipfile.BadZipFile: the end record does not fit the end of the file.
@@ -183,9 +193,11 @@ def _check_frame(path: Path, file: IO[bytes], archive: zipfile.ZipFile) -> None:
 
 
 def _frame_checksum(file: IO[bytes], archive: zipfile.ZipFile, size: int) -> bytes:
-    """Returns the SHA-256 of a zip file without its members' data and without its comment.
+    """Returns a SHA-256 of a zip file that leaves out its comment and the data of its members.
 
     Args:
+        file: the open file.
+        archive: the zip archive in the file.
         size: the size of the file without its comment, in bytes.
 
     Returns:
@@ -207,7 +219,9 @@ def _checksum(file: IO[bytes], spans: list[tuple[int, int]]) -> bytes:
     The zero bytes stand for the length of an empty comment at the end of a zip file.
 
     Args:
-        spans: the byte offsets (start, end) of each span, without the byte at `end`.
+        file: the open file.
+        spans: the start and the end of each span, as byte offsets. The byte at the end is not part
+            of the span.
 
     Returns:
         The checksum in hexadecimal digits.
@@ -224,12 +238,14 @@ def _check_members(path: Path, archive: zipfile.ZipFile, size: int) -> None:
     """Checks the names, flags, sizes and pickles of the members of a zip file.
 
     Args:
-        path: the path of the file, for the message.
+        path: the path of the file, for the error message.
+        archive: the zip archive in the file.
         size: the size of the whole file in bytes.
 
     Raises:
-        Refused: two members have the same name, a member is compressed, encrypted or marked as a
-            folder, the members are larger than the file, or a pickle could run code.
+        Refused: two members have the same name; a member is compressed, encrypted or marked as a
+            folder; the members together claim more bytes than the file has; or a pickle could run
+            code.
     """
     members = archive.infolist()
     names = [member.filename for member in members]
@@ -251,12 +267,12 @@ def _check_pickle(path: Path, pickled: bytes) -> None:
     """Checks that a pickle names no objects except those that tensors and plain values need.
 
     Args:
-        path: the path of the file with the pickle, for the message.
+        path: the path of the file with the pickle, for the error message.
         pickled: the bytes of the pickle.
 
     Raises:
-        Refused: the pickle names another object, which could run code, or an index in it is so
-            large that unpickling would take too much memory.
+        Refused: the pickle names any other object, which could run code; or it contains a number so
+            large that unpickling could take too much memory.
     """
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name in NAMING and argument not in ALLOWED:

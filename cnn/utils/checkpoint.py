@@ -28,13 +28,14 @@ FORMAT = 1  # the version of the content; raised when earlier code cannot read t
 
 
 def load_checkpoint(path: Path, option: str = "--resume") -> dict[str, Any]:
-    """Reads a checkpoint, with its tensors on the CPU, and checks its bytes and its content.
+    """Reads a checkpoint, and checks its bytes and its content.
 
-    No code that the file may contain is executed.
+    The tensors are put on the CPU. No code that the file may contain is executed.
 
     Args:
-        option: the command-line option that names a checkpoint, "--resume" or "--checkpoint". The
-            message of an error suggests this option with another file.
+        path: the path of the checkpoint.
+        option: the command-line option that names a checkpoint, "--resume" or "--checkpoint". If
+            the checkpoint is refused, the error message suggests this option with another file.
 
     Returns:
         The entries of the checkpoint, such as "model_state_dict" and "epoch".
@@ -50,9 +51,13 @@ def load_checkpoint(path: Path, option: str = "--resume") -> dict[str, Any]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint, with its tensors on the CPU, and checks its bytes and its content.
+    """Reads a checkpoint, and checks its bytes and its content.
 
-    Unlike `load_checkpoint`, it does not look for another intact checkpoint if this one is refused.
+    The tensors are put on the CPU. If the checkpoint is refused, the error message names no other
+    checkpoint; `load_checkpoint` gives such advice.
+
+    Args:
+        path: the path of the checkpoint.
 
     Returns:
         The entries of the checkpoint, such as "model_state_dict" and "epoch".
@@ -79,13 +84,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Reads the plain values of a checkpoint, without the data of its tensors.
+    """Reads the entries of a checkpoint that are not state dicts.
 
-    This takes milliseconds, whatever the size of the file.
+    This takes milliseconds, whatever the size of the file, because the data of the tensors is not
+    read.
+
+    Args:
+        path: the path of the checkpoint.
 
     Returns:
-        All entries except the state dicts, such as "started", "epoch", "step" and
-        "unfinished_epoch". A tensor in one of these entries is replaced by None.
+        The entries by name, such as "started", "epoch", "step" and "unfinished_epoch". A tensor in
+        one of these entries is replaced by None.
 
     Raises:
         Refused: the file cannot be read, is damaged outside of its tensors' data, or is not a
@@ -107,7 +116,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def check_readable(content: dict[str, Any]) -> None:
-    """Checks that the content of a checkpoint has the structure that `read_checkpoint` expects.
+    """Checks that a checkpoint with this content could be read again.
 
     Args:
         content: the entries of the checkpoint by name.
@@ -122,13 +131,14 @@ def check_readable(content: dict[str, Any]) -> None:
 
 
 def position_text(content: dict[str, Any]) -> str:
-    """Returns a text on how far a run was when a checkpoint was saved.
+    """Describes how far training had come when a checkpoint was saved.
 
     Args:
         content: the entries of the checkpoint by name.
 
     Returns:
-        The text, such as "after epoch 3 and 2 batches, step 38".
+        A text such as "after epoch 3 and 2 batches, step 38", or "after epoch 3, step 36" for a
+        checkpoint from the end of an epoch.
     """
     batch = content["unfinished_epoch"]["batch"]
     within = f" and {batch} batches" if batch else ""
@@ -136,10 +146,10 @@ def position_text(content: dict[str, Any]) -> str:
 
 
 def validated_weights(content: dict[str, Any]) -> dict[str, Any]:
-    """Returns the state dict of the model that was validated when a checkpoint was saved.
+    """Returns the state dict with which the model of a checkpoint was validated.
 
-    It contains the moving average of the weights (EMA) if the run computes one, and otherwise the
-    weights that the optimizer trains.
+    These weights are the moving average (EMA) if the run computes one, and otherwise the weights
+    that the optimizer trains.
 
     Args:
         content: the entries of the checkpoint by name.
@@ -152,7 +162,8 @@ def is_end_of_epoch(content: dict[str, Any], started: str, epoch: int) -> bool:
 
     Args:
         content: the entries of the checkpoint by name.
-        started: the value of "started" that identifies the run.
+        started: the time at which the run started, such as "2026-11-20 18:45:01.123456". It
+            identifies the run.
         epoch: the number of the epoch, from 1.
     """
     position = content["started"], content["epoch"], content["unfinished_epoch"]["batch"]
@@ -163,7 +174,7 @@ def _advice(path: Path, option: str) -> str:
     """Returns advice for the case that a checkpoint cannot be read.
 
     Args:
-        path: the checkpoint that cannot be read, or a folder.
+        path: the path that cannot be read as a checkpoint. It may be a file or a folder.
         option: the command-line option that names a checkpoint, such as "--resume".
 
     Returns:
@@ -181,7 +192,7 @@ def _check_kind(path: Path, content: Any) -> None:
     """Checks that a file of torch.save contains a checkpoint which this version can read.
 
     Args:
-        path: the path of the file, for the message.
+        path: the path of the file, for the error message.
         content: the value that the file contains.
 
     Raises:
@@ -208,7 +219,10 @@ def _check_kind(path: Path, content: Any) -> None:
 def clone_tree(tree: Any, device: torch.device | str | None = "cpu") -> Any:
     """Copies nested dicts, lists and tuples together with the tensors in them.
 
+    Values of other types are not copied.
+
     Args:
+        tree: the dict, list, tuple or tensor to copy.
         device: the device of the copied tensors, or None to leave each copy on the device of its
             original.
     """
@@ -236,16 +250,17 @@ def estimate_bytes(tree: Any) -> int:
 
 
 def save_checkpoint(content: dict[str, Any], path: Path, also: Paths = ()) -> None:
-    """Writes a checkpoint to disk once, under one or more names in the same folder.
+    """Writes a checkpoint to disk, under one or more names in the same folder.
 
     Args:
         content: the entries of the checkpoint by name.
         path: the path of the file.
-        also: further paths in the same folder for the same content. They are in place before `path`
+        also: further paths in the same folder for the same content. They are replaced before `path`
             is.
 
     Raises:
-        OSError: the checkpoint cannot be written. Each path has its old content or the new one.
+        OSError: the checkpoint cannot be written. Each path then has either its old or the new
+            content.
     """
     content = content | {STRUCTURE_HASH: structure.structure_hash(content)}
     write_atomically(path, lambda file: write_archive(content, file), also)
@@ -254,8 +269,9 @@ def save_checkpoint(content: dict[str, Any], path: Path, also: Paths = ()) -> No
 class CheckpointWriter:
     """A writer of checkpoints that works in a background thread, one checkpoint after the other.
 
-    If a write fails, the error is logged, the earlier file stays, and training continues. If the
-    checkpoint was of the best epoch, its content stays in memory, and the next save writes it too.
+    If a write fails, the error is logged, the file of the previous save stays, and training
+    continues. If the checkpoint of the best epoch could not be written, its content stays in
+    memory, and the next save tries to write it again.
 
     Attributes:
         failure: why the latest write failed, or None if it did not fail.
@@ -272,15 +288,15 @@ class CheckpointWriter:
     def save(
         self, content: dict[str, Any], path: Path, best: Path | None = None, also: Paths = ()
     ) -> None:
-        """Copies the content and starts a thread that writes the copy.
+        """Copies the content of a checkpoint, and starts a thread that writes the copy to disk.
 
-        It first waits until the previous write has ended.
+        Before that, this method waits until the previous write has ended.
 
         Args:
             content: the entries of the checkpoint by name.
             path: the path of the file, such as checkpoints/last.pth.
-            best: a further path for the same content if this is the best epoch, such as
-                checkpoints/best.pth; else None.
+            best: a further path for the same content, such as checkpoints/best.pth, if the latest
+                epoch is the best one so far; otherwise None.
             also: further paths for the same content, such as checkpoints/epoch_005.pth.
 
         Raises:
@@ -318,11 +334,15 @@ class CheckpointWriter:
 
 
 def _space(content: dict[str, Any], path: Path) -> str:
-    """Returns a text on how much space a checkpoint needs, and how much is free on the disk.
+    """Describes how much space a checkpoint needs, and how much is free on the disk.
 
     Args:
         content: the entries of the checkpoint by name.
-        path: the path of the checkpoint. The free space is measured on the disk of its folder.
+        path: the path of the checkpoint. Its folder is on the disk in question.
+
+    Returns:
+        A text such as "it needs 5.1 MB, checkpoints has 2.3 MB free". The free space is left out if
+        it is unknown.
     """
     free = ""
     with contextlib.suppress(OSError):  # the folder may be removed

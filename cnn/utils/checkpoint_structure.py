@@ -26,7 +26,7 @@ DTYPES = (*FLOATS, *INTEGERS, torch.complex64, torch.complex128)
 
 
 class Leaf(NamedTuple):
-    """A kind of value in the tables of this module.
+    """A kind of value, such as "text", in the tables that describe a checkpoint.
 
     Attributes:
         expected: the name of the kind in error messages, such as "a finite number of at least 0".
@@ -48,9 +48,9 @@ def is_amount(value: Any) -> bool:
 
 
 def is_plain(value: Any) -> bool:
-    """Returns whether a value could come from a YAML file.
+    """Returns whether a value contains no tensors, and no mapping with a key that is not text.
 
-    This is so if neither the value nor anything nested in it is a tensor, and all keys are text.
+    Values nested in dicts, lists and tuples are examined too.
     """
     if isinstance(value, dict):
         return all(type(key) is str and is_plain(inner) for key, inner in value.items())
@@ -131,7 +131,7 @@ def check_content(content: dict[str, Any]) -> None:
 
     Raises:
         InvalidValue: an entry is missing, has a wrong kind of value, or contradicts another entry.
-            The message begins with its key, such as "best.epoch".
+            The message begins with the key of the entry, such as "best.epoch".
     """
     check_values(content)
     check(content, CHECKPOINT)
@@ -161,13 +161,14 @@ def check(value: Any, kind: Any, key: str = "") -> None:
     """Checks a value, and everything nested in it, against a kind or a table of kinds.
 
     Args:
-        kind: a `Leaf`, or a table: a dict maps keys to kinds, a list contains the kind of all
-            items, and a tuple contains alternative kinds.
+        value: the value to check.
+        kind: a `Leaf`, or a table such as {"epoch": WHOLE, "classes": [TEXT]}: a dict maps keys to
+            kinds, a list contains the kind of all items, and a tuple contains alternative kinds.
         key: the place of the value in the checkpoint, such as "best.epoch"; "" for the checkpoint
             itself.
 
     Raises:
-        InvalidValue: a value does not fit. The message begins with its key.
+        InvalidValue: a value does not fit. The message begins with the key of that value.
     """
     if isinstance(kind, Leaf):
         if not kind.matches(value):
@@ -194,15 +195,19 @@ def check(value: Any, kind: Any, key: str = "") -> None:
 
 
 def _kind_of(name: Any, kinds: dict[Any, Any], key: str) -> Any:
-    """Returns the kind that a table gives to the value under a name.
+    """Looks up in a table of what kind the value with a given name must be.
 
     Args:
-        name: the name in a mapping of the checkpoint, such as "epoch".
-        kinds: the table for this mapping.
-        key: the place of the mapping in the checkpoint, such as "best", for the message.
+        name: the name of the value in a mapping of the checkpoint, such as "epoch".
+        kinds: the table for this mapping. Its entry "*", if it has one, is for all names that the
+            table does not list.
+        key: the place of the mapping in the checkpoint, such as "best", for the error message.
+
+    Returns:
+        The kind of the value: a `Leaf` or a table.
 
     Raises:
-        InvalidValue: the table does not have the name.
+        InvalidValue: the table does not allow the name.
     """
     names = [type(name)]
     if type(name) is str:
@@ -224,8 +229,9 @@ def check_values(tree: Any) -> None:
     elements share memory.
 
     Raises:
-        InvalidValue: something else is among them, or the nesting is not a tree. The message begins
-            with its key, such as "optimizer_state_dict.state".
+        InvalidValue: a value or tensor is not plain, a key is neither text nor an int, a container
+            occurs twice, or the nesting is too deep. The message begins with the key of the value,
+            such as "optimizer_state_dict.state".
     """
     _check_value(tree, "", 0, set())
 
@@ -234,12 +240,14 @@ def _check_value(tree: Any, key: str, depth: int, seen: set[int]) -> None:
     """Checks that a value, with everything nested in it, is plain, as `check_values` describes.
 
     Args:
+        tree: the value to check.
         key: the place of the value in the checkpoint, such as "optimizer_state_dict.state".
         depth: the number of containers around the value.
-        seen: the ids of the containers that were checked before. This call adds to them.
+        seen: the ids of the containers that were checked before. This call adds the ids of those
+            that it checks.
 
     Raises:
-        InvalidValue: something is not plain. The message begins with its key.
+        InvalidValue: something is not plain. The message begins with the key of that value.
     """
     if isinstance(tree, torch.Tensor):
         fault = _fault_of(tree)
@@ -263,7 +271,8 @@ def _check_value(tree: Any, key: str, depth: int, seen: set[int]) -> None:
 def _fault_of(tensor: torch.Tensor) -> str | None:
     """Returns why a tensor is not plain, as words for an error message, or None if it is plain.
 
-    A plain tensor is dense, has one of `DTYPES`, and no two of its elements share memory.
+    A plain tensor is dense, has one of the dtypes in `DTYPES`, is not a conjugated or negated view,
+    and no two of its elements share memory.
     """
     if tensor.layout != torch.strided or tensor.is_quantized:
         return "a sparse or quantised one"
@@ -282,8 +291,8 @@ def _fault_of(tensor: torch.Tensor) -> str | None:
 def structure_hash(content: dict[str, Any]) -> str:
     """Returns a SHA-256 over a checkpoint's plain values and its tensors' shapes and dtypes.
 
-    It covers the value of a tensor only if the tensor has no dimensions. The elements of other
-    tensors are left out, because the checksums of the file cover them.
+    The elements of the tensors are left out, because the checksums of the file cover them. Only a
+    tensor without dimensions is included with its value.
 
     Args:
         content: the entries of the checkpoint by name.
@@ -308,8 +317,8 @@ def describe_value(value: Any) -> str:
     """Describes a value for an error message.
 
     Returns:
-        The digits of a number, "null" for None, "a tensor float32 (2, 3)" for a tensor, and the
-        name of the type for anything else.
+        A number as text, "null" for None, the dtype and shape of a tensor as in "a tensor float32
+        (2, 3)", and the name of the type, such as "list", for any other value.
     """
     if isinstance(value, torch.Tensor):
         return f"a tensor {_name_of(value.dtype)} {tuple(value.shape)}"

@@ -28,16 +28,17 @@ BITS_DEPEND_ON = ("torch", "numpy", "device", "cpu", "threads", "precision", "wo
 def choose_device(name: str, launch: Launch | None = None) -> torch.device:
     """Returns the device that the setting `device` names.
 
-    A CUDA device with an index, such as "cuda:1", also becomes PyTorch's current device.
+    A CUDA device with an index, such as "cuda:1", is also made PyTorch's current device.
 
     Args:
         name: "cpu", "cuda", "cuda:1", "mps" or "auto". "auto" is CUDA if it is available, otherwise
             MPS, otherwise the CPU.
-        launch: the processes of the run. If there are several, "auto" and "cuda" give each process
-            the CUDA device whose index is its local rank. None is a single process.
+        launch: the processes of the run; None stands for a single process. If there are several,
+            "auto" and "cuda" give each process the CUDA device whose index is its local rank.
 
     Raises:
-        Refused: there is no such device, or there are more processes than CUDA devices.
+        Refused: there is no such device, or this machine has more processes of the run than CUDA
+            devices.
     """
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if launch and launch.size > 1 and name in ("auto", "cuda") and num_gpus:
@@ -60,10 +61,11 @@ def choose_precision(name: str, device: torch.device, earlier: str | None = None
     """Returns the precision of the forward passes: "fp32", "bf16" or "fp16".
 
     Args:
-        name: the setting: one of these three, or "auto". "auto" is "bf16" if the device computes in
-            it, and otherwise "fp32".
+        name: "fp32", "bf16" or "fp16", which is returned as it is, or "auto". For a new run, "auto"
+            is "bf16" if the hardware supports it, and otherwise "fp32".
         device: the device of the model.
-        earlier: the precision before a resume, which "auto" takes again; None for a new run.
+        earlier: for a run that is resumed, its precision until now, which "auto" keeps; None for a
+            new run.
     """
     if name != "auto":
         return name
@@ -80,17 +82,20 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Returns the context manager in which a forward pass computes in the given precision.
 
     Args:
+        device: the device of the model.
         precision: "fp32", "bf16" or "fp16". With "fp32", the context manager has no effect.
     """
     return torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32")
 
 
 def cpu_has(*features: str) -> bool:
-    """Returns whether the CPU has at least one of the features and PyTorch has oneDNN.
+    """Returns whether the CPU has at least one of some features that PyTorch uses through oneDNN.
+
+    The result is False if PyTorch was built without oneDNN, or if the features of the CPU are
+    unknown because the system has no file /proc/cpuinfo.
 
     Args:
-        features: names as in Linux's /proc/cpuinfo, such as "avx512_bf16". Without that file the
-            result is False.
+        features: the names of the features as in /proc/cpuinfo, such as "avx512_bf16".
     """
     try:
         flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
@@ -103,12 +108,13 @@ def describe(device: torch.device, precision: str, world_size: int = 1) -> dict[
     """Describes the environment of a run for its checkpoint and its log.
 
     Args:
+        device: the device of the model.
         precision: "fp32", "bf16" or "fp16".
         world_size: the number of processes of the run.
 
     Returns:
-        Plain values by name: versions of packages, the device, the CPU, the number of threads,
-        `precision`, `world_size`, and the git commit as "git".
+        Text, numbers or None by name: versions of packages, the device, the CPU, the number of
+        threads, `precision`, `world_size`, and the git commit as "git".
     """
     on_cuda = device.type == "cuda"
     return {
@@ -128,17 +134,17 @@ def describe(device: torch.device, precision: str, world_size: int = 1) -> dict[
 
 
 def timestamp() -> str:
-    """Returns the local time, such as "2026-11-20 18:45:01.123456".
+    """Returns the local time as text, such as "2026-11-20 18:45:01.123456".
 
-    The time at which a run started identifies the run.
+    A run is identified by the time at which it started.
     """
     return datetime.datetime.now().isoformat(" ")
 
 
 def git_commit() -> str | None:
-    """Returns the git commit of this project's code, such as "1a2b3c4" or "1a2b3c4+".
+    """Returns the git commit of this project's code, such as "1a2b3c4".
 
-    The plus sign means that files differ from the commit.
+    If files differ from the commit, a plus sign follows, as in "1a2b3c4+".
 
     Returns:
         The commit, or None if the code is not in a git repository or git fails.
@@ -157,14 +163,14 @@ def git_commit() -> str | None:
 
 
 def environment_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Returns what differs between two environments and may change the bits of the results.
+    """Lists the differences between two environments that may change the rounding of results.
 
     Args:
         then: the environment in a checkpoint, as `describe` returned it.
         now: the environment of this process, as `describe` returns it.
 
     Returns:
-        A text per change, such as "threads 2 → 4".
+        A text for each difference, such as "threads 2 → 4".
     """
     return [
         f"{key} {then.get(key)} → {now[key]}" for key in BITS_DEPEND_ON if then.get(key) != now[key]
@@ -172,7 +178,7 @@ def environment_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def make_deterministic() -> None:
-    """Makes PyTorch use deterministic algorithms only, as its notes on reproducibility describe.
+    """Makes PyTorch use deterministic algorithms only.
 
     From then on, an operation that has no deterministic algorithm raises RuntimeError.
     """

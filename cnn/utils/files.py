@@ -25,8 +25,8 @@ def write_atomically(
 
     Args:
         path: the file to replace or create.
-        write: a function that writes the content to the file which it is called with. That file is
-            open for writing and reading in binary mode.
+        write: a function that is called with the temporary file and writes the content to it. The
+            file is open for writing and reading in binary mode.
         also: further paths in the same folder for the same content. They are synced to disk before
             `path` is replaced, so that the content of `path` may refer to them.
 
@@ -62,13 +62,14 @@ def write_atomically(
 
 
 def write_output(path: Path, data: bytes) -> None:
-    """Replaces a file that the user has asked for, such as a table or an export.
+    """Replaces or creates a file that the user has asked for, such as a table or an export.
 
     Args:
+        path: the path of the file.
         data: the new content of the file.
 
     Raises:
-        Failed: the file cannot be written. The message names it.
+        Failed: the file cannot be written. The message contains its path.
     """
     with raising_failed(path):
         write_atomically(path, lambda file: file.write(data))
@@ -76,10 +77,10 @@ def write_output(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def raising_failed(path: Path) -> Iterator[None]:
-    """Raises Failed in place of an OSError that occurs within the context.
+    """Raises Failed in place of an OSError that occurs in the `with` block.
 
     Args:
-        path: the file that is being written, which the message names.
+        path: the file that the block writes, for the error message.
     """
     try:
         yield
@@ -88,9 +89,10 @@ def raising_failed(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file by a text in UTF-8, so that a crash leaves the old content or the new one.
+    """Writes a text to a file in UTF-8, in place of the earlier content of the file.
 
-    A lone surrogate, which UTF-8 cannot encode, is written as its escape sequence.
+    After a crash, the file has either its old content or the new one. A lone surrogate, which UTF-8
+    cannot encode, is written as its escape sequence.
 
     Raises:
         OSError: the file cannot be written.
@@ -99,7 +101,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_record(path: Path, text: str) -> None:
-    """Replaces a text file in the logs of a run, or logs a warning if it cannot be written."""
+    """Writes a text to a file in the logs of a run, in place of the earlier content of the file.
+
+    If the file cannot be written, a warning is logged and no error is raised.
+    """
     try:
         write_text(path, text)
     except OSError as error:
@@ -129,8 +134,8 @@ def temporary_name(path: Path) -> Path:
 def remove_leftovers(folder: Path) -> None:
     """Removes the temporary files that a crash has left in a folder.
 
-    Only temporary files of this project are removed. An OSError, such as a missing permission, ends
-    the removal without an error.
+    Only temporary files of this project are removed. If one of them cannot be removed, the rest
+    stays too, and no error is raised.
     """
     with contextlib.suppress(OSError):
         for path in folder.glob(f".*{TEMPORARY}"):
@@ -138,7 +143,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Creates a folder and its missing parents, and syncs their entries to disk.
+    """Creates a folder and its missing parents, and syncs them to disk.
 
     A folder that exists is left as it is.
     """

@@ -29,14 +29,14 @@ class Launch:
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this process is rank 0, which logs and writes files."""
+        """A flag that is True on rank 0, the process that logs and writes files."""
         return self.rank == 0
 
 
 def find_launch() -> Launch:
-    """Returns the rank and the number of processes, which torchrun sets as environment variables.
+    """Reads the place of this process in its run from the environment variables of torchrun.
 
-    Without these variables, the result is a run of one process.
+    Without these variables, the place is that of the only process of a run.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
     try:
@@ -52,8 +52,9 @@ def command(*words: str) -> list[str]:
         words: the script and its arguments, such as "train.py" and "--resume".
 
     Returns:
-        The words of a command that begins with "python", or with "torchrun" for several processes.
-        For several machines, the word "..." stands for torchrun's options that the user has to add.
+        The words of the command. The first one is "python" for a single process and "torchrun" for
+        several. For several machines, the word "..." stands for the options of torchrun that the
+        user has to add.
     """
     launch = find_launch()
     if launch.size == 1:
@@ -68,7 +69,7 @@ def refuse_multiple_processes(what: str) -> None:
 
     Args:
         what: the option or script that needs a single process, such as "--find-lr" or "compare.py".
-            The message begins with it.
+            The error message begins with this text.
     """
     launch = find_launch()
     if launch.size > 1:

@@ -36,7 +36,8 @@ class _Console(logging.Handler):
 class _File(logging.FileHandler):
     """A handler that appends messages to train.log.
 
-    It warns of a write that fails, and does not warn again until a write has succeeded.
+    If a write fails, the handler logs a warning. It logs no further warning until a write has
+    succeeded.
 
     Args:
         path: the path of train.log.
@@ -69,9 +70,10 @@ class _File(logging.FileHandler):
 class Log:
     """The log of one process: the console and, after `open_file`, a file.
 
-    It replaces the handlers of Python's root logger until `close`. Rank 0 logs the messages of this
-    project from INFO on. The other ranks log errors and, after `open_file`, warnings of this
-    project too. They write their rank before each message.
+    Until `close`, it replaces the handlers of Python's root logger. Rank 0 logs the messages of
+    this project from the level INFO on, and the warnings and errors of other libraries. The other
+    ranks log errors and, after `open_file`, the warnings of this project. Their messages begin with
+    the rank, as in "rank 1: ".
 
     Args:
         rank: the index of this process among those of the run.
@@ -93,9 +95,10 @@ class Log:
         logging.captureWarnings(True)
 
     def open_file(self, path: Path) -> None:
-        """Opens a file to which the log is appended, including the messages logged before.
+        """Opens a file to which all further messages of the log are appended.
 
-        If the file cannot be opened, it logs a warning, and the console remains the only log.
+        Messages that were logged while no file was open are appended first. If the file cannot be
+        opened, a warning is logged, and the console remains the only log.
 
         Args:
             path: the path of the file, such as logs/train.log.
@@ -115,7 +118,7 @@ class Log:
         self.root.addHandler(self._file)
 
     def close_file(self) -> None:
-        """Closes the file, if one is open.
+        """Closes the file of the log, if one is open.
 
         Messages that are logged afterwards are written to the next file that `open_file` opens.
         """
@@ -126,7 +129,7 @@ class Log:
             self.root.addHandler(self._buffer)
 
     def close(self) -> None:
-        """Closes the file, and restores the earlier level and handlers of the root logger."""
+        """Closes the log, and restores the earlier level and handlers of the root logger."""
         logging.captureWarnings(False)
         self.close_file()
         level, self.root.handlers = self._before

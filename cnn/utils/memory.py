@@ -16,11 +16,12 @@ def keep_freed_memory() -> None:
     """Makes glibc's malloc keep the memory of freed tensors for those of the next step.
 
     By default, glibc returns this memory to the system and requests it again in every step, and the
-    system zeroes it page by page. Without this function, ResNet-9 of bench/throughput.py trains
-    0.79 times as many images per second on the CPU, with 1.28 times the CPU time and 0.95 times the
-    memory (medians of 5 alternating pairs; images per second from 0.56 to 1.61, on a busy machine).
-    LeNet-5 and the digits, whose tensors are small, show no difference. With another C library, it
-    does nothing.
+    system zeroes it page by page. With a C library other than glibc, this function does nothing.
+
+    Without this function, ResNet-9 of bench/throughput.py trains 0.79 times as many images per
+    second on the CPU, with 1.28 times the CPU time and 0.95 times the memory (medians of 5
+    alternating pairs; images per second from 0.56 to 1.61, on a busy machine). LeNet-5 and the
+    digits, whose tensors are small, show no difference.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -14,10 +14,10 @@ from cnn.utils.checkpoint import clone_tree
 
 @contextlib.contextmanager
 def state_preserved(*modules: nn.Module) -> Iterator[None]:
-    """Restores the state dicts of the modules at the end of the context, after an exception too.
+    """Restores the state dicts of modules at the end of a `with` block, even after an exception.
 
-    A forward pass may change buffers, even in evaluation mode. Parameters that a lazy layer creates
-    within the context are left as they are.
+    A forward pass in the block may change buffers, even in evaluation mode. Parameters that a lazy
+    layer creates in the block are left as they are.
 
     Raises:
         Refused: a module has changed so much that its earlier state dict cannot be loaded.
@@ -40,13 +40,15 @@ def state_preserved(*modules: nn.Module) -> Iterator[None]:
 
 
 def load_state(module: nn.Module, state: dict[str, Any], *, strict: bool = True) -> None:
-    """Loads a state dict into a module, and ignores the version numbers in it.
+    """Loads a state dict into a module, and ignores the version numbers in the state dict.
 
-    `nn.Module.load_state_dict` would take a state dict without version numbers, such as one from a
-    checkpoint of this project, for one of an old version of PyTorch. Here all submodules are
-    assumed to have their current versions.
+    PyTorch stores a version number for each submodule, and converts a state dict that has none as
+    one of an old version. Checkpoints of this project have none. Therefore, this function assumes
+    the current version of every submodule.
 
     Args:
+        module: the module, which is changed in place.
+        state: the state dict.
         strict: whether missing and unexpected keys are errors, as in `nn.Module.load_state_dict`.
 
     Raises:

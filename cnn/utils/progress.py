@@ -26,7 +26,7 @@ def show_progress(
         items: the steps or batches that are still to be taken.
         label: the text before the numbers, such as "epoch 3/10".
         total: the number of all items, including those that were taken before.
-        done: the number of items that were taken before, in an epoch that is resumed.
+        done: the number of items that were taken before, if the epoch is resumed; otherwise 0.
         every_seconds: the shortest time between two log lines.
     """
     on_terminal = sys.stderr.isatty() and find_launch().is_rank0
@@ -44,7 +44,12 @@ def show_progress(
 
 
 def format_duration(seconds: float) -> str:
-    """Formats a duration in seconds as "7.0s", as minutes "3:05", or as hours "2:03:05"."""
+    """Formats a duration for a log or a table.
+
+    Returns:
+        A text such as "7.0s" for less than a minute, "3:05" for 3 minutes and 5 seconds, or
+        "2:03:05" for 2 hours, 3 minutes and 5 seconds.
+    """
     if round(seconds) < 60:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)

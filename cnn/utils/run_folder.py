@@ -35,7 +35,7 @@ class RunLogs:
     """The paths of the files of a run in its log folder.
 
     Args:
-        folder: logs/NAME, or logs for a run without a name.
+        folder: logs/NAME, or the folder logs itself for a run without a name.
     """
 
     def __init__(self, folder: Path):
@@ -54,7 +54,7 @@ class RunLogs:
     def paths(self) -> list[Path]:
         """Returns the paths of all files that a run may write into its log folder.
 
-        Only these are moved to an archive. Other files in the folder stay.
+        When a run is archived, only these files are moved. Other files in the folder stay.
         """
         return [path for path in vars(self).values() if path != self.folder]
 
@@ -62,13 +62,13 @@ class RunLogs:
 class RunFolder:
     """The two folders of a run: logs/NAME and checkpoints/NAME.
 
-    Within a `with` block, this process is the only one that may write them.
+    Within a `with` block, this process is the only one that may write into them.
 
     Args:
-        name: the name of the run. None is a run whose folders are logs and checkpoints themselves.
+        name: the name of the run; None for a run whose folders are logs and checkpoints themselves.
         root: the folder that contains logs, checkpoints and configs.
-        scratch: whether the folders are removed when the run ends, so that nothing can resume from
-            them. The caller removes them.
+        scratch: whether the caller removes the folders when the run ends, so that nothing can
+            resume from them.
     """
 
     def __init__(self, name: str | None, root: Path = Path(), *, scratch: bool = False):
@@ -89,13 +89,13 @@ class RunFolder:
         self.unlock()
 
     def lock(self) -> None:
-        """Creates the folders, and makes this process the only one that may write them.
+        """Creates the folders, and makes this process the only one that may write into them.
 
-        It also moves files back if an earlier process was killed while it archived them, and
-        removes temporary files that a crash has left.
+        If an earlier process was killed while it moved files to the archive, the files are moved
+        back. Temporary files that a crash has left are removed.
 
         Raises:
-            Refused: another process is writing the folders, or they cannot be written.
+            Refused: another process is writing into the folders, or they cannot be written.
         """
         try:
             self._make(self.checkpoints)
@@ -120,17 +120,17 @@ class RunFolder:
             raise Refused(f"{place}: cannot be written: {error.strerror}") from None
 
     def _make(self, folder: Path) -> None:
-        """Creates a folder and its missing parents, and records all of these that did not exist."""
+        """Creates a folder and its missing parents, and adds those that were missing to `_made`."""
         self._made += [f for f in (*folder.parents[::-1], folder) if not os.path.lexists(f)]
         make_folder(folder)
 
     def _acquire(self) -> None:
         """Takes the lock of the folders.
 
-        If another process has the lock but the file .run.json does not name a living process, this
-        waits for up to 10 seconds. Either the other process has taken the lock an instant ago and
-        has not written the file yet, or it was killed, and its loader processes keep the lock for a
-        few seconds more.
+        If another process has the lock and .run.json names a living process, this fails at once.
+        Otherwise, it waits for up to 10 seconds: the other process may not have written .run.json
+        yet, or it was killed and its loader processes keep the lock for a few seconds more. If the
+        file system does not support locks, a warning is logged and no lock is taken.
 
         Raises:
             Refused: another process has the lock. The message names the process if it is known.
@@ -158,7 +158,10 @@ class RunFolder:
                 time.sleep(0.05)
 
     def unlock(self) -> None:
-        """Releases the lock, and removes those folders that this process created and are empty."""
+        """Releases the lock, and removes the folders that this process left empty.
+
+        Only folders that this process has created are removed.
+        """
         held = self._lock is not None and self._lock.is_locked
         with contextlib.suppress(OSError):  # the folder is removed, or read-only by now
             if held:
@@ -173,7 +176,7 @@ class RunFolder:
                 self._lock.release()
 
     def epoch_checkpoint(self, epoch: int) -> Path:
-        """Returns the path of the checkpoint that is kept of an epoch, such as epoch_005.pth.
+        """Returns the path under which the checkpoint of an epoch is kept, such as epoch_005.pth.
 
         Args:
             epoch: the number of the epoch, from 1.
@@ -185,13 +188,15 @@ class RunFolder:
         return checkpoints_in(self.checkpoints)
 
     def archive(self) -> Path | None:
-        """Moves the files of an earlier run in these folders to archive/START in each of them.
+        """Moves the files that an earlier run has left in these folders to an archive.
 
-        START is the time at which that run started, such as 2026-11-20_18-45-01.
+        Files in the log folder are moved to archive/START in that folder. Checkpoints and exported
+        models are moved to archive/START in the checkpoint folder. START is the time at which the
+        earlier run started, such as 2026-11-20_18-45-01; a number is added if that name is taken.
 
         Returns:
-            The folder archive/START in the logs, or in the checkpoints if there are no logs; None
-            if there are no files.
+            The folder archive/START in the log folder, or in the checkpoint folder if the log
+            folder has no files; None if neither has any.
         """
         names = [name + ending for name in CHECKPOINTS for ending in (".pth", *EXPORTS.values())]
         left = [path for name in names for path in self.checkpoints.glob(name)]
@@ -201,12 +206,13 @@ class RunFolder:
         return left[-1].parent / ARCHIVE / self._move(left, self._start_of_earlier(left))
 
     def set_aside(self, checkpoints: list[Path]) -> Path:
-        """Moves checkpoints to archive/TIME in their folder, and copies history.csv there.
+        """Moves checkpoints to archive/TIME in the checkpoint folder, and copies history.csv there.
 
-        TIME is the present time, such as 2026-11-20_18-45-01.
+        TIME is the present time, such as 2026-11-20_18-45-01; a number is added if that name is
+        taken.
 
         Args:
-            checkpoints: the paths of the checkpoints, which are in the run's folder.
+            checkpoints: the paths of the checkpoints, which are in the run's checkpoint folder.
 
         Returns:
             The folder archive/TIME.
@@ -218,10 +224,11 @@ class RunFolder:
         return target
 
     def _move(self, paths: list[Path], stamp: str) -> str:
-        """Moves files to archive/STAMP in their folders: all of them, or none.
+        """Moves some files to the archives of their folders: all of the files, or none.
 
-        If that folder exists, the files are moved to archive/STAMP-2 or a higher number. If this
-        process is killed meanwhile, the next process that takes the lock moves the files back.
+        A file moves to archive/STAMP in the folder that it is in. If that name is taken, it is
+        archive/STAMP-2 or a higher number. If this process is killed meanwhile, the next process
+        that takes the lock moves the files back.
 
         Args:
             paths: files in the run's two folders.
@@ -271,8 +278,8 @@ class RunFolder:
     def _start_of_earlier(self, paths: list[Path]) -> str:
         """Returns when the earlier run in these folders started, such as "2026-11-20_18-45-01".
 
-        It is the time of the first line in train.log or, if there is none, the time at which the
-        oldest of the files was modified.
+        This is the time in the first line of train.log. If there is none, it is the time at which
+        the oldest of the files was last modified.
 
         Args:
             paths: the files of the earlier run.
@@ -289,7 +296,8 @@ class RunFolder:
 def checkpoints_in(folder: Path) -> list[Path]:
     """Returns the paths of the checkpoints in a folder, in the order in which --resume tries them.
 
-    These are last.pth, best.pth, and then the epochs that were kept, from the latest to the first.
+    The order is last.pth, best.pth, and then the checkpoints of single epochs, such as
+    epoch_005.pth, from the latest epoch to the first. Those that do not exist are left out.
     """
     names = [f"{name}.pth" for name in CHECKPOINTS]
     return [path for name in names for path in sorted(folder.glob(name), reverse=True)]
@@ -298,8 +306,8 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def is_running(logs: Path) -> bool:
     """Returns whether a process is writing the files of a run.
 
-    A process on another machine cannot be checked. It counts as running until it has removed its
-    entry from the folder of the checkpoints.
+    A process on another machine cannot be checked. It counts as running until it has removed the
+    file .run.json from the checkpoint folder.
 
     Args:
         logs: the log folder of the run, such as logs/NAME.
@@ -309,17 +317,17 @@ def is_running(logs: Path) -> bool:
 
 
 def _living_owner(checkpoints: Path) -> dict[str, Any] | None:
-    """Returns the content of the file .run.json if the process that wrote it is alive.
+    """Returns the content of the file .run.json if the process that wrote this file is alive.
 
-    That process writes the files of a run. It cannot be checked if it runs on another machine or on
-    Windows; it then counts as alive.
+    That process writes the files of a run. A process on another machine, or on Windows, cannot be
+    checked and counts as alive.
 
     Args:
         checkpoints: the checkpoint folder of the run, which contains the file.
 
     Returns:
-        {"process": its id, "machine": ..., "since": ..., "command": ...}, or None if there is no
-        such file or the process has ended.
+        A dict with the process id as "process" and with "machine", "since" and "command"; None if
+        there is no such file or the process has ended.
     """
     try:
         text = (checkpoints / OWNER).read_text(encoding="utf-8")

@@ -13,7 +13,10 @@ MAX_NAME = 22  # the most columns that a class name takes
 
 
 def display_width(text: str) -> int:
-    """Returns the number of terminal columns that a text takes. A Chinese character takes two."""
+    """Returns the number of terminal columns that a text takes.
+
+    A letter takes one column, a Chinese character two, and a combining accent none.
+    """
     return sum(
         2 if unicodedata.east_asian_width(letter) in "WF" else 1
         for letter in text
@@ -38,7 +41,8 @@ def pad(text: str, columns: int, *, right: bool = False) -> str:
     """Adds blanks to a text until it takes the given number of terminal columns.
 
     Args:
-        columns: the number of columns. A longer text is returned as it is.
+        text: the text. It is returned as it is if it already takes as many columns or more.
+        columns: the number of columns.
         right: whether the blanks are added before the text, which aligns it to the right.
     """
     blanks = " " * (columns - display_width(text))
@@ -46,7 +50,7 @@ def pad(text: str, columns: int, *, right: bool = False) -> str:
 
 
 def align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Returns the lines of a table whose columns are aligned.
+    """Returns the lines of a table whose columns are aligned and two blanks apart.
 
     Args:
         rows: the cells of each row. All rows have the same number of cells.
@@ -67,6 +71,7 @@ def escape_unprintable(text: str, keep: str = "") -> str:
     A class name or a file name may contain such characters: control characters and lone surrogates.
 
     Args:
+        text: the text.
         keep: unprintable characters that are not replaced, such as line ends.
     """
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text))
@@ -75,10 +80,12 @@ def escape_unprintable(text: str, keep: str = "") -> str:
 def write_stdout(text: str) -> None:
     """Writes a text to stdout, above a tqdm bar if one is shown.
 
-    Unprintable characters other than line ends and tabs are written as escape sequences.
+    No line end is added. Unprintable characters other than line ends and tabs are written as escape
+    sequences.
 
     Raises:
-        SystemExit: stdout is a pipe whose reader has closed it. The exit status is 141.
+        SystemExit: stdout is a pipe, and the program that read from it has closed it. The exit
+            status is 141.
     """
     from tqdm import tqdm  # imported here: it takes a third of a refusal's time
 

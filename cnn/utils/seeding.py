@@ -22,7 +22,8 @@ def mix(*words: int) -> int:
     """Hashes integers to one integer of 63 bits (SplitMix64; Steele, Lea, Flood, OOPSLA 2014).
 
     Args:
-        words: for example the seed, the purpose of a draw such as STEP, and the index of the step.
+        words: the integers, for example the seed, the purpose of a draw such as STEP, and the index
+            of the step.
     """
     state = 0
     for word in words:
@@ -37,7 +38,7 @@ def seed_torch(*words: int) -> None:
     """Seeds PyTorch's global CPU generator with a hash of integers.
 
     Args:
-        words: for example the seed, the epoch and the index of an image.
+        words: the integers, for example the seed, the epoch and the index of an image.
     """
     torch.default_generator.manual_seed(mix(*words))  # torch.manual_seed is 60 times slower
 
@@ -46,7 +47,8 @@ def seed_sample(*words: int) -> None:
     """Seeds the global CPU generators of PyTorch, numpy and Python with a hash of integers.
 
     Args:
-        words: for example the seed, the purpose SAMPLE, the epoch and the index of an image.
+        words: the integers, for example the seed, the purpose SAMPLE, the epoch and the index of an
+            image.
     """
     key = mix(*words)
     torch.default_generator.manual_seed(key)
@@ -55,13 +57,14 @@ def seed_sample(*words: int) -> None:
 
 
 def seed_step(device: torch.device, *words: int) -> None:
-    """Seeds the global generators of PyTorch, numpy and Python, on the CPU and on the device.
+    """Seeds the global generators of PyTorch, numpy and Python with a hash of integers.
 
-    Dropout in the next forward pass then depends on the words alone.
+    PyTorch's generator on the device is seeded too. Random layers such as dropout then draw the
+    same numbers in the next forward pass whenever the integers are the same.
 
     Args:
         device: the device of the model.
-        words: for example the seed, the purpose STEP and the index of the step.
+        words: the integers, for example the seed, the purpose STEP and the index of the step.
     """
     seed_sample(*words)
     if device.type == "cuda":

@@ -28,7 +28,7 @@ class StopSignals:
     the process at once; the latest checkpoint is intact.
 
     Args:
-        deferred: the first value of the attribute of that name.
+        deferred: the initial value of the attribute `deferred`.
 
     Attributes:
         installed: the object whose handlers are installed in this process, or None.
@@ -71,7 +71,8 @@ class StopSignals:
         """Restores the signal handlers that `install` replaced.
 
         Args:
-            is_last: whether the process is about to exit. The signals are then ignored instead.
+            is_last: whether the process is about to exit. If so, the earlier handlers are not
+                restored, and the signals are ignored from then on.
         """
         sys.unraisablehook = self._unraisable
         for number, handler in self._before.items():
@@ -80,15 +81,19 @@ class StopSignals:
     def _drop_unraisable(self, failure: "sys.UnraisableHookArgs") -> None:
         """Ignores a `Stopped` that was raised in a `__del__` method, and prints no traceback.
 
-        `check` will raise it again. Any other exception is passed to the hook that was installed
-        before.
+        The next call of `check` can raise `Stopped` again. Any other exception is passed to the
+        hook that was installed before.
+
+        Args:
+            failure: the exception in a `__del__` method, as Python passes it to
+                `sys.unraisablehook`.
         """
         if not isinstance(failure.exc_value, Stopped):
             self._unraisable(failure)
 
     @contextlib.contextmanager
     def default_handlers(self) -> Iterator[None]:
-        """Restores the signal handlers that `install` replaced, within the context."""
+        """Restores, within a `with` block, the signal handlers that `install` replaced."""
         self.uninstall()
         try:
             yield
@@ -108,7 +113,10 @@ class StopSignals:
             raise Stopped(number)
 
     def check(self) -> None:
-        """Raises Stopped if a signal has come and the run has only one process."""
+        """Raises Stopped if this process has received a signal.
+
+        If the run has several processes, this method does nothing.
+        """
         if self.is_single_process:
             self.raise_received()
 
@@ -120,7 +128,7 @@ class StopSignals:
 
         Raises:
             Stopped: a signal came before or during the call. It is raised even if the function
-                caught the first `Stopped`.
+                itself caught the exception `Stopped`.
         """
         before, self.deferred = self.deferred, False
         try:
@@ -132,16 +140,17 @@ class StopSignals:
             self.deferred = before
 
     def raise_received(self) -> None:
-        """Raises Stopped if a signal has come, however many processes the run has."""
+        """Raises Stopped if this process has received a signal."""
         if self.received is not None:
             raise Stopped(self.received)
 
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Defers signals within the context. If one has come, Stopped is raised at its end.
+    """Defers signals until the end of the `with` block.
 
-    If signals were deferred before the context too, Stopped is not raised at its end.
+    If a signal has come, Stopped is raised at the end of the block, unless signals were already
+    deferred before the block.
     """
     stop = StopSignals.installed or StopSignals()
     before, stop.deferred = stop.deferred, True
@@ -156,9 +165,10 @@ def signals_deferred() -> Iterator[None]:
 def stop_with_parent() -> None:
     """Starts a thread that sends this process SIGTERM when its parent process ends.
 
-    It does so only if the parent has set the environment variable `CNN_PARENT` to the file
-    descriptor of a pipe's read end. Nothing is ever written into the pipe. The kernel closes the
-    parent's end of the pipe when the parent ends, even if the parent is killed.
+    The parent has to open a pipe and to set the environment variable `CNN_PARENT` to the descriptor
+    of the read end; without the variable, no thread is started. Nothing is ever written into the
+    pipe. When the parent ends, even if it is killed, the kernel closes the write end, and the
+    thread notices this.
     """
 
     def watch() -> None:
@@ -172,11 +182,12 @@ def stop_with_parent() -> None:
 
 @contextlib.contextmanager
 def time_limit(seconds: float, error: Exception) -> Iterator[None]:
-    """Raises an error if the context takes longer than a number of seconds.
+    """Raises an error if the `with` block takes longer than a number of seconds.
 
     There is no limit on Windows, and none outside of the main thread.
 
     Args:
+        seconds: the number of seconds.
         error: the exception to raise.
     """
     if os.name == "nt" or threading.current_thread() is not threading.main_thread():
