@@ -105,8 +105,8 @@ class RunningMetrics:
         """Restores sums that `state_dict` returned.
 
         Args:
-            state: the sums by name. Older checkpoints contain no "weight"; the number of images
-                then takes its place.
+            state: the sums by name. If "weight" is missing, as in older checkpoints, the weight is
+                set to the number of images.
         """
         self.loss.copy_(state["loss"])
         self.correct.copy_(state["correct"])

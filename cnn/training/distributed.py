@@ -126,10 +126,10 @@ class Group:
 
     @contextlib.contextmanager
     def agreement(self) -> Iterator[None]:
-        """Raises an error in every process if one raises Refused or Failed in the block of a `with`.
+        """Raises an error in every process if any raises Refused or Failed in the `with` block.
 
         Every process has to enter the block, and waits for the others at its end. If several
-        processes failed, the one with the lowest rank raises its own error, and all other processes
+        processes failed, the one with the lowest rank raises its own error. All other processes
         raise RefusedElsewhere. Exceptions of other types are not passed on to other processes.
         """
         error = None
@@ -173,7 +173,7 @@ class Group:
             return model
         # find_unused_parameters makes DDP add up the gradients in the same order in every step.
         # Without it, DDP assigns them to other buckets after the first step, and a resumed run
-        # would differ in rounding. It permits frozen parameters, too.
+        # would differ in rounding. The option permits frozen parameters, too.
         return DistributedDataParallel(
             model, find_unused_parameters=True, gradient_as_bucket_view=True
         )
@@ -204,11 +204,10 @@ class Group:
         return total
 
     def sum_metrics(self, metrics: RunningMetrics) -> RunningMetrics:
-        """Adds the running metrics of all processes up, in place, and returns them.
+        """Replaces running metrics by their sums over all processes, in place, and returns them.
 
         Args:
-            metrics: the sums over this process's share of the images. Afterwards, they are the sums
-                over the images of all processes.
+            metrics: the sums over this process's share of the images.
         """
         if self.size > 1:
             packed = metrics.pack()
@@ -218,8 +217,8 @@ class Group:
     def broadcast_module(self, module: nn.Module | None) -> None:
         """Copies parameters, buffers and extra state from rank 0's module to all processes.
 
-        The modules of the processes may differ before, because each process computes the running
-        statistics of BatchNorm from its own images.
+        Before, they may differ: each process computes the running statistics of BatchNorm from its
+        own images.
 
         Args:
             module: the module of this process, which is changed in place. For None, the method does
