@@ -292,7 +292,7 @@ def restore(state: TrainingState, checkpoint: Checkpoint, data: Data, loader: Lo
 
 
 def _check_position(checkpoint: Checkpoint, loader: Loader) -> None:
-    """Raises Refused if the numbers of steps, batches and images in a checkpoint contradict each other.
+    """Raises Refused if a checkpoint contains impossible numbers of steps, batches or images.
 
     Args:
         checkpoint: contains the numbers of completed epochs and steps, and of the batches and
@@ -381,8 +381,8 @@ def _set_others_aside(
     resumes_last = _is_same_file(folder.last, checkpoint.path)
     reasons = {}
     for path, metadata in existing.items():
-        # Next to last.pth, a file with more steps was written just before the run was killed; the
-        # run will write it again.
+        # If the run resumes from last.pth, a file with more steps was written just before the run
+        # was killed. The run will write it again.
         if metadata is None:
             reasons[path] = None if resumes_last else "damaged"
         elif not _is_same_run(metadata, checkpoint):
