@@ -73,8 +73,8 @@ def evaluate(
 ) -> Metrics:
     """Evaluates a model on batches, and returns its metrics.
 
-    Afterwards, the state dicts of the model and of the loss function are restored, even if loading
-    a batch raises an exception.
+    Afterwards, the state dicts of the model and the loss function are restored. This is done even
+    if loading a batch raises an exception.
 
     Args:
         model: the model, which is put into evaluation mode for the duration of the call.
@@ -84,9 +84,8 @@ def evaluate(
         autocast: returns the context in which a forward pass runs.
         metrics: empty metrics, to which every batch is added; an `EvaluationMetrics` if there are
             several processes.
-        seed: the seed of the run. It matters only to a model that draws random numbers in
-            evaluation, such as one with Monte-Carlo dropout.
-        epoch: the number of an epoch, which is added to the seed.
+        seed, epoch: the seed of the run and the number of an epoch. With the index of a batch, they
+            seed the random numbers that some models draw even in evaluation mode.
         group: the processes that evaluate together; all of them get the same metrics.
 
     Returns:

@@ -25,12 +25,12 @@ class Saver:
     """A context manager that saves a run to its checkpoints.
 
     The checkpoints are last.pth with the latest state, best.pth with the best epoch, and
-    epoch_NNN.pth with an epoch that is kept.
+    epoch_NNN.pth with each epoch that `checkpoint.every_epochs` selects.
 
     Within the context, a signal does not interrupt a training step: Stopped is raised when the step
     is done. If Stopped or DataFailed ends the context, the state is saved. At its end, the context
     waits until every file is written, and raises Failed if the latest state could not be saved.
-    After any other error except Failed, the command that resumes the run is logged.
+    After any error except Failed, the command that resumes the run is logged.
 
     Args:
         run: the run whose state is saved.
@@ -165,8 +165,8 @@ class Saver:
     def load_best(self, model: nn.Module) -> None:
         """Loads the weights of the best epoch into a model.
 
-        The weights are taken from memory if their file is not written, otherwise from a file of the
-        run. If the run has no best epoch, the weights of the model do not change.
+        The weights are taken from memory if they could not be written to a file, otherwise from a
+        file of the run. If the run has no best epoch, the weights of the model do not change.
 
         Args:
             model: the model to test, which is changed in place. Every process has to call this

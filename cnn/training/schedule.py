@@ -59,7 +59,7 @@ class Schedule:
             self.by_step.step()
 
     def end_epoch(self, metric: float) -> None:
-        """Lowers the learning rate if the schedule is `plateau` and the metric has stopped improving.
+        """Lowers the learning rate if the schedule is `plateau` and the metric stopped improving.
 
         Has to be called after every validation. Other schedules ignore the call, and so does
         `plateau` during the warm-up.
@@ -93,7 +93,7 @@ class Schedule:
                 setattr(self.plateau, name, state["plateau"][name])
 
     def _factor(self, step: int) -> float:
-        """Returns the number by which the initial learning rate of every group is multiplied at a step.
+        """Returns the number by which each group's initial learning rate is multiplied at a step.
 
         Args:
             step: the index of the optimizer step, from 0.

@@ -51,8 +51,7 @@ def build_run(
         trace: an object that records every batch for `train.py --drill`; None for other runs.
 
     Raises:
-        Refused: a file or package is missing, or the settings, the data, the hardware and the
-            checkpoint do not fit each other.
+        Refused: a file is missing, or settings, data, hardware and checkpoint do not fit.
     """
     device = env.choose_device(cfg.device, group.launch)
     check_group(cfg, device, group)
@@ -175,8 +174,8 @@ def _build_state(
 def check_group(cfg: Config, device: torch.device, group: Group) -> None:
     """Raises Refused if the settings do not permit training in several processes.
 
-    Not permitted are several processes on MPS, with fewer than two images per process in a batch,
-    or with SyncBatchNorm without CUDA.
+    Several processes cannot train on MPS, with fewer than two images per process in a batch, or
+    with SyncBatchNorm and without CUDA.
 
     Args:
         cfg: the settings.

@@ -24,7 +24,7 @@ MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
 
 
 def build_once_per_node(group: "Group", build: Callable[[], Data]) -> Data:
-    """Builds the data in one process per machine, and shares its memory with the others there.
+    """Builds the data in one process per machine, and maps it into the memory of the others.
 
     If the data cannot be shared, the other processes of the machine build it afterwards. Anything
     that must be downloaded is thus downloaded once. A dataset of the user's own is never shared,

@@ -39,8 +39,9 @@ class TrainingState:
         seconds: the time spent on the training batches of the current epoch.
         lr: the learning rate in the latest step. If the parameter groups have different ones, it is
             the highest.
-        group_lrs: the learning rates of the other parameter groups, such as {"lr_x0.1": 0.005}. The
-            key contains the ratio of their initial learning rate to the highest one.
+        group_lrs: the learning rates in the latest step of the groups whose initial learning rate
+            is not the highest, such as {"lr_x0.1": 0.005}. The key contains the ratio of the
+            initial learning rate to the highest one.
         best: a dict with the number of the best epoch under "epoch", the name of the monitored
             metric under "metric" and its value under "value"; None if there is no best epoch yet.
         epochs_since_best: the number of epochs since the best one.
@@ -208,11 +209,11 @@ class TrainingState:
                     loaded[name] = clone_tree(value, parameters[index].device)
 
     def _parameters(self) -> list[nn.Parameter]:
-        """Returns the parameters of the optimizer, in the order in which its state dict counts them."""
+        """Returns the optimizer's parameters, in the order of the indices in its state dict."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _is_own_optimizer(self) -> bool:
-        """Returns whether the class of the optimizer is the user's own and not a known one such as "sgd".
+        """Returns whether the optimizer is one of the user's own, not a known one such as "sgd".
 
         `build_optimizer` marks such an optimizer with the attribute `configured`.
         """
@@ -352,9 +353,7 @@ def check_like(tensor: Any, expected: torch.Tensor, name: str) -> None:
 
 
 def own_lrs(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Returns the learning rates of the parameter groups, except those with the highest one.
-
-    The groups with the highest initial learning rate are left out.
+    """Returns the learning rates of the groups whose initial learning rate is not the highest.
 
     Args:
         optimizer: an optimizer whose groups contain "initial_lr", which a scheduler of torch sets.
