@@ -248,14 +248,15 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float | None:
     """Returns the area under the ROC curve (AUC).
 
     For two classes, it is the area of class 1. For more classes, it is the mean of the areas of
-    each class against all others. A class to which no image or every image belongs is left out.
+    each class against all others. A class to which no image or every image belongs has no area and
+    is left out.
 
     Args:
         labels: index of each image's class (N).
         scores: (N, classes), higher for a likelier class.
 
     Returns:
-        The area, from 0 to 1, or None if it is undefined for all these classes.
+        The area, from 0 to 1. None if no area is defined.
     """
     areas = auc_per_class(labels, scores)
     return macro(areas[1:] if len(areas) == 2 else areas)

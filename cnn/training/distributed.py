@@ -217,8 +217,8 @@ class Group:
     def broadcast_module(self, module: nn.Module | None) -> None:
         """Copies parameters, buffers and extra state from rank 0's module to all processes.
 
-        Before, they may differ: each process computes the running statistics of BatchNorm from its
-        own images.
+        Without this method, the modules of the processes may differ: each process computes the
+        running statistics of BatchNorm from its own images.
 
         Args:
             module: the module of this process, which is changed in place. For None, the method does

@@ -313,10 +313,10 @@ def _check_position(checkpoint: Checkpoint, loader: Loader) -> None:
 def prepare_folder(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
     """Prepares the folder of a run, and moves away files that the run would overwrite.
 
-    If the folder contains another run, all files of that run are moved to an archive folder. If a
-    run resumes in its own folder, only checkpoints are moved that do not precede the one from which
-    it resumes. Afterwards, last.pth is that checkpoint, and best.pth contains the best epoch before
-    it.
+    If the folder contains another run, all files of that run are moved to an archive folder. If the
+    run resumes in its own folder, only checkpoints that do not precede `checkpoint` are moved.
+    Afterwards, last.pth has the content of `checkpoint`, and best.pth contains the best epoch up to
+    then.
 
     Args:
         folder: the folder in which the run trains.
@@ -417,7 +417,7 @@ def _copy_best(folder: RunFolder, checkpoint: Checkpoint) -> None:
     Args:
         folder: the folder in which the run trains.
         checkpoint: the checkpoint from which the run resumes. It contains the number of the best
-            epoch so far.
+            epoch so far; if there is none, nothing is copied.
     """
     best, started = checkpoint.content["best"], checkpoint.content["started"]
     if best is None:
