@@ -17,16 +17,18 @@ SUMS = ("loss", "weight", "correct", "count")
 
 
 class RunningMetrics:
-    """Sums over images, from which mean loss and accuracy are computed.
+    """Running sums over images, from which the mean loss and the accuracy are computed.
 
-    Summing over images, rather than averaging over batches, gives a smaller last batch its smaller
-    weight.
+    The sums are taken over images, not over batches. A smaller last batch thus counts less.
+
+    Args:
+        device: the device on which the sums are kept.
 
     Attributes:
-        loss: sum over the batches of mean loss times weight, ().
-        weight: sum of the weights of the batches, by which `loss` is divided.
-        correct: count of images whose prediction equals the label, ().
-        count: count of images.
+        loss: the sum over the batches of the mean loss of a batch times its weight, a tensor ().
+        weight: the sum of the weights of the batches. The mean loss is `loss` divided by it.
+        correct: the number of images whose prediction equals the label, a tensor ().
+        count: the number of images.
     """
 
     def __init__(self, device: torch.device):
@@ -40,11 +42,11 @@ class RunningMetrics:
         """Adds a batch of N images.
 
         Args:
-            loss: mean over the batch, ().
+            loss: mean loss of the batch, a tensor ().
             logits: (N, classes).
             labels: index of each image's class (N).
-            weight: weight of this batch in the mean loss over several batches, from `weight_of`;
-                None stands for N.
+            weight: weight of this batch in the mean loss over several batches, as the function
+                `weight_of` returns it; None for N.
         """
         number = len(labels)
         weight = number if weight is None else weight
@@ -59,40 +61,52 @@ class RunningMetrics:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def pack(self) -> Tensor:
-        """Returns the sums loss, weight, correct and count as one tensor (4).
+        """Returns the four sums as one tensor (4): loss, weight, correct and count.
 
-        It is ready for an all-reduce. Its dtype is that of the summed loss: float64, or float32 on
-        MPS.
+        The dtype is float64, or float32 on MPS.
         """
         sums = (getattr(self, name) for name in SUMS)
         return torch.stack([torch.as_tensor(s).to(self.loss, non_blocking=True) for s in sums])
 
     def unpack(self, total: Tensor) -> None:
-        """Sets the sums loss, weight, correct and count from a tensor (4), as `pack` returns it."""
+        """Sets the four sums.
+
+        Args:
+            total: a tensor (4) that contains loss, weight, correct and count, as `pack` returns it.
+        """
         self.loss, self.weight, correct, count = total.unbind()
         self.correct, self.count = correct.to(torch.int64), count.to(torch.int64)
 
     def is_finite(self) -> bool:
-        """Returns whether the sum of the losses so far is finite; waits for the device."""
+        """Returns whether the sum of all losses so far is finite.
+
+        Waits until the device has computed the sum.
+        """
         return math.isfinite(self.loss.item())
 
     def compute(self) -> Metrics:
-        """Returns the mean loss as "loss" and the accuracy as "acc", a fraction, of all images.
+        """Returns the mean loss and the accuracy of all images so far.
 
-        Without images, both are 0. Waits for the device.
+        Waits until the device has computed the sums.
+
+        Returns:
+            The values under "loss" and "acc", such as {"loss": 0.1, "acc": 0.98}. The accuracy is a
+            fraction. Without images, both values are 0.
         """
         count = int(self.count)
         weight = float(self.weight) if count else 1.0
         return {"loss": self.loss.item() / weight, "acc": self.correct.item() / max(count, 1)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the sums by name, for a checkpoint."""
+        """Returns the sums by name, for a checkpoint: "loss", "weight", "correct" and "count"."""
         return {name: getattr(self, name) for name in SUMS} | {"count": int(self.count)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Sets the sums from a result of `state_dict`.
+        """Restores sums that `state_dict` returned.
 
-        Where the weight is missing, as in older checkpoints, it is the number of images.
+        Args:
+            state: the sums by name. If "weight" is missing, as in older checkpoints, the weight is
+                set to the number of images.
         """
         self.loss.copy_(state["loss"])
         self.correct.copy_(state["correct"])
@@ -102,13 +116,13 @@ class RunningMetrics:
 
 
 class EvaluationMetrics(RunningMetrics):
-    """Metrics of an evaluation: running metrics, confusion matrix, and each prediction.
+    """Metrics of an evaluation: running sums, confusion matrix, and a prediction for each image.
 
-    What depends on the order of the batches is stored as one list entry per batch. So several
-    processes that evaluate batches in turn compute the same bits as a single process.
+    Losses and predictions are stored per batch. The results of several processes can thus be put
+    into the order of the batches, which gives the same bits as a single process.
 
     Args:
-        device: where the logits are.
+        device: the device of the logits.
         num_classes: number of classes.
         names: the metrics that `compute` returns, such as "acc" and "auc". Probabilities of all
             classes are stored only if one of the metrics needs them.
@@ -134,11 +148,11 @@ class EvaluationMetrics(RunningMetrics):
         """Adds a batch of N images, and the prediction for each of them.
 
         Args:
-            loss: mean over the batch, ().
+            loss: mean loss of the batch, a tensor ().
             logits: (N, classes).
             labels: index of each image's class (N).
-            weight: weight of this batch in the mean loss over several batches, from `weight_of`;
-                None stands for N.
+            weight: weight of this batch in the mean loss over several batches, as the function
+                `weight_of` returns it; None for N.
         """
         super().add(loss, logits, labels, weight)
         weight = len(labels) if weight is None else weight
@@ -157,13 +171,14 @@ class EvaluationMetrics(RunningMetrics):
             self._probabilities.append(probabilities)
 
     def gather(self, all_gather: Callable[[dict], list[dict]]) -> None:
-        """Merges the batches of all processes, in place, so that all have the same metrics.
+        """Merges the batches of all processes in place, so that all have the same metrics.
 
-        Restores the order of the batches, which the processes evaluated in turn.
+        Of n processes, the one with rank r must have added the batches r, r + n, r + 2n and so on.
+        Their common order is restored.
 
         Args:
-            all_gather: takes the value of this process, and returns the list of the values of all
-                processes.
+            all_gather: a function that takes a value of this process and returns the list of the
+                values of all processes, in the order of their ranks.
         """
         names = self.PER_BATCH + self.COUNTS
         parts = all_gather({name: _on_cpu(getattr(self, name)) for name in names})
@@ -178,7 +193,11 @@ class EvaluationMetrics(RunningMetrics):
             self.weight = self.weight + weight
 
     def compute(self) -> Metrics:
-        """Returns the metrics listed in `names`, by name; an undefined metric is None."""
+        """Returns the values of the metrics that were chosen when this object was created.
+
+        Returns:
+            The values by name, such as {"acc": 0.98, "auc": None}. An undefined metric is None.
+        """
         values = super().compute() | scores.from_confusion_matrix(self.confusion().numpy())
         values[scores.TOP_K_ACC] = self.in_top.item() / max(self.count, 1)
         if self._probabilities:
@@ -196,10 +215,11 @@ class EvaluationMetrics(RunningMetrics):
         return self.matrix.view(self.num_classes, self.num_classes).cpu()
 
     def predictions(self) -> dict[str, Tensor]:
-        """Returns the predicted class of each image and its probability, on the CPU.
+        """Returns the predicted class of each image and the probability of this class, on the CPU.
 
         Returns:
-            "prediction", int32 (N), and "probability", float32 (N), in the order of the batches.
+            "prediction", int32 (N), and "probability", float32 (N), in the order of the batches. N
+            is the number of images.
         """
         return {
             "prediction": torch.cat(self._predictions).to("cpu", torch.int32),
@@ -213,7 +233,8 @@ def compute_loss(function: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         function: the loss function.
         logits: (N, classes), of any float type.
-        labels: (N), or in the form that the loss function takes.
+        labels: index of each image's class (N), or labels in another form that the loss function
+            takes.
     """
     return function(logits.float() if logits.dtype != torch.float64 else logits, labels)
 
@@ -221,13 +242,15 @@ def compute_loss(function: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
 def weight_of(function: nn.Module, labels: Tensor) -> int | Tensor:
     """Returns the weight of a batch in the mean loss over several batches.
 
-    This is the number of images. For cross-entropy with class weights it is the sum of the class
-    weights of the images, a tensor (), since torch divides by it. With these weights, the mean loss
-    does not depend on how the images are divided into batches.
+    With these weights, the mean loss does not depend on how the images are divided into batches.
 
     Args:
         function: the loss function.
         labels: index of each image's class (N).
+
+    Returns:
+        The number of images, N. For cross-entropy with class weights, it is the sum of the class
+        weights of the images, a tensor (), because torch divides the loss of a batch by this sum.
     """
     weights = getattr(function, "weight", None)
     if not isinstance(function, nn.CrossEntropyLoss) or weights is None:
@@ -237,9 +260,11 @@ def weight_of(function: nn.Module, labels: Tensor) -> int | Tensor:
 
 
 def _on_cpu(value: object) -> object:
-    """Copies a tensor, or all tensors in nested lists and tuples, to the CPU.
+    """Returns a value with all tensors in it copied to the CPU.
 
-    Returns any other value unchanged.
+    Args:
+        value: a tensor, or nested lists and tuples that contain tensors. Any other value is
+            returned as it is.
     """
     if isinstance(value, (list, tuple)):
         return type(value)(_on_cpu(part) for part in value)

@@ -31,7 +31,7 @@ def epoch_metrics(num_classes: int, monitor: str) -> tuple[str, ...]:
 
     Args:
         num_classes: number of classes; some metrics exist for two classes or for many only.
-        monitor: the monitored metric, such as "val_auc", which is added if it is not among them.
+        monitor: the monitored metric, such as "val_auc". It is always one of the names returned.
 
     Returns:
         Names without the prefix "val_", such as "acc".
@@ -45,7 +45,10 @@ def epoch_metrics(num_classes: int, monitor: str) -> tuple[str, ...]:
 
 
 def result_metrics(num_classes: int) -> tuple[str, ...]:
-    """Returns the names of the metrics of the final test: all that exist for the classes."""
+    """Returns the names of the metrics that are computed in the final test.
+
+    These are all metrics that exist for this number of classes.
+    """
     return tuple(dict.fromkeys([*epoch_metrics(num_classes, "val_auc"), *FROM_PROBABILITIES]))
 
 
@@ -63,7 +66,7 @@ def improves(metric: str, value: float | None, best: float | None) -> bool:
     """Returns whether a value of a metric is better than the best value so far.
 
     Args:
-        metric: its name, such as "val_loss"; see `mode`.
+        metric: its name, such as "val_loss". The name decides whether lower values are better.
         value: the new value; None, nan and infinite values are never better.
         best: the best value so far; None if there is none.
     """
@@ -73,11 +76,14 @@ def improves(metric: str, value: float | None, best: float | None) -> bool:
 
 
 def wilson(correct: float, count: int) -> tuple[float, float] | None:
-    """Returns the lower and upper end of the 95 % interval of a proportion (Wilson, 1927).
+    """Returns the 95 % confidence interval of a proportion (Wilson, 1927).
 
     Args:
         correct: how many of the `count` cases are correct.
-        count: number of cases; for 0 the result is None.
+        count: number of cases.
+
+    Returns:
+        The lower and the upper end, as fractions from 0 to 1. None if `count` is 0.
     """
     if count == 0:
         return None
@@ -91,7 +97,7 @@ def with_interval(accuracy: float | None, count: int, digits: int = 4) -> str:
     """Formats an accuracy with its 95 % interval, as in `0.9833 (95 %: 0.9726 to 0.9899)`.
 
     Args:
-        accuracy: a fraction; for None the result is "n/a".
+        accuracy: the fraction of correct images; for None the result is "n/a".
         count: number of images; for 0 the result is "n/a".
         digits: number of decimal places.
     """
@@ -123,8 +129,8 @@ def per_class(matrix: np.ndarray) -> dict[str, np.ndarray]:
         matrix: confusion matrix (classes, classes): rows are labels, columns predictions.
 
     Returns:
-        Arrays (classes) under "precision", "recall", "specificity", "f1" and "support". Undefined
-        values are nan. Support is the number of images with this label.
+        One array (classes) under each of the names "precision", "recall", "specificity", "f1" and
+        "support". Undefined values are nan. The support of a class is the number of its images.
     """
     matrix = np.asarray(matrix)
     hits, support, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
@@ -139,10 +145,10 @@ def per_class(matrix: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def macro(values: np.ndarray) -> float | None:
-    """Returns the mean over those classes for which the value is defined.
+    """Returns the mean of a metric over the classes for which it is defined.
 
     Args:
-        values: one value per class, nan where undefined (classes).
+        values: the value of the metric for every class (classes), nan where it is undefined.
 
     Returns:
         The mean, or None if no value is defined.
@@ -152,10 +158,10 @@ def macro(values: np.ndarray) -> float | None:
 
 
 def weighted(values: np.ndarray, support: np.ndarray) -> float | None:
-    """Returns the mean over the classes, weighted by their support.
+    """Returns the mean of a metric over the classes, weighted by their numbers of images.
 
     Args:
-        values: one value per class, nan where undefined (classes). Undefined ones are left out.
+        values: the value of the metric for every class (classes). Classes with nan are left out.
         support: number of images of each class (classes).
 
     Returns:
@@ -168,15 +174,15 @@ def weighted(values: np.ndarray, support: np.ndarray) -> float | None:
 
 
 def from_confusion_matrix(matrix: np.ndarray) -> Metrics:
-    """Returns balanced accuracy and macro F1 and, for two classes, sensitivity and specificity.
-
-    Class 1 is the positive class.
+    """Returns the metrics that follow from a confusion matrix.
 
     Args:
         matrix: confusion matrix (classes, classes): rows are labels, columns predictions.
 
     Returns:
-        Values under "balanced_acc", "f1", "sensitivity" and "specificity"; None where undefined.
+        Balanced accuracy under "balanced_acc" and macro F1 under "f1". For two classes, the result
+        contains "sensitivity" and "specificity", too; class 1 is the positive class. Undefined
+        values are None.
     """
     classes = per_class(matrix)
     values = {"balanced_acc": macro(classes["recall"]), "f1": macro(classes["f1"])}
@@ -187,14 +193,15 @@ def from_confusion_matrix(matrix: np.ndarray) -> Metrics:
 
 
 def most_confused(matrix: np.ndarray, number: int) -> list[tuple[int, int, int]]:
-    """Returns the most frequent kinds of errors, most frequent first.
+    """Returns the most frequent confusions of one class with another, most frequent first.
 
     Args:
         matrix: confusion matrix (classes, classes): rows are labels, columns predictions.
-        number: the largest count of kinds to return.
+        number: how many confusions to return at most.
 
     Returns:
-        (label, prediction, count of images) per kind, where label and prediction are class indices.
+        One tuple (label, prediction, number of images) per confusion. Label and prediction are
+        class indices.
     """
     wrong = matrix * (1 - np.eye(len(matrix), dtype=matrix.dtype))
     cells = np.argsort(-wrong, axis=None, kind="stable")[:number]
@@ -213,15 +220,15 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 def auc_per_class(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Returns the area under the ROC curve (AUC) of each class against all others.
 
-    Computes the areas from rank sums (Mann and Whitney, 1947; Hanley and McNeil, 1982), in which
-    equal scores count half.
+    The areas are computed from rank sums (Mann and Whitney, 1947; Hanley and McNeil, 1982). A pair
+    of equal scores counts half.
 
     Args:
         labels: index of each image's class (N).
         scores: (N, classes), higher for a likelier class.
 
     Returns:
-        Areas (classes), nan for a class that no image or every image has.
+        Areas (classes). The area is nan if no image or every image belongs to the class.
     """
     areas = np.full(scores.shape[1], np.nan)
     for number, column in enumerate(np.array(scores.T, order="C")):  # a copy, to be sorted
@@ -238,24 +245,28 @@ def auc_per_class(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float | None:
-    """Returns the area under the ROC curve: of class 1 for two classes, else the mean over classes.
+    """Returns the area under the ROC curve (AUC).
+
+    For two classes, it is the area of class 1. For more classes, it is the mean of the areas of
+    each class against all others. A class to which no image or every image belongs has no area and
+    is left out.
 
     Args:
         labels: index of each image's class (N).
         scores: (N, classes), higher for a likelier class.
 
     Returns:
-        The area, or None if it is undefined for every class. The mean leaves out the classes that
-        no image or every image has.
+        The area, from 0 to 1. None if no area is defined.
     """
     areas = auc_per_class(labels, scores)
     return macro(areas[1:] if len(areas) == 2 else areas)
 
 
 def log_loss(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Returns the mean of -log(p), where p is the probability of an image's label.
+    """Returns the mean over all images of -log(p), where p is the probability of the image's label.
 
-    As in scikit-learn, p is clipped to [eps, 1 - eps] with the eps of the dtype.
+    As in scikit-learn, p is clipped to [eps, 1 - eps], where eps is the machine epsilon of the
+    dtype of `scores`.
 
     Args:
         labels: index of each image's class (N).
@@ -269,9 +280,9 @@ def log_loss(labels: np.ndarray, scores: np.ndarray) -> float:
 def calibration_error(labels: np.ndarray, scores: np.ndarray) -> float:
     """Returns the expected calibration error (Guo et al., ICML 2017, section 2).
 
-    The probabilities of the predicted classes are divided into `ECE_BINS` bins of equal width. The
-    error is the mean of |accuracy - mean probability| over the bins, weighted by their number of
-    images.
+    The images are divided into `ECE_BINS` bins of equal width by the probability of the predicted
+    class. The error is the mean of |accuracy - mean probability| over the bins, weighted by their
+    numbers of images.
 
     Args:
         labels: index of each image's class (N).
@@ -293,7 +304,7 @@ def from_probabilities(labels: np.ndarray, scores: np.ndarray) -> Metrics:
 
     Returns:
         Values under "auc", "log_loss" and "ece". All are None if there are no images, or if a
-        probability is nan or infinite.
+        probability is nan or infinite. "auc" alone is None if it is undefined for these labels.
     """
     if len(labels) == 0 or not np.isfinite(scores).all():
         return dict.fromkeys(FROM_PROBABILITIES)

@@ -38,16 +38,16 @@ class Group:
 
     Args:
         launch: the rank of this process and the number of processes; None for a single process.
-        stop: the signal handlers of this process. None, which only a single process may pass, means
-            that no signal interrupts the wait for a batch.
+        stop: the signal handlers of this process. Only a single process may pass None; no signal
+            then interrupts the wait for a batch.
 
     Attributes:
         rank: the index of this process, from 0 to size - 1.
         size: the number of processes.
-        is_rank0: whether this process has rank 0, which logs and writes files.
-        key: () on rank 0 and (rank,) on the others. It is added to the seed of the random numbers
-            in a training step. The processes thus draw different numbers, and rank 0 draws the same
-            ones as a single process would.
+        is_rank0: whether this is the process with rank 0, the one that logs and writes files.
+        key: a tuple that is added to the seed of every training step, so that the processes draw
+            different random numbers. It is () on rank 0, which draws the same numbers as a single
+            process would, and (rank,) on the others.
     """
 
     def __init__(self, launch: Launch | None = None, stop: StopSignals | None = None):
@@ -59,7 +59,9 @@ class Group:
         self._patient: dist.ProcessGroup | None = None  # for exchanges that may take long
 
     def connect(self) -> None:
-        """Waits for the other processes and connects to them; returns at once in a single process.
+        """Waits for the other processes and connects to them.
+
+        Does nothing in a single process.
 
         Raises:
             Refused: the other processes cannot be reached or do not connect in time.
@@ -82,7 +84,10 @@ class Group:
             raise Refused(f"torchrun: {what}: {str(error).splitlines()[0]}") from None
 
     def disconnect(self) -> None:
-        """Waits until all processes have called this method, and closes the connections."""
+        """Waits until all processes have called this method, and closes the connections.
+
+        Does nothing in a single process.
+        """
         if self.size > 1:
             self.barrier()
             dist.destroy_process_group()
@@ -121,12 +126,11 @@ class Group:
 
     @contextlib.contextmanager
     def agreement(self) -> Iterator[None]:
-        """Raises an error in every process if any process raises Refused or Failed in the block.
+        """Raises an error in every process if any raises Refused or Failed in the `with` block.
 
-        This is a context manager; the exceptions are in cnn.errors. Every process has to enter the
-        block. At its end, each of them tells the others whether it failed. Of the processes that
-        failed, the one with the lowest rank raises its own error. All other processes raise
-        RefusedElsewhere. Exceptions of other types are not exchanged.
+        Every process has to enter the block, and waits for the others at its end. If several
+        processes failed, the one with the lowest rank raises its own error. All other processes
+        raise RefusedElsewhere. Exceptions of other types are not passed on to other processes.
         """
         error = None
         try:
@@ -146,10 +150,10 @@ class Group:
 
     @contextlib.contextmanager
     def local_rank0_first(self) -> Iterator[None]:
-        """Runs the block in one process of each machine first, and then in all others.
+        """Runs the block of a `with` first in the process with local rank 0 of each machine.
 
-        This is a context manager. The first one is the process with local rank 0. If a process
-        raises Refused or Failed in the block, every process raises an error, as in `agreement`.
+        The other processes run it afterwards. If a process raises Refused or Failed in the block,
+        every process raises an error, as in `agreement`.
         """
         leads = self.launch.local_rank == 0
         if not leads:
@@ -164,15 +168,12 @@ class Group:
     # -- training ------------------------------------------------------------------------------
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Returns the model wrapped in DistributedDataParallel.
-
-        In a single process, it returns the model itself. The option `find_unused_parameters` makes
-        DDP add up the gradients in the same order in every step. Without it, DDP assigns the
-        gradients to other buckets after the first step, and a resumed run would differ in rounding.
-        The option also permits frozen parameters.
-        """
+        """Wraps the model in DistributedDataParallel; returns it unchanged in a single process."""
         if self.size == 1:
             return model
+        # find_unused_parameters makes DDP add up the gradients in the same order in every step.
+        # Without it, DDP assigns them to other buckets after the first step, and a resumed run
+        # would differ in rounding. The option permits frozen parameters, too.
         return DistributedDataParallel(
             model, find_unused_parameters=True, gradient_as_bucket_view=True
         )
@@ -182,7 +183,7 @@ class Group:
 
         Args:
             model: the model that `wrap` returned.
-            enabled: whether the context has this effect; if False, gradients are averaged as usual.
+            enabled: if False, the context has no effect, and gradients are averaged as usual.
         """
         return model.no_sync() if enabled and self.size > 1 else contextlib.nullcontext()
 
@@ -203,7 +204,7 @@ class Group:
         return total
 
     def sum_metrics(self, metrics: RunningMetrics) -> RunningMetrics:
-        """Adds up the running metrics of all processes in place, and returns them.
+        """Replaces running metrics by their sums over all processes, in place, and returns them.
 
         Args:
             metrics: the sums over this process's share of the images.
@@ -216,8 +217,8 @@ class Group:
     def broadcast_module(self, module: nn.Module | None) -> None:
         """Copies parameters, buffers and extra state from rank 0's module to all processes.
 
-        Without this, they can differ: each process computes the running statistics of BatchNorm
-        from its own images.
+        Without this method, the modules of the processes may differ: each process computes the
+        running statistics of BatchNorm from its own images.
 
         Args:
             module: the module of this process, which is changed in place. For None, the method does
@@ -235,18 +236,17 @@ class Group:
             load_state(module, self.broadcast(extra), strict=False)
 
     def synchronized(self, batches: Iterable[T], number: int) -> Iterator[T]:
-        """Yields the batches of this process, each as soon as every process has loaded its own.
+        """Yields the batches of this process, each when all processes have loaded theirs.
 
-        If a process cannot load its batch or receives a signal, all processes raise an error before
-        the same batch. With several processes, the next batch is loaded and a message about it is
-        sent before the current batch is yielded. The message travels while the current batch is
-        computed, so that it costs no time. A signal that arrives during that time stops all
-        processes one batch later. A single process sends no messages.
+        If a process cannot load its batch or has received a signal, all processes raise an error
+        before the same batch. To find this out, several processes exchange a message per batch.
+        Each batch is loaded, and its message is sent, before the preceding batch is yielded. A
+        signal that comes after the message takes effect one batch later.
 
         Args:
             batches: the batches of this process.
-            number: the largest count of batches that any process has. A process that has fewer
-                keeps exchanging messages with the others until they are done.
+            number: the number of batches of the process that has most. A process with fewer batches
+                exchanges messages until the others are done.
 
         Raises:
             Stopped: one of the processes received a signal.
@@ -273,14 +273,14 @@ class Group:
         return self.stop.interruptible(lambda: next(batches, None))
 
     def _begin_agreement(self, batches: Iterator[T]) -> Pending:
-        """Loads the next batch, and starts an all-reduce that tells the others whether that worked.
+        """Loads the next batch, and begins to tell the other processes whether that worked.
 
         Returns:
-            Four values: the batch (None after the last one or if it was not loaded); the error of
-            this process, or None; an int64 tensor (2); and the all-reduce, which is still running.
-            When it ends, the tensor contains the number of the received signal, and the rank of the
-            process that failed plus 1. Each is 0 if there is none, and the maximum if there are
-            several.
+            Four values. First, the batch; None after the last one, or if it was not loaded. Second,
+            the error of this process, or None. Third, an int64 tensor (2) with the number of the
+            received signal, and the rank plus 1 of a process that failed; 0 stands for none.
+            Fourth, the handle of the all-reduce that replaces both by their maxima over all
+            processes.
         """
         batch = failure = None
         try:
@@ -294,9 +294,12 @@ class Group:
         return batch, failure, state, work
 
     def _end_agreement(self, batch: T | None, failure: Any, state: Any, work: Any) -> T | None:
-        """Waits for the end of the all-reduce, and returns the batch.
+        """Waits for the messages of all processes, and returns the batch of this process.
 
         The arguments are the four values that `_begin_agreement` returned.
+
+        Returns:
+            The batch; None if this process has no more batches.
 
         Raises:
             DataFailed: one of the processes could not load its batch.
@@ -313,7 +316,7 @@ class Group:
     def _signal(self) -> int:
         """Returns the number of the signal that this process received, or 0 if there is none.
 
-        The end of torchrun, which started this process, counts as SIGTERM.
+        If torchrun, which started this process, has ended, this counts as SIGTERM.
         """
         if self.stop.received is None and os.getppid() != self._launcher:
             return signal.SIGTERM
@@ -325,7 +328,7 @@ ALONE = Group()
 
 @contextlib.contextmanager
 def process_group(stop: StopSignals) -> Iterator[Group]:
-    """Connects the processes that torchrun started, and disconnects them when the context ends.
+    """Connects the processes that torchrun started, and disconnects them at the end of the context.
 
     Yields a `Group` of these processes. Without torchrun, it consists of this process alone.
 
@@ -353,7 +356,7 @@ def _attempt() -> str:
     """Returns a prefix for keys in torchrun's store, such as "attempt 1" after the first restart.
 
     The store keeps the addresses of the processes. Without the prefix, a restarted process would
-    look for the others at the addresses that they had before the restart.
+    find the addresses from before the restart.
     """
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT') if shared else 0}"

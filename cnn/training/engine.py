@@ -24,8 +24,9 @@ def train_one_epoch(run: Run, batches: Iterable[Batch]) -> Iterator[int]:
     `run.state` is complete and may be saved.
 
     Args:
-        run: its state is changed in place.
-        batches: the batches of the epoch, beginning with the one whose index is `run.state.batch`.
+        run: the run, whose state is changed in place.
+        batches: this process's share of the batches of the epoch, beginning with the batch whose
+            index in the epoch is `run.state.batch`.
 
     Yields:
         The number of batches in the optimizer step just taken.
@@ -70,21 +71,21 @@ def evaluate(
     epoch: int,
     group: Group = ALONE,
 ) -> Metrics:
-    """Returns the metrics of a model over batches, without changing the model or the loss function.
+    """Evaluates a model on batches, and returns its metrics.
 
-    Their state dicts are restored even if loading a batch raises an exception.
+    Afterwards, the state dicts of the model and the loss function are restored. This is done even
+    if loading a batch raises an exception.
 
     Args:
-        model: evaluated in evaluation mode.
-        batches: every `group.size`-th batch of a split, beginning with the one whose index is
+        model: the model, which is put into evaluation mode for the duration of the call.
+        batches: every `group.size`-th batch of a split, beginning with the batch whose index is
             `group.rank`; in a single process, all batches.
         loss_function: computes the mean loss () from logits (N, classes) and labels (N).
         autocast: returns the context in which a forward pass runs.
         metrics: empty metrics, to which every batch is added; an `EvaluationMetrics` if there are
             several processes.
-        seed, epoch: the seed of the run and the number of an epoch. Together with the index of a
-            batch, they seed its random numbers. They matter only to a model that draws random
-            numbers in evaluation, such as one with Monte-Carlo dropout.
+        seed, epoch: the seed of the run and the number of an epoch. With the index of a batch, they
+            seed the random numbers that some models draw even in evaluation mode.
         group: the processes that evaluate together; all of them get the same metrics.
 
     Returns:
@@ -110,22 +111,24 @@ def evaluate(
 
 
 def in_chunks(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Returns an iterator over lists of `size` batches, the last of which may be shorter.
+    """Returns an iterator over lists of `size` batches; the last list may be shorter.
 
-    All batches of an optimizer step are loaded before the first of them is used. A batch that
-    cannot be loaded thus never leaves a step half done. Without worker processes, the augmentations
-    draw from the same global generators as the model. Loading first keeps their draws apart.
+    Each list contains the batches of one optimizer step. All of them are loaded before the step
+    begins. A batch that cannot be loaded thus never leaves a step half done.
     """
+    # Without worker processes, the augmentations draw from the same global generators as the model;
+    # loading first keeps their draws apart.
     batches = iter(batches)
     return iter(lambda: list(itertools.islice(batches, size)), [])
 
 
 def seed_batch(run: Run, number: int) -> None:
-    """Seeds the global random generators, from which dropout draws, for a training batch.
+    """Seeds the global random generators for a training batch, so that its dropout can be repeated.
 
     Args:
-        run: its state contains the index of the optimizer step, which is part of the seed.
-        number: the index of the batch within the step.
+        run: the run. Its seed, the index of its optimizer step and the key of its process group
+            determine the random numbers, together with `number`.
+        number: the index of the batch within the optimizer step.
     """
     key = (seeding.STEP, run.state.step, number, *run.group.key)
     seeding.seed_step(run.state.device, run.cfg.seed, *key)
@@ -135,8 +138,8 @@ def clip_gradients(state: TrainingState, max_norm: float) -> None:
     """Scales the gradients down so that their norm over all parameters is at most `max_norm`.
 
     Args:
-        state: contains the optimizer, whose gradients are changed in place. If the gradient scaler
-            has scaled them, they are unscaled first.
+        state: the state of the run. The gradients of its optimizer's parameters are changed in
+            place. If its gradient scaler has scaled them (fp16), this is undone first.
         max_norm: the largest L2 norm.
     """
     state.scaler.unscale_(state.optimizer)
@@ -145,9 +148,9 @@ def clip_gradients(state: TrainingState, max_norm: float) -> None:
 
 
 def set_training_mode(model: nn.Module) -> None:
-    """Puts a model into training mode, except the BatchNorm layers whose parameters are frozen.
+    """Puts a model into training mode, except BatchNorm layers of which all parameters are frozen.
 
-    Those layers are in evaluation mode, so that their running statistics do not change.
+    Those layers are put into evaluation mode, so that their running statistics do not change.
     """
     model.train()
     for module in model.modules():

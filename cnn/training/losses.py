@@ -14,18 +14,19 @@ from cnn.utils.importing import import_object
 def build_loss(cfg: LossConfig, labels: np.ndarray, classes: list[str]) -> nn.Module:
     """Builds the loss function.
 
-    It is a module that takes logits (N, classes) and labels (N) and returns their mean loss ().
-
     Args:
         cfg: the settings of the loss.
         labels: the labels of the training images, int64 (number of images). They are used only for
             the setting `class_weights: balanced`.
         classes: the names of the classes, in the order of the logits.
 
+    Returns:
+        A module that takes logits (N, classes) and labels (N) and returns their mean loss ().
+
     Raises:
-        Refused: there is not one class weight per class, or a loss function of the user's own
-            cannot be imported, does not take the keywords in `loss.args`, or has trainable
-            parameters.
+        Refused: the number of class weights is not the number of classes. Or a loss function of the
+            user's own cannot be imported, does not take the keywords in `loss.args`, or has
+            trainable parameters.
     """
     weights = _class_weights(cfg.class_weights, labels, classes)
     return LOSSES[cfg.name](cfg, weights) if cfg.name in LOSSES else _build_user_loss(cfg)
@@ -40,7 +41,7 @@ LOSSES: dict[str, Callable[[LossConfig, torch.Tensor | None], nn.Module]] = {
 
 
 def has_state(loss: nn.Module) -> bool:
-    """Returns whether checkpoints contain the state dict of this loss function.
+    """Returns whether checkpoints contain the state dict of a loss function.
 
     They contain it for every loss function except cross-entropy.
     """
@@ -48,19 +49,21 @@ def has_state(loss: nn.Module) -> bool:
 
 
 def class_weights(loss: nn.Module) -> list[float] | None:
-    """Returns the weight of every class in a cross-entropy loss, as plain numbers for a checkpoint.
+    """Returns the class weights of a loss function, as plain numbers for a checkpoint.
 
-    Returns None for a cross-entropy loss without weights and for any other loss function.
+    Returns:
+        One weight per class. None for cross-entropy without class weights and for any other loss
+        function.
     """
     weights = None if has_state(loss) else loss.weight
     return None if weights is None else weights.tolist()
 
 
 class _FunctionLoss(nn.Module):
-    """A module that calls a loss function which the user wrote as a plain Python function.
+    """A module that wraps a loss function which the user wrote as a plain Python function.
 
     Args:
-        function: returns the mean loss () of logits (N, classes) and labels (N).
+        function: takes logits (N, classes) and labels (N), and returns their mean loss ().
     """
 
     def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):

@@ -42,6 +42,10 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
 
     Parameters whose learning rate is set to 0 by `optim.groups` get `requires_grad=False`.
 
+    Args:
+        cfg: the settings of the optimizer.
+        model: the model whose parameters are trained.
+
     Raises:
         Refused: a pattern matches no parameter or takes too long, all parameters are frozen,
             `optim.args` contains a keyword that the optimizer does not take, or the optimizer does
@@ -68,10 +72,11 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
 
 
 def _keyword_arguments(cfg: OptimConfig, kind: Callable, groups: Groups) -> dict[str, Any]:
-    """Returns the optimizer's keyword arguments, except lr and weight_decay, which groups contain.
+    """Returns the keyword arguments with which the optimizer is built, without lr and weight_decay.
 
-    They are the settings in `cfg` that the optimizer takes, and `optim.args`. Optimizers of torch
-    are fused where the types of the parameters permit it.
+    They are those settings in `cfg` that the optimizer takes, and all entries of `optim.args`. For
+    optimizers of torch, "fused" is added if they take it and `optim.args` does not contain
+    "foreach".
 
     Args:
         cfg: the settings of the optimizer.
@@ -95,16 +100,14 @@ def _keyword_arguments(cfg: OptimConfig, kind: Callable, groups: Groups) -> dict
 
 
 def _check_optimizer(cfg: OptimConfig, optimizer: Any) -> None:
-    """Checks that the training step can use an optimizer.
+    """Raises Refused if the training step cannot use an optimizer.
 
     Logs a warning if `optim.weight_decay` is set and the optimizer has no weight decay.
 
     Args:
-        cfg: the settings of the optimizer, for the messages.
-        optimizer: the object that the user's class or function returned.
-
-    Raises:
-        Refused: the object is no torch Optimizer, or its `step` needs a closure.
+        cfg: the settings of the optimizer.
+        optimizer: the object that was built from the settings. It is refused if it is no torch
+            Optimizer, or if its `step` needs a closure.
     """
     if not isinstance(optimizer, Optimizer):
         kind = type(optimizer).__name__
@@ -117,14 +120,19 @@ def _check_optimizer(cfg: OptimConfig, optimizer: Any) -> None:
 
 
 def _group_parameters(cfg: OptimConfig, model: nn.Module) -> Groups:
-    """Returns the parameter groups for the optimizer.
+    """Returns the parameter groups for the optimizer, in the form that torch's optimizers take.
 
-    There is one for each combination of learning rate, weight decay and freezing. Parameters with
-    fewer than two dimensions, such as biases and the parameters of norms, get no weight decay.
-    Parameters that an entry of `optim.groups` with `lr_scale: 0` matches are left out and get
-    `requires_grad=False`. Parameters that `optim.freeze` matches are in separate groups, which
-    contain the number of frozen epochs under "freeze_epochs". Separate groups are needed because
-    all parameters of a group must have taken the same number of steps.
+    All parameters of a group have the same learning rate and the same weight decay. Parameters with
+    fewer than two dimensions, such as biases, get no weight decay. Parameters for which
+    `optim.groups` sets `lr_scale: 0` are in no group and get `requires_grad=False`.
+
+    Parameters that `optim.freeze` matches are in groups of their own, which contain the number of
+    frozen epochs under "freeze_epochs". All parameters of a group thus have taken the same number
+    of steps.
+
+    Args:
+        cfg: the settings of the optimizer.
+        model: the model whose parameters are grouped.
 
     Raises:
         Refused: a pattern matches no parameter, or all parameters are frozen.
@@ -153,9 +161,9 @@ def _group_parameters(cfg: OptimConfig, model: nn.Module) -> Groups:
 
 
 def _match_frozen_first(cfg: OptimConfig, trained: Collection[str]) -> Collection[str]:
-    """Returns the names of the parameters that `optim.freeze` matches.
+    """Returns the names of the parameters that are frozen during the first epochs.
 
-    These parameters are frozen during the first epochs.
+    They are those that `optim.freeze` matches.
 
     Args:
         cfg: the settings of the optimizer.
@@ -179,7 +187,8 @@ def _match(key: str, pattern: str, names: Collection[str]) -> list[str]:
     """Returns the names in which a regular expression is found.
 
     Args:
-        key: the setting that contains the pattern, for the message: "optim.groups[0].match".
+        key: the setting that contains the pattern, such as "optim.groups[0].match"; the error
+            message begins with it.
         pattern: the regular expression.
         names: the names of parameters, such as "fc.weight".
 
@@ -196,9 +205,7 @@ def _match(key: str, pattern: str, names: Collection[str]) -> list[str]:
 def freeze(optimizer: Optimizer, epoch: int) -> None:
     """Freezes parameters of an optimizer during the first epochs, and unfreezes them afterwards.
 
-    It sets `requires_grad` of the parameters in the groups that contain the key "freeze_epochs".
-    The optimizer skips parameters without a gradient and has no state for them. The result depends
-    on the epoch alone, so that a resumed run needs nothing else from its checkpoint.
+    Sets `requires_grad` of the parameters in those groups that contain the key "freeze_epochs".
 
     Args:
         optimizer: an optimizer that `build_optimizer` returned.
@@ -206,18 +213,21 @@ def freeze(optimizer: Optimizer, epoch: int) -> None:
             "freeze_epochs" of their group.
     """
     for group in optimizer.param_groups:
-        if FREEZE in group:
+        if FREEZE in group:  # torch's optimizers skip parameters without a gradient
             for parameter in group["params"]:
                 parameter.requires_grad_(epoch >= group[FREEZE])
 
 
 @functools.cache
 def _without_compiler(kind: type[Optimizer]) -> type[Optimizer]:
-    """Returns a subclass of a torch optimizer whose methods lack the wrappers for torch.compile.
+    """Returns a subclass of a torch optimizer whose methods are not wrapped for torch.compile.
 
-    The wrappers (torch/_compile.py, torch/optim/optimizer.py) import torch._dynamo when they are
-    first called, even if nothing is compiled. Without them, a run starts 1 to 4 seconds earlier.
-    Measured to the first step of SGD: 4.1, 4.5 and 2.4 s with the wrappers, 0.01 s without them.
+    When a wrapper is first called, it imports torch._dynamo, even if nothing is compiled (see
+    torch/_compile.py and torch/optim/optimizer.py). The subclass saves this time. Measured up to
+    the first step of SGD: 4.1, 4.5 and 2.4 s with the wrappers, 0.01 s without them.
+
+    Args:
+        kind: the class of the optimizer, such as torch.optim.SGD.
     """
     names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
     methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}

@@ -32,7 +32,7 @@ DOES_NOT_FIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint from which a run resumes, and settings that fit it.
+    """A checkpoint from which a run resumes, with the settings of the resumed run.
 
     Attributes:
         path: the file of the checkpoint.
@@ -48,15 +48,18 @@ class Checkpoint:
 
 
 def run_name(command: Command, cfg: Config) -> str | None:
-    """Returns the name of the run that a command trains; its folders have this name.
+    """Returns the name of the run that a command trains, such as "first".
 
     With `--resume FILE` and without `--config`, it is the name in the checkpoint, unless the
-    command line contains `run=NAME`. Otherwise, it is the name in `cfg`. None is the name of a run
-    that writes directly into logs/ and checkpoints/.
+    command line contains `run=NAME`. Otherwise, it is the name in `cfg`.
 
     Args:
         command: the command line.
-        cfg: the settings without the checkpoint.
+        cfg: the settings without those in the checkpoint.
+
+    Returns:
+        The name. The run writes to the folders of this name in logs/ and checkpoints/; for None, it
+        writes directly to logs/ and checkpoints/.
 
     Raises:
         Refused: the checkpoint does not exist or is damaged, or a setting is not valid.
@@ -75,14 +78,14 @@ def run_name(command: Command, cfg: Config) -> str | None:
 def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | None:
     """Returns the checkpoint to resume from: the file after `--resume`, or the run's latest one.
 
-    The resumed run has the settings in the checkpoint. With `--config FILE`, it has the settings in
-    FILE instead. In both cases, settings on the command line replace them. The attribute
-    `command.places` is updated with the places where these settings were found.
+    The resumed run has the settings in the checkpoint or, with `--config FILE`, those in FILE.
+    Settings on the command line replace them. `command.places`, the places where settings were
+    found, is updated in place.
 
     Args:
         command: the command line.
-        cfg: the settings without the checkpoint. Without a file after `--resume`, the latest
-            checkpoint is searched in the folder of the run that they name.
+        cfg: the settings without those in the checkpoint. If `--resume` names no file, they contain
+            the name of the run whose latest checkpoint is taken.
 
     Returns:
         The checkpoint with the settings of the resumed run, or None if `--resume` names no file and
@@ -115,12 +118,12 @@ def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | Non
 
 
 def readable_checkpoints(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yields path and content of every checkpoint that can be read.
+    """Yields the path and the content of every checkpoint that can be read.
 
-    Logs a warning for each other one.
+    Logs a warning for every checkpoint that cannot be read.
 
     Args:
-        paths: files of checkpoints, which are read one by one.
+        paths: the files of the checkpoints, which are read one by one.
     """
     for path in paths:
         try:
@@ -130,10 +133,13 @@ def readable_checkpoints(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str
 
 
 def latest_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
-    """Returns path and content of the latest checkpoint of a run.
+    """Returns the path and the content of the latest checkpoint of a run.
 
-    It is last.pth. If last.pth is missing or damaged, it is the readable checkpoint with the
+    This is last.pth. If last.pth is missing or damaged, it is the readable checkpoint with the
     largest number of optimizer steps.
+
+    Args:
+        folder: the folder of the run.
 
     Returns:
         The path and the content, or None if the run has no checkpoint yet.
@@ -157,7 +163,15 @@ def latest_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
 
 
 def check_version(path: Path, content: dict[str, Any]) -> None:
-    """Refuses a checkpoint of a later version, whose augmentations draw in another way."""
+    """Raises Refused if a checkpoint was written by a newer version of this project.
+
+    The augmentations of a newer version draw other random numbers, so that the run could not go on
+    as it began.
+
+    Args:
+        path: the file of the checkpoint, for the message.
+        content: the entries of the checkpoint; "draws" is the version of the augmentations.
+    """
     if content.get("draws", 1) > DRAWS:
         raise Refused(f"{path}: written by a newer version of this project, which draws otherwise")
 
@@ -191,7 +205,7 @@ def check_settings(
         saved: the nested settings in the checkpoint.
         cfg: the settings of the resumed run.
         typed: the keys given on the command line, such as {"optim.lr"}. Some settings may change
-            only if they are among these.
+            only if their key is given there.
         places: for each key, the place where its value was found, such as "config.yaml:4". The
             message begins with the place of the first setting that may not change.
 
@@ -238,7 +252,7 @@ def reason_of(error: Exception) -> str:
 
 
 def restore(state: TrainingState, checkpoint: Checkpoint, data: Data, loader: Loader) -> None:
-    """Loads a checkpoint into the state of a run, after checking that its data is unchanged.
+    """Loads a checkpoint into the state of a run, after checking that the data has not changed.
 
     If epochs are left to train, the result of an earlier test is removed from the state, because
     another epoch may become the best one.
@@ -278,12 +292,13 @@ def restore(state: TrainingState, checkpoint: Checkpoint, data: Data, loader: Lo
 
 
 def _check_position(checkpoint: Checkpoint, loader: Loader) -> None:
-    """Raises Refused if a checkpoint contains a number of steps or images that is not possible.
+    """Raises Refused if a checkpoint contains impossible numbers of steps, batches or images.
 
     Args:
         checkpoint: contains the numbers of completed epochs and steps, and of the batches and
             images of the unfinished epoch.
-        loader: the loader of the training images, from which the possible numbers follow.
+        loader: the loader of the training images, which knows the number of batches per epoch and
+            their sizes.
     """
     content, accumulate = checkpoint.content, checkpoint.cfg.train.accumulate
     epoch, step, batch = content["epoch"], content["step"], content["unfinished_epoch"]["batch"]
@@ -296,12 +311,12 @@ def _check_position(checkpoint: Checkpoint, loader: Loader) -> None:
 
 
 def prepare_folder(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
-    """Prepares the folder of a run, and moves files away that the run would overwrite.
+    """Prepares the folder of a run, and moves away files that the run would overwrite.
 
-    If the folder contains another run, all of its files are moved to an archive folder. If the run
-    resumes in its own folder, only checkpoints that do not fit are moved: damaged ones, those of
-    other runs and those with more steps. Afterwards, last.pth is the checkpoint from which the run
-    resumes, and best.pth is the best epoch that this checkpoint names.
+    If the folder contains another run, all files of that run are moved to an archive folder. If the
+    run resumes in its own folder, only checkpoints that do not precede `checkpoint` are moved.
+    Afterwards, last.pth has the content of `checkpoint`, and best.pth contains the best epoch up to
+    then.
 
     Args:
         folder: the folder in which the run trains.
@@ -332,8 +347,8 @@ def _metadata(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
 
     Args:
         path: the file to read.
-        checkpoint: a checkpoint that has been read. If `path` is its file, its content is returned
-            without reading the file again.
+        checkpoint: the checkpoint from which the run resumes. If `path` is its file, its content is
+            returned, and nothing is read.
 
     Returns:
         The values by key, or None if the file is damaged.
@@ -351,21 +366,23 @@ def _is_same_run(metadata: dict[str, Any] | None, checkpoint: Checkpoint) -> boo
 def _set_others_aside(
     folder: RunFolder, checkpoint: Checkpoint, existing: dict[Path, dict[str, Any] | None]
 ) -> None:
-    """Moves away checkpoints that do not precede `checkpoint`, and copies it to last.pth.
+    """Moves checkpoints away that do not precede the one from which the run resumes.
 
-    Moved are damaged files, files of other runs, and files with more steps, whose run may have
-    continued with other settings. If `checkpoint` is last.pth itself, only files of other runs are
-    moved: a file with more steps was written just before the run was killed, and the run will write
-    it again.
+    These are damaged files, files of other runs, and files with more steps, which the run may have
+    taken with other settings. If the run resumes from last.pth, only files of other runs are moved.
+    Otherwise, the checkpoint from which it resumes is copied to last.pth.
 
     Args:
         folder: the folder in which the run trains.
         checkpoint: the checkpoint from which the run resumes.
-        existing: the plain values of every checkpoint in the folder; None for a damaged one.
+        existing: for every checkpoint in the folder, its plain values, such as its step; None for a
+            damaged file.
     """
     resumes_last = _is_same_file(folder.last, checkpoint.path)
     reasons = {}
     for path, metadata in existing.items():
+        # If the run resumes from last.pth, a file with more steps was written just before the run
+        # was killed. The run will write it again.
         if metadata is None:
             reasons[path] = None if resumes_last else "damaged"
         elif not _is_same_run(metadata, checkpoint):
@@ -392,15 +409,15 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _copy_best(folder: RunFolder, checkpoint: Checkpoint) -> None:
-    """Makes best.pth the checkpoint of the best epoch that `checkpoint` names.
+    """Copies the best epoch so far to best.pth, unless best.pth contains it already.
 
-    If best.pth is damaged or contains another epoch, the best epoch is searched in the other files
-    of its folder and in the folder of `checkpoint`. If no readable file contains it, a warning is
-    logged.
+    The epoch is searched in all checkpoints of the run's folder and of the folder of `checkpoint`.
+    If no readable file contains it, a warning is logged.
 
     Args:
         folder: the folder in which the run trains.
-        checkpoint: the checkpoint from which the run resumes.
+        checkpoint: the checkpoint from which the run resumes. It contains the number of the best
+            epoch so far; if there is none, nothing is copied.
     """
     best, started = checkpoint.content["best"], checkpoint.content["started"]
     if best is None:

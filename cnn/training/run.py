@@ -30,8 +30,8 @@ class Run:
         train_loader, val_loader, test_loader: the loaders of the three splits.
         loss: the loss function.
         state: everything that changes during the run, such as the model and the optimizer.
-        train_model: the model as training steps call it. The settings and the number of processes
-            decide whether it is compiled and whether it is wrapped in DistributedDataParallel.
+        train_model: the model of `state` as training steps call it: compiled if `train.compile` is
+            set, and wrapped in DistributedDataParallel if there are several processes.
         precision: the precision of a forward pass: "fp32", "bf16" or "fp16".
         metadata: the entries of every checkpoint that do not change during the run.
         trace: an object that records every batch for `train.py --drill`; None in other runs.
@@ -66,18 +66,18 @@ class Run:
         return env.autocast(self.state.device, self.precision)
 
     def evaluation_metrics(self, *, of_result: bool = False) -> EvaluationMetrics:
-        """Returns metrics that contain no batches yet.
+        """Returns an `EvaluationMetrics` to which no batch has been added yet.
 
         Args:
-            of_result: whether they are the metrics of the final test; otherwise, they are those of
-                the validation after an epoch, which are fewer.
+            of_result: whether it computes the metrics of the final test. If False, it computes the
+                metrics of the validation after an epoch, which are fewer.
         """
         number, monitor = len(self.data.classes), self.cfg.checkpoint.monitor
         names = result_metrics(number) if of_result else epoch_metrics(number, monitor)
         return EvaluationMetrics(self.state.device, number, names)
 
     def train_batches(self) -> Iterator[Batch]:
-        """Yields this process's share of every remaining batch of the current epoch."""
+        """Yields this process's share of each remaining batch of the current epoch."""
         state, loader = self.state, self.train_loader
         batches = loader.train_batches(state.epoch + 1, start=state.batch)
         batches = self.group.synchronized(batches, len(loader) - state.batch)
@@ -90,9 +90,8 @@ class Run:
 
         Args:
             loader: the loader of the evaluated split.
-            part: "validation" or "test"; `self.trace` records it with every batch.
-            metrics: the metrics to which the caller adds the batches; `self.trace` records their
-                sums.
+            part: "validation" or "test", which the trace of the run records, if there is one.
+            metrics: the metrics to which the caller adds the batches. The trace records their sums.
         """
         batches = self.group.synchronized(loader.batches(), loader.num_batches_per_rank())
         return self._traced(batches, part, metrics)
@@ -107,7 +106,7 @@ def num_steps(cfg: Config, loader: Loader) -> int:
     """Returns the number of optimizer steps per epoch.
 
     Args:
-        cfg: the settings, which contain the number of batches per optimizer step.
+        cfg: the settings. `train.accumulate` is the number of batches per optimizer step.
         loader: the loader of the training images; its length is the number of batches per epoch.
     """
     return -(-len(loader) // cfg.train.accumulate)

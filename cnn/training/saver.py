@@ -22,12 +22,15 @@ logger = logging.getLogger(__name__)
 
 
 class Saver:
-    """A context manager that saves a run to last.pth, best.pth and epoch_NNN.pth.
+    """A context manager that saves a run to its checkpoints.
 
-    Within the context, a signal does not interrupt a training step: Stopped is raised after it. If
-    Stopped or DataFailed ends the context, the state is saved. At the end of the context, Saver
+    The checkpoints are last.pth with the latest state, best.pth with the best epoch, and
+    epoch_NNN.pth with each epoch that `checkpoint.every_epochs` selects.
+
+    Within the context, a signal does not interrupt a training step: Stopped is raised when the step
+    is done. If Stopped or DataFailed ends the context, the state is saved. At its end, the context
     waits until every file is written, and raises Failed if the latest state could not be saved.
-    After an error other than Failed, it logs the command that resumes the run.
+    After any error except Failed, the command that resumes the run is logged.
 
     Args:
         run: the run whose state is saved.
@@ -65,7 +68,8 @@ class Saver:
     def _newest_readable(self) -> str:
         """Returns a sentence for an error message that names a readable checkpoint of the run.
 
-        The method tries last.pth first. If no checkpoint can be read, the sentence says that.
+        If last.pth can be read, the sentence names it. If no checkpoint can be read, the sentence
+        says so.
         """
         for path, content in readable_checkpoints(self.folder.saved()):
             return f"Safe is {path}, {checkpoint.position_text(content)}: --resume {path}"
@@ -81,14 +85,15 @@ class Saver:
         return passed
 
     def between_steps(self) -> None:
-        """Saves a checkpoint if one is due, and stops a single process that has received a signal.
+        """Saves a checkpoint if one is due, and raises Stopped if a signal has come.
 
-        Has to be called after every optimizer step. It also adds the duration of the step to that
-        of the epoch.
+        Has to be called after every optimizer step. The duration of the step is added to
+        `state.seconds`.
 
         Raises:
-            Failed: the loss or a weight is not finite; nothing is saved. On the CPU the loss is
-                checked after every step, on other devices only when a checkpoint is due.
+            Failed: the loss is not finite, or a weight in a checkpoint that is due is NaN; nothing
+                is saved. On the CPU the loss is checked after every step, on other devices only
+                when a checkpoint is due.
             Stopped: a signal has come, and the run has a single process.
         """
         cfg = self.run.cfg.checkpoint
@@ -111,8 +116,8 @@ class Saver:
             improved: whether the epoch is the best one so far.
 
         Raises:
-            Failed: the training loss, the validation loss or a weight is not finite; nothing is
-                saved.
+            Failed: the training loss or the validation loss is not finite, or a weight is NaN;
+                nothing is saved.
         """
         row, every = self.state.history[-1], self.run.cfg.checkpoint.every_epochs
         for name in ("train_loss", "val_loss"):
@@ -126,9 +131,9 @@ class Saver:
         """Begins to write the state to last.pth, in a background thread of rank 0.
 
         Args:
-            best: the path of best.pth if the state is that of the best epoch; the same content is
-                written there. None otherwise.
-            also: other paths at which the same content is written, such as epoch_005.pth.
+            best: the path of best.pth if this is the state of the best epoch, which is then written
+                there, too; otherwise None.
+            also: further paths to which the state is written, such as that of epoch_005.pth.
 
         Raises:
             Failed: the loss is not finite or a weight is NaN; nothing is saved.
@@ -160,11 +165,12 @@ class Saver:
     def load_best(self, model: nn.Module) -> None:
         """Loads the weights of the best epoch into a model.
 
-        They come from memory if they are not written yet, otherwise from a file of the run. If the
-        run has no best epoch, the weights of the model do not change.
+        The weights are taken from memory if they could not be written to a file, otherwise from a
+        file of the run. If the run has no best epoch, the weights of the model do not change.
 
         Args:
-            model: the model to test, which is changed in place in every process.
+            model: the model to test, which is changed in place. Every process has to call this
+                method.
 
         Raises:
             Failed: no readable file contains the weights of the best epoch.
@@ -185,7 +191,7 @@ class Saver:
     def _read_best(self, epoch: int) -> dict[str, Any]:
         """Returns the content of a checkpoint that was saved at the end of the best epoch.
 
-        It tries best.pth first, and then the other checkpoints of the run.
+        The file best.pth is tried first, and then the other checkpoints of the run.
 
         Args:
             epoch: the number of the best epoch, from 1.

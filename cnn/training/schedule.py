@@ -17,19 +17,19 @@ ONECYCLE_LAST = 1e-4 / 25
 
 
 class Schedule:
-    """A schedule that sets the learning rate of every step with torch's schedulers.
+    """A schedule that sets the learning rate of every step.
 
-    Every schedule except `plateau` computes the learning rate from the index of the step alone
-    (LambdaLR). This index is its whole state. The schedule `plateau` does the same during the
-    warm-up. Afterwards, it lowers the learning rate when the monitored metric stops improving
-    (ReduceLROnPlateau).
+    Every schedule except `plateau` computes the learning rate from the index of the step alone,
+    with torch's LambdaLR. The schedule `plateau` does so during the warm-up only. Afterwards,
+    torch's ReduceLROnPlateau lowers the learning rate when the monitored metric stops improving.
 
     Args:
         cfg: the settings of the schedule.
         optimizer: the optimizer, whose learning rates are changed in place.
         steps_per_epoch: the number of optimizer steps per epoch.
         epochs: the number of epochs of the whole run.
-        mode: "min" or "max", the direction in which the monitored metric improves.
+        mode: the direction in which the monitored metric improves: "min" if lower values are
+            better, "max" if higher ones are.
     """
 
     def __init__(
@@ -54,18 +54,15 @@ class Schedule:
             )
 
     def step(self) -> None:
-        """Sets the learning rate of the next step.
-
-        Has to be called after every optimizer step.
-        """
+        """Sets the learning rate of the next step. Has to be called after every optimizer step."""
         if self.plateau is None or self.by_step.last_epoch < self.warmup_steps:
             self.by_step.step()
 
     def end_epoch(self, metric: float) -> None:
-        """Passes the monitored metric to ReduceLROnPlateau, which may lower the learning rate.
+        """Lowers the learning rate if the schedule is `plateau` and the metric stopped improving.
 
-        Has to be called after every validation. It does nothing during the warm-up or if the
-        schedule is not `plateau`.
+        Has to be called after every validation. Other schedules ignore the call, and so does
+        `plateau` during the warm-up.
 
         Args:
             metric: the value of the monitored metric in this validation.
@@ -83,8 +80,8 @@ class Schedule:
     def load_state_dict(self, state: dict) -> None:
         """Restores a state that `state_dict` returned, and sets the learning rate of its step.
 
-        The schedule `plateau` leaves the learning rate unchanged after the warm-up, because the
-        state dict of the optimizer restores it.
+        For the schedule `plateau` after the warm-up, the learning rate is left as it is: the state
+        dict of the optimizer restores it.
         """
         self.by_step.last_epoch = step = state["by_step"]["last_epoch"]
         if self.plateau is None or step < self.warmup_steps:
@@ -96,7 +93,7 @@ class Schedule:
                 setattr(self.plateau, name, state["plateau"][name])
 
     def _factor(self, step: int) -> float:
-        """Returns the factor on the initial learning rate of every parameter group at a step.
+        """Returns the number by which each group's initial learning rate is multiplied at a step.
 
         Args:
             step: the index of the optimizer step, from 0.

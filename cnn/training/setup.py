@@ -44,14 +44,14 @@ def build_run(
 
     Args:
         cfg: the settings.
-        folder: where the run writes; None for the folder that `cfg.run` names.
+        folder: the folder to which the run writes; None for the folder that `cfg.run` names.
         group: the processes that train together. Every process has to call this function.
         checkpoint: the checkpoint whose state is restored; None for a new run.
         max_batches: the number of batches of every split to use, for a short run; None for all.
         trace: an object that records every batch for `train.py --drill`; None for other runs.
 
     Raises:
-        Refused: something is missing, or the settings, data, hardware and checkpoint do not fit.
+        Refused: a file is missing, or settings, data, hardware and checkpoint do not fit.
     """
     device = env.choose_device(cfg.device, group.launch)
     check_group(cfg, device, group)
@@ -112,7 +112,8 @@ def _build_model(
     """Builds the model on its device.
 
     With `train.sync_batchnorm` and several processes, its BatchNorm layers become SyncBatchNorm.
-    For bf16 on CPUs with AMX, some layers are replaced by faster ones.
+    For bf16 on CPUs with AMX, some layers of a model that is not compiled are replaced by faster
+    ones.
 
     Args:
         cfg: the settings.
@@ -120,9 +121,9 @@ def _build_model(
         device: the device of this process.
         precision: the precision of a forward pass: "fp32", "bf16" or "fp16".
         group: the processes that train together.
-        from_scratch: whether this is a new run, whose initial weights are those that the settings
-            name. If False, these weights are not read: the checkpoint replaces them, and their file
-            may no longer exist.
+        from_scratch: whether this is a new run, which begins with the pretrained weights if the
+            settings name any. If False, these weights are not read: the checkpoint replaces them,
+            and their file may no longer exist.
     """
     wanted = cfg.model
     if not from_scratch:
@@ -141,8 +142,8 @@ def _build_model(
 def _build_loaders(cfg: Config, data: Data, device: torch.device, group: Group) -> list[Loader]:
     """Builds the loaders of the training, validation and test images, in this order.
 
-    On each machine, one process builds its loaders first. It decodes the images into a cache that
-    the others read.
+    On each machine, one process builds its loaders first and decodes the images into a cache. The
+    other processes of the machine read this cache.
     """
     common = (data.preprocessing, device, cfg.seed)
     share = {"rank": group.rank, "num_ranks": group.size}
@@ -173,13 +174,13 @@ def _build_state(
 def check_group(cfg: Config, device: torch.device, group: Group) -> None:
     """Raises Refused if the settings do not permit training in several processes.
 
-    This is the case on MPS, with fewer than two images per process in a batch, and with
-    SyncBatchNorm without CUDA.
+    Several processes cannot train on MPS, with fewer than two images per process in a batch, or
+    with SyncBatchNorm and without CUDA.
 
     Args:
         cfg: the settings.
         device: the device of this process.
-        group: the processes that train together; a group of one passes every check.
+        group: the processes that train together. A single process is always permitted.
     """
     if group.size == 1:
         return
@@ -195,7 +196,7 @@ def check_group(cfg: Config, device: torch.device, group: Group) -> None:
 def check_one_image(model: nn.Module, shape: tuple[int, ...]) -> None:
     """Raises Refused if the model cannot train on a batch of one image.
 
-    BatchNorm cannot if its input has a single value per channel.
+    A BatchNorm layer cannot train on one image if its input has a single value per channel.
 
     Args:
         model: the model, whose state does not change; it is in training mode afterwards.
@@ -219,7 +220,7 @@ def check_monitor(monitor: str, data: Data) -> None:
 
     Args:
         monitor: the metric by which the best epoch is chosen, such as "val_auc".
-        data: the images and the names of the classes.
+        data: contains the labels of the validation images and the names of the classes.
     """
     number, name = len(data.classes), monitor.removeprefix("val_")
     present = torch.from_numpy(np.unique(data.val.labels))

@@ -24,11 +24,11 @@ MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
 
 
 def build_once_per_node(group: "Group", build: Callable[[], Data]) -> Data:
-    """Builds the data in one process per machine, and maps it into the memory of the others there.
+    """Builds the data in one process per machine, and maps it into the memory of the others.
 
-    Where the data cannot be shared, every process builds it, but not before one process of its
-    machine has built it. Anything that must be downloaded is thus downloaded once. A dataset of the
-    user's own is never shared, because it may contain an open file.
+    If the data cannot be shared, the other processes of the machine build it afterwards. Anything
+    that must be downloaded is thus downloaded once. A dataset of the user's own is never shared,
+    because it may contain an open file.
 
     Args:
         group: the processes that train together. Every process has to call this function.
@@ -63,10 +63,11 @@ def build_once_per_node(group: "Group", build: Callable[[], Data]) -> Data:
 
 
 def _save(data: Data) -> Path | None:
-    """Writes the data to a temporary file and returns its path.
+    """Writes the data to a temporary file, from which other processes can map it into their memory.
 
-    Returns None if the data cannot be shared: it is a dataset of the user's own, or no folder for
-    temporary files has enough space.
+    Returns:
+        The path of the file. None if the data cannot be shared: it is a dataset of the user's own,
+        or no folder for temporary files has enough space.
     """
     if isinstance(data.train, UserImages):
         return None

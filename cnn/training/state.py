@@ -37,16 +37,18 @@ class TrainingState:
             validation of the epoch is done.
         running_metrics: the sums over the training batches of the current epoch.
         seconds: the time spent on the training batches of the current epoch.
-        lr: the learning rate of the latest step, the highest of all parameter groups.
-        group_lrs: the learning rates of the other parameter groups, such as {"lr_x0.1": 0.005}. The
-            key contains the ratio of their initial learning rate to the highest one.
-        best: the keys "metric", "value" and "epoch" of the best epoch; None if there is none yet.
+        lr: the learning rate in the latest step. If the parameter groups have different ones, it is
+            the highest.
+        group_lrs: the learning rates in the latest step of the groups whose initial learning rate
+            is not the highest, such as {"lr_x0.1": 0.005}. The key contains the ratio of the
+            initial learning rate to the highest one.
+        best: a dict with the number of the best epoch under "epoch", the name of the monitored
+            metric under "metric" and its value under "value"; None if there is no best epoch yet.
         epochs_since_best: the number of epochs since the best one.
-        history: the metrics of every completed epoch.
+        history: a dict of metrics for every completed epoch.
         test: the metrics of the final test; None before it.
-        predictions: the predictions for the splits "val" and "test": for each, a dict with the
-            predicted class and its probability for every image. Those for "val" are from the best
-            epoch.
+        predictions: under "val" and "test", a dict with the predicted class and its probability for
+            every image of the split. Those for "val" are from the best epoch.
     """
 
     def __init__(
@@ -98,7 +100,10 @@ class TrainingState:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restores a state that `state_dict` returned.
 
-        An attribute that an older checkpoint lacks keeps its present value.
+        If an older checkpoint lacks an attribute, the attribute keeps its present value.
+
+        Args:
+            saved: the entries of a checkpoint by name.
 
         Raises:
             ValueError: a tensor is missing, or its shape or dtype is not that of the model or
@@ -126,8 +131,8 @@ class TrainingState:
     def _check_tensors(self, saved: dict[str, Any]) -> None:
         """Raises ValueError if the saved tensors do not fit the model or the optimizer.
 
-        It compares names, shapes and dtypes. torch would ignore some of these differences and
-        convert other dtypes without a message.
+        Names, shapes and dtypes are compared, because torch would ignore or convert some of those
+        that differ.
 
         Args:
             saved: a state that `state_dict` returned.
@@ -157,13 +162,12 @@ class TrainingState:
                 check_like(state.get(name), parameters[index] if like.ndim else like, key)
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
-        """Loads the state of the optimizer, but keeps the settings with which it was built.
+        """Loads a saved state into the optimizer, but keeps the settings with which it was built.
 
-        These settings, such as the momentum, equal the saved ones unless the user changed them for
-        this resume. Saved learning rates are multiplied by the change of the initial learning rate.
-        This preserves the reductions of the schedule `plateau`; the other schedules set the
-        learning rate again. An optimizer of the user's own also gets the saved values of options
-        that the settings do not contain.
+        The settings, such as the momentum, may have been changed for this resume. If the initial
+        learning rate was changed, the saved learning rates are multiplied by the ratio of the new
+        to the old one. Reductions by the schedule `plateau` are thus kept. An optimizer of the
+        user's own gets the saved values of those options that are not among the settings.
 
         Args:
             saved: a state dict of the optimizer.
@@ -188,11 +192,12 @@ class TrainingState:
             group["lr"] = lr
 
     def _undo_casts(self, saved: dict[Any, Any]) -> None:
-        """Restores dtypes of the optimizer's state, which torch casts to the parameters' dtypes.
+        """Restores the dtypes that the optimizer's state had when it was saved.
+
+        While loading a state, torch casts it to the dtypes of the parameters.
 
         Args:
-            saved: the saved state of each parameter, by the index of the parameter. Its dtypes are
-                restored.
+            saved: the saved state of each parameter, by the index of the parameter.
         """
         parameters = self._parameters()
         for index in [
@@ -204,11 +209,11 @@ class TrainingState:
                     loaded[name] = clone_tree(value, parameters[index].device)
 
     def _parameters(self) -> list[nn.Parameter]:
-        """Returns the optimizer's parameters; their indices are those in its state dict."""
+        """Returns the optimizer's parameters, in the order of the indices in its state dict."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _is_own_optimizer(self) -> bool:
-        """Returns whether `optim.name` is an import path and not a known name such as "sgd".
+        """Returns whether the optimizer is one of the user's own, not a known one such as "sgd".
 
         `build_optimizer` marks such an optimizer with the attribute `configured`.
         """
@@ -248,8 +253,8 @@ class TrainingState:
             metrics: the metrics of the validation, such as {"loss": 0.1, "acc": 0.98}.
             monitor: the metric by which the best epoch is chosen, such as "val_acc".
             val_seconds: the duration of the validation in seconds.
-            predictions: the predicted class and its probability for every validation image. They
-                are kept if this is the best epoch so far. None keeps nothing.
+            predictions: the predicted class and its probability for every validation image, which
+                are kept if this is the best epoch so far; None if there are none to keep.
 
         Returns:
             Whether this is the best epoch so far.
@@ -279,7 +284,8 @@ class TrainingState:
         training.
 
         Args:
-            cfg: contains the number of epochs, and the patience of early stopping or None.
+            cfg: contains the number of epochs, and the patience of early stopping; a patience of
+                None means that there is no early stopping.
         """
         patience = cfg.early_stop_patience
         stops_early = patience is not None and self.epochs_since_best >= patience
@@ -287,13 +293,17 @@ class TrainingState:
 
 
 def state_of_one_parameter(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Returns the state that an optimizer has for a parameter of shape (1), found by a trial step.
+    """Returns the state that an optimizer keeps for one parameter.
 
-    The step is taken by a copy of the optimizer.
+    To find it, a copy of the optimizer takes a step with a parameter of shape (1).
+
+    Args:
+        optimizer: the optimizer, which does not change.
 
     Returns:
-        The tensors by name, such as {"momentum_buffer": ...}. An entry of shape (1) has the shape
-        of its parameter in general. An entry of shape () is a single number for any parameter.
+        The tensors by name, such as {"momentum_buffer": ...}. A tensor of shape (1) stands for one
+        that has the shape of its parameter. A tensor of shape () is a single number for any
+        parameter.
     """
     parameter = nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
@@ -306,13 +316,14 @@ def state_of_one_parameter(optimizer: torch.optim.Optimizer) -> dict[str, torch.
 
 
 def laid_out_like(tree: Any, parameter: nn.Parameter) -> Any:
-    """Returns a copy of a parameter's optimizer state whose tensors have the parameter's strides.
+    """Returns a copy of an optimizer's state of one parameter, with the strides of the parameter.
 
-    Fused optimizers expect these strides; tensors from a file may have others. Tensors of another
+    Fused optimizers expect these strides, which tensors from a file may lack. Tensors of another
     shape than the parameter become contiguous.
 
     Args:
-        tree: a tensor, a dict of tensors, or another value, which is returned as it is.
+        tree: a tensor, or a dict of tensors and other values. Values that are no tensors are not
+            copied.
         parameter: the parameter to which the state belongs.
     """
     if isinstance(tree, dict):
@@ -342,9 +353,10 @@ def check_like(tensor: Any, expected: torch.Tensor, name: str) -> None:
 
 
 def own_lrs(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Returns the learning rates of the parameter groups that do not have the highest one.
+    """Returns the learning rates of the groups whose initial learning rate is not the highest.
 
-    The groups are compared by their initial learning rates.
+    Args:
+        optimizer: an optimizer whose groups contain "initial_lr", which a scheduler of torch sets.
 
     Returns:
         The present learning rates, such as {"lr_x0.1": 0.005}. The key contains the ratio of the
