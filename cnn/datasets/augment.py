@@ -23,7 +23,7 @@ from cnn.utils.importing import import_object
 Transform = Callable[[Tensor], Tensor]  # from an image (C, H, W) to another, mostly uint8
 ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, Tensor)
 
-DRAWS = 2  # version of the random draws; a resume logs if the checkpoint has another version
+DRAWS = 2  # version of the random draws; a resumed run logs it if its checkpoint has another
 RESIZED_CROP_SCALE = (0.35, 1.0)  # as in Wightman et al. (2021); Inception crops down to 0.08
 
 
@@ -191,8 +191,8 @@ def erased_pixels(draws: Tensor, height: int, width: int) -> Tensor:
     """Computes which pixels of each image are to be erased.
 
     Args:
-        draws: N rows of three random numbers, (N, 3), uniform in [0, 1). Column 0 decides whether
-            a square of the image is erased at all. Columns 1 and 2 are y and x of the square's
+        draws: N rows of three random numbers, (N, 3), uniform in [0, 1). Column 0 decides whether a
+            square of the image is erased at all. Columns 1 and 2 are y and x of the square's
             center, as fractions of height and width.
         height: height of the images in pixels.
         width: width of the images in pixels.

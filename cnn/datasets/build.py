@@ -77,12 +77,13 @@ class Data:
         return Data(*cut, self.classes, self.preprocessing)
 
     def fingerprint(self) -> dict[str, int]:
-        """Returns image counts and a checksum, which tell a later run whether the data have changed.
+        """Returns image counts and a checksum, which show a later run whether the data changed.
 
         Returns:
             The number of images, under "train", "val" and "test"; and under "checksum", a CRC-32 of
             the labels and names of all images (file names without their folders) and of
-            `train.checksum()`. That is a checksum of the pixels, or 0 where reading them is slow.
+            `train.checksum()`. That is a checksum of the pixels, or 0 for datasets whose pixels
+            take long to read.
         """
         splits = {"train": self.train, "val": self.val, "test": self.test}
         checksum = self.train.checksum()
@@ -128,12 +129,12 @@ def read_splits(
     Args:
         cfg: the section `data` of the settings.
         model_classes: the class names of a model to evaluate, in the order of its outputs. For
-            image folders and CSV files, a label then is an index into this list. None: the
-            classes are those of the dataset.
+            image folders and CSV files, a label then is an index into this list. None: the classes
+            are those of the dataset.
 
     Returns:
-        Two values: the images by split ("train", "val" or "test"), and the class names in the
-        order of the labels.
+        Two values: the images by split ("train", "val" or "test"), and the class names in the order
+        of the labels.
 
     Raises:
         Refused: the data cannot be read, or `data.args` has a keyword that the dataset does not
@@ -177,8 +178,8 @@ def _choose_preprocessing(cfg: DataConfig, train: Images) -> Preprocessing:
         train: the training images.
 
     Raises:
-        Refused: the settings demand a number of channels that the images do not have and cannot
-            be decoded to, or some images contain NaN.
+        Refused: the settings demand a number of channels that the images do not have and cannot be
+            decoded to, or some images contain NaN.
     """
     channels, smallest, largest = train.sizes()
     if cfg.channels in (1, 3) and isinstance(train, FileImages):

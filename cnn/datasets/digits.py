@@ -21,8 +21,8 @@ def load() -> tuple[dict[str, ArrayImages], list[str]]:
     """Reads the digits and divides them into training and test images.
 
     Returns:
-        Two values: the images by split, the first 898 under "train" and the other 899 under
-        "test"; and the class names "0" to "9".
+        Two values: the images by split, the first 898 under "train" and the other 899 under "test";
+        and the class names "0" to "9".
     """
     with np.load(FILE) as file:
         labels = file["labels"]

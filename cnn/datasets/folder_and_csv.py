@@ -35,17 +35,17 @@ def load_folder(
         on_bad_image: what to do if files do not decode: "stop" to raise Refused, "skip" to leave
             them out and log a warning.
         model_classes: the class names of a model to evaluate, in the order of its outputs. The
-            labels then are indices into this list, and the folder may lack training images and
-            some of the classes. None: the classes are those of the training images.
+            labels then are indices into this list, and the folder may lack training images and some
+            of the classes. None: the classes are those of the training images.
 
     Returns:
-        Two values: the images by split, where those of ROOT/CLASS/* are all under "train"; and
-        the class names in the order of the labels.
+        Two values: the images by split, where those of ROOT/CLASS/* are all under "train"; and the
+        class names in the order of the labels.
 
     Raises:
         Refused: the folder or its training images do not exist, two folders stand for one split
-            (val and valid), a class folder has no images, a class is none of those expected,
-            there are fewer than two classes, or files do not decode.
+            (val and valid), a class folder has no images, a class is none of those expected, there
+            are fewer than two classes, or files do not decode.
     """
     top = Path(root)
     if not top.is_dir():
@@ -78,8 +78,8 @@ def load_csv(
 
     Raises:
         Refused: the CSV file or its training images do not exist, a column or a value is missing,
-            two lines contradict each other, a class is none of those expected, there are fewer
-            than two classes, or image files do not decode.
+            two lines contradict each other, a class is none of those expected, there are fewer than
+            two classes, or image files do not decode.
     """
     file = Path(root)
     columns, rows = _read_table(file)
@@ -204,8 +204,8 @@ def _read(
         listing: by split, (image file, class name) for every image.
         on_bad_image: what to do if files do not decode: "stop" to raise Refused, "skip" to leave
             them out and log a warning.
-        model_classes: the class names of a model to evaluate, in the order of its outputs; None
-            to use the classes of the training images.
+        model_classes: the class names of a model to evaluate, in the order of its outputs; None to
+            use the classes of the training images.
 
     Returns:
         Two values: the images by split, and the class names in the order of the labels.

@@ -25,9 +25,9 @@ MAX_IMAGES_FOR_STATISTICS = 2_000  # fewer than twice as many are read of a user
 
 
 class Images:
-    """Labelled images, a whole dataset or a subset of it; each subclass reads them from another source.
+    """Labelled images of a dataset; each subclass reads them from another source.
 
-    A subset shares the pixels of the whole dataset.
+    An object is a whole dataset or a subset of it. A subset shares the pixels of the whole dataset.
 
     Attributes:
         labels: the index of each image's class, int64 (N), where N is the number of images here.
@@ -46,7 +46,7 @@ class Images:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """Returns an image's name, made of the dataset's name and the image's index in the whole dataset.
+        """Returns an image's name: the dataset's name and the image's index in the whole dataset.
 
         An example is "digits[17]".
 
@@ -73,19 +73,20 @@ class Images:
         return 0
 
     def num_decoded(self) -> int:
-        """Returns the number of images that have to be in memory if any of these images are.
+        """Returns the number of images whose pixels `decoded` has to keep in memory.
 
-        This method returns the number of images in this object. Subclasses whose images can be kept in
-        memory return the number of images in the whole dataset, which all its subsets share.
+        This method returns the number of images in this object. Subclasses whose images can be kept
+        in memory override it. They return the number of images in the whole dataset, since all its
+        subsets share the pixels.
         """
         return len(self)
 
     def decoded(self, _size: int, _channels: int) -> torch.Tensor | None:
         """Returns the pixels of the whole dataset, or None if these cannot be kept in memory.
 
-        This method returns None. Subclasses whose images can be kept in memory override it. They return
-        a tensor, uint8 (M, size, size, channels), of the M images of the whole dataset. The indices of
-        this object's images in the tensor are `rows`.
+        This method returns None. Subclasses whose images can be kept in memory override it. They
+        return a tensor, uint8 (M, size, size, channels), of the M images of the whole dataset. The
+        indices of this object's images in the tensor are `rows`.
         """
         return None
 
@@ -111,7 +112,10 @@ class ArrayImages(Images):
         return self.store[self.rows[index]].permute(2, 0, 1)
 
     def sizes(self) -> tuple[int, int, int]:
-        """Returns the number of channels of the images, their shorter side and their longer side in pixels."""
+        """Returns the number of channels, the shorter side and the longer side of the images.
+
+        The sides are in pixels.
+        """
         _, height, width, channels = self.store.shape
         return channels, min(height, width), max(height, width)
 
@@ -132,11 +136,11 @@ class ArrayImages(Images):
         return float(len(self) * height * width), counts @ values, counts @ values**2
 
     def checksum(self) -> int:
-        """Returns a CRC-32 of the pixels of the whole dataset, even if this object is a subset of it."""
+        """Returns a CRC-32 of the pixels of the whole dataset, even if this is a subset of it."""
         return zlib.crc32(self.store.numpy())
 
     def num_decoded(self) -> int:
-        """Returns the number of images in the whole dataset, even if this object is a subset of it."""
+        """Returns the number of images in the whole dataset, even if this is a subset of it."""
         return len(self.store)
 
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
@@ -162,8 +166,8 @@ class Files:
         paths: the image files of all splits.
         scans: one row per file, of the dtype `scan.SCAN`.
         channels: number of channels to which the files are decoded, 1 (gray) or 3 (RGB).
-        skip: whether a file that cannot be read during the run is left out of its batch; if not, the
-            run ends with an error.
+        skip: whether a file that cannot be read during the run is left out of its batch; if not,
+            the run ends with an error.
     """
 
     root: Path
@@ -204,19 +208,19 @@ class FileImages(Images):
         return str(self.files.paths[self.rows[index]])
 
     def detached(self) -> "FileImages":
-        """Returns the same images as a dataset of their own, which lists only the files of these images.
+        """Returns the same images as a new dataset that lists only the files of these images.
 
-        So whatever reads all files of the new dataset, such as `decoded`, leaves the files of other
-        images alone.
+        So reading all pixels of the new dataset with `decoded` leaves the files of other images
+        alone.
         """
         paths = [self.files.paths[row] for row in self.rows]
         files = replace(self.files, paths=paths, scans=self.files.scans[self.rows])
         return FileImages(files, self.labels)
 
     def sizes(self) -> tuple[int, int, int]:
-        """Returns the number of channels of the images, and their shortest and longest side in pixels.
+        """Returns the number of channels, the shortest side and the longest side of the images.
 
-        The number of channels is the one to which the files are decoded.
+        The sides are in pixels. The number of channels is the one to which the files are decoded.
         """
         scans = self.files.scans[self.rows]
         sides = np.stack([scans["height"], scans["width"]])
@@ -227,8 +231,8 @@ class FileImages(Images):
 
         Returns:
             Three values: the number of pixels in all images together; the sum of each channel's
-            values (0 to 255), shape (C); and the sum of the squares of these values, shape (C). C is
-            1 or 3, the number of channels to which the files are decoded.
+            values (0 to 255), shape (C); and the sum of the squares of these values, shape (C). C
+            is 1 or 3, the number of channels to which the files are decoded.
         """
         scans = self.files.scans[self.rows]
         number = float((scans["height"] * scans["width"]).sum())
@@ -236,22 +240,22 @@ class FileImages(Images):
         return number, scans["sums"].sum(axis=0)[channels], scans["squares"].sum(axis=0)[channels]
 
     def checksum(self) -> int:
-        """Returns a CRC-32 of the pixel sums of all files, even if this object is a subset of the dataset.
+        """Returns a CRC-32 of the pixel sums of all files, even if this is a subset of the dataset.
 
         The pixel sums are known from the scan of the files, so that no file has to be decoded.
         """
         return zlib.crc32(np.ascontiguousarray(self.files.scans["sums"]))
 
     def num_decoded(self) -> int:
-        """Returns the number of files in the whole dataset, even if this object is a subset of it."""
+        """Returns the number of files in the whole dataset, even if this is a subset of it."""
         return len(self.files.paths)
 
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
         """Returns the pixels of all files of the dataset, even if this object is a subset of it.
 
-        The first call decodes the files and keeps the pixels in the user's cache folder. Later calls
-        read them from there. After a call, images that are read one at a time are decoded to `channels`
-        channels, too.
+        The first call decodes the files and keeps the pixels in the user's cache folder. Later
+        calls read them from there. After a call, images that are read one at a time are decoded to
+        `channels` channels, too.
 
         Args:
             size: height and width in pixels to which images are resized and cropped.
@@ -274,8 +278,8 @@ class UserImages(Images):
 
     Args:
         dataset: the user's dataset. Its images are PIL images, uint8 arrays (H, W[, C]) or tensors
-            (C, H, W). Its labels are in the attribute `targets` or `labels`. If it has neither, every
-            item is read once for its label.
+            (C, H, W). Its labels are in the attribute `targets` or `labels`. If it has neither,
+            every item is read once for its label.
         name: name of the dataset, for messages.
     """
 
@@ -307,18 +311,18 @@ class UserImages(Images):
     def _sample(self) -> Iterator[torch.Tensor]:
         """Yields evenly spaced images of the dataset, from which statistics are computed.
 
-        Yields all images if there are fewer than twice `MAX_IMAGES_FOR_STATISTICS`, else some of them,
-        fewer than that. Seeds the global generators before each image, so that a dataset with random
-        transforms yields the same images every time.
+        Yields all images if they are fewer than twice `MAX_IMAGES_FOR_STATISTICS`; otherwise, it
+        skips so many that fewer than this remain. Seeds the global generators before each image, so
+        that a dataset with random transforms yields the same images every time.
         """
         for index in range(0, len(self), max(1, len(self) // MAX_IMAGES_FOR_STATISTICS)):
             seeding.seed_sample(seeding.SAMPLE, index)
             yield self[index]
 
     def sizes(self) -> tuple[int, int, int]:
-        """Returns the number of channels of the images, and their shortest and longest side in pixels.
+        """Returns the number of channels, the shortest side and the longest side of the images.
 
-        Reads only a sample of the images.
+        The sides are in pixels. Only a sample of the images is read.
 
         Raises:
             Refused: the images differ in the number of channels, or an image cannot be read.
@@ -352,8 +356,8 @@ def _to_int64(labels: Any, name: str) -> np.ndarray:
     """Converts labels to int64 (N).
 
     Args:
-        labels: N labels; each is an integer, or an array or tensor without dimensions that
-            contains an integer.
+        labels: N labels; each is an integer, or an array or tensor without dimensions that contains
+            an integer.
         name: name of the dataset, for the message of the error.
 
     Raises:
