@@ -179,10 +179,10 @@ ERASE_PROBABILITY = 0.5
 
 
 def erase(image: Tensor) -> Tensor:
-    """Returns an image (C, H, W) with a random square set to black.
+    """Sets a random square of an image (C, H, W) to black, with probability `ERASE_PROBABILITY`.
 
-    This happens with probability `ERASE_PROBABILITY`; otherwise all pixels stay the same. The
-    square may reach beyond the image. The method is cutout (DeVries and Taylor, 2017).
+    Returns a new image. The square may reach beyond the image. The method is cutout (DeVries and
+    Taylor, 2017).
     """
     return image * ~erased_pixels(torch.rand(1, 3), *image.shape[-2:])
 
@@ -221,7 +221,8 @@ class BatchAugmentation:
 
     Args:
         store: M images of S x S pixels, uint8 (M, S, S, C), on the device.
-        names: the augmentations to apply: "crop", "flip", "erase". Other names are ignored.
+        names: the augmentations to apply, any of "crop", "flip" and "erase". Other names are
+            ignored.
     """
 
     def __init__(self, store: Tensor, names: Sequence[str]):

@@ -107,7 +107,7 @@ def _decode(paths: list[Path], size: int, channels: int) -> Iterator[np.ndarray]
 
     progress = tqdm(desc="decoding the images once", total=len(paths), disable=None, leave=False)
     with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(paths), CHUNK):  # at most CHUNK images wait in memory to be written
+        for start in range(0, len(paths), CHUNK):  # CHUNK images at most wait in memory
             for pixels in pool.map(decode_one, paths[start : start + CHUNK]):
                 progress.update()
                 yield pixels

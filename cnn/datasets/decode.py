@@ -72,9 +72,9 @@ def upright(image: Image.Image) -> Image.Image:
 def to_array(image: Image.Image, channels: int) -> np.ndarray:
     """Converts a PIL image to an array of bytes, gray or RGB.
 
-    Transparent pixels become white. Of 16-bit pixels, the upper 8 bits are kept; larger integers
-    are first clipped to 16 bits. Floats are multiplied by 255 if all of them are in 0..1, and are
-    clipped to 0..255 otherwise.
+    Transparent pixels become white. Of 16-bit pixels, the upper 8 bits are kept; 32-bit integers
+    are clipped to 16 bits before. Floats are multiplied by 255 if all of them are in 0..1;
+    otherwise, they are clipped to 0..255.
 
     Args:
         image: an image of any mode.
@@ -119,7 +119,7 @@ def decode(path: Path, channels: int) -> np.ndarray:
         channels: 1 to decode to gray, 3 to decode to RGB.
 
     Raises:
-        BadImage: the file is missing, broken, too large, or cannot be converted.
+        BadImage: the file is missing, broken, too large, an EPS drawing, or cannot be converted.
         DataFailed: memory or file descriptors are exhausted.
     """
     return to_array(open_image(path), channels)

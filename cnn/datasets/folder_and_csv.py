@@ -39,13 +39,14 @@ def load_folder(
             of the classes. None: the classes are those of the training images.
 
     Returns:
-        Two values: the images by split, where those of ROOT/CLASS/* are all under "train"; and the
-        class names in the order of the labels.
+        Two values: the images by split, and the class names in the order of the labels. If the
+        folder has no splits, all images are under "train".
 
     Raises:
         Refused: the folder or its training images do not exist, two folders stand for one split
-            (val and valid), a class folder has no images, a class is none of those expected, there
-            are fewer than two classes, or files do not decode.
+            (val and valid), a class folder has no images, a class is not in `model_classes` or
+            (without these) not among the training images, there are fewer than two classes, or
+            files do not decode.
     """
     top = Path(root)
     if not top.is_dir():
@@ -78,8 +79,9 @@ def load_csv(
 
     Raises:
         Refused: the CSV file or its training images do not exist, a column or a value is missing,
-            two lines contradict each other, a class is none of those expected, there are fewer than
-            two classes, or image files do not decode.
+            two lines give one image different labels or splits, a class is not in `model_classes`
+            or (without these) not among the training images, there are fewer than two classes, or
+            image files do not decode.
     """
     file = Path(root)
     columns, rows = _read_table(file)
@@ -110,9 +112,9 @@ def _read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]
         file: the CSV file.
 
     Returns:
-        Two values: the column names; and for each row that is not empty, its line number in the
-        file and its values by column. "path", "label" and "split" are always among these columns;
-        where a row has no such value, it is "".
+        Two values: the column names; and, for each row that is not empty, its line number in the
+        file and a dict of its values by column. The dict always has the keys "path", "label" and
+        "split"; a value of these that the row lacks is "".
 
     Raises:
         Refused: the file cannot be read or is not in UTF-8.
@@ -211,8 +213,8 @@ def _read(
         Two values: the images by split, and the class names in the order of the labels.
 
     Raises:
-        Refused: a class is none of those expected, there are fewer than two, files do not decode,
-            or no file of a split decodes.
+        Refused: a class is not in `model_classes` or (without these) not among the training images,
+            there are fewer than two classes, files do not decode, or no file of a split decodes.
     """
     classes = model_classes or sorted({label for _, label in listing["train"]})
     _check_classes(root, listing, classes, of_model=model_classes is not None)

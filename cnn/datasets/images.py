@@ -73,7 +73,7 @@ class Images:
         return 0
 
     def num_decoded(self) -> int:
-        """Returns the number of images whose pixels `decoded` has to keep in memory.
+        """Returns the number of images whose pixels `decoded` would have to keep in memory.
 
         This method returns the number of images in this object. Subclasses whose images can be kept
         in memory override it. They return the number of images in the whole dataset, since all its
@@ -311,9 +311,9 @@ class UserImages(Images):
     def _sample(self) -> Iterator[torch.Tensor]:
         """Yields evenly spaced images of the dataset, from which statistics are computed.
 
-        Yields all images if they are fewer than twice `MAX_IMAGES_FOR_STATISTICS`; otherwise, it
-        skips so many that fewer than this remain. Seeds the global generators before each image, so
-        that a dataset with random transforms yields the same images every time.
+        These are all images or, in a large dataset, only some: in any case fewer than 2 *
+        `MAX_IMAGES_FOR_STATISTICS`. Seeds the global generators before each image, so that a
+        dataset with random transforms yields the same images every time.
         """
         for index in range(0, len(self), max(1, len(self) // MAX_IMAGES_FOR_STATISTICS)):
             seeding.seed_sample(seeding.SAMPLE, index)

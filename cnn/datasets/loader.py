@@ -196,8 +196,8 @@ class Loader:
 
         Yields:
             Three values: N normalized images, float32 (N, C, H, W); their labels, int64 (N); and
-            how many of them count in gradients and metrics. These are the first of the N images:
-            normally all, but none if this process has no share of the batch.
+            how many of the N images count in gradients and metrics: all, or none if this process
+            has no share of the batch.
         """
         shares = [share_of(size, self.rank, self.num_ranks) for size in self.sizes]
         begins = np.cumsum([0, *self.sizes]).tolist()

@@ -30,9 +30,9 @@ def split_epoch(number: int, batch_size: int) -> list[int]:
 def share_of(size: int, rank: int, num_ranks: int) -> tuple[int, int, int]:
     """Returns which images of a batch one of several processes computes.
 
-    BatchNorm needs at least two images per process. If a batch has fewer, the last processes get no
-    share. These compute the first two images of the batch, but none of the two counts. So all
-    processes take the same steps.
+    BatchNorm needs at least two images per process. If a batch has too few for that, the last
+    processes get no share. These compute the first two images of the batch, but neither of the two
+    counts. So all processes take the same steps.
 
     Args:
         size: count of images in the batch.
@@ -61,8 +61,8 @@ def keys_of(epoch: int, order: np.ndarray, balanced: bool, start: int, end: int)
         end: the position after the last one.
 
     Returns:
-        One key per image: (epoch, index, position) in training if `balanced`, otherwise (epoch,
-        index).
+        One key per image. In training, if `balanced`, a key is (epoch, index of the image,
+        position); otherwise it is (epoch, index of the image).
     """
     indices = order[start:end].tolist()
     if balanced and epoch != EVALUATION:

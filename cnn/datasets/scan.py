@@ -76,7 +76,10 @@ def _size_and_time(path: Path) -> tuple[int, int] | None:
 
 
 def _scan_file(path: Path) -> np.ndarray | str:
-    """Decodes a file and returns its row of the dtype `SCAN`, or the reason why it does not decode."""
+    """Decodes a file and returns its row of the dtype `SCAN`.
+
+    If the file does not decode, returns the reason instead.
+    """
     try:
         status = path.stat()
         image = open_image(path)

@@ -77,9 +77,9 @@ def _to_images(dataset: Any, name: str) -> ArrayImages:
     """Converts a dataset of torchvision to images in memory.
 
     Args:
-        dataset: the dataset of torchvision. Its attribute `data` contains the pixels, uint8 (N, H,
-            W), (N, H, W, 3) or (N, 3, H, W). Its attribute `targets` or `labels` contains the
-            labels.
+        dataset: the dataset of torchvision. Its attribute `data` contains the pixels, uint8, of
+            shape (N, H, W), (N, H, W, 3) or (N, 3, H, W). The labels are in its attribute `targets`
+            or `labels`.
         name: name of the result, such as "mnist train", for messages.
     """
     pixels = np.asarray(dataset.data)

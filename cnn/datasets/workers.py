@@ -44,9 +44,9 @@ class PickledBatch:
         return ForkingPickler.loads(self._data)
 
     def pin_memory(self) -> Any:
-        """Returns the batch with its tensors in pinned memory.
+        """Returns the batch that was pickled, with its tensors in pinned memory.
 
-        The DataLoader calls this in its thread that prefetches batches.
+        The DataLoader calls this in a thread of the main process.
         """
         (images, labels), left_out = self.unpickle()
         return (images.pin_memory(), labels.pin_memory()), left_out
@@ -172,7 +172,7 @@ def kill_workers() -> None:
 
 
 def restore_sigchld() -> None:
-    """Replaces torch's handler of SIGCHLD by the default handling.
+    """Replaces torch's handler of SIGCHLD by the default handling, in the main thread only.
 
     Torch's handler raises an error in the middle of a step when a worker dies. This is not needed:
     the DataLoader notices a dead worker within 5 seconds anyway, while it waits for a batch.
