@@ -48,6 +48,9 @@ class Data:
     """The training, validation and test images of a run, their class names and their preprocessing.
 
     Attributes:
+        train: the training images.
+        val: the validation images.
+        test: the test images.
         classes: the name of each class; a label is an index into this list.
         preprocessing: the image size, the channels, and the mean and std of the training images.
     """
@@ -65,8 +68,8 @@ class Data:
     def head(self, number: int) -> "Data":
         """Returns the same data with only the first `number` images of each split.
 
-        A split with fewer images stays whole. Datasets of image files are reduced to the files of
-        these images, so that no other file is decoded.
+        A split with fewer images stays whole. If the images are files, the returned data contain no
+        other files, so that no other file is ever decoded.
         """
         splits = (self.train, self.val, self.test)
         cut = [images.subset(np.arange(min(number, len(images)))) for images in splits]
@@ -77,9 +80,10 @@ class Data:
         """Returns image counts and a checksum, which show a later run whether the data changed.
 
         Returns:
-            The number of images under each of "train", "val" and "test". Under "checksum", a CRC-32
-            of the labels and names of all images (file names without their folders) and of
-            `train.checksum()`, which covers the pixels where they are quick to read.
+            The number of images, under "train", "val" and "test"; and under "checksum", a CRC-32 of
+            the labels and names of all images (file names without their folders) and of
+            `train.checksum()`. That is a checksum of the pixels, or 0 for datasets whose pixels
+            take long to read.
         """
         splits = {"train": self.train, "val": self.val, "test": self.test}
         checksum = self.train.checksum()
@@ -100,7 +104,8 @@ def build_data(cfg: DataConfig, seed: int) -> Data:
 
     Args:
         cfg: the section `data` of the settings.
-        seed: chooses the images that are taken out of the training images.
+        seed: determines which images are taken out of the training images, and which of the rest
+            are used if `data.limit` is set.
 
     Raises:
         Refused: the data cannot be read or cannot be divided.
@@ -123,16 +128,17 @@ def read_splits(
 
     Args:
         cfg: the section `data` of the settings.
-        model_classes: the class names of a model to evaluate, in the order of its outputs. The
-            labels of image folders and CSV files then are indices into this list. None: the
-            classes are those of the dataset.
+        model_classes: the class names of a model to evaluate, in the order of its outputs. For
+            image folders and CSV files, a label then is an index into this list. None: the classes
+            are those of the dataset.
 
     Returns:
-        The images by split ("train", "val" or "test"), and the class names in the order of the
-        labels.
+        Two values: the images by split ("train", "val" or "test"), and the class names in the order
+        of the labels.
 
     Raises:
-        Refused: the data cannot be read, or `data.args` has a keyword that the dataset lacks.
+        Refused: the data cannot be read, or `data.args` has a keyword that the dataset does not
+            accept.
     """
     is_own = is_import_path(cfg.name)
     try:
@@ -161,15 +167,19 @@ def _check_user_dataset(cfg: DataConfig, found: Any) -> tuple[Splits, list[str]]
 
 
 def _choose_preprocessing(cfg: DataConfig, train: Images) -> Preprocessing:
-    """Returns the preprocessing: image size and channels, and mean and std of the training images.
+    """Chooses image size and channels, and computes the mean and std of the training images.
 
-    A configured image size or number of channels has precedence over the images'. Images of
-    several sizes get `DEFAULT_IMAGE_SIZE`. Image files are decoded to the configured channels
-    from then on.
+    Image size and channels are those of the settings or, where these are not set, those of the
+    images. If the images are not squares of one size, the image size is `DEFAULT_IMAGE_SIZE`. If
+    the images are files, they are decoded to the configured channels from now on.
+
+    Args:
+        cfg: the section `data` of the settings.
+        train: the training images.
 
     Raises:
-        Refused: the configured channels differ from those of a dataset that is not read from
-            image files, or some images contain NaN.
+        Refused: the settings demand a number of channels that the images do not have and cannot be
+            decoded to, or some images contain NaN.
     """
     channels, smallest, largest = train.sizes()
     if cfg.channels in (1, 3) and isinstance(train, FileImages):

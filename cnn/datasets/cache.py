@@ -29,7 +29,7 @@ CHUNK = 256  # images that are decoded together
 
 
 def cache_folder() -> Path:
-    """Returns the folder of all caches: `cnn` below $XDG_CACHE_HOME or, without it, below ~/.cache.
+    """Returns the folder of all caches: $XDG_CACHE_HOME/cnn, or ~/.cache/cnn if that is not set.
 
     Without a home folder, returns a path below /dev/null, where every access fails (OSError).
     """
@@ -40,15 +40,17 @@ def cache_folder() -> Path:
 def decode_all(
     root: Path, paths: list[Path], scans: np.ndarray, size: int, channels: int
 ) -> torch.Tensor:
-    """Returns the pixels of image files from the cache, or decodes the files if it lacks them.
+    """Returns the pixels of image files, from the cache or by decoding the files.
 
-    Decoded images are resized, cropped and written to the cache. If the cache cannot be written or
-    read, the pixels are only in memory.
+    If the cache does not contain the pixels, the files are decoded, the images are resized and
+    cropped, and the result is written to the cache. If the cache cannot be written or read, the
+    result is only in memory.
 
     Args:
         root: the folder or CSV file of the dataset; it is part of the cache's key.
         paths: the N image files.
-        scans: one row per file, of the dtype `scan.SCAN`; sizes and times of change are used.
+        scans: one row per file, of the dtype `scan.SCAN`. The files' sizes in bytes and times of
+            change are part of the cache's key.
         size: height and width of the result in pixels.
         channels: 1 for gray, 3 for RGB.
 
@@ -56,7 +58,7 @@ def decode_all(
         Pixels, uint8 (N, size, size, channels).
 
     Raises:
-        Refused: a file that decoded during the scan does not decode any more.
+        Refused: a file can no longer be decoded.
     """
     shape = (len(paths), size, size, channels)
     file = cache_folder() / f"pixels_{_key(root, paths, scans, shape)}.bin"
@@ -84,11 +86,16 @@ def _key(root: Path, paths: list[Path], scans: np.ndarray, shape: tuple[int, ...
 def _decode(paths: list[Path], size: int, channels: int) -> Iterator[np.ndarray]:
     """Decodes image files in several threads and yields the pixels of each in the order of `paths`.
 
+    Args:
+        paths: the image files.
+        size: height and width of the result in pixels.
+        channels: 1 for gray, 3 for RGB.
+
     Yields:
         Resized and cropped pixels, uint8 (size, size, channels).
 
     Raises:
-        Refused: a file does not decode any more.
+        Refused: a file can no longer be decoded.
     """
 
     def decode_one(path: Path) -> np.ndarray:
@@ -100,16 +107,20 @@ def _decode(paths: list[Path], size: int, channels: int) -> Iterator[np.ndarray]
 
     progress = tqdm(desc="decoding the images once", total=len(paths), disable=None, leave=False)
     with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(paths), CHUNK):  # no more wait in memory to be written
+        for start in range(0, len(paths), CHUNK):  # CHUNK images at most wait in memory
             for pixels in pool.map(decode_one, paths[start : start + CHUNK]):
                 progress.update()
                 yield pixels
 
 
 def remove_leftovers(leftovers: Iterable[Path]) -> None:
-    """Removes temporary files and folders of killed processes that are more than a day old.
+    """Removes those of the given temporary files and folders that are more than a day old.
 
-    Younger ones may still be in use. Those that cannot be removed are ignored.
+    A killed process may have left them. Younger ones may still be in use, and stay. Those that
+    cannot be removed are ignored.
+
+    Args:
+        leftovers: paths of temporary files and folders.
     """
     for path in leftovers:
         with contextlib.suppress(OSError):  # removed by another process, or of another user

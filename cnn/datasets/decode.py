@@ -26,11 +26,12 @@ BROKEN = (OSError, EOFError, MemoryError, *DATA_ERRORS)
 def open_image(path: str | os.PathLike) -> Image.Image:
     """Reads a whole image file and rotates the image as its EXIF data demand.
 
-    Of a file with several frames, reads the first one.
+    If the file has several frames, as an animated GIF has, only the first frame is read.
 
     Raises:
-        BadImage: the file is missing, broken, no photograph, or has more than `MAX_PIXELS` pixels.
-        DataFailed: memory or file descriptors are exhausted, so that the image may be a good one.
+        BadImage: the file is missing, broken or an EPS drawing, or the image has more than
+            `MAX_PIXELS` pixels.
+        DataFailed: memory or file descriptors are exhausted; the file itself may be good.
     """
     try:
         with Image.open(path) as image:
@@ -49,16 +50,19 @@ def open_image(path: str | os.PathLike) -> Image.Image:
 
 
 def _reason(path: str | os.PathLike, error: Exception) -> str:
-    """Returns an error's message, or its class name if the message is empty.
+    """Returns the message of an error, or the name of the error's class if the message is empty.
 
-    Leaves out the path at the end of Pillow's messages, since the caller names the file.
+    Args:
+        path: the image file. If Pillow's message ends with this path, the path is removed, since
+            the caller names the file anyway.
+        error: the error that came while the file was read.
     """
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return text.removesuffix(f" {str(path)!r}") or type(error).__name__
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Returns the image rotated as its EXIF data demand, or unchanged if these cannot be read."""
+    """Returns an image rotated as its EXIF data demand, or unchanged if these cannot be read."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # noqa: BLE001  only the EXIF data are broken, not the picture
@@ -66,14 +70,18 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def to_array(image: Image.Image, channels: int) -> np.ndarray:
-    """Converts a PIL image to an array, uint8 (channels, H, W); transparent pixels become white.
+    """Converts a PIL image to an array of bytes, gray or RGB.
 
-    Of 16-bit pixels, keeps the upper 8 bits. Clips 32-bit integers to 16 bits and treats them
-    alike. Takes floats as values of 0..1 if all are in that range, else as values of 0..255.
+    Transparent pixels become white. Of 16-bit pixels, the upper 8 bits are kept; 32-bit integers
+    are clipped to 16 bits before. Floats are multiplied by 255 if all of them are in 0..1;
+    otherwise, they are clipped to 0..255.
 
     Args:
         image: an image of any mode.
         channels: 1 to convert to gray, any other number to convert to RGB.
+
+    Returns:
+        Pixels, uint8 (1, H, W) for gray or (3, H, W) for RGB.
 
     Raises:
         BadImage: Pillow cannot convert the image to gray or RGB.
@@ -111,7 +119,7 @@ def decode(path: Path, channels: int) -> np.ndarray:
         channels: 1 to decode to gray, 3 to decode to RGB.
 
     Raises:
-        BadImage: the file is missing or broken, or is no photograph.
+        BadImage: the file is missing, broken, too large, an EPS drawing, or cannot be converted.
         DataFailed: memory or file descriptors are exhausted.
     """
     return to_array(open_image(path), channels)

@@ -1,9 +1,10 @@
 """1,797 handwritten digits, 8 x 8 pixels, gray: a dataset within the package, without a download.
 
 E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits, UCI Machine Learning Repository,
-1998, https://doi.org/10.24432/C50P49, CC BY 4.0; the part that scikit-learn's `load_digits` has, in
-its order. The first half is for training, the second for testing, not shuffled: most writers of one
-half are not in the other, and a shuffled split would raise the accuracy by 2 to 4 points.
+1998, https://doi.org/10.24432/C50P49, CC BY 4.0. These are the images that scikit-learn's
+`load_digits` returns, in the same order. The first half is for training, the second for testing,
+not shuffled: most writers of one half are not in the other, and a shuffled split would raise the
+accuracy by 2 to 4 points.
 """
 
 from pathlib import Path
@@ -17,9 +18,11 @@ NUM_TRAIN = 898
 
 
 def load() -> tuple[dict[str, ArrayImages], list[str]]:
-    """Returns the digits as splits "train" and "test", and the class names "0" to "9".
+    """Reads the digits and divides them into training and test images.
 
-    The first 898 images are for training, the other 899 for testing.
+    Returns:
+        Two values: the images by split, the first 898 under "train" and the other 899 under "test";
+        and the class names "0" to "9".
     """
     with np.load(FILE) as file:
         labels = file["labels"]

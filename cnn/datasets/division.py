@@ -13,18 +13,19 @@ Splits = dict[str, Images]
 
 
 def divide(splits: Splits, cfg: DataConfig, seed: int) -> Splits:
-    """Returns the splits "train", "val" and "test"; takes missing ones out of the training images.
+    """Divides a dataset into the splits "train", "val" and "test".
 
-    If `cfg.limit` is set, keeps at most that many of the remaining training images, chosen at
-    random.
+    Splits that the dataset already has stay as they are. If "test" or "val" is missing, its images
+    are taken out of the training images. After that, if `cfg.limit` is set, at most that many
+    training images are kept, chosen at random.
 
     Args:
         splits: the images by split, at least "train".
         cfg: the section `data` of the settings, with the fractions to take out and the limit.
-        seed: chooses the images to take out, and those that the limit keeps.
+        seed: determines the images to take out, and those that the limit keeps.
 
     Raises:
-        Refused: a split is missing, but no class has two training images.
+        Refused: "test" or "val" is missing, but no class has two training images.
     """
     splits = dict(splits)
     for split, fraction in (("test", cfg.test_fraction), ("val", cfg.val_fraction)):
@@ -51,8 +52,8 @@ def _hold_out(images: Images, fraction: float, seed: int, use: str) -> tuple[Ima
     Args:
         images: the images to divide.
         fraction: the part of each class to take out, in 0..1.
-        seed: chooses the images.
-        use: the split that the images are taken out for, "val" or "test"; also chooses the images.
+        seed: determines the random choice, together with `use`.
+        use: the split that the images are taken out for, "val" or "test".
 
     Returns:
         The images to keep, and the images taken out.

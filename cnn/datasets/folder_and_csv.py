@@ -26,25 +26,27 @@ FileSplits = dict[str, FileImages]
 def load_folder(
     root: str, on_bad_image: str, model_classes: list[str] | None = None
 ) -> tuple[FileSplits, list[str]]:
-    """Reads a folder of images, ROOT/train|val|test/CLASS/* or ROOT/CLASS/*.
+    """Reads a folder of images that is arranged as ROOT/SPLIT/CLASS/* or as ROOT/CLASS/*.
 
-    The names of the class folders are the class names.
+    SPLIT is train, val or test. CLASS is a folder, whose name is the name of the class.
 
     Args:
         root: path of the folder ROOT.
-        on_bad_image: "stop" refuses files that do not decode; "skip" leaves them out and logs a
-            warning.
+        on_bad_image: what to do if files do not decode: "stop" to raise Refused, "skip" to leave
+            them out and log a warning.
         model_classes: the class names of a model to evaluate, in the order of its outputs. The
-            labels then are indices into this list, and the folder may lack training images and
-            some of the classes. None: the classes are those of the training images.
+            labels then are indices into this list, and the folder may lack training images and some
+            of the classes. None: the classes are those of the training images.
 
     Returns:
-        The images by split, all of them under "train" for ROOT/CLASS/*; and the class names in the
-        order of the labels.
+        Two values: the images by split, and the class names in the order of the labels. If the
+        folder has no splits, all images are under "train".
 
     Raises:
-        Refused: the folder does not exist, two folders stand for one split (val and valid), a
-            class folder has no images, a class is not known, or files do not decode.
+        Refused: the folder or its training images do not exist, two folders stand for one split
+            (val and valid), a class folder has no images, a class is not in `model_classes` or
+            (without these) not among the training images, there are fewer than two classes, or
+            files do not decode.
     """
     top = Path(root)
     if not top.is_dir():
@@ -61,23 +63,25 @@ def load_csv(
 ) -> tuple[FileSplits, list[str]]:
     """Reads the images that a CSV file lists in the columns path, label and, optionally, split.
 
-    The split is train, val or test; without one, an image is for training. Paths are relative to
+    The split is train, val or test; an image without a split is for training. Paths are relative to
     the folder of the CSV file. Spaces around a value are ignored.
 
     Args:
         root: path of the CSV file.
-        on_bad_image: "stop" refuses files that do not decode; "skip" leaves them out and logs a
-            warning.
+        on_bad_image: what to do if image files do not decode: "stop" to raise Refused, "skip" to
+            leave them out and log a warning.
         model_classes: the class names of a model to evaluate, in the order of its outputs. The
             labels then are indices into this list, and the file may lack training images and some
             of the classes. None: the classes are those of the training images.
 
     Returns:
-        The images by split, and the class names in the order of the labels.
+        Two values: the images by split, and the class names in the order of the labels.
 
     Raises:
-        Refused: the CSV file does not exist, a column or a value is missing, a line contradicts an
-            earlier one, a class is not known, or image files do not decode.
+        Refused: the CSV file or its training images do not exist, a column or a value is missing,
+            two lines give one image different labels or splits, a class is not in `model_classes`
+            or (without these) not among the training images, there are fewer than two classes, or
+            image files do not decode.
     """
     file = Path(root)
     columns, rows = _read_table(file)
@@ -104,9 +108,13 @@ def load_csv(
 def _read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """Reads a CSV file and returns its columns and its rows.
 
+    Args:
+        file: the CSV file.
+
     Returns:
-        The column names, and for each row that is not empty its line number in the file and its
-        values by column. A value of path, label or split that the row lacks is "".
+        Two values: the column names; and, for each row that is not empty, its line number in the
+        file and a dict of its values by column. The dict always has the keys "path", "label" and
+        "split"; a value of these that the row lacks is "".
 
     Raises:
         Refused: the file cannot be read or is not in UTF-8.
@@ -128,13 +136,19 @@ def _read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]
 
 
 def _find_splits(top: Path) -> dict[str, Path]:
-    """Returns the folder of each split ("train", "val", "test") that is inside the folder `top`.
+    """Finds the folders of the splits inside a dataset's folder.
 
-    The result is empty if no folder has the name of a split, so that all may be class folders. If
-    there are splits, logs a warning that names the other folders.
+    A folder belongs to a split if its name is train, val, valid, validation or test, in upper or
+    lower case. If there are such folders, the others are not used, and a warning names them.
+
+    Args:
+        top: the folder of the dataset.
+
+    Returns:
+        The folder of each split ("train", "val" or "test") that exists; empty if there is none.
 
     Raises:
-        Refused: two folders stand for the same split, such as val and valid.
+        Refused: two folders belong to the same split, such as val and valid.
     """
     folders, splits = _list_folders(top), {}
     for folder in folders:
@@ -158,7 +172,13 @@ def _list_folders(path: Path) -> list[Path]:
 
 
 def _list_images(path: Path) -> list[tuple[Path, str]]:
-    """Returns (image file, class name) for every image in the class folders inside a folder.
+    """Lists the images in the class folders inside a folder.
+
+    Args:
+        path: the folder that contains the class folders.
+
+    Returns:
+        (image file, class name) for every image. The class name is the name of the class folder.
 
     Raises:
         Refused: there are no class folders, or one of them has no images.
@@ -184,14 +204,17 @@ def _read(
     Args:
         root: the folder or CSV file of the dataset, for messages and for the cache.
         listing: by split, (image file, class name) for every image.
-        on_bad_image: "stop" refuses files that do not decode; "skip" leaves them out.
-        model_classes: the class names of a model to evaluate; None to use the classes of "train".
+        on_bad_image: what to do if files do not decode: "stop" to raise Refused, "skip" to leave
+            them out and log a warning.
+        model_classes: the class names of a model to evaluate, in the order of its outputs; None to
+            use the classes of the training images.
 
     Returns:
-        The images by split, and the class names in the order of the labels.
+        Two values: the images by split, and the class names in the order of the labels.
 
     Raises:
-        Refused: a class is not known, there are fewer than two, or files do not decode.
+        Refused: a class is not in `model_classes` or (without these) not among the training images,
+            there are fewer than two classes, files do not decode, or no file of a split decodes.
     """
     classes = model_classes or sorted({label for _, label in listing["train"]})
     _check_classes(root, listing, classes, of_model=model_classes is not None)
@@ -230,7 +253,7 @@ def unknown_classes(key: str, unknown: list[str], known: list[str]) -> str:
 
     Args:
         key: the setting that names the data, such as "data.root".
-        unknown: the class names that the model does not know.
+        unknown: the class names in the data that the model does not know.
         known: the class names that the model knows.
     """
     got, more = ", ".join(unknown[:MAX_NAMED]), ", ..." if len(known) > MAX_NAMED else ""
@@ -239,11 +262,14 @@ def unknown_classes(key: str, unknown: list[str], known: list[str]) -> str:
 
 
 def _report_bad(bad: dict[Path, str], on_bad_image: str) -> None:
-    """Refuses a dataset with files that do not decode, or logs a warning that they are left out.
+    """Reports the files that do not decode, by raising an error or by logging a warning.
 
     Args:
-        bad: for each file that does not decode, the reason.
-        on_bad_image: "stop" to refuse, "skip" to log a warning.
+        bad: for each file that does not decode, the reason; if empty, nothing is reported.
+        on_bad_image: "stop" to raise the error, "skip" to log that the files are left out.
+
+    Raises:
+        Refused: there are such files, and `on_bad_image` is "stop".
     """
     if not bad:
         return

@@ -10,9 +10,10 @@ WILDCARDS = "*?["
 
 
 def image_files(folder: Path) -> Iterator[Path]:
-    """Yields the files below a folder that have an image extension and are not hidden.
+    """Yields the image files in a folder and in all folders inside it.
 
-    Searches all folders inside it, also through links, and each of them once.
+    Image files are those with one of the `EXTENSIONS`. Files whose names begin with a dot are left
+    out. Links to folders are followed, but no folder is searched twice.
     """
     seen = set()
     for where, folders, names in os.walk(folder, followlinks=True):
@@ -33,8 +34,8 @@ def find_images(words: Iterable[str]) -> Iterator[tuple[Path, str | None]]:
         words: each word is a file with any extension, a folder, or a pattern such as `*.jpg`.
 
     Yields:
-        (path, None) for every file, and (path, reason) for every word or path without a usable
-        file, such as "no such file or folder".
+        (path, None) for every file that is found; and (path, reason) for every word or path that
+        leads to no file, where the reason is a text such as "no such file or folder".
     """
     for word in words:
         # Unlike Path.exists, os.path.exists is False for a name that no file can have.
@@ -49,7 +50,8 @@ def find_images(words: Iterable[str]) -> Iterator[tuple[Path, str | None]]:
 def _matching(pattern: str) -> list[str]:
     """Returns the paths that match a glob pattern, sorted.
 
-    A file that the pattern finds by several links to its folder is returned once.
+    If links to folders let the pattern match one file by several paths, only the first of these
+    paths is returned.
     """
     found: dict[tuple[str, str], str] = {}
     for name in sorted(glob.glob(pattern, recursive=True)):

@@ -1,8 +1,9 @@
 """Labelled images from three sources: an array in memory, files, or a user's own dataset.
 
-Each of the three classes stores the labels (int64, N), and returns an image by its index as a
-tensor (C, H, W), uint8 or float in 0..1. It also returns an image's name, selects a subset, and
-computes the sums from which the mean and std of the pixels follow.
+There is a class for each source. An object of it contains the labels (int64, one per image), and
+returns an image by its index as a tensor (C, H, W), uint8 or float in 0..1. Its methods return the
+name of an image, a subset of the images, and the sums from which the mean and std of the pixels
+follow.
 """
 
 import copy
@@ -24,14 +25,15 @@ MAX_IMAGES_FOR_STATISTICS = 2_000  # fewer than twice as many are read of a user
 
 
 class Images:
-    """Labelled images; each subclass reads the pixels from another source.
+    """Labelled images of a dataset; each subclass reads them from another source.
 
-    A subset shares the pixels of the whole dataset.
+    An object is a whole dataset or a subset of it. A subset shares the pixels of the whole dataset.
 
     Attributes:
-        labels: the index of each image's class, int64 (N).
+        labels: the index of each image's class, int64 (N), where N is the number of images here.
         rows: the index of each image in the whole dataset, int64 (N).
-        skip: whether an image that cannot be read during the run is left out of its batch.
+        skip: whether an image that cannot be read during the run is left out of its batch; if not,
+            the run ends with an error.
         may_draw: whether reading an image may draw from the global random generators.
     """
 
@@ -44,36 +46,47 @@ class Images:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """Returns an image's name: the dataset's name and the index in it, such as "digits[17]".
+        """Returns an image's name: the dataset's name and the image's index in the whole dataset.
+
+        An example is "digits[17]".
 
         Args:
-            index: index of the image in this subset.
+            index: index of the image in this object, which may be a subset of the dataset.
         """
         return f"{self._name}[{self.rows[index]}]"
 
     def subset(self, indices: np.ndarray) -> Self:
-        """Returns the images at these indices as a new object, without copying pixels."""
+        """Returns some of the images as a new object, without copying pixels.
+
+        Args:
+            indices: the indices of the images to return, among the images of this object.
+        """
         part = copy.copy(self)
         part.rows, part.labels = self.rows[indices], self.labels[indices]
         return part
 
     def checksum(self) -> int:
-        """Returns 0; subclasses that can read all pixels quickly return their checksum instead."""
+        """Returns a checksum of the dataset's pixels, or 0 if reading all pixels would take long.
+
+        This method returns 0. Subclasses that can read all pixels quickly override it.
+        """
         return 0
 
     def num_decoded(self) -> int:
-        """Returns the number of images that would have to be in memory for `decoded`.
+        """Returns the number of images whose pixels `decoded` would have to keep in memory.
 
-        Here these are the images of this subset. For subclasses that implement `decoded` they are
-        the images of the whole dataset, which its subsets share.
+        This method returns the number of images in this object. Subclasses whose images can be kept
+        in memory override it. They return the number of images in the whole dataset, since all its
+        subsets share the pixels.
         """
         return len(self)
 
     def decoded(self, _size: int, _channels: int) -> torch.Tensor | None:
-        """Returns None, since these images cannot be kept in memory.
+        """Returns the pixels of the whole dataset, or None if these cannot be kept in memory.
 
-        Subclasses whose images can be in memory return all images of the whole dataset instead,
-        uint8 (M, size, size, C), in which `rows` are the indices of this subset.
+        This method returns None. Subclasses whose images can be kept in memory override it. They
+        return a tensor, uint8 (M, size, size, channels), of the M images of the whole dataset. The
+        indices of this object's images in the tensor are `rows`.
         """
         return None
 
@@ -82,7 +95,7 @@ class ArrayImages(Images):
     """Images of one size in memory.
 
     Args:
-        pixels: uint8 (N, C, H, W).
+        pixels: the N images, uint8 (N, C, H, W).
         labels: the index of each image's class (N).
         name: name of the dataset, for messages.
     """
@@ -99,16 +112,19 @@ class ArrayImages(Images):
         return self.store[self.rows[index]].permute(2, 0, 1)
 
     def sizes(self) -> tuple[int, int, int]:
-        """Returns the number of channels, and the shorter and the longer side in pixels."""
+        """Returns the number of channels, the shorter side and the longer side of the images.
+
+        The sides are in pixels.
+        """
         _, height, width, channels = self.store.shape
         return channels, min(height, width), max(height, width)
 
     def pixel_sums(self) -> tuple[float, np.ndarray, np.ndarray]:
-        """Returns the sums over all pixels from which the mean and std of each channel follow.
+        """Returns the number of pixels, and the sums that give the mean and std of each channel.
 
         Returns:
-            The number of pixels; per channel, the sum of the values of 0..255, (C); and per
-            channel, the sum of their squares, (C).
+            Three values: the number of pixels in all images together; the sum of each channel's
+            values (0 to 255), shape (C); and the sum of the squares of these values, shape (C).
         """
         height, width, channels = self.store.shape[1:]
         counts = np.zeros((channels, 256))
@@ -120,17 +136,23 @@ class ArrayImages(Images):
         return float(len(self) * height * width), counts @ values, counts @ values**2
 
     def checksum(self) -> int:
-        """Returns a CRC-32 of the pixels of the whole dataset, of which this may be a subset."""
+        """Returns a CRC-32 of the pixels of the whole dataset, even if this is a subset of it."""
         return zlib.crc32(self.store.numpy())
 
     def num_decoded(self) -> int:
-        """Returns the number of images in the whole dataset, of which this may be a subset."""
+        """Returns the number of images in the whole dataset, even if this is a subset of it."""
         return len(self.store)
 
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
-        """Returns the images of the whole dataset, uint8 (M, size, size, channels).
+        """Returns the pixels of the whole dataset, even if this object is a subset of it.
 
-        Returns None if the images have another size or another number of channels.
+        Args:
+            size: the height and width that the images must have, in pixels.
+            channels: the number of channels that the images must have.
+
+        Returns:
+            The M images of the whole dataset, uint8 (M, size, size, channels); None if the images
+            have another size or another number of channels.
         """
         return self.store if self.store.shape[1:] == (size, size, channels) else None
 
@@ -144,7 +166,8 @@ class Files:
         paths: the image files of all splits.
         scans: one row per file, of the dtype `scan.SCAN`.
         channels: number of channels to which the files are decoded, 1 (gray) or 3 (RGB).
-        skip: whether a file that cannot be read during the run is left out of its batch.
+        skip: whether a file that cannot be read during the run is left out of its batch; if not,
+            the run ends with an error.
     """
 
     root: Path
@@ -155,13 +178,13 @@ class Files:
 
 
 class FileImages(Images):
-    """Images in files, each of which is decoded whenever it is read.
+    """Images in files; a file is decoded each time its image is read.
 
     Args:
         files: the files of the whole dataset.
-        labels: the index of each image's class (N).
-        rows: the index of each image's file in `files.paths` (N); None stands for all files in
-            their order.
+        labels: the index of each image's class (N), where N is the number of images.
+        rows: the index of each image's file in `files.paths` (N); None to use all files in their
+            order.
     """
 
     def __init__(self, files: Files, labels: Sequence[int], rows: np.ndarray | None = None):
@@ -180,32 +203,36 @@ class FileImages(Images):
         """Returns the path of an image.
 
         Args:
-            index: index of the image in this subset.
+            index: index of the image in this object, which may be a subset of the dataset.
         """
         return str(self.files.paths[self.rows[index]])
 
     def detached(self) -> "FileImages":
-        """Returns the same images with a list of their files only, instead of the whole dataset's.
+        """Returns the same images as a new dataset that lists only the files of these images.
 
-        The method `decoded` of the result decodes no other files.
+        So reading all pixels of the new dataset with `decoded` leaves the files of other images
+        alone.
         """
         paths = [self.files.paths[row] for row in self.rows]
         files = replace(self.files, paths=paths, scans=self.files.scans[self.rows])
         return FileImages(files, self.labels)
 
     def sizes(self) -> tuple[int, int, int]:
-        """Returns the number of channels, and the shortest and the longest side in pixels."""
+        """Returns the number of channels, the shortest side and the longest side of the images.
+
+        The sides are in pixels. The number of channels is the one to which the files are decoded.
+        """
         scans = self.files.scans[self.rows]
         sides = np.stack([scans["height"], scans["width"]])
         return self.files.channels, int(sides.min()), int(sides.max())
 
     def pixel_sums(self) -> tuple[float, np.ndarray, np.ndarray]:
-        """Returns the sums over all pixels from which the mean and std of each channel follow.
+        """Returns the number of pixels, and the sums that give the mean and std of each channel.
 
         Returns:
-            The number of pixels; per channel, the sum of the values of 0..255, (C); and per
-            channel, the sum of their squares, (C). C is 1 or 3, the number of channels that files
-            decode to.
+            Three values: the number of pixels in all images together; the sum of each channel's
+            values (0 to 255), shape (C); and the sum of the squares of these values, shape (C). C
+            is 1 or 3, the number of channels to which the files are decoded.
         """
         scans = self.files.scans[self.rows]
         number = float((scans["height"] * scans["width"]).sum())
@@ -213,25 +240,32 @@ class FileImages(Images):
         return number, scans["sums"].sum(axis=0)[channels], scans["squares"].sum(axis=0)[channels]
 
     def checksum(self) -> int:
-        """Returns a CRC-32 of the sums of each file's pixel values, which the scan computed.
+        """Returns a CRC-32 of the pixel sums of all files, even if this is a subset of the dataset.
 
-        It covers all files of the dataset, of which this may be a subset.
+        The pixel sums are known from the scan of the files, so that no file has to be decoded.
         """
         return zlib.crc32(np.ascontiguousarray(self.files.scans["sums"]))
 
     def num_decoded(self) -> int:
-        """Returns the number of files in the whole dataset, of which this may be a subset."""
+        """Returns the number of files in the whole dataset, even if this is a subset of it."""
         return len(self.files.paths)
 
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
-        """Returns the pixels of all files of the dataset, uint8 (M, size, size, channels).
+        """Returns the pixels of all files of the dataset, even if this object is a subset of it.
 
-        Decodes the files once, keeps the pixels in the user's cache folder, and reads them from
-        there the next time. From then on, reading a single image also decodes it to `channels`
-        channels.
+        The first call decodes the files and keeps the pixels in the user's cache folder. Later
+        calls read them from there. After a call, images that are read one at a time are decoded to
+        `channels` channels, too.
+
+        Args:
+            size: height and width in pixels to which images are resized and cropped.
+            channels: 1 for gray, 3 for RGB.
+
+        Returns:
+            Pixels of the M files, uint8 (M, size, size, channels).
 
         Raises:
-            Refused: a file does not decode any more.
+            Refused: a file can no longer be decoded.
         """
         self.files.channels = channels
         return decode_all(self.files.root, self.files.paths, self.files.scans, size, channels)
@@ -243,9 +277,9 @@ class UserImages(Images):
     The pixels are never kept in memory, since reading an item may return another image every time.
 
     Args:
-        dataset: its images are PIL images, uint8 arrays (H, W[, C]) or tensors (C, H, W). Labels
-            are read from its attribute `targets` or `labels`. If it has neither, every item is
-            read once for its label.
+        dataset: the user's dataset. Its images are PIL images, uint8 arrays (H, W[, C]) or tensors
+            (C, H, W). Its labels are in the attribute `targets` or `labels`. If it has neither,
+            every item is read once for its label.
         name: name of the dataset, for messages.
     """
 
@@ -275,22 +309,23 @@ class UserImages(Images):
         return item
 
     def _sample(self) -> Iterator[torch.Tensor]:
-        """Yields evenly spaced images for the statistics: fewer than 2 * MAX_IMAGES_FOR_STATISTICS.
+        """Yields evenly spaced images of the dataset, from which statistics are computed.
 
-        Seeds the global generators before each image, so that a dataset with random transforms
-        yields the same images every time.
+        These are all images or, in a large dataset, only some: in any case fewer than 2 *
+        `MAX_IMAGES_FOR_STATISTICS`. Seeds the global generators before each image, so that a
+        dataset with random transforms yields the same images every time.
         """
         for index in range(0, len(self), max(1, len(self) // MAX_IMAGES_FOR_STATISTICS)):
             seeding.seed_sample(seeding.SAMPLE, index)
             yield self[index]
 
     def sizes(self) -> tuple[int, int, int]:
-        """Returns the number of channels, and the shortest and the longest side in pixels.
+        """Returns the number of channels, the shortest side and the longest side of the images.
 
-        Reads only a sample of the images.
+        The sides are in pixels. Only a sample of the images is read.
 
         Raises:
-            Refused: the images differ in the number of channels, or one cannot be read.
+            Refused: the images differ in the number of channels, or an image cannot be read.
         """
         shapes = {tuple(image.shape) for image in self._sample()}
         sides = [side for shape in shapes for side in shape[1:]]
@@ -300,11 +335,13 @@ class UserImages(Images):
         return channels.pop(), min(sides), max(sides)
 
     def pixel_sums(self) -> tuple[float, np.ndarray, np.ndarray]:
-        """Returns the sums over the pixels of a sample of images, from which mean and std follow.
+        """Returns the number of pixels, and the sums that give the mean and std of each channel.
+
+        Reads only a sample of the images. Floats in 0..1 are multiplied by 255.
 
         Returns:
-            The number of pixels; per channel, the sum of the values of 0..255, (C); and per
-            channel, the sum of their squares, (C).
+            Three values: the number of pixels in the sample; the sum of each channel's values (0 to
+            255), shape (C); and the sum of the squares of these values, shape (C).
         """
         number, sums, squares = 0.0, 0.0, 0.0
         for image in self._sample():
@@ -319,11 +356,12 @@ def _to_int64(labels: Any, name: str) -> np.ndarray:
     """Converts labels to int64 (N).
 
     Args:
-        labels: N integers, or arrays or tensors of one integer each.
-        name: name of the dataset, for the message.
+        labels: N labels; each is an integer, or an array or tensor without dimensions that contains
+            an integer.
+        name: name of the dataset, for the message of the error.
 
     Raises:
-        Refused: a label is no integer; 1.7 for example would become class 1.
+        Refused: a label is not an integer, such as 1.7, which would be converted to 1.
     """
     plain = [label.tolist() if hasattr(label, "tolist") else label for label in labels]
     for index, label in enumerate(plain):
@@ -338,10 +376,11 @@ def _as_tensor(image: Any, name: str) -> torch.Tensor:
 
     Args:
         image: a PIL image, an array (H, W[, C]) or a tensor (C, H, W).
-        name: name of the image, for the message.
+        name: name of the image, for the message of the error.
 
     Raises:
-        Refused: the image has other dimensions, or values that are neither uint8 nor float.
+        Refused: the image has another number of dimensions, or its values are neither uint8 nor
+            float.
     """
     if not isinstance(image, torch.Tensor):
         array = np.asarray(image)

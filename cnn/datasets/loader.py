@@ -3,7 +3,7 @@
 The order of an epoch is a function of (seed, epoch). Everything random about an image is a function
 of (seed, epoch, index of the image) and, where an image may come twice in an epoch, of its position
 in the epoch. So a resumed run can start an epoch at any batch without reading the batches before
-it, and any number of workers yields the same batches.
+this one, and the batches are the same for any number of workers.
 """
 
 import functools
@@ -37,7 +37,7 @@ Batch = tuple[torch.Tensor, torch.Tensor, int]
 Span = tuple[int, int, int]
 
 MEMORY_LIMIT = 2 * 2**30  # bytes of pixels that data.in_memory=auto keeps in memory
-EVALUATION_BATCHES = 2  # training batches in one for evaluation; 4 are slower for ResNets on a CPU
+EVALUATION_BATCHES = 2  # training batches in an evaluation batch; 4 are slower on a CPU
 LARGEST_EVALUATION_BATCH = 512
 
 
@@ -52,7 +52,8 @@ class Samples(Dataset):
         size: height and width of the returned images in pixels.
         augment: the augmentations for training.
         seed: the seed of the run.
-        collate: stacks images (C, size, size) into a batch, in the worker process.
+        collate: a function that stacks a list of images (C, size, size) into a batch. It is called
+            in the worker process.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Samples(Dataset):
         self.labels = torch.from_numpy(images.labels)
 
     def raw(self, key: Key) -> torch.Tensor:
-        """Returns an image as the dataset returns it, (C, H, W).
+        """Returns an image of the dataset as it is, before resizing and augmentation: (C, H, W).
 
         Args:
             key: (epoch, index of the image), or (epoch, index, position in the epoch).
@@ -78,7 +79,9 @@ class Samples(Dataset):
         return self.images[key[1]]
 
     def image(self, key: Key) -> torch.Tensor:
-        """Returns an image resized, augmented in training, and not normalized: (C, size, size).
+        """Returns an image in the model's size, not normalized: (C, size, size).
+
+        In training, the image is augmented.
 
         Args:
             key: (epoch, index of the image), or (epoch, index, position in the epoch); epoch 0
@@ -92,12 +95,13 @@ class Samples(Dataset):
     def __getitems__(self, keys: list[Key]) -> tuple[tuple, list[str]] | DataFailed:
         """Returns a batch, or the error that prevents it.
 
-        The DataLoader calls this in a worker. The error is returned rather than raised, since torch
-        would wrap a raised one in the traceback of the worker.
+        The DataLoader calls this method, in a worker process if there are any. The error is
+        returned rather than raised, since torch would add the traceback of the worker to an error
+        that is raised.
 
         Args:
-            keys: (epoch, index of the image) or (epoch, index, position in the epoch), one per
-                image.
+            keys: one key per image: (epoch, index of the image) or (epoch, index, position in the
+                epoch).
 
         Returns:
             ((images, labels), messages about images that were left out), or the error.
@@ -130,24 +134,25 @@ class Samples(Dataset):
 class Loader:
     """A loader of one split's batches onto the device, for training or for evaluation.
 
-    Training batches are shuffled and augmented, and each process loads its share of every batch.
-    In evaluation, process r of n loads every n-th batch as a whole, from batch r on. So a batch has
-    the same bits whichever process computes it.
+    In training, batches are shuffled and augmented, and each process loads its share of every
+    batch. In evaluation, the processes take turns, and each loads whole batches. So a batch has the
+    same bits whichever process computes it.
 
-    A subclass implements three more methods. `raw(key)` returns an image as the dataset returns it,
-    (C, H, W). `image(key)` returns it resized and augmented, but not normalized, (C, size, size).
-    `_batches(epoch, order, spans, start)` yields one batch per span; `order` has the index of the
-    image at each position of the epoch, a span is (first position, end position, number of images
-    that count), and `start` is the index of the first batch in the epoch.
+    A subclass implements three more methods. `raw(key)` returns an image of the dataset as it is,
+    (C, H, W). `image(key)` returns an image in the model's size, augmented in training, but not
+    normalized, (C, size, size). `_batches(epoch, order, spans, start)` yields one batch per span.
+    There, `order` has the index of the image at each position of the epoch. A span is (first
+    position, end position, number of images that count). `start` is the index of the first batch in
+    the epoch.
 
     Args:
         images: the images of the split.
         preprocessing: image size, channels, mean and std for the model.
         batch_size: images per batch, over all processes.
-        device: where the batches are needed.
+        device: the device to load the batches onto.
         seed: the seed of the run.
         sampler: "shuffle", or "balanced" to draw all classes with equal probability.
-        rank: the rank of this process.
+        rank: the rank of this process, from 0 on.
         num_ranks: the number of processes.
 
     Attributes:
@@ -176,7 +181,10 @@ class Loader:
         return len(self.sizes)
 
     def num_batches_per_rank(self) -> int:
-        """Returns the number of batches in an evaluation for the process that evaluates most."""
+        """Returns the largest number of batches that a process loads in an evaluation.
+
+        The processes share the batches, so that some may have one batch fewer.
+        """
         return -(-len(self.sizes) // self.num_ranks)
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -184,11 +192,12 @@ class Loader:
 
         Args:
             epoch: the epoch, counted from 1.
-            start: index of the first batch to yield; the batches before it are not read.
+            start: index of the first batch to yield; the batches before this one are not read.
 
         Yields:
-            Normalized images, float32 (N, C, H, W); labels, int64 (N); and the number of the first
-            images that count in gradients and metrics.
+            Three values: N normalized images, float32 (N, C, H, W); their labels, int64 (N); and
+            how many of the N images count in gradients and metrics: all, or none if this process
+            has no share of the batch.
         """
         shares = [share_of(size, self.rank, self.num_ranks) for size in self.sizes]
         begins = np.cumsum([0, *self.sizes]).tolist()
@@ -196,13 +205,13 @@ class Loader:
         return self._batches(epoch, self.order(epoch), spans[start:], start)
 
     def batches(self) -> Iterator[Batch]:
-        """Yields the batches that this process evaluates, in the images' order, not augmented.
+        """Yields the batches that this process evaluates, in the images' order and not augmented.
 
         These are every `num_ranks`-th batch, from the batch with index `rank` on.
 
         Yields:
-            Normalized images, float32 (N, C, H, W); labels, int64 (N); and the number of images
-            that count, here all.
+            Three values: N normalized images, float32 (N, C, H, W); their labels, int64 (N); and
+            the number of images that count in the metrics, which is N.
         """
         ends = np.cumsum(self.sizes).tolist()
         spans = [(end - size, end, size) for size, end in zip(self.sizes, ends)]
@@ -213,7 +222,7 @@ class Loader:
         """Returns the index of the image at each position of a training epoch, int64.
 
         Args:
-            epoch: the epoch, which together with the seed determines the order.
+            epoch: the epoch, counted from 1. The seed of the run and the epoch determine the order.
         """
         rng = np.random.default_rng(seeding.mix(self.seed, seeding.ORDER, epoch))
         if self.balanced:
@@ -228,8 +237,8 @@ class Loader:
             batch: index of the batch in the epoch.
 
         Returns:
-            (epoch, index of the image), or (epoch, index, position in the epoch) in training with
-            the balanced sampler, per image.
+            One key per image: (epoch, index of the image, position in the epoch) in training with
+            the balanced sampler, otherwise (epoch, index of the image).
         """
         start = sum(self.sizes[:batch])
         order = np.arange(len(self.images)) if epoch == EVALUATION else self.order(epoch)
@@ -240,7 +249,8 @@ class _Plan:
     """A batch sampler whose batches are set before every epoch; a batch is a list of image keys.
 
     Attributes:
-        keys: returns the keys of the images from one position of the epoch to another.
+        keys: a function of two positions in the epoch. It returns the keys of the images from the
+            first position up to, but without, the second.
         spans: per batch, its first position, its end position, and the number of images that count.
     """
 
@@ -252,10 +262,10 @@ class _Plan:
 
 
 class StreamLoader(Loader):
-    """A loader that reads image by image, in worker processes.
+    """A loader that reads one image at a time, in worker processes.
 
     Args:
-        *args: the arguments of `Loader`.
+        *args: the positional arguments of `Loader`.
         augment: name and settings of each augmentation, applied in training.
         num_workers: number of worker processes; 0 to read in this process.
         **keywords: the keyword arguments of `Loader`.
@@ -304,13 +314,10 @@ class StreamLoader(Loader):
 class MemoryLoader(Loader):
     """A loader that gathers whole batches from pixels in the memory of the device.
 
-    The random numbers of an epoch are a table that is a function of the seed and the epoch. The row
-    of an image is its index or, where an image may come twice in an epoch, its position there.
-
     Args:
-        *args: the arguments of `Loader`.
-        pixels: all images of the dataset, uint8 (M, size, size, C).
-        augment: name and settings of each augmentation, of those in `BATCH_DRAWS`.
+        *args: the positional arguments of `Loader`.
+        pixels: the M images of the whole dataset, uint8 (M, size, size, C).
+        augment: name and settings of each augmentation; the names must be keys of `BATCH_DRAWS`.
         **keywords: the keyword arguments of `Loader`.
     """
 
@@ -321,9 +328,16 @@ class MemoryLoader(Loader):
         self._labels = torch.from_numpy(self.images.labels).to(self.device)
 
     def _draws(self, epoch: int) -> torch.Tensor | None:
-        """Returns the random numbers of an epoch on the device, one row per image of the epoch.
+        """Returns a table of the random numbers of an epoch, on the device.
 
-        Returns None in an evaluation (epoch 0) and if there are no augmentations.
+        The table has one row per image of the epoch. An image's row is its index or, with the
+        balanced sampler, its position in the epoch. The seed and the epoch determine the table.
+
+        Args:
+            epoch: the epoch; 0 means evaluation.
+
+        Returns:
+            The table; None in an evaluation and if there are no augmentations.
         """
         if epoch == EVALUATION or not self._gather.names:
             return None
@@ -341,7 +355,7 @@ class MemoryLoader(Loader):
             yield self._normalize(images), self._labels[indices], count
 
     def raw(self, key: Key) -> torch.Tensor:
-        """Returns an image as the dataset returns it, (C, H, W).
+        """Returns an image of the dataset as it is, before resizing and augmentation: (C, H, W).
 
         Args:
             key: (epoch, index of the image), or (epoch, index, position in the epoch).
@@ -349,7 +363,9 @@ class MemoryLoader(Loader):
         return self.images[key[1]]
 
     def image(self, key: Key) -> torch.Tensor:
-        """Returns an image in the model's size and, in training, augmented: uint8 (C, size, size).
+        """Returns an image in the model's size, not normalized: uint8 (C, size, size).
+
+        In training, the image is augmented.
 
         Args:
             key: (epoch, index of the image), or (epoch, index, position in the epoch); epoch 0
@@ -373,23 +389,24 @@ def build_loader(
 ) -> Loader:
     """Builds a loader that keeps the pixels in memory, or else one that reads image by image.
 
-    The two draw different random numbers. So the choice depends only on the settings and the data,
-    never on the machine.
+    The two kinds of loader draw different random numbers. So the choice depends only on the
+    settings and the data, never on the machine.
 
     Args:
         cfg: the section `data` of the settings.
         images: the images of one split.
         preprocessing: image size, channels, mean and std for the model.
-        device: where the batches are needed.
+        device: the device to load the batches onto.
         seed: the seed of the run.
-        training: whether the loader is for training; otherwise it does not augment, and its batches
-            may be larger.
-        rank: the rank of this process.
+        training: whether the loader is for training. A loader for evaluation does not augment, and
+            its batches may be larger.
+        rank: the rank of this process, from 0 on.
         num_ranks: the number of processes.
 
     Raises:
         Refused: `data.in_memory` is true, but an augmentation works only image by image, or the
-            images are of a user's dataset.
+            images cannot be kept in memory, such as those of a user's dataset; or an image file can
+            no longer be decoded.
     """
     augment = cfg.augment if training else []
     batch_size = cfg.batch_size

@@ -11,8 +11,8 @@ EVALUATION = 0  # stands in place of the epoch in the keys of images that are no
 def split_epoch(number: int, batch_size: int) -> list[int]:
     """Returns the number of images in each batch of an epoch.
 
-    The last batch may be smaller. A single last image joins the batch before it instead, since
-    BatchNorm cannot train on one value per channel, and no image may be left out.
+    The last batch may be smaller than the others. If it would have only one image, this image joins
+    the batch before, since BatchNorm cannot train on a single image and none may be left out.
 
     Args:
         number: count of images in the epoch.
@@ -28,20 +28,20 @@ def split_epoch(number: int, batch_size: int) -> list[int]:
 
 
 def share_of(size: int, rank: int, num_ranks: int) -> tuple[int, int, int]:
-    """Returns the share of a batch that one of several processes computes.
+    """Returns which images of a batch one of several processes computes.
 
-    Where a batch has fewer than two images per process, which BatchNorm needs, some processes get
-    no share. They compute the first two images of the batch with a count of 0, so that all
-    processes take the same steps.
+    BatchNorm needs at least two images per process. If a batch has too few for that, the last
+    processes get no share. These compute the first two images of the batch, but neither of the two
+    counts. So all processes take the same steps.
 
     Args:
         size: count of images in the batch.
-        rank: the rank of the process.
+        rank: the rank of the process, from 0 on.
         num_ranks: the number of processes.
 
     Returns:
-        The position in the batch of the first image of the share, the position after the last one,
-        and the count of images, from the first on, that enter gradients and metrics.
+        Three values: the position in the batch of the first image to compute; the position after
+        the last one; and how many of these images count in gradients and metrics, all or none.
     """
     sharers = max(1, min(num_ranks, size // 2))
     if rank >= sharers:
@@ -61,7 +61,8 @@ def keys_of(epoch: int, order: np.ndarray, balanced: bool, start: int, end: int)
         end: the position after the last one.
 
     Returns:
-        (epoch, index) per image, or (epoch, index, position) if it may occur twice.
+        One key per image. In training, if `balanced`, a key is (epoch, index of the image,
+        position); otherwise it is (epoch, index of the image).
     """
     indices = order[start:end].tolist()
     if balanced and epoch != EVALUATION:
@@ -70,10 +71,10 @@ def keys_of(epoch: int, order: np.ndarray, balanced: bool, start: int, end: int)
 
 
 def draw_balanced(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draws as many image indices as there are labels, with replacement and from balanced classes.
+    """Draws image indices at random, so that all classes are equally likely at every draw.
 
-    At every draw all classes are equally likely. The distribution is that of torch's
-    WeightedRandomSampler if each image has the weight 1 / (number of images of its class).
+    Draws with replacement, and as many indices as there are images. The distribution is that of
+    torch's WeightedRandomSampler if each image has the weight 1 / (number of images of its class).
 
     Args:
         labels: the class of each image, int (N).

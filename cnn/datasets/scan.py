@@ -1,7 +1,7 @@
 """A scan of every image file before training: whether it decodes, its size and its brightness.
 
-The results are kept in the user's cache folder, never beside the images. They are valid as long as
-a file keeps its size and its time of change.
+The results are kept in the user's cache folder, never beside the images. The result of a file is
+used again as long as the file's size and its time of change stay the same.
 """
 
 import hashlib
@@ -27,18 +27,19 @@ SCAN = np.dtype(
 
 
 def scan(root: Path, paths: list[Path]) -> tuple[np.ndarray, dict[Path, str]]:
-    """Returns sizes and pixel sums of image files; decodes those that are new or have changed.
+    """Returns sizes and pixel sums of image files, and finds the files that do not decode.
 
-    For the other files, the values are read from the results of an earlier scan.
+    Decodes only files that are new or have changed since an earlier scan. For the other files, the
+    values are read from the user's cache folder.
 
     Args:
-        root: the folder or CSV file of the dataset; the name of the file with the results is a
-            hash of its path.
+        root: the folder or CSV file of the dataset. Each dataset has its own file in the cache
+            folder.
         paths: the N image files.
 
     Returns:
-        An array (N) of the dtype `SCAN`, one row per path; and for each file that does not decode,
-        the reason. Such a file's row is all zeros.
+        Two values: an array (N) of the dtype `SCAN`, one row per path; and a dict from each file
+        that does not decode to the reason. The row of such a file is all zeros.
     """
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
     cache = cache_folder() / f"scan_{VERSION}_{name}.npz"
@@ -75,7 +76,10 @@ def _size_and_time(path: Path) -> tuple[int, int] | None:
 
 
 def _scan_file(path: Path) -> np.ndarray | str:
-    """Decodes a file and returns its row (of the dtype `SCAN`), or the reason why it fails."""
+    """Decodes a file and returns its row of the dtype `SCAN`.
+
+    If the file does not decode, returns the reason instead.
+    """
     try:
         status = path.stat()
         image = open_image(path)

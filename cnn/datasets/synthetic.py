@@ -23,14 +23,15 @@ def load(
     Args:
         num_images: number of training images.
         num_test: number of test images.
-        num_classes: number of classes, which take turns.
+        num_classes: number of classes. The first image is of the first class, the next of the
+            second, and so on; after the last class, it is the turn of the first again.
         image_size: height and width in pixels.
         channels: number of channels.
         noise: standard deviation of the noise, for pixel values of 0..255.
         seed: determines patterns and noise.
 
     Returns:
-        The splits "train" and "test", and the class names.
+        Two values: the images by split, "train" and "test"; and the class names.
     """
     rng = np.random.default_rng(seed)
     patterns = rng.uniform(60, 196, (num_classes, channels, image_size, image_size))

@@ -32,11 +32,13 @@ def load(name: str, root: str, download: bool) -> tuple[dict[str, ArrayImages], 
 
     Args:
         name: the dataset's name in the settings, such as "cifar10"; a key of `FILES`.
-        root: the folder below which the files are or are to be downloaded.
+        root: a folder. The dataset's files are, or are downloaded to, the folder inside it that
+            `FILES` names, such as "MNIST/raw".
         download: whether to download files that are missing.
 
     Returns:
-        The splits "train" and "test", and the class names in the order of the labels.
+        Two values: the images by split, "train" and "test"; and the class names in the order of the
+        labels.
 
     Raises:
         Refused: files are missing, broken or cannot be downloaded, or a Python package is missing.
@@ -75,8 +77,9 @@ def _to_images(dataset: Any, name: str) -> ArrayImages:
     """Converts a dataset of torchvision to images in memory.
 
     Args:
-        dataset: its `data` are (N, H, W), (N, H, W, 3) or (N, 3, H, W), uint8; its labels are in
-            the attribute `targets` or `labels`.
+        dataset: the dataset of torchvision. Its attribute `data` contains the pixels, uint8, of
+            shape (N, H, W), (N, H, W, 3) or (N, 3, H, W). The labels are in its attribute `targets`
+            or `labels`.
         name: name of the result, such as "mnist train", for messages.
     """
     pixels = np.asarray(dataset.data)

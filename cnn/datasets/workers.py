@@ -1,6 +1,7 @@
 """Worker processes of a DataLoader: they ignore signals and end with the process that started them.
 
-Batches are received from them with a warning if one takes long, and with an error if a worker dies.
+While the main process waits for a batch, it logs a warning if the batch takes long, and raises an
+error if a worker dies.
 """
 
 import contextlib
@@ -27,9 +28,9 @@ WARN_EVERY = 30  # seconds of waiting for a batch
 class PickledBatch:
     """A pickled batch on its way to the main process, with its tensors in shared memory.
 
-    A worker creates it. Otherwise torch would pickle the batch in a thread of the worker. If shared
-    memory or file descriptors ran out there, the error would only be printed, and the batch would
-    never arrive.
+    A worker pickles the batch itself, so that it can report an error if shared memory or file
+    descriptors run out. Torch would pickle the batch in a thread, which would only print the error,
+    and the batch would never arrive.
 
     Args:
         batch: ((images, labels), messages about images that were left out).
@@ -43,9 +44,9 @@ class PickledBatch:
         return ForkingPickler.loads(self._data)
 
     def pin_memory(self) -> Any:
-        """Returns the batch with its tensors in pinned memory.
+        """Returns the batch that was pickled, with its tensors in pinned memory.
 
-        The DataLoader calls this in its thread that prefetches batches.
+        The DataLoader calls this in a thread of the main process.
         """
         (images, labels), left_out = self.unpickle()
         return (images.pin_memory(), labels.pin_memory()), left_out
@@ -55,10 +56,11 @@ def pickle_batch(batch: Any) -> PickledBatch | DataFailed:
     """Pickles a batch in a worker process.
 
     Args:
-        batch: the batch, or the error that came instead of it, which is returned unchanged.
+        batch: the batch, or an error that came instead of it.
 
     Returns:
-        The pickled batch, or an error if the batch cannot be pickled.
+        The pickled batch; an error if the batch cannot be pickled; or, if `batch` is an error, this
+        error unchanged.
     """
     try:
         return batch if isinstance(batch, DataFailed) else PickledBatch(batch)
@@ -67,10 +69,11 @@ def pickle_batch(batch: Any) -> PickledBatch | DataFailed:
 
 
 def receive_batches(loader: DataLoader, start: int, source: str) -> Iterator[Any]:
-    """Yields the batches of a DataLoader, and logs a warning every 30 s while one does not arrive.
+    """Yields the batches of a DataLoader, and logs a warning every 30 s while waiting for a batch.
 
     Args:
-        loader: yields batches, pickled or not, or a `DataFailed` in place of a batch.
+        loader: a DataLoader that yields batches, pickled or not, or a `DataFailed` in place of a
+            batch.
         start: number of the first batch in the epoch, counted from 1, for the warning.
         source: where the batches belong, such as "epoch 3", for the warning.
 
@@ -120,9 +123,9 @@ def receive_batches(loader: DataLoader, start: int, source: str) -> Iterator[Any
 def _start_workers(loader: DataLoader) -> Iterator[Any]:
     """Starts the worker processes of a DataLoader and returns its iterator.
 
-    Forked workers inherit the signal handlers. So signals are deferred until the workers ignore
-    them. Spawned workers do not inherit them. They may die before they receive the dataset, and
-    then a signal must be able to end the wait for them.
+    Forked workers inherit the signal handlers of this process. So signals are deferred until the
+    workers are set to ignore signals. Spawned workers inherit no handlers. They may die while they
+    start, and then a signal must be able to end the wait, so it is not deferred.
     """
     forked = multiprocessing.get_start_method() == "fork"
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS) if forked else None
@@ -141,9 +144,10 @@ def data_failure(
     """Returns an error that says why an image or a batch cannot be loaded, or how a worker died.
 
     Args:
-        error: the exception that came while loading.
-        what: what could not be loaded: the name of an image, or "the next batch".
-        workers: the worker processes. If one of them has died, the error describes that instead.
+        error: the exception that was raised while loading.
+        what: the thing that could not be loaded: the name of an image, or "the next batch".
+        workers: the worker processes, if there are any. If one of them has died, the returned error
+            describes this death instead of `error`.
     """
     for worker in workers:
         worker.join(0.2)  # a worker's pipe closes a moment before the worker ends
@@ -158,31 +162,34 @@ def data_failure(
 
 
 def kill_workers() -> None:
-    """Kills the DataLoader workers that this process started, which ignore SIGTERM."""
+    """Kills the DataLoader workers that this process started.
+
+    They ignore SIGTERM, so that they are sent SIGKILL.
+    """
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
 
 
 def restore_sigchld() -> None:
-    """Restores the default handling of SIGCHLD, in place of torch's handler.
+    """Replaces torch's handler of SIGCHLD by the default handling, in the main thread only.
 
-    Torch's handler raises in the middle of a step when a worker dies. Without it, the DataLoader
-    still notices a dead worker within 5 seconds, while it waits for a batch.
+    Torch's handler raises an error in the middle of a step when a worker dies. This is not needed:
+    the DataLoader notices a dead worker within 5 seconds anyway, while it waits for a batch.
     """
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def init_worker(worker: int) -> None:
-    """Makes a worker ignore the signals that the main process handles, and print no tracebacks.
+    """Makes a worker process ignore signals and print no tracebacks.
 
-    The main process reports errors. Threads of a worker that share tensors would print the same
-    error again and again.
+    The main process handles the signals and reports the errors.
 
     Args:
         worker: index of the worker, which the DataLoader passes and which is not used.
     """
+    # Threads of a worker that share tensors would print the same error again and again.
     sys.excepthook = lambda *_: None
     for number in signals.NUMBERS:
         signal.signal(number, signal.SIG_IGN)
