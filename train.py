@@ -87,11 +87,18 @@ def prepare(argv: list[str]) -> cli.Task | None:
     if command.print_config:
         sys.stdout.write(to_yaml(cfg) if launch.find_launch().is_rank0 else "")
         return None
-    acts = {"dry_run": dry_run, "drill": drill, "find_lr": find_lr}
-    act = next((act for name, act in acts.items() if getattr(command, name)), start)
-    return cli.Task(
-        lambda log, stop: act(cfg, command, log, stop), command.places, "cnn.training.setup"
-    )
+
+    def run(log: "Log", stop: "StopSignals") -> None:
+        if command.dry_run:
+            dry_run(cfg, log, stop)
+        elif command.drill:
+            drill(cfg, stop)
+        elif command.find_lr:
+            find_lr(cfg)
+        else:
+            start(cfg, command, log, stop)
+
+    return cli.Task(run, command.places, "cnn.training.setup")
 
 
 def start(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
@@ -251,7 +258,7 @@ def locked_folder(
         folder.unlock()
 
 
-def dry_run(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
+def dry_run(cfg: Config, log: "Log", stop: "StopSignals") -> None:
     """Tries out every part of a run in a temporary folder.
 
     With at most two batches per split and epoch, it trains one epoch, validates, saves and tests,
@@ -278,7 +285,7 @@ def dry_run(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> N
     logger.info("dry run OK: trained, saved, resumed, tested (%.1f s)", time.monotonic() - started)
 
 
-def drill(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
+def drill(cfg: Config, stop: "StopSignals") -> None:
     """Checks that a run with these settings can be stopped at any point and resumed.
 
     A short version of the run is stopped by signals and resumed, in a temporary folder. The result
@@ -296,7 +303,7 @@ def drill(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> Non
     run_drill(cfg, stop, train)
 
 
-def find_lr(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
+def find_lr(cfg: Config) -> None:
     """Trains for some steps with a rising learning rate, and logs a learning rate to try.
 
     The checkpoints and logs of earlier runs are neither read nor changed.

@@ -37,7 +37,8 @@ def main() -> None:
     parser.add_argument("--reduce", action="store_true", help="what each process of it runs")
     args = parser.parse_args()
     if args.reduce:
-        return time_all_reduce(args.device)
+        time_all_reduce(args.device)
+        return
     rounds, steps = (2, 15) if args.quick else (args.rounds, 25)
     measures = {
         way: lambda way=way: images_per_second(*WAYS[way], args.model, steps, args.device)

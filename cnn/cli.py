@@ -152,11 +152,9 @@ def _log_error(error: BaseException, task: Task, stop: "StopSignals") -> int:
         if not isinstance(error, RefusedElsewhere):
             logger.error("%s%s", place, error)
     elif kernel := re.match(r"(\w+) does not have a deterministic implementation", str(error)):
-        logger.error(  # the message of torch is longer, and names no setting
-            "train.deterministic: %s, which this model uses, has no repeatable implementation on this"
-            " device; take another model, or say false",
-            kernel[1],
-        )
+        # The message of torch is longer, and names no setting.
+        reason = f"{kernel[1]}, which this model uses, has no repeatable implementation here"
+        logger.error("train.deterministic: %s; take another model, or say false", reason)
         return FAILED
     else:
         logger.error("failed", exc_info=error)

@@ -344,7 +344,11 @@ class MemoryLoader(Loader):
         return self._gather.draws(len(self.images), self.seed, epoch).to(self.device)
 
     def _batches(
-        self, epoch: int, order: np.ndarray, spans: list[Span], start: int
+        self,
+        epoch: int,
+        order: np.ndarray,
+        spans: list[Span],
+        start: int,  # noqa: ARG002
     ) -> Iterator[Batch]:
         draws = self._draws(epoch)
         order = torch.from_numpy(order).to(self.device)
@@ -422,7 +426,7 @@ def build_loader(
         if pixels is not None:
             return MemoryLoader(*common, pixels=pixels, augment=augment)
         if cfg.in_memory is True:
-            reason = f"data.augment: {', '.join(slow)}" if slow else "a dataset of your own"
+            reason = f"data.augment: {', '.join(slow)}" if slow else "your own or resized images"
             raise Refused(f"data.in_memory: true cannot go with {reason}; say auto")
     return StreamLoader(*common, augment=augment, num_workers=cfg.num_workers)
 

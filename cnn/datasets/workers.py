@@ -181,7 +181,7 @@ def restore_sigchld() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def init_worker(worker: int) -> None:
+def init_worker(worker: int) -> None:  # noqa: ARG001  torch passes it
     """Makes a worker process ignore signals and print no tracebacks.
 
     The main process handles the signals and reports the errors.
