@@ -109,7 +109,7 @@ class TensorBoard:
         return events
 
     def _hyperparameters(self, now: float) -> list[Event]:
-        """Returns the events for TensorBoard's HPARAMS page: the settings and the results of the run.
+        """Returns the events for TensorBoard's HPARAMS page: the run's settings and results.
 
         Args:
             now: the time of the events, in seconds since 1970.
