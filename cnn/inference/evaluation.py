@@ -1,4 +1,4 @@
-"""The images and the loss for evaluating a trained model, on the data of its training or others."""
+"""The images and the loss function with which a trained model is evaluated."""
 
 import copy
 import logging
@@ -46,8 +46,8 @@ def choose_images(trained: TrainedModel, split: str) -> EvaluationData:
     """Returns the images on which a trained model is evaluated.
 
     They come from the data set of the training, or from another one if the command line names it.
-    If another data set consists of training images only, all of them are used, because the model
-    was not trained on them.
+    Another data set that is not divided into splits is used as a whole, because the model was not
+    trained on any of it.
 
     Args:
         trained: the model and its settings, in which those of the command line have replaced

@@ -75,8 +75,8 @@ def export_model(trained: TrainedModel, file_format: str) -> tuple[bytes, str]:
 
     Raises:
         Refused: torch cannot export the model.
-        Failed: the largest difference between two logits is more than 1e-4. If the largest logit is
-            above 1, the limit is 1e-4 times this logit.
+        Failed: a logit of the exported model differs from the original one by more than the limit.
+            The limit is 1e-4, or 1e-4 times the largest logit if that is above 1.
     """
     export, load = FORMATS[file_format]
     trained.model.to(memory_format=torch.contiguous_format)
@@ -311,7 +311,7 @@ def metadata(trained: TrainedModel, pixels: str = NORMALIZED_INSIDE) -> dict[str
 
 
 def sample_images(trained: TrainedModel) -> tuple[torch.Tensor, str]:
-    """Returns 17 images with which an exported model is checked, and a text that says what they are.
+    """Returns 17 images with which an exported model is checked, and a text that describes them.
 
     The images are validation images. If there are fewer than 17, some of them are repeated. If the
     data cannot be read, the images are random numbers.

@@ -34,7 +34,7 @@ Picture = str | os.PathLike | Image.Image | np.ndarray
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of a picture and their probabilities, the most probable class first.
+    """The most probable classes of a picture and their probabilities, in descending order.
 
     Attributes:
         classes: the names of the classes.

@@ -1,4 +1,4 @@
-"""Loading a trained model; its checkpoint contains everything that this needs."""
+"""Loading a trained model from its checkpoint, which is the only file needed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -49,7 +49,7 @@ class TrainedModel:
     precision: str
 
     def autocast(self) -> torch.autocast:
-        """Returns a context manager in which the model computes in its precision, `self.precision`."""
+        """Returns the context manager in which a forward pass computes in `self.precision`."""
         return env.autocast(self.device, self.precision)
 
     @property

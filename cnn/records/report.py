@@ -45,7 +45,7 @@ class Report:
         self.logs, self.run, self.state = run.folder.logs, run, run.state
 
     def write(self) -> None:
-        """Writes report.html, a page on the present state of the run, and replaces an existing file."""
+        """Writes report.html, a page on the present state of the run. An old file is replaced."""
         write_text(self.logs.report, render("report.jinja", **self._content()))
 
     def write_pictures(self) -> None:
@@ -156,7 +156,7 @@ class Report:
         }
 
     def _evaluation(self, split: str) -> dict[str, Any]:
-        """Returns the values for the section of the page on an evaluation, by their names in report.jinja.
+        """Returns the values that the page shows of an evaluation, by their names in report.jinja.
 
         These are the confusion matrix, the classes that are most often confused, and the metrics
         per class.

@@ -53,9 +53,9 @@ class TensorBoard:
     def rewrite(self) -> None:
         """Replaces the event files by new ones with the whole history of the run.
 
-        The old files are the only place that has the graph of the model and the earlier pictures.
-        These are copied to the new files, up to the present step. All other events are made from
-        the state.
+        The graph of the model and earlier pictures, up to the present step, are copied from the old
+        files. If there are no old files, the graph and a picture of training images are made. All
+        other events are made from the state.
         """
         self._files = {}
         kept = {part: self._read_images(part) for part in PARTS}
