@@ -1,4 +1,4 @@
-"""The images and the loss for evaluating a trained model, on the data of its training or others."""
+"""The images and the loss function with which a trained model is evaluated."""
 
 import copy
 import logging
@@ -26,10 +26,10 @@ class EvaluationData:
     """The labelled images on which a trained model is evaluated.
 
     Attributes:
-        images: the images, whose labels are indices into the classes of the model.
+        images: the images. Their labels are indices into the classes of the model.
         train_labels: the labels of the training images, int64 (number of training images); None if
-            the model was trained on other data than `images` come from.
-        description: what the images are, in words for messages, such as "test of digits".
+            `images` come from another data set than the training images.
+        description: what the images are, for messages, such as "test of digits".
     """
 
     images: Images
@@ -38,18 +38,20 @@ class EvaluationData:
 
     @property
     def is_same_data(self) -> bool:
-        """A flag that is True if the images belong to the data that the model was trained on."""
+        """Whether the images come from the same data set as the model's training images."""
         return self.train_labels is not None
 
 
 def choose_images(trained: TrainedModel, split: str) -> EvaluationData:
     """Returns the images on which a trained model is evaluated.
 
-    They come from the data of the training, or from other data if the command line names it. Other
-    data that has no splits is used as a whole, because the model was not trained on any of it.
+    They come from the data set of the training, or from another one if the command line names it.
+    Another data set that is not divided into splits is used as a whole, because the model was not
+    trained on any of it.
 
     Args:
-        trained: the model and its settings, which contain those of the command line.
+        trained: the model and its settings, in which those of the command line have replaced
+            others.
         split: "val" or "test".
 
     Raises:
@@ -76,16 +78,16 @@ def choose_images(trained: TrainedModel, split: str) -> EvaluationData:
 
 
 def _divide_as_trained(trained: TrainedModel, splits: Splits, classes: list[str]) -> Splits | None:
-    """Divides the data into training, validation and test images as the training did.
+    """Divides a dataset into training, validation and test images as the training did.
 
     Args:
-        trained: the model, whose checkpoint contains a checksum of its data.
-        splits: the images of each split that the dataset has, by the name of the split.
+        trained: the model. Its checkpoint contains a checksum of the data that it was trained on.
+        splits: the images of each split that the dataset comes with, by the name of the split.
         classes: the names of the classes of the dataset.
 
     Returns:
-        The images of the splits "train", "val" and "test"; None if this is not the data that the
-        model was trained on.
+        The images of the splits "train", "val" and "test". None if the dataset is not the one that
+        the model was trained on.
     """
     if "train" not in splits or classes != trained.classes:
         return None
@@ -113,12 +115,13 @@ def _choose_other_images(
 
 
 def _with_model_labels(images: Images, classes: list[str], model_classes: list[str]) -> Images:
-    """Returns a copy of the images whose labels are indices into the classes of the model.
+    """Returns a copy of the images with labels that are indices into the classes of the model.
 
     Args:
-        images: images whose labels are indices into `classes`.
+        images: images with labels that are indices into `classes`.
         classes: the names of the classes of the dataset.
-        model_classes: the names of the classes of the model. Equal names mean the same class.
+        model_classes: the names of the classes of the model. A class of the dataset and a class of
+            the model are the same if their names are equal.
 
     Raises:
         Refused: an image has a class that the model does not have.
@@ -133,11 +136,14 @@ def _with_model_labels(images: Images, classes: list[str], model_classes: list[s
 
 
 def set_channels(trained: TrainedModel, images: Images) -> None:
-    """Makes image files decode to the number of channels that the model takes.
+    """Ensures that images have the number of channels that a model takes.
+
+    If the images are files, and the model takes 1 or 3 channels, the files are then decoded with
+    this number of channels.
 
     Args:
         trained: the model.
-        images: the images, which are changed in place if they are files.
+        images: the images. If they are files, they are changed in place.
 
     Raises:
         Refused: the images have another number of channels and cannot be converted.
@@ -150,15 +156,15 @@ def set_channels(trained: TrainedModel, images: Images) -> None:
 
 
 def build_training_loss(trained: TrainedModel, data: EvaluationData) -> nn.Module:
-    """Builds the loss function with which a model was trained, to evaluate the model.
+    """Builds the loss function with which a model was trained.
 
-    Its class weights come from the checkpoint. If an old checkpoint lacks them, balanced weights
-    are computed from the training labels. If these labels are not known, the loss has no class
-    weights.
+    The class weights come from the checkpoint. If an old checkpoint does not contain them, but the
+    setting is "balanced", they are computed from the training labels. If these labels are not
+    known, the loss has no class weights.
 
     Args:
         trained: the model and its checkpoint.
-        data: the images of the evaluation and the training labels.
+        data: the data of the evaluation, which may contain the training labels.
 
     Raises:
         Refused: the class weights or the state of the loss in the checkpoint are not valid.

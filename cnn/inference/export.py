@@ -38,7 +38,7 @@ Inference = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Deployed(nn.Module):
-    """A model that takes pixels in 0..1, because it contains its normalization.
+    """A model that contains its normalization, so that it takes pixels from 0 to 1.
 
     Args:
         model: takes normalized images (N, C, H, W) and returns logits (N, classes).
@@ -52,24 +52,31 @@ class Deployed(nn.Module):
         self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W; in 0..1
-        """Returns the logits (N, classes) of images (N, C, H, W), whose pixels are in 0..1."""
+        """Computes the logits of images.
+
+        Args:
+            images: the images (N, C, H, W), with pixels from 0 to 1.
+
+        Returns:
+            The logits (N, classes).
+        """
         return self.model((images - self.mean) / self.std)
 
 
 def export_model(trained: TrainedModel, file_format: str) -> tuple[bytes, str]:
-    """Exports a model, and checks that the exported file computes the same logits.
+    """Exports a model, and checks that the exported model computes the same logits.
 
     Args:
         trained: a model on the CPU.
         file_format: "torch", "onnx" or "weights".
 
     Returns:
-        The content of the file, and a text that describes the result of the check.
+        The content of the file to write, and a text with the result of the check.
 
     Raises:
         Refused: torch cannot export the model.
-        Failed: a logit differs by more than 1e-4, or by more than 1e-4 of the largest logit if that
-            is above 1.
+        Failed: a logit of the exported model differs from the original one by more than the limit.
+            The limit is 1e-4, or 1e-4 times the largest logit if that is above 1.
     """
     export, load = FORMATS[file_format]
     trained.model.to(memory_format=torch.contiguous_format)
@@ -89,10 +96,16 @@ def export_model(trained: TrainedModel, file_format: str) -> tuple[bytes, str]:
 
 
 def to_torch(trained: TrainedModel) -> bytes:
-    """Exports a model to the .pt2 format of torch.export, and returns the content of the file.
+    """Exports a model to the .pt2 format of torch.export.
 
-    The exported model takes pixels in 0..1. The file contains a member metadata.json with the
-    result of `metadata`.
+    The exported model takes pixels from 0 to 1. The result of the function `metadata` is stored in
+    the file as JSON, under the name metadata.json.
+
+    Args:
+        trained: a model on the CPU.
+
+    Returns:
+        The content of the .pt2 file.
     """
     buffer = io.BytesIO()
     text = json.dumps(metadata(trained), ensure_ascii=False, indent=1)
@@ -103,7 +116,8 @@ def to_torch(trained: TrainedModel) -> bytes:
 def from_torch(content: bytes) -> Inference:
     """Returns a function that runs the model in a .pt2 file of torch.export.
 
-    The function takes pixels in 0..1 (N, C, H, W) and returns logits (N, classes).
+    The function takes images (N, C, H, W), with pixels from 0 to 1, and returns logits (N,
+    classes).
 
     Args:
         content: the bytes of the file.
@@ -112,10 +126,17 @@ def from_torch(content: bytes) -> Inference:
 
 
 def to_onnx(trained: TrainedModel) -> bytes:
-    """Exports a model to the ONNX format, and returns the content of the file.
+    """Exports a model to the ONNX format.
 
-    The exported model takes pixels in 0..1. The result of `metadata` is stored in the properties of
-    the file. Since a property is text, values that are not text are stored as JSON.
+    The exported model takes pixels from 0 to 1. The entries that the function `metadata` returns
+    are stored in the properties of the file. Since a property is text, an entry that is not text is
+    stored as JSON.
+
+    Args:
+        trained: a model on the CPU.
+
+    Returns:
+        The content of the ONNX file.
     """
     import onnx
 
@@ -137,7 +158,8 @@ def to_onnx(trained: TrainedModel) -> bytes:
 def from_onnx(content: bytes) -> Inference:
     """Returns a function that runs the model in an ONNX file with onnxruntime on the CPU.
 
-    The function takes pixels in 0..1 (N, C, H, W) and returns logits (N, classes).
+    The function takes images (N, C, H, W), with pixels from 0 to 1, and returns logits (N,
+    classes).
 
     Args:
         content: the bytes of the file.
@@ -149,9 +171,16 @@ def from_onnx(content: bytes) -> Inference:
 
 
 def to_weights(trained: TrainedModel) -> bytes:
-    """Exports the weights of a model, and returns the content of a file for `torch.load`.
+    """Exports the weights of a model to a file for `torch.load`.
 
-    The file contains a dict with "model_state_dict" and the entries that `metadata` returns.
+    The file contains a dict with "model_state_dict" and the entries that the function `metadata`
+    returns.
+
+    Args:
+        trained: a model on the CPU.
+
+    Returns:
+        The content of the file.
     """
     content = metadata(trained, "(pixels in 0..1 - mean) / std")
     buffer = io.BytesIO()
@@ -166,7 +195,7 @@ def from_weights(content: bytes) -> Inference:
         content: the bytes of the file.
 
     Returns:
-        The model, which contains its normalization and takes pixels in 0..1.
+        The model. It contains its normalization, so that it takes pixels from 0 to 1.
     """
     saved = torch.load(io.BytesIO(content), weights_only=True)
     cfg = ModelConfig(saved["model"], saved["model_args"])
@@ -188,14 +217,14 @@ MAX_POOL = torch.ops.aten.adaptive_max_pool2d.default
 def _max_pool_to_one(images: torch.Tensor, size: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes adaptive max pooling to one pixel with operators that torch.onnx can export.
 
-    In PyTorch 2.11, torch.onnx cannot export `adaptive_max_pool2d` itself.
+    It takes the place of `adaptive_max_pool2d`, which torch.onnx in PyTorch 2.11 cannot export.
 
     Args:
         images: the input (N, C, H, W).
-        size: the height and width of the output, [1, 1].
+        size: the height and width of the output. Only [1, 1] is possible.
 
     Returns:
-        The largest values and their indices among the H * W pixels, both (N, C, 1, 1);
+        The largest value of each channel, and its index from 0 to H * W - 1, both (N, C, 1, 1).
         NotImplemented if `size` is not [1, 1].
     """
     if list(size) != [1, 1]:
@@ -207,7 +236,10 @@ def _max_pool_to_one(images: torch.Tensor, size: list[int]) -> tuple[torch.Tenso
 def _program(trained: TrainedModel) -> torch.export.ExportedProgram:
     """Returns the graph that torch.export makes of a model together with its normalization.
 
-    The graph takes batches of any number of images, with pixels in 0..1.
+    The graph takes batches of any number of images, with pixels from 0 to 1.
+
+    Args:
+        trained: a model on the CPU.
 
     Raises:
         Refused: torch.export cannot export the model.
@@ -221,13 +253,15 @@ def _program(trained: TrainedModel) -> torch.export.ExportedProgram:
 
 @contextlib.contextmanager
 def _refusing(trained: TrainedModel, exporter: str) -> Iterator[None]:
-    """Raises Refused with a short reason if the `with` block raises any exception.
+    """Turns any exception in a `with` block into the exception Refused with a short reason.
 
     Args:
-        trained: the model that the block exports. Its name in the settings is part of the error
-            message.
-        exporter: the part of torch that the block calls, such as "torch.onnx", for the error
-            message.
+        trained: the model that the block exports. The message contains the name of the model.
+        exporter: the part of torch that the block calls, such as "torch.onnx". The message contains
+            it.
+
+    Raises:
+        Refused: the block has raised an exception.
     """
     try:
         yield
@@ -248,13 +282,15 @@ def _first_line(error: Exception) -> str:
 
 
 def metadata(trained: TrainedModel, pixels: str = NORMALIZED_INSIDE) -> dict[str, Any]:
-    """Returns what a program has to know to use an exported file, as plain values by name.
-
-    The names include "input", "output", "classes" and "preprocessing".
+    """Returns what a program has to know to use an exported file.
 
     Args:
         trained: the exported model.
         pixels: a text that says how the numbers in the input are computed from pixels.
+
+    Returns:
+        A dict of texts, numbers, lists and dicts, with keys such as "input", "output", "classes"
+        and "preprocessing".
     """
     pre, content = trained.preprocessing, trained.content
     shape = f"{pre.channels}, {pre.image_size}, {pre.image_size}"
@@ -275,17 +311,17 @@ def metadata(trained: TrainedModel, pixels: str = NORMALIZED_INSIDE) -> dict[str
 
 
 def sample_images(trained: TrainedModel) -> tuple[torch.Tensor, str]:
-    """Returns 17 images to check an exported model with, and a text that says what they are.
+    """Returns 17 images with which an exported model is checked, and a text that describes them.
 
-    The images are validation images, repeated if there are fewer than 17. If the data cannot be
-    read, they are random numbers.
+    The images are validation images. If there are fewer than 17, some of them are repeated. If the
+    data cannot be read, the images are random numbers.
 
     Args:
-        trained: the exported model, whose settings name the data.
+        trained: the exported model. Its settings name the data.
 
     Returns:
-        The images (17, C, size, size) in the size of the model's input, uint8 or float in 0..1; and
-        a text such as "17 validation images".
+        The images (17, C, size, size) in the size of the model's input, uint8 or float from 0 to 1;
+        and a text such as "17 validation images".
     """
     pre, number = trained.preprocessing, max(BATCH_SIZES)
     try:
@@ -307,16 +343,17 @@ def compare_logits(
 ) -> tuple[float, float]:
     """Compares the logits of an exported model with those of the original model.
 
-    Both models compute one batch of each size in BATCH_SIZES.
+    Each model computes a batch of 1 image and a batch of 17 images.
 
     Args:
         trained: the original model.
-        inference: the exported model, which takes pixels in 0..1.
-        images: images (17, C, H, W), uint8 or float in 0..1, not normalized.
+        inference: the exported model, which takes pixels from 0 to 1.
+        images: images (17, C, H, W), uint8 or float from 0 to 1, not normalized.
 
     Returns:
-        The largest absolute difference between a logit of one model and the same logit of the
-        other; and the largest absolute logit of the original model.
+        Two numbers. The first is the largest difference between a logit of the exported model and
+        the same logit of the original model. The second is the largest absolute value of a logit of
+        the original model.
     """
     normalize = Normalize(trained.preprocessing, trained.device)
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()

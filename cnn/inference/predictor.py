@@ -34,7 +34,7 @@ Picture = str | os.PathLike | Image.Image | np.ndarray
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of a picture and their probabilities, the highest first.
+    """The most probable classes of a picture and their probabilities, in descending order.
 
     Attributes:
         classes: the names of the classes.
@@ -46,16 +46,18 @@ class Prediction:
 
 
 class Predictor:
-    """A trained model that predicts the classes of pictures; `load` reads it from a checkpoint.
+    """A trained model that predicts the classes of pictures.
+
+    The function `load` makes a predictor from a checkpoint.
 
     Args:
         trained: the model and its checkpoint.
 
     Attributes:
-        classes: the names of the classes, in the order of the model's outputs.
+        classes: the names of the classes, in the order of the logits.
         model: the network in evaluation mode. It takes normalized images (N, C, size, size) and
             returns logits (N, classes).
-        trained: the argument `trained`.
+        trained: the model and its checkpoint, as given.
 
     Raises:
         Refused: the model takes neither 1 nor 3 channels.
@@ -77,13 +79,13 @@ class Predictor:
         """Predicts the classes of one picture or of a list of pictures.
 
         Args:
-            pictures: one picture or a list of them. A picture is a path, a PIL image of any mode,
-                or a uint8 array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
-            top: how many classes a prediction contains, beginning with the most probable one; None
-                for all.
+            pictures: one picture or a list of pictures. A picture is a path, a PIL image of any
+                mode, or a uint8 array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+            top: the number of classes in a prediction, beginning with the most probable one; None
+                for all classes.
 
         Returns:
-            One prediction, or a list of predictions for a list of pictures.
+            One prediction for one picture; a list of predictions for a list of pictures.
 
         Raises:
             BadImage: a picture cannot be read. If the picture is a file, the message contains its
@@ -101,15 +103,16 @@ class Predictor:
     def predict_each(
         self, pictures: Sequence[Picture], top: int | None = None
     ) -> Iterator[Prediction | BadImage]:
-        """Yields the prediction of each picture, or a BadImage if the picture cannot be read.
+        """Yields the prediction of each picture, or a BadImage for a picture that cannot be read.
 
-        The results are in the order of the pictures. The pictures are predicted in batches. While
-        the model predicts one batch, threads decode the next one.
+        The results are in the order of the pictures. While the model computes one batch of
+        pictures, threads decode the next batch.
 
         Args:
-            pictures: the pictures, in the forms that `__call__` accepts.
-            top: how many classes a prediction contains, beginning with the most probable one; None
-                for all.
+            pictures: the pictures. A picture is a path, a PIL image of any mode, or a uint8 array
+                of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+            top: the number of classes in a prediction, beginning with the most probable one; None
+                for all classes.
         """
         for number, images in enumerate(self._decode_batches(pictures)):
             good = [image for image in images if isinstance(image, torch.Tensor)]
@@ -120,14 +123,14 @@ class Predictor:
     def _decode_batches(
         self, pictures: Sequence[Picture]
     ) -> Iterator[list[torch.Tensor | BadImage]]:
-        """Yields the decoded pictures in batches, while threads decode the next batch.
+        """Decodes pictures and yields them in batches, while threads decode the next batch.
 
         Args:
-            pictures: the pictures, in the forms that `__call__` accepts.
+            pictures: paths, PIL images or uint8 arrays.
 
         Yields:
-            For each picture of a batch, a uint8 tensor (C, size, size), or a BadImage if the
-            picture cannot be read.
+            A list with an entry per picture of the batch: a uint8 tensor (C, size, size), or a
+            BadImage if the picture cannot be read.
         """
         start, upcoming = 0, []
         pool = ThreadPoolExecutor(self._num_threads)
@@ -142,9 +145,14 @@ class Predictor:
             pool.shutdown(cancel_futures=True)
 
     def _prepare(self, picture: Picture) -> torch.Tensor | BadImage:
-        """Returns a picture in the size of the model's input, as a uint8 tensor (C, size, size).
+        """Decodes a picture and brings it to the size of the model's input.
 
-        If the picture cannot be read, a BadImage is returned, not raised.
+        Args:
+            picture: a path, a PIL image or a uint8 array.
+
+        Returns:
+            A uint8 tensor (C, size, size). If the picture cannot be read, a BadImage, which is
+            returned and not raised.
         """
         is_path, channels = isinstance(picture, str | os.PathLike), self._pre.channels
         try:
@@ -161,14 +169,17 @@ class Predictor:
     def _predict_batch(
         self, images: torch.Tensor, batch_index: int, top: int | None
     ) -> list[Prediction]:
-        """Returns the prediction of each image of a batch.
+        """Predicts the classes of each image of a batch.
 
         Args:
             images: the decoded images, uint8 (N, C, size, size).
-            batch_index: the index of the batch. If the model draws random numbers in evaluation
-                mode, they depend on it, as in a validation.
-            top: how many classes a prediction contains, beginning with the most probable one; None
-                for all.
+            batch_index: the index of the batch. It seeds the random numbers that a model may draw
+                in evaluation mode.
+            top: the number of classes in a prediction, beginning with the most probable one; None
+                for all classes.
+
+        Returns:
+            A prediction for each image.
         """
         trained = self.trained
         key = (trained.cfg.seed, seeding.EVALUATE, trained.seed_epoch("val"), batch_index)
@@ -184,7 +195,7 @@ class Predictor:
 
 
 def load(checkpoint: str | os.PathLike, *settings: str) -> Predictor:
-    """Returns a predictor with the trained model of a checkpoint.
+    """Makes a predictor from the checkpoint of a trained model.
 
     Args:
         checkpoint: the path of a file that train.py saved. No other file is needed.
@@ -192,8 +203,8 @@ def load(checkpoint: str | os.PathLike, *settings: str) -> Predictor:
             checkpoint.
 
     Raises:
-        Refused: the file is not a checkpoint, is damaged, or names code outside the current folder.
-            This exception is a ValueError.
+        Refused: the file is not a checkpoint, is damaged, or names code outside the current folder;
+            or a setting is not valid. Refused is a subclass of ValueError.
     """
     with _generators_preserved(None):
         return Predictor(load_trained_model(Path(checkpoint), settings))
@@ -209,13 +220,13 @@ def _to_image(array: np.ndarray) -> Image.Image:
 
 @contextlib.contextmanager
 def _generators_preserved(device: torch.device | None) -> Iterator[None]:
-    """Restores the global random generators at the end of the `with` block.
+    """Restores the global random generators at the end of a `with` block to their state before it.
 
-    These are the generators of Python, NumPy and torch on the CPU, and the one of a CUDA device.
+    These are the generators of Python, NumPy and torch on the CPU. The generator of a CUDA device
+    is restored, too, if this device is given.
 
     Args:
-        device: the device of the model, whose generator is restored too if it is a CUDA device.
-            With None, only the generators on the CPU are restored.
+        device: the device that is used in the block; None if only the CPU is used.
     """
     cuda_devices = [device] if device is not None and device.type == "cuda" else []
     with contextlib.ExitStack() as stack:

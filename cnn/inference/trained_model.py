@@ -1,4 +1,4 @@
-"""Loading a trained model; its checkpoint contains everything that this needs."""
+"""Loading a trained model from its checkpoint, which is the only file needed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,11 +26,12 @@ class TrainedModel:
 
     Attributes:
         path: the file of the checkpoint.
-        content: everything that the checkpoint contains.
+        content: the entries of the checkpoint by name.
         cfg: the settings of the checkpoint, in which settings of the command line have replaced
             others.
         typed: the keys of the settings on the command line, such as {"data.root"}.
-        places: for each key, the place where its value was found, such as "command line".
+        places: the place that each setting comes from, such as "command line", by the key of the
+            setting.
         model: takes normalized images (N, C, size, size) and returns logits (N, classes).
         preprocessing: the size, the number of channels and the normalization of the images.
         device: the device of the model.
@@ -48,7 +49,7 @@ class TrainedModel:
     precision: str
 
     def autocast(self) -> torch.autocast:
-        """Returns a context that runs a forward pass in the precision `self.precision`."""
+        """Returns the context manager in which a forward pass computes in `self.precision`."""
         return env.autocast(self.device, self.precision)
 
     @property
@@ -58,23 +59,25 @@ class TrainedModel:
 
     @property
     def is_within_epoch(self) -> bool:
-        """A flag that is True if the checkpoint was saved before its epoch was complete.
+        """Whether the checkpoint was saved before its epoch was complete.
 
         The weights of such a checkpoint were never validated.
         """
         return self.content["unfinished_epoch"]["batch"] > 0
 
     def seed_epoch(self, split: str) -> int:
-        """Returns the number of the epoch that seeds random numbers when the model is evaluated.
+        """Returns the number of the epoch that seeds the random numbers of an evaluation.
 
-        With this number, a model that draws random numbers in evaluation mode draws the same ones
-        as when it was evaluated during training. Training validates an epoch before it counts the
-        epoch as complete. Therefore, the number for "val" is the number of complete epochs less
-        one. For "test", and for a checkpoint from within an epoch, it is the number of complete
-        epochs.
+        It is the number with which the training evaluated the same weights. Therefore, a model that
+        draws random numbers in evaluation mode draws the same ones again.
 
         Args:
             split: "val" or "test".
+
+        Returns:
+            For "test", the number of complete epochs. For "val", one less, because the training
+            validates an epoch before it counts the epoch as complete. If the checkpoint was saved
+            within an epoch, the number of complete epochs for both.
         """
         epoch = self.content["epoch"]
         return epoch if split == "test" or self.is_within_epoch else max(epoch - 1, 0)
@@ -86,9 +89,9 @@ class TrainedModel:
 
 
 def load_trained_model(path: Path, settings: Sequence[str] = ()) -> TrainedModel:
-    """Reads a checkpoint, and returns its model with the weights that were validated.
+    """Loads the model of a checkpoint, with the weights that were used in the validation.
 
-    These are the averaged weights (EMA) if the run averaged its weights.
+    These are the averaged weights (EMA) if the training averaged the weights.
 
     Args:
         path: a checkpoint that train.py saved.
@@ -97,7 +100,7 @@ def load_trained_model(path: Path, settings: Sequence[str] = ()) -> TrainedModel
 
     Raises:
         Refused: the file is not a checkpoint, is damaged or inconsistent, or names code outside the
-            current folder.
+            current folder; or a setting is not valid or cannot be replaced.
     """
     content = load_checkpoint(path, "--checkpoint")
     typed = {setting.partition("=")[0] for setting in settings}
@@ -136,12 +139,12 @@ def _read_settings(
 def _choose_precision(
     cfg: Config, saved: dict[str, Any], device: torch.device, typed: set[str]
 ) -> str:
-    """Returns the precision of a forward pass: "fp32", "bf16" or "fp16".
+    """Chooses the precision of a forward pass.
 
-    A precision that the command line names is used, and the setting "fp32" is kept. In all other
-    cases, the result is the precision of the training, if the training ran on the same type of
-    device. On another type of device, it is "bf16" if the hardware supports it, and otherwise
-    "fp32".
+    If the command line names a precision, it is used. Otherwise, if the setting train.precision is
+    "fp32", the result is "fp32". Otherwise, on the type of device that the model was trained on,
+    the result is the precision of the training. On another type of device, it is the precision that
+    the setting "auto" selects for this device.
 
     Args:
         cfg: the settings of the checkpoint, in which settings of the command line have replaced
@@ -150,6 +153,9 @@ def _choose_precision(
             training.
         device: the device of the model.
         typed: the keys of the settings on the command line, such as {"train.precision"}.
+
+    Returns:
+        "fp32", "bf16" or "fp16".
     """
     name = cfg.train.precision
     if "train.precision" in typed or name == "fp32":

@@ -25,15 +25,15 @@ LOCK_SECONDS = 60.0  # to wait for another process, which needs the lock for mil
 
 
 def file_of(cfg: Config, folder: Path) -> Path:
-    """Returns the path of the file for the best settings of a model and a dataset.
+    """Returns the path of the file that keeps the best settings of a model on a dataset.
 
-    The name contains the settings model.name, data.name and, if it is set, data.tag, as in
-    simple_cnn_digits.yaml or simple_cnn_digits_small.yaml. The data names "folder" and "csv" stand
-    for any images of the user. With these, a tag takes the place of the data name, as in
-    simple_cnn_flowers.yaml.
+    The file name consists of the settings model.name, data.name and, if it is set, data.tag.
+    Examples are simple_cnn_digits.yaml and simple_cnn_digits_small.yaml. The data names "folder"
+    and "csv" do not say which images are used. If one of them is given together with a tag, it is
+    left out of the file name, as in simple_cnn_flowers.yaml for the tag "flowers".
 
     Args:
-        cfg: the settings of a run, which contain these names.
+        cfg: the settings of a run.
         folder: the folder of the file, configs/best_hparams.
     """
     names = [cfg.model.name, cfg.data.name, cfg.data.tag or ""]
@@ -48,8 +48,8 @@ def update(
 ) -> Path | None:
     """Writes the settings and results of a run to a file if the run is the best so far.
 
-    There is one file for each model and dataset. If the file exists, it is replaced only if its
-    result is worse and is a value of the same metric.
+    There is one file for each model and dataset. An existing file is replaced only if it contains a
+    worse value of the same metric.
 
     Args:
         folder: the folder of the file, configs/best_hparams. It is created if it is missing.
@@ -59,10 +59,10 @@ def update(
         test: the metrics of the final test.
 
     Returns:
-        The path of the file, or None if an existing file is left as it is.
+        The path of the file, or None if an existing file was not replaced.
 
     Raises:
-        ValueError: there is a file, but its best_metrics cannot be read.
+        ValueError: the entry best_metrics of an existing file cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = file_of(cfg, folder)
@@ -93,11 +93,12 @@ def update(
 def _is_beaten(path: Path, earlier: dict[str, Any], best: dict[str, Any]) -> bool:
     """Returns whether the best epoch of a run is better than the result in a file.
 
-    If the two results are values of different metrics, a line is logged and the answer is False.
+    If the two results are values of different metrics, they cannot be compared. Then the answer is
+    False, and a line in the log says so.
 
     Args:
-        path: the path of the file, which is named in the logged line.
-        earlier: {"monitor", "value", ...} from the file, where "monitor" is the name of the metric.
+        path: the path of the file, for the line in the log.
+        earlier: the result in the file: a dict with "monitor", the name of a metric, and "value".
         best: {"metric", "value", "epoch"} of the run's best epoch.
     """
     monitor, metric = earlier["monitor"], best["metric"]
@@ -113,9 +114,12 @@ def _is_beaten(path: Path, earlier: dict[str, Any], best: dict[str, Any]) -> boo
 def best_result(path: Path) -> tuple[str, float] | None:
     """Reads the best result from a file in configs/best_hparams.
 
+    Args:
+        path: the path of the file.
+
     Returns:
-        The name of the metric and its value, such as ("val_acc", 0.98). The result is None if there
-        is no such file or it cannot be read.
+        The name of the metric and its value, such as ("val_acc", 0.98). None if there is no such
+        file, or if the file cannot be read.
     """
     try:
         best = _read(path)["best_metrics"]
@@ -128,8 +132,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     """Returns the content of a file in configs/best_hparams, or None if there is no such file.
 
     Raises:
-        ValueError: the entry best_metrics is missing or wrong, because someone has changed the
-            file.
+        ValueError: the file is not YAML, or its entry best_metrics is missing or wrong.
     """
     if not path.exists():
         return None
@@ -145,15 +148,16 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _history(cfg: Config, earlier: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the list of earlier best results for a file that is about to be replaced.
+    """Returns the list of earlier best results for the new version of a file.
 
     Args:
         cfg: the settings that are now the best.
-        earlier: the content of the file before it is replaced.
+        earlier: the content of the old version of the file.
 
     Returns:
-        At most 10 entries, the latest first. The first entry contains the best result in `earlier`,
-        and those of its settings that differ from `cfg`.
+        At most 10 entries, the latest first. The first entry is new. It contains the best result in
+        `earlier`, and the settings in `earlier` that differ from `cfg`. The other entries are those
+        of the list in `earlier`.
     """
     best, now = earlier["best_metrics"], config.flat(config.to_dict(cfg))
     settings = config.flat({key: v for key, v in earlier.items() if key not in RECORDS})

@@ -49,9 +49,9 @@ class Curve:
     """A curve of a chart.
 
     Attributes:
-        label: the name of the curve in the legend, or None to leave it out of the legend.
+        label: the name of the curve in the legend; None if the legend does not show the curve.
         xs: the x coordinates, such as epochs.
-        ys: a value per x coordinate. None leaves a gap in the curve.
+        ys: the y coordinate for each x coordinate. Where it is None, the curve has a gap.
         colour: the colour in hexadecimal, such as "#3b82d6".
         dashed: whether the line is dashed.
     """
@@ -70,8 +70,8 @@ class Panel:
     Attributes:
         title: the text above the chart.
         curves: the curves.
-        marks: the x coordinates of vertical dotted lines.
-        mark_label: the name of the dotted lines in the legend.
+        marks: the x coordinates at which vertical dotted lines are drawn.
+        mark_label: the name of these lines in the legend.
         xlabel: the label of the x axis.
         xscale: the scale of the x axis, "linear" or "log".
     """
@@ -90,7 +90,8 @@ class Panel:
 def svg(draw: Callable[..., "Figure"], *args, **kwargs) -> str:
     """Draws a figure and returns it as an <svg> element for an HTML page.
 
-    Text stays text, in the font of the page. Lines and text have the colours of the page.
+    Axes and text take their colours and font from the page, so that the figure suits light and dark
+    pages.
 
     Args:
         draw: a function that returns the figure, such as `draw_panels`.
@@ -108,12 +109,19 @@ def svg(draw: Callable[..., "Figure"], *args, **kwargs) -> str:
 
 
 def panel_svgs(panels: Sequence[Panel]) -> list[str]:
-    """Draws each chart and returns it as an <svg> element for an HTML page."""
+    """Draws every chart as a figure of its own, and returns the figures as <svg> elements for HTML.
+
+    Args:
+        panels: the charts.
+
+    Returns:
+        The text of an <svg> element for each chart.
+    """
     return [svg(draw_panels, [panel], width=4.8, height=3.0) for panel in panels]
 
 
 def png(draw: Callable[..., "Figure"], *args, **kwargs) -> bytes:
-    """Draws a figure and returns the content of a PNG file.
+    """Draws a figure and returns it as the bytes of a PNG file.
 
     Args:
         draw: a function that returns the figure, such as `draw_panels`.
@@ -127,10 +135,10 @@ def png(draw: Callable[..., "Figure"], *args, **kwargs) -> bytes:
 
 
 def save_png(path: Path, draw: Callable[..., "Figure"], *args, **kwargs) -> None:
-    """Draws a figure and writes it to a PNG file, which is replaced if it exists.
+    """Draws a figure and writes it to a PNG file.
 
     Args:
-        path: the path of the PNG file.
+        path: the path of the PNG file. An existing file is replaced.
         draw: a function that returns the figure, such as `draw_panels`.
         args: the positional arguments of `draw`.
         kwargs: the keyword arguments of `draw`.
@@ -207,10 +215,11 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
 
 
 def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str = "") -> "Figure":
-    """Draws a confusion matrix, with a row per label and a column per predicted class.
+    """Draws a confusion matrix, with a row per true class and a column per predicted class.
 
-    The larger a cell's share of its row, the stronger is its colour. With at most 20 classes, the
-    cells show their numbers of images. With at most 120 classes, the axes show the class names.
+    The colour of a cell is stronger if the cell contains a larger fraction of the images in its
+    row. With at most 20 classes, the numbers of images are written in the cells, except zeros. With
+    at most 120 classes, the axes show the class names.
 
     Args:
         matrix: the number of images per cell, integers of shape (classes, classes).
@@ -250,7 +259,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str = "") 
 
 
 def draw_images(images: Sequence[np.ndarray], labels: Sequence[str]) -> "Figure":
-    """Draws images in rows of eight, each with its label above it.
+    """Draws images in rows of eight, with a label above each image.
 
     Args:
         images: the pixels of each image, uint8 (height, width, channels), with 1 or 3 channels.

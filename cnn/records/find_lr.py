@@ -30,8 +30,8 @@ PICTURE = Path("logs", "find_lr.png")
 def range_test(cfg: Config) -> None:
     """Trains with a rising learning rate, logs a learning rate to try, and draws the loss curve.
 
-    The learning rate to try is a tenth of the one at which the smoothed loss is lowest. The curve
-    is drawn in logs/find_lr.png if matplotlib is installed.
+    The learning rate to try is a tenth of the learning rate at which the smoothed loss is lowest.
+    The curve is drawn in logs/find_lr.png. It is left out if matplotlib is not installed.
 
     Args:
         cfg: the settings of the model, the data and the training.
@@ -62,16 +62,16 @@ def range_test(cfg: Config) -> None:
 def train_with_rising_lr(run: Run) -> tuple[list[float], list[float]]:
     """Trains with a learning rate that rises geometrically, from 1e-5 to 10 in 150 steps.
 
-    The training ends earlier if the smoothed loss is not finite or is above 4 times its lowest
-    value.
+    The training ends earlier if the smoothed loss is not finite, or is more than 4 times its lowest
+    value so far.
 
     Args:
-        run: the run, which is trained from its present weights.
+        run: the run to train. Its state is changed in place.
 
     Returns:
-        Two lists with an entry per step: the learning rates and the smoothed losses. The step that
-        ends the training early is left out. The smoothed loss is the exponential mean of the
-        losses, with the bias correction of Adam (Kingma and Ba, ICLR 2015).
+        Two lists with an entry per step: the learning rates and the smoothed losses. If a step ends
+        the training early, it has no entry. A smoothed loss is the exponential mean of the losses
+        up to its step, with the bias correction of Adam (Kingma and Ba, ICLR 2015).
     """
     lrs, losses, state = [], [], run.state
     mean = 0.0
@@ -93,8 +93,11 @@ def train_with_rising_lr(run: Run) -> tuple[list[float], list[float]]:
 def endless_steps(run: Run) -> Iterator[int]:
     """Trains epoch after epoch without an end, and pauses after each optimizer step.
 
+    Args:
+        run: the run to train. Its state is changed in place.
+
     Yields:
-        The number of batches in the step.
+        The number of batches in the optimizer step just taken.
     """
     state = run.state
     while True:
@@ -105,10 +108,11 @@ def endless_steps(run: Run) -> Iterator[int]:
 def set_lr(run: Run, step: int) -> None:
     """Sets the learning rate of every parameter group for a step of the range test.
 
-    The group with the highest initial learning rate gets 1e-5 in the first step and 10 in the last.
-    The learning rates of the other groups keep their initial ratio to this one.
+    The highest learning rate of all groups is 1e-5 in the first step and 10 in the last. The ratios
+    between the learning rates of the groups stay as they were at the start of the run.
 
     Args:
+        run: the run whose optimizer is changed.
         step: the index of the step, from 0 to 149.
     """
     groups = run.state.optimizer.param_groups

@@ -11,9 +11,12 @@ from cnn.utils.files import write_text
 def read_history(path: Path) -> list[Metrics]:
     """Reads history.csv, which has one row per epoch.
 
+    Args:
+        path: the path of history.csv.
+
     Returns:
-        A list with a dict per row, such as {"epoch": 1.0, "val_acc": 0.9}. An empty cell becomes
-        None. If there is no file, the list is empty.
+        A dict per row, such as {"epoch": 1.0, "val_acc": 0.9}. The value of an empty cell is None.
+        If there is no file, the list is empty.
 
     Raises:
         ValueError: a cell is not a number.
@@ -28,14 +31,13 @@ def read_history(path: Path) -> list[Metrics]:
 
 
 def write_history(path: Path, history: list[Metrics]) -> None:
-    """Replaces history.csv by a file with one row per completed epoch.
-
-    A metric that is None becomes an empty cell.
+    """Writes history.csv with one row per completed epoch, and replaces an existing file.
 
     Args:
         path: the path of history.csv.
-        history: the metrics of each epoch by name. The last two entries of each dict are the speed
-            and the duration of the epoch. They become the last two columns.
+        history: a dict per epoch, with the metrics by name. The cell of a metric that is None is
+            empty. The last two entries of each dict must be the speed and the duration of the
+            epoch. They become the last two columns.
 
     Raises:
         OSError: the file cannot be written.

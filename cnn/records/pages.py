@@ -12,11 +12,12 @@ CLASS_HEAD = ["class", "precision", "recall", "specificity", "F1", "images"]
 
 
 def render(template: str, **content: Any) -> str:
-    """Returns an HTML page that is made from a template.
+    """Returns the text of an HTML page, made from a template.
 
     Args:
-        template: the name of a file in templates/, such as "report.jinja".
-        content: a value for each name in the template. Characters such as "<" in texts are escaped.
+        template: the name of a file in cnn/records/templates, such as "report.jinja".
+        content: the value of each variable in the template. Characters with a meaning in HTML, such
+            as "<", are escaped.
     """
     import jinja2  # a requirement of torch
 
@@ -30,8 +31,9 @@ def format_metric(value: float | None) -> str:
     """Formats a metric for a table.
 
     Returns:
-        An int in full, a float above 0.001 with four decimals, any other float with three
-        significant digits, and "n/a" for None and NaN.
+        "n/a" for None and NaN. An int is written in full. A float above 0.001 is written with four
+        decimals, such as "0.9833". A smaller float is written with three significant digits, such
+        as "0.000123".
     """
     if value is None or math.isnan(value):
         return "n/a"
@@ -47,13 +49,14 @@ def class_rows(matrix: np.ndarray, classes: list[str]) -> tuple[list[list[str]],
     of images.
 
     Args:
-        matrix: the confusion matrix, integers of shape (classes, classes), with a row per label.
+        matrix: the confusion matrix, integers of shape (classes, classes), with a row per true
+            class and a column per predicted class.
         classes: the names of the classes, in the order of the matrix.
 
     Returns:
-        Two lists of rows, where a row is a list of texts. The first list has a row per class. The
-        second list has two rows: the mean over the classes, and the mean weighted by the number of
-        images per class.
+        Two lists of rows. Each row is a list of texts, one per column. The first list has a row per
+        class. The second list has two rows: the mean over the classes, and the mean over the
+        classes weighted by their numbers of images.
     """
     values = scores.per_class(matrix)
     support = values.pop("support")

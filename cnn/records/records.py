@@ -32,13 +32,13 @@ FIRST_REPORT = 0.5  # seconds; an estimate for the first report, which imports m
 class Records:
     """The writer of a run's tables, result, report and TensorBoard files.
 
-    These are history.csv, predictions_val.csv, result.json, report.html with its two pictures, and
-    the files in logs/tensorboard. At the beginning of a `with` block, all of them except the report
-    are written as the state of the training describes them. At the end of the block, even after an
-    exception, the report and its pictures are written.
+    The tables are history.csv and predictions_val.csv. The result is result.json. The report is
+    report.html with two pictures. A `with` block over this object must contain the training. When
+    the block begins, the tables, the result and the TensorBoard files are written. When the block
+    ends, even by an exception, the report and its pictures are written if an epoch is complete.
 
     Args:
-        run: the run, whose state is written.
+        run: the run whose files are written.
     """
 
     def __init__(self, run: Run):
@@ -69,8 +69,7 @@ class Records:
     def write(self) -> None:
         """Updates the files after an epoch.
 
-        The report takes long to write. It is updated only if enough time has passed since its
-        last update.
+        Since writing the report takes long, it is left out if it was written a short time ago.
         """
         self._write_tables()
         if self._tensorboard is not None:
@@ -81,8 +80,8 @@ class Records:
     def finish(self) -> None:
         """Updates the files after the final test.
 
-        If the run has the best result so far for its model and data, its settings are written to
-        configs/best_hparams, too.
+        If the run has the best result so far for its model and data, its settings are also written
+        to a file in configs/best_hparams.
         """
         self._write_result()
         self.write()
@@ -106,11 +105,11 @@ class Records:
     def _predictions(self) -> str:
         """Returns the text of predictions_val.csv, which has a row per validation image.
 
-        A row contains the name of the image, its label, the predicted class, and the probability of
-        this class.
+        A row contains the name of the image, its true class, the predicted class, and the
+        probability of the predicted class.
 
         Raises:
-            ValueError: some images were left out of the validation, because they could not be read.
+            ValueError: some validation images could not be read and have no prediction.
         """
         images, classes = self.run.data.val, self.run.data.classes
         saved = self.state.predictions["val"]
@@ -126,10 +125,11 @@ class Records:
         return text.getvalue()
 
     def _write_result(self) -> None:
-        """Writes result.json, which contains the numbers of classes and of images per split.
+        """Writes result.json.
 
-        After the final test, the file contains the metrics of the test and the best epoch, too.
-        Before the test, these are null.
+        The file contains the number of classes, the number of images in each split, the best epoch
+        and the metrics of the final test. The best epoch and the metrics are null until the test is
+        done.
         """
         data, state = self.run.data, self.state
         result = {
@@ -162,12 +162,12 @@ class Records:
     def _attempt(self, record: Path | str, write: Callable[[], object]) -> bool:
         """Calls a function that writes a file, and returns whether it raised no exception.
 
-        An exception is logged as a warning. If the same file has failed for the same reason in the
-        call before, no second warning is logged.
+        An exception is logged as a warning, and not raised. If the last call for the same file
+        failed for the same reason, nothing is logged.
 
         Args:
             record: the path of the file, or a name for several files, such as "logs/tensorboard".
-            write: a function without arguments, which writes the file.
+            write: the function to call, without arguments.
         """
         try:
             write()
@@ -183,20 +183,24 @@ class Records:
 
 
 class NoRecords(contextlib.AbstractContextManager):
-    """A stand-in for `Records` in processes other than rank 0, which writes nothing."""
+    """A stand-in for `Records` that writes nothing, for the processes other than rank 0."""
 
     def __exit__(self, *_: object) -> None:
         pass
 
     def write(self) -> None:
-        """Does nothing, since rank 0 writes the files."""
+        """Does nothing, because the process of rank 0 writes the files."""
 
     def finish(self) -> None:
-        """Does nothing, since rank 0 writes the files."""
+        """Does nothing, because the process of rank 0 writes the files."""
 
 
 def open_records(run: Run) -> Records | NoRecords:
-    """Returns the writer of a run's files. On ranks other than 0, it writes nothing."""
+    """Returns the writer of a run's files.
+
+    In a run of several processes, only the process of rank 0 writes them. In the other processes,
+    the returned object writes nothing.
+    """
     return Records(run) if run.group.is_rank0 else NoRecords()
 
 
@@ -206,7 +210,11 @@ def has_tensorboard() -> bool:
 
 
 def log_left_out(cfg: Config) -> None:
-    """Logs which files of a run cannot be written because a package is not installed."""
+    """Logs which files of a run are not written because a package is not installed.
+
+    Args:
+        cfg: the settings of the run, which say what files are wanted.
+    """
     left_out = {}
     if (cfg.log.report or cfg.log.tensorboard) and not figures.is_available():
         report = "report.html, curves.png, confusion_matrix.png"

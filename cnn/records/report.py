@@ -35,20 +35,24 @@ RESUMED = re.compile(r"==== resumed from .*: epoch \d+, step (\d+), batch")
 
 
 class Report:
-    """The writer of report.html and of the pictures curves.png and confusion_matrix.png."""
+    """The writer of a run's report.html and of the pictures curves.png and confusion_matrix.png.
+
+    Args:
+        run: the run that the report describes.
+    """
 
     def __init__(self, run: Run):
         self.logs, self.run, self.state = run.folder.logs, run, run.state
 
     def write(self) -> None:
-        """Replaces report.html by a page that describes the present state of the run."""
+        """Writes report.html, a page on the present state of the run. An old file is replaced."""
         write_text(self.logs.report, render("report.jinja", **self._content()))
 
     def write_pictures(self) -> None:
         """Writes curves.png and, if there are predictions, confusion_matrix.png.
 
-        The confusion matrix shows the final test or, before the test, the validation of the best
-        epoch.
+        The confusion matrix is the one of the final test. Before the test, it is the one of the
+        best epoch's validation.
         """
         figures.save_png(self.logs.curves, figures.draw_panels, self._panels())
         split = "test" if "test" in self.state.predictions else "val"
@@ -90,7 +94,8 @@ class Report:
     def _resumed_at(self) -> list[float]:
         """Returns the points at which the run was resumed, in epochs since the start of the run.
 
-        They are read from the log. A resume in the middle of the third epoch is 2.5.
+        A resume in the middle of the third epoch is the point 2.5. The points are read from the log
+        file of the run.
         """
         path = self.logs.log
         log = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
@@ -100,7 +105,7 @@ class Report:
     # -- the page -------------------------------------------------------------------------------
 
     def _content(self) -> dict[str, Any]:
-        """Returns all values that the page shows, by their names in report.jinja."""
+        """Returns the value of each variable in the template report.jinja."""
         cfg, history, data = self.run.cfg, self.state.history, self.run.data
         columns = list(history[-1])
         counts = [[*data.classes, "all"]]  # a list per column
@@ -126,7 +131,7 @@ class Report:
         }
 
     def _headline(self) -> dict[str, Any]:
-        """Returns the values at the top of the page, by their names in report.jinja.
+        """Returns the values of the variables in report.jinja that the top of the page shows.
 
         These are the results so far, the accuracy of always predicting the most frequent class, the
         progress, and the command that trains with these settings.
@@ -176,15 +181,15 @@ class Report:
         }
 
     def _mistakes(self) -> dict[str, Any]:
-        """Returns the validation images with the worst mistakes of the best epoch.
+        """Returns the worst mistakes of the best epoch on the validation images.
 
-        The worst mistakes are the wrong predictions with the highest probabilities. Mistakes in the
-        test are not shown, because that would lead users to tune the model on test images.
+        The worst mistakes are the wrong predictions with the highest probabilities. Mistakes on
+        test images are not shown, because users might then tune the model on them.
 
         Returns:
-            A dict: "total" is the number of all mistakes, and "num_images" is the number of
-            validation images. "images" is a list of dicts, which describe at most 24 images, the
-            worst first.
+            A dict with "total", the number of all mistakes; "num_images", the number of validation
+            images; and "images", a list of at most 24 dicts. Each of these describes an image and
+            the mistake on it, the worst first.
         """
         images, classes = self.run.data.val, self.run.data.classes
         predictions = self.state.predictions["val"]["prediction"].numpy()
@@ -210,6 +215,9 @@ class Report:
 def first_training_images(run: Run) -> list[tuple[torch.Tensor, str]]:
     """Returns the first training images of epoch 1, augmented as in that epoch, with their classes.
 
+    Args:
+        run: the run whose data is used.
+
     Returns:
         At most 32 pairs of an image, of shape (channels, height, width), and the name of its class.
     """
@@ -226,8 +234,8 @@ def as_pixels(image: torch.Tensor) -> np.ndarray:
             above 1 are clipped.
 
     Returns:
-        uint8 (height, width, channels), with 1 or 3 channels. If the image has another number of
-        channels, only its first channel is returned.
+        uint8 (height, width, channels), with values from 0 to 255. An image that has neither 1 nor
+        3 channels is reduced to its first channel.
     """
     if image.dtype != torch.uint8:
         image = (image.float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
@@ -236,10 +244,10 @@ def as_pixels(image: torch.Tensor) -> np.ndarray:
 
 
 def thumbnail(image: torch.Tensor) -> str:
-    """Encodes an image as a data: URL for an HTML page.
+    """Encodes an image as the text of a data: URL for an HTML page.
 
-    An image of at most 48 pixels per side becomes a PNG. A larger image becomes a JPEG of at most
-    96 pixels per side.
+    An image of at most 48 pixels per side becomes a PNG of the same size. A larger image becomes a
+    JPEG, reduced to at most 96 pixels per side.
 
     Args:
         image: uint8, or float from 0 to 1, of shape (channels, height, width).

@@ -21,9 +21,9 @@ class RunRecord:
     """The settings and results of a run, read from the files in its log folder.
 
     Attributes:
-        name: the name or folder by which the user called the run.
+        name: the name or folder of the run, as the user typed it.
         settings: the settings by their dotted keys, such as "optim.lr".
-        history: a row of metrics per completed epoch.
+        history: a dict of metrics per completed epoch.
         result: the content of result.json; {} if there is no such file.
         status: "finished", "running" or "broken off".
     """
@@ -36,14 +36,15 @@ class RunRecord:
 
     @property
     def monitor(self) -> str:
-        """The name of the metric by which the best epoch is chosen, such as "val_acc"."""
+        """The name of the metric that decides which epoch is the best, such as "val_acc"."""
         return self.settings["checkpoint.monitor"]
 
     def best(self) -> Metrics:
-        """Returns the row of the best epoch in `history`, by the monitored metric.
+        """Returns the metrics of the epoch with the best value of the monitored metric.
 
         Returns:
-            The row, or {} if no row has a value of this metric.
+            The entry of `history` for this epoch. {} if no entry has a value of the monitored
+            metric.
         """
         rows = [row for row in self.history if row.get(self.monitor) is not None]
         choose = min if mode(self.monitor) == "min" else max
@@ -51,12 +52,12 @@ class RunRecord:
 
 
 def read_run(where: str) -> RunRecord:
-    """Reads the files of a run.
+    """Reads the settings and results of a run from its files.
 
     Args:
-        where: the name of the run, such as "first", or its folder, such as "logs/first". The files
-            of a run without a name lie directly in a folder `logs`. For such a run, the parent of
-            that folder may be given, too.
+        where: the name of the run, such as "first", or its log folder, such as "logs/first". The
+            log folder of a run without a name is a folder "logs". For such a run, `where` may also
+            be the folder that contains "logs".
 
     Raises:
         Refused: there is no run, or its files cannot be read.
@@ -86,6 +87,7 @@ def read_run(where: str) -> RunRecord:
 def format_setting(value: Any) -> str:
     """Formats the value of a setting as in a configuration file.
 
-    A float is rounded to six significant digits.
+    Args:
+        value: the value. A float is rounded to six significant digits.
     """
     return f"{value:g}" if isinstance(value, float) else config.as_text(value)

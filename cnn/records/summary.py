@@ -32,7 +32,9 @@ HISTORY_ONLY = {"val_balanced_acc", "val_f1", "val_top5_acc"}
 
 
 def write(run: Run, checkpoint: Checkpoint | None) -> None:
-    """Logs what the run is and where it resumes, and writes config.yaml and model.txt.
+    """Logs a summary of a run at its start, and writes its files config.yaml and model.txt.
+
+    If the run resumes, the log also says from which checkpoint and at which step.
 
     Args:
         run: the run that starts or resumes.
@@ -72,6 +74,7 @@ def log_start(run: Run, flops: int | None) -> None:
     """Logs the versions, device, data, model and optimizer of a run, in at most eight lines.
 
     Args:
+        run: the run.
         flops: the floating-point operations of a forward pass per image, or None if unknown.
     """
     cfg, data, state, env = run.cfg, run.data, run.state, run.environment
@@ -111,11 +114,13 @@ def _format_flops(flops: int | None) -> str:
 
 
 def log_epoch(run: Run) -> None:
-    """Logs the latest epoch in one line, and a warning if the validation loss has exploded.
+    """Logs the latest epoch in one line, and warns once if the validation loss has exploded.
 
-    The warning is logged once, after the first epoch whose loss is above 1000 times the loss of
-    guessing. With a loss function of the user, whose loss of guessing is unknown, there is no
-    warning.
+    The loss has exploded if it is more than 1000 times the loss of a model that guesses. For a loss
+    function of the user, the loss of guessing is unknown. Then there is no warning.
+
+    Args:
+        run: the run, with at least one completed epoch.
     """
     state, epochs = run.state, run.cfg.train.epochs
     row, best = state.history[-1], state.best
@@ -143,7 +148,12 @@ def log_epoch(run: Run) -> None:
 
 
 def log_finished(cfg: Config, state: TrainingState) -> None:
-    """Logs why a run has nothing left to train, and a setting with which it would continue."""
+    """Logs why a run has nothing left to train, and a setting with which it would continue.
+
+    Args:
+        cfg: the settings of the run.
+        state: the state of the run after its last epoch.
+    """
     if state.epoch < cfg.train.epochs:
         patience = cfg.train.early_stop_patience
         why = f"no improvement in {patience} epochs; to continue: train.early_stop_patience=null"
@@ -156,8 +166,8 @@ def log_test(state: TrainingState, num_images: int) -> None:
     """Logs the loss and the accuracy of the final test, with a 95 % interval of the accuracy.
 
     Args:
-        state: the state of the run, which contains the metrics of the test.
-        num_images: the number of test images, on which the width of the interval depends.
+        state: the state of the run after the test.
+        num_images: the number of test images. The interval is wider if it is small.
     """
     best, test = state.best, state.test
     accuracy = with_interval(test["test_acc"], num_images)
@@ -168,10 +178,11 @@ def log_test(state: TrainingState, num_images: int) -> None:
 def model_text(run: Run, flops: int | None) -> str:
     """Returns the text of model.txt.
 
-    It lists the layers and parameters of the model, the FLOPs of a forward pass, the environment,
-    and the command line.
+    The text lists the layers and parameters of the model, the FLOPs of a forward pass, the
+    environment, and the command line.
 
     Args:
+        run: the run, which contains the model and the environment.
         flops: the floating-point operations of a forward pass per image, or None if unknown.
     """
     model = run.state.model

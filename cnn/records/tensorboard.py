@@ -38,7 +38,11 @@ PARTS = ("train", "val", "test", "")  # subfolders; "" is the folder itself, for
 
 
 class TensorBoard:
-    """The writer of a run's TensorBoard event files."""
+    """The writer of a run's TensorBoard event files.
+
+    Args:
+        run: the run whose metrics are written.
+    """
 
     def __init__(self, run: Run):
         self.folder, self.run, self.state = run.folder.logs.tensorboard, run, run.state
@@ -49,8 +53,9 @@ class TensorBoard:
     def rewrite(self) -> None:
         """Replaces the event files by new ones with the whole history of the run.
 
-        The graph, and the images up to the present step, are copied from the old files. All other
-        events are made from the state.
+        The graph of the model and earlier pictures, up to the present step, are copied from the old
+        files. If there are no old files, the graph and a picture of training images are made. All
+        other events are made from the state.
         """
         self._files = {}
         kept = {part: self._read_images(part) for part in PARTS}
@@ -62,9 +67,10 @@ class TensorBoard:
         self._files = {part: self._replace(part, kept[part] + new[part]) for part in PARTS}
 
     def append(self) -> None:
-        """Appends the epochs and the test that are in the state but not in the event files yet.
+        """Appends the epochs and the test that the event files do not contain yet.
 
-        If no files were written before, or the last attempt failed, all files are rewritten.
+        If there are no event files of this process yet, or the last attempt to write failed, all
+        event files are written anew.
         """
         if not self._files:  # the last write failed, or there was none
             self.rewrite()
@@ -78,13 +84,14 @@ class TensorBoard:
     # -- events ---------------------------------------------------------------------------------
 
     def _new_events(self) -> dict[str, list[Event]]:
-        """Returns the events for what is in the state but not in the event files yet.
+        """Returns events for the epochs and the test that the event files do not contain yet.
 
-        The caller has to write them, since the next call does not return them again.
+        The caller must write the events, because the next call does not return them again.
 
         Returns:
-            A list of events for each of "train", "val", "test" and "". The list for "" has the
-            settings and results that TensorBoard shows on its HPARAMS page.
+            A list of events for each of "train", "val", "test" and "". The list for "" is for
+            TensorBoard's HPARAMS page. It contains the settings and the results of the run after
+            the test.
         """
         state, events = self.state, {part: [] for part in PARTS}
         # The time of an event is the start of the run plus the seconds of its epochs, so that
@@ -102,7 +109,7 @@ class TensorBoard:
         return events
 
     def _hyperparameters(self, now: float) -> list[Event]:
-        """Returns the events for TensorBoard's HPARAMS page: the settings and results of the run.
+        """Returns the events for TensorBoard's HPARAMS page: the run's settings and results.
 
         Args:
             now: the time of the events, in seconds since 1970.
@@ -120,11 +127,11 @@ class TensorBoard:
         return [Event(wall_time=now, step=state.step, summary=summary) for summary in summaries]
 
     def _confusion_matrix(self) -> list[Event]:
-        """Returns an event with a picture of the best epoch's confusion matrix.
+        """Returns an event with a picture of the confusion matrix of the best epoch's validation.
 
         Returns:
-            A list with the event. It is empty if the files contain the picture already, if there is
-            no best epoch, or if matplotlib is not installed.
+            A list with the event. The list is empty if the event files contain the picture already,
+            if there is no best epoch, or if matplotlib is not installed.
         """
         best, predictions = self.state.best, self.state.predictions.get("val")
         if not figures.is_available() or best is None or predictions is None:
@@ -140,10 +147,10 @@ class TensorBoard:
         return [image("confusion", png, step)]
 
     def _initial_events(self) -> list[Event]:
-        """Returns the two events that are made only once in a run.
+        """Returns the events that are made only once in a run: the model's graph and a picture.
 
-        One has the graph of the model. It is left out if the model cannot be traced. The other has
-        a picture of augmented training images. It is left out if matplotlib is not installed.
+        The picture shows augmented training images. The graph is left out if the model cannot be
+        traced. The picture is left out if matplotlib is not installed.
         """
         from torch.utils.tensorboard._pytorch_graph import graph
 
@@ -167,13 +174,14 @@ class TensorBoard:
     # -- files ----------------------------------------------------------------------------------
 
     def _read_images(self, part: str) -> list[Event]:
-        """Reads the events with the model's graph or with a picture from the existing event files.
+        """Reads the events with a picture or with the model's graph from the existing event files.
 
-        Events after the present step of the run are left out. An event that is in two files is
-        returned once.
+        Events after the present step of the run are left out. If two files contain the same event,
+        the event is returned once.
 
         Args:
-            part: the subfolder of the files: "train", "val", "test", or "" for the folder itself.
+            part: the subfolder of the files: "train", "val" or "test". With "", the files directly
+                in the folder of the run's event files are read.
         """
         found: dict[tuple[int, str], Event] = {}
         for path in self._event_files(part):
@@ -190,7 +198,8 @@ class TensorBoard:
         """Writes a new event file, and removes the older event files in the same folder.
 
         Args:
-            part: the subfolder of the files: "train", "val", "test", or "" for the folder itself.
+            part: the subfolder of the file: "train", "val" or "test". With "", the file lies
+                directly in the folder of the run's event files.
             events: the events to write.
 
         Returns:
@@ -215,12 +224,13 @@ class TensorBoard:
 def add_scalars(events: dict[str, list[Event]], metrics: Metrics, step: int, now: float) -> None:
     """Adds the metrics of an epoch or of the test to lists of events.
 
-    The prefix of a metric selects the list: "val_acc" is added to the list "val", under the name
-    "acc". Learning rates, such as "lr", are added to the list "train". Metrics that are None, and
-    entries without such a prefix, are left out.
+    The part of a name before its first "_" selects the list: "val_acc" is added to the list "val"
+    as "acc". A learning rate, such as "lr", is added to the list "train" with its full name. Other
+    entries, and metrics that are None, are left out.
 
     Args:
-        events: a list of events for each of "train", "val" and "test", which is extended.
+        events: a list of events for each of "train", "val" and "test". The lists are extended in
+            place.
         metrics: the metrics by name.
         step: the number of optimizer steps taken.
         now: the time of the events, in seconds since 1970.
@@ -238,8 +248,8 @@ def image(tag: str, png: bytes, step: int) -> Event:
 
     Args:
         tag: the name of the picture in TensorBoard, such as "confusion".
-        png: the content of a PNG file.
-        step: the number of optimizer steps taken.
+        png: the bytes of a PNG file.
+        step: the number of optimizer steps that the run had taken when the picture was made.
     """
     width, height = (int.from_bytes(png[i : i + 4], "big") for i in (16, 20))  # in PNG's header
     image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
@@ -248,10 +258,11 @@ def image(tag: str, png: bytes, step: int) -> Event:
 
 
 def write_events(file: IO[bytes], events: Iterable[Event]) -> None:
-    """Writes events to a file in TensorBoard's format, which has a length and a checksum per event.
+    """Writes events to a file in TensorBoard's format.
 
     Args:
         file: a file that is open for writing in binary mode.
+        events: the events to write.
     """
     writer = RecordWriter(file)
     for event in events:
@@ -259,9 +270,12 @@ def write_events(file: IO[bytes], events: Iterable[Event]) -> None:
 
 
 def read_events(path: Path) -> Iterator[Event]:
-    """Yields the events in a file. Stops without an error at the first event that cannot be read.
+    """Yields the events in a file, and stops without an error at an event that cannot be read.
 
-    A crash may have cut off the end of the file.
+    Such an event occurs, for example, if a crash has cut off the end of the file.
+
+    Args:
+        path: the path of the event file.
     """
     with contextlib.suppress(Exception):  # a damaged file raises many kinds
         yield from LegacyEventFileLoader(str(path)).Load()
