@@ -47,11 +47,12 @@ class Images:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """Returns an image's name, made of the name and the index of its dataset, such as "digits[17]".
+        """Returns an image's name: the name of the dataset and the image's index in it.
+
+        An example is "digits[17]". The index in the name is that in the whole dataset.
 
         Args:
-            index: index of the image in this object. The name has its index in the whole dataset
-                instead.
+            index: index of the image in this object, which may be a subset of the dataset.
         """
         return f"{self._name}[{self.rows[index]}]"
 
@@ -111,7 +112,10 @@ class ArrayImages(Images):
         return self.store[self.rows[index]].permute(2, 0, 1)
 
     def sizes(self) -> tuple[int, int, int]:
-        """Returns three values: the images' number of channels, shorter side and longer side in pixels."""
+        """Returns the number of channels, the shorter side and the longer side of the images.
+
+        The sides are in pixels.
+        """
         _, height, width, channels = self.store.shape
         return channels, min(height, width), max(height, width)
 
@@ -204,15 +208,15 @@ class FileImages(Images):
         return str(self.files.paths[self.rows[index]])
 
     def detached(self) -> "FileImages":
-        """Returns a new dataset that consists of the images of this object, without any other files."""
+        """Returns the images of this object as a new dataset, without the other files."""
         paths = [self.files.paths[row] for row in self.rows]
         files = replace(self.files, paths=paths, scans=self.files.scans[self.rows])
         return FileImages(files, self.labels)
 
     def sizes(self) -> tuple[int, int, int]:
-        """Returns three values: the images' number of channels, shortest side and longest side in pixels.
+        """Returns the number of channels, the shortest side and the longest side of the images.
 
-        The number of channels is the one to which the files are decoded.
+        The sides are in pixels. The number of channels is the one to which the files are decoded.
         """
         scans = self.files.scans[self.rows]
         sides = np.stack([scans["height"], scans["width"]])
@@ -312,9 +316,9 @@ class UserImages(Images):
             yield self[index]
 
     def sizes(self) -> tuple[int, int, int]:
-        """Returns three values: the images' number of channels, shortest side and longest side in pixels.
+        """Returns the number of channels, the shortest side and the longest side of the images.
 
-        In a large dataset, only some images, at equal distances, are read.
+        The sides are in pixels. In a large dataset, only some images, at equal distances, are read.
 
         Raises:
             Refused: the images differ in the number of channels, or an image cannot be read.
