@@ -50,9 +50,9 @@ AUGMENTATIONS: dict[str, Callable[[AugmentationConfig, int], Transform]] = {
 class Augmentation:
     """A function that augments one training image at random.
 
-    It resizes and crops the image to the model's image size, and then applies the augmentations in
-    the order of `augment`. The augmentation "resized_crop" is always applied first, wherever it is
-    listed, and then the image is not resized before it, since it crops a part of the whole image.
+    An image is first resized and cropped to the model's image size. Then the augmentations are
+    applied in the order of `augment`. If one of them is "resized_crop", it takes the place of the
+    first step, since it needs the whole image.
 
     Args:
         augment: name and settings of each augmentation.
@@ -93,9 +93,9 @@ class Augmentation:
 
 
 def name_key(name: str) -> int:
-    """Returns the CRC-32 of an augmentation's name, which seeds the augmentation's random numbers.
+    """Returns the CRC-32 of an augmentation's name.
 
-    The seed of the run, the epoch and the image are further parts of the seed.
+    This number is part of the seed of the augmentation's random numbers.
     """
     return zlib.crc32(name.encode())
 
@@ -262,7 +262,7 @@ class BatchAugmentation:
         Args:
             rows: the index of each image in the store, int64 (N).
             draws: the random numbers, one row per image: N rows of the table that the method
-                `draws` returns. None: the images are not augmented.
+                `draws` returns. If None, the images are not augmented.
 
         Returns:
             N images of S x S pixels, uint8 (N, C, S, S), channels last in memory.

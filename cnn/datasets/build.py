@@ -82,9 +82,9 @@ class Data:
 
         Returns:
             A dict with the numbers of images under "train", "val" and "test", and a CRC-32 under
-            "checksum". The CRC-32 covers the labels and names of all images; of a file name, only
-            the part after the last slash. It covers the pixels, too, if `train.checksum()` can
-            compute a checksum of them quickly.
+            "checksum". The CRC-32 covers the labels and names of all images (of a file name, only
+            the part after the last slash) and the result of `train.checksum()`, which is a checksum
+            of the dataset's pixels, or 0 if reading all pixels would take long.
         """
         splits = {"train": self.train, "val": self.val, "test": self.test}
         checksum = self.train.checksum()
@@ -99,14 +99,14 @@ class Data:
 def build_data(cfg: DataConfig, seed: int) -> Data:
     """Reads a dataset and divides it into training, validation and test images.
 
-    If the dataset has no test images or no validation images, a fraction of each class of the
-    training images is used in their place. A warning is logged for each split that lacks a class.
-    The mean and std of the preprocessing are those of the training images.
+    If the dataset has no test images or no validation images, they are taken out of the training
+    images, a fraction of each class. A warning is logged for each split that lacks a class. The
+    mean and std of the preprocessing are those of the training images.
 
     Args:
         cfg: the section `data` of the settings.
-        seed: determines which training images are used for validation and test and, if `data.limit`
-            is set, which of the other training images are kept.
+        seed: determines which images are taken out of the training images and, if `data.limit` is
+            set, which of the remaining training images are used.
 
     Raises:
         Refused: the data cannot be read or cannot be divided.

@@ -49,8 +49,8 @@ def decode_all(
     Args:
         root: the folder or CSV file of the dataset. Each dataset has its own pixels in the cache.
         paths: the N image files.
-        scans: one row per file, of the dtype `scan.SCAN`. If a file's size in bytes or time of
-            change in it differs from an earlier call, all files are decoded again.
+        scans: one row per file, of the dtype `scan.SCAN`. If the size in bytes or the time of
+            change of any file has changed since an earlier call, all files are decoded again.
         size: height and width of the result in pixels.
         channels: 1 for gray, 3 for RGB.
 

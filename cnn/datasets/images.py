@@ -250,8 +250,8 @@ class FileImages(Images):
         """Returns the pixels of all files of the dataset, even if this object is a subset of it.
 
         The files are decoded once. The pixels are kept in the user's cache folder, where later
-        calls and runs find them. Besides, the files are decoded to `channels` channels from now on
-        when a single image is read.
+        calls and runs find them. From then on, single images of the dataset are read with
+        `channels` channels, too.
 
         Args:
             size: height and width in pixels to which images are resized and cropped.
@@ -376,12 +376,12 @@ def _as_tensor(image: Any, name: str) -> torch.Tensor:
     """Converts an image of a user's dataset to a tensor (C, H, W), uint8 or float.
 
     Args:
-        image: a PIL image, an array (H, W[, C]) or a tensor (C, H, W).
+        image: a PIL image, an array (H, W) or (H, W, C), or a tensor (C, H, W).
         name: name of the image, for the message of the error.
 
     Raises:
-        Refused: the image does not have the dimensions named above, or its values are neither uint8
-            nor float.
+        Refused: a tensor has other than three dimensions, or the values are neither uint8 nor
+            float.
     """
     if not isinstance(image, torch.Tensor):
         array = np.asarray(image)

@@ -30,8 +30,8 @@ def split_epoch(number: int, batch_size: int) -> list[int]:
 def share_of(size: int, rank: int, num_ranks: int) -> tuple[int, int, int]:
     """Returns the part of a batch that one of several processes computes.
 
-    Each part has at least two images, since BatchNorm needs them. If a batch is too small for that,
-    the last processes get no part of it. They compute the batch's first two images, so that all
+    BatchNorm needs at least two images per process. If a batch has too few images for that, the
+    last processes get no part of it. They compute the batch's first two images, so that all
     processes take the same steps, but these results do not count.
 
     Args:

@@ -109,8 +109,8 @@ class Normalize:
     def stacked(self, images: list[torch.Tensor]) -> torch.Tensor:
         """Normalizes images one by one and writes them into one batch.
 
-        The images must be on the CPU, and so must the device of this object be. This is faster than
-        normalizing a whole batch, since each image is still in the CPU's cache.
+        Works only on the CPU. This is faster than normalizing a whole batch, since each image is
+        still in the CPU's cache.
 
         Args:
             images: N images (C, H, W), uint8 or float in 0..1.

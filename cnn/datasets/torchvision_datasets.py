@@ -28,12 +28,12 @@ DOWNLOAD_TIMEOUT = 30  # seconds to wait for an answer of the server
 
 
 def load(name: str, root: str, download: bool) -> tuple[dict[str, ArrayImages], list[str]]:
-    """Reads one of torchvision's datasets, and downloads it first if necessary.
+    """Reads one of torchvision's datasets from its files.
 
     Args:
         name: the dataset's name in the settings, such as "cifar10"; a key of `FILES`.
-        root: the folder of all datasets. The files of this dataset are in a folder inside it, such
-            as "MNIST/raw", which is the second value in `FILES`.
+        root: the folder that contains the datasets. Each dataset has a folder of its own in this
+            folder, such as "MNIST/raw"; only the files of "svhn" are directly in `root`.
         download: whether to download files that are missing.
 
     Returns:

@@ -41,7 +41,7 @@ def count_flops(model: nn.Module, shape: tuple[int, ...]) -> int | None:
 
 
 class _Counter(TorchDispatchMode):
-    """A context manager that counts the floating-point operations of the torch functions called in it.
+    """A context manager that counts the floating-point operations of torch inside the context.
 
     Only convolutions, matrix products and attention are counted.
 
