@@ -48,11 +48,11 @@ AUGMENTATIONS: dict[str, Callable[[AugmentationConfig, int], Transform]] = {
 
 
 class Augmentation:
-    """The configured augmentations, applied to one image at a time in the configured order.
+    """A function that augments one training image at random.
 
-    Before the first augmentation, an image is resized and cropped to the model's image size. The
-    augmentation `resized_crop` is an exception: it crops from the whole image. So it comes before
-    all others, wherever it is listed.
+    An image is first resized and cropped to the model's image size. Then the augmentations are
+    applied in the order of `augment`. If one of them is "resized_crop", it takes the place of the
+    first step, since it needs the whole image.
 
     Args:
         augment: name and settings of each augmentation.
@@ -71,13 +71,13 @@ class Augmentation:
         ]
 
     def __call__(self, image: Tensor, key: Key) -> Tensor:
-        """Applies the augmentations to one image.
+        """Augments one image.
 
         Args:
             image: (C, H, W), uint8 or float.
-            key: (epoch, index of the image in the split) or, if images may occur twice in an epoch,
-                (epoch, index, position in the epoch). The seed of the run and this key determine
-                the random numbers.
+            key: (epoch, index of the image in the split) or, if an image may occur twice in an
+                epoch, (epoch, index, position in the epoch). The random numbers depend only on the
+                seed of the run and this key.
 
         Returns:
             The augmented image, (C, size, size).
@@ -93,9 +93,9 @@ class Augmentation:
 
 
 def name_key(name: str) -> int:
-    """Returns a checksum of an augmentation's name.
+    """Returns the CRC-32 of an augmentation's name.
 
-    The checksum is an integer that takes part in seeding the augmentation's random numbers.
+    This number is part of the seed of the augmentation's random numbers.
     """
     return zlib.crc32(name.encode())
 
@@ -108,18 +108,21 @@ def _build(cfg: AugmentationConfig, size: int) -> Transform:
 
 
 def crop(image: Tensor, size: int) -> Tensor:
-    """Shifts an image at random by up to an eighth of its size and fills the border with black.
+    """Pads an image with black on all sides and crops a square of it at a random place.
 
-    Draws the same numbers and returns the same pixels as torchvision's RandomCrop with padding. But
-    it does not import torchvision, and it is faster: it takes 85 instead of 226 microseconds at 32
-    pixels, and 114 instead of 211 at 224 pixels.
+    The padding is an eighth of `size`. So an image of size x size pixels is shifted by at most this
+    number of pixels, and the border that becomes free is black.
+
+    torchvision's RandomCrop with padding draws the same numbers and returns the same pixels. This
+    function does not import torchvision, and it is faster: 85 instead of 226 microseconds for 32 x
+    32 pixels, 114 instead of 211 for 224 x 224.
 
     Args:
-        image: (C, H, W); H and W are usually equal to `size`.
+        image: (C, H, W).
         size: height and width of the returned image in pixels.
 
     Returns:
-        The shifted image, (C, size, size).
+        The cropped image, (C, size, size).
     """
     padding = max_shift(size)
     top, left = (_randint(side + 2 * padding - size) - padding for side in image.shape[-2:])
@@ -135,10 +138,9 @@ def _randint(most: int) -> int:
 
 
 def _copy_shifted(target: ArrayOrTensor, source: ArrayOrTensor, top: int, left: int) -> None:
-    """Copies a square part of a source image into a target image.
+    """Copies a square part of a source image into a target image of the part's size.
 
-    The part has the size of the target. Where it reaches beyond the source, the target keeps its
-    values.
+    The part may reach beyond the source. There, the target keeps its values.
 
     Args:
         target: (..., S, S), changed in place.
@@ -153,10 +155,10 @@ def _copy_shifted(target: ArrayOrTensor, source: ArrayOrTensor, top: int, left: 
 
 
 def max_shift(size: int) -> int:
-    """Returns the number of pixels by which `crop` shifts an image at most.
+    """Returns the largest number of pixels by which a random shift moves an image.
 
-    This is an eighth of the image's size, but at least 1. At 32 pixels it is 4, as He et al. (2016)
-    use for CIFAR.
+    This is an eighth of the image's size, but at least 1. For 32 pixels it is 4, the value of He et
+    al. (2016) for CIFAR.
 
     Args:
         size: height and width of the image in pixels.
@@ -167,7 +169,8 @@ def max_shift(size: int) -> int:
 def flip(image: Tensor) -> Tensor:
     """Flips an image (C, H, W) left to right with probability 1/2.
 
-    Draws the same random number as torchvision's RandomHorizontalFlip.
+    Draws the same random number as torchvision's RandomHorizontalFlip. If the image is not flipped,
+    the image itself is returned.
     """
     return image if torch.rand(1) >= 0.5 else image.flip(-1)
 
@@ -179,10 +182,10 @@ ERASE_PROBABILITY = 0.5
 
 
 def erase(image: Tensor) -> Tensor:
-    """Sets a random square of an image (C, H, W) to black, with probability `ERASE_PROBABILITY`.
+    """Returns a copy of an image (C, H, W); with probability 1/2, a random square of it is black.
 
-    Returns a new image. The square may reach beyond the image. The method is cutout (DeVries and
-    Taylor, 2017).
+    The square is half as wide as the image and may reach beyond its border. The method is cutout
+    (DeVries and Taylor, 2017).
     """
     return image * ~erased_pixels(torch.rand(1, 3), *image.shape[-2:])
 
@@ -191,14 +194,14 @@ def erased_pixels(draws: Tensor, height: int, width: int) -> Tensor:
     """Computes which pixels of each image are to be erased.
 
     Args:
-        draws: N rows of three random numbers, (N, 3), uniform in [0, 1). Column 0 decides whether a
-            square of the image is erased at all. Columns 1 and 2 are y and x of the square's
-            center, as fractions of height and width.
+        draws: three random numbers for each of N images, (N, 3), uniform in [0, 1). An image is
+            erased only if its first number is below `ERASE_PROBABILITY`. The second and the third
+            number are the y and x of the erased square's center, as fractions of height and width.
         height: height of the images in pixels.
         width: width of the images in pixels.
 
     Returns:
-        A mask of N images, bool (N, height, width), true for the pixels to erase.
+        A mask, bool (N, height, width), true for the pixels to erase.
     """
 
     def near(draw: Tensor, side: int) -> Tensor:  # N, side
@@ -215,14 +218,13 @@ BATCH_DRAWS = {"crop": 2, "flip": 1, "erase": 3}  # random numbers per image
 
 
 class BatchAugmentation:
-    """A function that crops, flips and erases a whole batch of images at random.
-
-    The images of a batch are gathered from a store, which contains all images of the dataset.
+    """A function that takes a batch of images from a store and augments them at random.
 
     Args:
-        store: M images of S x S pixels, uint8 (M, S, S, C), on the device.
+        store: the M images of the whole dataset, uint8 (M, S, S, C), on any device. The batches are
+            computed on this device.
         names: the augmentations to apply, any of "crop", "flip" and "erase". Other names are
-            ignored.
+            ignored. The order of application is always crop, flip, erase.
     """
 
     def __init__(self, store: Tensor, names: Sequence[str]):
@@ -234,18 +236,18 @@ class BatchAugmentation:
     def draws(self, number: int, seed: int, epoch: int) -> Tensor:
         """Draws the random numbers for all images of one epoch.
 
-        There must be at least one augmentation. Each augmentation has a generator of its own, whose
-        key depends on the seed, the epoch and the augmentation's name. The generators are
-        counter-based (Philox; Salmon et al., SC 2011).
+        Each augmentation has its own random generator, seeded with the seed of the run, the epoch
+        and the augmentation's name. There must be at least one augmentation.
 
         Args:
-            number: count of images in the epoch.
+            number: how many images the epoch has.
             seed: the seed of the run.
             epoch: the epoch, counted from 1.
 
         Returns:
-            One row per image, float32 (number, D), uniform in [0, 1). D is the count of random
-            numbers that the augmentations together need for one image, see `BATCH_DRAWS`.
+            One row per image, float32 (number, D), uniform in [0, 1), on the CPU. D is how many
+            random numbers one image needs: 2 for crop, 1 for flip and 3 for erase, as far as they
+            are applied.
         """
         tables = []
         for name in self.names:
@@ -255,12 +257,12 @@ class BatchAugmentation:
         return torch.from_numpy(np.concatenate(tables, axis=1))
 
     def __call__(self, rows: Tensor, draws: Tensor | None) -> Tensor:
-        """Gathers a batch of images from the store and augments it.
+        """Takes a batch of images from the store and augments it.
 
         Args:
             rows: the index of each image in the store, int64 (N).
-            draws: the random numbers of these images, one row per image, (N, D), taken from the
-                result of `BatchAugmentation.draws`; None to augment nothing.
+            draws: the random numbers, one row per image: N rows of the table that the method
+                `draws` returns. If None, the images are not augmented.
 
         Returns:
             N images of S x S pixels, uint8 (N, C, S, S), channels last in memory.
@@ -283,13 +285,13 @@ class BatchAugmentation:
         return images.permute(0, 3, 1, 2)
 
     def _gather(self, rows: Tensor, is_flipped: Tensor, shifts: Tensor) -> Tensor:
-        """Shifts and flips a batch by indexing the pixels of all its images at once.
+        """Takes shifted and flipped images from the store, by indexing all pixels at once.
 
         Args:
             rows: the index of each image in the store, int64 (N).
             is_flipped: whether to flip each image left to right after the shift, bool (N).
-            shifts: pixels by which to shift each image up and to the left, int64 (N, 2); negative
-                to shift it down and to the right.
+            shifts: the pixels by which to shift each image up and to the left, int64 (N, 2).
+                Negative numbers shift down and to the right.
 
         Returns:
             N images of S x S pixels, uint8 (N, S, S, C). Pixels from outside the original image are
@@ -307,10 +309,20 @@ class BatchAugmentation:
         return images
 
     def _copy(self, rows: Tensor, is_flipped: Tensor, shifts: Tensor) -> Tensor:
-        """Shifts and flips a batch by copying one image after the other, on the CPU.
+        """Takes shifted and flipped images from the store, by copying one image after the other.
 
-        Has the arguments and the result of `_gather`. On one CPU thread, it is 1.8 times as fast as
-        `_gather` for images of 32 x 32 x 3, and 2.7 times as fast for 28 x 28 x 1.
+        The store must be on the CPU. There, this is 1.8 times as fast as indexing all pixels at
+        once for images of 32 x 32 x 3, and 2.7 times as fast for 28 x 28 x 1 (one thread).
+
+        Args:
+            rows: the index of each image in the store, int64 (N).
+            is_flipped: whether to flip each image left to right after the shift, bool (N).
+            shifts: the pixels by which to shift each image up and to the left, int64 (N, 2).
+                Negative numbers shift down and to the right.
+
+        Returns:
+            N images of S x S pixels, uint8 (N, S, S, C). Pixels from outside the original image are
+            black.
         """
         store = self._store.numpy().transpose(0, 3, 1, 2)  # M, C, S, S
         images = np.zeros((len(rows), self.size, self.size, self.channels), np.uint8)

@@ -45,14 +45,15 @@ DATASETS: dict[str, Callable[[DataConfig, list[str] | None], tuple[Splits, list[
 
 @dataclass(frozen=True)
 class Data:
-    """The training, validation and test images of a run, their class names and their preprocessing.
+    """The training, validation and test images of a run, with class names and preprocessing.
 
     Attributes:
         train: the training images.
         val: the validation images.
         test: the test images.
         classes: the name of each class; a label is an index into this list.
-        preprocessing: the image size, the channels, and the mean and std of the training images.
+        preprocessing: the image size and the number of channels for the model, and the mean and std
+            by which images are normalized.
     """
 
     train: Images
@@ -62,14 +63,14 @@ class Data:
     preprocessing: Preprocessing
 
     def with_preprocessing(self, preprocessing: Preprocessing) -> "Data":
-        """Returns the same data with another preprocessing, such as a trained model's."""
+        """Returns the same data with another preprocessing, such as that of a trained model."""
         return replace(self, preprocessing=preprocessing)
 
     def head(self, number: int) -> "Data":
-        """Returns the same data with only the first `number` images of each split.
+        """Returns the same data with at most the first `number` images of each split.
 
-        A split with fewer images stays whole. If the images are files, the returned data contain no
-        other files, so that no other file is ever decoded.
+        If the images are files, the other files of the dataset are never decoded for the returned
+        data.
         """
         splits = (self.train, self.val, self.test)
         cut = [images.subset(np.arange(min(number, len(images)))) for images in splits]
@@ -77,13 +78,13 @@ class Data:
         return Data(*cut, self.classes, self.preprocessing)
 
     def fingerprint(self) -> dict[str, int]:
-        """Returns image counts and a checksum, which show a later run whether the data changed.
+        """Returns image counts and a checksum, by which a later run notices changed data.
 
         Returns:
-            The number of images, under "train", "val" and "test"; and under "checksum", a CRC-32 of
-            the labels and names of all images (file names without their folders) and of
-            `train.checksum()`. That is a checksum of the pixels, or 0 for datasets whose pixels
-            take long to read.
+            A dict with the numbers of images under "train", "val" and "test", and a CRC-32 under
+            "checksum". The CRC-32 covers the labels and names of all images (of a file name, only
+            the part after the last slash) and the result of `train.checksum()`, which is a checksum
+            of the dataset's pixels, or 0 if reading all pixels would take long.
         """
         splits = {"train": self.train, "val": self.val, "test": self.test}
         checksum = self.train.checksum()
@@ -98,14 +99,14 @@ class Data:
 def build_data(cfg: DataConfig, seed: int) -> Data:
     """Reads a dataset and divides it into training, validation and test images.
 
-    If the dataset has no test or no validation images, a fraction of every class is taken out of
-    the training images. The mean and std of the preprocessing are those of the training images.
-    Logs a warning for each split that lacks a class.
+    If the dataset has no test images or no validation images, they are taken out of the training
+    images, a fraction of each class. A warning is logged for each split that lacks a class. The
+    mean and std of the preprocessing are those of the training images.
 
     Args:
         cfg: the section `data` of the settings.
-        seed: determines which images are taken out of the training images, and which of the rest
-            are used if `data.limit` is set.
+        seed: determines which images are taken out of the training images and, if `data.limit` is
+            set, which of the remaining training images are used.
 
     Raises:
         Refused: the data cannot be read or cannot be divided.
@@ -128,9 +129,9 @@ def read_splits(
 
     Args:
         cfg: the section `data` of the settings.
-        model_classes: the class names of a model to evaluate, in the order of its outputs. For
-            image folders and CSV files, a label then is an index into this list. None: the classes
-            are those of the dataset.
+        model_classes: the class names of a model to evaluate, in the order of its outputs. The
+            labels of image folders and CSV files are then indices into this list; other datasets
+            ignore it. If None, the dataset determines the classes.
 
     Returns:
         Two values: the images by split ("train", "val" or "test"), and the class names in the order
@@ -169,16 +170,19 @@ def _check_user_dataset(cfg: DataConfig, found: Any) -> tuple[Splits, list[str]]
 def _choose_preprocessing(cfg: DataConfig, train: Images) -> Preprocessing:
     """Chooses image size and channels, and computes the mean and std of the training images.
 
-    Image size and channels are those of the settings or, where these are not set, those of the
-    images. If the images are not squares of one size, the image size is `DEFAULT_IMAGE_SIZE`. If
-    the images are files, they are decoded to the configured channels from now on.
+    Image size and number of channels come from the settings. Where a setting is None, the images
+    determine the value; if they are not squares of one size, the image size is
+    `DEFAULT_IMAGE_SIZE`.
+
+    Image files can be decoded to gray or RGB. If the settings have 1 or 3 channels, the files of
+    all splits are set to be decoded to this number.
 
     Args:
         cfg: the section `data` of the settings.
         train: the training images.
 
     Raises:
-        Refused: the settings demand a number of channels that the images do not have and cannot be
+        Refused: the settings have a number of channels that the images do not have and cannot be
             decoded to, or some images contain NaN.
     """
     channels, smallest, largest = train.sizes()

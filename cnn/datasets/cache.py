@@ -29,9 +29,10 @@ CHUNK = 256  # images that are decoded together
 
 
 def cache_folder() -> Path:
-    """Returns the folder of all caches: $XDG_CACHE_HOME/cnn, or ~/.cache/cnn if that is not set.
+    """Returns the folder of all caches: $XDG_CACHE_HOME/cnn, or ~/.cache/cnn without the variable.
 
-    Without a home folder, returns a path below /dev/null, where every access fails (OSError).
+    If there is no home folder either, returns a path below /dev/null, where every access raises
+    OSError.
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(os.devnull if base.startswith("~") else base) / "cnn"
@@ -40,17 +41,16 @@ def cache_folder() -> Path:
 def decode_all(
     root: Path, paths: list[Path], scans: np.ndarray, size: int, channels: int
 ) -> torch.Tensor:
-    """Returns the pixels of image files, from the cache or by decoding the files.
+    """Returns the pixels of image files, from the cache if it contains them.
 
-    If the cache does not contain the pixels, the files are decoded, the images are resized and
-    cropped, and the result is written to the cache. If the cache cannot be written or read, the
-    result is only in memory.
+    If not, the files are decoded, the images are resized and cropped, and the pixels are written to
+    the cache. If the cache cannot be read or written, the pixels are only in memory.
 
     Args:
-        root: the folder or CSV file of the dataset; it is part of the cache's key.
+        root: the folder or CSV file of the dataset. Each dataset has its own pixels in the cache.
         paths: the N image files.
-        scans: one row per file, of the dtype `scan.SCAN`. The files' sizes in bytes and times of
-            change are part of the cache's key.
+        scans: one row per file, of the dtype `scan.SCAN`. If the size in bytes or the time of
+            change of any file has changed since an earlier call, all files are decoded again.
         size: height and width of the result in pixels.
         channels: 1 for gray, 3 for RGB.
 
@@ -84,15 +84,15 @@ def _key(root: Path, paths: list[Path], scans: np.ndarray, shape: tuple[int, ...
 
 
 def _decode(paths: list[Path], size: int, channels: int) -> Iterator[np.ndarray]:
-    """Decodes image files in several threads and yields the pixels of each in the order of `paths`.
+    """Decodes, resizes and crops image files in several threads, and yields their pixels.
 
     Args:
-        paths: the image files.
+        paths: the image files, in the order in which to yield them.
         size: height and width of the result in pixels.
         channels: 1 for gray, 3 for RGB.
 
     Yields:
-        Resized and cropped pixels, uint8 (size, size, channels).
+        The pixels of one file, uint8 (size, size, channels).
 
     Raises:
         Refused: a file can no longer be decoded.
@@ -114,10 +114,10 @@ def _decode(paths: list[Path], size: int, channels: int) -> Iterator[np.ndarray]
 
 
 def remove_leftovers(leftovers: Iterable[Path]) -> None:
-    """Removes those of the given temporary files and folders that are more than a day old.
+    """Removes temporary files and folders that a killed process may have left.
 
-    A killed process may have left them. Younger ones may still be in use, and stay. Those that
-    cannot be removed are ignored.
+    Only those that are more than a day old are removed, since younger ones may still be in use.
+    Errors are ignored.
 
     Args:
         leftovers: paths of temporary files and folders.

@@ -24,9 +24,15 @@ BROKEN = (OSError, EOFError, MemoryError, *DATA_ERRORS)
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """Reads a whole image file and rotates the image as its EXIF data demand.
+    """Reads a whole image file and turns the image upright as its EXIF data say.
 
-    If the file has several frames, as an animated GIF has, only the first frame is read.
+    If the file has several frames, such as an animated GIF, only the first frame is read.
+
+    Args:
+        path: the image file.
+
+    Returns:
+        The image, in the mode of the file, such as "RGB" or "L".
 
     Raises:
         BadImage: the file is missing, broken or an EPS drawing, or the image has more than
@@ -50,19 +56,19 @@ def open_image(path: str | os.PathLike) -> Image.Image:
 
 
 def _reason(path: str | os.PathLike, error: Exception) -> str:
-    """Returns the message of an error, or the name of the error's class if the message is empty.
+    """Returns the message of an error, or the name of its class if the message is empty.
 
     Args:
-        path: the image file. If Pillow's message ends with this path, the path is removed, since
-            the caller names the file anyway.
-        error: the error that came while the file was read.
+        path: the image file. If the message ends with this path, the path is removed, since the
+            caller puts it in front of the message.
+        error: the error that was raised while the file was read.
     """
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return text.removesuffix(f" {str(path)!r}") or type(error).__name__
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Returns an image rotated as its EXIF data demand, or unchanged if these cannot be read."""
+    """Returns an image turned as its EXIF data say; unchanged if these data cannot be read."""
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # noqa: BLE001  only the EXIF data are broken, not the picture
@@ -72,9 +78,9 @@ def upright(image: Image.Image) -> Image.Image:
 def to_array(image: Image.Image, channels: int) -> np.ndarray:
     """Converts a PIL image to an array of bytes, gray or RGB.
 
-    Transparent pixels become white. Of 16-bit pixels, the upper 8 bits are kept; 32-bit integers
-    are clipped to 16 bits before. Floats are multiplied by 255 if all of them are in 0..1;
-    otherwise, they are clipped to 0..255.
+    Transparent pixels become white. Integers of 16 bits are divided by 256; those of 32 bits are
+    first clipped to 16 bits. Floats are multiplied by 255 if all of them are in 0..1; otherwise,
+    they are clipped to 0..255.
 
     Args:
         image: an image of any mode.

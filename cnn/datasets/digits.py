@@ -18,11 +18,11 @@ NUM_TRAIN = 898
 
 
 def load() -> tuple[dict[str, ArrayImages], list[str]]:
-    """Reads the digits and divides them into training and test images.
+    """Reads the dataset of handwritten digits, with training and test images.
 
     Returns:
-        Two values: the images by split, the first 898 under "train" and the other 899 under "test";
-        and the class names "0" to "9".
+        Two values: the images by split, 898 under "train" and 899 under "test"; and the class names
+        "0" to "9".
     """
     with np.load(FILE) as file:
         labels = file["labels"]

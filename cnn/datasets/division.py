@@ -15,14 +15,15 @@ Splits = dict[str, Images]
 def divide(splits: Splits, cfg: DataConfig, seed: int) -> Splits:
     """Divides a dataset into the splits "train", "val" and "test".
 
-    Splits that the dataset already has stay as they are. If "test" or "val" is missing, its images
-    are taken out of the training images. After that, if `cfg.limit` is set, at most that many
-    training images are kept, chosen at random.
+    If the dataset has no test images, a random part of each class's training images becomes the
+    test images. The same then holds for the validation images. Finally, if `cfg.limit` is set, that
+    many of the remaining training images are kept, chosen at random.
 
     Args:
-        splits: the images by split, at least "train".
-        cfg: the section `data` of the settings, with the fractions to take out and the limit.
-        seed: determines the images to take out, and those that the limit keeps.
+        splits: the images by split; "train" must be there. The dict is not changed.
+        cfg: the section `data` of the settings, which has the fractions for test and validation
+            images.
+        seed: determines the random choices.
 
     Raises:
         Refused: "test" or "val" is missing, but no class has two training images.
@@ -44,19 +45,19 @@ def _permutation(number: int, seed: int, use: str) -> np.ndarray:
 
 
 def _hold_out(images: Images, fraction: float, seed: int, use: str) -> tuple[Images, Images]:
-    """Divides images at random into those to keep and those to take out.
+    """Divides images at random into images to keep and images to take out.
 
-    Takes out a fraction of each class. At least one image is taken from a class that has two or
-    more, and at least one image stays in every class.
+    A fraction of each class is taken out. A class of two or more images loses at least one of them,
+    and every class keeps at least one.
 
     Args:
         images: the images to divide.
-        fraction: the part of each class to take out, in 0..1.
+        fraction: the part of each class to take out, between 0 and 1.
         seed: determines the random choice, together with `use`.
-        use: the split that the images are taken out for, "val" or "test".
+        use: what the images are taken out for, "val" or "test".
 
     Returns:
-        The images to keep, and the images taken out.
+        Two values: the images to keep, and the images taken out.
 
     Raises:
         Refused: no class has two images.

@@ -28,25 +28,25 @@ def load_folder(
 ) -> tuple[FileSplits, list[str]]:
     """Reads a folder of images that is arranged as ROOT/SPLIT/CLASS/* or as ROOT/CLASS/*.
 
-    SPLIT is train, val or test. CLASS is a folder, whose name is the name of the class.
+    SPLIT is train, val or test. CLASS is the name of a class.
 
     Args:
         root: path of the folder ROOT.
-        on_bad_image: what to do if files do not decode: "stop" to raise Refused, "skip" to leave
-            them out and log a warning.
+        on_bad_image: what to do if files do not decode: "stop" raises Refused, "skip" leaves them
+            out and logs a warning.
         model_classes: the class names of a model to evaluate, in the order of its outputs. The
-            labels then are indices into this list, and the folder may lack training images and some
-            of the classes. None: the classes are those of the training images.
+            labels are then indices into this list, and neither training images nor all classes are
+            needed. If None, the classes are those of the training images.
 
     Returns:
         Two values: the images by split, and the class names in the order of the labels. If the
         folder has no splits, all images are under "train".
 
     Raises:
-        Refused: the folder or its training images do not exist, two folders stand for one split
-            (val and valid), a class folder has no images, a class is not in `model_classes` or
-            (without these) not among the training images, there are fewer than two classes, or
-            files do not decode.
+        Refused: the folder or its training images do not exist, a split has two folders (such as
+            val and valid), a class folder has no images, there are fewer than two classes, files do
+            not decode, or an image has a class that is not in `model_classes` or, if that is None,
+            not in the training images.
     """
     top = Path(root)
     if not top.is_dir():
@@ -61,27 +61,27 @@ def load_folder(
 def load_csv(
     root: str, on_bad_image: str, model_classes: list[str] | None = None
 ) -> tuple[FileSplits, list[str]]:
-    """Reads the images that a CSV file lists in the columns path, label and, optionally, split.
+    """Reads the images that are listed in a CSV file with the columns path, label and split.
 
-    The split is train, val or test; an image without a split is for training. Paths are relative to
-    the folder of the CSV file. Spaces around a value are ignored.
+    The column split may be missing. Its values are train, val or test; an empty one means train.
+    Paths are relative to the folder of the CSV file.
 
     Args:
         root: path of the CSV file.
-        on_bad_image: what to do if image files do not decode: "stop" to raise Refused, "skip" to
-            leave them out and log a warning.
+        on_bad_image: what to do if image files do not decode: "stop" raises Refused, "skip" leaves
+            them out and logs a warning.
         model_classes: the class names of a model to evaluate, in the order of its outputs. The
-            labels then are indices into this list, and the file may lack training images and some
-            of the classes. None: the classes are those of the training images.
+            labels are then indices into this list, and neither training images nor all classes are
+            needed. If None, the classes are those of the training images.
 
     Returns:
         Two values: the images by split, and the class names in the order of the labels.
 
     Raises:
         Refused: the CSV file or its training images do not exist, a column or a value is missing,
-            two lines give one image different labels or splits, a class is not in `model_classes`
-            or (without these) not among the training images, there are fewer than two classes, or
-            image files do not decode.
+            two lines give one image different labels or splits, there are fewer than two classes,
+            files do not decode, or an image has a class that is not in `model_classes` or, if that
+            is None, not in the training images.
     """
     file = Path(root)
     columns, rows = _read_table(file)
@@ -112,9 +112,9 @@ def _read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]
         file: the CSV file.
 
     Returns:
-        Two values: the column names; and, for each row that is not empty, its line number in the
-        file and a dict of its values by column. The dict always has the keys "path", "label" and
-        "split"; a value of these that the row lacks is "".
+        Two values: the column names; and (line number, values) for each row that is not empty. The
+        values are a dict by column name. Its keys "path", "label" and "split" always exist; the
+        value is "" if the row has none.
 
     Raises:
         Refused: the file cannot be read or is not in UTF-8.
@@ -138,14 +138,14 @@ def _read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]
 def _find_splits(top: Path) -> dict[str, Path]:
     """Finds the folders of the splits inside a dataset's folder.
 
-    A folder belongs to a split if its name is train, val, valid, validation or test, in upper or
-    lower case. If there are such folders, the others are not used, and a warning names them.
+    Such a folder has the name train, val, valid, validation or test, in upper or lower case. If
+    there are any, a warning names all other folders, which are not used.
 
     Args:
         top: the folder of the dataset.
 
     Returns:
-        The folder of each split ("train", "val" or "test") that exists; empty if there is none.
+        A dict from "train", "val" and "test" to the folder, without the splits that have no folder.
 
     Raises:
         Refused: two folders belong to the same split, such as val and valid.
@@ -166,13 +166,16 @@ def _find_splits(top: Path) -> dict[str, Path]:
 
 
 def _list_folders(path: Path) -> list[Path]:
-    """Returns the folders inside a folder, sorted by name, except those that begin with . or __."""
+    """Returns the folders inside a folder, sorted by name.
+
+    Folders whose names begin with "." or "__" are left out.
+    """
     inner = (p for p in path.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
     return sorted(inner, key=lambda p: p.name)
 
 
 def _list_images(path: Path) -> list[tuple[Path, str]]:
-    """Lists the images in the class folders inside a folder.
+    """Lists the images of a split or dataset, in a folder that has one folder per class.
 
     Args:
         path: the folder that contains the class folders.
@@ -199,22 +202,23 @@ def _list_images(path: Path) -> list[tuple[Path, str]]:
 def _read(
     root: Path, listing: Listing, on_bad_image: str, model_classes: list[str] | None
 ) -> tuple[FileSplits, list[str]]:
-    """Scans the listed image files and builds the splits.
+    """Scans image files and builds the splits of a dataset from them.
 
     Args:
-        root: the folder or CSV file of the dataset, for messages and for the cache.
-        listing: by split, (image file, class name) for every image.
-        on_bad_image: what to do if files do not decode: "stop" to raise Refused, "skip" to leave
-            them out and log a warning.
-        model_classes: the class names of a model to evaluate, in the order of its outputs; None to
-            use the classes of the training images.
+        root: the folder or CSV file of the dataset.
+        listing: for each split, a list of (image file, class name).
+        on_bad_image: what to do if files do not decode: "stop" raises Refused, "skip" leaves them
+            out and logs a warning.
+        model_classes: the class names of a model to evaluate, in the order of its outputs. If None,
+            the classes are those of the training images, sorted by name.
 
     Returns:
         Two values: the images by split, and the class names in the order of the labels.
 
     Raises:
-        Refused: a class is not in `model_classes` or (without these) not among the training images,
-            there are fewer than two classes, files do not decode, or no file of a split decodes.
+        Refused: an image has a class that is not in `model_classes` or, if that is None, not in the
+            training images; there are fewer than two classes; files do not decode; or all files of
+            a split are left out.
     """
     classes = model_classes or sorted({label for _, label in listing["train"]})
     _check_classes(root, listing, classes, of_model=model_classes is not None)
@@ -262,14 +266,14 @@ def unknown_classes(key: str, unknown: list[str], known: list[str]) -> str:
 
 
 def _report_bad(bad: dict[Path, str], on_bad_image: str) -> None:
-    """Reports the files that do not decode, by raising an error or by logging a warning.
+    """Raises an error or logs a warning that lists the files that do not decode, if there are any.
 
     Args:
-        bad: for each file that does not decode, the reason; if empty, nothing is reported.
+        bad: for each file that does not decode, the reason.
         on_bad_image: "stop" to raise the error, "skip" to log that the files are left out.
 
     Raises:
-        Refused: there are such files, and `on_bad_image` is "stop".
+        Refused: `bad` is not empty, and `on_bad_image` is "stop".
     """
     if not bad:
         return

@@ -25,15 +25,16 @@ MAX_IMAGES_FOR_STATISTICS = 2_000  # fewer than twice as many are read of a user
 
 
 class Images:
-    """Labelled images of a dataset; each subclass reads them from another source.
+    """Labelled images: a whole dataset or a subset of it.
 
-    An object is a whole dataset or a subset of it. A subset shares the pixels of the whole dataset.
+    Each subclass reads images from another source. All subsets of a dataset share its pixels.
 
     Attributes:
-        labels: the index of each image's class, int64 (N), where N is the number of images here.
+        labels: the index of each image's class, int64 (N), where N is the number of images in this
+            object.
         rows: the index of each image in the whole dataset, int64 (N).
-        skip: whether an image that cannot be read during the run is left out of its batch; if not,
-            the run ends with an error.
+        skip: whether an image that cannot be read during the run is left out of its batch. If not,
+            such an image ends the run with an error.
         may_draw: whether reading an image may draw from the global random generators.
     """
 
@@ -46,9 +47,9 @@ class Images:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """Returns an image's name: the dataset's name and the image's index in the whole dataset.
+        """Returns an image's name: the name of the dataset and the image's index in it.
 
-        An example is "digits[17]".
+        An example is "digits[17]". The index in the name is that in the whole dataset.
 
         Args:
             index: index of the image in this object, which may be a subset of the dataset.
@@ -68,31 +69,30 @@ class Images:
     def checksum(self) -> int:
         """Returns a checksum of the dataset's pixels, or 0 if reading all pixels would take long.
 
-        This method returns 0. Subclasses that can read all pixels quickly override it.
+        This base class returns 0. Subclasses that know all pixels override the method.
         """
         return 0
 
     def num_decoded(self) -> int:
-        """Returns the number of images whose pixels `decoded` would have to keep in memory.
+        """Returns how many images the method `decoded` would keep in memory.
 
-        This method returns the number of images in this object. Subclasses whose images can be kept
-        in memory override it. They return the number of images in the whole dataset, since all its
-        subsets share the pixels.
+        This base class returns the number of images in this object. Subclasses that keep images in
+        memory return the number of images in the whole dataset.
         """
         return len(self)
 
     def decoded(self, _size: int, _channels: int) -> torch.Tensor | None:
-        """Returns the pixels of the whole dataset, or None if these cannot be kept in memory.
+        """Returns the pixels of the whole dataset, or None if the pixels cannot be kept in memory.
 
-        This method returns None. Subclasses whose images can be kept in memory override it. They
-        return a tensor, uint8 (M, size, size, channels), of the M images of the whole dataset. The
-        indices of this object's images in the tensor are `rows`.
+        This base class returns None. Subclasses return a tensor, uint8 (M, size, size, channels),
+        of the M images in the whole dataset. The attribute `rows` has the indices of this object's
+        images in it.
         """
         return None
 
 
 class ArrayImages(Images):
-    """Images of one size in memory.
+    """Images in memory, all of the same size.
 
     Args:
         pixels: the N images, uint8 (N, C, H, W).
@@ -147,8 +147,8 @@ class ArrayImages(Images):
         """Returns the pixels of the whole dataset, even if this object is a subset of it.
 
         Args:
-            size: the height and width that the images must have, in pixels.
-            channels: the number of channels that the images must have.
+            size: the height and width that the caller needs, in pixels.
+            channels: the number of channels that the caller needs.
 
         Returns:
             The M images of the whole dataset, uint8 (M, size, size, channels); None if the images
@@ -159,15 +159,15 @@ class ArrayImages(Images):
 
 @dataclass
 class Files:
-    """The image files of a dataset, shared by its splits.
+    """The image files of a whole dataset; the objects of all its splits share this object.
 
     Attributes:
         root: the folder or CSV file of the dataset.
         paths: the image files of all splits.
-        scans: one row per file, of the dtype `scan.SCAN`.
+        scans: one row per file, of the dtype `scan.SCAN`, with the image's size and pixel sums.
         channels: number of channels to which the files are decoded, 1 (gray) or 3 (RGB).
-        skip: whether a file that cannot be read during the run is left out of its batch; if not,
-            the run ends with an error.
+        skip: whether a file that cannot be read during the run is left out of its batch. If not,
+            such a file ends the run with an error.
     """
 
     root: Path
@@ -182,9 +182,9 @@ class FileImages(Images):
 
     Args:
         files: the files of the whole dataset.
-        labels: the index of each image's class (N), where N is the number of images.
-        rows: the index of each image's file in `files.paths` (N); None to use all files in their
-            order.
+        labels: the index of each image's class (N), where N is the number of images in this object.
+        rows: the index of each image's file in `files.paths` (N). If None, the images are those of
+            all files, in the same order.
     """
 
     def __init__(self, files: Files, labels: Sequence[int], rows: np.ndarray | None = None):
@@ -208,11 +208,7 @@ class FileImages(Images):
         return str(self.files.paths[self.rows[index]])
 
     def detached(self) -> "FileImages":
-        """Returns the same images as a new dataset that lists only the files of these images.
-
-        So reading all pixels of the new dataset with `decoded` leaves the files of other images
-        alone.
-        """
+        """Returns the images of this object as a new dataset, without the other files."""
         paths = [self.files.paths[row] for row in self.rows]
         files = replace(self.files, paths=paths, scans=self.files.scans[self.rows])
         return FileImages(files, self.labels)
@@ -242,7 +238,7 @@ class FileImages(Images):
     def checksum(self) -> int:
         """Returns a CRC-32 of the pixel sums of all files, even if this is a subset of the dataset.
 
-        The pixel sums are known from the scan of the files, so that no file has to be decoded.
+        No file is decoded, since the pixel sums are known from the scan of the files.
         """
         return zlib.crc32(np.ascontiguousarray(self.files.scans["sums"]))
 
@@ -253,8 +249,8 @@ class FileImages(Images):
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
         """Returns the pixels of all files of the dataset, even if this object is a subset of it.
 
-        The first call decodes the files and keeps the pixels in the user's cache folder. Later
-        calls read them from there. After a call, images that are read one at a time are decoded to
+        The files are decoded once. The pixels are kept in the user's cache folder, where later
+        calls and runs find them. From then on, single images of the dataset are read with
         `channels` channels, too.
 
         Args:
@@ -274,12 +270,12 @@ class FileImages(Images):
 class UserImages(Images):
     """The images of a user's map-style dataset, whose items are (image, label).
 
-    The pixels are never kept in memory, since reading an item may return another image every time.
+    The pixels are never kept in memory, since the same item may be another image at every reading.
 
     Args:
-        dataset: the user's dataset. Its images are PIL images, uint8 arrays (H, W[, C]) or tensors
-            (C, H, W). Its labels are in the attribute `targets` or `labels`. If it has neither,
-            every item is read once for its label.
+        dataset: the user's dataset. Its images are PIL images, uint8 arrays (H, W[, C]), or tensors
+            (C, H, W) of uint8 or of float in 0..1. Its labels are in the attribute `targets` or
+            `labels`. If it has neither, every item is read once for its label.
         name: name of the dataset, for messages.
     """
 
@@ -309,11 +305,11 @@ class UserImages(Images):
         return item
 
     def _sample(self) -> Iterator[torch.Tensor]:
-        """Yields evenly spaced images of the dataset, from which statistics are computed.
+        """Yields images at equal distances in the dataset, for the computation of statistics.
 
-        These are all images or, in a large dataset, only some: in any case fewer than 2 *
-        `MAX_IMAGES_FOR_STATISTICS`. Seeds the global generators before each image, so that a
-        dataset with random transforms yields the same images every time.
+        Yields all images of a small dataset. The number of images is always less than 2 *
+        `MAX_IMAGES_FOR_STATISTICS`. The global random generators are seeded before each image, so
+        that random transforms in the dataset give the same images every time.
         """
         for index in range(0, len(self), max(1, len(self) // MAX_IMAGES_FOR_STATISTICS)):
             seeding.seed_sample(seeding.SAMPLE, index)
@@ -322,7 +318,7 @@ class UserImages(Images):
     def sizes(self) -> tuple[int, int, int]:
         """Returns the number of channels, the shortest side and the longest side of the images.
 
-        The sides are in pixels. Only a sample of the images is read.
+        The sides are in pixels. In a large dataset, only some images, at equal distances, are read.
 
         Raises:
             Refused: the images differ in the number of channels, or an image cannot be read.
@@ -337,11 +333,16 @@ class UserImages(Images):
     def pixel_sums(self) -> tuple[float, np.ndarray, np.ndarray]:
         """Returns the number of pixels, and the sums that give the mean and std of each channel.
 
-        Reads only a sample of the images. Floats in 0..1 are multiplied by 255.
+        In a large dataset, only some images, at equal distances, are read. Values of float images,
+        in 0..1, are first multiplied by 255.
 
         Returns:
-            Three values: the number of pixels in the sample; the sum of each channel's values (0 to
-            255), shape (C); and the sum of the squares of these values, shape (C).
+            Three values: the number of pixels in the images that were read; the sum of each
+            channel's values (0 to 255), shape (C); and the sum of the squares of these values,
+            shape (C).
+
+        Raises:
+            Refused: an image cannot be read.
         """
         number, sums, squares = 0.0, 0.0, 0.0
         for image in self._sample():
@@ -356,12 +357,12 @@ def _to_int64(labels: Any, name: str) -> np.ndarray:
     """Converts labels to int64 (N).
 
     Args:
-        labels: N labels; each is an integer, or an array or tensor without dimensions that contains
-            an integer.
+        labels: N labels. Each is an integer, or an array or tensor that contains a single integer
+            and has no dimensions.
         name: name of the dataset, for the message of the error.
 
     Raises:
-        Refused: a label is not an integer, such as 1.7, which would be converted to 1.
+        Refused: a label is not an integer, such as 1.7, which would otherwise become 1.
     """
     plain = [label.tolist() if hasattr(label, "tolist") else label for label in labels]
     for index, label in enumerate(plain):
@@ -375,11 +376,11 @@ def _as_tensor(image: Any, name: str) -> torch.Tensor:
     """Converts an image of a user's dataset to a tensor (C, H, W), uint8 or float.
 
     Args:
-        image: a PIL image, an array (H, W[, C]) or a tensor (C, H, W).
+        image: a PIL image, an array (H, W) or (H, W, C), or a tensor (C, H, W).
         name: name of the image, for the message of the error.
 
     Raises:
-        Refused: the image has another number of dimensions, or its values are neither uint8 nor
+        Refused: a tensor has other than three dimensions, or the values are neither uint8 nor
             float.
     """
     if not isinstance(image, torch.Tensor):

@@ -42,10 +42,10 @@ LARGEST_EVALUATION_BATCH = 512
 
 
 class Samples(Dataset):
-    """A dataset whose items are whole batches: it turns a list of keys into images and labels.
+    """A dataset for a DataLoader that turns a list of keys into a batch of images and labels.
 
-    A key is (epoch, index of the image in the split) or, where images may occur twice in an epoch,
-    (epoch, index, position in the epoch). Epoch 0 means evaluation, without augmentation.
+    A key is (epoch, index of the image in the split) or, where an image may occur twice in an
+    epoch, (epoch, index, position in the epoch). Epoch 0 means evaluation, without augmentation.
 
     Args:
         images: the images of one split.
@@ -81,11 +81,10 @@ class Samples(Dataset):
     def image(self, key: Key) -> torch.Tensor:
         """Returns an image in the model's size, not normalized: (C, size, size).
 
-        In training, the image is augmented.
+        The image is augmented unless the epoch is 0, which means evaluation.
 
         Args:
-            key: (epoch, index of the image), or (epoch, index, position in the epoch); epoch 0
-                means evaluation.
+            key: (epoch, index of the image), or (epoch, index, position in the epoch).
         """
         image = self.raw(key)
         return (
@@ -96,8 +95,7 @@ class Samples(Dataset):
         """Returns a batch, or the error that prevents it.
 
         The DataLoader calls this method, in a worker process if there are any. The error is
-        returned rather than raised, since torch would add the traceback of the worker to an error
-        that is raised.
+        returned, since torch would add the worker's traceback to an error that is raised.
 
         Args:
             keys: one key per image: (epoch, index of the image) or (epoch, index, position in the
@@ -132,23 +130,21 @@ class Samples(Dataset):
 
 
 class Loader:
-    """A loader of one split's batches onto the device, for training or for evaluation.
+    """A base class of loaders, which load the batches of one split onto the device.
 
-    In training, batches are shuffled and augmented, and each process loads its share of every
-    batch. In evaluation, the processes take turns, and each loads whole batches. So a batch has the
-    same bits whichever process computes it.
+    In training, batches are shuffled and augmented, and each process loads a share of every batch.
+    In evaluation, each batch is loaded whole by one of the processes, in turn.
 
-    A subclass implements three more methods. `raw(key)` returns an image of the dataset as it is,
-    (C, H, W). `image(key)` returns an image in the model's size, augmented in training, but not
-    normalized, (C, size, size). `_batches(epoch, order, spans, start)` yields one batch per span.
-    There, `order` has the index of the image at each position of the epoch. A span is (first
-    position, end position, number of images that count). `start` is the index of the first batch in
-    the epoch.
+    A subclass has to define three methods: `raw(key)` returns an image as it is in the dataset, (C,
+    H, W). `image(key)` returns an image (C, size, size), augmented in training, but not normalized.
+    `_batches(epoch, order, spans, start)` yields one batch per span. A span is (first position, end
+    position, number of images that count). `order` has the index of the image at each position of
+    the epoch, and `start` is the index of the first batch to yield.
 
     Args:
         images: the images of the split.
         preprocessing: image size, channels, mean and std for the model.
-        batch_size: images per batch, over all processes.
+        batch_size: images per batch, in all processes together.
         device: the device to load the batches onto.
         seed: the seed of the run.
         sampler: "shuffle", or "balanced" to draw all classes with equal probability.
@@ -156,7 +152,7 @@ class Loader:
         num_ranks: the number of processes.
 
     Attributes:
-        sizes: number of images in each batch of an epoch, over all processes.
+        sizes: number of images in each batch of an epoch, in all processes together.
     """
 
     def __init__(
@@ -181,9 +177,9 @@ class Loader:
         return len(self.sizes)
 
     def num_batches_per_rank(self) -> int:
-        """Returns the largest number of batches that a process loads in an evaluation.
+        """Returns the largest number of batches that one process loads in an evaluation.
 
-        The processes share the batches, so that some may have one batch fewer.
+        The processes divide the batches among them. Some processes may have one batch fewer.
         """
         return -(-len(self.sizes) // self.num_ranks)
 
@@ -192,12 +188,12 @@ class Loader:
 
         Args:
             epoch: the epoch, counted from 1.
-            start: index of the first batch to yield; the batches before this one are not read.
+            start: index of the first batch to yield, from 0 on. The earlier batches are not read.
 
         Yields:
             Three values: N normalized images, float32 (N, C, H, W); their labels, int64 (N); and
-            how many of the N images count in gradients and metrics: all, or none if this process
-            has no share of the batch.
+            how many of the N images count in gradients and metrics. All count, or none if the batch
+            is too small for this process to have a share of it.
         """
         shares = [share_of(size, self.rank, self.num_ranks) for size in self.sizes]
         begins = np.cumsum([0, *self.sizes]).tolist()
@@ -207,7 +203,7 @@ class Loader:
     def batches(self) -> Iterator[Batch]:
         """Yields the batches that this process evaluates, in the images' order and not augmented.
 
-        These are every `num_ranks`-th batch, from the batch with index `rank` on.
+        These are the batch with index `rank` and every `num_ranks`-th batch after it.
 
         Yields:
             Three values: N normalized images, float32 (N, C, H, W); their labels, int64 (N); and
@@ -221,8 +217,10 @@ class Loader:
     def order(self, epoch: int) -> np.ndarray:
         """Returns the index of the image at each position of a training epoch, int64.
 
+        The order depends only on the seed of the run and the epoch.
+
         Args:
-            epoch: the epoch, counted from 1. The seed of the run and the epoch determine the order.
+            epoch: the epoch, counted from 1.
         """
         rng = np.random.default_rng(seeding.mix(self.seed, seeding.ORDER, epoch))
         if self.balanced:
@@ -230,15 +228,18 @@ class Loader:
         return rng.permutation(len(self.images))
 
     def keys(self, epoch: int, batch: int) -> list[Key]:
-        """Returns the keys of the images in one batch, over all processes.
+        """Returns the keys of the images in one batch.
+
+        A key seeds everything random about an image.
 
         Args:
             epoch: the epoch; 0 means evaluation.
-            batch: index of the batch in the epoch.
+            batch: index of the batch in the epoch, from 0 on.
 
         Returns:
-            One key per image: (epoch, index of the image, position in the epoch) in training with
-            the balanced sampler, otherwise (epoch, index of the image).
+            One key per image of the whole batch, not only of this process's share. In training with
+            the balanced sampler, a key is (epoch, index of the image, position in the epoch);
+            otherwise, it is (epoch, index of the image).
         """
         start = sum(self.sizes[:batch])
         order = np.arange(len(self.images)) if epoch == EVALUATION else self.order(epoch)
@@ -246,12 +247,14 @@ class Loader:
 
 
 class _Plan:
-    """A batch sampler whose batches are set before every epoch; a batch is a list of image keys.
+    """A batch sampler for a DataLoader; it yields a list of image keys for each batch.
+
+    The attributes are set before every epoch.
 
     Attributes:
-        keys: a function of two positions in the epoch. It returns the keys of the images from the
-            first position up to, but without, the second.
-        spans: per batch, its first position, its end position, and the number of images that count.
+        keys: a function that returns the keys of the images at some positions of the epoch. Its two
+            arguments are the first position and the position after the last one.
+        spans: for each batch, (first position, end position, number of images that count).
     """
 
     keys: Callable[[int, int], list[Key]]
@@ -262,10 +265,10 @@ class _Plan:
 
 
 class StreamLoader(Loader):
-    """A loader that reads one image at a time, in worker processes.
+    """A loader that reads the images one by one, in worker processes.
 
     Args:
-        *args: the positional arguments of `Loader`.
+        *args: the positional arguments of the base class `Loader`, such as the images.
         augment: name and settings of each augmentation, applied in training.
         num_workers: number of worker processes; 0 to read in this process.
         **keywords: the keyword arguments of `Loader`.
@@ -312,12 +315,13 @@ class StreamLoader(Loader):
 
 
 class MemoryLoader(Loader):
-    """A loader that gathers whole batches from pixels in the memory of the device.
+    """A loader that keeps all images in the memory of the device and takes whole batches from them.
 
     Args:
-        *args: the positional arguments of `Loader`.
+        *args: the positional arguments of the base class `Loader`, such as the images.
         pixels: the M images of the whole dataset, uint8 (M, size, size, C).
-        augment: name and settings of each augmentation; the names must be keys of `BATCH_DRAWS`.
+        augment: name and settings of each augmentation, applied in training; the names must be keys
+            of `BATCH_DRAWS`.
         **keywords: the keyword arguments of `Loader`.
     """
 
@@ -328,16 +332,17 @@ class MemoryLoader(Loader):
         self._labels = torch.from_numpy(self.images.labels).to(self.device)
 
     def _draws(self, epoch: int) -> torch.Tensor | None:
-        """Returns a table of the random numbers of an epoch, on the device.
+        """Returns a table of the random numbers for the augmentations of an epoch, on the device.
 
-        The table has one row per image of the epoch. An image's row is its index or, with the
-        balanced sampler, its position in the epoch. The seed and the epoch determine the table.
+        The table depends only on the seed of the run and the epoch.
 
         Args:
             epoch: the epoch; 0 means evaluation.
 
         Returns:
-            The table; None in an evaluation and if there are no augmentations.
+            A table with one row per image. The number of an image's row is the index of the image
+            or, with the balanced sampler, its position in the epoch. None if the epoch is 0 or
+            there are no augmentations.
         """
         if epoch == EVALUATION or not self._gather.names:
             return None
@@ -369,11 +374,10 @@ class MemoryLoader(Loader):
     def image(self, key: Key) -> torch.Tensor:
         """Returns an image in the model's size, not normalized: uint8 (C, size, size).
 
-        In training, the image is augmented.
+        The image is augmented unless the epoch is 0, which means evaluation.
 
         Args:
-            key: (epoch, index of the image), or (epoch, index, position in the epoch); epoch 0
-                means evaluation.
+            key: (epoch, index of the image), or (epoch, index, position in the epoch).
         """
         draws = self._draws(key[0])
         row = draws[[key[-1]]] if draws is not None else None
@@ -391,10 +395,10 @@ def build_loader(
     rank: int = 0,
     num_ranks: int = 1,
 ) -> Loader:
-    """Builds a loader that keeps the pixels in memory, or else one that reads image by image.
+    """Builds a loader that keeps all pixels in memory, or one that reads image by image.
 
-    The two kinds of loader draw different random numbers. So the choice depends only on the
-    settings and the data, never on the machine.
+    The choice depends only on the settings and the data, never on the machine, since the two
+    loaders draw different random numbers.
 
     Args:
         cfg: the section `data` of the settings.
@@ -408,9 +412,9 @@ def build_loader(
         num_ranks: the number of processes.
 
     Raises:
-        Refused: `data.in_memory` is true, but an augmentation works only image by image, or the
-            images cannot be kept in memory, such as those of a user's dataset; or an image file can
-            no longer be decoded.
+        Refused: an image file can no longer be decoded; or `data.in_memory` is true, but an
+            augmentation works only image by image, or the images cannot be kept in memory, such as
+            those of a user's dataset.
     """
     augment = cfg.augment if training else []
     batch_size = cfg.batch_size

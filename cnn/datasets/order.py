@@ -11,11 +11,11 @@ EVALUATION = 0  # stands in place of the epoch in the keys of images that are no
 def split_epoch(number: int, batch_size: int) -> list[int]:
     """Returns the number of images in each batch of an epoch.
 
-    The last batch may be smaller than the others. If it would have only one image, this image joins
-    the batch before, since BatchNorm cannot train on a single image and none may be left out.
+    The last batch contains the rest of the images. If the rest is a single image, this image joins
+    the previous batch, if there is one, since BatchNorm cannot train on a single image.
 
     Args:
-        number: count of images in the epoch.
+        number: how many images the epoch has.
         batch_size: images per batch.
     """
     sizes = [batch_size] * (number // batch_size)
@@ -28,20 +28,21 @@ def split_epoch(number: int, batch_size: int) -> list[int]:
 
 
 def share_of(size: int, rank: int, num_ranks: int) -> tuple[int, int, int]:
-    """Returns which images of a batch one of several processes computes.
+    """Returns the part of a batch that one of several processes computes.
 
-    BatchNorm needs at least two images per process. If a batch has too few for that, the last
-    processes get no share. These compute the first two images of the batch, but neither of the two
-    counts. So all processes take the same steps.
+    BatchNorm needs at least two images per process. If a batch has too few images for that, the
+    last processes get no part of it. They compute the batch's first two images, so that all
+    processes take the same steps, but these results do not count.
 
     Args:
-        size: count of images in the batch.
+        size: how many images the batch has.
         rank: the rank of the process, from 0 on.
         num_ranks: the number of processes.
 
     Returns:
         Three values: the position in the batch of the first image to compute; the position after
-        the last one; and how many of these images count in gradients and metrics, all or none.
+        the last image to compute; and how many of these images count in gradients and metrics,
+        which is all or none.
     """
     sharers = max(1, min(num_ranks, size // 2))
     if rank >= sharers:
@@ -51,7 +52,10 @@ def share_of(size: int, rank: int, num_ranks: int) -> tuple[int, int, int]:
 
 
 def keys_of(epoch: int, order: np.ndarray, balanced: bool, start: int, end: int) -> list[Key]:
-    """Returns the keys of the images at some positions of an epoch.
+    """Returns the keys of the images at successive positions of an epoch.
+
+    A key seeds everything random about an image. In training, if `balanced`, it is (epoch, index of
+    the image, position); otherwise, it is (epoch, index of the image).
 
     Args:
         epoch: the epoch; 0 means evaluation.
@@ -61,8 +65,7 @@ def keys_of(epoch: int, order: np.ndarray, balanced: bool, start: int, end: int)
         end: the position after the last one.
 
     Returns:
-        One key per image. In training, if `balanced`, a key is (epoch, index of the image,
-        position); otherwise it is (epoch, index of the image).
+        One key per image.
     """
     indices = order[start:end].tolist()
     if balanced and epoch != EVALUATION:
@@ -73,8 +76,8 @@ def keys_of(epoch: int, order: np.ndarray, balanced: bool, start: int, end: int)
 def draw_balanced(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Draws image indices at random, so that all classes are equally likely at every draw.
 
-    Draws with replacement, and as many indices as there are images. The distribution is that of
-    torch's WeightedRandomSampler if each image has the weight 1 / (number of images of its class).
+    An image may be drawn several times or never. The probabilities are those of torch's
+    WeightedRandomSampler if each image has the weight 1 / (number of images of its class).
 
     Args:
         labels: the class of each image, int (N).

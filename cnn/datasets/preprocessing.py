@@ -13,13 +13,13 @@ MAX_RESIZED = 20_000_000  # pixels of a resized image before its center is cropp
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The preprocessing that a model is trained with; every checkpoint contains it.
+    """The size, channels and normalization of the images that a model takes.
 
     Attributes:
         image_size: height and width in pixels.
-        channels: 1 for gray, 3 for RGB, or the number that a user's dataset has.
+        channels: the number of channels, such as 1 for gray and 3 for RGB.
         mean: the mean of each channel in the training images, where pixel values are in 0..1.
-        std: the standard deviation of each channel in the training images, in the same units.
+        std: the standard deviation of each channel in the training images, in the same unit.
     """
 
     image_size: int
@@ -34,15 +34,15 @@ class Preprocessing:
 
     @classmethod
     def from_checkpoint(cls, path: Path, saved: dict[str, Any]) -> "Preprocessing":
-        """Returns the preprocessing that a checkpoint contains.
+        """Returns the preprocessing that was saved in a checkpoint.
 
         Args:
             path: the checkpoint, for the message of an error.
-            saved: the values of image_size, channels, mean and std that were read from the
-                checkpoint.
+            saved: the values in the checkpoint, under "image_size", "channels", "mean" and "std".
 
         Raises:
-            Refused: there is not one mean and one std per channel, or the image size or a std is 0.
+            Refused: the number of means or stds is not the number of channels, or the image size or
+                a std is 0.
         """
         pre = cls(**saved)
         if not pre.channels == len(pre.mean) == len(pre.std) or 0 in (pre.image_size, *pre.std):
@@ -54,7 +54,7 @@ class Preprocessing:
 def resize_and_crop(image: torch.Tensor, size: int) -> torch.Tensor:
     """Resizes the shorter side of an image to `size` pixels and crops the square in the center.
 
-    An image that already is a square of this size is returned unchanged.
+    An image that is a square of this size already is returned unchanged.
 
     Args:
         image: (C, H, W), uint8 or float.
@@ -76,7 +76,7 @@ def resize_and_crop(image: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class Normalize:
-    """A function that normalizes images: in each channel, training images get mean 0 and std 1.
+    """A function that subtracts the mean of each channel from images and divides by the std.
 
     Args:
         preprocessing: image size, mean and std.
@@ -107,9 +107,10 @@ class Normalize:
         return batch.permute(0, 3, 1, 2)
 
     def stacked(self, images: list[torch.Tensor]) -> torch.Tensor:
-        """Normalizes images one by one and stacks them into a batch, all on the CPU.
+        """Normalizes images one by one and writes them into one batch.
 
-        This is faster than stacking first, since each image is still in the CPU's cache.
+        Works only on the CPU. This is faster than normalizing a whole batch, since each image is
+        still in the CPU's cache.
 
         Args:
             images: N images (C, H, W), uint8 or float in 0..1.

@@ -29,8 +29,8 @@ SCAN = np.dtype(
 def scan(root: Path, paths: list[Path]) -> tuple[np.ndarray, dict[Path, str]]:
     """Returns sizes and pixel sums of image files, and finds the files that do not decode.
 
-    Decodes only files that are new or have changed since an earlier scan. For the other files, the
-    values are read from the user's cache folder.
+    The values of a file are kept in the user's cache folder. A file is decoded again only if its
+    size in bytes or its time of change differs from those in the cache.
 
     Args:
         root: the folder or CSV file of the dataset. Each dataset has its own file in the cache
@@ -76,10 +76,7 @@ def _size_and_time(path: Path) -> tuple[int, int] | None:
 
 
 def _scan_file(path: Path) -> np.ndarray | str:
-    """Decodes a file and returns its row of the dtype `SCAN`.
-
-    If the file does not decode, returns the reason instead.
-    """
+    """Decodes an image file and returns its row of the dtype `SCAN`, or why it does not decode."""
     try:
         status = path.stat()
         image = open_image(path)

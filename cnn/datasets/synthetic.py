@@ -23,11 +23,11 @@ def load(
     Args:
         num_images: number of training images.
         num_test: number of test images.
-        num_classes: number of classes. The first image is of the first class, the next of the
-            second, and so on; after the last class, it is the turn of the first again.
+        num_classes: number of classes. The labels of successive images are 0, 1, ..., num_classes -
+            1, 0, 1 and so on.
         image_size: height and width in pixels.
         channels: number of channels.
-        noise: standard deviation of the noise, for pixel values of 0..255.
+        noise: standard deviation of the noise. Pixel values are between 0 and 255.
         seed: determines patterns and noise.
 
     Returns:

@@ -28,12 +28,12 @@ DOWNLOAD_TIMEOUT = 30  # seconds to wait for an answer of the server
 
 
 def load(name: str, root: str, download: bool) -> tuple[dict[str, ArrayImages], list[str]]:
-    """Reads one of torchvision's datasets.
+    """Reads one of torchvision's datasets from its files.
 
     Args:
         name: the dataset's name in the settings, such as "cifar10"; a key of `FILES`.
-        root: a folder. The dataset's files are, or are downloaded to, the folder inside it that
-            `FILES` names, such as "MNIST/raw".
+        root: the folder that contains the datasets. Each dataset has a folder of its own in this
+            folder, such as "MNIST/raw"; only the files of "svhn" are directly in `root`.
         download: whether to download files that are missing.
 
     Returns:
@@ -77,10 +77,9 @@ def _to_images(dataset: Any, name: str) -> ArrayImages:
     """Converts a dataset of torchvision to images in memory.
 
     Args:
-        dataset: the dataset of torchvision. Its attribute `data` contains the pixels, uint8, of
-            shape (N, H, W), (N, H, W, 3) or (N, 3, H, W). The labels are in its attribute `targets`
-            or `labels`.
-        name: name of the result, such as "mnist train", for messages.
+        dataset: the dataset. Its attribute `data` has the pixels, uint8 (N, H, W), (N, H, W, 3) or
+            (N, 3, H, W), and its attribute `targets` or `labels` has the labels.
+        name: name of the returned images in messages, such as "mnist train".
     """
     pixels = np.asarray(dataset.data)
     labels = dataset.targets if hasattr(dataset, "targets") else dataset.labels

@@ -28,9 +28,9 @@ WARN_EVERY = 30  # seconds of waiting for a batch
 class PickledBatch:
     """A pickled batch on its way to the main process, with its tensors in shared memory.
 
-    A worker pickles the batch itself, so that it can report an error if shared memory or file
-    descriptors run out. Torch would pickle the batch in a thread, which would only print the error,
-    and the batch would never arrive.
+    The worker pickles the batch itself, so that it can report an error, for instance if shared
+    memory runs out. If torch pickled the batch, the error would be lost and the main process would
+    wait forever.
 
     Args:
         batch: ((images, labels), messages about images that were left out).
@@ -40,13 +40,13 @@ class PickledBatch:
         self._data = bytes(ForkingPickler.dumps(batch))
 
     def unpickle(self) -> Any:
-        """Returns the batch that was pickled."""
+        """Returns the original batch."""
         return ForkingPickler.loads(self._data)
 
     def pin_memory(self) -> Any:
-        """Returns the batch that was pickled, with its tensors in pinned memory.
+        """Returns the original batch, with its tensors in pinned memory.
 
-        The DataLoader calls this in a thread of the main process.
+        The DataLoader calls this method in a thread of the main process.
         """
         (images, labels), left_out = self.unpickle()
         return (images.pin_memory(), labels.pin_memory()), left_out
@@ -56,11 +56,11 @@ def pickle_batch(batch: Any) -> PickledBatch | DataFailed:
     """Pickles a batch in a worker process.
 
     Args:
-        batch: the batch, or an error that came instead of it.
+        batch: the batch, or a `DataFailed` if the batch could not be made.
 
     Returns:
-        The pickled batch; an error if the batch cannot be pickled; or, if `batch` is an error, this
-        error unchanged.
+        The pickled batch, or a `DataFailed`: the given one, or a new one if the batch cannot be
+        pickled.
     """
     try:
         return batch if isinstance(batch, DataFailed) else PickledBatch(batch)
@@ -72,8 +72,8 @@ def receive_batches(loader: DataLoader, start: int, source: str) -> Iterator[Any
     """Yields the batches of a DataLoader, and logs a warning every 30 s while waiting for a batch.
 
     Args:
-        loader: a DataLoader that yields batches, pickled or not, or a `DataFailed` in place of a
-            batch.
+        loader: the DataLoader. Instead of a batch, it may yield a `PickledBatch`, which is
+            unpickled, or a `DataFailed`, which is raised.
         start: number of the first batch in the epoch, counted from 1, for the warning.
         source: where the batches belong, such as "epoch 3", for the warning.
 
@@ -123,9 +123,10 @@ def receive_batches(loader: DataLoader, start: int, source: str) -> Iterator[Any
 def _start_workers(loader: DataLoader) -> Iterator[Any]:
     """Starts the worker processes of a DataLoader and returns its iterator.
 
-    Forked workers inherit the signal handlers of this process. So signals are deferred until the
-    workers are set to ignore signals. Spawned workers inherit no handlers. They may die while they
-    start, and then a signal must be able to end the wait, so it is not deferred.
+    Forked workers inherit the signal handlers of this process. So a signal that comes meanwhile is
+    handled only after the workers have been started. Spawned workers inherit no handlers. For them,
+    signals are handled at once, so that a signal can end the wait for a worker that dies at its
+    start.
     """
     forked = multiprocessing.get_start_method() == "fork"
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS) if forked else None
@@ -141,13 +142,13 @@ def _start_workers(loader: DataLoader) -> Iterator[Any]:
 def data_failure(
     error: Exception, what: str = "the next batch", workers: Sequence = ()
 ) -> DataFailed:
-    """Returns an error that says why an image or a batch cannot be loaded, or how a worker died.
+    """Returns an error that says why an image or a batch cannot be loaded.
 
     Args:
         error: the exception that was raised while loading.
         what: the thing that could not be loaded: the name of an image, or "the next batch".
         workers: the worker processes, if there are any. If one of them has died, the returned error
-            describes this death instead of `error`.
+            says how it died, and `error` and `what` are not used.
     """
     for worker in workers:
         worker.join(0.2)  # a worker's pipe closes a moment before the worker ends
@@ -164,7 +165,7 @@ def data_failure(
 def kill_workers() -> None:
     """Kills the DataLoader workers that this process started.
 
-    They ignore SIGTERM, so that they are sent SIGKILL.
+    Sends SIGKILL, since the workers ignore SIGTERM.
     """
     for worker in multiprocessing.active_children():
         if worker.daemon:
@@ -172,10 +173,11 @@ def kill_workers() -> None:
 
 
 def restore_sigchld() -> None:
-    """Replaces torch's handler of SIGCHLD by the default handling, in the main thread only.
+    """Removes the signal handler with which torch notices that a worker has died.
 
-    Torch's handler raises an error in the middle of a step when a worker dies. This is not needed:
-    the DataLoader notices a dead worker within 5 seconds anyway, while it waits for a batch.
+    Torch's handler of SIGCHLD raises an error in the middle of a step. It is not needed: a
+    DataLoader that waits for a batch notices a dead worker within 5 seconds anyway. In any thread
+    other than the main thread, nothing happens.
     """
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -187,7 +189,7 @@ def init_worker(worker: int) -> None:  # noqa: ARG001  torch passes it
     The main process handles the signals and reports the errors.
 
     Args:
-        worker: index of the worker, which the DataLoader passes and which is not used.
+        worker: index of the worker, which the DataLoader passes and this function does not use.
     """
     # Threads of a worker that share tensors would print the same error again and again.
     sys.excepthook = lambda *_: None

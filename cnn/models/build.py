@@ -24,8 +24,7 @@ def build_model(
 ) -> nn.Module:
     """Builds a model on the CPU; its initial weights depend only on the settings and the seed.
 
-    A model that cannot take images of the given size is refused at once: it has to compute the
-    logits of two black images.
+    The model computes the logits of two black images once, to show that it can take such images.
 
     Args:
         cfg: the section `model` of the settings.
@@ -36,8 +35,8 @@ def build_model(
 
     Raises:
         Refused: there is no such model, the model does not take the arguments in `cfg.args`, the
-            initial weights do not fit the model or cannot be loaded, or the model cannot take the
-            images.
+            initial weights do not fit the model or cannot be loaded, or the model cannot take
+            images of this size.
     """
     seeding.seed_sample(seed, seeding.INIT)
     pretrained = cfg.pretrained and not cfg.weights
@@ -63,10 +62,10 @@ def build_model(
 
 
 def _try_out(model: nn.Module, name: str, num_classes: int, shape: tuple[int, ...]) -> None:
-    """Raises Refused if a model cannot compute the logits of two black images.
+    """Lets a model compute the logits of two black images, and raises Refused if it cannot.
 
     Args:
-        model: the model; its state and mode are the same afterwards.
+        model: the model. Its state, and whether it is in training mode, are the same afterwards.
         name: the name of the model in the settings, for messages.
         num_classes: the expected number of logits per image.
         shape: the shape of one image: (channels, height, width).

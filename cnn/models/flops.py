@@ -18,9 +18,9 @@ aten = torch.ops.aten
 def count_flops(model: nn.Module, shape: tuple[int, ...]) -> int | None:
     """Returns the number of floating-point operations in the forward pass of one image.
 
-    Only convolutions, matrix products and attention are counted. A multiplication with the addition
-    that follows it counts as two operations. The model does not change, since a copy of it
-    computes.
+    Only convolutions, matrix products and attention are counted. A multiplication and the addition
+    that follows it are two operations. The count is made with a copy of the model, so that the
+    model stays unchanged.
 
     Args:
         model: the model, on any device.
@@ -41,9 +41,9 @@ def count_flops(model: nn.Module, shape: tuple[int, ...]) -> int | None:
 
 
 class _Counter(TorchDispatchMode):
-    """A context that counts the floating-point operations that torch computes in it.
+    """A context manager that counts the floating-point operations of torch inside the context.
 
-    Only those of convolutions, matrix products and attention are counted.
+    Only convolutions, matrix products and attention are counted.
 
     Attributes:
         total: the number of operations so far.

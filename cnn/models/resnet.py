@@ -10,12 +10,13 @@ from cnn.models.simple_cnn import conv_bn, conv_bn_relu, pool_relu
 class ResNet9(nn.Module):
     """ResNet-9, the network of D. Page, "How to Train Your ResNet" (2018).
 
-    Takes images of 8 x 8 pixels and more.
+    Takes images of at least 8 x 8 pixels.
 
     Args:
         num_classes: number of logits per image.
         in_channels: number of image channels.
-        width: number of channels after the first layer; the last layers have eight times as many.
+        width: number of channels after the first convolution; after the last one, there are eight
+            times as many.
         scale: factor by which the logits are multiplied, 0.125 in Page's network.
     """
 
@@ -38,7 +39,7 @@ class ResNet9(nn.Module):
 
 
 class Residual(nn.Module):
-    """A residual block: the input plus the output of two convolutions with batch norm and ReLU.
+    """A residual block: adds the input to the output of two convolutions with batch norm and ReLU.
 
     Args:
         channels: number of channels of input and output.
@@ -49,7 +50,7 @@ class Residual(nn.Module):
         self.body = nn.Sequential(*(conv_bn_relu(channels, channels) for _ in range(2)))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Returns the features after the block, in the shape of the input (N, channels, H, W)."""
+        """Returns the block's output, of the same shape as its input: (N, channels, H, W)."""
         return features + self.body(features)
 
 
@@ -60,9 +61,9 @@ class ResNet20(nn.Module):
         num_classes: number of logits per image.
         in_channels: number of image channels.
         blocks: number of residual blocks in each of the three stages. 3 blocks give 20 layers, 9
-            give 56.
-        width: number of channels in the first stage, 16 in the paper. It doubles from stage to
-            stage.
+            blocks give 56 layers.
+        width: number of channels in the first stage, 16 in the paper. The number doubles from stage
+            to stage.
     """
 
     def __init__(self, num_classes: int, in_channels: int, blocks: int = 3, width: int = 16):
@@ -92,9 +93,9 @@ class ResNet20(nn.Module):
 class BasicBlock(nn.Module):
     """A residual block: ReLU of the sum of the input and the output of two convolutions.
 
-    If the output of the convolutions has another shape, the input is adapted before the sum,
-    without parameters: it is subsampled by the stride, and channels of zeros are appended (option A
-    of He et al., 2016).
+    If the output of the convolutions is smaller than the input or has more channels, the input is
+    adapted without parameters: only every `stride`-th row and column is used, and channels of zeros
+    are appended (option A of He et al., 2016).
 
     Args:
         in_channels: number of channels of the input.
@@ -111,13 +112,13 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Returns the features after the block.
+        """Returns the block's output.
 
         Args:
-            features: (N, in_channels, H, W).
+            features: the input, (N, in_channels, H, W).
 
         Returns:
-            (N, out_channels, H / stride, W / stride), rounded up.
+            (N, out_channels, H / stride, W / stride), where the quotients are rounded up.
         """
         out = F.relu(self.bn1(self.conv1(features)), inplace=True)
         out = self.bn2(self.conv2(out))

@@ -7,13 +7,13 @@ from torch import nn
 class SimpleCNN(nn.Module):
     """A network of three convolutions, each followed by batch norm and ReLU, and a linear layer.
 
-    Takes images of 4 x 4 pixels and more.
+    Takes images of at least 4 x 4 pixels.
 
     Args:
         num_classes: number of logits per image.
         in_channels: number of image channels.
-        width: number of channels after the first convolution. The second has twice as many, the
-            third four times as many.
+        width: number of channels after the first convolution. After the second, there are twice as
+            many; after the third, four times as many.
         dropout: probability of dropout before the linear layer.
     """
 
@@ -51,7 +51,6 @@ def conv_bn_relu(in_channels: int, out_channels: int) -> nn.Sequential:
 def pool_relu() -> nn.Sequential:
     """Returns 2 x 2 max pooling followed by ReLU.
 
-    The result is the same as that of ReLU followed by pooling, bit for bit. ReLU has a quarter of
-    the work in this order.
+    ReLU followed by pooling would give the same bits, but ReLU would have four times the work.
     """
     return nn.Sequential(nn.MaxPool2d(2), nn.ReLU(inplace=True))

@@ -20,16 +20,16 @@ MAX_ROW = 64  # width of the images laid side by side
 
 
 def use_small_maps(model: nn.Module) -> None:
-    """Replaces convolutions of a model by ones that train faster on small feature maps.
+    """Replaces convolutions of a model by convolutions that train faster on small feature maps.
 
     A convolution is replaced if its kernel is square and larger than 1, if it keeps the height and
     width of its input, and if it has no bias, groups or dilation. Its parameters, hooks and name
-    stay. Training is faster only on a CPU with AMX, in bf16 autocast, for maps at most 8 pixels
-    wide.
+    stay the same. Training is faster only on a CPU with AMX, in bf16 autocast, for maps at most 8
+    pixels wide.
 
     Args:
-        model: the model, whose layers are replaced in place. A model that is itself a convolution
-            stays as it is.
+        model: the model, whose layers are replaced in place. If the model is itself a convolution,
+            it is not replaced.
     """
     for parent in model.modules():
         for name, module in parent.named_children():
@@ -42,7 +42,8 @@ def use_small_maps(model: nn.Module) -> None:
 class Conv2d(nn.Conv2d):
     """A convolution that trains faster on small feature maps, in bf16 autocast on a CPU with AMX.
 
-    Its results are those of nn.Conv2d, except for the rounding of the gradients.
+    The results are those of nn.Conv2d, except that the gradients of the weights are rounded
+    differently.
     """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W
@@ -54,10 +55,10 @@ class Conv2d(nn.Conv2d):
 
 
 def _keeps_size(module: nn.Conv2d) -> bool:
-    """Returns whether a convolution can be replaced by one that is faster on small feature maps.
+    """Returns whether a convolution can be replaced by the class `Conv2d` of this module.
 
-    This needs an odd square kernel larger than 1, zero padding that keeps the height and width of
-    the input, stride 1, and no dilation, groups or bias.
+    The convolution must have an odd square kernel larger than 1, stride 1, zero padding that keeps
+    the height and width of the input, and no dilation, groups or bias.
     """
     side = module.kernel_size[0]
     geometry = (module.kernel_size, module.padding, module.stride, module.dilation)
@@ -95,15 +96,15 @@ def _backward(gradient, images, weight, mask: tuple[bool, bool, bool]):
 
 
 def side_by_side(maps: torch.Tensor, number: int, gap: int) -> torch.Tensor:
-    """Lays the feature maps of a batch side by side in rows, with zeros after each map.
+    """Lays the feature maps of a batch side by side, several in a row, with zeros after each map.
 
     Args:
-        maps: the batch of feature maps, (N, C, H, W), with N a multiple of `number`.
-        number: how many successive maps form a row.
+        maps: the batch of feature maps, (N, C, H, W), where N is a multiple of `number`.
+        number: how many successive maps are in one row.
         gap: how many columns of zeros follow each map.
 
     Returns:
-        The rows, (N / number, C, H, number * (W + gap)), in the memory format channels last.
+        The rows, (N / number, C, H, number * (W + gap)), channels last in memory.
     """
     channels, height, width = maps.shape[1:]
     padded = F.pad(maps.permute(0, 2, 3, 1), (0, 0, 0, gap))  # N, H, W + gap, C

@@ -14,11 +14,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads the weights of a file into a model, as far as they fit by name and shape.
+    """Loads the weights of a file into a model, as far as their names and shapes fit.
 
     The file is a checkpoint of this project or a state dict that torch.save wrote. If a checkpoint
-    contains EMA weights, these are loaded. A parameter without fitting weights in the file keeps
-    its value, and its name is logged.
+    has averaged weights (EMA), these are loaded instead of the others. The model's parameters that
+    are not in the file keep their values, and their names are logged.
 
     Args:
         model: the model, changed in place.
@@ -54,9 +54,10 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_matching(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
-    """Loads the tensors of a state dict that fit a model by name and shape.
+    """Loads the tensors of a state dict whose names and shapes fit a model.
 
-    The weights of the first convolution are adapted to the model's number of image channels before.
+    If the first convolution in the state dict has another number of image channels than the
+    model's, its weights are distributed evenly over the model's channels.
 
     Args:
         model: the model, changed in place.
@@ -77,9 +78,8 @@ def load_matching(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]
 def adapt_first_convolution(model: nn.Module, in_channels: int) -> None:
     """Replaces the first convolution of a model by one that takes another number of channels.
 
-    The weights are distributed evenly over the new channels, with the same sum. So a gray image,
-    given as equal channels, has the same features as before. A model without convolution stays
-    unchanged.
+    The sum of the weights is distributed evenly over the new channels. So an image whose channels
+    are all equal has the same features as before. A model without convolution stays unchanged.
 
     Args:
         model: the model, changed in place.
@@ -108,15 +108,16 @@ def _first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d | None]:
 def _adapt_channels(weight: torch.Tensor, in_channels: int) -> torch.Tensor:
     """Distributes the weights of a convolution evenly over another number of input channels.
 
-    The sum of the weights over the channels stays the same. So a gray image, given as equal
-    channels, has the same features as before.
+    The sum of the weights over the channels stays the same. So an image whose channels are all
+    equal has the same features as before. If the number of channels is the same, the weights are
+    returned unchanged.
 
     Args:
         weight: the weights, (out channels, in channels, kernel height, kernel width).
         in_channels: the new number of input channels.
 
     Returns:
-        The new weights, (out channels, in_channels, kernel height, kernel width).
+        The weights, (out channels, in_channels, kernel height, kernel width).
     """
     if weight.shape[1] == in_channels:
         return weight
