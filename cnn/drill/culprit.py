@@ -69,8 +69,8 @@ def log_table(unbroken: DrillRun, runs: dict[str, DrillRun]) -> None:
     """Logs a table that compares runs with a run that was not stopped.
 
     Each row is a run. The columns are what is compared: the images, the model, the optimizer, the
-    metrics, and the checkpoint files. A cell contains "identical", or the first batch that differs,
-    such as "epoch 1 batch 4", or "differs" for a file.
+    metrics, and the checkpoint files. A cell contains "identical"; the first batch that differs,
+    such as "epoch 1 batch 4"; or, for a checkpoint file, "differs".
 
     Args:
         unbroken: the run that was not stopped by any signal.

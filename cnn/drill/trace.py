@@ -28,14 +28,15 @@ class Stop(NamedTuple):
 
 
 class Trace:
-    """A file that gets a record of each batch of a run, and an optional stop of the run.
+    """The writer of a file that gets a record of each batch of a run.
 
     Each record is a line of JSON. It is appended to the file before the model sees the batch.
 
     Args:
         path: the path of the file.
-        stop: a batch and a signal. At this batch and at each later one, the signal is sent to this
-            process and to the worker processes of its DataLoaders. If None, no signal is sent.
+        stop: a batch at which to stop the run, and a signal. At this batch and at each later one,
+            the signal is sent to this process and to the worker processes of its DataLoaders. If
+            None, no signal is sent.
     """
 
     def __init__(self, path: Path, stop: Stop | None = None):

@@ -242,8 +242,8 @@ def _read_config(file: Path, where: str, mistakes: list[str]) -> dict[str, Entry
 
     Args:
         file: the path of the file.
-        where: the place in the sweep's file at which `file` is named, such as "a.yaml:4". It is
-            reported if `file` does not exist.
+        where: the place to report if the file does not exist: the line of the sweep's file that
+            names it, such as "a.yaml:4".
         mistakes: the list that gets a message for each mistake.
 
     Returns:
@@ -259,7 +259,7 @@ def _read_config(file: Path, where: str, mistakes: list[str]) -> dict[str, Entry
 
 
 def _read_settings(entry: Entry | None, mistakes: list[str]) -> dict[str, Entry]:
-    """Reads the value of the key `settings` of a sweep's file: settings of train.py for all trials.
+    """Reads the settings of train.py that the key `settings` of a sweep's file gives for all trials.
 
     Args:
         entry: the value of this key, such as `{train.epochs: 3}` or `{train: {epochs: 3}}`; None if

@@ -166,7 +166,7 @@ class TakenTrial:
 
     @property
     def epoch(self) -> int:
-        """The latest epoch whose metric has been reported, counted from 1; 0 before the first report."""
+        """The latest epoch whose metric was reported, counted from 1; 0 before the first report."""
         return max(self._reported, default=0)
 
     def should_prune(self) -> bool:
@@ -443,8 +443,7 @@ class Study:
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         """Returns the Optuna sampler that proposes the values of a trial.
 
-        Random samplers have another seed for each trial, so that no two trials draw the same
-        numbers.
+        A sampler that draws random numbers has a seed of its own for each trial.
 
         Args:
             number: the index of the trial, from 0.

@@ -29,8 +29,8 @@ MAX_KILLED = 3  # times that a training process may be killed by a signal that s
 def run_trial(trial: TakenTrial, stop: StopSignals) -> TrialResult:
     """Trains or resumes a trial until it is complete, pruned or failed.
 
-    If something else than sweep.py kills the training process, a new one resumes from the last
-    checkpoint. The third time, the trial has failed.
+    If a signal that sweep.py did not send ends the training process, a new process resumes from the
+    last checkpoint. The third time this happens, the trial has failed.
 
     Args:
         trial: the trial, whose method `start` has been called.
@@ -171,15 +171,15 @@ def signal_name(status: int) -> str:
 
 
 def _last_message(output: Path, start: int) -> str:
-    """Returns the last error message in the output of a training process, or its last lines.
+    """Returns the last error message in the output of a training process.
 
     Args:
         output: the file with the output of all training processes of the trial.
         start: the position in bytes at which the output of the latest process begins.
 
     Returns:
-        The text from the last line that begins with "error: ", without this word. If there is no
-        such line, the end of the output. Of a traceback, only the last line. At most ten lines.
+        The message, without the word "error: " before it; of a traceback, only the last line. If
+        there is no message, the last lines of the output. The text has at most ten lines.
     """
     with open(output, "rb") as file:
         file.seek(start)
