@@ -196,8 +196,8 @@ class Command(argparse.Namespace):
         """Reads and checks the settings, and returns them with the place where each was given.
 
         Settings typed on the command line replace those of the file given with --config. Both
-        replace those of `base`. If neither --config nor `base` is given, configs/config.yaml is the
-        file.
+        replace those of `base`. If neither --config nor `base` is given, the file
+        configs/config.yaml is read.
 
         Args:
             base: the settings of a checkpoint, such as {"optim": {"lr": 0.01}}; None if there is no

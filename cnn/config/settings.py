@@ -71,8 +71,8 @@ MONITORED = tuple(f"val_{name}" for name in METRICS + BINARY_METRICS)
 class AugmentationConfig:
     """A random change to training images.
 
-    YAML files give it as a name such as `flip`, or as a mapping such as `{name: resized_crop,
-    scale: [0.5, 1]}`.
+    In YAML, the change is written as a name such as `flip`, or as a mapping such as `{name:
+    resized_crop, scale: [0.5, 1]}`.
     """
 
     name: str = setting(MISSING, "which change", ASKED, choices=AUGMENTATIONS, names_code=True)

@@ -197,7 +197,7 @@ def _read_scalar(node: yaml.Node, kind: Any) -> bool | int | float | str:
 def is_null(node: yaml.Node) -> bool:
     """Returns whether a YAML node means null.
 
-    It does if it is unquoted and is empty, `null` or `~`.
+    A node means null if it is unquoted and its text is empty, `null` or `~`.
 
     Args:
         node: the node.

@@ -49,9 +49,9 @@ class Trace:
         """Writes a record of each batch, and yields the batches unchanged.
 
         A record contains hashes of the images, the labels, the model and the optimizer, and sums of
-        the metrics, all as they are before the model sees the batch. It names the epoch, from 1,
-        and the index of the batch, from 0. The indices of validation batches follow those of the
-        training batches. The test counts as the epoch after the last one.
+        the metrics, all as they are before the model sees the batch. It contains the number of the
+        epoch, from 1, and the index of the batch, from 0. The indices of validation batches follow
+        those of the training batches. The test counts as the epoch after the last one.
 
         Args:
             batches: the batches of one split, in the order in which the model sees them.

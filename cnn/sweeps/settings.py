@@ -259,11 +259,13 @@ def _read_config(file: Path, where: str, mistakes: list[str]) -> dict[str, Entry
 
 
 def _read_settings(entry: Entry | None, mistakes: list[str]) -> dict[str, Entry]:
-    """Reads the settings of train.py that the key `settings` of a sweep's file gives for all trials.
+    """Reads the value of the key `settings` of a sweep's file.
+
+    This value consists of settings of train.py for all trials.
 
     Args:
-        entry: the value of this key, such as `{train.epochs: 3}` or `{train: {epochs: 3}}`; None if
-            the file does not have the key.
+        entry: the value, such as `{train.epochs: 3}` or `{train: {epochs: 3}}`; None if the file
+            does not have the key.
         mistakes: the list that gets a message for each mistake.
 
     Returns:

@@ -172,10 +172,10 @@ class TakenTrial:
     def should_prune(self) -> bool:
         """Returns whether the trial should be stopped early.
 
-        It should if its best metric so far is worse than the median metric of the complete trials
-        at the same epoch. The result is always False if the setting prune_after_epochs is null,
-        before the epoch that this setting names, while fewer than 4 trials are complete, and after
-        the last epoch.
+        The trial should be stopped if its best metric so far is worse than the median metric of the
+        complete trials at the same epoch. The result is always False if the setting
+        prune_after_epochs is null, before the epoch that this setting names, while fewer than 4
+        trials are complete, and after the last epoch.
         """
         epochs = self.values.get("train.epochs", self.study.sweep.base.train.epochs)
         return self.epoch < epochs and self.study.retry(self.trial.should_prune)
@@ -524,7 +524,7 @@ def comparable_settings(sweep: Sweep) -> dict[str, str]:
 def _as_plain(value: Any) -> Any:
     """Returns a list or a mapping as YAML text, such as "[1, 2]", and any other value unchanged.
 
-    Optuna can store None, bool, int, float and text, but no lists and mappings.
+    Optuna can store None, bool, int, float and text, but not lists or mappings.
     """
     return value if value is None or isinstance(value, (bool, int, float, str)) else as_text(value)
 
