@@ -42,12 +42,12 @@ class Task:
     Attributes:
         run: the function that does the work. It is called with the log and the signal handlers. It
             returns an exit status, or None for success.
-        places: where each setting was given, such as {"optim.lr": "configs/a.yaml:4"}. If `run`
-            raises Refused with a message that begins with one of these keys, the logged message
-            begins with the key's place.
-        module: the name of a module to import before `run` is called. This module imports torch,
+        places: the place where each setting was given, such as {"optim.lr": "configs/a.yaml:4"}. If
+            `run` raises Refused with a message that begins with the name of such a setting, the
+            place is logged before the message.
+        module: the name of a module to import before `run` is called. The module imports torch,
             which takes seconds.
-        hint: a text to append to the logged message if a signal stops the work or `run` raises
+        hint: a text that is logged after the message if a signal stops the work or `run` raises
             RunError.
     """
 
@@ -66,8 +66,8 @@ def main(prepare: Prepare, argv: list[str] | None, *, distributed: bool = False)
     Args:
         prepare: a function that gets the arguments of the command line. It returns the work to do,
             or None if nothing is left to do.
-        argv: the arguments of the command line. None means those of this process, which is expected
-            to end afterwards.
+        argv: the arguments of the command line; None to take them from `sys.argv`. With None, the
+            process should end after this call, since it ignores signals from then on.
         distributed: whether torchrun may start the script in several processes.
     """
     open_missing_streams()
@@ -93,12 +93,12 @@ def main(prepare: Prepare, argv: list[str] | None, *, distributed: bool = False)
 def run_command(task: Task, *, is_last: bool = False) -> int:
     """Executes a task and returns its exit status.
 
-    Sets up the log and the signal handlers first. An error of the task is logged.
+    The log and the signal handlers are set up first. An error of the task is logged.
 
     Args:
         task: the work.
-        is_last: whether the process ends afterwards. If so, signals are ignored once the task has
-            ended. If not, the signal handlers from before the call are restored then.
+        is_last: whether the process ends after this call. If True, signals are ignored after the
+            task. If False, the earlier signal handlers are restored after the task.
     """
     from cnn.utils.importing import garbage_collection_paused
     from cnn.utils.logger import Log
@@ -134,11 +134,13 @@ def run_command(task: Task, *, is_last: bool = False) -> int:
 def _log_error(error: BaseException, task: Task, stop: "StopSignals") -> int:
     """Logs the error that ended a task and returns the exit status.
 
+    If a signal interrupted the task, the signal is logged instead of the error, unless the error is
+    a Refused or a RunError.
+
     Args:
         error: the exception that the task raised.
         task: the task; its `places` and its `hint` complete the message.
-        stop: the signal handlers. If a signal interrupted the task, the signal is logged instead of
-            the error, unless the error is a Refused or a RunError.
+        stop: the signal handlers.
     """
     if stop.was_raised and not isinstance(error, (Refused, RunError)):
         error = Stopped(stop.received)  # the signal may have made a clean-up fail
@@ -170,10 +172,10 @@ class Command(argparse.Namespace):
 
     Attributes:
         settings: the words of the form `key=value`, such as "optim.lr=0.01".
-        config: the file after --config; None without this option.
+        config: the YAML file given with --config; None if this option is not used.
         checkpoint: the checkpoint file to resume from or to load; None if the script starts without
-            one.
-        places: where each setting was given, such as {"optim.lr": "configs/a.yaml:4"}.
+            a checkpoint.
+        places: the place where each setting was given, such as {"optim.lr": "configs/a.yaml:4"}.
     """
 
     settings: list[str]
@@ -193,11 +195,12 @@ class Command(argparse.Namespace):
     ) -> tuple[Config, dict[str, str]]:
         """Reads and checks the settings, and returns them with the place where each was given.
 
-        Settings typed on the command line replace those of the file after --config. Both replace
-        those of `base`. Without --config and `base`, the file configs/config.yaml is read.
+        Settings typed on the command line replace those of the file given with --config. Both
+        replace those of `base`. If neither --config nor `base` is given, the file
+        configs/config.yaml is read.
 
         Args:
-            base: the settings of a checkpoint, such as {"optim": {"lr": 0.01}}; None without a
+            base: the settings of a checkpoint, such as {"optim": {"lr": 0.01}}; None if there is no
                 checkpoint.
             base_name: the place to report for the settings of `base`, such as "checkpoint a.pth".
 
@@ -215,11 +218,11 @@ class Command(argparse.Namespace):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command-line parser that raises Refused for a mistake.
+    """A command-line parser that raises Refused for a mistake instead of ending the process.
 
     Args:
         name: the name of the script, such as "train.py".
-        description: a text that --help shows with the same line breaks.
+        description: a text for --help, which keeps its line breaks.
     """
 
     def __init__(self, name: str, description: str) -> None:
@@ -229,7 +232,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises Refused for a mistake in the command line.
 
-        The method of argparse, which this one replaces, prints the usage and ends the process.
+        The method of the base class would print the usage and end the process.
 
         Args:
             message: what is wrong.
@@ -252,17 +255,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_settings(words: Sequence[str], allowed: Sequence[str]) -> None:
-    """Checks the `key=value` words of a script in which only some settings can be changed.
+    """Checks the words `key=value` of a script in which only some settings can be changed.
 
-    A key that may name the user's code, such as model.name, is accepted in every script. By typing
-    it, the user permits the code that a checkpoint names to run.
+    A setting that may name code of the user, such as model.name, can be changed in every script. By
+    typing it, the user allows the code to run that a checkpoint names.
 
     Args:
         words: the typed words, such as "device=cpu".
-        allowed: the keys that can be changed.
+        allowed: the keys of the settings that can be changed.
 
     Raises:
-        Refused: a value is wrong, or a key is not allowed.
+        Refused: a value is wrong, or a setting cannot be changed.
     """
     load_config(None, words)
     for key in (word.partition("=")[0] for word in words):
@@ -272,10 +275,14 @@ def check_settings(words: Sequence[str], allowed: Sequence[str]) -> None:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Raises Refused if a checkpoint file does not exist.
+    """Checks that a checkpoint file exists.
 
-    The message names up to five checkpoints that exist in the folder `checkpoints` of the working
-    folder.
+    Args:
+        path: the path of the file.
+
+    Raises:
+        Refused: the file does not exist. The message names up to five files that exist in the
+            folder checkpoints/.
     """
     if os.path.exists(path):  # returns False for a name that no file can have; Path.exists raises
         return
@@ -288,7 +295,7 @@ def check_checkpoint(path: Path) -> None:
 
 
 def check_output(option: str, path: Path) -> None:
-    """Checks, before the work starts, that a file can be written at a path.
+    """Checks that a file can be written, before the work that produces it starts.
 
     Args:
         option: the option that names the file, such as "--csv"; the message begins with it.

@@ -22,7 +22,7 @@ class Refused(ValueError):
 class RefusedElsewhere(Refused):
     """An error that ends this process because another process of the distributed run has failed.
 
-    The other process logs its own error, a `Refused` or a `Failed`. This process logs nothing.
+    Only the other process logs an error message; this process logs none.
     """
 
 
@@ -40,22 +40,22 @@ class Failed(RunError):
 
 
 class DataFailed(RunError):
-    """A batch that cannot be loaded; the run saves its state and can be resumed."""
+    """The failure to load a batch. The run saves its state and can be resumed."""
 
 
 class ProcessLost(RunError):
-    """The end of another process of a distributed run; this process cannot continue alone."""
+    """The end of another process of a distributed run. This process cannot continue alone."""
 
 
 class DatabaseFailed(RunError):
-    """A sweep's database that has not answered for a minute; the results stored in it are kept."""
+    """The failure of a sweep's database to answer for a minute. The stored results are kept."""
 
 
 class Stopped(BaseException):
     """A request to stop that came as a signal, such as SIGINT.
 
-    It is a BaseException, so that no `except Exception` catches it. The exit status is 128 plus the
-    number of the signal.
+    It is a BaseException, so that `except Exception` does not catch it. The exit status is 128 plus
+    the number of the signal.
 
     Args:
         number: the number of the signal.
@@ -70,11 +70,10 @@ class Stopped(BaseException):
 
 
 class InvalidValue(Exception):
-    """A wrong value in a configuration or a checkpoint; the caller turns it into a full message.
+    """A wrong value in a configuration or a checkpoint. The code that catches it adds the place.
 
-    For a configuration, the message is what follows the key, such as ": expected a number, got x"
-    or "[1].scale: missing". The caller writes the key directly before it. For a checkpoint, the
-    message itself names the key.
+    For a configuration, its message is the text that follows the key, such as ": expected a number,
+    got x" or "[1].scale: missing". For a checkpoint, the message names the key itself.
     """
 
 
@@ -82,7 +81,7 @@ class BadImage(Exception):
     """An image that is missing, damaged or of a kind that cannot be used.
 
     The function `decode` of cnn.datasets.decode raises it with a message that does not name the
-    file. The callers of `decode` add the path.
+    file. The callers of `decode` add the path of the file.
     """
 
 
@@ -99,14 +98,14 @@ ADVICE = "fewer data.num_workers need less (ulimit -n, ulimit -u, df /dev/shm, a
 def describe(error: Exception) -> str:
     """Describes an exception that the user's own code raised, in one line.
 
-    Args:
-        error: an exception that was caught, so that it has a traceback.
+    The description consists of the type, the first line of the message, and the place as FILE:LINE,
+    such as "ValueError: no labels (loss.py:12)". Advice follows if memory, disk space, open files
+    or threads seem to be exhausted.
 
-    Returns:
-        The type, the first line of the message, and the place as FILE:LINE, such as "ValueError: no
-        labels (loss.py:12)". The place is the first line of the traceback that is outside the
-        package cnn, or the traceback's last line if all are inside. If memory, disk space, file
-        descriptors or threads seem to be exhausted, advice follows.
+    Args:
+        error: an exception that was caught, so that it has a traceback. The place is the
+            traceback's first line outside the package cnn, or its last line if there is none
+            outside.
     """
     frames = traceback.extract_tb(error.__traceback__)
     place = next((frame for frame in frames if not frame.filename.startswith(OURS)), frames[-1])

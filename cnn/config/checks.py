@@ -16,15 +16,16 @@ MAX_PATTERN = 500  # characters of a regular expression
 
 
 def check_config(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
-    """Yields a message for each mistake that the type and the limits of a value do not show.
+    """Yields a message for each mistake in a configuration whose values each have the right type.
 
-    An example is the schedule multistep without schedule.milestones.
+    Examples are the schedule "multistep" without schedule.milestones, and an invalid regular
+    expression.
 
     Args:
-        cfg: the configuration, with values of the right types and within their limits.
-        at: a function that takes a dotted key, such as "optim.lr", and returns the words for it in
-            a message: "configs/a.yaml:4: optim.lr" if the key was given there, "optim.lr" if it was
-            not given.
+        cfg: the configuration. Its values are of the right types and within their limits.
+        at: a function that returns how a message names a dotted key such as "optim.lr": with the
+            place where the key was given, as in "configs/a.yaml:4: optim.lr", or the key alone if
+            it was not given.
     """
     if cfg.run is not None:
         yield from _check_run(cfg.run, at("run"))

@@ -58,10 +58,11 @@ def load_config(
     that is given nowhere has its default.
 
     Args:
-        path: the YAML file; None for no file. With the line `base: FILE`, it takes its other
-            settings from another file.
+        path: the YAML file; None for no file. If the file has the line `base: FILE`, the settings
+            that it does not give come from FILE.
         overrides: words of the command line, such as "optim.lr=0.01".
-        base: the settings of an earlier run, such as {"optim": {"lr": 0.01}}; None for none.
+        base: the settings of an earlier run, such as {"optim": {"lr": 0.01}}; None if there is no
+            earlier run.
         base_name: the place to report for the settings of `base`, such as "checkpoint a.pth".
 
     Returns:
@@ -86,7 +87,7 @@ def load_config(
 
 
 def build(cls: type, entries: dict[str, Entry], mistakes: list[str]) -> Any:
-    """Builds a dataclass of settings from entries, and appends every mistake to a list.
+    """Builds a dataclass of settings from entries, and appends every mistake in them to a list.
 
     Args:
         cls: the dataclass, such as Config.
@@ -94,7 +95,7 @@ def build(cls: type, entries: dict[str, Entry], mistakes: list[str]) -> Any:
         mistakes: the list that gets one message for each mistake.
 
     Returns:
-        An instance of the class. A value that was not given, or that is wrong, has its default.
+        An instance of the class. A setting whose value was not given or is wrong has its default.
     """
     known = {key: (field, kind) for key, field, kind in keys_of(cls)}
     values, found = {}, []
@@ -133,16 +134,15 @@ def _assemble(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
 def read_file(path: Path, mistakes: list[str], seen: tuple[Path, ...] = ()) -> dict[str, Entry]:
     """Reads the entries of a YAML file and of the file that it names with the key `base`.
 
-    If both files give the same key, the entry of the file itself counts, not that of its base.
+    If both files give the same key, the value in the file itself counts, not that in its base.
 
     Args:
-        path: the file.
+        path: the path of the file.
         mistakes: the list that gets a message for each mistake, such as a repeated key.
-        seen: the chain of files that leads to this one by the key `base`, as absolute paths; () for
-            the first file.
+        seen: the files whose key `base` led to this one, as absolute paths; () for the first file.
 
     Returns:
-        The entries by dotted key.
+        The entries by dotted key, such as "optim.lr".
 
     Raises:
         Refused: a file cannot be read or parsed, or the files name each other in a circle.
@@ -164,6 +164,9 @@ def read_file(path: Path, mistakes: list[str], seen: tuple[Path, ...] = ()) -> d
 
 def read_text(path: Path) -> str:
     """Reads a configuration file as text.
+
+    Args:
+        path: the path of the file.
 
     Raises:
         Refused: the file cannot be read, has more than 100,000 bytes, or is not UTF-8.
@@ -191,14 +194,14 @@ def read_override(text: str, mistakes: list[str]) -> dict[str, Entry]:
 
     Args:
         text: the word.
-        mistakes: the list that gets a message if the word has another form, or names a section
-            instead of a key.
+        mistakes: the list that gets a message if the word is not of the form `key=value`, or if its
+            key is a section such as "optim".
 
     Returns:
-        A dict with the entry by its dotted key; {} after such a mistake.
+        The entry by its dotted key, as a dict; {} if there is such a mistake.
 
     Raises:
-        Refused: the value begins like a YAML list, mapping or quoted text and cannot be parsed.
+        Refused: the value begins with a bracket, a brace or a quote, and is not valid YAML.
     """
     key, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[\w.]+", key):
@@ -219,7 +222,7 @@ def read_entries(root: yaml.Node | None, where: str, mistakes: list[str]) -> dic
 
     Args:
         root: the top node of the document; None for an empty document.
-        where: the path of the file, or "checkpoint FILE".
+        where: the place to report: the path of the file, or "checkpoint FILE".
         mistakes: the list that gets a message for each key that is given twice, and for each
             section that is neither empty nor a mapping.
 
@@ -256,7 +259,7 @@ def read_entries(root: yaml.Node | None, where: str, mistakes: list[str]) -> dic
 
 
 class _Composer(yaml.SafeLoader):
-    """A YAML composer that refuses what a configuration does not need.
+    """A parser that turns YAML text into nodes and refuses what a configuration does not need.
 
     It raises Refused for anchors, aliases, tags, nesting deeper than 20 levels, and keys that are
     lists or mappings.
@@ -300,8 +303,8 @@ def compose(text: str, where: str) -> yaml.Node | None:
         The top node; None for an empty document.
 
     Raises:
-        Refused: the text is not valid YAML, or contains what a configuration does not need:
-            anchors, aliases, tags, keys that are lists or mappings, or more than 20 levels.
+        Refused: the text is not valid YAML, is nested deeper than 20 levels, or contains anchors,
+            aliases, tags, or keys that are lists or mappings.
     """
     try:
         return _Composer(text, where).get_single_node()
@@ -319,9 +322,9 @@ def place_of(where: str, thing: Any) -> str:
     """Returns the place of a YAML node or event for a message, such as "configs/a.yaml:4".
 
     Args:
-        where: the path of the file, which gets the line number appended; or "checkpoint FILE" or
-            "command line: KEY", which are returned unchanged.
-        thing: the node or event. The line in which it starts is reported.
+        where: the path of the file. The line number is appended. If it is "checkpoint FILE" or
+            "command line: KEY" instead, it is returned unchanged.
+        thing: the node or event, whose first line is reported.
     """
     return _at_line(where, thing.start_mark.line + 1)
 

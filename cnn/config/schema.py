@@ -37,7 +37,7 @@ NO_SETTINGS: dict[str, Any] = {
 
 
 def schema() -> dict[str, Any]:
-    """Returns the JSON Schema of a configuration file."""
+    """Returns the JSON Schema of a configuration file, as a dict."""
     top = _section(Config)
     top["properties"] |= NO_SETTINGS
     head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "settings of train.py"}
@@ -52,7 +52,7 @@ def text() -> str:
 def _section(cls: type) -> dict[str, Any]:
     """Returns the JSON Schema of a dataclass of settings.
 
-    A section may be null, since YAML reads a section without keys as null.
+    The schema of a section accepts null too, since YAML reads a section without keys as null.
 
     Args:
         cls: Config, or the dataclass of a section such as OptimConfig.
@@ -116,7 +116,7 @@ def _mapping(cls: type) -> list[dict[str, Any]]:
     """Returns a JSON Schema for each form in which an item of a list may be written.
 
     One form is a mapping, such as `{name: flip}`. If the first field is the only one without a
-    default, there are shorter forms, in which the value of that field stands alone, such as `flip`.
+    default, its value may stand alone, such as `flip`.
 
     Args:
         cls: the dataclass of the item, such as AugmentationConfig.

@@ -71,7 +71,8 @@ MONITORED = tuple(f"val_{name}" for name in METRICS + BINARY_METRICS)
 class AugmentationConfig:
     """A random change to training images.
 
-    In YAML it is a name such as `flip`, or a mapping: `{name: resized_crop, scale: [0.5, 1]}`.
+    In YAML, the change is written as a name such as `flip`, or as a mapping such as `{name:
+    resized_crop, scale: [0.5, 1]}`.
     """
 
     name: str = setting(MISSING, "which change", ASKED, choices=AUGMENTATIONS, names_code=True)
@@ -230,8 +231,7 @@ class CheckpointConfig:
 class LogConfig:
     """The settings of the progress lines, the HTML report and the TensorBoard files.
 
-    A dry run writes no files. So `report` and `tensorboard` have metadata `scratch=False`, the
-    value that they take in a dry run.
+    In a dry run, which writes no files, the settings `report` and `tensorboard` are False.
     """
 
     every_seconds: float = setting(
@@ -271,10 +271,10 @@ SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if dataclasses.is_da
 
 
 def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """Yields every key of a dataclass of settings as (dotted key, field, type).
+    """Yields a triple for each setting in a dataclass: the dotted key, the field and the type.
 
     Args:
-        cls: the dataclass. For Config, the keys are for example "seed" and "optim.lr".
+        cls: the dataclass. For Config, the keys are "seed", "optim.lr" and so on.
         prefix: text to put before each key, such as "optim.".
     """
     for field in dataclasses.fields(cls):
@@ -285,34 +285,38 @@ def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 
 
 def resume_rules() -> dict[str, str]:
-    """Returns, for each dotted key, the rule by which a resume takes or refuses a new value.
+    """Returns, by dotted key, what a resume does with a value that differs from the checkpoint's.
 
-    The rule matters if the value differs from the checkpoint's: FREE takes the new value, ASKED
-    takes it only if it is typed on the command line, and FIXED refuses it.
+    FREE means that the new value is taken, ASKED that it is taken only if it is typed on the
+    command line, and FIXED that it is refused.
     """
     return {key: field.metadata["resume"] for key, field, _ in keys_of(Config)}
 
 
 def non_experiment_keys() -> set[str]:
-    """Returns the dotted keys whose values do not change the experiment, such as "device"."""
+    """Returns the dotted keys whose values do not change the experiment, such as "device".
+
+    Runs that differ only in these settings count as the same experiment.
+    """
     return {key for key, field, _ in keys_of(Config) if not field.metadata["experiment"]}
 
 
 def item_fields(kind: Any) -> tuple[dataclasses.Field, ...]:
-    """Returns the fields of the dataclass in a list type such as `list[GroupConfig]`.
+    """Returns the fields of the items of a list: those of GroupConfig for `list[GroupConfig]`.
 
     Args:
-        kind: the type of a setting. For a type without a dataclass, such as int, the result is ().
+        kind: the type of a setting. If its items are no dataclasses, or it is no list, the result
+            is ().
     """
     items = [item for item in typing.get_args(kind) if dataclasses.is_dataclass(item)]
     return dataclasses.fields(items[0]) if items else ()
 
 
 def code_keys() -> list[str]:
-    """Returns the dotted keys whose values may name the user's code as package.module:name.
+    """Returns the dotted keys of the settings that may name code of the user.
 
-    Examples are "model.name", whose value is such a name, and "data.augment", whose value is a list
-    in which such names may occur.
+    Code is named as package.module:name. Examples of the keys are "model.name", whose value may be
+    such a name, and "data.augment", whose value is a list that may contain such names.
     """
     return [
         key
@@ -322,10 +326,10 @@ def code_keys() -> list[str]:
 
 
 def import_paths(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns the names of the user's code in some settings, as pairs (dotted key,
-    package.module:name).
+    """Returns where some settings name code of the user, as pairs of a dotted key and a name.
 
-    Only the keys that may name code are searched, such as "model.name".
+    An example of a pair is ("model.name", "package.module:Net"). Only the keys that may name code
+    are searched.
 
     Args:
         values: nested settings, such as {"model": {"name": "package.module:Net"}}. Names are found
@@ -353,7 +357,7 @@ def is_import_path(text: str) -> bool:
 def to_dict(cfg: Any) -> dict[str, Any]:
     """Returns a dataclass of settings as nested dicts, such as {"optim": {"lr": 0.05}}.
 
-    The values are plain: numbers, texts, booleans, None, and lists and dicts of these.
+    The values are numbers, texts, booleans, None, and lists and dicts of these.
 
     Args:
         cfg: the dataclass, such as a Config.
@@ -368,9 +372,12 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """Returns the value of one setting without dataclasses, in its shortest form.
 
-    A dataclass in a list becomes a dict without the values that equal their defaults, such as
-    {"name": "flip"}. If only the value of the first field is left, and this is the only field
-    without a default, the value itself takes the place of the dict: "flip".
+    A dataclass in a list becomes a dict of the values that differ from their defaults, such as
+    {"name": "rotate"}. If only the first field has no default, and all others have their default,
+    the dict is replaced by the value of the first field: "rotate".
+
+    Args:
+        value: the value of the setting, which may be a list of dataclasses.
     """
     if isinstance(value, list):
         return [plain(item) for item in value]
@@ -386,17 +393,19 @@ def plain(value: Any) -> Any:
 
 
 def required_keys(cls: type) -> list[str]:
-    """Returns the names of the fields of a dataclass that have no default."""
+    """Returns the names of those fields of a dataclass that have no default."""
     return [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is MISSING]
 
 
 def with_values(cfg: Config, **sections: Any) -> Config:
-    """Returns a copy of the configuration with some values replaced.
+    """Returns a copy of a configuration with some values replaced.
+
+    An example is `with_values(cfg, run="a", train={"epochs": 3})`.
 
     Args:
-        sections: the new values by section or top-level key. For a section, a dict of the values to
-            replace; its other values stay. An example is `with_values(cfg, run="a",
-            train={"epochs": 3})`.
+        cfg: the configuration, which stays unchanged.
+        sections: for a top-level key, the new value. For a section, a dict of the values to
+            replace; the other values of the section stay.
     """
     changed = {
         name: dataclasses.replace(getattr(cfg, name), **value) if name in SECTIONS else value
@@ -406,11 +415,12 @@ def with_values(cfg: Config, **sections: Any) -> Config:
 
 
 def for_scratch(cfg: Config, **sections: Any) -> Config:
-    """Returns a copy of the configuration for a dry run or a drill, which leaves no files behind.
+    """Returns a copy of a configuration for a dry run or a drill, which leaves no files behind.
 
-    Each setting gets the value `scratch` of its metadata, unless this is Ellipsis.
+    Each setting whose metadata have a value `scratch` other than Ellipsis gets this value.
 
     Args:
+        cfg: the configuration, which stays unchanged.
         sections: further values to replace, such as `train={"epochs": 3}`.
     """
     for key, field, _ in keys_of(Config):
@@ -424,7 +434,10 @@ def for_scratch(cfg: Config, **sections: Any) -> Config:
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns nested settings by dotted key: `{"optim": {"lr": 1}}` becomes `{"optim.lr": 1}`.
 
-    Only the first level is flattened: a mapping within a section stays as it is.
+    A mapping within a section stays as it is.
+
+    Args:
+        values: the nested settings: top-level values, and a mapping for each section.
     """
     result = {}
     for key, value in values.items():

@@ -30,12 +30,12 @@ EXPECTED = {types.NoneType: "null", bool: "true or false", dict: "a mapping {key
 
 
 def read_value(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
-    """Reads the value of a setting from a YAML node.
+    """Reads the value of a setting from a YAML node, and checks it.
 
     Args:
         node: the node.
-        kind: the type: bool, int, float, str, list[...], dict[str, Any], or a union of these and
-            None.
+        kind: the type of the setting: bool, int, float, str, list[...], dict[str, Any], or a union
+            of these and None.
         meta: the metadata of the setting, with its choices and limits.
 
     Raises:
@@ -52,7 +52,7 @@ def read_value(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
 
 
 def read_list(node: yaml.SequenceNode, kind: Any, meta: Mapping[str, Any]) -> list[Any]:
-    """Reads every item of a YAML list as a value of one type.
+    """Reads every item of a YAML list as a value of the same type.
 
     Args:
         node: the list.
@@ -77,8 +77,8 @@ def read_list(node: yaml.SequenceNode, kind: Any, meta: Mapping[str, Any]) -> li
 def _read_mapping(node: yaml.Node, cls: type) -> Any:
     """Reads an item of a YAML list as a dataclass.
 
-    The item is a mapping of the fields, such as `{name: flip}`. If the first field is the only one
-    without a default, the value of that field may stand alone, such as `flip`.
+    The item is a mapping, such as `{name: flip}`. If the first field of the dataclass is the only
+    one without a default, its value may stand alone, such as `flip`.
 
     Args:
         node: the item.
@@ -115,6 +115,9 @@ def _read_mapping(node: yaml.Node, cls: type) -> Any:
 def plain_value(node: yaml.Node) -> Any:
     """Reads a value of any type: None, a bool, int, float or text, or a list or dict of these.
 
+    Args:
+        node: the YAML node of the value.
+
     Raises:
         InvalidValue: a key is given twice, or a text contains control characters.
     """
@@ -147,7 +150,7 @@ def _read_as(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
 
     Raises:
         ValueError: the value has another type, is not one of the choices, or exceeds a limit.
-        InvalidValue: an item of a list or a mapping is wrong.
+        InvalidValue: the value is a list or a mapping, and something in it is wrong.
     """
     origin = typing.get_origin(kind)
     if origin is not None and is_null(node):
@@ -167,10 +170,10 @@ def _read_scalar(node: yaml.Node, kind: Any) -> bool | int | float | str:
 
     Args:
         node: the node.
-        kind: the type to read.
+        kind: the type to read: bool, int, float or str.
 
     Raises:
-        ValueError: the node is not a value of this type, a number is too large or NaN, a text
+        ValueError: the node is not a value of this type, a number is NaN or too large, a text
             contains control characters, or `kind` is none of the four types.
     """
     if not isinstance(node, yaml.ScalarNode) or kind not in (bool, int, float, str):
@@ -192,7 +195,13 @@ def _read_scalar(node: yaml.Node, kind: Any) -> bool | int | float | str:
 
 
 def is_null(node: yaml.Node) -> bool:
-    """Returns whether a YAML node means null: it is unquoted, and empty, `null` or `~`."""
+    """Returns whether a YAML node means null.
+
+    A node means null if it is unquoted and its text is empty, `null` or `~`.
+
+    Args:
+        node: the node.
+    """
     return (
         isinstance(node, yaml.ScalarNode)
         and node.style not in QUOTES
@@ -217,7 +226,7 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
     """Returns the types in a union, such as (int, NoneType) for `int | None`.
 
     Args:
-        kind: the union. For any other type, the result is a tuple of this type alone.
+        kind: the union. If it is another type, the result is a tuple of this type alone.
     """
     return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
@@ -256,9 +265,12 @@ def _expected_as(kind: Any, meta: Mapping[str, Any]) -> str:
 def describe_node(node: yaml.Node) -> str:
     """Describes the value of a YAML node for a message.
 
+    Args:
+        node: the node.
+
     Returns:
-        "a list", "a mapping", "null" (or "nothing" if the value is empty), or the text of the
-        value. A text longer than 60 characters is shortened.
+        "a list" or "a mapping"; "null"; "nothing" for an empty value; or the value as text, which
+        is cut to 60 characters.
     """
     if not isinstance(node, yaml.ScalarNode):
         return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
@@ -273,28 +285,30 @@ def describe_node(node: yaml.Node) -> str:
 def choices_of(meta: Mapping[str, Any]) -> list[str]:
     """Returns the words that a setting accepts, such as ["sgd", "adam", "package.module:name"].
 
-    The word "package.module:name" is the last one if the setting may name the user's code. The
-    result is [] for a setting without a list of choices.
+    If the setting may name code of the user, the last word is "package.module:name".
 
     Args:
         meta: the metadata of the setting.
+
+    Returns:
+        The words; [] for a setting without a list of choices.
     """
     words = list(meta["choices"])
     return [*words, "package.module:name"] if words and meta["names_code"] else words
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Returns the question " — did you mean 'x'?" with the known word most similar to a word.
+    """Returns a question that suggests a known word, such as " — did you mean 'optim.lr'?".
 
-    If no known word is similar, the question names one with the same part after the last dot, such
-    as "optim.lr" for "schedule.lr".
+    The suggestion is the known word that is most similar to the unknown one. If none is similar, it
+    is a known word with the same part after the last dot, such as "optim.lr" for "schedule.lr".
 
     Args:
         word: the unknown word.
         known: the known words.
 
     Returns:
-        The question, or "" if there is nothing to suggest.
+        The question; "" if there is nothing to suggest.
     """
     known = list(known)
     near = difflib.get_close_matches(word, known, n=1)

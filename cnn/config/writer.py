@@ -14,7 +14,7 @@ from cnn.errors import InvalidValue
 def to_yaml(cfg: Config) -> str:
     """Returns a configuration as the text of a YAML file, with a comment for each key.
 
-    The option --config of train.py reads such a file.
+    The file can be given to train.py with the option --config.
     """
     lines = []
     for field in dataclasses.fields(Config):
@@ -37,7 +37,13 @@ def _yaml_line(field: dataclasses.Field, value: Any, indent: str) -> str:
 
 
 def as_text(value: Any) -> str:
-    """Returns a value as one line of YAML, to be written after `key:` or typed after `key=`."""
+    """Returns a value as one line of YAML, to be written after `key:` or typed after `key=`.
+
+    Examples are "0.01" for the number and "[30, 60]" for the list.
+
+    Args:
+        value: the value of a setting.
+    """
     # PyYAML writes the items of a flow-style list on one line, whatever their types.
     return dump([plain(value)], default_flow_style=True, width=10**9).strip()[1:-1]
 
@@ -46,7 +52,7 @@ def dump(values: Any, **options: Any) -> str:
     """Returns plain values as YAML text, from which the same values can be read again.
 
     Args:
-        values: a dict, list or scalar without dataclasses.
+        values: a dict, list, number, text, boolean or None. Dicts and lists may be nested.
         options: further keyword arguments for yaml.dump.
     """
     return yaml.dump(values, Dumper=_Dumper, allow_unicode=True, **options)
@@ -55,7 +61,7 @@ def dump(values: Any, **options: Any) -> str:
 class _Dumper(yaml.SafeDumper):
     """A YAML dumper that quotes every text which would otherwise be read as another type.
 
-    PyYAML itself leaves texts such as "1e-3" unquoted.
+    An example is the text "1e-3", which PyYAML itself leaves unquoted.
     """
 
     def ignore_aliases(self, _data: Any) -> bool:

@@ -53,9 +53,9 @@ class DrillRun:
     """The records and checkpoints of one of the runs that `train.py --drill` compares.
 
     Attributes:
-        records: a dict for every batch, with hashes of the images and of the state before the
-            batch. If a process was killed in a batch, the next process repeats the batch, which
-            then has two records.
+        records: a dict for every batch, with the number of its epoch, its index, and hashes of the
+            images and of the state before the batch. If a process was killed in a batch, the next
+            process repeats the batch, which then has two records.
         checkpoints: the contents of the files last.pth and best.pth, by file name.
         starts: for each process that trained the run, the index in `records` of its first record.
     """
@@ -66,14 +66,15 @@ class DrillRun:
 
 
 def log_table(unbroken: DrillRun, runs: dict[str, DrillRun]) -> None:
-    """Logs a table that compares runs with an unbroken run of the same settings.
+    """Logs a table that compares runs with a run that was not stopped.
 
     Each row is a run. The columns are what is compared: the images, the model, the optimizer, the
-    metrics, and the checkpoint files. A cell contains "identical" or where the first difference is.
+    metrics, and the checkpoint files. A cell contains "identical"; the first batch that differs,
+    such as "epoch 1 batch 4"; or, for a checkpoint file, "differs".
 
     Args:
-        unbroken: the run with which the others are compared.
-        runs: the other runs by name, such as "stopped".
+        unbroken: the run that was not stopped by any signal.
+        runs: the runs to compare with it, by name such as "stopped".
     """
     columns = ["images", *STATE, *unbroken.checkpoints]
     rows = [["", "batches", *columns]]
@@ -92,11 +93,15 @@ def log_table(unbroken: DrillRun, runs: dict[str, DrillRun]) -> None:
 
 
 def _compare_records(unbroken: DrillRun, run: DrillRun) -> list[tuple[Record, list[str]]]:
-    """Compares each record of a run with the unbroken run's record of the same epoch and batch.
+    """Compares each record of a run with the record of the same batch in a run without a stop.
+
+    Args:
+        unbroken: the run that was not stopped by any signal.
+        run: the run to compare with it.
 
     Returns:
-        A pair for each record of `run`: the record, and the list of what differs, such as
-        ["images", "metrics"]. The list contains keys of FIELDS. It is empty if nothing differs.
+        A pair for each record of `run`: the record, and a list of what differs, such as ["images",
+        "metrics"]. The list contains keys of FIELDS; it is empty if nothing differs.
     """
     expected = {(record["epoch"], record["batch"]): record for record in unbroken.records}
     compared = []
@@ -108,13 +113,13 @@ def _compare_records(unbroken: DrillRun, run: DrillRun) -> list[tuple[Record, li
 
 
 def find_culprit(cfg: Config, max_batches: int, unbroken: DrillRun, run: DrillRun) -> str | None:
-    """Finds the first difference between a run and the unbroken run, and what causes it.
+    """Finds the first difference between a run and one that ran without a stop, and its cause.
 
     Args:
         cfg: the settings of both runs.
-        max_batches: the largest number of batches of every split that both runs used.
-        unbroken: the run that no signal stopped.
-        run: another run with the same settings.
+        max_batches: the limit on the number of batches per split, the same in both runs.
+        unbroken: the run that was not stopped by any signal.
+        run: the run to compare with it, made with the same settings.
 
     Returns:
         A message with the place of the difference, its cause and a remedy; None if the runs are
@@ -155,7 +160,7 @@ def find_culprit(cfg: Config, max_batches: int, unbroken: DrillRun, run: DrillRu
 def _blame_step(
     parts: list[str], step: Record, following: Record, unbroken: DrillRun, run: DrillRun
 ) -> str:
-    """Returns whether the model or the optimizer caused the difference between two runs in a step.
+    """Finds out whether the model or the optimizer made two runs differ in a step.
 
     Both runs began the step with the same state and the same images, and ended it with different
     states.
@@ -164,8 +169,8 @@ def _blame_step(
         parts: the keys of FIELDS that differ in `following`.
         step: the record of the batch that the step used.
         following: the next record, which contains the state after the step.
-        unbroken: the run that no signal stopped.
-        run: the run to which both records belong.
+        unbroken: the run that was not stopped by any signal.
+        run: the run that was compared with it, to which both records belong.
 
     Returns:
         A key of CAUSES: "model randomness" or "optimizer".
@@ -181,13 +186,13 @@ def _blame_step(
 
 
 def _blame_images(cfg: Config, max_batches: int, record: Record) -> str:
-    """Returns which part of the data causes different images in two runs.
+    """Finds out why two runs have different images in the same batch.
 
-    The first eight images of a batch are read twice and compared.
+    The first eight images of the batch are read twice, a second apart, and compared.
 
     Args:
-        cfg: the settings of the run.
-        max_batches: the largest number of batches of every split that the run used.
+        cfg: the settings of both runs.
+        max_batches: the limit on the number of batches per split, the same in both runs.
         record: the record of the batch whose images differ.
 
     Returns:

@@ -12,15 +12,17 @@ IGNORED = ("environment", "started", "seconds", "images_per_second")
 
 
 def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
-    """Yields a text for each difference between two trees of tensors and plain values.
+    """Yields a text for each difference between two trees, such as "history[0].lr: 0.1, 0.2".
 
-    An example is "history[0].lr: 0.1, 0.2". Entries that say when and where a run ran, such as
-    "seconds", are not compared. Their keys are in IGNORED.
+    A tree consists of nested dicts, lists and tuples of tensors and plain values, such as the
+    content of a checkpoint. Tensors are compared bit by bit. Values whose key is in IGNORED, such
+    as "seconds", are not compared: they say when and where a run ran.
 
     Args:
-        first: one tree: nested dicts, lists and tuples, such as the content of a checkpoint.
+        first: one tree.
         second: the other tree.
-        path: the place of both trees within larger trees, such as "history[0]"; "" for whole trees.
+        path: the place of both trees within larger trees, such as "history[0]"; "" if the trees are
+            whole.
     """
     if path.rsplit(".", 1)[-1] in IGNORED:
         return

@@ -63,17 +63,17 @@ CONTEXT.set_forkserver_preload(["torch", "torchvision.transforms.v2", "cnn.train
 def run_drill(cfg: Config, stop: StopSignals, train: Train) -> None:
     """Trains a short run three times, and logs whether the results are identical.
 
-    The first two runs are unbroken. The third run is stopped by signals and resumed. It is left out
+    The first two runs are unbroken. The third run is stopped by signals and resumed; it is left out
     if the first two already differ. All runs write to a temporary folder.
 
     Args:
         cfg: the settings of the user's run, of which fewer steps are trained.
-        stop: tells whether this process has received a signal, which ends the drill before its next
-            run.
+        stop: the signal handlers of this process.
         train: the function `train` of train.py.
 
     Raises:
-        Failed: the runs differ, in which case the message names the cause; or one of them fails.
+        Failed: the runs differ, or one of them fails; the message names the cause.
+        Stopped: this process has received a signal.
     """
     batches = STEPS * cfg.train.accumulate - (cfg.train.accumulate > 1)  # the last step is shorter
     short = for_scratch(
@@ -116,13 +116,13 @@ def _run(
         train: the function `train` of train.py.
         cfg: the settings of the run.
         folder: the folder of the run, which is created.
-        max_batches: the largest number of batches of every split to use.
+        max_batches: the limit on the number of batches per split.
         stops: where each process except the last one is stopped; [] for an unbroken run.
-        fresh: whether the processes are new Python interpreters. If False, they are forks of a
-            server that has imported torch, which start faster.
+        fresh: whether each process is a new Python interpreter. If False, it is a fork of a server
+            that has imported torch, which starts faster.
 
     Raises:
-        Failed: a process fails or does not end within TIMEOUT.
+        Failed: a process fails or does not end within TIMEOUT seconds.
     """
     folder.mkdir()
     if fresh:  # new interpreters would use the same seed again
@@ -157,8 +157,11 @@ def _run(
 def _start(process: BaseProcess) -> None:
     """Starts a process in which signals are blocked until the process itself unblocks them.
 
-    Ctrl-C sends a signal to all processes of a terminal. The signal could otherwise end the new
-    process before it has left the terminal's session.
+    Ctrl-C sends a signal to all processes of a terminal. Without the block, this signal could end
+    the new process before it has left the terminal's session.
+
+    Args:
+        process: the process to start.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
     try:
@@ -181,14 +184,14 @@ def _child(
 ) -> None:
     """Trains a run from its latest checkpoint. This is the main function of a child process.
 
-    The output of the process is appended to output.txt in the folder.
+    The output of the process is appended to the file output.txt in `folder`.
 
     Args:
         train: the function `train` of train.py.
         cfg: the settings of the run.
         folder: the folder of the run. If it contains no checkpoint, the run starts from scratch.
         stop_at: the batch before which a signal stops the process; None to train to the end.
-        max_batches: the largest number of batches of every split to use.
+        max_batches: the limit on the number of batches per split.
         method: the start method of the worker processes of DataLoaders, such as "fork".
     """
     from cnn import cli

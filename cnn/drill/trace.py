@@ -15,10 +15,11 @@ from cnn.training.state import TrainingState
 
 
 class Stop(NamedTuple):
-    """A batch before which a run is stopped on purpose, and the signal that stops it.
+    """The place at which a run is stopped on purpose, and the signal that stops it.
 
     Attributes:
-        at: the number of the epoch, from 1, and the index of the batch, from 0.
+        at: the batch before which the run is stopped: the number of its epoch, from 1, and its
+            index in this epoch, from 0.
         signal: the number of the signal.
     """
 
@@ -27,14 +28,15 @@ class Stop(NamedTuple):
 
 
 class Trace:
-    """The writer of a file with a record of each batch of a run, as a line of JSON.
+    """The writer of a file that gets a record of each batch of a run.
 
-    The records are appended to the file. Each one is written before the model sees the batch.
+    Each record is a line of JSON. It is appended to the file before the model sees the batch.
 
     Args:
         path: the path of the file.
-        stop: names a batch and a signal. From this batch on, the signal is sent to this process and
-            to the worker processes of its DataLoaders. None sends no signal.
+        stop: a batch at which to stop the run, and a signal. At this batch and at each later one,
+            the signal is sent to this process and to the worker processes of its DataLoaders. If
+            None, no signal is sent.
     """
 
     def __init__(self, path: Path, stop: Stop | None = None):
@@ -49,14 +51,14 @@ class Trace:
         A record contains hashes of the images, the labels, the model and the optimizer, and sums of
         the metrics, all as they are before the model sees the batch. It contains the number of the
         epoch, from 1, and the index of the batch, from 0. The indices of validation batches follow
-        those of the training batches. The test has the number of the epoch after the last one.
+        those of the training batches. The test counts as the epoch after the last one.
 
         Args:
             batches: the batches of one split, in the order in which the model sees them.
-            state: the state of the run, which contains the present epoch and the index of the first
-                batch.
+            state: the state of the run, with the present epoch and the index of the first of the
+                batches.
             part: "training", "validation" or "test".
-            metrics: the metrics to which the caller adds the batches.
+            metrics: the metrics to which the caller adds each batch.
 
         Yields:
             Each batch.
@@ -82,10 +84,12 @@ class Trace:
 
 
 def digest(tree: Any) -> str:
-    """Returns a hash of nested dicts and lists of tensors and plain values.
+    """Returns a hash of tensors and plain values, as 16 hexadecimal digits.
 
-    The hash consists of 16 hexadecimal digits. It depends on every bit of the tensors, and on their
-    shapes and dtypes.
+    The hash depends on every bit of the tensors, and on their shapes and dtypes.
+
+    Args:
+        tree: a tensor or a plain value, or nested dicts, lists and tuples of these.
     """
     total = hashlib.sha256()
     _add(tree, total)

@@ -9,18 +9,19 @@ from cnn.errors import Refused
 
 
 class SharedLock:
-    """An exclusive lock on a file that a process shares with the processes that it starts.
+    """An exclusive lock on a file, which a process can share with its child processes.
 
     Every process that has the open file descriptor holds the lock. The kernel frees the lock when
-    the last of these processes has closed the descriptor or ended, even by `kill -9`. So the lock
-    stays taken while a child of a killed process still runs. The file is never removed, since
+    the last of these processes has closed the descriptor or has ended, even by `kill -9`. So the
+    file stays locked while a child of a killed process still runs. The file is never removed, since
     another process may be about to lock it.
 
     Args:
-        descriptor: the number of the open descriptor of a locked file; `acquire` passes it.
+        descriptor: the number of the open file descriptor of a locked file. The method `acquire`
+            makes a lock from a path instead.
 
     Attributes:
-        descriptor: the argument `descriptor`; -1 after `release`.
+        descriptor: the number of the file descriptor; -1 after `release`.
     """
 
     def __init__(self, descriptor: int):
@@ -28,10 +29,13 @@ class SharedLock:
 
     @classmethod
     def acquire(cls, path: Path) -> Self | None:
-        """Locks a file, which is created if it does not exist.
+        """Locks a file, without waiting for another process that has locked it.
+
+        Args:
+            path: the path of the file, which is created if it does not exist.
 
         Returns:
-            The lock; None if another process has locked the file.
+            The lock; None if the file is locked already.
 
         Raises:
             Refused: the file cannot be written, or its file system does not support locks.
@@ -49,7 +53,11 @@ class SharedLock:
         return cls(descriptor)
 
     def release(self) -> None:
-        """Closes the file descriptor of this process; child processes may still hold the lock."""
+        """Closes the file descriptor in this process.
+
+        The file stays locked while a child process has the descriptor open. A second call of this
+        method does nothing.
+        """
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1

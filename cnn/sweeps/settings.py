@@ -46,9 +46,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """The keys of a sweep's YAML file.
+    """The keys of a sweep's YAML file, with their defaults.
 
-    When a sweep is continued, keys that are marked FREE may have changed, and the others may not.
+    When a sweep is continued, the values of keys that are marked FREE may have changed. The values
+    of keys that are marked FIXED may not.
     """
 
     name: str | None = setting(
@@ -70,11 +71,11 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class Choice:
-    """A list of values, one of which is chosen for a setting in each trial.
+    """A list of values, from which each trial gets one value for a setting.
 
     Attributes:
         values: the values to choose from.
-        written: the same values as YAML nodes, with the places where they were written.
+        written: the same values as YAML nodes, with the place to name in messages about them.
     """
 
     values: tuple[Any, ...]
@@ -86,13 +87,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Range:
-    """A range of numbers, one of which is chosen for a setting in each trial.
+    """A range of numbers, from which each trial gets one number for a setting.
 
     Attributes:
-        low, high: the bounds, which may be chosen too. For a setting that is a whole number, only
-            whole numbers are chosen.
+        low: the smallest number that can be chosen. If it is an int, only whole numbers are chosen.
+        high: the largest number that can be chosen, of the same type as `low`.
         log: whether numbers are drawn uniformly on a logarithmic scale instead of a linear one.
-        written: the two bounds as YAML nodes, with the places where they were written.
+        written: the two bounds as YAML nodes, with the place to name in messages about them.
     """
 
     low: float
@@ -112,11 +113,14 @@ class Sweep:
     """A sweep whose settings have been read and checked.
 
     Attributes:
-        cfg: the keys of the sweep's file, some of which the command line may have replaced.
-        name: the name of the sweep, which is also in the names of its folder and of its runs.
+        cfg: the values of the sweep's own keys, such as `search` and `trials`, from its file and
+            the command line.
+        name: the name of the sweep. Its folder is logs/sweeps/NAME, and its runs are NAME_0000,
+            NAME_0001 and so on.
         file: the sweep's YAML file.
-        base: the settings that all trials share.
-        typed: those words `key=value` of the command line that are settings of all trials.
+        base: the settings of train.py that all trials share.
+        typed: the words of the command line that are settings of train.py, such as
+            "train.epochs=3". They hold for all trials.
         space: the values to try, by dotted key such as "optim.lr".
     """
 
@@ -129,16 +133,16 @@ class Sweep:
 
     @property
     def monitor(self) -> str:
-        """The name of the metric by which trials are compared, such as val_acc."""
+        """The name of the metric by which trials are compared, such as "val_acc"."""
         return self.base.checkpoint.monitor
 
     @property
     def trials(self) -> int:
-        """The number of trials; for a grid search, the number of combinations of values."""
+        """The number of trials. A grid search has one trial for each combination of values."""
         return self.cfg.trials or num_combinations(self._options())
 
     def run_name(self, number: int) -> str:
-        """Returns the name of the run of a trial, such as "sweep_0007".
+        """Returns the name of a trial's run: for trial 7 of the sweep "lr", it is "lr_0007".
 
         Args:
             number: the index of the trial, from 0.
@@ -146,10 +150,10 @@ class Sweep:
         return f"{self.name}_{number:04}"
 
     def combination(self, number: int) -> dict[str, Any]:
-        """Returns the values of one trial of a grid search, by dotted key.
+        """Returns the values of one trial of a grid search, by dotted key such as "optim.lr".
 
         Args:
-            number: the index of the trial, from 0, which is also the index of the combination.
+            number: the index of the trial, from 0.
         """
         return combination(self._options(), number)
 
@@ -158,7 +162,9 @@ class Sweep:
 
 
 def num_combinations(options: Mapping[str, Sequence[Any]]) -> int:
-    """Returns the number of combinations: the size of the Cartesian product of the options.
+    """Returns in how many ways one value can be chosen for each key.
+
+    For the options {"a": [1, 2], "b": [3, 4, 5]}, the result is 6.
 
     Args:
         options: the values to choose from, by key.
@@ -167,15 +173,17 @@ def num_combinations(options: Mapping[str, Sequence[Any]]) -> int:
 
 
 def combination(options: Mapping[str, Sequence[T]], number: int) -> dict[str, T]:
-    """Returns one combination, which is an element of the Cartesian product of the options.
+    """Returns one of the combinations that consist of one value for each key.
+
+    From one combination to the next, the value of the last key changes fastest. For the options
+    {"a": [1, 2], "b": [3, 4, 5]}, combination 1 is {"a": 1, "b": 4}.
 
     Args:
         options: the values to choose from, by key.
-        number: the index of the combination, from 0. From one index to the next, the value of the
-            last key changes fastest.
+        number: the index of the combination, from 0.
 
     Returns:
-        One value for each key.
+        The chosen values, by key.
     """
     values = {}
     for key in reversed(options):
@@ -192,8 +200,9 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
 
     Args:
         path: the YAML file of the sweep.
-        words: words `key=value` of the command line, which replace values in the file. If a sweep
-            does not have the key, such as train.epochs, the word is a setting of all trials.
+        words: the words `key=value` of the command line. A key of a sweep, such as `trials`,
+            replaces the value in the file. A key of train.py, such as `train.epochs`, is set for
+            all trials.
 
     Raises:
         Refused: there are mistakes; the message has one line for each.
@@ -229,16 +238,16 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
 
 
 def _read_config(file: Path, where: str, mistakes: list[str]) -> dict[str, Entry]:
-    """Reads the YAML file of settings that all trials share.
+    """Reads the YAML file with the settings of train.py that all trials share.
 
     Args:
-        file: the path of this file.
-        where: the place in the sweep's file that names this file, such as "a.yaml:4", for an error
-            message.
+        file: the path of the file.
+        where: the place to report if the file does not exist: the line of the sweep's file that
+            names it, such as "a.yaml:4".
         mistakes: the list that gets a message for each mistake.
 
     Returns:
-        The entries by dotted key; {} if the file cannot be read.
+        The entries by dotted key, such as "optim.lr"; {} if the file cannot be read.
     """
     try:
         if os.path.isfile(file):  # Path.is_file raises for a name that no file can have
@@ -250,15 +259,18 @@ def _read_config(file: Path, where: str, mistakes: list[str]) -> dict[str, Entry
 
 
 def _read_settings(entry: Entry | None, mistakes: list[str]) -> dict[str, Entry]:
-    """Reads the key `settings` of a sweep's file, which changes settings of all trials.
+    """Reads the value of the key `settings` of a sweep's file.
+
+    This value consists of settings of train.py for all trials.
 
     Args:
-        entry: the value of this key, such as `{train.epochs: 3}` or `{train: {epochs: 3}}`; None if
-            the file does not have the key.
+        entry: the value, such as `{train.epochs: 3}` or `{train: {epochs: 3}}`; None if the file
+            does not have the key.
         mistakes: the list that gets a message for each mistake.
 
     Returns:
-        The entries by dotted key, such as "train.epochs"; {} if the value is no mapping.
+        The entries by dotted key, such as "train.epochs"; {} if `entry` is None or is not a
+        mapping.
     """
     if entry is None or not isinstance(entry.node, yaml.MappingNode):
         return {}
@@ -322,7 +334,14 @@ def _read_range(
 
 
 def _file_of(entry: Entry) -> str:
-    """Returns the file in which a value was written, or "command line" for a typed value."""
+    """Returns the file in which a value was written.
+
+    Args:
+        entry: the value with its place.
+
+    Returns:
+        The path of the file; "command line" for a typed value.
+    """
     return entry.where.rpartition(":")[0] or entry.where
 
 
@@ -336,14 +355,14 @@ def _check_sweep(
     space: Space,
     places: dict[str, str],
 ) -> list[str]:
-    """Checks those rules for a sweep's settings that involve several keys, or the sweep's name.
+    """Checks the sweep's name, and whether the settings of the sweep fit together.
 
     Args:
-        cfg: the keys of the sweep's file.
+        cfg: the values of the sweep's own keys. Their types and limits have been checked.
         name: the name of the sweep.
         changes: the settings that are changed for all trials, by dotted key.
         space: the values to try, by dotted key.
-        places: the place where each key of the sweep was written, such as "a.yaml:4".
+        places: the place to report for each key of the sweep, such as {"trials": "a.yaml:4"}.
 
     Returns:
         A message for each mistake.
@@ -381,13 +400,13 @@ def _check_sweep(
 
 
 def _check_combinations(common: dict[str, Entry], space: Space) -> list[str]:
-    """Checks the settings of the trials, for each combination of the values to try.
+    """Checks the settings of train.py with each combination of the values to try.
 
-    Of a range, only the two bounds are checked. If there are more than 2,000 combinations, a random
+    Of a range, only the two bounds are used. If there are more than 2,000 combinations, a random
     sample of 2,000 is checked.
 
     Args:
-        common: the entries that all trials share, by dotted key.
+        common: the settings that all trials share, by dotted key.
         space: the values to try, by dotted key.
 
     Returns:

@@ -60,10 +60,10 @@ class TrialResult:
     """The result of a trial.
 
     Attributes:
-        state: COMPLETE, PRUNED or FAIL.
+        state: COMPLETE, PRUNED (stopped early) or FAIL.
         value: the monitored metric in the best epoch of a complete trial; None for other trials.
-        epoch: an epoch, counted from 1: the best one of a complete trial, the latest one of a
-            pruned trial; None for a failed trial.
+        epoch: the best epoch of a complete trial, or the latest epoch of a pruned trial, counted
+            from 1; None for a failed trial.
         reason: why a trial failed; "" for other trials.
     """
 
@@ -74,18 +74,18 @@ class TrialResult:
 
 
 class TakenTrial:
-    """A trial that this process trains; as a context manager, it releases its locks on exit.
+    """A trial that this process trains. As a context manager, it releases its two locks on exit.
 
     Attributes:
-        study: the database of the sweep.
+        study: the open database of the sweep.
         number: the index of the trial in the sweep, from 0.
-        trial: the same trial as an object of Optuna.
+        trial: the trial as an object of Optuna.
         lock: the lock that this process shares with the training process.
         owner: the lock that this process alone holds.
         run: the name of the trial's run.
         output: the file to which the output of train.py is appended.
-        is_resumed: whether an earlier process has started the trial; known after `start`.
-        values: the values of this trial, by dotted key such as "optim.lr"; known after `start`.
+        is_resumed: whether an earlier process has started the trial; False before `start`.
+        values: the values of the trial, by dotted key such as "optim.lr"; {} before `start`.
     """
 
     def __init__(
@@ -107,11 +107,11 @@ class TakenTrial:
         self.owner.release()
 
     def start(self) -> None:
-        """Determines the trial's values, and makes room for the run of a new trial.
+        """Sets `values` and `is_resumed`, and makes room for the run of a new trial.
 
-        Optuna proposes the values of a new trial, and files of an earlier run with the same name
-        are moved to the archive. A trial that an earlier process has started keeps its values and
-        its run.
+        Optuna proposes the values of a new trial. If there are files of an older run with the name
+        of the new trial's run, they are moved to the archive. A trial that an earlier process has
+        started keeps its values and its run.
         """
         space = self.study.sweep.space
         self.values = self.study.retry(
@@ -135,14 +135,17 @@ class TakenTrial:
         return dimension.values[options.index(self.trial.suggest_categorical(key, options))]
 
     def arguments(self) -> list[str]:
-        """Returns the command-line arguments of train.py that follow `--resume` for this trial."""
+        """Returns the arguments with which train.py trains this trial, without the option --resume.
+
+        An example is ["--config", "logs/sweeps/lr/settings.yaml", "optim.lr=0.1", "run=lr_0007"].
+        """
         file, typed = self.study.settings_file.as_posix(), self.study.sweep.typed
         tried = [f"{key}={as_text(value)}" for key, value in self.values.items()]
         return ["--config", file, *typed, *tried, f"run={self.run}"]
 
     @property
     def monitor(self) -> str:
-        """The name of the metric by which trials are compared, such as val_acc."""
+        """The name of the metric by which trials are compared, such as "val_acc"."""
         return self.study.sweep.monitor
 
     def report(self, epoch: int, value: float) -> bool:
@@ -153,7 +156,7 @@ class TakenTrial:
             value: the metric after this epoch.
 
         Returns:
-            Whether the trial should now be pruned; False for an epoch that was reported before.
+            Whether the trial should be stopped early; False if the epoch was reported before.
         """
         if epoch in self._reported:
             return False
@@ -163,26 +166,26 @@ class TakenTrial:
 
     @property
     def epoch(self) -> int:
-        """The latest epoch that was reported, counted from 1; 0 before the first report."""
+        """The latest epoch whose metric was reported, counted from 1; 0 before the first report."""
         return max(self._reported, default=0)
 
     def should_prune(self) -> bool:
         """Returns whether the trial should be stopped early.
 
-        If the setting prune_after_epochs is a number, Optuna's MedianPruner compares the trial's
-        best metric so far with the median of earlier trials at the same epoch. If it is null, the
-        result is False. After the last epoch, the result is False too, since no time would be
-        saved.
+        The trial should be stopped if its best metric so far is worse than the median metric of the
+        complete trials at the same epoch. The result is always False if the setting
+        prune_after_epochs is null, before the epoch that this setting names, while fewer than 4
+        trials are complete, and after the last epoch.
         """
         epochs = self.values.get("train.epochs", self.study.sweep.base.train.epochs)
         return self.epoch < epochs and self.study.retry(self.trial.should_prune)
 
 
 class GivenValues(optuna.samplers.RandomSampler):
-    """An Optuna sampler that proposes fixed values, for a grid search.
+    """An Optuna sampler that proposes given values instead of random ones: one point of a grid.
 
     Args:
-        values: the values to propose, by dotted key such as "optim.lr".
+        values: the value to propose for each setting, by dotted key such as "optim.lr".
     """
 
     def __init__(self, values: dict[str, Any]):
@@ -192,10 +195,10 @@ class GivenValues(optuna.samplers.RandomSampler):
     def sample_independent(
         self, _study: optuna.Study, _trial: FrozenTrial, name: str, _: BaseDistribution
     ) -> Any:
-        """Returns the fixed value of a parameter; a list or a mapping is returned as text.
+        """Returns the given value of a setting. A list or a mapping is returned as YAML text.
 
         Args:
-            name: the dotted key of the parameter, such as "optim.lr".
+            name: the dotted key of the setting, such as "optim.lr".
         """
         return _as_plain(self.values[name])
 
@@ -207,13 +210,13 @@ class Study:
         sweep: the settings of the sweep.
 
     Attributes:
-        sweep: the argument `sweep`.
+        sweep: the settings of the sweep.
         folder: the folder of the sweep, logs/sweeps/NAME.
-        settings_file: the YAML file with the settings that all trials share.
+        settings_file: the YAML file with the settings of train.py that all trials share.
 
     Raises:
-        Refused: at the start of the block, if the database cannot be opened or contains a different
-            sweep of the same name.
+        Refused: at the start of the block, if the folder cannot be written, the database cannot be
+            opened, or the database contains a sweep of the same name with other settings.
     """
 
     def __init__(self, sweep: Sweep):
@@ -292,13 +295,13 @@ class Study:
         """Calls a function, and repeats the call while the database is locked or cannot be reached.
 
         Args:
-            function: a function without arguments.
+            function: a function without arguments that uses the database.
 
         Returns:
             The result of the function.
 
         Raises:
-            DatabaseFailed: the database does not answer for a minute.
+            DatabaseFailed: the call still fails after a minute.
         """
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -315,14 +318,14 @@ class Study:
     def trials(self) -> list[FrozenTrial]:
         """Returns the trials of the sweep that exist so far, in the order of their indices.
 
-        Machines that start together may create more trials than the sweep has. The additional
-        trials are left out.
+        Machines that start at the same time may create too many trials. Those beyond the number of
+        trials of the sweep are left out.
         """
         trials = self.retry(lambda: self.study.get_trials(deepcopy=False))
         return [trial for trial in trials if trial.number < self.sweep.trials]
 
     def frozen(self, number: int) -> FrozenTrial:
-        """Returns the present state of a trial in the database.
+        """Returns a trial as it is stored in the database now.
 
         Args:
             number: the index of the trial, from 0.
@@ -330,9 +333,9 @@ class Study:
         return self.trials()[number]
 
     def ranking(self) -> list[FrozenTrial]:
-        """Returns the complete trials, the best one first.
+        """Returns the complete trials, from the best metric to the worst.
 
-        Of trials with equal metrics, the one with the lower index comes first.
+        Trials with equal metrics are in the order of their indices.
         """
         sign = 1 if mode(self.sweep.monitor) == "min" else -1
         complete = [trial for trial in self.trials() if trial.state == TrialState.COMPLETE]
@@ -343,7 +346,7 @@ class Study:
     def take(self, stop: StopSignals) -> TakenTrial | None:
         """Takes a trial for this process to train: an interrupted one if possible, or a new one.
 
-        If other processes are training all remaining trials, this function waits until one of these
+        If other processes are training all unfinished trials, this method waits until one of these
         trials is interrupted or all of them are finished.
 
         Args:
@@ -353,7 +356,7 @@ class Study:
             The trial; None when all trials are finished.
 
         Raises:
-            Stopped: a signal was received.
+            Stopped: this process has received a signal.
         """
         logged: list[int] = []
         while True:
@@ -383,20 +386,20 @@ class Study:
                 self.retry(lambda: self.study.add_trial(new))
 
     def _try_to_take(self, trial: FrozenTrial, stop: StopSignals) -> TakenTrial | None:
-        """Takes a trial, unless it belongs to another machine or another process trains it.
+        """Takes a trial, unless it belongs to another machine or another process has taken it.
 
-        If sweep.py was killed and its training process is still alive, this method waits for that
-        process to exit.
+        If the process that had taken the trial was killed and its training process is still alive,
+        this method waits for the training process to exit.
 
         Args:
             trial: the trial as it is in the database; it is not finished.
-            stop: the signal handlers of this process, which end the wait if a signal comes.
+            stop: the signal handlers of this process.
 
         Returns:
             The trial with its locks; None if it cannot be taken or has been finished meanwhile.
 
         Raises:
-            Stopped: a signal was received.
+            Stopped: this process has received a signal.
         """
         file, number = self.lock_file(trial.number), trial.number
         ids = [self.folder_id]
@@ -428,7 +431,7 @@ class Study:
         return TakenTrial(self, number, taken, lock, owner)
 
     def lock_file(self, number: int) -> Path:
-        """Returns the path of a trial's file NNNN.lock.
+        """Returns the path of a trial's lock file, such as logs/sweeps/NAME/trials/0007.lock.
 
         Both sweep.py and the training process of the trial hold the lock of this file.
 
@@ -440,7 +443,7 @@ class Study:
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         """Returns the Optuna sampler that proposes the values of a trial.
 
-        Its seed depends on the trial, so that no two trials draw the same random numbers.
+        A sampler that draws random numbers has a seed of its own for each trial.
 
         Args:
             number: the index of the trial, from 0.
@@ -455,7 +458,7 @@ class Study:
         return optuna.samplers.TPESampler(n_startup_trials=num_random, seed=seed)
 
     def skip(self, number: int) -> None:
-        """Marks a trial as failed without training it.
+        """Marks an unfinished trial as failed, so that no process trains it.
 
         Args:
             number: the index of the trial, from 0.
@@ -475,12 +478,12 @@ class Study:
     def end(self, number: int, result: TrialResult) -> None:
         """Stores the result of a trial in the database.
 
-        If another process has ended the trial meanwhile, the result of that process stays, and a
-        warning is logged.
+        If another process has stored a result of the trial before, that result stays, and a warning
+        is logged.
 
         Args:
             number: the index of the trial, from 0.
-            result: the result.
+            result: the result to store.
         """
         name, value = ("epoch", result.epoch) if result.epoch else ("reason", result.reason)
         trial_id = self.frozen(number)._trial_id
@@ -498,11 +501,15 @@ class Study:
 def comparable_settings(sweep: Sweep) -> dict[str, str]:
     """Returns the settings of a sweep that must not change while the sweep is continued.
 
-    Settings that do not affect the results, and those whose values the sweep varies, are left out.
+    Settings that do not affect the results, such as "device", are left out.
+
+    Args:
+        sweep: the sweep.
 
     Returns:
-        The values as text, by name. A name is a dotted key such as "optim.momentum", or "search",
-        "seed of the search" or "space: KEY".
+        The settings as text, by name. The names are "search", "seed of the search", "space: KEY"
+        for the values to try of a key, and the dotted key of any other setting, such as
+        "optim.momentum".
     """
     settings = config.flat(config.to_dict(sweep.base))
     free = config.non_experiment_keys() | {"data.root", *sweep.space}
@@ -515,9 +522,9 @@ def comparable_settings(sweep: Sweep) -> dict[str, str]:
 
 
 def _as_plain(value: Any) -> Any:
-    """Returns a list or a mapping as text, and any other value unchanged.
+    """Returns a list or a mapping as YAML text, such as "[1, 2]", and any other value unchanged.
 
-    Optuna stores only None, bool, int, float and text as values to choose from.
+    Optuna can store None, bool, int, float and text, but not lists or mappings.
     """
     return value if value is None or isinstance(value, (bool, int, float, str)) else as_text(value)
 

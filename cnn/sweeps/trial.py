@@ -29,11 +29,11 @@ MAX_KILLED = 3  # times that a training process may be killed by a signal that s
 def run_trial(trial: TakenTrial, stop: StopSignals) -> TrialResult:
     """Trains or resumes a trial until it is complete, pruned or failed.
 
-    A training process that was killed is started again and resumes from its last checkpoint. The
-    third time it is killed, the trial has failed.
+    If a signal that sweep.py did not send ends the training process, a new process resumes from the
+    last checkpoint. The third time this happens, the trial has failed.
 
     Args:
-        trial: the trial, which this process has taken and started.
+        trial: the trial, whose method `start` has been called.
         stop: the signal handlers of this process.
 
     Returns:
@@ -65,19 +65,19 @@ def run_trial(trial: TakenTrial, stop: StopSignals) -> TrialResult:
 
 
 def _train(trial: TakenTrial, stop: StopSignals) -> tuple[int, bool]:
-    """Runs train.py for a trial until the training process ends.
+    """Runs train.py for a trial, and waits until this training process ends.
 
-    Ctrl-C in a terminal does not reach the training process, which has a session of its own.
-    Instead, a signal that sweep.py receives is passed on to it once. If sweep.py is killed, a pipe
-    between the two processes closes, and the training process saves and exits.
+    The training process has a session of its own, so that Ctrl-C in the terminal does not reach it.
+    The signals that sweep.py receives are passed on to it. If sweep.py is killed, a pipe between
+    the two processes closes, and the training process saves and exits.
 
     Args:
         trial: the trial.
         stop: the signal handlers of this process.
 
     Returns:
-        The exit status, which is -N if signal N killed the training process; and whether the trial
-        was pruned.
+        A pair: the exit status of the training process, which is -N if signal N killed it; and
+        whether the process was stopped to prune the trial.
     """
     read_end, write_end = os.pipe()
     with open(trial.output, "ab") as file:
@@ -115,7 +115,7 @@ def _train(trial: TakenTrial, stop: StopSignals) -> tuple[int, bool]:
 
 
 def report_epochs(trial: TakenTrial, history: list[Metrics]) -> Iterator[bool]:
-    """Reports the metric of each epoch, and yields whether the trial should then be pruned.
+    """Reports the metric of each epoch, and yields after each report whether to prune the trial.
 
     An epoch is reported only when its item is taken from the generator. Epochs without the metric
     are skipped.
@@ -132,8 +132,13 @@ def report_epochs(trial: TakenTrial, history: list[Metrics]) -> Iterator[bool]:
 def _read_result(trial: TakenTrial) -> TrialResult:
     """Reads the result of a trial whose run is finished.
 
-    Epochs that were not reported to the database before are reported. The trial has failed if its
-    monitored metric is undefined in every epoch.
+    The metrics of all epochs are first reported to the database, unless they were reported before.
+
+    Args:
+        trial: the trial.
+
+    Returns:
+        The result. If the monitored metric is undefined in every epoch, the trial has failed.
     """
     record = read_run(f"logs/{trial.run}")
     list(report_epochs(trial, record.history))  # reports all, even if one says prune
@@ -154,8 +159,8 @@ def signal_name(status: int) -> str:
     """Returns the name of the signal that ended a process, such as "SIGTERM".
 
     Args:
-        status: the exit status of the process: -N if signal N killed it, 128 + N if it exited by
-            itself after signal N.
+        status: the exit status of the process: -N if signal N killed it; 128 + N if it handled
+            signal N and then exited.
 
     Returns:
         The name, or "exit status STATUS" if no signal has this number.
@@ -166,14 +171,15 @@ def signal_name(status: int) -> str:
 
 
 def _last_message(output: Path, start: int) -> str:
-    """Returns the last error message of a training process.
-
-    If there is no message, the last ten lines of output are returned. Of a traceback, only the last
-    line is returned.
+    """Returns the last error message in the output of a training process.
 
     Args:
         output: the file with the output of all training processes of the trial.
         start: the position in bytes at which the output of the latest process begins.
+
+    Returns:
+        The message, without the word "error: " before it; of a traceback, only the last line. If
+        there is no message, the last lines of the output. The text has at most ten lines.
     """
     with open(output, "rb") as file:
         file.seek(start)
