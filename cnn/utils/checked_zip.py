@@ -49,8 +49,8 @@ NAMING = ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")  # opcodes t
 def write_archive(content: Any, file: IO[bytes]) -> None:
     """Saves a value with torch.save, and adds a checksum to the file.
 
-    The checksum covers all bytes of the file except the data of the tensors, for which torch.save
-    stores checksums itself. It is stored in the comment of the zip file, which torch.load ignores.
+    The checksum covers the bytes for which torch.save stores no checksums, such as the headers of
+    the zip file. It is stored in the comment of the zip file, which torch.load ignores.
 
     Args:
         content: whatever torch.save accepts, such as the dict of a checkpoint.

@@ -218,9 +218,9 @@ def _check_kind(path: Path, content: Any) -> None:
 
 
 def clone_tree(tree: Any, device: torch.device | str | None = "cpu") -> Any:
-    """Copies a tensor, or all tensors in nested dicts, lists and tuples.
+    """Copies a tensor, or nested dicts, lists and tuples with all tensors in them.
 
-    The dicts, lists and tuples are copied too. Values of other types are not copied.
+    Values of other types are not copied, and are shared with the original.
 
     Args:
         tree: the tensor, dict, list or tuple to copy.

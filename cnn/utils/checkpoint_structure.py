@@ -48,7 +48,7 @@ def is_amount(value: Any) -> bool:
 
 
 def is_plain(value: Any) -> bool:
-    """Returns whether a value contains no tensors, and the keys of all dicts in it are text.
+    """Returns True if a value contains no tensors and all its dicts have only text as keys.
 
     Values nested in dicts, lists and tuples are examined too.
     """
@@ -227,6 +227,9 @@ def check_values(tree: Any) -> None:
 
     Plain values are None, bool, int, float and str. Plain tensors are dense, and no two of their
     elements share memory.
+
+    Args:
+        tree: the dict, list or tuple to check.
 
     Raises:
         InvalidValue: a value or tensor is not plain, a key is neither text nor an int, a container

@@ -93,7 +93,7 @@ def cpu_has(*features: str) -> bool:
     """Returns whether the CPU has at least one of the given features, and PyTorch can use it.
 
     PyTorch uses such features through the library oneDNN. The result is False if PyTorch was built
-    without it, or if the system has no file /proc/cpuinfo, which lists the features of the CPU.
+    without oneDNN, or if the system has no file /proc/cpuinfo, which lists the features of the CPU.
 
     Args:
         features: the names of the features as in /proc/cpuinfo, such as "avx512_bf16".
@@ -114,9 +114,9 @@ def describe(device: torch.device, precision: str, world_size: int = 1) -> dict[
         world_size: the number of processes of the run.
 
     Returns:
-        A dict such as {"torch": "2.9.0", "device": "cpu", "threads": 4, "git": "1a2b3c4"}. It
-        contains the versions of packages, the device, the CPU, the number of threads, the two other
-        arguments, and the git commit. A value is None if it is not known.
+        A dict such as {"torch": "2.14.0", "device": "cpu", "threads": 4, "git": "1a2b3c4"}. It
+        contains the versions of packages, the device, the CPU, the number of threads, `precision`,
+        `world_size` and the git commit. A value that is not known is None.
     """
     on_cuda = device.type == "cuda"
     return {

@@ -95,7 +95,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text to a file in UTF-8, in place of the file's earlier content.
 
     After a crash, the file has either its old content or the new one. A lone surrogate, which UTF-8
-    cannot encode, is written as its escape sequence, such as "\udc80".
+    cannot encode, is written as its escape sequence.
 
     Raises:
         OSError: the file cannot be written.

@@ -41,7 +41,7 @@ class _File(logging.FileHandler):
 
     Args:
         path: the path of train.log.
-        prefix: a text before every message, such as "rank 1: "; "" on rank 0. With a prefix, the
+        prefix: a text before every message, such as "rank 1: "; "" for none. With a prefix, the
             file is not opened before the first message.
     """
 

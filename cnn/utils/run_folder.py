@@ -60,12 +60,13 @@ class RunLogs:
 
 
 class RunFolder:
-    """The two folders of a run: logs/NAME and checkpoints/NAME.
+    """The log folder and the checkpoint folder of a run: logs/NAME and checkpoints/NAME.
 
     Within a `with` block, this process is the only one that may write into them.
 
     Args:
-        name: the name of the run; None for a run whose folders are logs and checkpoints themselves.
+        name: the name of the run; None for a run without a name, whose folders are logs and
+            checkpoints themselves.
         root: the folder that contains logs, checkpoints and configs.
         scratch: whether the caller removes the folders when the run ends, so that nothing can
             resume from them.
@@ -120,7 +121,7 @@ class RunFolder:
             raise Refused(f"{place}: cannot be written: {error.strerror}") from None
 
     def _make(self, folder: Path) -> None:
-        """Creates a folder and its missing parents, and adds the created ones to the list `_made`."""
+        """Creates a folder and its missing parents, and adds those that it creates to `_made`."""
         self._made += [f for f in (*folder.parents[::-1], folder) if not os.path.lexists(f)]
         make_folder(folder)
 
@@ -159,7 +160,10 @@ class RunFolder:
                 time.sleep(0.05)
 
     def unlock(self) -> None:
-        """Releases the lock, and removes those folders that this process has created and left empty."""
+        """Releases the lock, and removes the run's folders that are empty.
+
+        A folder is removed only if this process has created it.
+        """
         held = self._lock is not None and self._lock.is_locked
         with contextlib.suppress(OSError):  # the folder is removed, or read-only by now
             if held:
@@ -174,7 +178,7 @@ class RunFolder:
                 self._lock.release()
 
     def epoch_checkpoint(self, epoch: int) -> Path:
-        """Returns the path of the checkpoint of an epoch, such as checkpoints/epoch_005.pth for epoch 5.
+        """Returns the path of the checkpoint of an epoch, such as checkpoints/epoch_005.pth.
 
         Args:
             epoch: the number of the epoch, from 1.
@@ -194,9 +198,8 @@ class RunFolder:
         is taken.
 
         Returns:
-            The new folder archive/START in the log folder. If the log folder has no files of an
-            earlier run, the result is the one in the checkpoint folder, and if neither folder has
-            any, None.
+            The folder archive/START in the log folder. If no file was moved there, the result is
+            the folder archive/START in the checkpoint folder, or None if there was nothing to move.
         """
         names = [name + ending for name in CHECKPOINTS for ending in (".pth", *EXPORTS.values())]
         left = [path for name in names for path in self.checkpoints.glob(name)]
@@ -307,8 +310,8 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def is_running(logs: Path) -> bool:
     """Returns whether a process is writing the files of a run.
 
-    Whether a process on another machine is alive cannot be checked. It counts as running until it
-    has removed the file .run.json from the checkpoint folder.
+    This cannot be checked for a process on another machine. Such a process counts as running until
+    it has removed the file .run.json from the checkpoint folder.
 
     Args:
         logs: the log folder of the run, such as logs/NAME.

@@ -57,7 +57,7 @@ def seed_sample(*words: int) -> None:
 
 
 def seed_step(device: torch.device, *words: int) -> None:
-    """Seeds the random generators that a forward pass uses with a hash of integers.
+    """Seeds all random generators of a forward pass with a hash of integers.
 
     These are the global generators of PyTorch, numpy and Python, and PyTorch's generator on the
     device. Random layers such as dropout draw the same numbers in the next forward pass whenever
