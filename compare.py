@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the script and returns its exit status.
 
     Args:
-        argv: the arguments of the command line; None takes the arguments of this process.
+        argv: the arguments of the command line, or None for those of this process.
     """
     return cli.main(prepare, argv)
 
@@ -50,12 +50,10 @@ def main(argv: list[str] | None = None) -> int:
 def prepare(argv: list[str]) -> None:
     """Reads the command line, compares the runs, writes the HTML page and prints the comparison.
 
-    It returns no task for later, since this script needs no torch, whose import takes seconds.
-
     Raises:
         Refused: none of the runs can be read.
-        Failed: some of the runs cannot be read, or the page cannot be written. In the first case,
-            the other runs have been compared before the error is raised.
+        Failed: the page cannot be written, or some of the runs cannot be read. In the latter case,
+            the comparison of the other runs has already been written and printed.
     """
     parser = cli.Parser("compare.py", __doc__)
     add = parser.add_argument
@@ -88,10 +86,14 @@ def write_comparison(runs: Sequence[RunRecord], page: Path) -> str:
     PNG file beside the page, too.
 
     Args:
+        runs: the records of the runs.
         page: the path of the page.
 
     Returns:
         The comparison as text for the screen.
+
+    Raises:
+        OSError: a file cannot be written.
     """
     settings, groups = differing_settings(runs), groups_of(runs)
     names, metric = group_names(groups, settings), compared_metric(runs)
@@ -141,7 +143,8 @@ def groups_of(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
     """Divides runs into groups, each with the runs of one experiment.
 
     The runs of a group have equal settings, except for the seed and for settings that do not change
-    the experiment, such as "device". Groups and runs stay in the order in which they were given.
+    the experiment, such as "device". Groups, and runs within a group, are in the order of the given
+    runs.
     """
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
@@ -171,10 +174,11 @@ def group_names(groups: list[list[RunRecord]], settings: Iterable[str]) -> list[
 
 
 def compared_metric(runs: Sequence[RunRecord]) -> str:
-    """Returns the name of the metric by which groups are compared.
+    """Returns the name of the metric by which groups of runs are compared.
 
-    It is test_acc if all runs have it. Otherwise it is the metric by which all runs chose their
-    best epoch, or val_acc if they did not choose by the same one.
+    The metric is "test_acc" if all runs have been tested. Otherwise, it is the metric by which the
+    runs chose their best epoch, if this was the same metric in all runs. If it was not, it is
+    "val_acc".
     """
     if all(final_metric(run, "test_acc") is not None for run in runs):
         return "test_acc"
@@ -183,11 +187,11 @@ def compared_metric(runs: Sequence[RunRecord]) -> str:
 
 
 def final_metric(run: RunRecord, name: str) -> float | None:
-    """Returns the final value of a metric of a run, or None if there is none.
+    """Returns the final value of a metric of a run; None if the run has no such value.
 
     Args:
-        name: the name of the metric. The value is from the final test if the name begins with
-            "test_", and from the best epoch otherwise.
+        name: the name of the metric. If it begins with "test_", the value is from the final test,
+            and otherwise from the best epoch.
     """
     metrics = run.result.get("test") or {} if name.startswith("test_") else run.best()
     return metrics.get(name)
@@ -215,12 +219,13 @@ def verdict(names: tuple[str, str], values: tuple[list[float], list[float]], met
     """Returns a sentence on whether the means of two groups differ by more than their spread.
 
     The spread is sqrt(s1² + s2²), where s1 and s2 are the standard deviations of the groups. A
-    difference below the spread could be reversed by other seeds. If a group has only one run, there
-    is no spread, and the sentence says so.
+    difference below the spread could be reversed by other seeds. If a group has only one value,
+    there is no spread, and the sentence says so. If a group has no value, the sentence says only
+    that.
 
     Args:
         names: the names of the two groups.
-        values: the values of the metric in the runs of each group.
+        values: for each group, a list with the value of the metric for each seed.
         metric: the name of the metric, such as "val_acc".
     """
     both = " and ".join(names)
@@ -242,11 +247,10 @@ def verdict(names: tuple[str, str], values: tuple[list[float], list[float]], met
 
 
 def run_table(runs: Sequence[RunRecord]) -> list[list[str]]:
-    """Returns a table with a row per run.
+    """Returns a table with a row per run, after a first row with the names of the columns.
 
-    An additional first row has the names of the columns. The columns are the run's name, status,
-    epochs, best epoch, metrics, training time and images per second. Accuracies have their 95 %
-    intervals.
+    The columns are the run's name, status, epochs, best epoch, metrics, training time and images
+    per second. Each accuracy is followed by its 95 % interval.
     """
     monitors = list(dict.fromkeys(run.monitor for run in runs if run.monitor != "val_acc"))
     rows = [
@@ -288,10 +292,10 @@ def format_value(value: float | None) -> str:
 def group_table(
     groups: list[list[RunRecord]], names: list[str], metrics: Sequence[str]
 ) -> list[list[str]]:
-    """Returns a table with a row per group.
+    """Returns a table with a row per group, after a first row with the names of the columns.
 
-    An additional first row has the names of the columns. The columns are the group's name, its
-    number of runs, and the mean ± standard deviation of each metric.
+    The columns are the group's name, its number of runs, and the mean ± standard deviation of each
+    metric. If some runs of a group lack a metric, the number of values follows, as in "(of 2)".
 
     Args:
         groups: the runs of each group.
@@ -321,7 +325,9 @@ def settings_table(runs: Sequence[RunRecord], settings: dict[str, list[Any]]) ->
     The first row has the names of the runs, and the first column has the keys of the settings.
 
     Args:
-        settings: the values in each run by dotted key, such as {"optim.lr": [0.1, 0.01]}.
+        runs: the records of the runs.
+        settings: the values of each setting in the runs, by dotted key. An example for two runs is
+            {"optim.lr": [0.1, 0.01]}.
     """
     rows = [[key, *map(format_setting, values)] for key, values in settings.items()]
     return [["setting", *(run.name for run in runs)], *rows]

@@ -44,9 +44,9 @@ class Command(cli.Command):
     """The parsed command line of evaluate.py.
 
     Attributes:
-        split: which images the model is evaluated on: "val" or "test".
-        json: the file to which all metrics are written; None writes no such file.
-        figure: the .png file in which the confusion matrix is drawn; None draws none.
+        split: the images on which the model is evaluated: "val" or "test".
+        json: the file to which all metrics are written; None if no file is wanted.
+        figure: the .png file in which the confusion matrix is drawn; None if no file is wanted.
     """
 
     split: str
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the script and returns its exit status.
 
     Args:
-        argv: the arguments of the command line; None takes the arguments of this process.
+        argv: the arguments of the command line, or None for those of this process.
     """
     return cli.main(prepare, argv)
 
@@ -97,8 +97,8 @@ def parse(argv: list[str]) -> Command:
 def evaluate_checkpoint(command: Command) -> None:
     """Evaluates the model of a checkpoint in the same way as training does, and prints the metrics.
 
-    Writes the metrics to a JSON file if --json was given, and draws the confusion matrix in a PNG
-    file if --figure was given.
+    If --json was given, the metrics are written to a JSON file, too. If --figure was given, the
+    confusion matrix is drawn in a PNG file.
     """
     from cnn.datasets.loader import build_loader
     from cnn.inference import evaluation
@@ -146,6 +146,7 @@ def reported_metrics(trained: "TrainedModel", split: str) -> "Metrics | None":
     """Returns the metrics that training reported for the weights in the checkpoint.
 
     Args:
+        trained: the model with its checkpoint.
         split: "val" or "test".
 
     Returns:
@@ -177,10 +178,12 @@ def reported_metrics(trained: "TrainedModel", split: str) -> "Metrics | None":
 def compare_with_training(trained: "TrainedModel", metrics: "Metrics", reported: "Metrics") -> str:
     """Returns a sentence on whether the metrics equal those that training reported.
 
-    If they differ, the sentence lists both values of each differing metric. It also names what has
-    changed since the training: software, hardware or batch size.
+    If they differ, the sentence lists both values of each differing metric. It also says what has
+    changed since the training: software, hardware or batch size. If none of these has changed, it
+    asks whether the code has.
 
     Args:
+        trained: the model with its checkpoint.
         metrics: the metrics of this evaluation by name, such as "test_acc".
         reported: the metrics that training reported, by the same names.
     """
@@ -204,7 +207,9 @@ def compare_with_training(trained: "TrainedModel", metrics: "Metrics", reported:
 
 
 def draw(path: Path, matrix: "np.ndarray", classes: list[str], title: str) -> None:
-    """Draws a confusion matrix in a PNG file. Without matplotlib, a warning is logged instead.
+    """Draws a confusion matrix in a PNG file.
+
+    If matplotlib is not installed, a warning is logged instead.
 
     Args:
         path: the path of the PNG file.
@@ -275,9 +280,12 @@ def as_json(
     Undefined metrics become null.
 
     Args:
+        trained: the model with its checkpoint.
+        subject: the images on which the model was evaluated.
         split: "val" or "test".
         metrics: the metrics by name, such as "test_acc"; an undefined metric is None.
-        matrix: the numbers of images, integers of shape (classes, classes), with a row per label.
+        matrix: the numbers of images, integers of shape (classes, classes), with a row per label
+            and a column per predicted class.
         reported: the metrics that training reported for the same weights and images; None if there
             are none.
     """

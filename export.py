@@ -32,8 +32,8 @@ class Command(cli.Command):
     """The parsed command line of export.py.
 
     Attributes:
-        format: "torch", "onnx" or "weights".
-        output: the file to write.
+        format: the format of the exported model: "torch", "onnx" or "weights".
+        output: the file to which the exported model is written.
     """
 
     format: str
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the script and returns its exit status.
 
     Args:
-        argv: the arguments of the command line; None takes the arguments of this process.
+        argv: the arguments of the command line, or None for those of this process.
     """
     return cli.main(prepare, argv)
 
@@ -84,7 +84,7 @@ def parse(argv: list[str]) -> Command:
 
 
 def check_packages(file_format: str) -> None:
-    """Raises Refused if a package is missing that is needed to export a model in a format.
+    """Raises Refused if a package that a file format needs is not installed.
 
     Args:
         file_format: "torch", "onnx" or "weights".

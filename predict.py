@@ -49,7 +49,7 @@ class Command(cli.Command):
         images: the image files found at the paths.
         missing: a message for each path at which no image was found.
         top: the number of classes to write per image.
-        csv: the CSV file to which the predictions are written; None writes no such file.
+        csv: the CSV file to which the predictions are written; None if no file is wanted.
     """
 
     paths: list[str]
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the script and returns its exit status.
 
     Args:
-        argv: the arguments of the command line; None takes the arguments of this process.
+        argv: the arguments of the command line, or None for those of this process.
     """
     return cli.main(prepare, argv)
 
@@ -128,8 +128,8 @@ def read_list() -> list[str]:
 def predict_images(command: Command) -> int:
     """Predicts the classes of the images, and writes the predictions to the screen.
 
-    With --csv, the predictions are written to a CSV file, too. Each prediction is written as soon
-    as it is known.
+    If --csv was given, the predictions are written to a CSV file, too. Each prediction is written
+    as soon as it is known.
 
     Returns:
         The exit status: cli.FAILED if an image could not be found or read, otherwise cli.DONE.
@@ -183,12 +183,12 @@ class Table:
         )
 
     def write_head(self) -> None:
-        """Writes the line with the names of the columns."""
+        """Writes the first line of the table, with the names of the columns, to stdout."""
         cells = [pad(head, self.name_width + 7) for head in ["prediction", "then"][: self.top]]
         write_stdout("  ".join([pad("image", self.path_width), *cells]).rstrip() + "\n")
 
     def write_row(self, path: Path, prediction: "Prediction") -> None:
-        """Writes the line of one image.
+        """Writes the table row of one image to stdout: its path, class names and probabilities.
 
         Args:
             path: the path of the image.
@@ -204,11 +204,11 @@ class Table:
 class CsvFile:
     """A CSV file with one row per image, which contains the predicted classes.
 
-    The file is open during a `with` block. All rows that were written are kept if the block is
-    interrupted.
+    The file is open during a `with` block. If the block is interrupted, the rows that were written
+    until then are kept.
 
     Args:
-        path: the path of the CSV file; None writes no file.
+        path: the path of the CSV file; None if no file is wanted.
         top: the number of classes per image.
 
     Raises:
@@ -235,7 +235,7 @@ class CsvFile:
                 self.file.close()
 
     def write_row(self, image: Path, prediction: "Prediction") -> None:
-        """Writes the row of one image. Does nothing if the path of the CSV file is None.
+        """Writes the row of one image to the CSV file, or does nothing if no file is wanted.
 
         Args:
             image: the path of the image.

@@ -53,13 +53,17 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the script and returns its exit status.
 
     Args:
-        argv: the arguments of the command line; None takes the arguments of this process.
+        argv: the arguments of the command line, or None for those of this process.
     """
     return cli.main(prepare, argv)
 
 
 def prepare(argv: list[str]) -> cli.Task:
-    """Reads the command line and the sweep's file, and returns the work to do."""
+    """Reads the command line and the sweep's file, and returns the work to do.
+
+    Raises:
+        Refused: the command line or the file is wrong, Optuna is not installed, or this is Windows.
+    """
     parser = cli.Parser("sweep.py", __doc__)
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="settings of the sweep, such as configs/sweep.yaml")
@@ -83,7 +87,13 @@ def check_packages() -> None:
 
 
 def run(sweep: Sweep, command: Command, log: "Log", stop: "StopSignals") -> int:
-    """Trains the trials that are not finished, one after another, and then logs the best trials.
+    """Trains the unfinished trials of a sweep one after another, and then logs the best trials.
+
+    Args:
+        sweep: the settings of the sweep.
+        command: the command line, which names the trials to leave out.
+        log: the log of this process.
+        stop: the signal handlers.
 
     Returns:
         The exit status: cli.FAILED if no trial of the sweep is complete, otherwise cli.DONE.
@@ -132,7 +142,7 @@ def log_trial(trial: "TakenTrial") -> None:
 
 
 def log_result(trial: "TakenTrial", result: "TrialResult") -> None:
-    """Logs how a trial ended, and the best trial of the sweep so far."""
+    """Logs how a trial ended, how many trials have ended, and the best trial so far."""
     study, ranking = trial.study, trial.study.ranking()
     if result.value is not None:
         text = f"{trial.monitor} {result.value:.4f} in epoch {result.epoch}"
@@ -146,12 +156,14 @@ def log_result(trial: "TakenTrial", result: "TrialResult") -> None:
 
 
 def num_finished(study: "Study") -> int:
-    """Returns the number of trials that have ended: complete, stopped early or failed."""
+    """Returns the number of a sweep's trials that have ended: complete, stopped early or failed."""
     return sum(trial.state.is_finished() for trial in study.trials())
 
 
 def log_ranking(study: "Study") -> int:
-    """Logs the best trials of a sweep, and commands that compare them and reuse the best trial.
+    """Logs the best trials of a sweep, and commands that use them.
+
+    One command compares these trials. Another trains with the settings of the best trial.
 
     Returns:
         The exit status: cli.FAILED if no trial is complete, otherwise cli.DONE.
@@ -185,11 +197,12 @@ def log_ranking(study: "Study") -> int:
 def log_best_settings(study: "Study", best: "FrozenTrial") -> None:
     """Logs a command that trains with the settings of the best trial.
 
-    The command reads the file in configs/best_hparams, if that file contains the result of this
-    trial. Otherwise, it reads config.yaml in the logs of the trial. If the logs are on another
-    machine, a line says so, and there is no command.
+    The command names a settings file. This is the file in configs/best_hparams if it contains the
+    result of this trial, and otherwise config.yaml in the trial's log folder. If that log folder is
+    on another machine, a line says so, and no command is logged.
 
     Args:
+        study: the sweep.
         best: the best trial of the sweep.
     """
     from cnn.records import best_hparams

@@ -47,7 +47,8 @@ class Command(cli.Command):
     """The parsed command line of train.py.
 
     Attributes:
-        resume: the file after --resume; "" for --resume without a file, None without --resume.
+        resume: the file after --resume; "" for --resume without a file; None if --resume was not
+            given.
         dry_run: whether --dry-run was given.
         drill: whether --drill was given.
         find_lr: whether --find-lr was given.
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the script and returns its exit status.
 
     Args:
-        argv: the arguments of the command line; None takes the arguments of this process.
+        argv: the arguments of the command line, or None for those of this process.
     """
     return cli.main(prepare, argv, distributed=True)
 
@@ -73,10 +74,10 @@ def main(argv: list[str] | None = None) -> int:
 def prepare(argv: list[str]) -> cli.Task | None:
     """Reads the command line and checks the settings.
 
-    With --print-config, it prints the settings.
+    With --print-config, the settings are printed, and there is nothing more to do.
 
     Returns:
-        The work to do, or None with --print-config, after which there is nothing more to do.
+        The work to do; None with --print-config.
 
     Raises:
         Refused: the command line or a setting is wrong.
@@ -102,7 +103,7 @@ def prepare(argv: list[str]) -> cli.Task | None:
 
 
 def start(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
-    """Trains a run until it is finished: a new run, or an earlier one that is resumed.
+    """Starts a new run, or resumes an earlier one, and trains it until it is finished.
 
     A run is resumed if --resume was given and there is a checkpoint.
 
@@ -110,6 +111,8 @@ def start(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> Non
         cfg: the settings of a new run. A resumed run has these settings if --config was given.
             Otherwise, it has the settings in its checkpoint, changed by those on the command line.
         command: the command line.
+        log: the log of this process.
+        stop: the signal handlers.
     """
     from cnn.training.distributed import process_group
     from cnn.training.resume import find_checkpoint_to_resume, run_name
@@ -141,11 +144,13 @@ def train(
 
     Args:
         cfg: the settings of the run.
-        folder: the folder of the run, which rank 0 has locked.
+        folder: the log folder and the checkpoint folder of the run, which rank 0 has locked.
+        log: the log of this process.
+        stop: the signal handlers.
         group: the processes that train together; rank 0 logs and writes files.
-        checkpoint: the checkpoint from which the run resumes; None starts a new run.
-        max_batches: the largest number of batches per split and epoch; None uses all batches.
-        trace: writes a record of every batch, for --drill; None writes no records.
+        checkpoint: the checkpoint from which the run resumes; None for a new run.
+        max_batches: the largest number of batches per split and epoch; None if there is no limit.
+        trace: writes a record of every batch, for --drill; None if no records are wanted.
     """
     from cnn.records import summary
     from cnn.records.records import open_records
@@ -205,7 +210,7 @@ def train_epoch(run: "Run", saver: "Saver") -> None:
 def test(run: "Run", saver: "Saver") -> None:
     """Evaluates the weights of the best epoch on the test images, and saves the metrics.
 
-    A run does this once, after its last epoch. If there is no best epoch, the latest weights are
+    A run does this once, after its last epoch. If no epoch is the best one, the latest weights are
     tested.
     """
     from cnn.training.engine import evaluate
@@ -229,7 +234,7 @@ def test(run: "Run", saver: "Saver") -> None:
 def locked_folder(
     group: "Group", name: str | None, root: Path = Path(), *, scratch: bool = False
 ) -> "Iterator[RunFolder]":
-    """Locks the folder of a run during a `with` block, so that no other run writes into it.
+    """Locks the folders of a run during a `with` block, so that no other run writes into them.
 
     Rank 0 holds the lock for all processes.
 
@@ -237,14 +242,14 @@ def locked_folder(
         group: the processes that train together.
         name: the name of the run; None for a run without a name.
         root: the folder that contains logs/ and checkpoints/.
-        scratch: whether the caller removes the folder at the end, so that nothing can resume from
-            it.
+        scratch: whether the caller removes the folders at the end, so that nothing can resume from
+            them.
 
     Yields:
-        The folder of the run.
+        The log folder and the checkpoint folder of the run.
 
     Raises:
-        Refused: another process is writing into the folder, or the folder cannot be written.
+        Refused: another process is writing into the folders, or the folders cannot be written.
     """
     from cnn.utils.run_folder import RunFolder
 
@@ -259,10 +264,15 @@ def locked_folder(
 
 
 def dry_run(cfg: Config, log: "Log", stop: "StopSignals") -> None:
-    """Tries out every part of a run in a temporary folder.
+    """Tries out every part of a run in a temporary folder, with at most two batches per split.
 
-    With at most two batches per split and epoch, it trains one epoch, validates, saves and tests,
-    and then resumes for a second epoch.
+    It trains one epoch, validates, saves and tests. Then it resumes from the checkpoint for a
+    second epoch.
+
+    Args:
+        cfg: the settings of the run. Its number of epochs is ignored.
+        log: the log of this process.
+        stop: the signal handlers.
     """
     from cnn.training.distributed import process_group
     from cnn.training.resume import Checkpoint
@@ -288,12 +298,12 @@ def dry_run(cfg: Config, log: "Log", stop: "StopSignals") -> None:
 def drill(cfg: Config, stop: "StopSignals") -> None:
     """Checks that a run with these settings can be stopped at any point and resumed.
 
-    A short version of the run is stopped by signals and resumed, in a temporary folder. The result
-    is compared bit by bit with that of the same training without a stop.
+    In a temporary folder, a short version of the run is stopped by signals and resumed. Its result
+    is compared bit by bit with the result of the same training without a stop.
 
     Raises:
         Refused: torchrun has started several processes, or this is Windows.
-        Failed: the results differ; the message says where.
+        Failed: the results differ. The message says where.
     """
     launch.refuse_multiple_processes("--drill")
     if os.name == "nt":
@@ -373,8 +383,9 @@ def _as_setting(option: str, argv: list[str]) -> str:
         argv: all arguments, in which the value may follow the option.
 
     Returns:
-        "train.epochs=5" for the arguments --epochs 5. If the value is missing, "..." takes its
-        place. If no setting has the name, the text is "key=value: train.epochs=5".
+        A text such as "train.epochs=5" for the arguments --epochs 5, or "train.epochs=..." if no
+        value follows. If there is no setting of that name, the text explains how a setting is
+        written: "key=value: train.epochs=5".
     """
     name, equals, value = option.lstrip("-").replace("-", "_").partition("=")
     if not equals:

@@ -49,7 +49,8 @@ NAMING = ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")  # opcodes t
 def write_archive(content: Any, file: IO[bytes]) -> None:
     """Saves a value with torch.save, and adds a checksum to the file.
 
-    The checksum is stored in the comment of the zip file, which torch.load ignores.
+    The checksum covers the bytes for which torch.save stores no checksums, such as the headers of
+    the zip file. It is stored in the comment of the zip file, which torch.load ignores.
 
     Args:
         content: whatever torch.save accepts, such as the dict of a checkpoint.
@@ -123,8 +124,8 @@ class _TensorsAsNone(pickle.Unpickler):
 def _open(path: Path) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]:
     """Opens a file that torch.save has written, and keeps it open within a `with` block.
 
-    Everything except the data of the tensors is checked first. If another program replaces the file
-    during the block, the block still reads the old content.
+    Everything except the data of the tensors is checked before the block begins. If another program
+    replaces the file during the block, the block still reads the old content.
 
     Args:
         path: the path of the file.
@@ -133,8 +134,8 @@ def _open(path: Path) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]:
         The open file and its zip archive.
 
     Raises:
-        Refused: the file cannot be read, is damaged, or contains something that could run code. An
-            exception in the block is raised as Refused too.
+        Refused: the file cannot be read, is damaged, or contains something that could run code. If
+            any other exception occurs in the block, Refused is raised in its place.
     """
     try:
         status = path.stat()
@@ -165,7 +166,7 @@ def _open(path: Path) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]:
 
 
 def _check_frame(path: Path, file: IO[bytes], archive: zipfile.ZipFile) -> None:
-    """Checks the end record of a zip file, and the checksum in the comment of the file.
+    """Checks that the end of a zip file is intact, and that the checksum in its comment is right.
 
     A file without a comment has no checksum, and is accepted.
 
@@ -175,8 +176,8 @@ def _check_frame(path: Path, file: IO[bytes], archive: zipfile.ZipFile) -> None:
         archive: the zip archive in the file.
 
     Raises:
-        zipfile.BadZipFile: the end record does not fit the end of the file.
-        Refused: the checksum does not fit the file.
+        zipfile.BadZipFile: the zip file's end record is not at the end of the file.
+        Refused: the checksum is wrong.
     """
     comment = archive.comment
     size = file.seek(0, 2) - len(comment)
@@ -193,7 +194,9 @@ def _check_frame(path: Path, file: IO[bytes], archive: zipfile.ZipFile) -> None:
 
 
 def _frame_checksum(file: IO[bytes], archive: zipfile.ZipFile, size: int) -> bytes:
-    """Returns a SHA-256 of a zip file that leaves out its comment and the data of its members.
+    """Computes the SHA-256 of the headers of a zip file: of all bytes that are not a member's data.
+
+    The comment at the end of the file is left out too, because it contains this checksum.
 
     Args:
         file: the open file.
@@ -214,7 +217,7 @@ def _frame_checksum(file: IO[bytes], archive: zipfile.ZipFile, size: int) -> byt
 
 
 def _checksum(file: IO[bytes], spans: list[tuple[int, int]]) -> bytes:
-    """Returns the SHA-256 of some spans of a file, followed by two zero bytes.
+    """Computes one SHA-256 of several spans of a file and of two zero bytes after them.
 
     The zero bytes stand for the length of an empty comment at the end of a zip file.
 
@@ -264,15 +267,15 @@ def _check_members(path: Path, archive: zipfile.ZipFile, size: int) -> None:
 
 
 def _check_pickle(path: Path, pickled: bytes) -> None:
-    """Checks that a pickle names no objects except those that tensors and plain values need.
+    """Checks that a pickle uses no Python objects except those that tensors and plain values need.
 
     Args:
         path: the path of the file with the pickle, for the error message.
         pickled: the bytes of the pickle.
 
     Raises:
-        Refused: the pickle names any other object, which could run code; or it contains a number so
-            large that unpickling could take too much memory.
+        Refused: the pickle uses any other function or class, which could run code; or it contains a
+            number so large that unpickling could take too much memory.
     """
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name in NAMING and argument not in ALLOWED:

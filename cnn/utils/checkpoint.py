@@ -41,8 +41,9 @@ def load_checkpoint(path: Path, option: str = "--resume") -> dict[str, Any]:
         The entries of the checkpoint, such as "model_state_dict" and "epoch".
 
     Raises:
-        Refused: the file cannot be read, is damaged, or is not a checkpoint of this project. The
-            message names another intact checkpoint in the same folder, if there is one.
+        Refused: the file cannot be read, is damaged, is not a checkpoint of this project, or
+            contains weights that are NaN. The message names another intact checkpoint in the same
+            folder, or says that there is none.
     """
     try:
         return read_checkpoint(path)
@@ -53,8 +54,8 @@ def load_checkpoint(path: Path, option: str = "--resume") -> dict[str, Any]:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Reads a checkpoint, and checks its bytes and its content.
 
-    The tensors are put on the CPU. If the checkpoint is refused, the error message names no other
-    checkpoint; `load_checkpoint` gives such advice.
+    The tensors are put on the CPU. No code that the file may contain is executed. Unlike
+    `load_checkpoint`, this function does not look for another checkpoint if this one is refused.
 
     Args:
         path: the path of the checkpoint.
@@ -84,7 +85,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Reads the entries of a checkpoint that are not state dicts.
+    """Reads all entries of a checkpoint except the state dicts.
 
     This takes milliseconds, whatever the size of the file, because the data of the tensors is not
     read.
@@ -189,7 +190,7 @@ def _advice(path: Path, option: str) -> str:
 
 
 def _check_kind(path: Path, content: Any) -> None:
-    """Checks that a file of torch.save contains a checkpoint which this version can read.
+    """Checks that a value read from a file is a checkpoint, and one that this version can read.
 
     Args:
         path: the path of the file, for the error message.
@@ -217,12 +218,12 @@ def _check_kind(path: Path, content: Any) -> None:
 
 
 def clone_tree(tree: Any, device: torch.device | str | None = "cpu") -> Any:
-    """Copies nested dicts, lists and tuples together with the tensors in them.
+    """Copies a tensor, or nested dicts, lists and tuples with all tensors in them.
 
-    Values of other types are not copied.
+    Values of other types are not copied, and are shared with the original.
 
     Args:
-        tree: the dict, list, tuple or tensor to copy.
+        tree: the tensor, dict, list or tuple to copy.
         device: the device of the copied tensors, or None to leave each copy on the device of its
             original.
     """
@@ -275,8 +276,8 @@ class CheckpointWriter:
 
     Attributes:
         failure: why the latest write failed, or None if it did not fail.
-        pending_best: the content of the best epoch's checkpoint while it is not written yet, or
-            None.
+        pending_best: the content of the best epoch's checkpoint until it is written; None if it is
+            written or there is none.
     """
 
     def __init__(self) -> None:
@@ -295,8 +296,8 @@ class CheckpointWriter:
         Args:
             content: the entries of the checkpoint by name.
             path: the path of the file, such as checkpoints/last.pth.
-            best: a further path for the same content, such as checkpoints/best.pth, if the latest
-                epoch is the best one so far; otherwise None.
+            best: a further path for the same content, such as checkpoints/best.pth, if this is the
+                checkpoint of the best epoch so far; otherwise None.
             also: further paths for the same content, such as checkpoints/epoch_005.pth.
 
         Raises:

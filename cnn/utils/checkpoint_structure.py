@@ -48,7 +48,7 @@ def is_amount(value: Any) -> bool:
 
 
 def is_plain(value: Any) -> bool:
-    """Returns whether a value contains no tensors, and no mapping with a key that is not text.
+    """Returns True if a value contains no tensors and all its dicts have only text as keys.
 
     Values nested in dicts, lists and tuples are examined too.
     """
@@ -195,7 +195,7 @@ def check(value: Any, kind: Any, key: str = "") -> None:
 
 
 def _kind_of(name: Any, kinds: dict[Any, Any], key: str) -> Any:
-    """Looks up in a table of what kind the value with a given name must be.
+    """Returns the kind of value that a table prescribes for a name.
 
     Args:
         name: the name of the value in a mapping of the checkpoint, such as "epoch".
@@ -228,6 +228,9 @@ def check_values(tree: Any) -> None:
     Plain values are None, bool, int, float and str. Plain tensors are dense, and no two of their
     elements share memory.
 
+    Args:
+        tree: the dict, list or tuple to check.
+
     Raises:
         InvalidValue: a value or tensor is not plain, a key is neither text nor an int, a container
             occurs twice, or the nesting is too deep. The message begins with the key of the value,
@@ -243,8 +246,8 @@ def _check_value(tree: Any, key: str, depth: int, seen: set[int]) -> None:
         tree: the value to check.
         key: the place of the value in the checkpoint, such as "optimizer_state_dict.state".
         depth: the number of containers around the value.
-        seen: the ids of the containers that were checked before. This call adds the ids of those
-            that it checks.
+        seen: the ids of the containers that earlier calls have checked. This call adds the ids of
+            the containers that it checks.
 
     Raises:
         InvalidValue: something is not plain. The message begins with the key of that value.
@@ -289,10 +292,10 @@ def _fault_of(tensor: torch.Tensor) -> str | None:
 
 
 def structure_hash(content: dict[str, Any]) -> str:
-    """Returns a SHA-256 over a checkpoint's plain values and its tensors' shapes and dtypes.
+    """Returns a SHA-256 of a checkpoint's plain values and of the shapes and dtypes of its tensors.
 
-    The elements of the tensors are left out, because the checksums of the file cover them. Only a
-    tensor without dimensions is included with its value.
+    The elements of a tensor are left out, because the checksums of the file cover them. Only the
+    value of a tensor without dimensions is included.
 
     Args:
         content: the entries of the checkpoint by name.

@@ -33,8 +33,9 @@ def choose_device(name: str, launch: Launch | None = None) -> torch.device:
     Args:
         name: "cpu", "cuda", "cuda:1", "mps" or "auto". "auto" is CUDA if it is available, otherwise
             MPS, otherwise the CPU.
-        launch: the processes of the run; None stands for a single process. If there are several,
-            "auto" and "cuda" give each process the CUDA device whose index is its local rank.
+        launch: the place of this process among the processes of the run; None for a run of one
+            process. If there are several processes, "auto" and "cuda" give each of them the CUDA
+            device whose index is its local rank.
 
     Raises:
         Refused: there is no such device, or this machine has more processes of the run than CUDA
@@ -64,8 +65,8 @@ def choose_precision(name: str, device: torch.device, earlier: str | None = None
         name: "fp32", "bf16" or "fp16", which is returned as it is, or "auto". For a new run, "auto"
             is "bf16" if the hardware supports it, and otherwise "fp32".
         device: the device of the model.
-        earlier: for a run that is resumed, its precision until now, which "auto" keeps; None for a
-            new run.
+        earlier: the precision that a resumed run had before, which is returned for "auto"; None for
+            a new run.
     """
     if name != "auto":
         return name
@@ -89,10 +90,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def cpu_has(*features: str) -> bool:
-    """Returns whether the CPU has at least one of some features that PyTorch uses through oneDNN.
+    """Returns whether the CPU has at least one of the given features, and PyTorch can use it.
 
-    The result is False if PyTorch was built without oneDNN, or if the features of the CPU are
-    unknown because the system has no file /proc/cpuinfo.
+    PyTorch uses such features through the library oneDNN. The result is False if PyTorch was built
+    without oneDNN, or if the system has no file /proc/cpuinfo, which lists the features of the CPU.
 
     Args:
         features: the names of the features as in /proc/cpuinfo, such as "avx512_bf16".
@@ -113,8 +114,9 @@ def describe(device: torch.device, precision: str, world_size: int = 1) -> dict[
         world_size: the number of processes of the run.
 
     Returns:
-        Text, numbers or None by name: versions of packages, the device, the CPU, the number of
-        threads, `precision`, `world_size`, and the git commit as "git".
+        A dict such as {"torch": "2.14.0", "device": "cpu", "threads": 4, "git": "1a2b3c4"}. It
+        contains the versions of packages, the device, the CPU, the number of threads, `precision`,
+        `world_size` and the git commit. A value that is not known is None.
     """
     on_cuda = device.type == "cuda"
     return {

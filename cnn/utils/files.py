@@ -27,13 +27,13 @@ def write_atomically(
         path: the file to replace or create.
         write: a function that is called with the temporary file and writes the content to it. The
             file is open for writing and reading in binary mode.
-        also: further paths in the same folder for the same content. They are synced to disk before
-            `path` is replaced, so that the content of `path` may refer to them.
+        also: further paths in the same folder that get the same content. They are replaced and
+            synced to disk before `path` is replaced.
 
     Raises:
-        OSError: a write, rename or sync failed. No temporary file is left. `path` is unchanged
-            unless only the last sync failed. Each path in `also` has its old content or the new
-            one.
+        OSError: a write, rename or sync failed. No temporary file is left. `path` has its old
+            content, or the new one if the error came from syncing the folder after `path` was
+            replaced. Each path in `also` has its old content or the new one.
     """
     temporary = temporary_name(path)
     links = [temporary_name(other) for other in also]
@@ -81,6 +81,9 @@ def raising_failed(path: Path) -> Iterator[None]:
 
     Args:
         path: the file that the block writes, for the error message.
+
+    Raises:
+        Failed: an OSError occurred. The message contains the path.
     """
     try:
         yield
@@ -89,7 +92,7 @@ def raising_failed(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text to a file in UTF-8, in place of the earlier content of the file.
+    """Writes a text to a file in UTF-8, in place of the file's earlier content.
 
     After a crash, the file has either its old content or the new one. A lone surrogate, which UTF-8
     cannot encode, is written as its escape sequence.
@@ -101,7 +104,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_record(path: Path, text: str) -> None:
-    """Writes a text to a file in the logs of a run, in place of the earlier content of the file.
+    """Writes a text to a file in the log folder of a run, in place of the file's earlier content.
 
     If the file cannot be written, a warning is logged and no error is raised.
     """
@@ -112,7 +115,7 @@ def write_record(path: Path, text: str) -> None:
 
 
 def warn_unwritten(what: Path | str, reason: str) -> None:
-    """Logs a warning that a file in the logs of a run cannot be written.
+    """Logs a warning that a file in the log folder of a run cannot be written.
 
     Args:
         what: the path of the file, or a name for several files, such as "logs/tensorboard".
@@ -134,8 +137,8 @@ def temporary_name(path: Path) -> Path:
 def remove_leftovers(folder: Path) -> None:
     """Removes the temporary files that a crash has left in a folder.
 
-    Only temporary files of this project are removed. If one of them cannot be removed, the rest
-    stays too, and no error is raised.
+    Only temporary files of this project are removed. If one of them cannot be removed, the function
+    stops without an error, and the remaining ones stay.
     """
     with contextlib.suppress(OSError):
         for path in folder.glob(f".*{TEMPORARY}"):

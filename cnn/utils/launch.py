@@ -36,7 +36,7 @@ class Launch:
 def find_launch() -> Launch:
     """Reads the place of this process in its run from the environment variables of torchrun.
 
-    Without these variables, the place is that of the only process of a run.
+    Without these variables, this process is taken to be the only one of its run.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
     try:
@@ -46,15 +46,15 @@ def find_launch() -> Launch:
 
 
 def command(*words: str) -> list[str]:
-    """Returns the command that runs a script in as many processes as this run has.
+    """Returns a command that runs a script in as many processes as this run has.
 
     Args:
         words: the script and its arguments, such as "train.py" and "--resume".
 
     Returns:
-        The words of the command. The first one is "python" for a single process and "torchrun" for
-        several. For several machines, the word "..." stands for the options of torchrun that the
-        user has to add.
+        The words of the command, such as ["python", "train.py", "--resume"]. The first word is
+        "python" if this run has a single process, and otherwise "torchrun". If the run uses several
+        machines, the word "..." stands for the options of torchrun that the user has to add.
     """
     launch = find_launch()
     if launch.size == 1:

@@ -41,7 +41,7 @@ class _File(logging.FileHandler):
 
     Args:
         path: the path of train.log.
-        prefix: a text before every message, such as "rank 1: "; "" on rank 0. With a prefix, the
+        prefix: a text before every message, such as "rank 1: "; "" for none. With a prefix, the
             file is not opened before the first message.
     """
 
@@ -70,10 +70,11 @@ class _File(logging.FileHandler):
 class Log:
     """The log of one process: the console and, after `open_file`, a file.
 
-    Until `close`, it replaces the handlers of Python's root logger. Rank 0 logs the messages of
-    this project from the level INFO on, and the warnings and errors of other libraries. The other
-    ranks log errors and, after `open_file`, the warnings of this project. Their messages begin with
-    the rank, as in "rank 1: ".
+    From its creation until `close`, it replaces the handlers of Python's root logger.
+
+    Rank 0 logs the messages of this project from the level INFO on, and the warnings and errors of
+    other libraries. The other ranks log only errors and, after `open_file`, the warnings of this
+    project. Their messages begin with the rank, as in "rank 1: ".
 
     Args:
         rank: the index of this process among those of the run.

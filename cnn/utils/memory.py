@@ -13,15 +13,16 @@ LARGEST_KEPT = 20 * 2**20
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc's malloc keep the memory of freed tensors for those of the next step.
+    """Makes glibc's malloc keep the memory of freed tensors for the tensors of the next step.
 
     By default, glibc returns this memory to the system and requests it again in every step, and the
     system zeroes it page by page. With a C library other than glibc, this function does nothing.
 
-    Without this function, ResNet-9 of bench/throughput.py trains 0.79 times as many images per
-    second on the CPU, with 1.28 times the CPU time and 0.95 times the memory (medians of 5
-    alternating pairs; images per second from 0.56 to 1.61, on a busy machine). LeNet-5 and the
-    digits, whose tensors are small, show no difference.
+    Without this function, ResNet-9 in bench/throughput.py trains 0.79 times as many images per
+    second on the CPU, and takes 1.28 times the CPU time and 0.95 times the memory. These are
+    medians of 5 alternating pairs of runs on a busy machine. The ratios of images per second range
+    from 0.56 to 1.61. LeNet-5 and the model of the digits, whose tensors are small, show no
+    difference.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -42,9 +42,9 @@ def state_preserved(*modules: nn.Module) -> Iterator[None]:
 def load_state(module: nn.Module, state: dict[str, Any], *, strict: bool = True) -> None:
     """Loads a state dict into a module, and ignores the version numbers in the state dict.
 
-    PyTorch stores a version number for each submodule, and converts a state dict that has none as
-    one of an old version. Checkpoints of this project have none. Therefore, this function assumes
-    the current version of every submodule.
+    PyTorch stores a version number for each submodule. If a state dict has no version numbers,
+    PyTorch converts it as if it were old. The checkpoints of this project have none, although they
+    are not old. Therefore, this function assumes the current version of every submodule.
 
     Args:
         module: the module, which is changed in place.

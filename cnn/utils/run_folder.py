@@ -60,12 +60,13 @@ class RunLogs:
 
 
 class RunFolder:
-    """The two folders of a run: logs/NAME and checkpoints/NAME.
+    """The log folder and the checkpoint folder of a run: logs/NAME and checkpoints/NAME.
 
     Within a `with` block, this process is the only one that may write into them.
 
     Args:
-        name: the name of the run; None for a run whose folders are logs and checkpoints themselves.
+        name: the name of the run; None for a run without a name, whose folders are logs and
+            checkpoints themselves.
         root: the folder that contains logs, checkpoints and configs.
         scratch: whether the caller removes the folders when the run ends, so that nothing can
             resume from them.
@@ -95,7 +96,7 @@ class RunFolder:
         back. Temporary files that a crash has left are removed.
 
         Raises:
-            Refused: another process is writing into the folders, or they cannot be written.
+            Refused: another process is writing into the folders, or the folders cannot be written.
         """
         try:
             self._make(self.checkpoints)
@@ -120,17 +121,18 @@ class RunFolder:
             raise Refused(f"{place}: cannot be written: {error.strerror}") from None
 
     def _make(self, folder: Path) -> None:
-        """Creates a folder and its missing parents, and adds those that were missing to `_made`."""
+        """Creates a folder and its missing parents, and adds those that it creates to `_made`."""
         self._made += [f for f in (*folder.parents[::-1], folder) if not os.path.lexists(f)]
         make_folder(folder)
 
     def _acquire(self) -> None:
         """Takes the lock of the folders.
 
-        If another process has the lock and .run.json names a living process, this fails at once.
-        Otherwise, it waits for up to 10 seconds: the other process may not have written .run.json
-        yet, or it was killed and its loader processes keep the lock for a few seconds more. If the
-        file system does not support locks, a warning is logged and no lock is taken.
+        If another process has the lock and .run.json names a living process, Refused is raised at
+        once. Otherwise, this method waits for the lock for up to 10 seconds: the other process may
+        not have written .run.json yet, or it was killed and its loader processes keep the lock for
+        some seconds. If the file system does not support locks, a warning is logged and no lock is
+        taken.
 
         Raises:
             Refused: another process has the lock. The message names the process if it is known.
@@ -158,9 +160,9 @@ class RunFolder:
                 time.sleep(0.05)
 
     def unlock(self) -> None:
-        """Releases the lock, and removes the folders that this process left empty.
+        """Releases the lock, and removes the run's folders that are empty.
 
-        Only folders that this process has created are removed.
+        A folder is removed only if this process has created it.
         """
         held = self._lock is not None and self._lock.is_locked
         with contextlib.suppress(OSError):  # the folder is removed, or read-only by now
@@ -176,7 +178,7 @@ class RunFolder:
                 self._lock.release()
 
     def epoch_checkpoint(self, epoch: int) -> Path:
-        """Returns the path under which the checkpoint of an epoch is kept, such as epoch_005.pth.
+        """Returns the path of the checkpoint of an epoch, such as checkpoints/epoch_005.pth.
 
         Args:
             epoch: the number of the epoch, from 1.
@@ -188,15 +190,16 @@ class RunFolder:
         return checkpoints_in(self.checkpoints)
 
     def archive(self) -> Path | None:
-        """Moves the files that an earlier run has left in these folders to an archive.
+        """Moves the files of an earlier run, which used the same folders, to an archive.
 
-        Files in the log folder are moved to archive/START in that folder. Checkpoints and exported
-        models are moved to archive/START in the checkpoint folder. START is the time at which the
-        earlier run started, such as 2026-11-20_18-45-01; a number is added if that name is taken.
+        Files in the log folder are moved to archive/START in the log folder. Checkpoints and
+        exported models are moved to archive/START in the checkpoint folder. START is the time at
+        which the earlier run started, such as 2026-11-20_18-45-01; a number is added if that name
+        is taken.
 
         Returns:
-            The folder archive/START in the log folder, or in the checkpoint folder if the log
-            folder has no files; None if neither has any.
+            The folder archive/START in the log folder. If no file was moved there, the result is
+            the folder archive/START in the checkpoint folder, or None if there was nothing to move.
         """
         names = [name + ending for name in CHECKPOINTS for ending in (".pth", *EXPORTS.values())]
         left = [path for name in names for path in self.checkpoints.glob(name)]
@@ -224,18 +227,19 @@ class RunFolder:
         return target
 
     def _move(self, paths: list[Path], stamp: str) -> str:
-        """Moves some files to the archives of their folders: all of the files, or none.
+        """Moves files of the run to new folders archive/STAMP: all of the files, or none.
 
-        A file moves to archive/STAMP in the folder that it is in. If that name is taken, it is
-        archive/STAMP-2 or a higher number. If this process is killed meanwhile, the next process
-        that takes the lock moves the files back.
+        A file in the checkpoint folder moves to archive/STAMP in the checkpoint folder, and a file
+        in the log folder to archive/STAMP in the log folder. If that name is taken, STAMP-2 is
+        used, then STAMP-3 and so on. If this process is killed meanwhile, the next process that
+        takes the lock moves the files back.
 
         Args:
-            paths: files in the run's two folders.
-            stamp: a name for the new folder, such as "2026-11-20_18-45-01".
+            paths: files in the checkpoint folder and in the log folder.
+            stamp: a name for the new folders, such as "2026-11-20_18-45-01".
 
         Returns:
-            The name of the new folder: `stamp`, or `stamp` with a number.
+            The name of the new folders: `stamp`, or `stamp` with a number.
         """
         folders = [self.checkpoints, self.logs.folder]
         names = (f"{stamp}-{number}" if number > 1 else stamp for number in itertools.count(1))
@@ -306,8 +310,8 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def is_running(logs: Path) -> bool:
     """Returns whether a process is writing the files of a run.
 
-    A process on another machine cannot be checked. It counts as running until it has removed the
-    file .run.json from the checkpoint folder.
+    This cannot be checked for a process on another machine. Such a process counts as running until
+    it has removed the file .run.json from the checkpoint folder.
 
     Args:
         logs: the log folder of the run, such as logs/NAME.
@@ -317,10 +321,10 @@ def is_running(logs: Path) -> bool:
 
 
 def _living_owner(checkpoints: Path) -> dict[str, Any] | None:
-    """Returns the content of the file .run.json if the process that wrote this file is alive.
+    """Returns the content of the file .run.json if the process that it describes is alive.
 
-    That process writes the files of a run. A process on another machine, or on Windows, cannot be
-    checked and counts as alive.
+    A process that writes the files of a run describes itself in this file. If it runs on another
+    machine, or on Windows, it cannot be checked and counts as alive.
 
     Args:
         checkpoints: the checkpoint folder of the run, which contains the file.

@@ -68,11 +68,12 @@ def align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> l
 def escape_unprintable(text: str, keep: str = "") -> str:
     """Replaces the unprintable characters of a text by their escape sequences.
 
-    A class name or a file name may contain such characters: control characters and lone surrogates.
+    Unprintable characters are control characters and lone surrogates. A class name or a file name
+    may contain them.
 
     Args:
         text: the text.
-        keep: unprintable characters that are not replaced, such as line ends.
+        keep: the unprintable characters that are not replaced, such as line ends.
     """
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text))
 

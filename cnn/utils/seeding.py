@@ -57,10 +57,11 @@ def seed_sample(*words: int) -> None:
 
 
 def seed_step(device: torch.device, *words: int) -> None:
-    """Seeds the global generators of PyTorch, numpy and Python with a hash of integers.
+    """Seeds all random generators of a forward pass with a hash of integers.
 
-    PyTorch's generator on the device is seeded too. Random layers such as dropout then draw the
-    same numbers in the next forward pass whenever the integers are the same.
+    These are the global generators of PyTorch, numpy and Python, and PyTorch's generator on the
+    device. Random layers such as dropout draw the same numbers in the next forward pass whenever
+    the integers are the same.
 
     Args:
         device: the device of the model.

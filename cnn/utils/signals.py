@@ -32,12 +32,12 @@ class StopSignals:
 
     Attributes:
         installed: the object whose handlers are installed in this process, or None.
-        received: the number of the latest signal that has come, or None.
+        received: the number of the latest signal; None if there was no signal.
         was_raised: whether a handler has raised `Stopped`, which can happen in the middle of any
             code.
-        deferred: whether a signal waits until `check` is called.
-        is_single_process: whether the run has only one process. If not, `check` does nothing,
-            because all processes have to stop after the same step.
+        deferred: whether a signal has no effect until `check` is called.
+        is_single_process: whether the run has only one process. If it has several, `check` does
+            nothing, because all processes have to stop after the same step.
         is_outcome_known: whether the exit status is decided. Signals are ignored from then on.
     """
 
@@ -113,9 +113,9 @@ class StopSignals:
             raise Stopped(number)
 
     def check(self) -> None:
-        """Raises Stopped if this process has received a signal.
+        """Raises Stopped if a signal has come and this process is the only one of the run.
 
-        If the run has several processes, this method does nothing.
+        In a run of several processes, this method does nothing.
         """
         if self.is_single_process:
             self.raise_received()
@@ -147,10 +147,10 @@ class StopSignals:
 
 @contextlib.contextmanager
 def signals_deferred() -> Iterator[None]:
-    """Defers signals until the end of the `with` block.
+    """Makes signals wait until the end of the `with` block.
 
-    If a signal has come, Stopped is raised at the end of the block, unless signals were already
-    deferred before the block.
+    If a signal comes during the block, Stopped is raised at its end. If signals were already
+    deferred before the block, nothing is raised, and they stay deferred.
     """
     stop = StopSignals.installed or StopSignals()
     before, stop.deferred = stop.deferred, True
@@ -165,10 +165,10 @@ def signals_deferred() -> Iterator[None]:
 def stop_with_parent() -> None:
     """Starts a thread that sends this process SIGTERM when its parent process ends.
 
-    The parent has to open a pipe and to set the environment variable `CNN_PARENT` to the descriptor
-    of the read end; without the variable, no thread is started. Nothing is ever written into the
-    pipe. When the parent ends, even if it is killed, the kernel closes the write end, and the
-    thread notices this.
+    The parent has to open a pipe, to keep its write end open, and to set the environment variable
+    `CNN_PARENT` to the file descriptor of the read end. Without the variable, no thread is started.
+    The thread waits at the read end. When the parent ends, even if it is killed, the kernel closes
+    the write end, and the thread wakes up.
     """
 
     def watch() -> None:
