@@ -321,8 +321,8 @@ def from_probabilities(labels: np.ndarray, scores: np.ndarray) -> Metrics:
 
     Returns:
         A dict with the keys "auc", "log_loss" and "ece". All values are None if there are no
-        images, or if a probability is nan or infinite. Only "auc" is None if the area is undefined
-        for these labels, for example because all are equal.
+        images, or if a probability is nan or infinite. If all labels are equal, the area is
+        undefined, and the value of "auc" is None.
     """
     if len(labels) == 0 or not np.isfinite(scores).all():
         return dict.fromkeys(FROM_PROBABILITIES)
