@@ -247,9 +247,9 @@ class Group:
         """Yields the batches of this process, and makes all processes stop before the same batch.
 
         Every process has to call this method. If one of them cannot load a batch or has received a
-        signal, all processes raise an error in place of that batch. With several processes, a
-        signal takes effect one batch later than in a single process, because each batch is loaded
-        before the preceding one is yielded.
+        signal, all processes raise an error in place of the same batch. With several processes, a
+        signal may take effect one batch later than in a single process, because each batch is
+        loaded before the preceding one is yielded.
 
         Args:
             batches: the batches of this process.
