@@ -84,8 +84,8 @@ def evaluate(
         autocast: a function that returns the context in which a forward pass runs.
         metrics: the metrics to compute, to which no batch has been added yet. Several processes
             need an `EvaluationMetrics`.
-        seed, epoch: the seed of the run, and the number of its completed epochs. They seed the
-            random numbers that some models draw even in evaluation mode.
+        seed, epoch: the seed of the run, and the number of an epoch. Both seed the random numbers
+            that some models draw even in evaluation mode.
         group: the processes that evaluate together. All of them get the same metrics.
 
     Returns:

@@ -225,9 +225,9 @@ def _without_compiler(kind: type[Optimizer]) -> type[Optimizer]:
     """Returns a subclass of a torch optimizer whose methods are not wrapped for torch.compile.
 
     When a wrapper is first called, it imports torch._dynamo, even if nothing is compiled (see
-    torch/_compile.py and torch/optim/optimizer.py). The subclass saves the time of this import. The
-    first step of SGD was done after 4.1, 4.5 and 2.4 s in three measurements with the wrappers, and
-    after 0.01 s without them.
+    torch/_compile.py and torch/optim/optimizer.py). The subclass saves the time of this import. Up
+    to the first step of SGD, 4.1, 4.5 and 2.4 s were measured with the wrappers, and 0.01 s without
+    them.
 
     Args:
         kind: the class of the optimizer, such as torch.optim.SGD.
