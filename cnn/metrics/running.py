@@ -19,7 +19,7 @@ SUMS = ("loss", "weight", "correct", "count")
 class RunningMetrics:
     """Running sums over images, from which the mean loss and the accuracy are computed.
 
-    Every image counts the same. A smaller last batch thus counts less than the other batches.
+    The sums are taken over images, so that a small batch counts less than a large one.
 
     Args:
         device: the device on which the sums are kept.
@@ -224,7 +224,7 @@ class EvaluationMetrics(RunningMetrics):
 
         Returns:
             A dict of two tensors on the CPU: the class indices under "prediction", int32 (N), and
-            the probabilities under "probability", float32 (N). N is the number of all images. They
+            the probabilities under "probability", float32 (N). N is the number of all images, which
             are in the order of the batches.
         """
         return {

@@ -61,7 +61,8 @@ def mode(metric: str) -> str:
     """Returns "min" if lower values of a metric are better, else "max".
 
     Args:
-        metric: the name of the metric, with or without a split, such as "val_loss" or "loss".
+        metric: the name of the metric, such as "loss"; the name of a split may precede it, as in
+            "val_loss".
     """
     name = metric.split("_", 1)[1] if metric.startswith(SPLITS) else metric
     return "min" if name in LOWER else "max"
@@ -171,7 +172,7 @@ def macro(values: np.ndarray) -> float | None:
 
 
 def weighted(values: np.ndarray, support: np.ndarray) -> float | None:
-    """Returns the mean of a metric over the classes, weighted by the number of images of each.
+    """Returns the mean of a metric over the classes, weighted by the number of images per class.
 
     Args:
         values: the value of the metric for every class, an array (classes). Classes with nan are

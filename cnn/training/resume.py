@@ -123,7 +123,7 @@ def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | Non
 def readable_checkpoints(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yields the path and the content of every checkpoint that can be read.
 
-    A warning is logged for every other checkpoint.
+    A warning is logged for every checkpoint that cannot be read.
 
     Args:
         paths: the files of the checkpoints, which are read one by one.
@@ -187,7 +187,7 @@ def check_code(path: Path, saved: dict[str, Any], typed: set[str]) -> None:
 
     Args:
         path: the file of the checkpoint, for the error message.
-        saved: the settings in the checkpoint, such as {"model": {"name": "net.py:Net"}}.
+        saved: the settings in the checkpoint, such as {"model": {"name": "package.module:Net"}}.
         typed: the keys of the settings that the user typed on the command line, such as
             {"model.name"}. Code that these settings name is permitted.
     """
@@ -316,10 +316,10 @@ def _check_position(checkpoint: Checkpoint, loader: Loader) -> None:
 def prepare_folder(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
     """Prepares the folder of a run, and moves away files that the run would overwrite.
 
-    If the folder contains only files of other runs, all of them are moved to an archive folder. If
-    the folder contains checkpoints of the run itself, these stay, except damaged ones and those
-    with more steps than `checkpoint`. If the run resumes, last.pth afterwards has the content of
-    `checkpoint`, and best.pth contains the best epoch before it.
+    If no checkpoint in the folder belongs to the run, all files of the earlier run are moved to an
+    archive folder. Otherwise, only those checkpoints are moved that do not precede `checkpoint`.
+    If the run resumes, last.pth afterwards has the content of `checkpoint`, and best.pth contains
+    the best epoch up to `checkpoint`.
 
     Args:
         folder: the folder in which the run trains.

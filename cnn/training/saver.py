@@ -111,7 +111,7 @@ class Saver:
         """Saves the state after a completed epoch to last.pth.
 
         If the epoch is the best one so far, the state is saved to best.pth, too. After every
-        `checkpoint.every_epochs`-th epoch, it is saved to a file such as epoch_005.pth, too.
+        `checkpoint.every_epochs`-th epoch, the state is saved to a file such as epoch_005.pth, too.
 
         Args:
             improved: whether the epoch is the best one so far.

@@ -39,7 +39,7 @@ class TrainingState:
         batch: the number of batches of the current epoch that are done. It becomes 0 again when the
             validation of the epoch is done.
         running_metrics: the sums over the training batches of the current epoch that are done.
-        seconds: the time spent on these batches, in seconds.
+        seconds: the time spent on the training batches of the current epoch, in seconds.
         lr: the highest learning rate of all parameter groups in the latest step.
         group_lrs: the learning rates in the latest step of those parameter groups whose initial
             learning rate is not the highest. In the example {"lr_x0.1": 0.005}, the initial
