@@ -19,14 +19,15 @@ SUMS = ("loss", "weight", "correct", "count")
 class RunningMetrics:
     """Running sums over images, from which the mean loss and the accuracy are computed.
 
-    The sums are taken over images, not over batches. A smaller last batch thus counts less.
+    The sums are taken over images, so that a small batch counts less than a large one.
 
     Args:
         device: the device on which the sums are kept.
 
     Attributes:
-        loss: the sum over the batches of the mean loss of a batch times its weight, a tensor ().
-        weight: the sum of the weights of the batches. The mean loss is `loss` divided by it.
+        loss: the sum of the losses, a tensor (). A batch contributes its mean loss, multiplied by
+            the weight of the batch.
+        weight: the sum of the weights of the batches. The mean loss is `loss / weight`.
         correct: the number of images whose prediction equals the label, a tensor ().
         count: the number of images.
     """
@@ -39,14 +40,14 @@ class RunningMetrics:
         self.count: int | Tensor = 0
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor, weight: Weight = None) -> None:
-        """Adds a batch of N images.
+        """Adds a batch of N images to the sums.
 
         Args:
-            loss: mean loss of the batch, a tensor ().
-            logits: (N, classes).
-            labels: index of each image's class (N).
-            weight: weight of this batch in the mean loss over several batches, as the function
-                `weight_of` returns it; None for N.
+            loss: the mean loss of the batch, a tensor ().
+            logits: the outputs of the model, a tensor (N, classes).
+            labels: the class index of each image, a tensor (N).
+            weight: the weight of this batch in the mean loss over all batches, as `weight_of`
+                returns it. If None, the weight is N.
         """
         number = len(labels)
         weight = number if weight is None else weight
@@ -61,7 +62,7 @@ class RunningMetrics:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def pack(self) -> Tensor:
-        """Returns the four sums as one tensor (4): loss, weight, correct and count.
+        """Returns loss, weight, correct and count, in this order, as one tensor of shape (4).
 
         The dtype is float64, or float32 on MPS.
         """
@@ -69,10 +70,10 @@ class RunningMetrics:
         return torch.stack([torch.as_tensor(s).to(self.loss, non_blocking=True) for s in sums])
 
     def unpack(self, total: Tensor) -> None:
-        """Sets the four sums.
+        """Replaces the four sums by those in a tensor that `pack` returned.
 
         Args:
-            total: a tensor (4) that contains loss, weight, correct and count, as `pack` returns it.
+            total: a tensor of shape (4) that contains loss, weight, correct and count.
         """
         self.loss, self.weight, correct, count = total.unbind()
         self.correct, self.count = correct.to(torch.int64), count.to(torch.int64)
@@ -90,23 +91,26 @@ class RunningMetrics:
         Waits until the device has computed the sums.
 
         Returns:
-            The values under "loss" and "acc", such as {"loss": 0.1, "acc": 0.98}. The accuracy is a
-            fraction. Without images, both values are 0.
+            A dict such as {"loss": 0.1, "acc": 0.98}. The accuracy is a fraction from 0 to 1. If no
+            image has been added, both values are 0.
         """
         count = int(self.count)
         weight = float(self.weight) if count else 1.0
         return {"loss": self.loss.item() / weight, "acc": self.correct.item() / max(count, 1)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the sums by name, for a checkpoint: "loss", "weight", "correct" and "count"."""
+        """Returns the sums under the names "loss", "weight", "correct" and "count".
+
+        They are saved in a checkpoint.
+        """
         return {name: getattr(self, name) for name in SUMS} | {"count": int(self.count)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores sums that `state_dict` returned.
 
         Args:
-            state: the sums by name. If "weight" is missing, as in older checkpoints, the weight is
-                set to the number of images.
+            state: the sums by name. Older checkpoints lack "weight". The weight is then set to the
+                number of images.
         """
         self.loss.copy_(state["loss"])
         self.correct.copy_(state["correct"])
@@ -118,14 +122,14 @@ class RunningMetrics:
 class EvaluationMetrics(RunningMetrics):
     """Metrics of an evaluation: running sums, confusion matrix, and a prediction for each image.
 
-    Losses and predictions are stored per batch. The results of several processes can thus be put
-    into the order of the batches, which gives the same bits as a single process.
+    Losses and predictions are stored batch by batch. If several processes share the evaluation,
+    their batches can thus be merged in order, and the metrics equal those of a single process.
 
     Args:
         device: the device of the logits.
-        num_classes: number of classes.
-        names: the metrics that `compute` returns, such as "acc" and "auc". Probabilities of all
-            classes are stored only if one of the metrics needs them.
+        num_classes: the number of classes.
+        names: the metrics that `compute` returns, such as "acc" and "auc". The probabilities of all
+            classes are stored only if one of these metrics needs them.
     """
 
     PER_BATCH = ("_losses", "_labels", "_predictions", "_confidences", "_probabilities")
@@ -145,14 +149,14 @@ class EvaluationMetrics(RunningMetrics):
         self._probabilities: list[Tensor] = []
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor, weight: Weight = None) -> None:
-        """Adds a batch of N images, and the prediction for each of them.
+        """Adds a batch of N images to the sums, and stores the prediction for each image.
 
         Args:
-            loss: mean loss of the batch, a tensor ().
-            logits: (N, classes).
-            labels: index of each image's class (N).
-            weight: weight of this batch in the mean loss over several batches, as the function
-                `weight_of` returns it; None for N.
+            loss: the mean loss of the batch, a tensor ().
+            logits: the outputs of the model, a tensor (N, classes).
+            labels: the class index of each image, a tensor (N).
+            weight: the weight of this batch in the mean loss over all batches, as `weight_of`
+                returns it. If None, the weight is N.
         """
         super().add(loss, logits, labels, weight)
         weight = len(labels) if weight is None else weight
@@ -171,10 +175,11 @@ class EvaluationMetrics(RunningMetrics):
             self._probabilities.append(probabilities)
 
     def gather(self, all_gather: Callable[[dict], list[dict]]) -> None:
-        """Merges the batches of all processes in place, so that all have the same metrics.
+        """Merges the batches of all processes into this object.
 
-        Of n processes, the one with rank r must have added the batches r, r + n, r + 2n and so on.
-        Their common order is restored.
+        Every process has to call this method. Afterwards, all of them have the same metrics, and
+        the batches are in the order 0, 1, 2 and so on. Of n processes, the one with rank r must
+        have added the batches r, r + n, r + 2n and so on.
 
         Args:
             all_gather: a function that takes a value of this process and returns the list of the
@@ -196,7 +201,7 @@ class EvaluationMetrics(RunningMetrics):
         """Returns the values of the metrics that were chosen when this object was created.
 
         Returns:
-            The values by name, such as {"acc": 0.98, "auc": None}. An undefined metric is None.
+            A dict such as {"acc": 0.98, "auc": None}. The value of an undefined metric is None.
         """
         values = super().compute() | scores.from_confusion_matrix(self.confusion().numpy())
         values[scores.TOP_K_ACC] = self.in_top.item() / max(self.count, 1)
@@ -208,18 +213,19 @@ class EvaluationMetrics(RunningMetrics):
         return {name: values.get(name) for name in self.names}
 
     def confusion(self) -> Tensor:
-        """Returns the confusion matrix on the CPU, int64 (classes, classes).
+        """Returns the confusion matrix, an int64 tensor (classes, classes) on the CPU.
 
         Rows are labels, columns are predictions.
         """
         return self.matrix.view(self.num_classes, self.num_classes).cpu()
 
     def predictions(self) -> dict[str, Tensor]:
-        """Returns the predicted class of each image and the probability of this class, on the CPU.
+        """Returns the predicted class of each image and the probability of this class.
 
         Returns:
-            "prediction", int32 (N), and "probability", float32 (N), in the order of the batches. N
-            is the number of images.
+            A dict of two tensors on the CPU: the class indices under "prediction", int32 (N), and
+            the probabilities under "probability", float32 (N). N is the number of all images, which
+            are in the order of the batches.
         """
         return {
             "prediction": torch.cat(self._predictions).to("cpu", torch.int32),
@@ -228,12 +234,14 @@ class EvaluationMetrics(RunningMetrics):
 
 
 def compute_loss(function: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the loss of a batch, computed in float32, or in float64 if the logits are float64.
+    """Returns the loss of a batch of N images, computed in float32.
+
+    If the logits are float64, the loss is computed in float64.
 
     Args:
         function: the loss function.
-        logits: (N, classes), of any float type.
-        labels: index of each image's class (N), or labels in another form that the loss function
+        logits: the outputs of the model, a tensor (N, classes) of any float type.
+        labels: the class index of each image, a tensor (N); or whatever labels the loss function
             takes.
     """
     return function(logits.float() if logits.dtype != torch.float64 else logits, labels)
@@ -246,11 +254,12 @@ def weight_of(function: nn.Module, labels: Tensor) -> int | Tensor:
 
     Args:
         function: the loss function.
-        labels: index of each image's class (N).
+        labels: the class index of each image of the batch, a tensor (N).
 
     Returns:
-        The number of images, N. For cross-entropy with class weights, it is the sum of the class
-        weights of the images, a tensor (), because torch divides the loss of a batch by this sum.
+        N, the number of images. Cross-entropy with class weights is an exception: torch divides the
+        loss of a batch by the sum of the class weights of its images. This sum, a tensor (), is
+        then returned.
     """
     weights = getattr(function, "weight", None)
     if not isinstance(function, nn.CrossEntropyLoss) or weights is None:

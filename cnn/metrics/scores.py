@@ -27,11 +27,13 @@ OF_TWO_CLASSES = ("auc", "sensitivity", "specificity")
 
 
 def epoch_metrics(num_classes: int, monitor: str) -> tuple[str, ...]:
-    """Returns the names of the metrics that are computed in every epoch's validation.
+    """Returns the names of the metrics that are computed in the validation after every epoch.
 
     Args:
-        num_classes: number of classes; some metrics exist for two classes or for many only.
-        monitor: the monitored metric, such as "val_auc". It is always one of the names returned.
+        num_classes: the number of classes. Some metrics are only for two classes; `TOP_K_ACC` is
+            only for 20 or more.
+        monitor: the metric by which the best epoch is chosen, such as "val_auc". This metric is
+            always computed.
 
     Returns:
         Names without the prefix "val_", such as "acc".
@@ -45,9 +47,12 @@ def epoch_metrics(num_classes: int, monitor: str) -> tuple[str, ...]:
 
 
 def result_metrics(num_classes: int) -> tuple[str, ...]:
-    """Returns the names of the metrics that are computed in the final test.
+    """Returns the names of the metrics that are computed in the final test, such as "acc".
 
-    These are all metrics that exist for this number of classes.
+    These are all metrics that make sense for the number of classes.
+
+    Args:
+        num_classes: the number of classes.
     """
     return tuple(dict.fromkeys([*epoch_metrics(num_classes, "val_auc"), *FROM_PROBABILITIES]))
 
@@ -56,7 +61,8 @@ def mode(metric: str) -> str:
     """Returns "min" if lower values of a metric are better, else "max".
 
     Args:
-        metric: its name, such as "loss" or, with the name of a split, "val_loss".
+        metric: the name of the metric, such as "loss"; the name of a split may precede it, as in
+            "val_loss".
     """
     name = metric.split("_", 1)[1] if metric.startswith(SPLITS) else metric
     return "min" if name in LOWER else "max"
@@ -66,8 +72,9 @@ def improves(metric: str, value: float | None, best: float | None) -> bool:
     """Returns whether a value of a metric is better than the best value so far.
 
     Args:
-        metric: its name, such as "val_loss". The name decides whether lower values are better.
-        value: the new value; None, nan and infinite values are never better.
+        metric: the name of the metric, such as "val_loss". For some metrics, lower values are
+            better.
+        value: the new value. A value that is None, nan or infinite is never better.
         best: the best value so far; None if there is none.
     """
     if value is None or not math.isfinite(value):
@@ -79,11 +86,11 @@ def wilson(correct: float, count: int) -> tuple[float, float] | None:
     """Returns the 95 % confidence interval of a proportion (Wilson, 1927).
 
     Args:
-        correct: how many of the `count` cases are correct.
-        count: number of cases.
+        correct: the number of correct cases.
+        count: the number of all cases.
 
     Returns:
-        The lower and the upper end, as fractions from 0 to 1. None if `count` is 0.
+        The lower and the upper end of the interval, from 0 to 1. None if `count` is 0.
     """
     if count == 0:
         return None
@@ -97,9 +104,12 @@ def with_interval(accuracy: float | None, count: int, digits: int = 4) -> str:
     """Formats an accuracy with its 95 % interval, as in `0.9833 (95 %: 0.9726 to 0.9899)`.
 
     Args:
-        accuracy: the fraction of correct images; for None the result is "n/a".
-        count: number of images; for 0 the result is "n/a".
-        digits: number of decimal places.
+        accuracy: the fraction of correct images; None if it is not known.
+        count: the number of images.
+        digits: the number of decimal places.
+
+    Returns:
+        The text. It is "n/a" if the accuracy is None or there are no images.
     """
     if accuracy is None or count == 0:
         return "n/a"
@@ -111,12 +121,14 @@ def with_interval(accuracy: float | None, count: int, digits: int = 4) -> str:
 
 
 def confusion(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
-    """Returns the confusion matrix, int64 (classes, classes): rows are labels, columns predictions.
+    """Returns the confusion matrix, an int64 array (classes, classes).
+
+    Rows are labels, columns are predictions. Each entry is a number of images.
 
     Args:
-        labels: index of each image's class (N).
-        predictions: index of each image's predicted class (N).
-        num_classes: number of classes.
+        labels: the class index of each image, an array (N).
+        predictions: the index of the predicted class of each image, an array (N).
+        num_classes: the number of classes.
     """
     cells = np.bincount(labels.astype(np.int64) * num_classes + predictions, None, num_classes**2)
     return cells.reshape(num_classes, num_classes)
@@ -129,8 +141,9 @@ def per_class(matrix: np.ndarray) -> dict[str, np.ndarray]:
         matrix: confusion matrix (classes, classes): rows are labels, columns predictions.
 
     Returns:
-        One array (classes) under each of the names "precision", "recall", "specificity", "f1" and
-        "support". Undefined values are nan. The support of a class is the number of its images.
+        A dict with the keys "precision", "recall", "specificity", "f1" and "support". Each contains
+        an array with one value per class, which is nan where it is undefined. The support of a
+        class is the number of its images.
     """
     matrix = np.asarray(matrix)
     hits, support, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
@@ -148,7 +161,8 @@ def macro(values: np.ndarray) -> float | None:
     """Returns the mean of a metric over the classes for which it is defined.
 
     Args:
-        values: the value of the metric for every class (classes), nan where it is undefined.
+        values: the value of the metric for every class, an array (classes); nan where the metric is
+            undefined.
 
     Returns:
         The mean, or None if no value is defined.
@@ -158,11 +172,12 @@ def macro(values: np.ndarray) -> float | None:
 
 
 def weighted(values: np.ndarray, support: np.ndarray) -> float | None:
-    """Returns the mean of a metric over the classes, weighted by their numbers of images.
+    """Returns the mean of a metric over the classes, weighted by the number of images per class.
 
     Args:
-        values: the value of the metric for every class (classes). Classes with nan are left out.
-        support: number of images of each class (classes).
+        values: the value of the metric for every class, an array (classes). Classes with nan are
+            left out.
+        support: the number of images of every class, an array (classes).
 
     Returns:
         The mean, or None if no class with images has a defined value.
@@ -180,9 +195,9 @@ def from_confusion_matrix(matrix: np.ndarray) -> Metrics:
         matrix: confusion matrix (classes, classes): rows are labels, columns predictions.
 
     Returns:
-        Balanced accuracy under "balanced_acc" and macro F1 under "f1". For two classes, the result
-        contains "sensitivity" and "specificity", too; class 1 is the positive class. Undefined
-        values are None.
+        A dict with the balanced accuracy under "balanced_acc" and the macro F1 under "f1". If there
+        are two classes, it contains "sensitivity" and "specificity", too; class 1 is then the
+        positive class. The value of an undefined metric is None.
     """
     classes = per_class(matrix)
     values = {"balanced_acc": macro(classes["recall"]), "f1": macro(classes["f1"])}
@@ -197,11 +212,10 @@ def most_confused(matrix: np.ndarray, number: int) -> list[tuple[int, int, int]]
 
     Args:
         matrix: confusion matrix (classes, classes): rows are labels, columns predictions.
-        number: how many confusions to return at most.
+        number: the largest number of confusions to return.
 
     Returns:
-        One tuple (label, prediction, number of images) per confusion. Label and prediction are
-        class indices.
+        A list of tuples such as (3, 5, 12): 12 images of class 3 were predicted as class 5.
     """
     wrong = matrix * (1 - np.eye(len(matrix), dtype=matrix.dtype))
     cells = np.argsort(-wrong, axis=None, kind="stable")[:number]
@@ -220,15 +234,17 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 def auc_per_class(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Returns the area under the ROC curve (AUC) of each class against all others.
 
-    The areas are computed from rank sums (Mann and Whitney, 1947; Hanley and McNeil, 1982). A pair
-    of equal scores counts half.
+    The area is the fraction of pairs, of an image of the class and an image of another class, in
+    which the image of the class has the higher score. A pair with equal scores counts half. The
+    areas are computed from ranks (Mann and Whitney, 1947; Hanley and McNeil, 1982).
 
     Args:
-        labels: index of each image's class (N).
-        scores: (N, classes), higher for a likelier class.
+        labels: the class index of each image, an array (N).
+        scores: the score of each class for each image, an array (N, classes). A higher score means
+            a likelier class.
 
     Returns:
-        Areas (classes). The area is nan if no image or every image belongs to the class.
+        An array (classes). The area is nan if no image or every image belongs to the class.
     """
     areas = np.full(scores.shape[1], np.nan)
     for number, column in enumerate(np.array(scores.T, order="C")):  # a copy, to be sorted
@@ -247,30 +263,32 @@ def auc_per_class(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
 def auc(labels: np.ndarray, scores: np.ndarray) -> float | None:
     """Returns the area under the ROC curve (AUC).
 
-    For two classes, it is the area of class 1. For more classes, it is the mean of the areas of
-    each class against all others. A class to which no image or every image belongs has no area and
-    is left out.
+    With two classes, class 1 is the positive class. With more classes, one area is computed for
+    each class against all others, and their mean is returned. A class is left out of the mean if no
+    image or every image belongs to it.
 
     Args:
-        labels: index of each image's class (N).
-        scores: (N, classes), higher for a likelier class.
+        labels: the class index of each image, an array (N).
+        scores: the score of each class for each image, an array (N, classes). A higher score means
+            a likelier class.
 
     Returns:
-        The area, from 0 to 1. None if no area is defined.
+        The area, from 0 to 1. None if the area of no class is defined.
     """
     areas = auc_per_class(labels, scores)
     return macro(areas[1:] if len(areas) == 2 else areas)
 
 
 def log_loss(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Returns the mean over all images of -log(p), where p is the probability of the image's label.
+    """Returns the log loss: the mean of -log(p) over all images.
 
-    As in scikit-learn, p is clipped to [eps, 1 - eps], where eps is the machine epsilon of the
-    dtype of `scores`.
+    Here p is the probability that the model gives to the true class of an image. As in
+    scikit-learn, p is clipped to [eps, 1 - eps], where eps is the machine epsilon of the dtype of
+    `scores`.
 
     Args:
-        labels: index of each image's class (N).
-        scores: probabilities (N, classes).
+        labels: the index of the true class of each image, an array (N).
+        scores: the probability of each class for each image, an array (N, classes).
     """
     least = np.finfo(scores.dtype).eps
     of_labels = scores[np.arange(len(labels)), labels].astype(np.float64)
@@ -280,13 +298,13 @@ def log_loss(labels: np.ndarray, scores: np.ndarray) -> float:
 def calibration_error(labels: np.ndarray, scores: np.ndarray) -> float:
     """Returns the expected calibration error (Guo et al., ICML 2017, section 2).
 
-    The images are divided into `ECE_BINS` bins of equal width by the probability of the predicted
-    class. The error is the mean of |accuracy - mean probability| over the bins, weighted by their
-    numbers of images.
+    The images are sorted into `ECE_BINS` bins of equal width by the probability of the predicted
+    class. For each bin, |accuracy - mean probability| is computed. The error is the mean of these
+    values over the bins, weighted by the number of images in each bin.
 
     Args:
-        labels: index of each image's class (N).
-        scores: probabilities (N, classes).
+        labels: the index of the true class of each image, an array (N).
+        scores: the probability of each class for each image, an array (N, classes).
     """
     confidence = scores.max(1).astype(np.float64)
     is_correct = scores.argmax(1) == labels
@@ -299,12 +317,13 @@ def from_probabilities(labels: np.ndarray, scores: np.ndarray) -> Metrics:
     """Returns area under the ROC curve, log loss and expected calibration error.
 
     Args:
-        labels: index of each image's class (N).
-        scores: probabilities (N, classes).
+        labels: the index of the true class of each image, an array (N).
+        scores: the probability of each class for each image, an array (N, classes).
 
     Returns:
-        Values under "auc", "log_loss" and "ece". All are None if there are no images, or if a
-        probability is nan or infinite. "auc" alone is None if it is undefined for these labels.
+        A dict with the keys "auc", "log_loss" and "ece". All values are None if there are no
+        images, or if a probability is nan or infinite. If all labels are equal, the area is
+        undefined, and the value of "auc" is None.
     """
     if len(labels) == 0 or not np.isfinite(scores).all():
         return dict.fromkeys(FROM_PROBABILITIES)

@@ -38,16 +38,16 @@ class Group:
 
     Args:
         launch: the rank of this process and the number of processes; None for a single process.
-        stop: the signal handlers of this process. Only a single process may pass None; no signal
-            then interrupts the wait for a batch.
+        stop: the signal handlers of this process. If None, no signal interrupts the wait for a
+            batch; this is permitted only for a single process.
 
     Attributes:
         rank: the index of this process, from 0 to size - 1.
         size: the number of processes.
         is_rank0: whether this is the process with rank 0, the one that logs and writes files.
-        key: a tuple that is added to the seed of every training step, so that the processes draw
-            different random numbers. It is () on rank 0, which draws the same numbers as a single
-            process would, and (rank,) on the others.
+        key: a tuple that is part of the seed of every training step, so that the processes draw
+            different random numbers. It is () in the process with rank 0, and (rank,) in every
+            other process.
     """
 
     def __init__(self, launch: Launch | None = None, stop: StopSignals | None = None):
@@ -103,8 +103,8 @@ class Group:
         """Returns the value of rank 0 in every process.
 
         Args:
-            value: any object that can be pickled, such as a dict of tensors. The values that the
-                other ranks pass are ignored.
+            value: any object that can be pickled, such as a dict of tensors. The values that other
+                processes than rank 0 pass are ignored.
         """
         if self.size == 1:
             return value
@@ -113,10 +113,13 @@ class Group:
         return values[0]
 
     def all_gather(self, value: T) -> list[T]:
-        """Returns a list of the values that all processes pass, in the order of their ranks.
+        """Collects one value from each process, and returns the list of them in every process.
 
         Args:
-            value: any object that can be pickled.
+            value: the value of this process, any object that can be pickled.
+
+        Returns:
+            The values of all processes, in the order of the ranks.
         """
         if self.size == 1:
             return [value]
@@ -126,11 +129,12 @@ class Group:
 
     @contextlib.contextmanager
     def agreement(self) -> Iterator[None]:
-        """Raises an error in every process if any raises Refused or Failed in the `with` block.
+        """Raises an error in every process if one of them raises Refused or Failed in the block.
 
-        Every process has to enter the block, and waits for the others at its end. If several
-        processes failed, the one with the lowest rank raises its own error. All other processes
-        raise RefusedElsewhere. Exceptions of other types are not passed on to other processes.
+        Every process has to enter the `with` block, and waits for the others at its end. Of the
+        processes that failed, the one with the lowest rank raises its own error. All other
+        processes raise RefusedElsewhere. Exceptions of other types are not passed on to other
+        processes.
         """
         error = None
         try:
@@ -150,10 +154,11 @@ class Group:
 
     @contextlib.contextmanager
     def local_rank0_first(self) -> Iterator[None]:
-        """Runs the block of a `with` first in the process with local rank 0 of each machine.
+        """Makes one process of each machine run the `with` block before the others.
 
-        The other processes run it afterwards. If a process raises Refused or Failed in the block,
-        every process raises an error, as in `agreement`.
+        This is the process with local rank 0. The other processes of all machines run the block
+        afterwards. If a process raises Refused or Failed in the block, every process raises an
+        error.
         """
         leads = self.launch.local_rank == 0
         if not leads:
@@ -168,7 +173,10 @@ class Group:
     # -- training ------------------------------------------------------------------------------
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Wraps the model in DistributedDataParallel; returns it unchanged in a single process."""
+        """Returns the model wrapped in DistributedDataParallel.
+
+        In a single process, the model itself is returned.
+        """
         if self.size == 1:
             return model
         # find_unused_parameters makes DDP add up the gradients in the same order in every step.
@@ -204,10 +212,11 @@ class Group:
         return total
 
     def sum_metrics(self, metrics: RunningMetrics) -> RunningMetrics:
-        """Replaces running metrics by their sums over all processes, in place, and returns them.
+        """Adds the running metrics of all processes up, and returns the total in every process.
 
         Args:
-            metrics: the sums over this process's share of the images.
+            metrics: the sums over this process's share of the images. This object is changed in
+                place, and returned.
         """
         if self.size > 1:
             packed = metrics.pack()
@@ -217,12 +226,11 @@ class Group:
     def broadcast_module(self, module: nn.Module | None) -> None:
         """Copies parameters, buffers and extra state from rank 0's module to all processes.
 
-        Without this method, the modules of the processes may differ: each process computes the
-        running statistics of BatchNorm from its own images.
+        Before, the modules of the processes may differ, because each process computes the running
+        statistics of BatchNorm from its own images.
 
         Args:
-            module: the module of this process, which is changed in place. For None, the method does
-                nothing.
+            module: the module of this process, which is changed in place. If None, nothing is done.
         """
         if self.size == 1 or module is None:
             return
@@ -236,21 +244,20 @@ class Group:
             load_state(module, self.broadcast(extra), strict=False)
 
     def synchronized(self, batches: Iterable[T], number: int) -> Iterator[T]:
-        """Yields the batches of this process, each when all processes have loaded theirs.
+        """Yields the batches of this process, and makes all processes stop before the same batch.
 
-        If a process cannot load its batch or has received a signal, all processes raise an error
-        before the same batch. To find this out, several processes exchange a message per batch.
-        Each batch is loaded, and its message is sent, before the preceding batch is yielded. A
-        signal that comes after the message takes effect one batch later.
+        Every process has to call this method. If one of them cannot load a batch or has received a
+        signal, all processes raise an error in place of the same batch. With several processes, a
+        signal may take effect one batch later than in a single process, because each batch is
+        loaded before the preceding one is yielded.
 
         Args:
             batches: the batches of this process.
-            number: the number of batches of the process that has most. A process with fewer batches
-                exchanges messages until the others are done.
+            number: the largest number of batches that one of the processes has.
 
         Raises:
             Stopped: one of the processes received a signal.
-            DataFailed: one of the processes cannot load its batch.
+            DataFailed: one of the processes cannot load a batch.
         """
         batches = iter(batches)
         if self.size == 1:
@@ -269,18 +276,19 @@ class Group:
 
         Raises:
             Stopped: a signal came before or during the wait for the batch.
+            DataFailed: the batch cannot be loaded.
         """
         return self.stop.interruptible(lambda: next(batches, None))
 
     def _begin_agreement(self, batches: Iterator[T]) -> Pending:
-        """Loads the next batch, and begins to tell the other processes whether that worked.
+        """Loads the next batch, and begins to tell the other processes whether it was loaded.
 
         Returns:
-            Four values. First, the batch; None after the last one, or if it was not loaded. Second,
-            the error of this process, or None. Third, an int64 tensor (2) with the number of the
-            received signal, and the rank plus 1 of a process that failed; 0 stands for none.
-            Fourth, the handle of the all-reduce that replaces both by their maxima over all
-            processes.
+            Four values. The first is the batch; None after the last batch, or if it was not loaded.
+            The second is the error that prevented this, or None. The third is an int64 tensor (2).
+            It contains the number of the signal that this process received, or 0, and its rank
+            plus 1 if it failed to load the batch, else 0. The fourth is the handle of an all-reduce
+            that replaces both numbers by their maxima over all processes.
         """
         batch = failure = None
         try:
@@ -296,7 +304,8 @@ class Group:
     def _end_agreement(self, batch: T | None, failure: Any, state: Any, work: Any) -> T | None:
         """Waits for the messages of all processes, and returns the batch of this process.
 
-        The arguments are the four values that `_begin_agreement` returned.
+        Args:
+            batch, failure, state, work: the four values that `_begin_agreement` returned.
 
         Returns:
             The batch; None if this process has no more batches.
@@ -316,7 +325,7 @@ class Group:
     def _signal(self) -> int:
         """Returns the number of the signal that this process received, or 0 if there is none.
 
-        If torchrun, which started this process, has ended, this counts as SIGTERM.
+        The end of torchrun, which started this process, counts as the signal SIGTERM.
         """
         if self.stop.received is None and os.getppid() != self._launcher:
             return signal.SIGTERM
@@ -330,10 +339,11 @@ ALONE = Group()
 def process_group(stop: StopSignals) -> Iterator[Group]:
     """Connects the processes that torchrun started, and disconnects them at the end of the context.
 
-    Yields a `Group` of these processes. Without torchrun, it consists of this process alone.
-
     Args:
         stop: the signal handlers of this process.
+
+    Yields:
+        The group of these processes. Without torchrun, it consists of this process alone.
 
     Raises:
         Refused: the other processes cannot be reached or do not connect in time.
@@ -353,10 +363,11 @@ def process_group(stop: StopSignals) -> Iterator[Group]:
 
 
 def _attempt() -> str:
-    """Returns a prefix for keys in torchrun's store, such as "attempt 1" after the first restart.
+    """Returns a prefix for the keys in torchrun's store, such as "attempt 1".
 
-    The store keeps the addresses of the processes. Without the prefix, a restarted process would
-    find the addresses from before the restart.
+    The number is how often torchrun has restarted the processes. The store contains the addresses
+    of the processes. Without the prefix, a restarted process would find the addresses from before
+    the restart. If the store does not outlive a restart, the prefix is always "attempt 0".
     """
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT') if shared else 0}"

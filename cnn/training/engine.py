@@ -20,13 +20,13 @@ from cnn.utils.module_state import state_preserved
 def train_one_epoch(run: Run, batches: Iterable[Batch]) -> Iterator[int]:
     """Trains the model on the remaining batches of the current epoch.
 
-    This is a generator, which takes one optimizer step before each `yield`. At each `yield`,
+    This is a generator. It takes one optimizer step before each `yield`. At each `yield`,
     `run.state` is complete and may be saved.
 
     Args:
         run: the run, whose state is changed in place.
-        batches: this process's share of the batches of the epoch, beginning with the batch whose
-            index in the epoch is `run.state.batch`.
+        batches: this process's share of each remaining batch. Within the epoch, the index of the
+            first one is `run.state.batch`.
 
     Yields:
         The number of batches in the optimizer step just taken.
@@ -73,20 +73,20 @@ def evaluate(
 ) -> Metrics:
     """Evaluates a model on batches, and returns its metrics.
 
-    Afterwards, the state dicts of the model and the loss function are restored. This is done even
-    if loading a batch raises an exception.
+    The state dicts of the model and the loss function are the same afterwards, even if a batch
+    cannot be loaded.
 
     Args:
         model: the model, which is put into evaluation mode for the duration of the call.
-        batches: every `group.size`-th batch of a split, beginning with the batch whose index is
-            `group.rank`; in a single process, all batches.
+        batches: all batches of a split. If there are several processes, only every `group.size`-th
+            batch, beginning with the batch whose index is `group.rank`.
         loss_function: computes the mean loss () from logits (N, classes) and labels (N).
-        autocast: returns the context in which a forward pass runs.
-        metrics: empty metrics, to which every batch is added; an `EvaluationMetrics` if there are
-            several processes.
-        seed, epoch: the seed of the run and the number of an epoch. With the index of a batch, they
-            seed the random numbers that some models draw even in evaluation mode.
-        group: the processes that evaluate together; all of them get the same metrics.
+        autocast: a function that returns the context in which a forward pass runs.
+        metrics: the metrics to compute, to which no batch has been added yet. Several processes
+            need an `EvaluationMetrics`.
+        seed, epoch: the seed of the run, and the number of an epoch. Both seed the random numbers
+            that some models draw even in evaluation mode.
+        group: the processes that evaluate together. All of them get the same metrics.
 
     Returns:
         The values of `metrics` by name, such as {"loss": 0.1, "acc": 0.98}.
@@ -111,10 +111,14 @@ def evaluate(
 
 
 def in_chunks(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Returns an iterator over lists of `size` batches; the last list may be shorter.
+    """Returns an iterator over lists of consecutive batches, one list per optimizer step.
 
-    Each list contains the batches of one optimizer step. All of them are loaded before the step
-    begins. A batch that cannot be loaded thus never leaves a step half done.
+    All batches of a step are loaded before the step begins. If a batch cannot be loaded, no step is
+    thus left half done.
+
+    Args:
+        batches: the batches.
+        size: the length of each list; the last list may be shorter.
     """
     # Without worker processes, the augmentations draw from the same global generators as the model;
     # loading first keeps their draws apart.
@@ -125,10 +129,11 @@ def in_chunks(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 def seed_batch(run: Run, number: int) -> None:
     """Seeds the global random generators for a training batch, so that its dropout can be repeated.
 
+    The seed of the run, the step, the batch and the process determine the random numbers.
+
     Args:
-        run: the run. Its seed, the index of its optimizer step and the key of its process group
-            determine the random numbers, together with `number`.
-        number: the index of the batch within the optimizer step.
+        run: the run, before its next optimizer step.
+        number: the index of the batch within this step.
     """
     key = (seeding.STEP, run.state.step, number, *run.group.key)
     seeding.seed_step(run.state.device, run.cfg.seed, *key)
@@ -138,9 +143,9 @@ def clip_gradients(state: TrainingState, max_norm: float) -> None:
     """Scales the gradients down so that their norm over all parameters is at most `max_norm`.
 
     Args:
-        state: the state of the run. The gradients of its optimizer's parameters are changed in
-            place. If its gradient scaler has scaled them (fp16), this is undone first.
-        max_norm: the largest L2 norm.
+        state: the state of the run. The gradients of the parameters in `state.optimizer` are
+            changed in place. With fp16, gradients are multiplied by a scale, which is undone first.
+        max_norm: the largest permitted L2 norm.
     """
     state.scaler.unscale_(state.optimizer)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
@@ -148,9 +153,10 @@ def clip_gradients(state: TrainingState, max_norm: float) -> None:
 
 
 def set_training_mode(model: nn.Module) -> None:
-    """Puts a model into training mode, except BatchNorm layers of which all parameters are frozen.
+    """Puts a model into training mode, except for its frozen BatchNorm layers.
 
-    Those layers are put into evaluation mode, so that their running statistics do not change.
+    A BatchNorm layer is frozen if none of its parameters requires a gradient. It is put into
+    evaluation mode, so that its running statistics do not change.
     """
     model.train()
     for module in model.modules():

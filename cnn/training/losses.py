@@ -16,7 +16,7 @@ def build_loss(cfg: LossConfig, labels: np.ndarray, classes: list[str]) -> nn.Mo
 
     Args:
         cfg: the settings of the loss.
-        labels: the labels of the training images, int64 (number of images). They are used only for
+        labels: the class index of each training image, an int64 array. The labels are used only for
             the setting `class_weights: balanced`.
         classes: the names of the classes, in the order of the logits.
 
@@ -24,9 +24,9 @@ def build_loss(cfg: LossConfig, labels: np.ndarray, classes: list[str]) -> nn.Mo
         A module that takes logits (N, classes) and labels (N) and returns their mean loss ().
 
     Raises:
-        Refused: the number of class weights is not the number of classes. Or a loss function of the
-            user's own cannot be imported, does not take the keywords in `loss.args`, or has
-            trainable parameters.
+        Refused: the number of class weights is not the number of classes; or the user's own loss
+            function cannot be imported, does not take the keywords in `loss.args`, or has trainable
+            parameters.
     """
     weights = _class_weights(cfg.class_weights, labels, classes)
     return LOSSES[cfg.name](cfg, weights) if cfg.name in LOSSES else _build_user_loss(cfg)
@@ -41,9 +41,9 @@ LOSSES: dict[str, Callable[[LossConfig, torch.Tensor | None], nn.Module]] = {
 
 
 def has_state(loss: nn.Module) -> bool:
-    """Returns whether checkpoints contain the state dict of a loss function.
+    """Returns whether the state dict of a loss function is saved in checkpoints.
 
-    They contain it for every loss function except cross-entropy.
+    The state dict of every loss function except cross-entropy is saved.
     """
     return not isinstance(loss, nn.CrossEntropyLoss)
 
@@ -52,8 +52,7 @@ def class_weights(loss: nn.Module) -> list[float] | None:
     """Returns the class weights of a loss function, as plain numbers for a checkpoint.
 
     Returns:
-        One weight per class. None for cross-entropy without class weights and for any other loss
-        function.
+        One weight per class. None if the loss is not cross-entropy, or has no class weights.
     """
     weights = None if has_state(loss) else loss.weight
     return None if weights is None else weights.tolist()

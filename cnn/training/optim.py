@@ -40,16 +40,16 @@ Groups = list[dict[str, Any]]  # as torch's optimizers take them
 def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
     """Builds the optimizer, with parameters grouped by learning rate and weight decay.
 
-    Parameters whose learning rate is set to 0 by `optim.groups` get `requires_grad=False`.
+    Parameters for which `optim.groups` sets `lr_scale: 0` get `requires_grad=False`.
 
     Args:
         cfg: the settings of the optimizer.
         model: the model whose parameters are trained.
 
     Raises:
-        Refused: a pattern matches no parameter or takes too long, all parameters are frozen,
-            `optim.args` contains a keyword that the optimizer does not take, or the optimizer does
-            not fit the training step (it is no torch Optimizer or needs a closure).
+        Refused: a pattern matches no parameter or takes too long to match; all parameters are
+            frozen; `optim.args` contains a keyword that the optimizer does not take; or the
+            user's own optimizer cannot be used, for example because its `step` needs a closure.
     """
     too_slow = f"a pattern takes more than {MATCH_TIMEOUT} s to match; simplify it"
     with time_limit(MATCH_TIMEOUT, Refused(f"optim.groups or optim.freeze: {too_slow}")):
@@ -74,9 +74,9 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
 def _keyword_arguments(cfg: OptimConfig, kind: Callable, groups: Groups) -> dict[str, Any]:
     """Returns the keyword arguments with which the optimizer is built, without lr and weight_decay.
 
-    They are those settings in `cfg` that the optimizer takes, and all entries of `optim.args`. For
-    optimizers of torch, "fused" is added if they take it and `optim.args` does not contain
-    "foreach".
+    They are those settings in `cfg` that the optimizer takes, and all entries of `optim.args`. If
+    the optimizer is one of torch's and has a fused implementation, "fused" is added, unless
+    `optim.args` contains "fused" or "foreach".
 
     Args:
         cfg: the settings of the optimizer.
@@ -126,9 +126,8 @@ def _group_parameters(cfg: OptimConfig, model: nn.Module) -> Groups:
     fewer than two dimensions, such as biases, get no weight decay. Parameters for which
     `optim.groups` sets `lr_scale: 0` are in no group and get `requires_grad=False`.
 
-    Parameters that `optim.freeze` matches are in groups of their own, which contain the number of
-    frozen epochs under "freeze_epochs". All parameters of a group thus have taken the same number
-    of steps.
+    Parameters that `optim.freeze` matches are in groups of their own. Each of these groups contains
+    the number of epochs for which it is frozen, under "freeze_epochs".
 
     Args:
         cfg: the settings of the optimizer.
@@ -161,17 +160,20 @@ def _group_parameters(cfg: OptimConfig, model: nn.Module) -> Groups:
 
 
 def _match_frozen_first(cfg: OptimConfig, trained: Collection[str]) -> Collection[str]:
-    """Returns the names of the parameters that are frozen during the first epochs.
+    """Returns the names of the parameters that `optim.freeze` matches.
 
-    They are those that `optim.freeze` matches.
+    These parameters are frozen during the first `optim.freeze_epochs` epochs.
 
     Args:
         cfg: the settings of the optimizer.
         trained: the names of the trainable parameters.
 
+    Returns:
+        The names. There are none if neither `optim.freeze` nor `optim.freeze_epochs` is set.
+
     Raises:
-        Refused: `optim.freeze_epochs` is above 0, and `optim.freeze` is not set or matches no
-            parameter or all of them.
+        Refused: `optim.freeze_epochs` is above 0, but `optim.freeze` is not set, matches no
+            parameter, or matches all parameters.
     """
     if cfg.freeze is None and cfg.freeze_epochs:
         raise Refused("optim.freeze_epochs: expected optim.freeze, such as '^(?!fc)', got none")
@@ -205,12 +207,12 @@ def _match(key: str, pattern: str, names: Collection[str]) -> list[str]:
 def freeze(optimizer: Optimizer, epoch: int) -> None:
     """Freezes parameters of an optimizer during the first epochs, and unfreezes them afterwards.
 
-    Sets `requires_grad` of the parameters in those groups that contain the key "freeze_epochs".
+    Only the parameters in groups with the key "freeze_epochs" are concerned. They are frozen while
+    the number of completed epochs is smaller than the value of this key.
 
     Args:
         optimizer: an optimizer that `build_optimizer` returned.
-        epoch: the number of completed epochs. Parameters are frozen while it is below the
-            "freeze_epochs" of their group.
+        epoch: the number of completed epochs.
     """
     for group in optimizer.param_groups:
         if FREEZE in group:  # torch's optimizers skip parameters without a gradient
@@ -223,8 +225,9 @@ def _without_compiler(kind: type[Optimizer]) -> type[Optimizer]:
     """Returns a subclass of a torch optimizer whose methods are not wrapped for torch.compile.
 
     When a wrapper is first called, it imports torch._dynamo, even if nothing is compiled (see
-    torch/_compile.py and torch/optim/optimizer.py). The subclass saves this time. Measured up to
-    the first step of SGD: 4.1, 4.5 and 2.4 s with the wrappers, 0.01 s without them.
+    torch/_compile.py and torch/optim/optimizer.py). The subclass saves the time of this import. Up
+    to the first step of SGD, 4.1, 4.5 and 2.4 s were measured with the wrappers, and 0.01 s without
+    them.
 
     Args:
         kind: the class of the optimizer, such as torch.optim.SGD.

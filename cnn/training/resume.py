@@ -38,7 +38,8 @@ class Checkpoint:
         path: the file of the checkpoint.
         content: everything that the file contains.
         cfg: the settings of the resumed run.
-        changes: the settings that are not as in the checkpoint, such as "train.epochs 10 → 20".
+        changes: the settings of the resumed run that differ from those in the checkpoint, each as a
+            text such as "train.epochs 10 → 20".
     """
 
     path: Path
@@ -50,16 +51,17 @@ class Checkpoint:
 def run_name(command: Command, cfg: Config) -> str | None:
     """Returns the name of the run that a command trains, such as "first".
 
-    With `--resume FILE` and without `--config`, it is the name in the checkpoint, unless the
-    command line contains `run=NAME`. Otherwise, it is the name in `cfg`.
+    If the command line contains `run=NAME`, this is the name. Otherwise, with `--resume FILE` and
+    without `--config`, it is the name in the checkpoint. In all other cases, it is the name in
+    `cfg`.
 
     Args:
         command: the command line.
-        cfg: the settings without those in the checkpoint.
+        cfg: the settings from the command line and the configuration file.
 
     Returns:
-        The name. The run writes to the folders of this name in logs/ and checkpoints/; for None, it
-        writes directly to logs/ and checkpoints/.
+        The name. The run writes to the folders of this name in logs/ and checkpoints/. If it is
+        None, the run writes directly to logs/ and checkpoints/.
 
     Raises:
         Refused: the checkpoint does not exist or is damaged, or a setting is not valid.
@@ -76,24 +78,25 @@ def run_name(command: Command, cfg: Config) -> str | None:
 
 
 def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | None:
-    """Returns the checkpoint to resume from: the file after `--resume`, or the run's latest one.
+    """Returns the checkpoint from which to resume, and the settings of the resumed run.
 
-    The resumed run has the settings in the checkpoint or, with `--config FILE`, those in FILE.
-    Settings on the command line replace them. `command.places`, the places where settings were
-    found, is updated in place.
+    The checkpoint is the file after `--resume`. If no file is given, it is the latest checkpoint of
+    the run. The settings are those in the checkpoint or, with `--config FILE`, those in FILE.
+    Settings on the command line replace them.
 
     Args:
-        command: the command line.
-        cfg: the settings without those in the checkpoint. If `--resume` names no file, they contain
-            the name of the run whose latest checkpoint is taken.
+        command: the command line. `command.places`, which contains the place where each setting was
+            found, is updated.
+        cfg: the settings from the command line and the configuration file. `cfg.run` is the name of
+            the run whose latest checkpoint is taken if no file is given.
 
     Returns:
-        The checkpoint with the settings of the resumed run, or None if `--resume` names no file and
-        the run has no checkpoint yet.
+        The checkpoint and the settings, in one object. None if no file is given and the run has no
+        checkpoint yet.
 
     Raises:
         Refused: the checkpoint does not exist, is damaged, was written by a newer version, names
-            code outside the current folder, or was made with settings that may not change.
+            code outside the current folder, or was made with other settings that may not change.
     """
     if command.checkpoint is not None:
         path, content = command.checkpoint, load_checkpoint(command.checkpoint)
@@ -120,7 +123,7 @@ def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | Non
 def readable_checkpoints(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yields the path and the content of every checkpoint that can be read.
 
-    Logs a warning for every checkpoint that cannot be read.
+    A warning is logged for every checkpoint that cannot be read.
 
     Args:
         paths: the files of the checkpoints, which are read one by one.
@@ -135,8 +138,8 @@ def readable_checkpoints(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str
 def latest_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
     """Returns the path and the content of the latest checkpoint of a run.
 
-    This is last.pth. If last.pth is missing or damaged, it is the readable checkpoint with the
-    largest number of optimizer steps.
+    The latest checkpoint is last.pth. If last.pth is missing or damaged, another one is returned:
+    of those that can be read, the one with the largest number of optimizer steps.
 
     Args:
         folder: the folder of the run.
@@ -165,12 +168,12 @@ def latest_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
 def check_version(path: Path, content: dict[str, Any]) -> None:
     """Raises Refused if a checkpoint was written by a newer version of this project.
 
-    The augmentations of a newer version draw other random numbers, so that the run could not go on
-    as it began.
+    The augmentations of a newer version draw other random numbers. The run could not go on as it
+    began.
 
     Args:
-        path: the file of the checkpoint, for the message.
-        content: the entries of the checkpoint; "draws" is the version of the augmentations.
+        path: the file of the checkpoint, for the error message.
+        content: the content of the checkpoint; "draws" is the version of its augmentations.
     """
     if content.get("draws", 1) > DRAWS:
         raise Refused(f"{path}: written by a newer version of this project, which draws otherwise")
@@ -179,13 +182,14 @@ def check_version(path: Path, content: dict[str, Any]) -> None:
 def check_code(path: Path, saved: dict[str, Any], typed: set[str]) -> None:
     """Raises Refused if the settings in a checkpoint name code outside the current folder.
 
-    A checkpoint may come from a stranger. It must not run code that its user did not ask for.
+    A checkpoint may come from a stranger, and code from a stranger must not run without the user's
+    consent.
 
     Args:
-        path: the file of the checkpoint, for the message.
-        saved: the nested settings in the checkpoint.
-        typed: the keys given on the command line, such as {"model.name"}. The code that these
-            settings name is permitted.
+        path: the file of the checkpoint, for the error message.
+        saved: the settings in the checkpoint, such as {"model": {"name": "package.module:Net"}}.
+        typed: the keys of the settings that the user typed on the command line, such as
+            {"model.name"}. Code that these settings name is permitted.
     """
     for key, name in config.import_paths(saved):
         if key not in typed and is_outside_code(name):
@@ -201,20 +205,19 @@ def check_settings(
     """Compares the settings of a resumed run with those in its checkpoint.
 
     Args:
-        path: the file of the checkpoint, for the message.
-        saved: the nested settings in the checkpoint.
+        path: the file of the checkpoint, for the error message.
+        saved: the settings in the checkpoint, such as {"optim": {"lr": 0.01}}.
         cfg: the settings of the resumed run.
-        typed: the keys given on the command line, such as {"optim.lr"}. Some settings may change
-            only if their key is given there.
-        places: for each key, the place where its value was found, such as "config.yaml:4". The
-            message begins with the place of the first setting that may not change.
+        typed: the keys of the settings that the user typed on the command line, such as
+            {"optim.lr"}. Some settings may change only in this way.
+        places: the place where each setting was found, such as {"optim.lr": "config.yaml:4"}. The
+            error message names one of them.
 
     Returns:
         The settings that differ, each as a text such as "train.epochs 10 → 20".
 
     Raises:
-        Refused: a setting differs that may never change, or that may change only on the command
-            line.
+        Refused: a setting differs that may not change, or that may change only on the command line.
     """
     # A checkpoint lacks settings that were added later; its run used their defaults.
     then = config.flat(config.to_dict(Config())) | config.flat(saved)
@@ -254,7 +257,7 @@ def reason_of(error: Exception) -> str:
 def restore(state: TrainingState, checkpoint: Checkpoint, data: Data, loader: Loader) -> None:
     """Loads a checkpoint into the state of a run, after checking that the data has not changed.
 
-    If epochs are left to train, the result of an earlier test is removed from the state, because
+    If the run is not finished, the result of an earlier test is removed from the state, because
     another epoch may become the best one.
 
     Args:
@@ -295,10 +298,10 @@ def _check_position(checkpoint: Checkpoint, loader: Loader) -> None:
     """Raises Refused if a checkpoint contains impossible numbers of steps, batches or images.
 
     Args:
-        checkpoint: contains the numbers of completed epochs and steps, and of the batches and
-            images of the unfinished epoch.
-        loader: the loader of the training images, which knows the number of batches per epoch and
-            their sizes.
+        checkpoint: contains the number of completed epochs, the number of optimizer steps, and the
+            numbers of batches and images that are done of the unfinished epoch.
+        loader: the loader of the training images. The numbers must fit the number and the sizes of
+            its batches.
     """
     content, accumulate = checkpoint.content, checkpoint.cfg.train.accumulate
     epoch, step, batch = content["epoch"], content["step"], content["unfinished_epoch"]["batch"]
@@ -313,10 +316,10 @@ def _check_position(checkpoint: Checkpoint, loader: Loader) -> None:
 def prepare_folder(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
     """Prepares the folder of a run, and moves away files that the run would overwrite.
 
-    If the folder contains another run, all files of that run are moved to an archive folder. If the
-    run resumes in its own folder, only checkpoints that do not precede `checkpoint` are moved.
-    Afterwards, last.pth has the content of `checkpoint`, and best.pth contains the best epoch up to
-    then.
+    If no checkpoint in the folder belongs to the run, all files of the earlier run are moved to an
+    archive folder. Otherwise, only those checkpoints are moved that do not precede `checkpoint`.
+    If the run resumes, last.pth afterwards has the content of `checkpoint`, and best.pth contains
+    the best epoch up to `checkpoint`.
 
     Args:
         folder: the folder in which the run trains.
@@ -343,15 +346,15 @@ def prepare_folder(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
 
 
 def _metadata(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Returns the plain values in a checkpoint, such as its epoch, without reading tensors.
+    """Returns the plain values in a checkpoint, such as its epoch, without reading its tensors.
 
     Args:
-        path: the file to read.
-        checkpoint: the checkpoint from which the run resumes. If `path` is its file, its content is
-            returned, and nothing is read.
+        path: the file of the checkpoint.
+        checkpoint: the checkpoint from which the run resumes. It is in memory: if it comes from
+            `path`, its content is returned, and the file is not read again.
 
     Returns:
-        The values by key, or None if the file is damaged.
+        The values by name, or None if the file is damaged.
     """
     try:
         return checkpoint.content if path == checkpoint.path else read_metadata(path)
@@ -368,15 +371,15 @@ def _set_others_aside(
 ) -> None:
     """Moves checkpoints away that do not precede the one from which the run resumes.
 
-    These are damaged files, files of other runs, and files with more steps, which the run may have
-    taken with other settings. If the run resumes from last.pth, only files of other runs are moved.
-    Otherwise, the checkpoint from which it resumes is copied to last.pth.
+    If the run resumes from last.pth, only checkpoints of other runs are moved. If it resumes from
+    another file, damaged checkpoints and those with more steps are moved, too, and the file is
+    copied to last.pth.
 
     Args:
         folder: the folder in which the run trains.
         checkpoint: the checkpoint from which the run resumes.
-        existing: for every checkpoint in the folder, its plain values, such as its step; None for a
-            damaged file.
+        existing: the plain values, such as the step, of every checkpoint in the folder; None for a
+            damaged one.
     """
     resumes_last = _is_same_file(folder.last, checkpoint.path)
     reasons = {}
@@ -411,13 +414,13 @@ def _copy(source: Path, target: Path) -> None:
 def _copy_best(folder: RunFolder, checkpoint: Checkpoint) -> None:
     """Copies the best epoch so far to best.pth, unless best.pth contains it already.
 
-    The epoch is searched in all checkpoints of the run's folder and of the folder of `checkpoint`.
-    If no readable file contains it, a warning is logged.
+    All checkpoints in the folder of the run and in the folder that contains `checkpoint` are
+    searched for the state after this epoch. If no readable file contains it, a warning is logged.
 
     Args:
         folder: the folder in which the run trains.
         checkpoint: the checkpoint from which the run resumes. It contains the number of the best
-            epoch so far; if there is none, nothing is copied.
+            epoch so far. If it contains none, nothing is copied.
     """
     best, started = checkpoint.content["best"], checkpoint.content["started"]
     if best is None:

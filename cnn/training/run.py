@@ -30,10 +30,12 @@ class Run:
         train_loader, val_loader, test_loader: the loaders of the three splits.
         loss: the loss function.
         state: everything that changes during the run, such as the model and the optimizer.
-        train_model: the model of `state` as training steps call it: compiled if `train.compile` is
-            set, and wrapped in DistributedDataParallel if there are several processes.
+        train_model: the model that training steps call. It is `state.model`, compiled if
+            `train.compile` is set, and wrapped in DistributedDataParallel if there are several
+            processes.
         precision: the precision of a forward pass: "fp32", "bf16" or "fp16".
-        metadata: the entries of every checkpoint that do not change during the run.
+        metadata: the checkpoint entries that do not change during the run, such as the settings and
+            the names of the classes.
         trace: an object that records every batch for `train.py --drill`; None in other runs.
     """
 
@@ -69,8 +71,8 @@ class Run:
         """Returns an `EvaluationMetrics` to which no batch has been added yet.
 
         Args:
-            of_result: whether it computes the metrics of the final test. If False, it computes the
-                metrics of the validation after an epoch, which are fewer.
+            of_result: if True, the object computes the metrics of the final test; if False, those
+                of the validation after an epoch, which are fewer.
         """
         number, monitor = len(self.data.classes), self.cfg.checkpoint.monitor
         names = result_metrics(number) if of_result else epoch_metrics(number, monitor)
@@ -86,12 +88,13 @@ class Run:
     def evaluation_batches(
         self, loader: Loader, part: str, metrics: EvaluationMetrics
     ) -> Iterator[Batch]:
-        """Yields the batches of an evaluation that this process computes.
+        """Yields the batches that this process evaluates.
 
         Args:
             loader: the loader of the evaluated split.
-            part: "validation" or "test", which the trace of the run records, if there is one.
-            metrics: the metrics to which the caller adds the batches. The trace records their sums.
+            part: the kind of evaluation, "validation" or "test". It is used only for `self.trace`.
+            metrics: the metrics to which the caller adds the batches. They are used only for
+                `self.trace`.
         """
         batches = self.group.synchronized(loader.batches(), loader.num_batches_per_rank())
         return self._traced(batches, part, metrics)
@@ -106,7 +109,7 @@ def num_steps(cfg: Config, loader: Loader) -> int:
     """Returns the number of optimizer steps per epoch.
 
     Args:
-        cfg: the settings. `train.accumulate` is the number of batches per optimizer step.
-        loader: the loader of the training images; its length is the number of batches per epoch.
+        cfg: the settings; `train.accumulate` is the number of batches per optimizer step.
+        loader: the loader of the training images.
     """
     return -(-len(loader) // cfg.train.accumulate)

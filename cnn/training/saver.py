@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 class Saver:
     """A context manager that saves a run to its checkpoints.
 
-    The checkpoints are last.pth with the latest state, best.pth with the best epoch, and
-    epoch_NNN.pth with each epoch that `checkpoint.every_epochs` selects.
+    The latest state is saved in last.pth, and the state after the best epoch in best.pth. The state
+    after every `checkpoint.every_epochs`-th epoch is saved in a file such as epoch_005.pth.
 
     Within the context, a signal does not interrupt a training step: Stopped is raised when the step
-    is done. If Stopped or DataFailed ends the context, the state is saved. At its end, the context
-    waits until every file is written, and raises Failed if the latest state could not be saved.
-    After any error except Failed, the command that resumes the run is logged.
+    is done. If Stopped or DataFailed ends the context, the state is saved. The context ends when
+    all files are written. It raises Failed if the latest state could not be saved. After any error
+    except Failed, the command that resumes the run is logged.
 
     Args:
         run: the run whose state is saved.
@@ -66,10 +66,10 @@ class Saver:
             logger.warning("go on with: %s", shlex.join(words))
 
     def _newest_readable(self) -> str:
-        """Returns a sentence for an error message that names a readable checkpoint of the run.
+        """Returns a sentence for an error message, which says from where the run can be resumed.
 
-        If last.pth can be read, the sentence names it. If no checkpoint can be read, the sentence
-        says so.
+        The sentence names last.pth or, if last.pth cannot be read, another checkpoint of the run.
+        If no checkpoint can be read, the sentence says so.
         """
         for path, content in readable_checkpoints(self.folder.saved()):
             return f"Safe is {path}, {checkpoint.position_text(content)}: --resume {path}"
@@ -85,16 +85,17 @@ class Saver:
         return passed
 
     def between_steps(self) -> None:
-        """Saves a checkpoint if one is due, and raises Stopped if a signal has come.
+        """Saves a checkpoint if one is due, and stops the run if a signal has come.
 
         Has to be called after every optimizer step. The duration of the step is added to
-        `state.seconds`.
+        `state.seconds`. On the CPU the loss is checked after every step, on other devices only when
+        a checkpoint is due.
 
         Raises:
-            Failed: the loss is not finite, or a weight in a checkpoint that is due is NaN; nothing
-                is saved. On the CPU the loss is checked after every step, on other devices only
-                when a checkpoint is due.
-            Stopped: a signal has come, and the run has a single process.
+            Failed: the loss is not finite, or a checkpoint is due and a weight is NaN. The
+                checkpoint is then not saved.
+            Stopped: a signal has come. If the run has several processes, this method ignores
+                signals.
         """
         cfg = self.run.cfg.checkpoint
         self.state.seconds += self.lap()
@@ -107,17 +108,17 @@ class Saver:
         self.stop.check()
 
     def end_epoch(self, improved: bool) -> None:
-        """Saves a completed epoch to last.pth and, if due, to best.pth and epoch_NNN.pth.
+        """Saves the state after a completed epoch to last.pth.
 
-        The best epoch so far is saved to best.pth. Every `checkpoint.every_epochs`-th epoch is
-        saved to epoch_NNN.pth.
+        If the epoch is the best one so far, the state is saved to best.pth, too. After every
+        `checkpoint.every_epochs`-th epoch, the state is saved to a file such as epoch_005.pth, too.
 
         Args:
             improved: whether the epoch is the best one so far.
 
         Raises:
-            Failed: the training loss or the validation loss is not finite, or a weight is NaN;
-                nothing is saved.
+            Failed: the training loss or the validation loss is not finite, or a weight is NaN. The
+                state is then not saved.
         """
         row, every = self.state.history[-1], self.run.cfg.checkpoint.every_epochs
         for name in ("train_loss", "val_loss"):
@@ -131,12 +132,11 @@ class Saver:
         """Begins to write the state to last.pth, in a background thread of rank 0.
 
         Args:
-            best: the path of best.pth if this is the state of the best epoch, which is then written
-                there, too; otherwise None.
+            best: the path of best.pth, if the state is to be written there, too; otherwise None.
             also: further paths to which the state is written, such as that of epoch_005.pth.
 
         Raises:
-            Failed: the loss is not finite or a weight is NaN; nothing is saved.
+            Failed: the loss is not finite, or a weight is NaN. The state is then not saved.
         """
         self.check_finite()
         for name, tensor in self.state.model.state_dict().items():
@@ -165,15 +165,15 @@ class Saver:
     def load_best(self, model: nn.Module) -> None:
         """Loads the weights of the best epoch into a model.
 
-        The weights are taken from memory if they could not be written to a file, otherwise from a
-        file of the run. If the run has no best epoch, the weights of the model do not change.
+        Every process has to call this method. The weights are read from a checkpoint of the run. If
+        they could not be saved, they are still in memory and are taken from there. If the run has
+        no best epoch, the model does not change.
 
         Args:
-            model: the model to test, which is changed in place. Every process has to call this
-                method.
+            model: the model to test, which is changed in place.
 
         Raises:
-            Failed: no readable file contains the weights of the best epoch.
+            Failed: no readable checkpoint contains the weights of the best epoch.
         """
         self.writer.wait()
         best, group = self.state.best, self.run.group

@@ -19,9 +19,9 @@ ONECYCLE_LAST = 1e-4 / 25
 class Schedule:
     """A schedule that sets the learning rate of every step.
 
-    Every schedule except `plateau` computes the learning rate from the index of the step alone,
-    with torch's LambdaLR. The schedule `plateau` does so during the warm-up only. Afterwards,
-    torch's ReduceLROnPlateau lowers the learning rate when the monitored metric stops improving.
+    The learning rate is a function of the index of the step, computed with torch's LambdaLR. The
+    schedule `plateau` is an exception: after the warm-up, torch's ReduceLROnPlateau lowers the
+    learning rate when the monitored metric stops improving.
 
     Args:
         cfg: the settings of the schedule.
@@ -61,8 +61,8 @@ class Schedule:
     def end_epoch(self, metric: float) -> None:
         """Lowers the learning rate if the schedule is `plateau` and the metric stopped improving.
 
-        Has to be called after every validation. Other schedules ignore the call, and so does
-        `plateau` during the warm-up.
+        Has to be called after every validation. With other schedules, and during the warm-up,
+        nothing is done.
 
         Args:
             metric: the value of the monitored metric in this validation.
@@ -71,17 +71,20 @@ class Schedule:
             self.plateau.step(metric)
 
     def state_dict(self) -> dict:
-        """Returns the index of the step and, for `plateau`, the state of ReduceLROnPlateau."""
+        """Returns the state for a checkpoint, as a dict of plain values.
+
+        It contains the index of the step and, with `plateau`, the state of ReduceLROnPlateau.
+        """
         state = {"by_step": {"last_epoch": self.by_step.last_epoch}}
         if self.plateau is not None:
             state["plateau"] = {name: getattr(self.plateau, name) for name in PLATEAU_STATE}
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores a state that `state_dict` returned, and sets the learning rate of its step.
+        """Restores a state that `state_dict` returned, and sets the learning rate of the next step.
 
-        For the schedule `plateau` after the warm-up, the learning rate is left as it is: the state
-        dict of the optimizer restores it.
+        With the schedule `plateau` after the warm-up, the learning rate is not set, because it is
+        part of the optimizer's state dict.
         """
         self.by_step.last_epoch = step = state["by_step"]["last_epoch"]
         if self.plateau is None or step < self.warmup_steps:
@@ -93,7 +96,9 @@ class Schedule:
                 setattr(self.plateau, name, state["plateau"][name])
 
     def _factor(self, step: int) -> float:
-        """Returns the number by which each group's initial learning rate is multiplied at a step.
+        """Returns the factor at a step: the learning rate divided by the initial learning rate.
+
+        All parameter groups have the same factor.
 
         Args:
             step: the index of the optimizer step, from 0.

@@ -44,14 +44,14 @@ def build_run(
 
     Args:
         cfg: the settings.
-        folder: the folder to which the run writes; None for the folder that `cfg.run` names.
+        folder: the folder to which the run writes; if None, the folder that `cfg.run` names.
         group: the processes that train together. Every process has to call this function.
-        checkpoint: the checkpoint whose state is restored; None for a new run.
-        max_batches: the number of batches of every split to use, for a short run; None for all.
-        trace: an object that records every batch for `train.py --drill`; None for other runs.
+        checkpoint: the checkpoint from which the run resumes; None if the run is new.
+        max_batches: the limit on the number of batches per split; None if there is no limit.
+        trace: an object that records every batch for `train.py --drill`; None in other runs.
 
     Raises:
-        Refused: a file is missing, or settings, data, hardware and checkpoint do not fit.
+        Refused: a file is missing, or the settings do not fit data, hardware or checkpoint.
     """
     device = env.choose_device(cfg.device, group.launch)
     check_group(cfg, device, group)
@@ -111,19 +111,19 @@ def _build_model(
 ) -> nn.Module:
     """Builds the model on its device.
 
-    With `train.sync_batchnorm` and several processes, its BatchNorm layers become SyncBatchNorm.
-    For bf16 on CPUs with AMX, some layers of a model that is not compiled are replaced by faster
-    ones.
+    If `train.sync_batchnorm` is set and there are several processes, SyncBatchNorm layers replace
+    the BatchNorm layers. On a CPU with AMX, faster layers replace some others if the precision is
+    bf16 and the model is not compiled.
 
     Args:
         cfg: the settings.
-        data: determines the number of classes and the shape of the images.
+        data: the data, which determine the number of classes and the shape of the images.
         device: the device of this process.
         precision: the precision of a forward pass: "fp32", "bf16" or "fp16".
         group: the processes that train together.
-        from_scratch: whether this is a new run, which begins with the pretrained weights if the
-            settings name any. If False, these weights are not read: the checkpoint replaces them,
-            and their file may no longer exist.
+        from_scratch: whether this is a new run. A new run begins with pretrained weights if the
+            settings ask for them. A resumed run does not read them, because the checkpoint replaces
+            all weights.
     """
     wanted = cfg.model
     if not from_scratch:
@@ -172,10 +172,10 @@ def _build_state(
 
 
 def check_group(cfg: Config, device: torch.device, group: Group) -> None:
-    """Raises Refused if the settings do not permit training in several processes.
+    """Raises Refused if the run cannot train in several processes.
 
-    Several processes cannot train on MPS, with fewer than two images per process in a batch, or
-    with SyncBatchNorm and without CUDA.
+    Several processes need CPUs or CUDA devices, and at least two images per process in a batch. The
+    setting `train.sync_batchnorm` needs CUDA devices.
 
     Args:
         cfg: the settings.
@@ -199,7 +199,7 @@ def check_one_image(model: nn.Module, shape: tuple[int, ...]) -> None:
     A BatchNorm layer cannot train on one image if its input has a single value per channel.
 
     Args:
-        model: the model, whose state does not change; it is in training mode afterwards.
+        model: the model. It is in training mode afterwards; its state dict does not change.
         shape: the shape of an image: (channels, height, width).
     """
     image = torch.zeros(1, *shape, device=next(model.parameters()).device)
@@ -220,7 +220,7 @@ def check_monitor(monitor: str, data: Data) -> None:
 
     Args:
         monitor: the metric by which the best epoch is chosen, such as "val_auc".
-        data: contains the labels of the validation images and the names of the classes.
+        data: the data, with the labels of the validation images and the names of the classes.
     """
     number, name = len(data.classes), monitor.removeprefix("val_")
     present = torch.from_numpy(np.unique(data.val.labels))

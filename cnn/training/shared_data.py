@@ -24,15 +24,15 @@ MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
 
 
 def build_once_per_node(group: "Group", build: Callable[[], Data]) -> Data:
-    """Builds the data in one process per machine, and maps it into the memory of the others.
+    """Builds the data in one process per machine, and shares it with the other processes there.
 
-    If the data cannot be shared, the other processes of the machine build it afterwards. Anything
-    that must be downloaded is thus downloaded once. A dataset of the user's own is never shared,
-    because it may contain an open file.
+    The other processes map the data into their memory. If the data cannot be shared, they build it
+    themselves, but only after the first process, so that nothing is downloaded twice. A dataset of
+    the user's own is never shared, because it may contain an open file.
 
     Args:
         group: the processes that train together. Every process has to call this function.
-        build: reads the data and returns it.
+        build: a function that reads the data and returns it.
 
     Returns:
         The data, in every process.
@@ -66,8 +66,8 @@ def _save(data: Data) -> Path | None:
     """Writes the data to a temporary file, from which other processes can map it into their memory.
 
     Returns:
-        The path of the file. None if the data cannot be shared: it is a dataset of the user's own,
-        or no folder for temporary files has enough space.
+        The path of the file. None if no file was written, because the data is a dataset of the
+        user's own, or because no folder for temporary files has enough space.
     """
     if isinstance(data.train, UserImages):
         return None

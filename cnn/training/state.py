@@ -24,31 +24,34 @@ class TrainingState:
     """Everything that changes during a run, as it is between two optimizer steps.
 
     Args:
-        model, optimizer, schedule, scaler: the parts whose state a checkpoint contains.
+        model, optimizer, schedule, scaler: the model, the optimizer, the schedule of the learning
+            rate, and the gradient scaler.
         device: the device of the model.
-        ema_decay: the decay of the exponential moving average of the weights; None for no average.
-        loss: a loss function of the user's own, which may have a state; None for cross-entropy.
+        ema_decay: the decay of the exponential moving average of the weights. If None, no average
+            is computed.
+        loss: the loss function if it is one of the user's own, which may have a state; None for
+            cross-entropy.
 
     Attributes:
-        ema: the model with averaged weights (AveragedModel), or None.
+        ema: the model with averaged weights (AveragedModel); None if no average is computed.
         epoch: the number of completed epochs.
         step: the number of optimizer steps taken.
         batch: the number of batches of the current epoch that are done. It becomes 0 again when the
             validation of the epoch is done.
-        running_metrics: the sums over the training batches of the current epoch.
-        seconds: the time spent on the training batches of the current epoch.
-        lr: the learning rate in the latest step. If the parameter groups have different ones, it is
-            the highest.
-        group_lrs: the learning rates in the latest step of the groups whose initial learning rate
-            is not the highest, such as {"lr_x0.1": 0.005}. The key contains the ratio of the
-            initial learning rate to the highest one.
-        best: a dict with the number of the best epoch under "epoch", the name of the monitored
-            metric under "metric" and its value under "value"; None if there is no best epoch yet.
-        epochs_since_best: the number of epochs since the best one.
-        history: a dict of metrics for every completed epoch.
-        test: the metrics of the final test; None before it.
-        predictions: under "val" and "test", a dict with the predicted class and its probability for
-            every image of the split. Those for "val" are from the best epoch.
+        running_metrics: the sums over the training batches of the current epoch that are done.
+        seconds: the time spent on the training batches of the current epoch, in seconds.
+        lr: the highest learning rate of all parameter groups in the latest step.
+        group_lrs: the learning rates in the latest step of those parameter groups whose initial
+            learning rate is not the highest. In the example {"lr_x0.1": 0.005}, the initial
+            learning rate of the group is 0.1 times the highest one.
+        best: the best epoch so far, such as {"epoch": 5, "metric": "val_acc", "value": 0.98}; None
+            if there is none yet.
+        epochs_since_best: the number of completed epochs after the best epoch.
+        history: a list with one dict of metrics for every completed epoch.
+        test: the metrics of the final test; None if it has not been done.
+        predictions: the predictions for the validation images under "val", made in the best epoch,
+            and for the test images under "test". Each value is a dict with the predicted classes
+            and their probabilities.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class TrainingState:
         self.predictions: dict[str, dict[str, torch.Tensor]] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state as a dict of tensors and plain values, which a checkpoint contains."""
+        """Returns the state for a checkpoint, as a dict of tensors and plain values."""
         return {
             "model_state_dict": self.model.state_dict(),
             "optimizer_state_dict": self.optimizer.state_dict(),
@@ -100,10 +103,10 @@ class TrainingState:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Restores a state that `state_dict` returned.
 
-        If an older checkpoint lacks an attribute, the attribute keeps its present value.
+        An attribute that an older checkpoint lacks keeps its present value.
 
         Args:
-            saved: the entries of a checkpoint by name.
+            saved: the content of a checkpoint, by name.
 
         Raises:
             ValueError: a tensor is missing, or its shape or dtype is not that of the model or
@@ -131,8 +134,8 @@ class TrainingState:
     def _check_tensors(self, saved: dict[str, Any]) -> None:
         """Raises ValueError if the saved tensors do not fit the model or the optimizer.
 
-        Names, shapes and dtypes are compared, because torch would ignore or convert some of those
-        that differ.
+        Names, shapes and dtypes are compared. Without this check, torch would accept some tensors
+        that do not fit, and ignore or convert them.
 
         Args:
             saved: a state that `state_dict` returned.
@@ -164,10 +167,10 @@ class TrainingState:
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
         """Loads a saved state into the optimizer, but keeps the settings with which it was built.
 
-        The settings, such as the momentum, may have been changed for this resume. If the initial
-        learning rate was changed, the saved learning rates are multiplied by the ratio of the new
-        to the old one. Reductions by the schedule `plateau` are thus kept. An optimizer of the
-        user's own gets the saved values of those options that are not among the settings.
+        The settings, such as the momentum, may have been changed for this resume. If the user has
+        doubled the initial learning rate, the saved learning rate is doubled, too. Reductions by
+        the schedule `plateau` are thus kept. If the optimizer is one of the user's own, options
+        that are not among the settings get their saved values.
 
         Args:
             saved: a state dict of the optimizer.
@@ -194,7 +197,7 @@ class TrainingState:
     def _undo_casts(self, saved: dict[Any, Any]) -> None:
         """Restores the dtypes that the optimizer's state had when it was saved.
 
-        While loading a state, torch casts it to the dtypes of the parameters.
+        This is necessary because torch casts a state that it loads to the dtypes of the parameters.
 
         Args:
             saved: the saved state of each parameter, by the index of the parameter.
@@ -215,14 +218,15 @@ class TrainingState:
     def _is_own_optimizer(self) -> bool:
         """Returns whether the optimizer is one of the user's own, not a known one such as "sgd".
 
-        `build_optimizer` marks such an optimizer with the attribute `configured`.
+        An optimizer of the user's own has the attribute `configured`, set by `build_optimizer`.
         """
         return getattr(self.optimizer, "configured", None) is not None
 
     def evaluated_model(self) -> nn.Module:
         """Returns the model that is validated and tested.
 
-        It is the model with averaged weights if there is one, otherwise the trained model.
+        If an average of the weights is computed, this is the model with the averaged weights.
+        Otherwise, it is the trained model.
         """
         return self.ema.module if self.ema is not None else self.model
 
@@ -231,7 +235,7 @@ class TrainingState:
 
         Args:
             num_batches: the number of batches in the step.
-            metrics: the running metrics of these batches, summed over all processes.
+            metrics: the running metrics of these batches, with the images of all processes.
         """
         self.running_metrics.merge(metrics)
         self.lr = max(group["lr"] for group in self.optimizer.param_groups)
@@ -253,8 +257,8 @@ class TrainingState:
             metrics: the metrics of the validation, such as {"loss": 0.1, "acc": 0.98}.
             monitor: the metric by which the best epoch is chosen, such as "val_acc".
             val_seconds: the duration of the validation in seconds.
-            predictions: the predicted class and its probability for every validation image, which
-                are kept if this is the best epoch so far; None if there are none to keep.
+            predictions: the predicted class of every validation image, and its probability. They
+                are kept if this is the best epoch so far. If None, no predictions are kept.
 
         Returns:
             Whether this is the best epoch so far.
@@ -278,14 +282,13 @@ class TrainingState:
         return improved
 
     def is_finished(self, cfg: TrainConfig) -> bool:
-        """Returns whether no training is left.
+        """Returns whether the training is finished.
 
-        This is the case when all epochs are complete, or when early stopping has ended the
-        training.
+        It is finished when all epochs are completed, or when early stopping has ended it.
 
         Args:
-            cfg: contains the number of epochs, and the patience of early stopping; a patience of
-                None means that there is no early stopping.
+            cfg: the settings of the training, such as the number of epochs and the patience of
+                early stopping. If the patience is None, there is no early stopping.
         """
         patience = cfg.early_stop_patience
         stops_early = patience is not None and self.epochs_since_best >= patience
@@ -293,17 +296,17 @@ class TrainingState:
 
 
 def state_of_one_parameter(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Returns the state that an optimizer keeps for one parameter.
+    """Returns an example of the state that an optimizer keeps for each parameter.
 
-    To find it, a copy of the optimizer takes a step with a parameter of shape (1).
+    To make the example, a copy of the optimizer takes a step with a parameter of shape (1).
 
     Args:
         optimizer: the optimizer, which does not change.
 
     Returns:
-        The tensors by name, such as {"momentum_buffer": ...}. A tensor of shape (1) stands for one
-        that has the shape of its parameter. A tensor of shape () is a single number for any
-        parameter.
+        The tensors by name, such as {"momentum_buffer": ...}. If a tensor has the shape (1) here,
+        its usual shape is that of the parameter. If it has the shape (), it is a single number for
+        every parameter.
     """
     parameter = nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
@@ -316,13 +319,13 @@ def state_of_one_parameter(optimizer: torch.optim.Optimizer) -> dict[str, torch.
 
 
 def laid_out_like(tree: Any, parameter: nn.Parameter) -> Any:
-    """Returns a copy of an optimizer's state of one parameter, with the strides of the parameter.
+    """Returns a copy of the optimizer's state of one parameter, with the strides of the parameter.
 
-    Fused optimizers expect these strides, which tensors from a file may lack. Tensors of another
-    shape than the parameter become contiguous.
+    Fused optimizers expect these strides, but tensors from a file may have others. A tensor whose
+    shape is not that of the parameter becomes contiguous.
 
     Args:
-        tree: a tensor, or a dict of tensors and other values. Values that are no tensors are not
+        tree: the state: a tensor, or a dict of tensors and other values. The other values are not
             copied.
         parameter: the parameter to which the state belongs.
     """
@@ -359,8 +362,8 @@ def own_lrs(optimizer: torch.optim.Optimizer) -> dict[str, float]:
         optimizer: an optimizer whose groups contain "initial_lr", which a scheduler of torch sets.
 
     Returns:
-        The present learning rates, such as {"lr_x0.1": 0.005}. The key contains the ratio of the
-        group's initial learning rate to the highest one.
+        The present learning rates. In the example {"lr_x0.1": 0.005}, the initial learning rate of
+        the group is 0.1 times the highest one.
     """
     highest = max(group["initial_lr"] for group in optimizer.param_groups)
     return {
