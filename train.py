@@ -357,6 +357,8 @@ def parse(argv: list[str]) -> Command:
     asked = [f"--{mode.replace('_', '-')}" for mode in modes if getattr(command, mode)]
     if command.resume is not None and asked:
         raise Refused(f"{asked[0]} cannot go with --resume: it concerns settings, not a run")
+    if len(asked) > 1:
+        raise Refused(f"{asked[0]} cannot go with {asked[1]}: expected one of them")
     command.checkpoint = Path(command.resume) if command.resume else None
     return command
 

@@ -35,6 +35,10 @@ def test_what_looks_at_settings_cannot_go_with_a_resume(capfd, mode, resume):
     assert f"{mode} cannot go with --resume" in refusal(capfd, mode, *resume)
 
 
+def test_of_two_modes_none_is_dropped_in_silence(capfd):
+    assert "--dry-run cannot go with --find-lr" in refusal(capfd, "--find-lr", "--dry-run")
+
+
 def test_a_dry_run_that_fails_tells_no_way_to_go_on_with_it(train, capfd, monkeypatch):
     assert train("--dry-run") == 0
 
