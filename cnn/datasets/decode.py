@@ -11,7 +11,7 @@ from cnn.errors import ADVICE, SCARCITIES, BadImage, DataFailed
 
 VERSION = 2  # incremented when files decode to other pixels, so that old caches are not used
 GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
-MAX_PIXELS = 120_000_000  # per image: 360 MB as RGB; a larger image may be a decompression bomb
+MAX_PIXELS = 120_000_000  # per image: 360 MB as RGB; a larger image can be a decompression bomb
 MAX_OF_16_BITS = 2**16 - 1
 
 Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is the limit: an error instead of a warning

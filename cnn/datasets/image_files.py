@@ -35,8 +35,8 @@ def find_images(words: Iterable[str]) -> Iterator[tuple[Path, str | None]]:
             as `*.jpg`.
 
     Yields:
-        (path, None) for every file that is found. If an argument leads to no file, (path, reason)
-        is yielded instead, where the reason is a text such as "no such file or folder".
+        (path, None) for every file that is found. If a path or a pattern leads to no file, (path,
+        reason) is yielded instead. The reason is a text such as "no such file or folder".
     """
     for word in words:
         # Unlike Path.exists, os.path.exists is False for a name that no file can have.
