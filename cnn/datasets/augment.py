@@ -109,7 +109,7 @@ def _build(cfg: AugmentationConfig, size: int) -> Transform:
 
 
 def crop(image: Tensor, size: int) -> Tensor:
-    """Crops a square out of an image at a random place, after padding the image.
+    """Pads an image and crops a square at a random place.
 
     The padding is black. The padding on each side is an eighth of `size`, but at least 1 pixel.
 
@@ -223,7 +223,7 @@ BATCH_DRAWS = {"crop": 2, "flip": 1, "erase": 3}  # random numbers per image
 
 
 class BatchAugmentation:
-    """A function that takes a batch of images from a store and augments the batch.
+    """A function that takes images from a store and augments the images.
 
     Args:
         store: the M images of the whole dataset, uint8 (M, S, S, C). Batches are computed on the

@@ -85,12 +85,12 @@ class Data:
     def fingerprint(self) -> dict[str, int]:
         """Returns the image counts and a checksum of the data.
 
-        A later run compares these values with its own data and so notices a change.
+        A later run can compare the values to notice changed data.
 
         Returns:
             The numbers of images under "train", "val" and "test", and a CRC-32 under "checksum".
             The CRC-32 covers the labels and names of all images. Of a path, only the file name
-            counts. Except for a user's own dataset, the CRC-32 depends on the pixels, too.
+            counts. Except for a user's own dataset class, the CRC-32 depends on the pixels, too.
         """
         splits = {"train": self.train, "val": self.val, "test": self.test}
         checksum = self.train.checksum()
@@ -103,7 +103,7 @@ class Data:
 
 
 def build_data(cfg: DataConfig, seed: int) -> Data:
-    """Reads a dataset and divides it into training, validation and test images.
+    """Reads training, validation and test images.
 
     If the dataset has no test images, a fraction of each class's training images becomes the test
     images. Missing validation images are replaced in the same way. A warning is logged for each
@@ -112,11 +112,11 @@ def build_data(cfg: DataConfig, seed: int) -> Data:
     Args:
         cfg: the section `data` of the settings.
         seed: determines which training images become test or validation images. If `cfg.limit` is
-            set, the seed determines also which of the remaining training images are used.
+            set, the seed also determines which of the remaining training images are used.
 
     Returns:
-        The images, the class names and the preprocessing. The mean and std of the preprocessing are
-        those of the training images.
+        The images, the class names and the preprocessing. The preprocessing has the mean and std of
+        the training images.
 
     Raises:
         Refused: the data cannot be read or cannot be divided.
@@ -179,21 +179,21 @@ def _check_user_dataset(cfg: DataConfig, found: Any) -> tuple[Splits, list[str]]
 def _choose_preprocessing(cfg: DataConfig, train: Images) -> Preprocessing:
     """Chooses the image size, the channels and the normalization for a dataset.
 
-    The image size and the number of channels come from the settings. If the setting of the image
-    size is None, the images' own size is used. Images of several sizes, or images that are not
-    square, get 224 pixels. If the setting of the channels is None, the images' own number of
-    channels is used.
+    The image size and the number of channels come from the settings. If the setting of the number
+    of channels is None, the images' own number is used. If the setting of the image size is None,
+    the images' own size is used. Without a setting, images that are not squares of one size get 224
+    pixels.
 
-    If the settings have 1 or 3 channels, image files of all splits are decoded to this number from
-    now on.
+    If the settings have 1 or 3 channels, image files of all splits are set to be decoded to this
+    number.
 
     Args:
         cfg: the section `data` of the settings.
-        train: the training images. The mean and std of these images are computed.
+        train: the training images, which determine the mean and std.
 
     Raises:
-        Refused: the images cannot be given the number of channels in the settings, or some images
-            contain NaN.
+        Refused: the images have another number of channels than the settings and cannot be
+            converted, or some images contain NaN.
     """
     channels, smallest, largest = train.sizes()
     if cfg.channels in (1, 3) and isinstance(train, FileImages):

@@ -57,12 +57,12 @@ def open_image(path: str | os.PathLike) -> Image.Image:
 
 
 def _reason(path: str | os.PathLike, error: Exception) -> str:
-    """Returns the message of an error that was raised while an image file was read.
+    """Returns the message of an error that reading an image file raised.
 
     If the message is empty, the name of the error's class is returned.
 
     Args:
-        path: the image file. If the message ends with this path, the path is removed from the
+        path: the image file. If the message ends with the path, the path is removed from the
             message.
         error: the error.
     """

@@ -36,7 +36,7 @@ def load_folder(
         on_bad_image: what to do with files that do not decode. "stop" raises Refused. "skip" leaves
             the files out and logs a warning.
         model_classes: the class names of a model to evaluate, in the order of the model's outputs.
-            The labels are then indices into this list, and there need not be any training images.
+            The labels are then indices into `model_classes`, and training images are not required.
             If None, the classes are those of the training images.
 
     Returns:
@@ -45,10 +45,9 @@ def load_folder(
         order of the labels.
 
     Raises:
-        Refused: the folder or the training images are missing, a class folder is empty, there are
-            fewer than two classes, or files do not decode. A split has two folders, such as val and
-            valid. An image has a class that is not in `model_classes` or, if None, not in the
-            training images.
+        Refused: the folder or the training images are missing, or a class folder is empty. There
+            are fewer than two classes, or files do not decode. A split has two folders, such as val
+            and valid. An image has a class that is not among the classes above.
     """
     top = Path(root)
     if not top.is_dir():
@@ -74,7 +73,7 @@ def load_csv(
         on_bad_image: what to do with image files that do not decode. "stop" raises Refused. "skip"
             leaves the image files out and logs a warning.
         model_classes: the class names of a model to evaluate, in the order of the model's outputs.
-            The labels are then indices into this list, and there need not be any training images.
+            The labels are then indices into `model_classes`, and training images are not required.
             If None, the classes are those of the training images.
 
     Returns:
@@ -82,10 +81,9 @@ def load_csv(
         value is a list of the class names in the order of the labels.
 
     Raises:
-        Refused: the CSV file, the training images, the column path or label, or a value in these
-            columns is missing. Two lines give one image different labels or splits. There are fewer
-            than two classes, or files do not decode. An image has a class that is not in
-            `model_classes` or, if None, not in the training images.
+        Refused: the CSV file or the training images are missing. A path or a label is missing. Two
+            lines give one image different labels or splits. There are fewer than two classes, or
+            files do not decode. An image has a class that is not among the classes above.
     """
     file = Path(root)
     columns, rows = _read_table(file)
@@ -110,7 +108,7 @@ def load_csv(
 
 
 def _read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Reads a CSV file and returns its columns and its rows.
+    """Reads a CSV file and returns the columns and the rows.
 
     Args:
         file: the CSV file.
@@ -118,8 +116,7 @@ def _read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]
     Returns:
         Two values. The first value is a list of the column names. The second value is a list of
         (line number, values) for each row that is not empty. Values are a dict from column name to
-        text. The dict always has the keys "path", "label" and "split". If a row has no value for
-        one of these keys, the text is "".
+        text. The dict always has the keys "path", "label" and "split". A missing text is "".
 
     Raises:
         Refused: the file cannot be read or is not in UTF-8.
@@ -144,8 +141,7 @@ def _find_splits(top: Path) -> dict[str, Path]:
     """Finds the folders of the splits inside a dataset's folder.
 
     The folder of a split has the name train, val, valid, validation or test, in upper or lower
-    case. If there is such a folder, other folders are not used. A warning then lists the unused
-    folders.
+    case. If the dataset has splits, a warning lists other folders, which are not used.
 
     Args:
         top: the folder of the dataset.
@@ -224,9 +220,8 @@ def _read(
         value is a list of the class names in the order of the labels.
 
     Raises:
-        Refused: there are fewer than two classes, files do not decode, or all files of a split are
-            left out. An image has a class that is not in `model_classes` or, if None, not in the
-            training images.
+        Refused: there are fewer than two classes, or files do not decode. All files of a split are
+            left out. An image has a class that is not among the classes above.
     """
     classes = model_classes or sorted({label for _, label in listing["train"]})
     _check_classes(root, listing, classes, of_model=model_classes is not None)

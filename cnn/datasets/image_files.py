@@ -10,10 +10,11 @@ WILDCARDS = "*?["
 
 
 def image_files(folder: Path) -> Iterator[Path]:
-    """Yields the image files in a folder and in its inner folders, at any depth.
+    """Yields the image files in a folder and in all folders inside the folder.
 
-    Image files are recognized by the extension, such as .jpg or .PNG. Files whose names begin with
-    a dot are left out. Links to folders are followed, but no folder is searched twice.
+    Folders are searched to any depth. Image files are recognized by the extension, such as .jpg or
+    .PNG. Files whose names begin with a dot are left out. Links to folders are followed, but no
+    folder is searched twice.
     """
     seen = set()
     for where, folders, names in os.walk(folder, followlinks=True):
@@ -51,8 +52,8 @@ def find_images(words: Iterable[str]) -> Iterator[tuple[Path, str | None]]:
 def _matching(pattern: str) -> list[str]:
     """Returns the paths that match a glob pattern, sorted.
 
-    Links to folders can give one file several paths. Only the first path of such a file is
-    returned.
+    Links to folders can give one file several paths. Of several paths to one file, only the first
+    path is returned.
     """
     found: dict[tuple[str, str], str] = {}
     for name in sorted(glob.glob(pattern, recursive=True)):

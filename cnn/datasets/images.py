@@ -34,8 +34,8 @@ class Images:
         labels: the index of each image's class, int64 (N). N is the number of images in this
             object.
         rows: the index of each image in the whole dataset, int64 (N).
-        skip: whether an image that cannot be read during the run is left out of its batch. If not,
-            such an image ends the run with an error.
+        skip: whether an image that cannot be read during the run is left out of the batch. If
+            false, the run ends with an error.
         may_draw: whether reading an image can draw from the global random generators.
     """
 
@@ -61,7 +61,8 @@ class Images:
         """Returns some of the images as a new object, without copying pixels.
 
         Args:
-            indices: the indices in this object of the images to return.
+            indices: the indices of the images to return. An index is the position of an image in
+                this object.
         """
         part = copy.copy(self)
         part.rows, part.labels = self.rows[indices], self.labels[indices]
@@ -87,7 +88,8 @@ class Images:
         """Returns the pixels of the whole dataset, or None if they cannot be kept in memory.
 
         This base class always returns None. The whole dataset can have more images than this
-        object. The attribute `rows` has the index in the tensor of each image of this object.
+        object. The attribute `rows` has the index of each of this object's images in the returned
+        tensor.
 
         Args:
             _size: height and width of the pixels that a subclass returns.
@@ -185,8 +187,8 @@ class Files:
         scans: one row per file, of the dtype `cnn.datasets.scan.SCAN`. A row has the image's size
             and pixel sums.
         channels: number of channels to which the files are decoded, 1 (gray) or 3 (RGB).
-        skip: whether a file that cannot be read during the run is left out of its batch. If not,
-            such a file ends the run with an error.
+        skip: whether a file that cannot be read during the run is left out of the batch. If false,
+            the run ends with an error.
     """
 
     root: Path
@@ -228,9 +230,9 @@ class FileImages(Images):
         return str(self.files.paths[self.rows[index]])
 
     def detached(self) -> "FileImages":
-        """Returns the images of this object as a dataset of their own.
+        """Returns the images of this object as a new dataset.
 
-        The new dataset has only the files of these images.
+        The new dataset does not contain the other files of the old dataset.
         """
         paths = [self.files.paths[row] for row in self.rows]
         files = replace(self.files, paths=paths, scans=self.files.scans[self.rows])
@@ -336,9 +338,9 @@ class UserImages(Images):
     def _sample(self) -> Iterator[torch.Tensor]:
         """Yields images at equal distances in the dataset, for statistics.
 
-        All images of a small dataset are yielded, but never 4,000 images or more. Random transforms
-        in the dataset give the same images every time, since the global random generators are
-        seeded before each image.
+        All images of a small dataset are yielded, but never 4,000 images or more. The global random
+        generators are seeded before each image. So random transforms in the dataset give the same
+        images every time.
         """
         for index in range(0, len(self), max(1, len(self) // MAX_IMAGES_FOR_STATISTICS)):
             seeding.seed_sample(seeding.SAMPLE, index)

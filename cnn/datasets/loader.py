@@ -52,8 +52,7 @@ class Samples(Dataset):
         size: height and width of the returned images in pixels.
         augment: a function that augments an image, for training.
         seed: the seed of the run.
-        collate: a function that stacks a list of images (C, size, size) into a batch. If there are
-            worker processes, the function is called in them.
+        collate: a function that stacks a list of images (C, size, size) into a batch.
     """
 
     def __init__(
@@ -132,21 +131,19 @@ class Samples(Dataset):
 
 
 class Loader:
-    """A base class of loaders, which load the batches of one split onto the device.
+    """A base class of loaders, which load batches of one split onto the device.
 
     In training, batches are shuffled and augmented. Each process loads a share of every training
     batch. In evaluation, each batch is loaded whole by one of the processes, in turn.
 
-    A subclass must define three methods:
+    A subclass must define the methods `raw`, `image` and `_batches`. `raw(key)` returns an image of
+    the dataset, (C, H, W). `image(key)` returns an image in the model's size, (C, size, size), not
+    normalized. A key is (epoch, index of the image) or (epoch, index, position in the epoch). The
+    image is augmented unless the epoch is 0.
 
-    - `raw(key)` returns an image as the dataset has the image, (C, H, W).
-
-    - `image(key)` returns an image (C, size, size), not normalized. In training, the image is
-    augmented.
-
-    - `_batches(epoch, order, spans, start)` yields one batch per span. A span is (first position,
-    end position, number of images that count). `order` has the index of the image at each position
-    of the epoch. `start` is the index of the first batch to yield.
+    `_batches(epoch, order, spans, start)` yields one batch per span. A span is (first position, end
+    position, number of images that count). `order` has the index of the image at each position of
+    the epoch. `start` is the index of the first batch to yield.
 
     Args:
         images: the images of the split.
@@ -260,9 +257,10 @@ class Loader:
 
 
 class _Plan:
-    """A batch sampler for a DataLoader, which yields a list of image keys per batch.
+    """A batch sampler that gives a DataLoader a list of image keys per batch.
 
-    The attributes must be set before every epoch.
+    A key is (epoch, index of the image) or (epoch, index, position in the epoch). The attributes
+    must be set before every epoch.
 
     Attributes:
         keys: a function that returns the keys of the images at successive positions of the epoch.
@@ -329,7 +327,7 @@ class StreamLoader(Loader):
 
 
 class MemoryLoader(Loader):
-    """A loader that keeps all images of a dataset in the memory of the device.
+    """A loader that keeps all images of a dataset in the device's memory.
 
     Args:
         *args: the positional arguments of the base class `Loader`, such as the images.
@@ -427,7 +425,7 @@ def build_loader(
 
     Raises:
         Refused: an image file can no longer be decoded. Or `cfg.in_memory` is true, but the images
-            or an augmentation do not allow it.
+            cannot be kept in memory or an augmentation works only image by image.
     """
     # The machine has no part in the choice, since the two loaders draw different random numbers.
     augment = cfg.augment if training else []

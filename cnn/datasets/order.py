@@ -11,13 +11,14 @@ EVALUATION = 0  # stands in place of the epoch in the keys of images that are no
 def split_epoch(number: int, batch_size: int) -> list[int]:
     """Returns the number of images in each batch of an epoch.
 
-    The last batch contains the rest of the images. A rest of a single image joins the previous
-    batch, since BatchNorm cannot train on a single image.
+    The last batch contains the rest of the images. If the rest is a single image, the image joins
+    the previous batch. Without a previous batch, the image is a batch of its own.
 
     Args:
         number: how many images the epoch has.
         batch_size: images per batch.
     """
+    # BatchNorm cannot train on a single image.
     sizes = [batch_size] * (number // batch_size)
     rest = number % batch_size
     if rest == 1 and sizes:
@@ -32,8 +33,8 @@ def share_of(size: int, rank: int, num_ranks: int) -> tuple[int, int, int]:
 
     BatchNorm needs at least two images per process. If the batch has too few images, the last
     processes get no part of the batch. A process without a part computes the first two images of
-    the batch, so that all processes take the same steps. The results of such a process do not
-    count.
+    the batch. All processes thus take the same steps, but the results of a process without a part
+    do not count.
 
     Args:
         size: how many images the batch has.

@@ -42,7 +42,7 @@ class Preprocessing:
             saved: the values in the checkpoint, under "image_size", "channels", "mean" and "std".
 
         Raises:
-            Refused: the number of means or stds is not the number of channels, or the image size or
+            Refused: the number of means or stds is not the number of channels. Or the image size or
                 a std is 0.
         """
         pre = cls(**saved)

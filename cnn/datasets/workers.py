@@ -36,7 +36,7 @@ class PickledBatch:
     """
 
     def __init__(self, batch: Any):
-        # If torch pickled the batch, an error would be lost and the main process would wait forever.
+        # If torch pickled the batch, an error would be lost. The main process would wait forever.
         self._data = bytes(ForkingPickler.dumps(batch))
 
     def unpickle(self) -> Any:
@@ -190,8 +190,7 @@ def init_worker(worker: int) -> None:  # noqa: ARG001  torch passes it
     The main process handles signals and reports errors.
 
     Args:
-        worker: index of the worker. The DataLoader passes the index, but this function does not use
-            it.
+        worker: index of the worker, which the DataLoader passes. The index is not used.
     """
     # Threads of a worker that share tensors would print the same error again and again.
     sys.excepthook = lambda *_: None

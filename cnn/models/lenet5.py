@@ -9,7 +9,7 @@ class LeNet5(nn.Module):
     """LeNet-5 (LeCun et al., 1998), with ReLU and max pooling.
 
     The network is made for images of 28 x 28 pixels. Images of other sizes, at least 12 x 12, are
-    accepted, too. Their features are brought to 5 x 5 by average pooling.
+    accepted, too. The feature maps of such images are brought to 5 x 5 by average pooling.
 
     Args:
         num_classes: number of logits per image.

@@ -102,9 +102,9 @@ class ResNet20(nn.Module):
 class BasicBlock(nn.Module):
     """A residual block that adds the input to the output of two convolutions.
 
-    ReLU is applied to the sum. If the output is smaller than the input, only every `stride`-th row
-    and column of the input is used. If the output has more channels than the input, channels of
-    zeros are appended to the input. This is option A of He et al. (2016).
+    ReLU is applied to the sum. With a stride above 1, only every `stride`-th row and column of the
+    input is added. If the output has more channels than the input, channels of zeros are appended
+    to the input (option A of He et al., 2016).
 
     Args:
         in_channels: number of channels of the input.

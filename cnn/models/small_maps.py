@@ -22,15 +22,15 @@ MAX_ROW = 64  # width of the images laid side by side
 def use_small_maps(model: nn.Module) -> None:
     """Replaces convolutions of a model by convolutions that train faster.
 
-    The new convolutions are faster only on a CPU with AMX, in bf16 autocast, for feature maps at
-    most 8 pixels wide. Elsewhere, the new convolutions work like the old ones.
+    The new convolutions are faster only on a CPU with AMX, in bf16 autocast. The feature maps must
+    be at most 8 pixels wide. Elsewhere, the new convolutions work like the old convolutions.
 
-    A convolution is replaced if its output has the same height and width as its input. The kernel
-    must be square and larger than 1. Bias, groups and dilation are not possible. The parameters,
-    hooks and names of the convolutions stay the same.
+    A convolution is replaced if the height and width of the input stay the same. The kernel must be
+    square and larger than 1. Convolutions with bias, groups or dilation are not replaced. The
+    parameters, hooks and names of the convolutions stay the same.
 
     Args:
-        model: the model, whose convolutions are replaced in place. A model that is nothing but a
+        model: the model, whose convolutions are replaced in place. A model that is itself a
             convolution stays unchanged.
     """
     for parent in model.modules():
@@ -44,8 +44,8 @@ def use_small_maps(model: nn.Module) -> None:
 class Conv2d(nn.Conv2d):
     """A convolution that trains faster on small feature maps.
 
-    The convolution is faster only on a CPU with AMX, in bf16 autocast. The results are those of
-    nn.Conv2d, but the gradients of the weights are rounded differently.
+    The convolution is faster only on a CPU with AMX, in bf16 autocast. The results are the same as
+    with nn.Conv2d, but the gradients of the weights are rounded differently.
     """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W

@@ -14,12 +14,12 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads the weights in a file into a model, as far as they fit.
+    """Loads the fitting weights of a file into a model.
 
     A weight fits if the model has a weight of the same name and shape. The model's other weights
-    stay unchanged, and their names are logged. The file is a checkpoint of this project or a state
-    dict that torch.save wrote. If a checkpoint has averaged weights (EMA), the averaged weights are
-    loaded.
+    stay unchanged, and a log message lists the names. The file is a checkpoint of this project or a
+    state dict that torch.save wrote. If a checkpoint has averaged weights (EMA), the averaged
+    weights are loaded.
 
     Args:
         model: the model, changed in place.
@@ -80,8 +80,8 @@ def load_matching(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]
 def adapt_first_convolution(model: nn.Module, in_channels: int) -> None:
     """Gives the first convolution of a model another number of input channels.
 
-    The sum of the weights is distributed evenly over the new channels. An image whose channels are
-    all equal has the same features as before. A model without convolution stays unchanged.
+    The sum of the weights is distributed evenly over the new channels. An image with equal channels
+    has the same features as before. A model without convolution stays unchanged.
 
     Args:
         model: the model. The first convolution of the model is replaced in place.
