@@ -72,7 +72,7 @@ class Data:
     def head(self, number: int) -> "Data":
         """Returns the same data with only the first images of each split.
 
-        If the images are files, the returned data never decode the dropped files.
+        If the images are files, the returned data never decode the files of dropped images.
 
         Args:
             number: how many images of each split to keep. A smaller split is kept whole.

@@ -85,8 +85,8 @@ def to_array(image: Image.Image, channels: int) -> np.ndarray:
     """Converts a PIL image to an array of bytes, gray or RGB.
 
     Transparent pixels become white. Integers of 16 bits are divided by 256. Integers of 32 bits are
-    first clipped to 16 bits. Floats are multiplied by 255 if all floats of the image are in 0..1.
-    Other floats are clipped to 0..255.
+    clipped to 0..65535 and divided by 256. Floats are multiplied by 255 if all floats of the image
+    are in 0..1. Other floats are clipped to 0..255.
 
     Args:
         image: an image of any mode.

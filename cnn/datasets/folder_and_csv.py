@@ -47,7 +47,8 @@ def load_folder(
     Raises:
         Refused: the folder or the training images are missing, or a class folder is empty. There
             are fewer than two classes, or files do not decode. A split has two folders, such as val
-            and valid. An image has a class that is not among the classes above.
+            and valid. An image has a class that is not in `model_classes`. If
+            `model_classes` is None, an image has a class without training images.
     """
     top = Path(root)
     if not top.is_dir():
@@ -83,7 +84,8 @@ def load_csv(
     Raises:
         Refused: the CSV file or the training images are missing. A path or a label is missing. Two
             lines give one image different labels or splits. There are fewer than two classes, or
-            files do not decode. An image has a class that is not among the classes above.
+            files do not decode. An image has a class that is not in `model_classes`. If
+            `model_classes` is None, an image has a class without training images.
     """
     file = Path(root)
     columns, rows = _read_table(file)
@@ -221,7 +223,8 @@ def _read(
 
     Raises:
         Refused: there are fewer than two classes, or files do not decode. All files of a split are
-            left out. An image has a class that is not among the classes above.
+            left out. An image has a class that is not in `model_classes`. If `model_classes` is
+            None, an image has a class without training images.
     """
     classes = model_classes or sorted({label for _, label in listing["train"]})
     _check_classes(root, listing, classes, of_model=model_classes is not None)

@@ -37,9 +37,9 @@ def scan(root: Path, paths: list[Path]) -> tuple[np.ndarray, dict[Path, str]]:
         paths: the N image files.
 
     Returns:
-        Two values. The first value is an array (N) of the dtype `SCAN`, one row per path. The
-        second value is a dict from each file that does not decode to the reason. The row of such a
-        file is all zeros.
+        Two values. The first value is an array (N) with one row per path, of the dtype `SCAN` of
+        this module. The second value is a dict from each file that does not decode to the reason.
+        In the array, the row of a file that does not decode is all zeros.
     """
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
     cache = cache_folder() / f"scan_{VERSION}_{name}.npz"
@@ -79,7 +79,8 @@ def _scan_file(path: Path) -> np.ndarray | str:
     """Decodes an image file and returns the size and pixel sums of the image.
 
     Returns:
-        One row of the dtype `SCAN`. If the file does not decode, a text with the reason.
+        One row of the dtype `SCAN` of this module. If the file does not decode, a text with the
+        reason.
     """
     try:
         status = path.stat()

@@ -23,7 +23,7 @@ def use_small_maps(model: nn.Module) -> None:
     """Replaces convolutions of a model by convolutions that train faster.
 
     The new convolutions are faster only on a CPU with AMX, in bf16 autocast. The feature maps must
-    be at most 8 pixels wide. Elsewhere, the new convolutions work like the old convolutions.
+    be at most 8 pixels wide.
 
     A convolution is replaced if the height and width of the input stay the same. The kernel must be
     square and larger than 1. Convolutions with bias, groups or dilation are not replaced. The
