@@ -45,15 +45,14 @@ DATASETS: dict[str, Callable[[DataConfig, list[str] | None], tuple[Splits, list[
 
 @dataclass(frozen=True)
 class Data:
-    """The training, validation and test images of a run, with class names and preprocessing.
+    """The training, validation and test images of a run, with class names.
 
     Attributes:
         train: the training images.
         val: the validation images.
         test: the test images.
-        classes: the name of each class; a label is an index into this list.
-        preprocessing: the image size and the number of channels for the model, and the mean and std
-            by which images are normalized.
+        classes: the name of each class. The label of an image is an index into this list.
+        preprocessing: the image size, the number of channels and the normalization for the model.
     """
 
     train: Images
@@ -63,14 +62,20 @@ class Data:
     preprocessing: Preprocessing
 
     def with_preprocessing(self, preprocessing: Preprocessing) -> "Data":
-        """Returns the same data with another preprocessing, such as that of a trained model."""
+        """Returns the same data with another preprocessing.
+
+        Args:
+            preprocessing: the new preprocessing, such as that of a trained model.
+        """
         return replace(self, preprocessing=preprocessing)
 
     def head(self, number: int) -> "Data":
-        """Returns the same data with at most the first `number` images of each split.
+        """Returns the same data with only the first images of each split.
 
-        If the images are files, the other files of the dataset are never decoded for the returned
-        data.
+        If the images are files, the returned data never decode the files of dropped images.
+
+        Args:
+            number: how many images of each split to keep. A smaller split is kept whole.
         """
         splits = (self.train, self.val, self.test)
         cut = [images.subset(np.arange(min(number, len(images)))) for images in splits]
@@ -78,13 +83,14 @@ class Data:
         return Data(*cut, self.classes, self.preprocessing)
 
     def fingerprint(self) -> dict[str, int]:
-        """Returns image counts and a checksum, by which a later run notices changed data.
+        """Returns the image counts and a checksum of the data.
+
+        A later run can compare the values to notice changed data.
 
         Returns:
-            A dict with the numbers of images under "train", "val" and "test", and a CRC-32 under
-            "checksum". The CRC-32 covers the labels and names of all images (of a file name, only
-            the part after the last slash) and the result of `train.checksum()`, which is a checksum
-            of the dataset's pixels, or 0 if reading all pixels would take long.
+            The numbers of images under "train", "val" and "test", and a CRC-32 under "checksum".
+            The CRC-32 covers the labels and names of all images. Of a path, only the file name
+            counts. Except for a user's own dataset class, the CRC-32 depends on the pixels, too.
         """
         splits = {"train": self.train, "val": self.val, "test": self.test}
         checksum = self.train.checksum()
@@ -97,16 +103,20 @@ class Data:
 
 
 def build_data(cfg: DataConfig, seed: int) -> Data:
-    """Reads a dataset and divides it into training, validation and test images.
+    """Reads training, validation and test images.
 
-    If the dataset has no test images or no validation images, they are taken out of the training
-    images, a fraction of each class. A warning is logged for each split that lacks a class. The
-    mean and std of the preprocessing are those of the training images.
+    If the dataset has no test images, a fraction of each class's training images becomes the test
+    images. Missing validation images are replaced in the same way. A warning is logged for each
+    split without images of some class.
 
     Args:
         cfg: the section `data` of the settings.
-        seed: determines which images are taken out of the training images and, if `data.limit` is
-            set, which of the remaining training images are used.
+        seed: determines which training images become test or validation images. If `cfg.limit` is
+            set, the seed also determines which of the remaining training images are used.
+
+    Returns:
+        The images, the class names and the preprocessing. The preprocessing has the mean and std of
+        the training images.
 
     Raises:
         Refused: the data cannot be read or cannot be divided.
@@ -125,21 +135,20 @@ def build_data(cfg: DataConfig, seed: int) -> Data:
 def read_splits(
     cfg: DataConfig, model_classes: list[str] | None = None
 ) -> tuple[Splits, list[str]]:
-    """Reads a dataset with the splits that it comes with, without dividing them further.
+    """Reads a dataset with the splits that the dataset comes with.
 
     Args:
         cfg: the section `data` of the settings.
-        model_classes: the class names of a model to evaluate, in the order of its outputs. The
-            labels of image folders and CSV files are then indices into this list; other datasets
-            ignore it. If None, the dataset determines the classes.
+        model_classes: the class names of a model to evaluate, in the order of the model's outputs.
+            The labels of image folders and CSV files are then indices into this list. Other
+            datasets ignore this argument. If None, the dataset determines the classes.
 
     Returns:
-        Two values: the images by split ("train", "val" or "test"), and the class names in the order
-        of the labels.
+        Two values. The first value is a dict from "train", "val" or "test" to the images. The
+        second value is a list of the class names in the order of the labels.
 
     Raises:
-        Refused: the data cannot be read, or `data.args` has a keyword that the dataset does not
-            accept.
+        Refused: the data cannot be read, or the dataset does not accept a keyword in `cfg.args`.
     """
     is_own = is_import_path(cfg.name)
     try:
@@ -168,22 +177,23 @@ def _check_user_dataset(cfg: DataConfig, found: Any) -> tuple[Splits, list[str]]
 
 
 def _choose_preprocessing(cfg: DataConfig, train: Images) -> Preprocessing:
-    """Chooses image size and channels, and computes the mean and std of the training images.
+    """Chooses the image size, the channels and the normalization for a dataset.
 
-    Image size and number of channels come from the settings. Where a setting is None, the images
-    determine the value; if they are not squares of one size, the image size is
-    `DEFAULT_IMAGE_SIZE`.
+    The image size and the number of channels come from the settings. If the setting of the number
+    of channels is None, the images' own number is used. If the setting of the image size is None,
+    the images' own size is used. Without a setting, images that are not squares of one size get 224
+    pixels.
 
-    Image files can be decoded to gray or RGB. If the settings have 1 or 3 channels, the files of
-    all splits are set to be decoded to this number.
+    If the settings have 1 or 3 channels, image files of all splits are set to be decoded to this
+    number.
 
     Args:
         cfg: the section `data` of the settings.
-        train: the training images.
+        train: the training images, which determine the mean and std.
 
     Raises:
-        Refused: the settings have a number of channels that the images do not have and cannot be
-            decoded to, or some images contain NaN.
+        Refused: the images have another number of channels than the settings and cannot be
+            converted, or some images contain NaN.
     """
     channels, smallest, largest = train.sizes()
     if cfg.channels in (1, 3) and isinstance(train, FileImages):

@@ -29,9 +29,10 @@ CHUNK = 256  # images that are decoded together
 
 
 def cache_folder() -> Path:
-    """Returns the folder of all caches: $XDG_CACHE_HOME/cnn, or ~/.cache/cnn without the variable.
+    """Returns the path of the folder that contains all caches.
 
-    If there is no home folder either, returns a path below /dev/null, where every access raises
+    The folder is $XDG_CACHE_HOME/cnn. If the variable XDG_CACHE_HOME is not set, the folder is
+    ~/.cache/cnn. If the user has no home folder either, every access to the returned path raises
     OSError.
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -41,17 +42,19 @@ def cache_folder() -> Path:
 def decode_all(
     root: Path, paths: list[Path], scans: np.ndarray, size: int, channels: int
 ) -> torch.Tensor:
-    """Returns the pixels of image files, from the cache if it contains them.
+    """Returns the pixels of image files, resized and cropped to one size.
 
-    If not, the files are decoded, the images are resized and cropped, and the pixels are written to
-    the cache. If the cache cannot be read or written, the pixels are only in memory.
+    The pixels are kept in a file in the user's cache folder. If the cache does not contain the
+    pixels, the image files are decoded. If the cache cannot be read or written, the pixels are only
+    in memory.
 
     Args:
-        root: the folder or CSV file of the dataset. Each dataset has its own pixels in the cache.
+        root: the folder or CSV file of the dataset. Each dataset has a cache of its own.
         paths: the N image files.
-        scans: one row per file, of the dtype `scan.SCAN`. If the size in bytes or the time of
-            change of any file has changed since an earlier call, all files are decoded again.
-        size: height and width of the result in pixels.
+        scans: an array (N) of the dtype `cnn.datasets.scan.SCAN`. Each row has the size in bytes
+            and the time of change of one file. If any size or time has changed since an earlier
+            call, all files are decoded again.
+        size: height and width of the returned images in pixels.
         channels: 1 for gray, 3 for RGB.
 
     Returns:
@@ -84,15 +87,15 @@ def _key(root: Path, paths: list[Path], scans: np.ndarray, shape: tuple[int, ...
 
 
 def _decode(paths: list[Path], size: int, channels: int) -> Iterator[np.ndarray]:
-    """Decodes, resizes and crops image files in several threads, and yields their pixels.
+    """Decodes, resizes and crops image files in several threads.
 
     Args:
-        paths: the image files, in the order in which to yield them.
-        size: height and width of the result in pixels.
+        paths: the image files.
+        size: height and width of the resulting images in pixels.
         channels: 1 for gray, 3 for RGB.
 
     Yields:
-        The pixels of one file, uint8 (size, size, channels).
+        The pixels of one file, uint8 (size, size, channels), in the order of `paths`.
 
     Raises:
         Refused: a file can no longer be decoded.
@@ -114,10 +117,10 @@ def _decode(paths: list[Path], size: int, channels: int) -> Iterator[np.ndarray]
 
 
 def remove_leftovers(leftovers: Iterable[Path]) -> None:
-    """Removes temporary files and folders that a killed process may have left.
+    """Removes temporary files and folders that are more than a day old.
 
-    Only those that are more than a day old are removed, since younger ones may still be in use.
-    Errors are ignored.
+    A killed process can leave such files. Younger files can still be in use and are kept. Errors
+    are ignored.
 
     Args:
         leftovers: paths of temporary files and folders.

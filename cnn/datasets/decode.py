@@ -11,7 +11,7 @@ from cnn.errors import ADVICE, SCARCITIES, BadImage, DataFailed
 
 VERSION = 2  # incremented when files decode to other pixels, so that old caches are not used
 GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
-MAX_PIXELS = 120_000_000  # per image: 360 MB as RGB; a larger image may be a decompression bomb
+MAX_PIXELS = 120_000_000  # per image: 360 MB as RGB; a larger image can be a decompression bomb
 MAX_OF_16_BITS = 2**16 - 1
 
 Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is the limit: an error instead of a warning
@@ -24,20 +24,21 @@ BROKEN = (OSError, EOFError, MemoryError, *DATA_ERRORS)
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """Reads a whole image file and turns the image upright as its EXIF data say.
+    """Reads an image file and turns the image upright.
 
-    If the file has several frames, such as an animated GIF, only the first frame is read.
+    The EXIF data of the file say which side is up. If the file has several frames, such as an
+    animated GIF, only the first frame is read.
 
     Args:
         path: the image file.
 
     Returns:
-        The image, in the mode of the file, such as "RGB" or "L".
+        The whole image in memory, in the mode of the file, such as "RGB" or "L".
 
     Raises:
-        BadImage: the file is missing, broken or an EPS drawing, or the image has more than
-            `MAX_PIXELS` pixels.
-        DataFailed: memory or file descriptors are exhausted; the file itself may be good.
+        BadImage: the file is missing, broken or an EPS drawing, or the image has more than 120
+            million pixels.
+        DataFailed: the memory or the file descriptors of the process are exhausted.
     """
     try:
         with Image.open(path) as image:
@@ -56,19 +57,24 @@ def open_image(path: str | os.PathLike) -> Image.Image:
 
 
 def _reason(path: str | os.PathLike, error: Exception) -> str:
-    """Returns the message of an error, or the name of its class if the message is empty.
+    """Returns the message of an error that reading an image file raised.
+
+    If the message is empty, the name of the error's class is returned.
 
     Args:
-        path: the image file. If the message ends with this path, the path is removed, since the
-            caller puts it in front of the message.
-        error: the error that was raised while the file was read.
+        path: the image file. If the message ends with the path, the path is removed from the
+            message.
+        error: the error.
     """
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return text.removesuffix(f" {str(path)!r}") or type(error).__name__
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Returns an image turned as its EXIF data say; unchanged if these data cannot be read."""
+    """Returns an image turned upright as the EXIF data of the image say.
+
+    If the EXIF data cannot be read, the image is returned unchanged.
+    """
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # noqa: BLE001  only the EXIF data are broken, not the picture
@@ -78,9 +84,9 @@ def upright(image: Image.Image) -> Image.Image:
 def to_array(image: Image.Image, channels: int) -> np.ndarray:
     """Converts a PIL image to an array of bytes, gray or RGB.
 
-    Transparent pixels become white. Integers of 16 bits are divided by 256; those of 32 bits are
-    first clipped to 16 bits. Floats are multiplied by 255 if all of them are in 0..1; otherwise,
-    they are clipped to 0..255.
+    Transparent pixels become white. Integers of 16 bits are divided by 256. Integers of 32 bits are
+    clipped to 0..65535 and divided by 256. Floats are multiplied by 255 if all floats of the image
+    are in 0..1. Other floats are clipped to 0..255.
 
     Args:
         image: an image of any mode.
@@ -118,14 +124,18 @@ def _bytes_of_floats(values: np.ndarray) -> np.ndarray:
 
 
 def decode(path: Path, channels: int) -> np.ndarray:
-    """Reads an image file and returns its pixels, uint8 (channels, H, W).
+    """Reads an image file and returns the pixels of the image.
 
     Args:
         path: the image file.
         channels: 1 to decode to gray, 3 to decode to RGB.
 
+    Returns:
+        Pixels, uint8 (channels, H, W).
+
     Raises:
-        BadImage: the file is missing, broken, too large, an EPS drawing, or cannot be converted.
-        DataFailed: memory or file descriptors are exhausted.
+        BadImage: the file is missing, broken or an EPS drawing, or the image is too large or cannot
+            be converted.
+        DataFailed: the memory or the file descriptors of the process are exhausted.
     """
     return to_array(open_image(path), channels)

@@ -21,8 +21,8 @@ def load() -> tuple[dict[str, ArrayImages], list[str]]:
     """Reads the dataset of handwritten digits, with training and test images.
 
     Returns:
-        Two values: the images by split, 898 under "train" and 899 under "test"; and the class names
-        "0" to "9".
+        Two values. The first value is a dict with 898 images under "train" and 899 images under
+        "test". The second value is a list of the class names, "0" to "9".
     """
     with np.load(FILE) as file:
         labels = file["labels"]

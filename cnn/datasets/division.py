@@ -16,14 +16,17 @@ def divide(splits: Splits, cfg: DataConfig, seed: int) -> Splits:
     """Divides a dataset into the splits "train", "val" and "test".
 
     If the dataset has no test images, a random part of each class's training images becomes the
-    test images. The same then holds for the validation images. Finally, if `cfg.limit` is set, that
-    many of the remaining training images are kept, chosen at random.
+    test images. Missing validation images are then taken from the remaining training images in the
+    same way. If `cfg.limit` is set, at most `cfg.limit` training images are kept, chosen at random.
 
     Args:
-        splits: the images by split; "train" must be there. The dict is not changed.
-        cfg: the section `data` of the settings, which has the fractions for test and validation
-            images.
+        splits: a dict from "train", "val" or "test" to images. The key "train" must be present. The
+            dict is not changed.
+        cfg: the section `data` of the settings.
         seed: determines the random choices.
+
+    Returns:
+        A dict with the images under "train", "val" and "test".
 
     Raises:
         Refused: "test" or "val" is missing, but no class has two training images.
@@ -47,17 +50,18 @@ def _permutation(number: int, seed: int, use: str) -> np.ndarray:
 def _hold_out(images: Images, fraction: float, seed: int, use: str) -> tuple[Images, Images]:
     """Divides images at random into images to keep and images to take out.
 
-    A fraction of each class is taken out. A class of two or more images loses at least one of them,
-    and every class keeps at least one.
+    A fraction of each class is taken out. A class of two or more images loses at least one image.
+    Every class keeps at least one image.
 
     Args:
         images: the images to divide.
         fraction: the part of each class to take out, between 0 and 1.
-        seed: determines the random choice, together with `use`.
-        use: what the images are taken out for, "val" or "test".
+        seed: the seed of the run. The random choice depends on `seed` and `use`.
+        use: the name of the split that gets the images taken out, "val" or "test".
 
     Returns:
-        Two values: the images to keep, and the images taken out.
+        Two values. The first value contains the images to keep. The second value contains the
+        images taken out.
 
     Raises:
         Refused: no class has two images.

@@ -26,27 +26,29 @@ FileSplits = dict[str, FileImages]
 def load_folder(
     root: str, on_bad_image: str, model_classes: list[str] | None = None
 ) -> tuple[FileSplits, list[str]]:
-    """Reads a folder of images that is arranged as ROOT/SPLIT/CLASS/* or as ROOT/CLASS/*.
+    """Reads a folder of images with one folder per class.
 
-    SPLIT is train, val or test. CLASS is the name of a class.
+    The images are in ROOT/SPLIT/CLASS/ or, without splits, in ROOT/CLASS/. SPLIT is train, val or
+    test. CLASS is the name of a class.
 
     Args:
         root: path of the folder ROOT.
-        on_bad_image: what to do if files do not decode: "stop" raises Refused, "skip" leaves them
-            out and logs a warning.
-        model_classes: the class names of a model to evaluate, in the order of its outputs. The
-            labels are then indices into this list, and neither training images nor all classes are
-            needed. If None, the classes are those of the training images.
+        on_bad_image: what to do with files that do not decode. "stop" raises Refused. "skip" leaves
+            the files out and logs a warning.
+        model_classes: the class names of a model to evaluate, in the order of the model's outputs.
+            The labels are then indices into `model_classes`, and training images are not required.
+            If None, the classes are those of the training images.
 
     Returns:
-        Two values: the images by split, and the class names in the order of the labels. If the
-        folder has no splits, all images are under "train".
+        Two values. The first value is a dict from "train", "val" or "test" to images. Without
+        splits, all images are under "train". The second value is a list of the class names in the
+        order of the labels.
 
     Raises:
-        Refused: the folder or its training images do not exist, a split has two folders (such as
-            val and valid), a class folder has no images, there are fewer than two classes, files do
-            not decode, or an image has a class that is not in `model_classes` or, if that is None,
-            not in the training images.
+        Refused: the folder or the training images are missing, or a class folder is empty. There
+            are fewer than two classes, or files do not decode. A split has two folders, such as val
+            and valid. An image has a class that is not in `model_classes`. If
+            `model_classes` is None, an image has a class without training images.
     """
     top = Path(root)
     if not top.is_dir():
@@ -61,27 +63,29 @@ def load_folder(
 def load_csv(
     root: str, on_bad_image: str, model_classes: list[str] | None = None
 ) -> tuple[FileSplits, list[str]]:
-    """Reads the images that are listed in a CSV file with the columns path, label and split.
+    """Reads the images that are listed in a CSV file.
 
-    The column split may be missing. Its values are train, val or test; an empty one means train.
-    Paths are relative to the folder of the CSV file.
+    The columns of the CSV file are path, label and split. A path is relative to the folder of the
+    CSV file. A split is train, val or test. If the split is empty or there is no column split, the
+    image is for training.
 
     Args:
         root: path of the CSV file.
-        on_bad_image: what to do if image files do not decode: "stop" raises Refused, "skip" leaves
-            them out and logs a warning.
-        model_classes: the class names of a model to evaluate, in the order of its outputs. The
-            labels are then indices into this list, and neither training images nor all classes are
-            needed. If None, the classes are those of the training images.
+        on_bad_image: what to do with image files that do not decode. "stop" raises Refused. "skip"
+            leaves the image files out and logs a warning.
+        model_classes: the class names of a model to evaluate, in the order of the model's outputs.
+            The labels are then indices into `model_classes`, and training images are not required.
+            If None, the classes are those of the training images.
 
     Returns:
-        Two values: the images by split, and the class names in the order of the labels.
+        Two values. The first value is a dict from "train", "val" or "test" to images. The second
+        value is a list of the class names in the order of the labels.
 
     Raises:
-        Refused: the CSV file or its training images do not exist, a column or a value is missing,
-            two lines give one image different labels or splits, there are fewer than two classes,
-            files do not decode, or an image has a class that is not in `model_classes` or, if that
-            is None, not in the training images.
+        Refused: the CSV file or the training images are missing. A path or a label is missing. Two
+            lines give one image different labels or splits. There are fewer than two classes, or
+            files do not decode. An image has a class that is not in `model_classes`. If
+            `model_classes` is None, an image has a class without training images.
     """
     file = Path(root)
     columns, rows = _read_table(file)
@@ -106,15 +110,15 @@ def load_csv(
 
 
 def _read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Reads a CSV file and returns its columns and its rows.
+    """Reads a CSV file and returns the columns and the rows.
 
     Args:
         file: the CSV file.
 
     Returns:
-        Two values: the column names; and (line number, values) for each row that is not empty. The
-        values are a dict by column name. Its keys "path", "label" and "split" always exist; the
-        value is "" if the row has none.
+        Two values. The first value is a list of the column names. The second value is a list of
+        (line number, values) for each row that is not empty. Values are a dict from column name to
+        text. The dict always has the keys "path", "label" and "split". A missing text is "".
 
     Raises:
         Refused: the file cannot be read or is not in UTF-8.
@@ -138,14 +142,15 @@ def _read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]
 def _find_splits(top: Path) -> dict[str, Path]:
     """Finds the folders of the splits inside a dataset's folder.
 
-    Such a folder has the name train, val, valid, validation or test, in upper or lower case. If
-    there are any, a warning names all other folders, which are not used.
+    The folder of a split has the name train, val, valid, validation or test, in upper or lower
+    case. If the dataset has splits, a warning lists other folders, which are not used.
 
     Args:
         top: the folder of the dataset.
 
     Returns:
-        A dict from "train", "val" and "test" to the folder, without the splits that have no folder.
+        A dict from "train", "val" or "test" to the folder. A split without a folder is not in the
+        dict.
 
     Raises:
         Refused: two folders belong to the same split, such as val and valid.
@@ -166,7 +171,7 @@ def _find_splits(top: Path) -> dict[str, Path]:
 
 
 def _list_folders(path: Path) -> list[Path]:
-    """Returns the folders inside a folder, sorted by name.
+    """Returns the folders directly inside a folder, sorted by name.
 
     Folders whose names begin with "." or "__" are left out.
     """
@@ -175,7 +180,7 @@ def _list_folders(path: Path) -> list[Path]:
 
 
 def _list_images(path: Path) -> list[tuple[Path, str]]:
-    """Lists the images of a split or dataset, in a folder that has one folder per class.
+    """Lists the image files in a folder that has one folder per class.
 
     Args:
         path: the folder that contains the class folders.
@@ -184,7 +189,7 @@ def _list_images(path: Path) -> list[tuple[Path, str]]:
         (image file, class name) for every image. The class name is the name of the class folder.
 
     Raises:
-        Refused: there are no class folders, or one of them has no images.
+        Refused: there are no class folders, or a class folder has no images.
     """
     folders = _list_folders(path)
     if not folders:
@@ -202,23 +207,24 @@ def _list_images(path: Path) -> list[tuple[Path, str]]:
 def _read(
     root: Path, listing: Listing, on_bad_image: str, model_classes: list[str] | None
 ) -> tuple[FileSplits, list[str]]:
-    """Scans image files and builds the splits of a dataset from them.
+    """Scans image files and builds the splits of a dataset.
 
     Args:
         root: the folder or CSV file of the dataset.
-        listing: for each split, a list of (image file, class name).
-        on_bad_image: what to do if files do not decode: "stop" raises Refused, "skip" leaves them
-            out and logs a warning.
-        model_classes: the class names of a model to evaluate, in the order of its outputs. If None,
-            the classes are those of the training images, sorted by name.
+        listing: a dict from "train", "val" or "test" to a list of (image file, class name).
+        on_bad_image: what to do with files that do not decode. "stop" raises Refused. "skip" leaves
+            the files out and logs a warning.
+        model_classes: the class names of a model to evaluate, in the order of the model's outputs.
+            If None, the classes are those of the training images, sorted by name.
 
     Returns:
-        Two values: the images by split, and the class names in the order of the labels.
+        Two values. The first value is a dict from "train", "val" or "test" to images. The second
+        value is a list of the class names in the order of the labels.
 
     Raises:
-        Refused: an image has a class that is not in `model_classes` or, if that is None, not in the
-            training images; there are fewer than two classes; files do not decode; or all files of
-            a split are left out.
+        Refused: there are fewer than two classes, or files do not decode. All files of a split are
+            left out. An image has a class that is not in `model_classes`. If `model_classes` is
+            None, an image has a class without training images.
     """
     classes = model_classes or sorted({label for _, label in listing["train"]})
     _check_classes(root, listing, classes, of_model=model_classes is not None)
@@ -253,10 +259,10 @@ def _check_classes(root: Path, listing: Listing, classes: list[str], *, of_model
 
 
 def unknown_classes(key: str, unknown: list[str], known: list[str]) -> str:
-    """Returns the error message for data with classes that a model does not know.
+    """Returns an error message about classes that a model does not know.
 
     Args:
-        key: the setting that names the data, such as "data.root".
+        key: the name of the setting that gives the data, such as "data.root".
         unknown: the class names in the data that the model does not know.
         known: the class names that the model knows.
     """
@@ -266,11 +272,13 @@ def unknown_classes(key: str, unknown: list[str], known: list[str]) -> str:
 
 
 def _report_bad(bad: dict[Path, str], on_bad_image: str) -> None:
-    """Raises an error or logs a warning that lists the files that do not decode, if there are any.
+    """Reports the files that do not decode, by an error or a warning.
+
+    If all files decode, nothing happens.
 
     Args:
-        bad: for each file that does not decode, the reason.
-        on_bad_image: "stop" to raise the error, "skip" to log that the files are left out.
+        bad: a dict from each file that does not decode to the reason.
+        on_bad_image: "stop" to raise an error, "skip" to log a warning that the files are left out.
 
     Raises:
         Refused: `bad` is not empty, and `on_bad_image` is "stop".

@@ -10,10 +10,11 @@ WILDCARDS = "*?["
 
 
 def image_files(folder: Path) -> Iterator[Path]:
-    """Yields the image files in a folder and in all folders inside it, at any depth.
+    """Yields the image files in a folder and in all folders inside the folder.
 
-    Image files are those with one of the `EXTENSIONS`, in upper or lower case. Files whose names
-    begin with a dot are left out. Links to folders are followed, but no folder is searched twice.
+    Folders are searched to any depth. Image files are recognized by the extension, such as .jpg or
+    .PNG. Files whose names begin with a dot are left out. Links to folders are followed, but no
+    folder is searched twice.
     """
     seen = set()
     for where, folders, names in os.walk(folder, followlinks=True):
@@ -28,15 +29,15 @@ def image_files(folder: Path) -> Iterator[Path]:
 
 
 def find_images(words: Iterable[str]) -> Iterator[tuple[Path, str | None]]:
-    """Finds image files by the arguments of a command, such as folders or patterns.
+    """Finds the image files that the arguments of a command name.
 
     Args:
-        words: the arguments. Each is a file with any extension, a folder, or a pattern such as
-            `*.jpg`.
+        words: the arguments. An argument is a file with any extension, a folder, or a pattern such
+            as `*.jpg`.
 
     Yields:
-        (path, None) for every file that is found. For every argument or path that leads to no file,
-        (path, reason), where the reason is a text such as "no such file or folder".
+        (path, None) for every file that is found. If a path or a pattern leads to no file, (path,
+        reason) is yielded instead. The reason is a text such as "no such file or folder".
     """
     for word in words:
         # Unlike Path.exists, os.path.exists is False for a name that no file can have.
@@ -51,8 +52,8 @@ def find_images(words: Iterable[str]) -> Iterator[tuple[Path, str | None]]:
 def _matching(pattern: str) -> list[str]:
     """Returns the paths that match a glob pattern, sorted.
 
-    Through links to folders, several matching paths may lead to one file. Only the first of these
-    paths is returned.
+    Links to folders can give one file several paths. Of several paths to one file, only the first
+    path is returned.
     """
     found: dict[tuple[str, str], str] = {}
     for name in sorted(glob.glob(pattern, recursive=True)):

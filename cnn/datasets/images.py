@@ -25,17 +25,18 @@ MAX_IMAGES_FOR_STATISTICS = 2_000  # fewer than twice as many are read of a user
 
 
 class Images:
-    """Labelled images: a whole dataset or a subset of it.
+    """Labelled images, which are a whole dataset or a subset of a dataset.
 
-    Each subclass reads images from another source. All subsets of a dataset share its pixels.
+    A subclass reads images from one kind of source, such as files. All subsets of a dataset share
+    the pixels.
 
     Attributes:
-        labels: the index of each image's class, int64 (N), where N is the number of images in this
+        labels: the index of each image's class, int64 (N). N is the number of images in this
             object.
         rows: the index of each image in the whole dataset, int64 (N).
-        skip: whether an image that cannot be read during the run is left out of its batch. If not,
-            such an image ends the run with an error.
-        may_draw: whether reading an image may draw from the global random generators.
+        skip: whether an image that cannot be read during the run is left out of the batch. If
+            false, the run ends with an error.
+        may_draw: whether reading an image can draw from the global random generators.
     """
 
     labels: np.ndarray
@@ -47,12 +48,12 @@ class Images:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """Returns an image's name: the name of the dataset and the image's index in it.
+        """Returns an image's name, such as "digits[17]".
 
-        An example is "digits[17]". The index in the name is that in the whole dataset.
+        The name consists of the dataset's name and the image's index in the whole dataset.
 
         Args:
-            index: index of the image in this object, which may be a subset of the dataset.
+            index: index of the image in this object, which can be a subset of the dataset.
         """
         return f"{self._name}[{self.rows[index]}]"
 
@@ -60,33 +61,42 @@ class Images:
         """Returns some of the images as a new object, without copying pixels.
 
         Args:
-            indices: the indices of the images to return, among the images of this object.
+            indices: the indices of the images to return. An index is the position of an image in
+                this object.
         """
         part = copy.copy(self)
         part.rows, part.labels = self.rows[indices], self.labels[indices]
         return part
 
     def checksum(self) -> int:
-        """Returns a checksum of the dataset's pixels, or 0 if reading all pixels would take long.
+        """Returns a checksum of the dataset's pixels, or 0 without a checksum.
 
-        This base class returns 0. Subclasses that know all pixels override the method.
+        This base class always returns 0. A subclass that can read all pixels quickly overrides this
+        method.
         """
         return 0
 
     def num_decoded(self) -> int:
         """Returns how many images the method `decoded` would keep in memory.
 
-        This base class returns the number of images in this object. Subclasses that keep images in
-        memory return the number of images in the whole dataset.
+        This base class returns the number of images in this object. A subclass that keeps images in
+        memory returns the number of images in the whole dataset.
         """
         return len(self)
 
     def decoded(self, _size: int, _channels: int) -> torch.Tensor | None:
-        """Returns the pixels of the whole dataset, or None if the pixels cannot be kept in memory.
+        """Returns the pixels of the whole dataset, or None if they cannot be kept in memory.
 
-        This base class returns None. Subclasses return a tensor, uint8 (M, size, size, channels),
-        of the M images in the whole dataset. The attribute `rows` has the indices of this object's
-        images in it.
+        This base class always returns None. The whole dataset can have more images than this
+        object. The attribute `rows` has the index of each of this object's images in the returned
+        tensor.
+
+        Args:
+            _size: height and width of the pixels that a subclass returns.
+            _channels: number of channels of the pixels that a subclass returns.
+
+        Returns:
+            A uint8 tensor (M, size, size, channels) of all M images in the dataset, or None.
         """
         return None
 
@@ -96,7 +106,7 @@ class ArrayImages(Images):
 
     Args:
         pixels: the N images, uint8 (N, C, H, W).
-        labels: the index of each image's class (N).
+        labels: the index of each image's class, N integers.
         name: name of the dataset, for messages.
     """
 
@@ -112,19 +122,23 @@ class ArrayImages(Images):
         return self.store[self.rows[index]].permute(2, 0, 1)
 
     def sizes(self) -> tuple[int, int, int]:
-        """Returns the number of channels, the shorter side and the longer side of the images.
+        """Returns the number of channels and the sides of the images.
 
-        The sides are in pixels.
+        Returns:
+            Three values: the number of channels, the shorter side in pixels, and the longer side in
+            pixels.
         """
         _, height, width, channels = self.store.shape
         return channels, min(height, width), max(height, width)
 
     def pixel_sums(self) -> tuple[float, np.ndarray, np.ndarray]:
-        """Returns the number of pixels, and the sums that give the mean and std of each channel.
+        """Returns the sums that give the mean and std of each channel.
 
         Returns:
-            Three values: the number of pixels in all images together; the sum of each channel's
-            values (0 to 255), shape (C); and the sum of the squares of these values, shape (C).
+            Three values. The first value is the number of pixels in all images of this object
+            together. The second value is the sum of each channel's pixel values (0 to 255), shape
+            (C). The third value is the sum of the squares of the pixel values of each channel,
+            shape (C).
         """
         height, width, channels = self.store.shape[1:]
         counts = np.zeros((channels, 256))
@@ -136,38 +150,45 @@ class ArrayImages(Images):
         return float(len(self) * height * width), counts @ values, counts @ values**2
 
     def checksum(self) -> int:
-        """Returns a CRC-32 of the pixels of the whole dataset, even if this is a subset of it."""
+        """Returns a CRC-32 of the pixels of the whole dataset.
+
+        The whole dataset is covered even if this object is a subset.
+        """
         return zlib.crc32(self.store.numpy())
 
     def num_decoded(self) -> int:
-        """Returns the number of images in the whole dataset, even if this is a subset of it."""
+        """Returns the number of images in the whole dataset.
+
+        The whole dataset is counted even if this object is a subset.
+        """
         return len(self.store)
 
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
-        """Returns the pixels of the whole dataset, even if this object is a subset of it.
+        """Returns the pixels of the whole dataset, even if this object is a subset.
 
         Args:
             size: the height and width that the caller needs, in pixels.
             channels: the number of channels that the caller needs.
 
         Returns:
-            The M images of the whole dataset, uint8 (M, size, size, channels); None if the images
-            have another size or another number of channels.
+            The M images of the whole dataset, uint8 (M, size, size, channels). If the images have
+            another size or number of channels, the result is None.
         """
         return self.store if self.store.shape[1:] == (size, size, channels) else None
 
 
 @dataclass
 class Files:
-    """The image files of a whole dataset; the objects of all its splits share this object.
+    """The image files of a whole dataset, shared by all splits of the dataset.
 
     Attributes:
         root: the folder or CSV file of the dataset.
         paths: the image files of all splits.
-        scans: one row per file, of the dtype `scan.SCAN`, with the image's size and pixel sums.
+        scans: one row per file, of the dtype `cnn.datasets.scan.SCAN`. A row has the image's size
+            and pixel sums.
         channels: number of channels to which the files are decoded, 1 (gray) or 3 (RGB).
-        skip: whether a file that cannot be read during the run is left out of its batch. If not,
-            such a file ends the run with an error.
+        skip: whether a file that cannot be read during the run is left out of the batch. If false,
+            the run ends with an error.
     """
 
     root: Path
@@ -178,13 +199,14 @@ class Files:
 
 
 class FileImages(Images):
-    """Images in files; a file is decoded each time its image is read.
+    """Images in files, where every reading of an image decodes the file.
 
     Args:
         files: the files of the whole dataset.
-        labels: the index of each image's class (N), where N is the number of images in this object.
+        labels: the index of each image's class, N integers. N is the number of images in this
+            object.
         rows: the index of each image's file in `files.paths` (N). If None, the images are those of
-            all files, in the same order.
+            all files, in the order of `files.paths`.
     """
 
     def __init__(self, files: Files, labels: Sequence[int], rows: np.ndarray | None = None):
@@ -203,32 +225,39 @@ class FileImages(Images):
         """Returns the path of an image.
 
         Args:
-            index: index of the image in this object, which may be a subset of the dataset.
+            index: index of the image in this object, which can be a subset of the dataset.
         """
         return str(self.files.paths[self.rows[index]])
 
     def detached(self) -> "FileImages":
-        """Returns the images of this object as a new dataset, without the other files."""
+        """Returns the images of this object as a new dataset.
+
+        The new dataset does not contain the other files of the old dataset.
+        """
         paths = [self.files.paths[row] for row in self.rows]
         files = replace(self.files, paths=paths, scans=self.files.scans[self.rows])
         return FileImages(files, self.labels)
 
     def sizes(self) -> tuple[int, int, int]:
-        """Returns the number of channels, the shortest side and the longest side of the images.
+        """Returns the number of channels and the sides of the images.
 
-        The sides are in pixels. The number of channels is the one to which the files are decoded.
+        Returns:
+            Three values. The first value is the number of channels to which the files are decoded.
+            The second and third values are the shortest and the longest side of all images, in
+            pixels.
         """
         scans = self.files.scans[self.rows]
         sides = np.stack([scans["height"], scans["width"]])
         return self.files.channels, int(sides.min()), int(sides.max())
 
     def pixel_sums(self) -> tuple[float, np.ndarray, np.ndarray]:
-        """Returns the number of pixels, and the sums that give the mean and std of each channel.
+        """Returns the sums that give the mean and std of each channel.
 
         Returns:
-            Three values: the number of pixels in all images together; the sum of each channel's
-            values (0 to 255), shape (C); and the sum of the squares of these values, shape (C). C
-            is 1 or 3, the number of channels to which the files are decoded.
+            Three values. The first value is the number of pixels in all images of this object
+            together. The second value is the sum of each channel's pixel values (0 to 255), shape
+            (C). The third value is the sum of the squares of the pixel values of each channel,
+            shape (C). C is 1 or 3, the number of channels to which the files are decoded.
         """
         scans = self.files.scans[self.rows]
         number = float((scans["height"] * scans["width"]).sum())
@@ -236,29 +265,31 @@ class FileImages(Images):
         return number, scans["sums"].sum(axis=0)[channels], scans["squares"].sum(axis=0)[channels]
 
     def checksum(self) -> int:
-        """Returns a CRC-32 of the pixel sums of all files, even if this is a subset of the dataset.
+        """Returns a CRC-32 of the pixel sums of all files in the dataset.
 
-        No file is decoded, since the pixel sums are known from the scan of the files.
+        The whole dataset is covered even if this object is a subset. No file is decoded.
         """
         return zlib.crc32(np.ascontiguousarray(self.files.scans["sums"]))
 
     def num_decoded(self) -> int:
-        """Returns the number of files in the whole dataset, even if this is a subset of it."""
+        """Returns the number of files in the whole dataset.
+
+        The whole dataset is counted even if this object is a subset.
+        """
         return len(self.files.paths)
 
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
-        """Returns the pixels of all files of the dataset, even if this object is a subset of it.
+        """Returns the pixels of the whole dataset, even if this object is a subset.
 
-        The files are decoded once. The pixels are kept in the user's cache folder, where later
-        calls and runs find them. From then on, single images of the dataset are read with
-        `channels` channels, too.
+        The pixels are kept in the user's cache folder, so that later calls and runs need not decode
+        the files. After the call, single images are read with the same number of channels.
 
         Args:
             size: height and width in pixels to which images are resized and cropped.
             channels: 1 for gray, 3 for RGB.
 
         Returns:
-            Pixels of the M files, uint8 (M, size, size, channels).
+            Pixels of all M files, uint8 (M, size, size, channels).
 
         Raises:
             Refused: a file can no longer be decoded.
@@ -270,12 +301,12 @@ class FileImages(Images):
 class UserImages(Images):
     """The images of a user's map-style dataset, whose items are (image, label).
 
-    The pixels are never kept in memory, since the same item may be another image at every reading.
+    The pixels are never kept in memory, since an item can be another image at every reading.
 
     Args:
-        dataset: the user's dataset. Its images are PIL images, uint8 arrays (H, W[, C]), or tensors
-            (C, H, W) of uint8 or of float in 0..1. Its labels are in the attribute `targets` or
-            `labels`. If it has neither, every item is read once for its label.
+        dataset: the user's dataset. Images are PIL images, uint8 arrays (H, W) or (H, W, C), or
+            tensors (C, H, W). A tensor is uint8 or float in 0..1. Labels are in the attribute
+            `targets` or `labels`. Without these attributes, every item is read once for the label.
         name: name of the dataset, for messages.
     """
 
@@ -305,20 +336,24 @@ class UserImages(Images):
         return item
 
     def _sample(self) -> Iterator[torch.Tensor]:
-        """Yields images at equal distances in the dataset, for the computation of statistics.
+        """Yields images at equal distances in the dataset, for statistics.
 
-        Yields all images of a small dataset. The number of images is always less than 2 *
-        `MAX_IMAGES_FOR_STATISTICS`. The global random generators are seeded before each image, so
-        that random transforms in the dataset give the same images every time.
+        All images of a small dataset are yielded, but never 4,000 images or more. The global random
+        generators are seeded before each image. So random transforms in the dataset give the same
+        images every time.
         """
         for index in range(0, len(self), max(1, len(self) // MAX_IMAGES_FOR_STATISTICS)):
             seeding.seed_sample(seeding.SAMPLE, index)
             yield self[index]
 
     def sizes(self) -> tuple[int, int, int]:
-        """Returns the number of channels, the shortest side and the longest side of the images.
+        """Returns the number of channels and the sides of the images.
 
-        The sides are in pixels. In a large dataset, only some images, at equal distances, are read.
+        In a large dataset, only some images are read.
+
+        Returns:
+            Three values: the number of channels, the shortest side in pixels, and the longest side
+            in pixels.
 
         Raises:
             Refused: the images differ in the number of channels, or an image cannot be read.
@@ -331,15 +366,15 @@ class UserImages(Images):
         return channels.pop(), min(sides), max(sides)
 
     def pixel_sums(self) -> tuple[float, np.ndarray, np.ndarray]:
-        """Returns the number of pixels, and the sums that give the mean and std of each channel.
+        """Returns the sums that give the mean and std of each channel.
 
-        In a large dataset, only some images, at equal distances, are read. Values of float images,
-        in 0..1, are first multiplied by 255.
+        In a large dataset, only some images are read. The values of float images are first
+        multiplied by 255.
 
         Returns:
-            Three values: the number of pixels in the images that were read; the sum of each
-            channel's values (0 to 255), shape (C); and the sum of the squares of these values,
-            shape (C).
+            Three values. The first value is the number of pixels in the images that were read. The
+            second value is the sum of each channel's pixel values (0 to 255), shape (C). The third
+            value is the sum of the squares of the pixel values of each channel, shape (C).
 
         Raises:
             Refused: an image cannot be read.
@@ -354,15 +389,18 @@ class UserImages(Images):
 
 
 def _to_int64(labels: Any, name: str) -> np.ndarray:
-    """Converts labels to int64 (N).
+    """Converts labels to an array of integers.
 
     Args:
-        labels: N labels. Each is an integer, or an array or tensor that contains a single integer
-            and has no dimensions.
+        labels: N labels. A label is an integer, or an array or tensor of one integer without
+            dimensions.
         name: name of the dataset, for the message of the error.
 
+    Returns:
+        The labels, int64 (N).
+
     Raises:
-        Refused: a label is not an integer, such as 1.7, which would otherwise become 1.
+        Refused: a label is not an integer, such as 1.7.
     """
     plain = [label.tolist() if hasattr(label, "tolist") else label for label in labels]
     for index, label in enumerate(plain):
@@ -373,15 +411,17 @@ def _to_int64(labels: Any, name: str) -> np.ndarray:
 
 
 def _as_tensor(image: Any, name: str) -> torch.Tensor:
-    """Converts an image of a user's dataset to a tensor (C, H, W), uint8 or float.
+    """Converts an image of a user's dataset to a tensor.
 
     Args:
         image: a PIL image, an array (H, W) or (H, W, C), or a tensor (C, H, W).
         name: name of the image, for the message of the error.
 
+    Returns:
+        The image, (C, H, W), uint8 or float.
+
     Raises:
-        Refused: a tensor has other than three dimensions, or the values are neither uint8 nor
-            float.
+        Refused: the number of dimensions is wrong, or the values are neither uint8 nor float.
     """
     if not isinstance(image, torch.Tensor):
         array = np.asarray(image)

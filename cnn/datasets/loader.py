@@ -1,7 +1,7 @@
 """Batches of images and labels on the device, in the order and with the augmentations of an epoch.
 
 The order of an epoch is a function of (seed, epoch). Everything random about an image is a function
-of (seed, epoch, index of the image) and, where an image may come twice in an epoch, of its position
+of (seed, epoch, index of the image) and, where an image can come twice in an epoch, of its position
 in the epoch. So a resumed run can start an epoch at any batch without reading the batches before
 this one, and the batches are the same for any number of workers.
 """
@@ -42,18 +42,17 @@ LARGEST_EVALUATION_BATCH = 512
 
 
 class Samples(Dataset):
-    """A dataset for a DataLoader that turns a list of keys into a batch of images and labels.
+    """A dataset that turns a list of keys into a batch of images and labels, for a DataLoader.
 
-    A key is (epoch, index of the image in the split) or, where an image may occur twice in an
-    epoch, (epoch, index, position in the epoch). Epoch 0 means evaluation, without augmentation.
+    A key is (epoch, index of the image in the split). If an image can occur twice in an epoch, the
+    key is (epoch, index, position in the epoch). Epoch 0 means evaluation, without augmentation.
 
     Args:
         images: the images of one split.
         size: height and width of the returned images in pixels.
-        augment: the augmentations for training.
+        augment: a function that augments an image, for training.
         seed: the seed of the run.
-        collate: a function that stacks a list of images (C, size, size) into a batch. It is called
-            in the worker process.
+        collate: a function that stacks a list of images (C, size, size) into a batch.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class Samples(Dataset):
         self.labels = torch.from_numpy(images.labels)
 
     def raw(self, key: Key) -> torch.Tensor:
-        """Returns an image of the dataset as it is, before resizing and augmentation: (C, H, W).
+        """Returns an image before resizing and augmentation, (C, H, W).
 
         Args:
             key: (epoch, index of the image), or (epoch, index, position in the epoch).
@@ -79,9 +78,9 @@ class Samples(Dataset):
         return self.images[key[1]]
 
     def image(self, key: Key) -> torch.Tensor:
-        """Returns an image in the model's size, not normalized: (C, size, size).
+        """Returns an image in the model's size, not normalized, (C, size, size).
 
-        The image is augmented unless the epoch is 0, which means evaluation.
+        The image is augmented unless the epoch is 0. Epoch 0 means evaluation.
 
         Args:
             key: (epoch, index of the image), or (epoch, index, position in the epoch).
@@ -92,17 +91,19 @@ class Samples(Dataset):
         )
 
     def __getitems__(self, keys: list[Key]) -> tuple[tuple, list[str]] | DataFailed:
-        """Returns a batch, or the error that prevents it.
+        """Returns a batch, or the error that prevents the batch.
 
-        The DataLoader calls this method, in a worker process if there are any. The error is
-        returned, since torch would add the worker's traceback to an error that is raised.
+        The DataLoader calls this method, in a worker process if there are worker processes. The
+        error is returned and not raised, since torch would add the worker's traceback to a raised
+        error.
 
         Args:
-            keys: one key per image: (epoch, index of the image) or (epoch, index, position in the
+            keys: one key per image, (epoch, index of the image) or (epoch, index, position in the
                 epoch).
 
         Returns:
-            ((images, labels), messages about images that were left out), or the error.
+            ((images, labels), messages), with one message for each image that was left out. If the
+            batch cannot be made, the error.
         """
         images, kept, left_out = [], [], []
         name = "the next batch"
@@ -125,21 +126,24 @@ class Samples(Dataset):
             return DataFailed(f"{bad}; put the image back, and the run resumes at this batch")
         except (DataFailed, Refused) as error:
             return DataFailed(str(error))  # training has started, and it is too late to refuse
-        except Exception as error:  # noqa: BLE001  an augmentation or dataset may raise anything
+        except Exception as error:  # noqa: BLE001  an augmentation or dataset can raise anything
             return workers.data_failure(error, name)
 
 
 class Loader:
-    """A base class of loaders, which load the batches of one split onto the device.
+    """A base class of loaders, which load batches of one split onto the device.
 
-    In training, batches are shuffled and augmented, and each process loads a share of every batch.
-    In evaluation, each batch is loaded whole by one of the processes, in turn.
+    In training, batches are shuffled and augmented. Each process loads a share of every training
+    batch. In evaluation, each batch is loaded whole by one of the processes, in turn.
 
-    A subclass has to define three methods: `raw(key)` returns an image as it is in the dataset, (C,
-    H, W). `image(key)` returns an image (C, size, size), augmented in training, but not normalized.
+    A subclass must define the methods `raw`, `image` and `_batches`. `raw(key)` returns an image of
+    the dataset, (C, H, W). `image(key)` returns an image in the model's size, (C, size, size), not
+    normalized. A key is (epoch, index of the image) or (epoch, index, position in the epoch). The
+    image is augmented unless the epoch is 0.
+
     `_batches(epoch, order, spans, start)` yields one batch per span. A span is (first position, end
     position, number of images that count). `order` has the index of the image at each position of
-    the epoch, and `start` is the index of the first batch to yield.
+    the epoch. `start` is the index of the first batch to yield.
 
     Args:
         images: the images of the split.
@@ -177,9 +181,10 @@ class Loader:
         return len(self.sizes)
 
     def num_batches_per_rank(self) -> int:
-        """Returns the largest number of batches that one process loads in an evaluation.
+        """Returns the largest number of evaluation batches that one process loads.
 
-        The processes divide the batches among them. Some processes may have one batch fewer.
+        The processes divide the batches of an evaluation. Some processes can have one batch fewer
+        than the others.
         """
         return -(-len(self.sizes) // self.num_ranks)
 
@@ -188,12 +193,13 @@ class Loader:
 
         Args:
             epoch: the epoch, counted from 1.
-            start: index of the first batch to yield, from 0 on. The earlier batches are not read.
+            start: index of the first batch to yield, from 0 on. Earlier batches are not read.
 
         Yields:
-            Three values: N normalized images, float32 (N, C, H, W); their labels, int64 (N); and
-            how many of the N images count in gradients and metrics. All count, or none if the batch
-            is too small for this process to have a share of it.
+            Three values. The first value contains N normalized images, float32 (N, C, H, W). The
+            second value contains the N labels, int64 (N). The third value is how many images count
+            in gradients and metrics. The third value is 0 if the batch is too small for this
+            process to have a share. Otherwise, the third value is N.
         """
         shares = [share_of(size, self.rank, self.num_ranks) for size in self.sizes]
         begins = np.cumsum([0, *self.sizes]).tolist()
@@ -201,13 +207,15 @@ class Loader:
         return self._batches(epoch, self.order(epoch), spans[start:], start)
 
     def batches(self) -> Iterator[Batch]:
-        """Yields the batches that this process evaluates, in the images' order and not augmented.
+        """Yields the batches that this process evaluates.
 
-        These are the batch with index `rank` and every `num_ranks`-th batch after it.
+        The images are in the order of the dataset and not augmented. The processes take the batches
+        in turn.
 
         Yields:
-            Three values: N normalized images, float32 (N, C, H, W); their labels, int64 (N); and
-            the number of images that count in the metrics, which is N.
+            Three values. The first value contains N normalized images, float32 (N, C, H, W). The
+            second value contains the N labels, int64 (N). The third value is N, the number of
+            images that count in the metrics.
         """
         ends = np.cumsum(self.sizes).tolist()
         spans = [(end - size, end, size) for size, end in zip(self.sizes, ends)]
@@ -215,12 +223,15 @@ class Loader:
         return self._batches(EVALUATION, np.arange(len(self.images)), spans, 0)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Returns the index of the image at each position of a training epoch, int64.
+        """Returns the index of the image at each position of a training epoch.
 
-        The order depends only on the seed of the run and the epoch.
+        The order depends only on the data, the sampler, the seed of the run and the epoch.
 
         Args:
             epoch: the epoch, counted from 1.
+
+        Returns:
+            Indices, int64, one per image of the epoch.
         """
         rng = np.random.default_rng(seeding.mix(self.seed, seeding.ORDER, epoch))
         if self.balanced:
@@ -228,18 +239,17 @@ class Loader:
         return rng.permutation(len(self.images))
 
     def keys(self, epoch: int, batch: int) -> list[Key]:
-        """Returns the keys of the images in one batch.
+        """Returns the keys of the images in one batch, in all processes together.
 
         A key seeds everything random about an image.
 
         Args:
-            epoch: the epoch; 0 means evaluation.
+            epoch: the epoch. Epoch 0 means evaluation.
             batch: index of the batch in the epoch, from 0 on.
 
         Returns:
-            One key per image of the whole batch, not only of this process's share. In training with
-            the balanced sampler, a key is (epoch, index of the image, position in the epoch);
-            otherwise, it is (epoch, index of the image).
+            One key per image, (epoch, index of the image). In training with the balanced sampler, a
+            key is (epoch, index of the image, position in the epoch).
         """
         start = sum(self.sizes[:batch])
         order = np.arange(len(self.images)) if epoch == EVALUATION else self.order(epoch)
@@ -247,13 +257,15 @@ class Loader:
 
 
 class _Plan:
-    """A batch sampler for a DataLoader; it yields a list of image keys for each batch.
+    """A batch sampler that gives a DataLoader a list of image keys per batch.
 
-    The attributes are set before every epoch.
+    A key is (epoch, index of the image) or (epoch, index, position in the epoch). The attributes
+    must be set before every epoch.
 
     Attributes:
-        keys: a function that returns the keys of the images at some positions of the epoch. Its two
-            arguments are the first position and the position after the last one.
+        keys: a function that returns the keys of the images at successive positions of the epoch.
+            The two arguments of the function are the first position and the position after the last
+            one.
         spans: for each batch, (first position, end position, number of images that count).
     """
 
@@ -270,7 +282,7 @@ class StreamLoader(Loader):
     Args:
         *args: the positional arguments of the base class `Loader`, such as the images.
         augment: name and settings of each augmentation, applied in training.
-        num_workers: number of worker processes; 0 to read in this process.
+        num_workers: number of worker processes. If 0, this process reads the images.
         **keywords: the keyword arguments of `Loader`.
     """
 
@@ -315,13 +327,13 @@ class StreamLoader(Loader):
 
 
 class MemoryLoader(Loader):
-    """A loader that keeps all images in the memory of the device and takes whole batches from them.
+    """A loader that keeps all images of a dataset in the device's memory.
 
     Args:
         *args: the positional arguments of the base class `Loader`, such as the images.
         pixels: the M images of the whole dataset, uint8 (M, size, size, C).
-        augment: name and settings of each augmentation, applied in training; the names must be keys
-            of `BATCH_DRAWS`.
+        augment: name and settings of each augmentation, applied in training. Only "crop", "flip"
+            and "erase" are possible.
         **keywords: the keyword arguments of `Loader`.
     """
 
@@ -332,17 +344,17 @@ class MemoryLoader(Loader):
         self._labels = torch.from_numpy(self.images.labels).to(self.device)
 
     def _draws(self, epoch: int) -> torch.Tensor | None:
-        """Returns a table of the random numbers for the augmentations of an epoch, on the device.
+        """Returns the random numbers for the augmentations of an epoch.
 
-        The table depends only on the seed of the run and the epoch.
+        The numbers depend only on the seed of the run, the epoch and the augmentations.
 
         Args:
-            epoch: the epoch; 0 means evaluation.
+            epoch: the epoch. Epoch 0 means evaluation.
 
         Returns:
-            A table with one row per image. The number of an image's row is the index of the image
-            or, with the balanced sampler, its position in the epoch. None if the epoch is 0 or
-            there are no augmentations.
+            A table on the device, with one row per image. The row number is the index of the image.
+            With the balanced sampler, the row number is the position of the image in the epoch. If
+            the epoch is 0 or there are no augmentations, the result is None.
         """
         if epoch == EVALUATION or not self._gather.names:
             return None
@@ -364,7 +376,7 @@ class MemoryLoader(Loader):
             yield self._normalize(images), self._labels[indices], count
 
     def raw(self, key: Key) -> torch.Tensor:
-        """Returns an image of the dataset as it is, before resizing and augmentation: (C, H, W).
+        """Returns an image before resizing and augmentation, (C, H, W).
 
         Args:
             key: (epoch, index of the image), or (epoch, index, position in the epoch).
@@ -372,9 +384,9 @@ class MemoryLoader(Loader):
         return self.images[key[1]]
 
     def image(self, key: Key) -> torch.Tensor:
-        """Returns an image in the model's size, not normalized: uint8 (C, size, size).
+        """Returns an image in the model's size, not normalized, uint8 (C, size, size).
 
-        The image is augmented unless the epoch is 0, which means evaluation.
+        The image is augmented unless the epoch is 0. Epoch 0 means evaluation.
 
         Args:
             key: (epoch, index of the image), or (epoch, index, position in the epoch).
@@ -395,27 +407,27 @@ def build_loader(
     rank: int = 0,
     num_ranks: int = 1,
 ) -> Loader:
-    """Builds a loader that keeps all pixels in memory, or one that reads image by image.
+    """Builds a loader for the batches of one split.
 
-    The choice depends only on the settings and the data, never on the machine, since the two
-    loaders draw different random numbers.
+    The loader keeps all pixels in memory or reads image by image. The choice depends only on the
+    settings and the data, never on the machine.
 
     Args:
         cfg: the section `data` of the settings.
-        images: the images of one split.
+        images: the images of the split.
         preprocessing: image size, channels, mean and std for the model.
         device: the device to load the batches onto.
         seed: the seed of the run.
         training: whether the loader is for training. A loader for evaluation does not augment, and
-            its batches may be larger.
+            the batches can be larger.
         rank: the rank of this process, from 0 on.
         num_ranks: the number of processes.
 
     Raises:
-        Refused: an image file can no longer be decoded; or `data.in_memory` is true, but an
-            augmentation works only image by image, or the images cannot be kept in memory, such as
-            those of a user's dataset.
+        Refused: an image file can no longer be decoded. Or `cfg.in_memory` is true, but the images
+            cannot be kept in memory or an augmentation works only image by image.
     """
+    # The machine has no part in the choice, since the two loaders draw different random numbers.
     augment = cfg.augment if training else []
     batch_size = cfg.batch_size
     if not training:  # not too large, so that every process has batches to evaluate

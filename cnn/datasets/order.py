@@ -2,7 +2,7 @@
 
 import numpy as np
 
-# Epoch and index of an image and, where an image may come twice in an epoch, its position there.
+# Epoch and index of an image and, where an image can come twice in an epoch, its position there.
 # Everything random about a training image is a function of its key.
 Key = tuple[int, int] | tuple[int, int, int]
 EVALUATION = 0  # stands in place of the epoch in the keys of images that are not augmented
@@ -11,13 +11,14 @@ EVALUATION = 0  # stands in place of the epoch in the keys of images that are no
 def split_epoch(number: int, batch_size: int) -> list[int]:
     """Returns the number of images in each batch of an epoch.
 
-    The last batch contains the rest of the images. If the rest is a single image, this image joins
-    the previous batch, if there is one, since BatchNorm cannot train on a single image.
+    The last batch contains the rest of the images. If the rest is a single image, the image joins
+    the previous batch. Without a previous batch, the image is a batch of its own.
 
     Args:
         number: how many images the epoch has.
         batch_size: images per batch.
     """
+    # BatchNorm cannot train on a single image.
     sizes = [batch_size] * (number // batch_size)
     rest = number % batch_size
     if rest == 1 and sizes:
@@ -30,9 +31,10 @@ def split_epoch(number: int, batch_size: int) -> list[int]:
 def share_of(size: int, rank: int, num_ranks: int) -> tuple[int, int, int]:
     """Returns the part of a batch that one of several processes computes.
 
-    BatchNorm needs at least two images per process. If a batch has too few images for that, the
-    last processes get no part of it. They compute the batch's first two images, so that all
-    processes take the same steps, but these results do not count.
+    BatchNorm needs at least two images per process. If the batch has too few images, the last
+    processes get no part of the batch. A process without a part computes the first two images of
+    the batch. All processes thus take the same steps, but the results of a process without a part
+    do not count.
 
     Args:
         size: how many images the batch has.
@@ -40,9 +42,10 @@ def share_of(size: int, rank: int, num_ranks: int) -> tuple[int, int, int]:
         num_ranks: the number of processes.
 
     Returns:
-        Three values: the position in the batch of the first image to compute; the position after
-        the last image to compute; and how many of these images count in gradients and metrics,
-        which is all or none.
+        Three values. The first value is the position in the batch of the first image to compute.
+        The second value is the position after the last image to compute. The third value is how
+        many of the images to compute count in gradients and metrics. Either all images count or
+        none.
     """
     sharers = max(1, min(num_ranks, size // 2))
     if rank >= sharers:
@@ -54,18 +57,18 @@ def share_of(size: int, rank: int, num_ranks: int) -> tuple[int, int, int]:
 def keys_of(epoch: int, order: np.ndarray, balanced: bool, start: int, end: int) -> list[Key]:
     """Returns the keys of the images at successive positions of an epoch.
 
-    A key seeds everything random about an image. In training, if `balanced`, it is (epoch, index of
-    the image, position); otherwise, it is (epoch, index of the image).
+    A key seeds everything random about an image.
 
     Args:
-        epoch: the epoch; 0 means evaluation.
+        epoch: the epoch. Epoch 0 means evaluation.
         order: the index of the image at each position of the epoch.
-        balanced: whether an image may occur twice in a training epoch.
+        balanced: whether an image can occur twice in a training epoch.
         start: the first position.
         end: the position after the last one.
 
     Returns:
-        One key per image.
+        One key per image, (epoch, index of the image). In training, if `balanced` is true, a key is
+        (epoch, index of the image, position in the epoch).
     """
     indices = order[start:end].tolist()
     if balanced and epoch != EVALUATION:
@@ -74,18 +77,19 @@ def keys_of(epoch: int, order: np.ndarray, balanced: bool, start: int, end: int)
 
 
 def draw_balanced(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draws image indices at random, so that all classes are equally likely at every draw.
+    """Draws image indices at random, with all classes equally likely at every draw.
 
-    An image may be drawn several times or never. The probabilities are those of torch's
-    WeightedRandomSampler if each image has the weight 1 / (number of images of its class).
+    An image can be drawn several times or never.
 
     Args:
         labels: the class of each image, int (N).
-        rng: the generator to draw from.
+        rng: the generator of random numbers.
 
     Returns:
         Indices into `labels`, int64 (N).
     """
+    # The probabilities are those of torch's WeightedRandomSampler if each image has the weight 1 /
+    # (number of images of its class).
     counts = np.unique(labels, return_counts=True)[1]
     by_class, starts = np.argsort(labels, kind="stable"), np.cumsum(counts) - counts
     drawn = rng.integers(len(counts), size=len(labels))

@@ -18,8 +18,9 @@ class Preprocessing:
     Attributes:
         image_size: height and width in pixels.
         channels: the number of channels, such as 1 for gray and 3 for RGB.
-        mean: the mean of each channel in the training images, where pixel values are in 0..1.
-        std: the standard deviation of each channel in the training images, in the same unit.
+        mean: the mean of each channel in the training images, with pixel values in 0..1.
+        std: the standard deviation of each channel in the training images, with pixel values in
+            0..1.
     """
 
     image_size: int
@@ -37,11 +38,11 @@ class Preprocessing:
         """Returns the preprocessing that was saved in a checkpoint.
 
         Args:
-            path: the checkpoint, for the message of an error.
+            path: the path of the checkpoint, for the message of an error.
             saved: the values in the checkpoint, under "image_size", "channels", "mean" and "std".
 
         Raises:
-            Refused: the number of means or stds is not the number of channels, or the image size or
+            Refused: the number of means or stds is not the number of channels. Or the image size or
                 a std is 0.
         """
         pre = cls(**saved)
@@ -52,16 +53,17 @@ class Preprocessing:
 
 
 def resize_and_crop(image: torch.Tensor, size: int) -> torch.Tensor:
-    """Resizes the shorter side of an image to `size` pixels and crops the square in the center.
+    """Resizes an image and crops the square in the center.
 
-    An image that is a square of this size already is returned unchanged.
+    After resizing, the shorter side has `size` pixels. If the given image is a square of this size,
+    the same tensor is returned.
 
     Args:
         image: (C, H, W), uint8 or float.
-        size: height and width of the result in pixels.
+        size: height and width of the returned image in pixels.
 
     Returns:
-        The square image, (C, size, size), of the same dtype.
+        The square image, (C, size, size), of the same dtype as `image`.
     """
     height, width = image.shape[-2:]
     if height == width == size:
@@ -76,7 +78,9 @@ def resize_and_crop(image: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class Normalize:
-    """A function that subtracts the mean of each channel from images and divides by the std.
+    """A function that normalizes a batch of images.
+
+    The function subtracts the mean of each channel and divides by the std of the channel.
 
     Args:
         preprocessing: image size, mean and std.
@@ -93,7 +97,7 @@ class Normalize:
         self._shift = (-mean / std).repeat(preprocessing.image_size)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalizes a batch of images and leaves the original images unchanged.
+        """Normalizes a batch of images and leaves the given images unchanged.
 
         Args:
             images: (N, C, H, W), uint8 or float in 0..1.
@@ -107,10 +111,9 @@ class Normalize:
         return batch.permute(0, 3, 1, 2)
 
     def stacked(self, images: list[torch.Tensor]) -> torch.Tensor:
-        """Normalizes images one by one and writes them into one batch.
+        """Normalizes images one by one and stacks the images into a batch.
 
-        Works only on the CPU. This is faster than normalizing a whole batch, since each image is
-        still in the CPU's cache.
+        The images must be on the CPU.
 
         Args:
             images: N images (C, H, W), uint8 or float in 0..1.
@@ -118,6 +121,7 @@ class Normalize:
         Returns:
             A batch, float32 (N, C, H, W), channels last in memory.
         """
+        # Faster than normalizing a whole batch: each image is still in the CPU's cache.
         channels, height, width = images[0].shape
         batch = torch.empty(len(images), height, width, channels)
         for target, image in zip(batch, images):

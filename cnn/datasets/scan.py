@@ -27,19 +27,19 @@ SCAN = np.dtype(
 
 
 def scan(root: Path, paths: list[Path]) -> tuple[np.ndarray, dict[Path, str]]:
-    """Returns sizes and pixel sums of image files, and finds the files that do not decode.
+    """Returns the sizes and pixel sums of image files, and finds broken files.
 
-    The values of a file are kept in the user's cache folder. A file is decoded again only if its
-    size in bytes or its time of change differs from those in the cache.
+    The results are kept in the user's cache folder. A file is decoded again only if the file's size
+    in bytes or time of change differs from the cache.
 
     Args:
-        root: the folder or CSV file of the dataset. Each dataset has its own file in the cache
-            folder.
+        root: the folder or CSV file of the dataset. Each dataset has a cache of its own.
         paths: the N image files.
 
     Returns:
-        Two values: an array (N) of the dtype `SCAN`, one row per path; and a dict from each file
-        that does not decode to the reason. The row of such a file is all zeros.
+        Two values. The first value is an array (N) with one row per path, of the dtype `SCAN` of
+        this module. The second value is a dict from each file that does not decode to the reason.
+        In the array, the row of a file that does not decode is all zeros.
     """
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
     cache = cache_folder() / f"scan_{VERSION}_{name}.npz"
@@ -76,7 +76,12 @@ def _size_and_time(path: Path) -> tuple[int, int] | None:
 
 
 def _scan_file(path: Path) -> np.ndarray | str:
-    """Decodes an image file and returns its row of the dtype `SCAN`, or why it does not decode."""
+    """Decodes an image file and returns the size and pixel sums of the image.
+
+    Returns:
+        One row of the dtype `SCAN` of this module. If the file does not decode, a text with the
+        reason.
+    """
     try:
         status = path.stat()
         image = open_image(path)

@@ -16,22 +16,24 @@ def load(
     noise: float = 40.0,
     seed: int = 0,
 ) -> tuple[dict[str, ArrayImages], list[str]]:
-    """Returns random images that a network can learn: one pattern per class, with noise added.
+    """Returns random images that a network can learn to classify.
 
-    The same arguments give the same images.
+    All images of a class are the same pattern, with noise added. The same arguments give the same
+    images.
 
     Args:
         num_images: number of training images.
         num_test: number of test images.
-        num_classes: number of classes. The labels of successive images are 0, 1, ..., num_classes -
-            1, 0, 1 and so on.
+        num_classes: number of classes. With three classes, the labels of successive images are 0,
+            1, 2, 0, 1 and so on.
         image_size: height and width in pixels.
         channels: number of channels.
         noise: standard deviation of the noise. Pixel values are between 0 and 255.
         seed: determines patterns and noise.
 
     Returns:
-        Two values: the images by split, "train" and "test"; and the class names.
+        Two values. The first value is a dict from "train" and "test" to the images. The second
+        value is a list of the class names.
     """
     rng = np.random.default_rng(seed)
     patterns = rng.uniform(60, 196, (num_classes, channels, image_size, image_size))

@@ -28,17 +28,18 @@ DOWNLOAD_TIMEOUT = 30  # seconds to wait for an answer of the server
 
 
 def load(name: str, root: str, download: bool) -> tuple[dict[str, ArrayImages], list[str]]:
-    """Reads one of torchvision's datasets from its files.
+    """Reads one of torchvision's datasets from files.
 
     Args:
-        name: the dataset's name in the settings, such as "cifar10"; a key of `FILES`.
-        root: the folder that contains the datasets. Each dataset has a folder of its own in this
-            folder, such as "MNIST/raw"; only the files of "svhn" are directly in `root`.
-        download: whether to download files that are missing.
+        name: the dataset's name in the settings, such as "cifar10". The constant `FILES` lists all
+            names.
+        root: the folder that contains the datasets. The files of a dataset are in an inner folder,
+            such as "MNIST/raw". Only the files of "svhn" are directly in `root`.
+        download: whether to download missing files.
 
     Returns:
-        Two values: the images by split, "train" and "test"; and the class names in the order of the
-        labels.
+        Two values. The first value is a dict from "train" and "test" to the images. The second
+        value is a list of the class names in the order of the labels.
 
     Raises:
         Refused: files are missing, broken or cannot be downloaded, or a Python package is missing.
@@ -77,8 +78,8 @@ def _to_images(dataset: Any, name: str) -> ArrayImages:
     """Converts a dataset of torchvision to images in memory.
 
     Args:
-        dataset: the dataset. Its attribute `data` has the pixels, uint8 (N, H, W), (N, H, W, 3) or
-            (N, 3, H, W), and its attribute `targets` or `labels` has the labels.
+        dataset: the dataset. The attribute `data` has the pixels, uint8 (N, H, W), (N, H, W, 3) or
+            (N, 3, H, W). The attribute `targets` or `labels` has the labels.
         name: name of the returned images in messages, such as "mnist train".
     """
     pixels = np.asarray(dataset.data)

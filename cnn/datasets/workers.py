@@ -26,17 +26,17 @@ WARN_EVERY = 30  # seconds of waiting for a batch
 
 
 class PickledBatch:
-    """A pickled batch on its way to the main process, with its tensors in shared memory.
+    """A pickled batch on the way from a worker process to the main process.
 
-    The worker pickles the batch itself, so that it can report an error, for instance if shared
-    memory runs out. If torch pickled the batch, the error would be lost and the main process would
-    wait forever.
+    The tensors of the batch are in shared memory. If shared memory runs out, creating this object
+    raises an error in the worker process.
 
     Args:
         batch: ((images, labels), messages about images that were left out).
     """
 
     def __init__(self, batch: Any):
+        # If torch pickled the batch, an error would be lost. The main process would wait forever.
         self._data = bytes(ForkingPickler.dumps(batch))
 
     def unpickle(self) -> Any:
@@ -44,7 +44,7 @@ class PickledBatch:
         return ForkingPickler.loads(self._data)
 
     def pin_memory(self) -> Any:
-        """Returns the original batch, with its tensors in pinned memory.
+        """Returns the original batch, with the tensors in pinned memory.
 
         The DataLoader calls this method in a thread of the main process.
         """
@@ -56,11 +56,11 @@ def pickle_batch(batch: Any) -> PickledBatch | DataFailed:
     """Pickles a batch in a worker process.
 
     Args:
-        batch: the batch, or a `DataFailed` if the batch could not be made.
+        batch: the batch. If the batch could not be made, a `DataFailed` error.
 
     Returns:
-        The pickled batch, or a `DataFailed`: the given one, or a new one if the batch cannot be
-        pickled.
+        The pickled batch. If `batch` is a `DataFailed` error, the same error. If the batch cannot
+        be pickled, a new `DataFailed` error.
     """
     try:
         return batch if isinstance(batch, DataFailed) else PickledBatch(batch)
@@ -69,11 +69,11 @@ def pickle_batch(batch: Any) -> PickledBatch | DataFailed:
 
 
 def receive_batches(loader: DataLoader, start: int, source: str) -> Iterator[Any]:
-    """Yields the batches of a DataLoader, and logs a warning every 30 s while waiting for a batch.
+    """Yields the batches of a DataLoader, and warns every 30 s during a wait.
 
     Args:
-        loader: the DataLoader. Instead of a batch, it may yield a `PickledBatch`, which is
-            unpickled, or a `DataFailed`, which is raised.
+        loader: the DataLoader. A `PickledBatch` from the DataLoader is unpickled. A `DataFailed`
+            error from the DataLoader is raised.
         start: number of the first batch in the epoch, counted from 1, for the warning.
         source: where the batches belong, such as "epoch 3", for the warning.
 
@@ -105,12 +105,12 @@ def receive_batches(loader: DataLoader, start: int, source: str) -> Iterator[Any
             del batch  # frees its memory before another one is made
             awaited, since = number + 1, time.monotonic()
     except (DataFailed, Stopped):
-        kill_workers()  # they may hang while they read a file
+        kill_workers()  # a worker can hang while it reads a file
         raise
     except Exception as error:  # noqa: BLE001  torch fails in many ways
         failure = data_failure(error, workers=workers)
         kill_workers()
-        # The traceback keeps half-made objects of torch, whose file descriptors saving may need;
+        # The traceback keeps half-made objects of torch, whose file descriptors saving can need;
         # freeing them makes torch print errors that nobody can use.
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
         error.__traceback__ = None
@@ -121,12 +121,11 @@ def receive_batches(loader: DataLoader, start: int, source: str) -> Iterator[Any
 
 
 def _start_workers(loader: DataLoader) -> Iterator[Any]:
-    """Starts the worker processes of a DataLoader and returns its iterator.
+    """Starts the worker processes of a DataLoader and returns the DataLoader's iterator.
 
-    Forked workers inherit the signal handlers of this process. So a signal that comes meanwhile is
-    handled only after the workers have been started. Spawned workers inherit no handlers. For them,
-    signals are handled at once, so that a signal can end the wait for a worker that dies at its
-    start.
+    If workers are forked, signals are handled only after the workers have been started. Otherwise,
+    a forked worker would run the signal handlers of this process. If workers are spawned, signals
+    are handled at once.
     """
     forked = multiprocessing.get_start_method() == "fork"
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS) if forked else None
@@ -144,11 +143,13 @@ def data_failure(
 ) -> DataFailed:
     """Returns an error that says why an image or a batch cannot be loaded.
 
+    If a worker has died, the error says how the worker died. In this case, `error` and `what` are
+    not used.
+
     Args:
         error: the exception that was raised while loading.
-        what: the thing that could not be loaded: the name of an image, or "the next batch".
-        workers: the worker processes, if there are any. If one of them has died, the returned error
-            says how it died, and `error` and `what` are not used.
+        what: the name of an image that cannot be loaded, or "the next batch".
+        workers: the worker processes, or an empty list.
     """
     for worker in workers:
         worker.join(0.2)  # a worker's pipe closes a moment before the worker ends
@@ -165,7 +166,7 @@ def data_failure(
 def kill_workers() -> None:
     """Kills the DataLoader workers that this process started.
 
-    Sends SIGKILL, since the workers ignore SIGTERM.
+    Every worker gets SIGKILL, since workers ignore SIGTERM.
     """
     for worker in multiprocessing.active_children():
         if worker.daemon:
@@ -173,11 +174,11 @@ def kill_workers() -> None:
 
 
 def restore_sigchld() -> None:
-    """Removes the signal handler with which torch notices that a worker has died.
+    """Removes torch's handler of the signal SIGCHLD.
 
-    Torch's handler of SIGCHLD raises an error in the middle of a step. It is not needed: a
-    DataLoader that waits for a batch notices a dead worker within 5 seconds anyway. In any thread
-    other than the main thread, nothing happens.
+    The handler raises an error in the middle of a step when a worker dies. A DataLoader that waits
+    for a batch notices a dead worker without the handler, within 5 seconds. Outside the main
+    thread, this function does nothing.
     """
     if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -186,10 +187,10 @@ def restore_sigchld() -> None:
 def init_worker(worker: int) -> None:  # noqa: ARG001  torch passes it
     """Makes a worker process ignore signals and print no tracebacks.
 
-    The main process handles the signals and reports the errors.
+    The main process handles signals and reports errors.
 
     Args:
-        worker: index of the worker, which the DataLoader passes and this function does not use.
+        worker: index of the worker, which the DataLoader passes. The index is not used.
     """
     # Threads of a worker that share tensors would print the same error again and again.
     sys.excepthook = lambda *_: None

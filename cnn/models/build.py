@@ -22,9 +22,10 @@ MODELS = {"simple_cnn": SimpleCNN, "lenet5": LeNet5, "resnet9": ResNet9, "resnet
 def build_model(
     cfg: ModelConfig, num_classes: int, in_channels: int, image_size: int, seed: int
 ) -> nn.Module:
-    """Builds a model on the CPU; its initial weights depend only on the settings and the seed.
+    """Builds a model on the CPU and checks that the model takes images.
 
-    The model computes the logits of two black images once, to show that it can take such images.
+    The initial weights depend only on the settings and the seed. For the check, the model computes
+    the logits of two black images.
 
     Args:
         cfg: the section `model` of the settings.
@@ -34,9 +35,9 @@ def build_model(
         seed: the seed of the run.
 
     Raises:
-        Refused: there is no such model, the model does not take the arguments in `cfg.args`, the
-            initial weights do not fit the model or cannot be loaded, or the model cannot take
-            images of this size.
+        Refused: there is no such model, or the model does not take the arguments in `cfg.args`. The
+            initial weights do not fit the model or cannot be loaded. The model cannot take images
+            of this size.
     """
     seeding.seed_sample(seed, seeding.INIT)
     pretrained = cfg.pretrained and not cfg.weights
@@ -62,16 +63,18 @@ def build_model(
 
 
 def _try_out(model: nn.Module, name: str, num_classes: int, shape: tuple[int, ...]) -> None:
-    """Lets a model compute the logits of two black images, and raises Refused if it cannot.
+    """Lets a model compute the logits of two black images, as a check.
+
+    The state of the model and the training mode are the same afterwards.
 
     Args:
-        model: the model. Its state, and whether it is in training mode, are the same afterwards.
+        model: the model.
         name: the name of the model in the settings, for messages.
         num_classes: the expected number of logits per image.
-        shape: the shape of one image: (channels, height, width).
+        shape: the shape of one image, (channels, height, width).
 
     Raises:
-        Refused: the model fails, or its output is not a tensor of shape (2, num_classes).
+        Refused: the model fails, or the output is not a tensor of shape (2, num_classes).
     """
     training = model.training
     model.eval()

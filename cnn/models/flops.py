@@ -18,13 +18,12 @@ aten = torch.ops.aten
 def count_flops(model: nn.Module, shape: tuple[int, ...]) -> int | None:
     """Returns the number of floating-point operations in the forward pass of one image.
 
-    Only convolutions, matrix products and attention are counted. A multiplication and the addition
-    that follows it are two operations. The count is made with a copy of the model, so that the
-    model stays unchanged.
+    Only convolutions, matrix products and attention are counted. A multiplication with the
+    following addition counts as two operations. The model stays unchanged.
 
     Args:
         model: the model, on any device.
-        shape: the shape of the image: (channels, height, width).
+        shape: the shape of the image, (channels, height, width).
 
     Returns:
         The number of operations, or None if the model cannot be copied or fails.
@@ -41,7 +40,7 @@ def count_flops(model: nn.Module, shape: tuple[int, ...]) -> int | None:
 
 
 class _Counter(TorchDispatchMode):
-    """A context manager that counts the floating-point operations of torch inside the context.
+    """A context manager that counts the floating-point operations of torch.
 
     Only convolutions, matrix products and attention are counted.
 

@@ -6,10 +6,10 @@ from torch.nn import functional as F
 
 
 class LeNet5(nn.Module):
-    """LeNet-5 for images of 28 x 28 pixels (LeCun et al., 1998), with ReLU and max pooling.
+    """LeNet-5 (LeCun et al., 1998), with ReLU and max pooling.
 
-    Images of other sizes, at least 12 x 12, are accepted, too: their features are brought to the
-    usual 5 x 5 by average pooling before the linear layers.
+    The network is made for images of 28 x 28 pixels. Images of other sizes, at least 12 x 12, are
+    accepted, too. The feature maps of such images are brought to 5 x 5 by average pooling.
 
     Args:
         num_classes: number of logits per image.

@@ -10,13 +10,13 @@ from cnn.models.simple_cnn import conv_bn, conv_bn_relu, pool_relu
 class ResNet9(nn.Module):
     """ResNet-9, the network of D. Page, "How to Train Your ResNet" (2018).
 
-    Takes images of at least 8 x 8 pixels.
+    The network takes images of at least 8 x 8 pixels.
 
     Args:
         num_classes: number of logits per image.
         in_channels: number of image channels.
-        width: number of channels after the first convolution; after the last one, there are eight
-            times as many.
+        width: number of channels after the first convolution. The last convolution has eight times
+            as many channels.
         scale: factor by which the logits are multiplied, 0.125 in Page's network.
     """
 
@@ -39,7 +39,9 @@ class ResNet9(nn.Module):
 
 
 class Residual(nn.Module):
-    """A residual block: adds the input to the output of two convolutions with batch norm and ReLU.
+    """A residual block that adds the input to the output of two convolutions.
+
+    Each convolution is followed by batch norm and ReLU.
 
     Args:
         channels: number of channels of input and output.
@@ -50,20 +52,27 @@ class Residual(nn.Module):
         self.body = nn.Sequential(*(conv_bn_relu(channels, channels) for _ in range(2)))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Returns the block's output, of the same shape as its input: (N, channels, H, W)."""
+        """Returns the output of the block.
+
+        Args:
+            features: the input, (N, channels, H, W).
+
+        Returns:
+            The output, of the same shape as the input.
+        """
         return features + self.body(features)
 
 
 class ResNet20(nn.Module):
-    """ResNet-20, the network for CIFAR of He et al., "Deep Residual Learning" (2016), section 4.2.
+    """ResNet-20, the network for CIFAR in section 4.2 of He et al. (2016).
 
     Args:
         num_classes: number of logits per image.
         in_channels: number of image channels.
-        blocks: number of residual blocks in each of the three stages. 3 blocks give 20 layers, 9
+        blocks: number of residual blocks in each of the three stages. 3 blocks give 20 layers. 9
             blocks give 56 layers.
-        width: number of channels in the first stage, 16 in the paper. The number doubles from stage
-            to stage.
+        width: number of channels in the first stage, 16 in the paper. Each further stage has twice
+            as many channels as the stage before.
     """
 
     def __init__(self, num_classes: int, in_channels: int, blocks: int = 3, width: int = 16):
@@ -91,11 +100,11 @@ class ResNet20(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """A residual block: ReLU of the sum of the input and the output of two convolutions.
+    """A residual block that adds the input to the output of two convolutions.
 
-    If the output of the convolutions is smaller than the input or has more channels, the input is
-    adapted without parameters: only every `stride`-th row and column is used, and channels of zeros
-    are appended (option A of He et al., 2016).
+    ReLU is applied to the sum. With a stride above 1, only every `stride`-th row and column of the
+    input is added. If the output has more channels than the input, channels of zeros are appended
+    to the input (option A of He et al., 2016).
 
     Args:
         in_channels: number of channels of the input.
@@ -112,13 +121,13 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Returns the block's output.
+        """Returns the output of the block.
 
         Args:
             features: the input, (N, in_channels, H, W).
 
         Returns:
-            (N, out_channels, H / stride, W / stride), where the quotients are rounded up.
+            The output, (N, out_channels, H / stride, W / stride). The quotients are rounded up.
         """
         out = F.relu(self.bn1(self.conv1(features)), inplace=True)
         out = self.bn2(self.conv2(out))

@@ -5,15 +5,16 @@ from torch import nn
 
 
 class SimpleCNN(nn.Module):
-    """A network of three convolutions, each followed by batch norm and ReLU, and a linear layer.
+    """A small network of three convolutions and a linear layer.
 
-    Takes images of at least 4 x 4 pixels.
+    Each convolution is followed by batch norm and ReLU. The network takes images of at least 4 x 4
+    pixels.
 
     Args:
         num_classes: number of logits per image.
         in_channels: number of image channels.
-        width: number of channels after the first convolution. After the second, there are twice as
-            many; after the third, four times as many.
+        width: number of channels after the first convolution. The second convolution has twice as
+            many channels, the third convolution four times as many.
         dropout: probability of dropout before the linear layer.
     """
 
@@ -38,19 +39,25 @@ class SimpleCNN(nn.Module):
 
 
 def conv_bn(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Returns a 3 x 3 convolution and batch norm; height and width stay the same."""
+    """Returns a 3 x 3 convolution followed by batch norm.
+
+    The output has the same height and width as the input.
+    """
     convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
 
 
 def conv_bn_relu(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Returns a 3 x 3 convolution, batch norm and ReLU; height and width stay the same."""
+    """Returns a 3 x 3 convolution followed by batch norm and ReLU.
+
+    The output has the same height and width as the input.
+    """
     return conv_bn(in_channels, out_channels).append(nn.ReLU(inplace=True))
 
 
 def pool_relu() -> nn.Sequential:
     """Returns 2 x 2 max pooling followed by ReLU.
 
-    ReLU followed by pooling would give the same bits, but ReLU would have four times the work.
+    The other order would give the same bits, but ReLU would have four times the work.
     """
     return nn.Sequential(nn.MaxPool2d(2), nn.ReLU(inplace=True))

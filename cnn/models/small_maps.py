@@ -20,16 +20,18 @@ MAX_ROW = 64  # width of the images laid side by side
 
 
 def use_small_maps(model: nn.Module) -> None:
-    """Replaces convolutions of a model by convolutions that train faster on small feature maps.
+    """Replaces convolutions of a model by convolutions that train faster.
 
-    A convolution is replaced if its kernel is square and larger than 1, if it keeps the height and
-    width of its input, and if it has no bias, groups or dilation. Its parameters, hooks and name
-    stay the same. Training is faster only on a CPU with AMX, in bf16 autocast, for maps at most 8
-    pixels wide.
+    The new convolutions are faster only on a CPU with AMX, in bf16 autocast. The feature maps must
+    be at most 8 pixels wide.
+
+    A convolution is replaced if the height and width of the input stay the same. The kernel must be
+    square and larger than 1. Convolutions with bias, groups or dilation are not replaced. The
+    parameters, hooks and names of the convolutions stay the same.
 
     Args:
-        model: the model, whose layers are replaced in place. If the model is itself a convolution,
-            it is not replaced.
+        model: the model, whose convolutions are replaced in place. A model that is itself a
+            convolution stays unchanged.
     """
     for parent in model.modules():
         for name, module in parent.named_children():
@@ -40,10 +42,10 @@ def use_small_maps(model: nn.Module) -> None:
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution that trains faster on small feature maps, in bf16 autocast on a CPU with AMX.
+    """A convolution that trains faster on small feature maps.
 
-    The results are those of nn.Conv2d, except that the gradients of the weights are rounded
-    differently.
+    The convolution is faster only on a CPU with AMX, in bf16 autocast. The results are the same as
+    with nn.Conv2d, but the gradients of the weights are rounded differently.
     """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:  # N, C, H, W
@@ -55,10 +57,10 @@ class Conv2d(nn.Conv2d):
 
 
 def _keeps_size(module: nn.Conv2d) -> bool:
-    """Returns whether a convolution can be replaced by the class `Conv2d` of this module.
+    """Returns whether a convolution can be replaced by this module's class `Conv2d`.
 
-    The convolution must have an odd square kernel larger than 1, stride 1, zero padding that keeps
-    the height and width of the input, and no dilation, groups or bias.
+    The kernel must be square, odd and larger than 1. The stride must be 1. Zero padding must keep
+    the height and width of the input. The convolution must have no dilation, groups or bias.
     """
     side = module.kernel_size[0]
     geometry = (module.kernel_size, module.padding, module.stride, module.dilation)
@@ -96,10 +98,10 @@ def _backward(gradient, images, weight, mask: tuple[bool, bool, bool]):
 
 
 def side_by_side(maps: torch.Tensor, number: int, gap: int) -> torch.Tensor:
-    """Lays the feature maps of a batch side by side, several in a row, with zeros after each map.
+    """Lays several feature maps of a batch side by side in one row.
 
     Args:
-        maps: the batch of feature maps, (N, C, H, W), where N is a multiple of `number`.
+        maps: the batch of feature maps, (N, C, H, W). N must be a multiple of `number`.
         number: how many successive maps are in one row.
         gap: how many columns of zeros follow each map.
 

@@ -20,8 +20,8 @@ def build(name: str, num_classes: int, in_channels: int, pretrained: bool, args:
         name: torchvision's name of the model, such as "resnet18".
         num_classes: number of logits per image.
         in_channels: number of image channels.
-        pretrained: whether to load torchvision's best weights. Weights that do not fit are not
-            loaded, such as those of the last layer if the number of classes differs.
+        pretrained: whether to load torchvision's best weights. Weights that do not fit the model's
+            shapes are not loaded. An example is the last layer for another number of classes.
         args: further keyword arguments for torchvision's model.
 
     Raises:

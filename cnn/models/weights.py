@@ -14,15 +14,16 @@ logger = logging.getLogger(__name__)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads the weights of a file into a model, as far as their names and shapes fit.
+    """Loads the fitting weights of a file into a model.
 
-    The file is a checkpoint of this project or a state dict that torch.save wrote. If a checkpoint
-    has averaged weights (EMA), these are loaded instead of the others. The model's parameters that
-    are not in the file keep their values, and their names are logged.
+    A weight fits if the model has a weight of the same name and shape. The model's other weights
+    stay unchanged, and a log message lists the names. The file is a checkpoint of this project or a
+    state dict that torch.save wrote. If a checkpoint has averaged weights (EMA), the averaged
+    weights are loaded.
 
     Args:
         model: the model, changed in place.
-        path: the file.
+        path: the path of the file.
 
     Raises:
         Refused: the file is missing or damaged, contains NaN, or has no weights that fit.
@@ -54,14 +55,15 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 
 def load_matching(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]:
-    """Loads the tensors of a state dict whose names and shapes fit a model.
+    """Loads the tensors of a state dict that fit a model.
 
-    If the first convolution in the state dict has another number of image channels than the
-    model's, its weights are distributed evenly over the model's channels.
+    A tensor fits if the model has a tensor of the same name and shape. The first convolution is
+    loaded even if the number of image channels differs. The weights of the first convolution are
+    then distributed evenly over the model's channels.
 
     Args:
         model: the model, changed in place.
-        state: tensors by name.
+        state: a dict from names to tensors.
 
     Returns:
         The names of the model's parameters and buffers that were not loaded.
@@ -76,13 +78,13 @@ def load_matching(model: nn.Module, state: dict[str, torch.Tensor]) -> list[str]
 
 
 def adapt_first_convolution(model: nn.Module, in_channels: int) -> None:
-    """Replaces the first convolution of a model by one that takes another number of channels.
+    """Gives the first convolution of a model another number of input channels.
 
-    The sum of the weights is distributed evenly over the new channels. So an image whose channels
-    are all equal has the same features as before. A model without convolution stays unchanged.
+    The sum of the weights is distributed evenly over the new channels. An image with equal channels
+    has the same features as before. A model without convolution stays unchanged.
 
     Args:
-        model: the model, changed in place.
+        model: the model. The first convolution of the model is replaced in place.
         in_channels: the new number of image channels.
     """
     name, old = _first_convolution(model)
@@ -108,9 +110,8 @@ def _first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d | None]:
 def _adapt_channels(weight: torch.Tensor, in_channels: int) -> torch.Tensor:
     """Distributes the weights of a convolution evenly over another number of input channels.
 
-    The sum of the weights over the channels stays the same. So an image whose channels are all
-    equal has the same features as before. If the number of channels is the same, the weights are
-    returned unchanged.
+    The sum of the weights over the channels stays the same. If the number of channels stays the
+    same, the same tensor is returned.
 
     Args:
         weight: the weights, (out channels, in channels, kernel height, kernel width).
