@@ -51,11 +51,11 @@ class TensorBoard:
         self._matrix_steps: set[int] = set()  # the steps of the confusion matrices in the files
 
     def rewrite(self) -> None:
-        """Replaces the event files by new ones with the whole history of the run.
+        """Replaces the event files by new event files with the whole history of the run.
 
-        The graph of the model and earlier pictures, up to the present step, are copied from the old
-        files. If there are no old files, the graph and a picture of training images are made. All
-        other events are made from the state.
+        Events up to the present step with a picture or the model's graph are copied from the old
+        files. All other events are made from the state of the run. Without old files, the graph and
+        a picture of training images are made.
         """
         self._files = {}
         kept = {part: self._read_images(part) for part in PARTS}
@@ -69,8 +69,7 @@ class TensorBoard:
     def append(self) -> None:
         """Appends the epochs and the test that the event files do not contain yet.
 
-        If there are no event files of this process yet, or the last attempt to write failed, all
-        event files are written anew.
+        If the last write failed, or no write came before, all event files are written anew.
         """
         if not self._files:  # the last write failed, or there was none
             self.rewrite()
@@ -84,14 +83,14 @@ class TensorBoard:
     # -- events ---------------------------------------------------------------------------------
 
     def _new_events(self) -> dict[str, list[Event]]:
-        """Returns events for the epochs and the test that the event files do not contain yet.
+        """Returns events for the epochs and the test that were not returned before.
 
-        The caller must write the events, because the next call does not return them again.
+        The caller must write the events, because the next call does not return the same events
+        again.
 
         Returns:
-            A list of events for each of "train", "val", "test" and "". The list for "" is for
-            TensorBoard's HPARAMS page. It contains the settings and the results of the run after
-            the test.
+            A list of events for each of the subfolders "train", "val" and "test". The key "" has
+            the events for TensorBoard's HPARAMS page.
         """
         state, events = self.state, {part: [] for part in PARTS}
         # The time of an event is the start of the run plus the seconds of its epochs, so that
@@ -127,11 +126,11 @@ class TensorBoard:
         return [Event(wall_time=now, step=state.step, summary=summary) for summary in summaries]
 
     def _confusion_matrix(self) -> list[Event]:
-        """Returns an event with a picture of the confusion matrix of the best epoch's validation.
+        """Returns an event with a picture of the best epoch's validation confusion matrix.
 
         Returns:
-            A list with the event. The list is empty if the event files contain the picture already,
-            if there is no best epoch, or if matplotlib is not installed.
+            A list with the event. The list is empty if an event was already made for this epoch, or
+            if there is no best epoch. The list is also empty if matplotlib is not installed.
         """
         best, predictions = self.state.best, self.state.predictions.get("val")
         if not figures.is_available() or best is None or predictions is None:
@@ -147,7 +146,7 @@ class TensorBoard:
         return [image("confusion", png, step)]
 
     def _initial_events(self) -> list[Event]:
-        """Returns the events that are made only once in a run: the model's graph and a picture.
+        """Returns an event with the model's graph and an event with a picture.
 
         The picture shows augmented training images. The graph is left out if the model cannot be
         traced. The picture is left out if matplotlib is not installed.
@@ -174,14 +173,14 @@ class TensorBoard:
     # -- files ----------------------------------------------------------------------------------
 
     def _read_images(self, part: str) -> list[Event]:
-        """Reads the events with a picture or with the model's graph from the existing event files.
+        """Reads the events with a picture or the model's graph from the existing files.
 
-        Events after the present step of the run are left out. If two files contain the same event,
-        the event is returned once.
+        Events after the present step of the run are left out. An event that is in two files is
+        returned once.
 
         Args:
-            part: the subfolder of the files: "train", "val" or "test". With "", the files directly
-                in the folder of the run's event files are read.
+            part: the subfolder of the files: "train", "val" or "test". "" stands for the folder
+                that contains the subfolders.
         """
         found: dict[tuple[int, str], Event] = {}
         for path in self._event_files(part):
@@ -198,8 +197,8 @@ class TensorBoard:
         """Writes a new event file, and removes the older event files in the same folder.
 
         Args:
-            part: the subfolder of the file: "train", "val" or "test". With "", the file lies
-                directly in the folder of the run's event files.
+            part: the subfolder of the files: "train", "val" or "test". "" stands for the folder
+                that contains the subfolders.
             events: the events to write.
 
         Returns:
@@ -224,9 +223,9 @@ class TensorBoard:
 def add_scalars(events: dict[str, list[Event]], metrics: Metrics, step: int, now: float) -> None:
     """Adds the metrics of an epoch or of the test to lists of events.
 
-    The part of a name before its first "_" selects the list: "val_acc" is added to the list "val"
-    as "acc". A learning rate, such as "lr", is added to the list "train" with its full name. Other
-    entries, and metrics that are None, are left out.
+    The word before the first "_" in a metric's name selects the list. For example, "val_acc" is
+    added to the list "val" as "acc". Learning rates, such as "lr", are added to the list "train".
+    Other entries, and metrics that are None, are left out.
 
     Args:
         events: a list of events for each of "train", "val" and "test". The lists are extended in
@@ -270,9 +269,9 @@ def write_events(file: IO[bytes], events: Iterable[Event]) -> None:
 
 
 def read_events(path: Path) -> Iterator[Event]:
-    """Yields the events in a file, and stops without an error at an event that cannot be read.
+    """Yields the events in a file, up to the first event that cannot be read.
 
-    Such an event occurs, for example, if a crash has cut off the end of the file.
+    A damaged event, for example at the end of a file after a crash, raises no error.
 
     Args:
         path: the path of the event file.
