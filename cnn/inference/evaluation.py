@@ -45,17 +45,17 @@ class EvaluationData:
 def choose_images(trained: TrainedModel, split: str) -> EvaluationData:
     """Returns the images on which a trained model is evaluated.
 
-    The command line can name another dataset than the dataset of the training. All images of
-    another dataset are returned if that dataset has only a split "train".
+    The images come from the dataset of the training, unless the command line names another dataset.
+    All images of another dataset are returned if that dataset has only a split "train".
 
     Args:
         trained: the model and its settings, including the settings of the command line.
         split: "val" for the validation images, or "test" for the test images.
 
     Raises:
-        Refused: the data cannot be read, lack the split, or contain a class that the model does not
-            have. Refused is also raised if the data have changed since the training and the command
-            line does not name the data.
+        Refused: the data cannot be read, have no suitable split, or contain a class that the model
+            does not have. Data that have changed since the training are refused, too, unless the
+            command line names the data.
     """
     cfg = trained.cfg.data
     splits, classes = read_splits(cfg, trained.classes)

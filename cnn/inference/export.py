@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 BATCH_SIZES = (1, 17)  # with which the exported model is checked
 TOLERANCE = 1e-4  # largest difference of a logit, relative to the largest logit if above 1
 NORMALIZED_INSIDE = "in 0..1; mean and std are applied inside"
-METADATA = "metadata.json"  # its name within a file of torch.export
+METADATA = "metadata.json"  # the name of the metadata within a .pt2 file
 SHAPES = {"images": {0: torch.export.Dim("batch", min=1)}}  # any batch size
 SEED = 2**62 + 1  # for initial weights that differ from those of the training
 
@@ -38,7 +38,7 @@ Inference = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Deployed(nn.Module):
-    """A model that normalizes its input itself, and therefore takes pixels from 0 to 1.
+    """A model that takes pixels from 0 to 1 and normalizes the pixels itself.
 
     Args:
         model: a network for normalized images (N, C, H, W). The network returns logits (N,
@@ -252,7 +252,9 @@ def _program(trained: TrainedModel) -> torch.export.ExportedProgram:
 
 @contextlib.contextmanager
 def _refusing(trained: TrainedModel, exporter: str) -> Iterator[None]:
-    """Turns any exception in a `with` block into a Refused exception with a short reason.
+    """Turns any exception in a `with` block into a Refused exception.
+
+    The message of the new exception gives the reason in a few words.
 
     Args:
         trained: the model that the block exports. The message names the model.
@@ -309,7 +311,7 @@ def metadata(trained: TrainedModel, pixels: str = NORMALIZED_INSIDE) -> dict[str
 
 
 def sample_images(trained: TrainedModel) -> tuple[torch.Tensor, str]:
-    """Returns 17 images for the check of an exported model, and a text about them.
+    """Returns 17 images for the check of an exported model.
 
     The images are validation images. If there are fewer than 17 validation images, some are
     repeated. If the data cannot be read, the images are random numbers.
@@ -319,8 +321,8 @@ def sample_images(trained: TrainedModel) -> tuple[torch.Tensor, str]:
 
     Returns:
         Two values. The first is a tensor (17, C, size, size) of the images, uint8 or float from 0
-        to 1. Here, size is the height and width of the model's input. The second is a text such as
-        "17 validation images".
+        to 1. Here, size is the height and width of the model's input. The second is a text about
+        the images, such as "17 validation images".
     """
     pre, number = trained.preprocessing, max(BATCH_SIZES)
     try:
@@ -350,9 +352,8 @@ def compare_logits(
         images: images (17, C, H, W), uint8 or float from 0 to 1, not normalized.
 
     Returns:
-        Two numbers. The first is the largest difference between a logit of the exported model and
-        the same logit of the original model. The second is the largest absolute value of a logit of
-        the original model.
+        Two numbers. The first is the largest absolute difference between the two models' logits.
+        The second is the largest absolute value of a logit of the original model.
     """
     normalize = Normalize(trained.preprocessing, trained.device)
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()

@@ -220,10 +220,11 @@ def _to_image(array: np.ndarray) -> Image.Image:
 
 @contextlib.contextmanager
 def _generators_preserved(device: torch.device | None) -> Iterator[None]:
-    """Keeps the state of the global random generators unchanged by a `with` block.
+    """Restores the global random generators at the end of a `with` block.
 
-    The states at the start of the block are restored at its end. The generators are those of
-    Python, NumPy and torch on the CPU, and the generator of `device`.
+    The generators then have the same state as at the start of the block. The function restores the
+    generators of Python, of NumPy and of torch on the CPU. If `device` is a CUDA device, the
+    generator of `device` is restored, too.
 
     Args:
         device: the device that the block uses. None if the block uses only the CPU.

@@ -98,9 +98,9 @@ def load_trained_model(path: Path, settings: Sequence[str] = ()) -> TrainedModel
             replace settings in the checkpoint.
 
     Raises:
-        Refused: the file is not a checkpoint, or is damaged or inconsistent. Refused is also raised
-            if the checkpoint names Python code outside the current folder, or if a setting is not
-            valid or may not be replaced.
+        Refused: the file is not a checkpoint, or is damaged or inconsistent. A setting that is not
+            valid, or may not be replaced, is refused, too. A checkpoint that names Python code
+            outside the current folder is refused, too.
     """
     content = load_checkpoint(path, "--checkpoint")
     typed = {setting.partition("=")[0] for setting in settings}
@@ -141,10 +141,10 @@ def _choose_precision(
 ) -> str:
     """Chooses the precision of a forward pass.
 
-    The first rule that applies decides: 1. If the command line sets train.precision, this precision
-    is used. 2. If the checkpoint's setting train.precision is "fp32", "fp32" is used. 3. On the
-    type of device of the training, the precision of the training is used. 4. Otherwise, the device
-    determines the precision, as with the setting "auto".
+    A precision on the command line is always used. Otherwise, the setting train.precision in the
+    checkpoint counts. If this setting is "fp32", the result is "fp32". Otherwise, if the training
+    used the same type of device, the result is the precision of the training. On another type of
+    device, the result is the default precision of that device.
 
     Args:
         cfg: the settings in the checkpoint, changed by the settings of the command line.

@@ -1,6 +1,6 @@
 """configs/best_hparams/MODEL_DATA[_TAG].yaml: the best settings so far for a model and data.
 
-`--config` reads the settings from such a file and ignores the results that the file contains too.
+With `--config`, the settings are read from such a file, and the results in the file are ignored.
 """
 
 import logging
@@ -25,7 +25,7 @@ LOCK_SECONDS = 60.0  # to wait for another process, which needs the lock for mil
 
 
 def file_of(cfg: Config, folder: Path) -> Path:
-    """Returns the path of the file with the best settings of a model on a dataset.
+    """Returns the path of the file with a model's best settings on a dataset.
 
     The file name consists of the settings model.name, data.name and data.tag. A missing tag is left
     out. Examples are simple_cnn_digits.yaml and simple_cnn_digits_small.yaml. If there is a tag,
@@ -45,7 +45,7 @@ def file_of(cfg: Config, folder: Path) -> Path:
 def update(
     folder: Path, cfg: Config, best: dict[str, Any], metrics: Metrics, test: Metrics
 ) -> Path | None:
-    """Writes the settings and results of a run if the run is the best so far.
+    """Saves the settings and results of a run that is the best so far.
 
     Each combination of model and dataset has a file. An existing file is replaced only if the file
     contains a worse value of the same metric.
@@ -53,7 +53,7 @@ def update(
     Args:
         folder: the folder of the file, configs/best_hparams. A missing folder is created.
         cfg: the settings of the run.
-        best: {"metric", "value", "epoch"} of the run's best epoch.
+        best: the best epoch of the run, a dict with "metric", "value" and "epoch".
         metrics: the validation metrics of the best epoch.
         test: the metrics of the final test.
 
@@ -98,7 +98,7 @@ def _is_beaten(path: Path, earlier: dict[str, Any], best: dict[str, Any]) -> boo
     Args:
         path: the path of the file with the earlier result, for the message.
         earlier: the earlier result, a dict with "value" and "monitor", the name of the metric.
-        best: {"metric", "value", "epoch"} of the run's best epoch.
+        best: the best epoch of the run, a dict with "metric", "value" and "epoch".
     """
     monitor, metric = earlier["monitor"], best["metric"]
     if monitor == metric:
@@ -128,7 +128,10 @@ def best_result(path: Path) -> tuple[str, float] | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Returns the content of a file in configs/best_hparams, or None without a file.
+    """Returns the content of a file in configs/best_hparams.
+
+    Returns:
+        The entries of the file by name. None if the file does not exist.
 
     Raises:
         ValueError: the file is not YAML, or the entry best_metrics is missing or wrong.

@@ -62,8 +62,8 @@ def range_test(cfg: Config) -> None:
 def train_with_rising_lr(run: Run) -> tuple[list[float], list[float]]:
     """Trains with a learning rate that rises geometrically from 1e-5 to 10.
 
-    The training takes 150 steps. The training ends earlier if the smoothed loss is not finite, or
-    is more than 4 times the lowest smoothed loss so far.
+    The training takes 150 steps. The training ends earlier if the smoothed loss is not finite. The
+    training also ends if the smoothed loss exceeds 4 times the lowest value so far.
 
     Args:
         run: the run to train. The state of the run is changed in place.
@@ -71,7 +71,7 @@ def train_with_rising_lr(run: Run) -> tuple[list[float], list[float]]:
     Returns:
         Two lists with an entry per step: the learning rates and the smoothed losses. A step that
         ends the training early has no entry. A smoothed loss is the exponential mean of the losses
-        so far, with the bias correction of Adam (Kingma and Ba, ICLR 2015).
+        so far. The bias of the mean is corrected as in Adam (Kingma and Ba, ICLR 2015).
     """
     lrs, losses, state = [], [], run.state
     mean = 0.0
@@ -106,7 +106,7 @@ def endless_steps(run: Run) -> Iterator[int]:
 
 
 def set_lr(run: Run, step: int) -> None:
-    """Sets the learning rate of each parameter group for a step of the range test.
+    """Sets the learning rate of each parameter group in the range test.
 
     The highest learning rate of the groups is 1e-5 in the first step and 10 in the last. The ratios
     between the groups stay as at the start of the run.

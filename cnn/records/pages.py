@@ -30,9 +30,13 @@ def render(template: str, **content: Any) -> str:
 def format_metric(value: float | None) -> str:
     """Formats a metric for a table.
 
+    Args:
+        value: the metric. None and NaN mean that the metric is undefined.
+
     Returns:
-        "n/a" for None and NaN. An int is written in full. A float above 0.001 has four decimals,
-        such as "0.9833". Any other float has three significant digits, such as "0.000123".
+        "n/a" for an undefined metric. An int is written in full. A float above 0.001 has four
+        decimals, such as "0.9833". Any other float has three significant digits, such as
+        "0.000123".
     """
     if value is None or math.isnan(value):
         return "n/a"

@@ -1,7 +1,8 @@
 """The files that a run writes besides its checkpoints.
 
-They are made from the state of the training, so that a resume restores them. A failure to write one
-of them does not stop the training. It is logged, and the file is tried again after the next epoch.
+The files are made from the state of the training, so that a resume restores the files. A failure to
+write a file does not stop the training. The failure is logged, and the file is written again after
+the next epoch.
 """
 
 import contextlib
@@ -33,8 +34,8 @@ class Records:
     """The writer of the files that describe a run, such as history.csv and report.html.
 
     The training must take place in a `with` block over this object. The start of the block writes
-    all files except the report and its pictures. If an epoch is complete, the end of the block
-    writes the report and its pictures. An exception in the block makes no difference to the end.
+    all files except the report and its pictures. The end of the block writes the report and its
+    pictures if an epoch is complete. An exception in the block does not prevent the last write.
 
     Args:
         run: the run whose files are written.
@@ -80,8 +81,8 @@ class Records:
     def finish(self) -> None:
         """Updates the files of the run after the final test.
 
-        If the result is the best so far for this model and data, the settings are kept. The
-        settings are then written to a file in configs/best_hparams.
+        If the result is the best so far for the model and data, the settings are saved in
+        configs/best_hparams.
         """
         self._write_result()
         self.write()
@@ -105,8 +106,8 @@ class Records:
     def _predictions(self) -> str:
         """Returns the text of predictions_val.csv, which has a row per validation image.
 
-        A row contains the name of the image, the true class, the predicted class, and the
-        probability of the predicted class.
+        A row contains the name of the image, the true class, the predicted class, and its
+        probability.
 
         Raises:
             ValueError: some validation images could not be read and have no prediction.
@@ -125,10 +126,11 @@ class Records:
         return text.getvalue()
 
     def _write_result(self) -> None:
-        """Writes result.json.
+        """Writes the file result.json.
 
-        The file contains the number of classes, the number of images in each split, the best epoch
-        and the test metrics. Before the test, the best epoch and the test metrics are null.
+        The file contains the number of classes and the number of images in each split. The file
+        also contains the best epoch and the test metrics. Before the test, the best epoch and the
+        test metrics are null.
         """
         data, state = self.run.data, self.state
         result = {

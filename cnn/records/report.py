@@ -1,7 +1,7 @@
 """logs/report.html: a run on one page, complete in itself, without network or script.
 
-The pictures curves.png and confusion_matrix.png are written too. Everything comes from the state
-and the data of the run, except the steps at which the run was resumed, which come from its log.
+The pictures curves.png and confusion_matrix.png are written too. The content comes from the state
+and the data of the run. Only the steps at which the run was resumed come from the run's log.
 """
 
 import base64
@@ -135,10 +135,13 @@ class Report:
         }
 
     def _headline(self) -> dict[str, Any]:
-        """Returns the values for the top of the report, by variable of the template report.jinja.
+        """Returns the values that the top of the report shows.
 
         The values are the results, the progress, and the command that repeats the training. A
         further value is the accuracy of always predicting the most frequent class.
+
+        Returns:
+            The value of each variable in the template report.jinja for the top of the report.
         """
         state, data = self.state, self.run.data
         split = "val" if state.test is None else "test"
@@ -160,12 +163,15 @@ class Report:
         }
 
     def _evaluation(self, split: str) -> dict[str, Any]:
-        """Returns the values for the report's section on an evaluation, by name.
+        """Returns the values that the report shows about an evaluation.
 
         The values are the confusion matrix, the most frequent confusions and the metrics per class.
 
         Args:
             split: "val" for the validation of the best epoch, or "test" for the final test.
+
+        Returns:
+            A dict from the names in the template report.jinja to the values.
         """
         matrix, classes = self._confusion(split), self.run.data.classes
         rows, means = class_rows(matrix, classes)

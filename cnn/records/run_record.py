@@ -18,10 +18,10 @@ from cnn.utils.screen import escape_unprintable
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The settings and results of a run, read from the files in the run's log folder.
+    """The settings and results of a run, read from the run's log folder.
 
     Attributes:
-        name: the name or folder of the run, as the user typed the name or folder.
+        name: the name or the folder of the run, as typed by the user.
         settings: the settings by their dotted keys, such as "optim.lr".
         history: a dict of metrics per completed epoch.
         result: the content of result.json. {} if there is no result.json.
@@ -36,7 +36,7 @@ class RunRecord:
 
     @property
     def monitor(self) -> str:
-        """The name of the metric that decides which epoch is the best, such as "val_acc"."""
+        """The name of the metric that decides the best epoch, such as "val_acc"."""
         return self.settings["checkpoint.monitor"]
 
     def best(self) -> Metrics:

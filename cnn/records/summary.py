@@ -115,10 +115,11 @@ def _format_flops(flops: int | None) -> str:
 
 
 def log_epoch(run: Run) -> None:
-    """Logs the latest epoch in one line, and warns if the validation loss has exploded.
+    """Logs the latest epoch in one line.
 
-    The warning comes only for the first validation loss above the limit. The limit is 1000 times
-    the loss of a model that guesses. With the user's own loss function, there is no warning.
+    A warning follows if the validation loss has exceeded a limit for the first time. The limit is
+    1000 times the loss of a model that guesses. With the user's own loss function, there is no
+    warning.
 
     Args:
         run: the run, with at least one completed epoch.
@@ -149,7 +150,7 @@ def log_epoch(run: Run) -> None:
 
 
 def log_finished(cfg: Config, state: TrainingState) -> None:
-    """Logs why a run has nothing left to train, and how to continue the run.
+    """Logs why a run is finished, and a setting that continues the run.
 
     Args:
         cfg: the settings of the run.
@@ -181,8 +182,8 @@ def log_test(state: TrainingState, num_images: int) -> None:
 def model_text(run: Run, flops: int | None) -> str:
     """Returns the text of model.txt.
 
-    The text lists the layers and parameters of the model, the FLOPs of a forward pass, the
-    environment, and the command line.
+    The text lists the layers and the parameters of the model. The FLOPs of a forward pass, the
+    environment and the command line follow.
 
     Args:
         run: the run, which contains the model and the environment.

@@ -1,7 +1,7 @@
 """TensorBoard's event files, which are made from the state, so that a resume leaves one curve.
 
-Each process rewrites the files from the history in the state when it starts, and appends to them
-later. Only the graph and earlier images, which the state does not contain, are copied from the old
+At its start, a process rewrites the files from the history in the state. Later, the process appends
+to the files. The state does not contain the graph and earlier images, which are copied from the old
 files. The events are written without a SummaryWriter, whose thread and open file would not survive
 a fork.
 
@@ -51,7 +51,7 @@ class TensorBoard:
         self._matrix_steps: set[int] = set()  # the steps of the confusion matrices in the files
 
     def rewrite(self) -> None:
-        """Replaces the event files by new event files with the whole history of the run.
+        """Replaces the event files by new files with the run's whole history.
 
         Events up to the present step with a picture or the model's graph are copied from the old
         files. All other events are made from the state of the run. Without old files, the graph and
@@ -69,7 +69,7 @@ class TensorBoard:
     def append(self) -> None:
         """Appends the epochs and the test that the event files do not contain yet.
 
-        If the last write failed, or no write came before, all event files are written anew.
+        All event files are written anew if the last write failed or if nothing was written before.
         """
         if not self._files:  # the last write failed, or there was none
             self.rewrite()
@@ -83,14 +83,14 @@ class TensorBoard:
     # -- events ---------------------------------------------------------------------------------
 
     def _new_events(self) -> dict[str, list[Event]]:
-        """Returns events for the epochs and the test that were not returned before.
+        """Returns events for epochs and a test that the event files lack.
 
         The caller must write the events, because the next call does not return the same events
         again.
 
         Returns:
-            A list of events for each of the subfolders "train", "val" and "test". The key "" has
-            the events for TensorBoard's HPARAMS page.
+            A dict from "train", "val", "test" and "" to lists of events. The list for "" is for
+            TensorBoard's HPARAMS page.
         """
         state, events = self.state, {part: [] for part in PARTS}
         # The time of an event is the start of the run plus the seconds of its epochs, so that
@@ -126,11 +126,13 @@ class TensorBoard:
         return [Event(wall_time=now, step=state.step, summary=summary) for summary in summaries]
 
     def _confusion_matrix(self) -> list[Event]:
-        """Returns an event with a picture of the best epoch's validation confusion matrix.
+        """Makes the event with a picture of the best epoch's confusion matrix.
+
+        The confusion matrix is from the validation of the best epoch.
 
         Returns:
-            A list with the event. The list is empty if an event was already made for this epoch, or
-            if there is no best epoch. The list is also empty if matplotlib is not installed.
+            A list with the event. The list is empty if the event files already contain the picture,
+            or if there is no best epoch. The list is also empty if matplotlib is not installed.
         """
         best, predictions = self.state.best, self.state.predictions.get("val")
         if not figures.is_available() or best is None or predictions is None:
@@ -146,10 +148,13 @@ class TensorBoard:
         return [image("confusion", png, step)]
 
     def _initial_events(self) -> list[Event]:
-        """Returns an event with the model's graph and an event with a picture.
+        """Makes the event with the model's graph and an event with a picture.
 
         The picture shows augmented training images. The graph is left out if the model cannot be
         traced. The picture is left out if matplotlib is not installed.
+
+        Returns:
+            A list of at most two events.
         """
         from torch.utils.tensorboard._pytorch_graph import graph
 
@@ -194,11 +199,11 @@ class TensorBoard:
         return sorted((self.folder / part).glob("*tfevents*"))
 
     def _replace(self, part: str, events: list[Event]) -> Path:
-        """Writes a new event file, and removes the older event files in the same folder.
+        """Writes a new event file, and removes older event files in its folder.
 
         Args:
-            part: the subfolder of the files: "train", "val" or "test". "" stands for the folder
-                that contains the subfolders.
+            part: the subfolder of the file: "train", "val" or "test". "" stands for the folder that
+                contains the subfolders.
             events: the events to write.
 
         Returns:
@@ -269,9 +274,9 @@ def write_events(file: IO[bytes], events: Iterable[Event]) -> None:
 
 
 def read_events(path: Path) -> Iterator[Event]:
-    """Yields the events in a file, up to the first event that cannot be read.
+    """Yields the events in a file up to the first unreadable event.
 
-    A damaged event, for example at the end of a file after a crash, raises no error.
+    An unreadable event, for example at the end of a file after a crash, raises no error.
 
     Args:
         path: the path of the event file.
