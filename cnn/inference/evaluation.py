@@ -23,13 +23,13 @@ OTHER_DATA = {"data.name", "data.root", "data.args"}  # on the command line, the
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """The labelled images on which a trained model is evaluated.
+    """Labelled images for the evaluation of a trained model.
 
     Attributes:
-        images: the images. Their labels are indices into the classes of the model.
-        train_labels: the labels of the training images, int64 (number of training images); None if
-            `images` come from another data set than the training images.
-        description: what the images are, for messages, such as "test of digits".
+        images: the images. A label is an index into the classes of the model.
+        train_labels: the labels of the training images, int64 (number of training images). None if
+            `images` and the training images come from different datasets.
+        description: a text about `images` for messages, such as "test of digits".
     """
 
     images: Images
@@ -38,25 +38,24 @@ class EvaluationData:
 
     @property
     def is_same_data(self) -> bool:
-        """Whether the images come from the same data set as the model's training images."""
+        """Whether the images and the model's training images come from the same dataset."""
         return self.train_labels is not None
 
 
 def choose_images(trained: TrainedModel, split: str) -> EvaluationData:
     """Returns the images on which a trained model is evaluated.
 
-    They come from the data set of the training, or from another one if the command line names it.
-    Another data set that is not divided into splits is used as a whole, because the model was not
-    trained on any of it.
+    The images come from the dataset of the training, unless the command line names another dataset.
+    All images of another dataset are returned if that dataset has only a split "train".
 
     Args:
-        trained: the model and its settings, in which those of the command line have replaced
-            others.
-        split: "val" or "test".
+        trained: the model and its settings, including the settings of the command line.
+        split: "val" for the validation images, or "test" for the test images.
 
     Raises:
-        Refused: the data cannot be read, contains a class that the model does not have, or has
-            changed since the training.
+        Refused: the data cannot be read, have no suitable split, or contain a class that the model
+            does not have. Data that have changed since the training are refused, too, unless the
+            command line names the data.
     """
     cfg = trained.cfg.data
     splits, classes = read_splits(cfg, trained.classes)
@@ -81,13 +80,13 @@ def _divide_as_trained(trained: TrainedModel, splits: Splits, classes: list[str]
     """Divides a dataset into training, validation and test images as the training did.
 
     Args:
-        trained: the model. Its checkpoint contains a checksum of the data that it was trained on.
-        splits: the images of each split that the dataset comes with, by the name of the split.
+        trained: the model. The checkpoint of the model contains a checksum of the training's data.
+        splits: the images of the dataset by split, before the division, such as {"train": images}.
         classes: the names of the classes of the dataset.
 
     Returns:
-        The images of the splits "train", "val" and "test". None if the dataset is not the one that
-        the model was trained on.
+        The images of the splits "train", "val" and "test". None if the model was trained on other
+        data.
     """
     if "train" not in splits or classes != trained.classes:
         return None
@@ -115,13 +114,15 @@ def _choose_other_images(
 
 
 def _with_model_labels(images: Images, classes: list[str], model_classes: list[str]) -> Images:
-    """Returns a copy of the images with labels that are indices into the classes of the model.
+    """Returns a copy of the images with the labels that the model uses.
+
+    A class of the dataset and a class of the model are the same if their names are equal.
 
     Args:
-        images: images with labels that are indices into `classes`.
+        images: the images. A label is an index into `classes`.
         classes: the names of the classes of the dataset.
-        model_classes: the names of the classes of the model. A class of the dataset and a class of
-            the model are the same if their names are equal.
+        model_classes: the names of the classes of the model. A label of the result is an index into
+            `model_classes`.
 
     Raises:
         Refused: an image has a class that the model does not have.
@@ -138,12 +139,11 @@ def _with_model_labels(images: Images, classes: list[str], model_classes: list[s
 def set_channels(trained: TrainedModel, images: Images) -> None:
     """Ensures that images have the number of channels that a model takes.
 
-    If the images are files, and the model takes 1 or 3 channels, the files are then decoded with
-    this number of channels.
+    Image files are decoded with this number of channels from now on, if the number is 1 or 3.
 
     Args:
         trained: the model.
-        images: the images. If they are files, they are changed in place.
+        images: the images. An object for image files is changed in place.
 
     Raises:
         Refused: the images have another number of channels and cannot be converted.
@@ -158,13 +158,13 @@ def set_channels(trained: TrainedModel, images: Images) -> None:
 def build_training_loss(trained: TrainedModel, data: EvaluationData) -> nn.Module:
     """Builds the loss function with which a model was trained.
 
-    The class weights come from the checkpoint. If an old checkpoint does not contain them, but the
-    setting is "balanced", they are computed from the training labels. If these labels are not
-    known, the loss has no class weights.
+    The class weights come from the checkpoint. An old checkpoint contains no class weights. For an
+    old checkpoint with the setting "balanced", the class weights are computed from the training
+    labels. If the training labels are not known either, the loss has no class weights.
 
     Args:
         trained: the model and its checkpoint.
-        data: the data of the evaluation, which may contain the training labels.
+        data: the data of the evaluation, with the training labels if the labels are known.
 
     Raises:
         Refused: the class weights or the state of the loss in the checkpoint are not valid.

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 BATCH_SIZES = (1, 17)  # with which the exported model is checked
 TOLERANCE = 1e-4  # largest difference of a logit, relative to the largest logit if above 1
 NORMALIZED_INSIDE = "in 0..1; mean and std are applied inside"
-METADATA = "metadata.json"  # its name within a file of torch.export
+METADATA = "metadata.json"  # the name of the metadata within a .pt2 file
 SHAPES = {"images": {0: torch.export.Dim("batch", min=1)}}  # any batch size
 SEED = 2**62 + 1  # for initial weights that differ from those of the training
 
@@ -38,11 +38,12 @@ Inference = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Deployed(nn.Module):
-    """A model that contains its normalization, so that it takes pixels from 0 to 1.
+    """A model that takes pixels from 0 to 1 and normalizes the pixels itself.
 
     Args:
-        model: takes normalized images (N, C, H, W) and returns logits (N, classes).
-        preprocessing: contains the mean and standard deviation of every channel.
+        model: a network for normalized images (N, C, H, W). The network returns logits (N,
+            classes).
+        preprocessing: contains the mean and the standard deviation of each channel.
     """
 
     def __init__(self, model: nn.Module, preprocessing: Preprocessing):
@@ -71,12 +72,13 @@ def export_model(trained: TrainedModel, file_format: str) -> tuple[bytes, str]:
         file_format: "torch", "onnx" or "weights".
 
     Returns:
-        The content of the file to write, and a text with the result of the check.
+        Two values: the content of the file to write, and a text with the result of the check.
 
     Raises:
         Refused: torch cannot export the model.
-        Failed: a logit of the exported model differs from the original one by more than the limit.
-            The limit is 1e-4, or 1e-4 times the largest logit if that is above 1.
+        Failed: a logit of the exported model differs too much from the logit of the original model.
+            A difference of 1e-4 is permitted. If the largest logit is above 1, a difference of 1e-4
+            times the largest logit is permitted.
     """
     export, load = FORMATS[file_format]
     trained.model.to(memory_format=torch.contiguous_format)
@@ -98,8 +100,8 @@ def export_model(trained: TrainedModel, file_format: str) -> tuple[bytes, str]:
 def to_torch(trained: TrainedModel) -> bytes:
     """Exports a model to the .pt2 format of torch.export.
 
-    The exported model takes pixels from 0 to 1. The result of the function `metadata` is stored in
-    the file as JSON, under the name metadata.json.
+    The exported model takes pixels from 0 to 1. The .pt2 file contains a JSON file metadata.json,
+    which describes the input, the output and the classes.
 
     Args:
         trained: a model on the CPU.
@@ -116,11 +118,11 @@ def to_torch(trained: TrainedModel) -> bytes:
 def from_torch(content: bytes) -> Inference:
     """Returns a function that runs the model in a .pt2 file of torch.export.
 
-    The function takes images (N, C, H, W), with pixels from 0 to 1, and returns logits (N,
+    The function takes images (N, C, H, W) with pixels from 0 to 1. The function returns logits (N,
     classes).
 
     Args:
-        content: the bytes of the file.
+        content: the bytes of the .pt2 file.
     """
     return torch.export.load(io.BytesIO(content)).module()
 
@@ -128,8 +130,8 @@ def from_torch(content: bytes) -> Inference:
 def to_onnx(trained: TrainedModel) -> bytes:
     """Exports a model to the ONNX format.
 
-    The exported model takes pixels from 0 to 1. The entries that the function `metadata` returns
-    are stored in the properties of the file. Since a property is text, an entry that is not text is
+    The exported model takes pixels from 0 to 1. The properties of the ONNX file describe the input,
+    the output and the classes. A property that is not a text, such as the list of classes, is
     stored as JSON.
 
     Args:
@@ -156,13 +158,13 @@ def to_onnx(trained: TrainedModel) -> bytes:
 
 
 def from_onnx(content: bytes) -> Inference:
-    """Returns a function that runs the model in an ONNX file with onnxruntime on the CPU.
+    """Returns a function that runs an ONNX model with onnxruntime on the CPU.
 
-    The function takes images (N, C, H, W), with pixels from 0 to 1, and returns logits (N,
+    The function takes images (N, C, H, W) with pixels from 0 to 1. The function returns logits (N,
     classes).
 
     Args:
-        content: the bytes of the file.
+        content: the bytes of the ONNX file.
     """
     import onnxruntime
 
@@ -171,16 +173,13 @@ def from_onnx(content: bytes) -> Inference:
 
 
 def to_weights(trained: TrainedModel) -> bytes:
-    """Exports the weights of a model to a file for `torch.load`.
+    """Returns the weights of a model as the content of a file for `torch.load`.
 
-    The file contains a dict with "model_state_dict" and the entries that the function `metadata`
-    returns.
+    The file contains a dict. The entry "model_state_dict" has the weights. Further entries describe
+    the input, the output, the classes and the preprocessing.
 
     Args:
         trained: a model on the CPU.
-
-    Returns:
-        The content of the file.
     """
     content = metadata(trained, "(pixels in 0..1 - mean) / std")
     buffer = io.BytesIO()
@@ -191,11 +190,10 @@ def to_weights(trained: TrainedModel) -> bytes:
 def from_weights(content: bytes) -> Inference:
     """Builds a new model with the weights in a file that `to_weights` exported.
 
+    The new model takes pixels from 0 to 1, and normalizes the pixels itself.
+
     Args:
         content: the bytes of the file.
-
-    Returns:
-        The model. It contains its normalization, so that it takes pixels from 0 to 1.
     """
     saved = torch.load(io.BytesIO(content), weights_only=True)
     cfg = ModelConfig(saved["model"], saved["model_args"])
@@ -215,17 +213,18 @@ MAX_POOL = torch.ops.aten.adaptive_max_pool2d.default
 
 
 def _max_pool_to_one(images: torch.Tensor, size: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes adaptive max pooling to one pixel with operators that torch.onnx can export.
+    """Computes adaptive max pooling to one pixel, with operators that torch.onnx can export.
 
-    It takes the place of `adaptive_max_pool2d`, which torch.onnx in PyTorch 2.11 cannot export.
+    The function replaces `adaptive_max_pool2d`, which torch.onnx in PyTorch 2.11 cannot export.
 
     Args:
         images: the input (N, C, H, W).
-        size: the height and width of the output. Only [1, 1] is possible.
+        size: the height and the width of the output. Only [1, 1] is supported.
 
     Returns:
-        The largest value of each channel, and its index from 0 to H * W - 1, both (N, C, 1, 1).
-        NotImplemented if `size` is not [1, 1].
+        Two tensors (N, C, 1, 1): the largest value of each channel, and the index of the largest
+        value. The index is from 0 to H * W - 1. If `size` is not [1, 1], NotImplemented is
+        returned.
     """
     if list(size) != [1, 1]:
         return NotImplemented
@@ -234,9 +233,9 @@ def _max_pool_to_one(images: torch.Tensor, size: list[int]) -> tuple[torch.Tenso
 
 
 def _program(trained: TrainedModel) -> torch.export.ExportedProgram:
-    """Returns the graph that torch.export makes of a model together with its normalization.
+    """Returns the graph that torch.export makes of a model and its normalization.
 
-    The graph takes batches of any number of images, with pixels from 0 to 1.
+    The graph takes any number of images, with pixels from 0 to 1.
 
     Args:
         trained: a model on the CPU.
@@ -253,12 +252,13 @@ def _program(trained: TrainedModel) -> torch.export.ExportedProgram:
 
 @contextlib.contextmanager
 def _refusing(trained: TrainedModel, exporter: str) -> Iterator[None]:
-    """Turns any exception in a `with` block into the exception Refused with a short reason.
+    """Turns any exception in a `with` block into a Refused exception.
+
+    The message of the new exception gives the reason in a few words.
 
     Args:
-        trained: the model that the block exports. The message contains the name of the model.
-        exporter: the part of torch that the block calls, such as "torch.onnx". The message contains
-            it.
+        trained: the model that the block exports. The message names the model.
+        exporter: the part of torch that the block calls, for the message, such as "torch.onnx".
 
     Raises:
         Refused: the block has raised an exception.
@@ -282,15 +282,15 @@ def _first_line(error: Exception) -> str:
 
 
 def metadata(trained: TrainedModel, pixels: str = NORMALIZED_INSIDE) -> dict[str, Any]:
-    """Returns what a program has to know to use an exported file.
+    """Returns the description of an exported file, for programs that use the file.
 
     Args:
         trained: the exported model.
-        pixels: a text that says how the numbers in the input are computed from pixels.
+        pixels: a text about the range of the input, such as "in 0..1".
 
     Returns:
-        A dict of texts, numbers, lists and dicts, with keys such as "input", "output", "classes"
-        and "preprocessing".
+        A dict with entries such as "input", "output", "classes" and "preprocessing". The values are
+        texts, numbers, lists and dicts.
     """
     pre, content = trained.preprocessing, trained.content
     shape = f"{pre.channels}, {pre.image_size}, {pre.image_size}"
@@ -311,17 +311,18 @@ def metadata(trained: TrainedModel, pixels: str = NORMALIZED_INSIDE) -> dict[str
 
 
 def sample_images(trained: TrainedModel) -> tuple[torch.Tensor, str]:
-    """Returns 17 images with which an exported model is checked, and a text that describes them.
+    """Returns 17 images for the check of an exported model.
 
-    The images are validation images. If there are fewer than 17, some of them are repeated. If the
-    data cannot be read, the images are random numbers.
+    The images are validation images. If there are fewer than 17 validation images, some are
+    repeated. If the data cannot be read, the images are random numbers.
 
     Args:
-        trained: the exported model. Its settings name the data.
+        trained: the exported model. The settings of the model name the data.
 
     Returns:
-        The images (17, C, size, size) in the size of the model's input, uint8 or float from 0 to 1;
-        and a text such as "17 validation images".
+        Two values. The first is a tensor (17, C, size, size) of the images, uint8 or float from 0
+        to 1. Here, size is the height and width of the model's input. The second is a text about
+        the images, such as "17 validation images".
     """
     pre, number = trained.preprocessing, max(BATCH_SIZES)
     try:
@@ -341,7 +342,7 @@ def sample_images(trained: TrainedModel) -> tuple[torch.Tensor, str]:
 def compare_logits(
     trained: TrainedModel, inference: Inference, images: torch.Tensor
 ) -> tuple[float, float]:
-    """Compares the logits of an exported model with those of the original model.
+    """Compares the logits of an exported model with the logits of the original model.
 
     Each model computes a batch of 1 image and a batch of 17 images.
 
@@ -351,9 +352,8 @@ def compare_logits(
         images: images (17, C, H, W), uint8 or float from 0 to 1, not normalized.
 
     Returns:
-        Two numbers. The first is the largest difference between a logit of the exported model and
-        the same logit of the original model. The second is the largest absolute value of a logit of
-        the original model.
+        Two numbers. The first is the largest absolute difference between the two models' logits.
+        The second is the largest absolute value of a logit of the original model.
     """
     normalize = Normalize(trained.preprocessing, trained.device)
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()

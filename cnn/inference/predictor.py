@@ -34,11 +34,11 @@ Picture = str | os.PathLike | Image.Image | np.ndarray
 
 @dataclass(frozen=True)
 class Prediction:
-    """The most probable classes of a picture and their probabilities, in descending order.
+    """The most probable classes of a picture, with their probabilities.
 
     Attributes:
-        classes: the names of the classes.
-        probabilities: the probability of each of these classes, from 0 to 1.
+        classes: the names of the classes. The most probable class comes first.
+        probabilities: the probability of each class in `classes`, from 0 to 1.
     """
 
     classes: list[str]
@@ -55,9 +55,9 @@ class Predictor:
 
     Attributes:
         classes: the names of the classes, in the order of the logits.
-        model: the network in evaluation mode. It takes normalized images (N, C, size, size) and
-            returns logits (N, classes).
-        trained: the model and its checkpoint, as given.
+        model: the network in evaluation mode. The network takes normalized images (N, C, size,
+            size) and returns logits (N, classes).
+        trained: the model and its checkpoint.
 
     Raises:
         Refused: the model takes neither 1 nor 3 channels.
@@ -80,16 +80,16 @@ class Predictor:
 
         Args:
             pictures: one picture or a list of pictures. A picture is a path, a PIL image of any
-                mode, or a uint8 array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
-            top: the number of classes in a prediction, beginning with the most probable one; None
-                for all classes.
+                mode, or a uint8 array. The shape of an array is (H, W), (H, W, 1), (H, W, 3) or (H,
+                W, 4).
+            top: the number of most probable classes in a prediction. None means all classes.
 
         Returns:
-            One prediction for one picture; a list of predictions for a list of pictures.
+            A prediction for one picture, or a list of predictions for a list of pictures.
 
         Raises:
-            BadImage: a picture cannot be read. If the picture is a file, the message contains its
-                path.
+            BadImage: a picture cannot be read. The message contains the path of a picture that is a
+                file.
         """
         if isinstance(pictures, Picture):
             return self([pictures], top)[0]
@@ -103,16 +103,14 @@ class Predictor:
     def predict_each(
         self, pictures: Sequence[Picture], top: int | None = None
     ) -> Iterator[Prediction | BadImage]:
-        """Yields the prediction of each picture, or a BadImage for a picture that cannot be read.
+        """Yields the prediction of each picture, in the order of the pictures.
 
-        The results are in the order of the pictures. While the model computes one batch of
-        pictures, threads decode the next batch.
+        For a picture that cannot be read, a BadImage exception is yielded and not raised.
 
         Args:
-            pictures: the pictures. A picture is a path, a PIL image of any mode, or a uint8 array
-                of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
-            top: the number of classes in a prediction, beginning with the most probable one; None
-                for all classes.
+            pictures: the pictures. A picture is a path, a PIL image of any mode, or a uint8 array.
+                The shape of an array is (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+            top: the number of most probable classes in a prediction. None means all classes.
         """
         for number, images in enumerate(self._decode_batches(pictures)):
             good = [image for image in images if isinstance(image, torch.Tensor)]
@@ -123,14 +121,16 @@ class Predictor:
     def _decode_batches(
         self, pictures: Sequence[Picture]
     ) -> Iterator[list[torch.Tensor | BadImage]]:
-        """Decodes pictures and yields them in batches, while threads decode the next batch.
+        """Decodes pictures and yields the decoded pictures in batches.
+
+        While the caller uses a batch, threads decode the next batch.
 
         Args:
             pictures: paths, PIL images or uint8 arrays.
 
         Yields:
-            A list with an entry per picture of the batch: a uint8 tensor (C, size, size), or a
-            BadImage if the picture cannot be read.
+            A list with an entry per picture of the batch. An entry is a uint8 tensor (C, size,
+            size). For a picture that cannot be read, the entry is a BadImage exception.
         """
         start, upcoming = 0, []
         pool = ThreadPoolExecutor(self._num_threads)
@@ -145,13 +145,13 @@ class Predictor:
             pool.shutdown(cancel_futures=True)
 
     def _prepare(self, picture: Picture) -> torch.Tensor | BadImage:
-        """Decodes a picture and brings it to the size of the model's input.
+        """Decodes a picture, and resizes and crops the picture for the model.
 
         Args:
             picture: a path, a PIL image or a uint8 array.
 
         Returns:
-            A uint8 tensor (C, size, size). If the picture cannot be read, a BadImage, which is
+            A uint8 tensor (C, size, size). If the picture cannot be read, a BadImage exception is
             returned and not raised.
         """
         is_path, channels = isinstance(picture, str | os.PathLike), self._pre.channels
@@ -169,14 +169,13 @@ class Predictor:
     def _predict_batch(
         self, images: torch.Tensor, batch_index: int, top: int | None
     ) -> list[Prediction]:
-        """Predicts the classes of each image of a batch.
+        """Predicts the classes of each image in a batch.
 
         Args:
             images: the decoded images, uint8 (N, C, size, size).
-            batch_index: the index of the batch. It seeds the random numbers that a model may draw
-                in evaluation mode.
-            top: the number of classes in a prediction, beginning with the most probable one; None
-                for all classes.
+            batch_index: the index of the batch, from 0. A model can draw random numbers even in
+                evaluation mode. The index is part of the seed of these random numbers.
+            top: the number of most probable classes in a prediction. None means all classes.
 
         Returns:
             A prediction for each image.
@@ -198,13 +197,14 @@ def load(checkpoint: str | os.PathLike, *settings: str) -> Predictor:
     """Makes a predictor from the checkpoint of a trained model.
 
     Args:
-        checkpoint: the path of a file that train.py saved. No other file is needed.
-        settings: settings as on the command line, such as "device=cpu". They replace those in the
-            checkpoint.
+        checkpoint: the path of a checkpoint that train.py saved. No other file is needed.
+        settings: settings in the form of the command line, such as "device=cpu". These settings
+            replace settings in the checkpoint.
 
     Raises:
-        Refused: the file is not a checkpoint, is damaged, or names code outside the current folder;
-            or a setting is not valid. Refused is a subclass of ValueError.
+        Refused: the file is not a checkpoint or is damaged, or a setting is not valid. Refused is
+            also raised if the checkpoint names Python code outside the current folder. Refused is a
+            subclass of ValueError.
     """
     with _generators_preserved(None):
         return Predictor(load_trained_model(Path(checkpoint), settings))
@@ -220,13 +220,14 @@ def _to_image(array: np.ndarray) -> Image.Image:
 
 @contextlib.contextmanager
 def _generators_preserved(device: torch.device | None) -> Iterator[None]:
-    """Restores the global random generators at the end of a `with` block to their state before it.
+    """Restores the global random generators at the end of a `with` block.
 
-    These are the generators of Python, NumPy and torch on the CPU. The generator of a CUDA device
-    is restored, too, if this device is given.
+    The generators then have the same state as at the start of the block. The function restores the
+    generators of Python, of NumPy and of torch on the CPU. If `device` is a CUDA device, the
+    generator of `device` is restored, too.
 
     Args:
-        device: the device that is used in the block; None if only the CPU is used.
+        device: the device that the block uses. None if the block uses only the CPU.
     """
     cuda_devices = [device] if device is not None and device.type == "cuda" else []
     with contextlib.ExitStack() as stack:

@@ -27,12 +27,12 @@ class TrainedModel:
     Attributes:
         path: the file of the checkpoint.
         content: the entries of the checkpoint by name.
-        cfg: the settings of the checkpoint, in which settings of the command line have replaced
-            others.
+        cfg: the settings in the checkpoint, changed by the settings of the command line.
         typed: the keys of the settings on the command line, such as {"data.root"}.
-        places: the place that each setting comes from, such as "command line", by the key of the
-            setting.
-        model: takes normalized images (N, C, size, size) and returns logits (N, classes).
+        places: the origin of each setting by the key of the setting, such as {"data.root": "command
+            line"}.
+        model: the network. The network takes normalized images (N, C, size, size) and returns
+            logits (N, classes).
         preprocessing: the size, the number of channels and the normalization of the images.
         device: the device of the model.
         precision: the precision of a forward pass: "fp32", "bf16" or "fp16".
@@ -49,7 +49,7 @@ class TrainedModel:
     precision: str
 
     def autocast(self) -> torch.autocast:
-        """Returns the context manager in which a forward pass computes in `self.precision`."""
+        """Returns the context manager for a forward pass with the precision `self.precision`."""
         return env.autocast(self.device, self.precision)
 
     @property
@@ -59,25 +59,24 @@ class TrainedModel:
 
     @property
     def is_within_epoch(self) -> bool:
-        """Whether the checkpoint was saved before its epoch was complete.
+        """Whether the checkpoint was saved in the middle of an epoch.
 
         The weights of such a checkpoint were never validated.
         """
         return self.content["unfinished_epoch"]["batch"] > 0
 
     def seed_epoch(self, split: str) -> int:
-        """Returns the number of the epoch that seeds the random numbers of an evaluation.
+        """Returns the epoch number that seeds the random numbers of an evaluation.
 
-        It is the number with which the training evaluated the same weights. Therefore, a model that
-        draws random numbers in evaluation mode draws the same ones again.
+        The training used the same number when it evaluated the same weights. Therefore, a model
+        that draws random numbers in evaluation mode draws the same numbers again.
 
         Args:
             split: "val" or "test".
 
         Returns:
-            For "test", the number of complete epochs. For "val", one less, because the training
-            validates an epoch before it counts the epoch as complete. If the checkpoint was saved
-            within an epoch, the number of complete epochs for both.
+            For "test", the number of complete epochs. For "val", one less, but at least 0. For a
+            checkpoint from the middle of an epoch, the number of complete epochs for both splits.
         """
         epoch = self.content["epoch"]
         return epoch if split == "test" or self.is_within_epoch else max(epoch - 1, 0)
@@ -89,18 +88,19 @@ class TrainedModel:
 
 
 def load_trained_model(path: Path, settings: Sequence[str] = ()) -> TrainedModel:
-    """Loads the model of a checkpoint, with the weights that were used in the validation.
+    """Loads the trained model in a checkpoint.
 
-    These are the averaged weights (EMA) if the training averaged the weights.
+    If the training averaged the weights (EMA), the model has the averaged weights.
 
     Args:
         path: a checkpoint that train.py saved.
-        settings: settings as on the command line, such as "device=cpu". They replace those in the
-            checkpoint.
+        settings: settings in the form of the command line, such as "device=cpu". These settings
+            replace settings in the checkpoint.
 
     Raises:
-        Refused: the file is not a checkpoint, is damaged or inconsistent, or names code outside the
-            current folder; or a setting is not valid or cannot be replaced.
+        Refused: the file is not a checkpoint, or is damaged or inconsistent. A setting that is not
+            valid, or may not be replaced, is refused, too. A checkpoint that names Python code
+            outside the current folder is refused, too.
     """
     content = load_checkpoint(path, "--checkpoint")
     typed = {setting.partition("=")[0] for setting in settings}
@@ -141,14 +141,13 @@ def _choose_precision(
 ) -> str:
     """Chooses the precision of a forward pass.
 
-    If the command line names a precision, it is used. Otherwise, if the setting train.precision is
-    "fp32", the result is "fp32". Otherwise, on the type of device that the model was trained on,
-    the result is the precision of the training. On another type of device, it is the precision that
-    the setting "auto" selects for this device.
+    A precision on the command line is always used. Otherwise, the setting train.precision in the
+    checkpoint counts. If this setting is "fp32", the result is "fp32". Otherwise, if the training
+    used the same type of device, the result is the precision of the training. On another type of
+    device, the result is the default precision of that device.
 
     Args:
-        cfg: the settings of the checkpoint, in which settings of the command line have replaced
-            others.
+        cfg: the settings in the checkpoint, changed by the settings of the command line.
         saved: the entry "environment" of the checkpoint, with the device and the precision of the
             training.
         device: the device of the model.

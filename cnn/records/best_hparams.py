@@ -1,6 +1,6 @@
 """configs/best_hparams/MODEL_DATA[_TAG].yaml: the best settings so far for a model and data.
 
-`--config` reads the settings from such a file and ignores the results that the file contains too.
+With `--config`, the settings are read from such a file, and the results in the file are ignored.
 """
 
 import logging
@@ -25,12 +25,11 @@ LOCK_SECONDS = 60.0  # to wait for another process, which needs the lock for mil
 
 
 def file_of(cfg: Config, folder: Path) -> Path:
-    """Returns the path of the file that keeps the best settings of a model on a dataset.
+    """Returns the path of the file with a model's best settings on a dataset.
 
-    The file name consists of the settings model.name, data.name and, if it is set, data.tag.
-    Examples are simple_cnn_digits.yaml and simple_cnn_digits_small.yaml. The data names "folder"
-    and "csv" do not say which images are used. If one of them is given together with a tag, it is
-    left out of the file name, as in simple_cnn_flowers.yaml for the tag "flowers".
+    The file name consists of the settings model.name, data.name and data.tag. A missing tag is left
+    out. Examples are simple_cnn_digits.yaml and simple_cnn_digits_small.yaml. If there is a tag,
+    the data names "folder" and "csv" are left out, as in simple_cnn_flowers.yaml.
 
     Args:
         cfg: the settings of a run.
@@ -46,20 +45,20 @@ def file_of(cfg: Config, folder: Path) -> Path:
 def update(
     folder: Path, cfg: Config, best: dict[str, Any], metrics: Metrics, test: Metrics
 ) -> Path | None:
-    """Writes the settings and results of a run to a file if the run is the best so far.
+    """Saves the settings and results of a run that is the best so far.
 
-    There is one file for each model and dataset. An existing file is replaced only if it contains a
-    worse value of the same metric.
+    Each combination of model and dataset has a file. An existing file is replaced only if the file
+    contains a worse value of the same metric.
 
     Args:
-        folder: the folder of the file, configs/best_hparams. It is created if it is missing.
+        folder: the folder of the file, configs/best_hparams. A missing folder is created.
         cfg: the settings of the run.
-        best: {"metric", "value", "epoch"} of the run's best epoch.
+        best: the best epoch of the run, a dict with "metric", "value" and "epoch".
         metrics: the validation metrics of the best epoch.
         test: the metrics of the final test.
 
     Returns:
-        The path of the file, or None if an existing file was not replaced.
+        The path of the file, or None if an existing file was kept.
 
     Raises:
         ValueError: the entry best_metrics of an existing file cannot be read.
@@ -91,15 +90,15 @@ def update(
 
 
 def _is_beaten(path: Path, earlier: dict[str, Any], best: dict[str, Any]) -> bool:
-    """Returns whether the best epoch of a run is better than the result in a file.
+    """Returns whether the best epoch of a run is better than an earlier result.
 
-    If the two results are values of different metrics, they cannot be compared. Then the answer is
-    False, and a line in the log says so.
+    Two different metrics cannot be compared. For different metrics, the answer is False, and a
+    message is logged.
 
     Args:
-        path: the path of the file, for the line in the log.
-        earlier: the result in the file: a dict with "monitor", the name of a metric, and "value".
-        best: {"metric", "value", "epoch"} of the run's best epoch.
+        path: the path of the file with the earlier result, for the message.
+        earlier: the earlier result, a dict with "value" and "monitor", the name of the metric.
+        best: the best epoch of the run, a dict with "metric", "value" and "epoch".
     """
     monitor, metric = earlier["monitor"], best["metric"]
     if monitor == metric:
@@ -118,8 +117,8 @@ def best_result(path: Path) -> tuple[str, float] | None:
         path: the path of the file.
 
     Returns:
-        The name of the metric and its value, such as ("val_acc", 0.98). None if there is no such
-        file, or if the file cannot be read.
+        The name of the metric and its value, such as ("val_acc", 0.98). None if the file is missing
+        or cannot be read.
     """
     try:
         best = _read(path)["best_metrics"]
@@ -129,10 +128,13 @@ def best_result(path: Path) -> tuple[str, float] | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Returns the content of a file in configs/best_hparams, or None if there is no such file.
+    """Returns the content of a file in configs/best_hparams.
+
+    Returns:
+        The entries of the file by name. None if the file does not exist.
 
     Raises:
-        ValueError: the file is not YAML, or its entry best_metrics is missing or wrong.
+        ValueError: the file is not YAML, or the entry best_metrics is missing or wrong.
     """
     if not path.exists():
         return None
@@ -155,9 +157,9 @@ def _history(cfg: Config, earlier: dict[str, Any]) -> list[dict[str, Any]]:
         earlier: the content of the old version of the file.
 
     Returns:
-        At most 10 entries, the latest first. The first entry is new. It contains the best result in
-        `earlier`, and the settings in `earlier` that differ from `cfg`. The other entries are those
-        of the list in `earlier`.
+        At most 10 entries, the latest first. The first entry has the best result in `earlier`, and
+        the settings in `earlier` that differ from `cfg`. The list of earlier results in `earlier`
+        follows.
     """
     best, now = earlier["best_metrics"], config.flat(config.to_dict(cfg))
     settings = config.flat({key: v for key, v in earlier.items() if key not in RECORDS})

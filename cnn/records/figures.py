@@ -40,7 +40,7 @@ CJK_FONTS = (
 
 
 def is_available() -> bool:
-    """Returns whether matplotlib is installed, without importing it."""
+    """Returns whether matplotlib is installed, without importing matplotlib."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
@@ -49,9 +49,9 @@ class Curve:
     """A curve of a chart.
 
     Attributes:
-        label: the name of the curve in the legend; None if the legend does not show the curve.
+        label: the name of the curve in the legend. None if the legend does not show the curve.
         xs: the x coordinates, such as epochs.
-        ys: the y coordinate for each x coordinate. Where it is None, the curve has a gap.
+        ys: the y coordinate for each x coordinate. None makes a gap in the curve.
         colour: the colour in hexadecimal, such as "#3b82d6".
         dashed: whether the line is dashed.
     """
@@ -65,13 +65,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart with its curves.
+    """A chart with curves.
 
     Attributes:
         title: the text above the chart.
         curves: the curves.
-        marks: the x coordinates at which vertical dotted lines are drawn.
-        mark_label: the name of these lines in the legend.
+        marks: the x coordinates of vertical dotted lines.
+        mark_label: the name of the vertical lines in the legend.
         xlabel: the label of the x axis.
         xscale: the scale of the x axis, "linear" or "log".
     """
@@ -88,13 +88,12 @@ class Panel:
 
 
 def svg(draw: Callable[..., "Figure"], *args, **kwargs) -> str:
-    """Draws a figure and returns it as an <svg> element for an HTML page.
+    """Draws a figure and returns the figure as an <svg> element for HTML.
 
-    Axes and text take their colours and font from the page, so that the figure suits light and dark
-    pages.
+    The colours and the font of the HTML page apply to the axes and the text.
 
     Args:
-        draw: a function that returns the figure, such as `draw_panels`.
+        draw: a function that returns a figure, such as `draw_panels`.
         args: the positional arguments of `draw`.
         kwargs: the keyword arguments of `draw`.
     """
@@ -109,7 +108,7 @@ def svg(draw: Callable[..., "Figure"], *args, **kwargs) -> str:
 
 
 def panel_svgs(panels: Sequence[Panel]) -> list[str]:
-    """Draws every chart as a figure of its own, and returns the figures as <svg> elements for HTML.
+    """Draws each chart as a separate figure.
 
     Args:
         panels: the charts.
@@ -121,10 +120,10 @@ def panel_svgs(panels: Sequence[Panel]) -> list[str]:
 
 
 def png(draw: Callable[..., "Figure"], *args, **kwargs) -> bytes:
-    """Draws a figure and returns it as the bytes of a PNG file.
+    """Draws a figure and returns the bytes of a PNG file.
 
     Args:
-        draw: a function that returns the figure, such as `draw_panels`.
+        draw: a function that returns a figure, such as `draw_panels`.
         args: the positional arguments of `draw`.
         kwargs: the keyword arguments of `draw`.
     """
@@ -135,11 +134,11 @@ def png(draw: Callable[..., "Figure"], *args, **kwargs) -> bytes:
 
 
 def save_png(path: Path, draw: Callable[..., "Figure"], *args, **kwargs) -> None:
-    """Draws a figure and writes it to a PNG file.
+    """Draws a figure and writes the figure to a PNG file.
 
     Args:
         path: the path of the PNG file. An existing file is replaced.
-        draw: a function that returns the figure, such as `draw_panels`.
+        draw: a function that returns a figure, such as `draw_panels`.
         args: the positional arguments of `draw`.
         kwargs: the keyword arguments of `draw`.
     """
@@ -215,11 +214,11 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
 
 
 def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str = "") -> "Figure":
-    """Draws a confusion matrix, with a row per true class and a column per predicted class.
+    """Draws a confusion matrix, with a row per true class.
 
-    The colour of a cell is stronger if the cell contains a larger fraction of the images in its
-    row. With at most 20 classes, the numbers of images are written in the cells, except zeros. With
-    at most 120 classes, the axes show the class names.
+    Each column is a predicted class. The colour of a cell shows the fraction of the row's images in
+    the cell. With at most 20 classes, a cell that is not zero contains its number. With at most 120
+    classes, the axes show the class names.
 
     Args:
         matrix: the number of images per cell, integers of shape (classes, classes).
@@ -259,7 +258,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str = "") 
 
 
 def draw_images(images: Sequence[np.ndarray], labels: Sequence[str]) -> "Figure":
-    """Draws images in rows of eight, with a label above each image.
+    """Draws images in rows of eight, with a text above each image.
 
     Args:
         images: the pixels of each image, uint8 (height, width, channels), with 1 or 3 channels.

@@ -28,10 +28,10 @@ PICTURE = Path("logs", "find_lr.png")
 
 
 def range_test(cfg: Config) -> None:
-    """Trains with a rising learning rate, logs a learning rate to try, and draws the loss curve.
+    """Trains with a rising learning rate, and logs a learning rate to try.
 
-    The learning rate to try is a tenth of the learning rate at which the smoothed loss is lowest.
-    The curve is drawn in logs/find_lr.png. It is left out if matplotlib is not installed.
+    The learning rate to try is a tenth of the learning rate with the lowest smoothed loss. If
+    matplotlib is installed, the loss curve is drawn in logs/find_lr.png.
 
     Args:
         cfg: the settings of the model, the data and the training.
@@ -60,18 +60,18 @@ def range_test(cfg: Config) -> None:
 
 
 def train_with_rising_lr(run: Run) -> tuple[list[float], list[float]]:
-    """Trains with a learning rate that rises geometrically, from 1e-5 to 10 in 150 steps.
+    """Trains with a learning rate that rises geometrically from 1e-5 to 10.
 
-    The training ends earlier if the smoothed loss is not finite, or is more than 4 times its lowest
-    value so far.
+    The training takes 150 steps. The training ends earlier if the smoothed loss is not finite. The
+    training also ends if the smoothed loss exceeds 4 times the lowest value so far.
 
     Args:
-        run: the run to train. Its state is changed in place.
+        run: the run to train. The state of the run is changed in place.
 
     Returns:
-        Two lists with an entry per step: the learning rates and the smoothed losses. If a step ends
-        the training early, it has no entry. A smoothed loss is the exponential mean of the losses
-        up to its step, with the bias correction of Adam (Kingma and Ba, ICLR 2015).
+        Two lists with an entry per step: the learning rates and the smoothed losses. A step that
+        ends the training early has no entry. A smoothed loss is the exponential mean of the losses
+        so far. The bias of the mean is corrected as in Adam (Kingma and Ba, ICLR 2015).
     """
     lrs, losses, state = [], [], run.state
     mean = 0.0
@@ -94,10 +94,10 @@ def endless_steps(run: Run) -> Iterator[int]:
     """Trains epoch after epoch without an end, and pauses after each optimizer step.
 
     Args:
-        run: the run to train. Its state is changed in place.
+        run: the run to train. The state of the run is changed in place.
 
     Yields:
-        The number of batches in the optimizer step just taken.
+        The number of batches in the latest optimizer step.
     """
     state = run.state
     while True:
@@ -106,10 +106,10 @@ def endless_steps(run: Run) -> Iterator[int]:
 
 
 def set_lr(run: Run, step: int) -> None:
-    """Sets the learning rate of every parameter group for a step of the range test.
+    """Sets the learning rate of each parameter group in the range test.
 
-    The highest learning rate of all groups is 1e-5 in the first step and 10 in the last. The ratios
-    between the learning rates of the groups stay as they were at the start of the run.
+    The highest learning rate of the groups is 1e-5 in the first step and 10 in the last. The ratios
+    between the groups stay as at the start of the run.
 
     Args:
         run: the run whose optimizer is changed.

@@ -9,14 +9,14 @@ from cnn.utils.files import write_text
 
 
 def read_history(path: Path) -> list[Metrics]:
-    """Reads history.csv, which has one row per epoch.
+    """Reads a file history.csv, which has one row per epoch.
 
     Args:
         path: the path of history.csv.
 
     Returns:
         A dict per row, such as {"epoch": 1.0, "val_acc": 0.9}. The value of an empty cell is None.
-        If there is no file, the list is empty.
+        The list is empty if the file does not exist.
 
     Raises:
         ValueError: a cell is not a number.
@@ -31,13 +31,13 @@ def read_history(path: Path) -> list[Metrics]:
 
 
 def write_history(path: Path, history: list[Metrics]) -> None:
-    """Writes history.csv with one row per completed epoch, and replaces an existing file.
+    """Writes a file history.csv with one row per epoch. An existing file is replaced.
 
     Args:
         path: the path of history.csv.
-        history: a dict per epoch, with the metrics by name. The cell of a metric that is None is
-            empty. The last two entries of each dict must be the speed and the duration of the
-            epoch. They become the last two columns.
+        history: a dict of metrics per epoch. A metric that is None becomes an empty cell. The last
+            two entries of each dict must be the speed and the duration of the epoch. The speed and
+            the duration become the last two columns.
 
     Raises:
         OSError: the file cannot be written.

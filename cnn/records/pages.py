@@ -30,10 +30,13 @@ def render(template: str, **content: Any) -> str:
 def format_metric(value: float | None) -> str:
     """Formats a metric for a table.
 
+    Args:
+        value: the metric. None and NaN mean that the metric is undefined.
+
     Returns:
-        "n/a" for None and NaN. An int is written in full. A float above 0.001 is written with four
-        decimals, such as "0.9833". A smaller float is written with three significant digits, such
-        as "0.000123".
+        "n/a" for an undefined metric. An int is written in full. A float above 0.001 has four
+        decimals, such as "0.9833". Any other float has three significant digits, such as
+        "0.000123".
     """
     if value is None or math.isnan(value):
         return "n/a"
@@ -45,18 +48,17 @@ def format_metric(value: float | None) -> str:
 def class_rows(matrix: np.ndarray, classes: list[str]) -> tuple[list[list[str]], list[list[str]]]:
     """Returns the rows of a table with the metrics of each class.
 
-    The columns are the name of the class, its precision, recall, specificity and F1, and its number
-    of images.
+    The columns are the class name, precision, recall, specificity, F1 and the number of images.
 
     Args:
-        matrix: the confusion matrix, integers of shape (classes, classes), with a row per true
-            class and a column per predicted class.
+        matrix: the confusion matrix, integers of shape (classes, classes). Each row is a true
+            class. Each column is a predicted class.
         classes: the names of the classes, in the order of the matrix.
 
     Returns:
-        Two lists of rows. Each row is a list of texts, one per column. The first list has a row per
-        class. The second list has two rows: the mean over the classes, and the mean over the
-        classes weighted by their numbers of images.
+        Two lists of rows. A row is a list with a text per column. The first list has a row per
+        class. The second list has two rows. The first of the two has the mean over the classes. The
+        second has the mean weighted by the number of images of each class.
     """
     values = scores.per_class(matrix)
     support = values.pop("support")

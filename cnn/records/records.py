@@ -1,7 +1,8 @@
 """The files that a run writes besides its checkpoints.
 
-They are made from the state of the training, so that a resume restores them. A failure to write one
-of them does not stop the training. It is logged, and the file is tried again after the next epoch.
+The files are made from the state of the training, so that a resume restores the files. A failure to
+write a file does not stop the training. The failure is logged, and the file is written again after
+the next epoch.
 """
 
 import contextlib
@@ -30,12 +31,11 @@ FIRST_REPORT = 0.5  # seconds; an estimate for the first report, which imports m
 
 
 class Records:
-    """The writer of a run's tables, result, report and TensorBoard files.
+    """The writer of the files that describe a run, such as history.csv and report.html.
 
-    The tables are history.csv and predictions_val.csv. The result is result.json. The report is
-    report.html with two pictures. A `with` block over this object must contain the training. When
-    the block begins, the tables, the result and the TensorBoard files are written. When the block
-    ends, even by an exception, the report and its pictures are written if an epoch is complete.
+    The training must take place in a `with` block over this object. The start of the block writes
+    all files except the report and its pictures. The end of the block writes the report and its
+    pictures if an epoch is complete. An exception in the block does not prevent the last write.
 
     Args:
         run: the run whose files are written.
@@ -67,9 +67,10 @@ class Records:
         self._tensorboard.rewrite()
 
     def write(self) -> None:
-        """Updates the files after an epoch.
+        """Updates the files of the run after an epoch.
 
-        Since writing the report takes long, it is left out if it was written a short time ago.
+        The report takes long to write. Therefore, a report that was written a short time ago is
+        kept.
         """
         self._write_tables()
         if self._tensorboard is not None:
@@ -78,10 +79,10 @@ class Records:
             self._write_report()
 
     def finish(self) -> None:
-        """Updates the files after the final test.
+        """Updates the files of the run after the final test.
 
-        If the run has the best result so far for its model and data, its settings are also written
-        to a file in configs/best_hparams.
+        If the result is the best so far for the model and data, the settings are saved in
+        configs/best_hparams.
         """
         self._write_result()
         self.write()
@@ -105,8 +106,8 @@ class Records:
     def _predictions(self) -> str:
         """Returns the text of predictions_val.csv, which has a row per validation image.
 
-        A row contains the name of the image, its true class, the predicted class, and the
-        probability of the predicted class.
+        A row contains the name of the image, the true class, the predicted class, and its
+        probability.
 
         Raises:
             ValueError: some validation images could not be read and have no prediction.
@@ -125,11 +126,11 @@ class Records:
         return text.getvalue()
 
     def _write_result(self) -> None:
-        """Writes result.json.
+        """Writes the file result.json.
 
-        The file contains the number of classes, the number of images in each split, the best epoch
-        and the metrics of the final test. The best epoch and the metrics are null until the test is
-        done.
+        The file contains the number of classes and the number of images in each split. The file
+        also contains the best epoch and the test metrics. Before the test, the best epoch and the
+        test metrics are null.
         """
         data, state = self.run.data, self.state
         result = {
@@ -160,14 +161,16 @@ class Records:
             logger.info("the best settings yet for this model and data: %s", path)
 
     def _attempt(self, record: Path | str, write: Callable[[], object]) -> bool:
-        """Calls a function that writes a file, and returns whether it raised no exception.
+        """Calls a function that writes a file, and logs a failure as a warning.
 
-        An exception is logged as a warning, and not raised. If the last call for the same file
-        failed for the same reason, nothing is logged.
+        A failure is not logged if the last write of the same file failed for the same reason.
 
         Args:
             record: the path of the file, or a name for several files, such as "logs/tensorboard".
             write: the function to call, without arguments.
+
+        Returns:
+            True if the function succeeded, False if the function raised an exception.
         """
         try:
             write()
@@ -183,7 +186,7 @@ class Records:
 
 
 class NoRecords(contextlib.AbstractContextManager):
-    """A stand-in for `Records` that writes nothing, for the processes other than rank 0."""
+    """A stand-in for `Records` that writes nothing, for processes with a rank above 0."""
 
     def __exit__(self, *_: object) -> None:
         pass
@@ -198,19 +201,19 @@ class NoRecords(contextlib.AbstractContextManager):
 def open_records(run: Run) -> Records | NoRecords:
     """Returns the writer of a run's files.
 
-    In a run of several processes, only the process of rank 0 writes them. In the other processes,
+    In a run of several processes, only the process of rank 0 writes files. In the other processes,
     the returned object writes nothing.
     """
     return Records(run) if run.group.is_rank0 else NoRecords()
 
 
 def has_tensorboard() -> bool:
-    """Returns whether tensorboard is installed, without importing it."""
+    """Returns whether tensorboard is installed, without importing tensorboard."""
     return importlib.util.find_spec("tensorboard") is not None
 
 
 def log_left_out(cfg: Config) -> None:
-    """Logs which files of a run are not written because a package is not installed.
+    """Logs which files a run cannot write because a package is not installed.
 
     Args:
         cfg: the settings of the run, which say what files are wanted.

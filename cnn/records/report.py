@@ -1,7 +1,7 @@
 """logs/report.html: a run on one page, complete in itself, without network or script.
 
-The pictures curves.png and confusion_matrix.png are written too. Everything comes from the state
-and the data of the run, except the steps at which the run was resumed, which come from its log.
+The pictures curves.png and confusion_matrix.png are written too. The content comes from the state
+and the data of the run. Only the steps at which the run was resumed come from the run's log.
 """
 
 import base64
@@ -35,7 +35,7 @@ RESUMED = re.compile(r"==== resumed from .*: epoch \d+, step (\d+), batch")
 
 
 class Report:
-    """The writer of a run's report.html and of the pictures curves.png and confusion_matrix.png.
+    """The writer of report.html, curves.png and confusion_matrix.png in a run's log folder.
 
     Args:
         run: the run that the report describes.
@@ -45,14 +45,18 @@ class Report:
         self.logs, self.run, self.state = run.folder.logs, run, run.state
 
     def write(self) -> None:
-        """Writes report.html, a page on the present state of the run. An old file is replaced."""
+        """Writes report.html, a page about the present state of the run.
+
+        An existing file is replaced.
+        """
         write_text(self.logs.report, render("report.jinja", **self._content()))
 
     def write_pictures(self) -> None:
-        """Writes curves.png and, if there are predictions, confusion_matrix.png.
+        """Writes the pictures curves.png and confusion_matrix.png.
 
-        The confusion matrix is the one of the final test. Before the test, it is the one of the
-        best epoch's validation.
+        After the final test, the confusion matrix is the matrix of the test. Before the test, the
+        matrix of the best epoch's validation is used. Without predictions, confusion_matrix.png is
+        not written.
         """
         figures.save_png(self.logs.curves, figures.draw_panels, self._panels())
         split = "test" if "test" in self.state.predictions else "val"
@@ -92,10 +96,10 @@ class Report:
         return panels
 
     def _resumed_at(self) -> list[float]:
-        """Returns the points at which the run was resumed, in epochs since the start of the run.
+        """Returns the points at which the run was resumed, in epochs.
 
-        A resume in the middle of the third epoch is the point 2.5. The points are read from the log
-        file of the run.
+        A resume in the middle of the third epoch is the point 2.5. The points are read from the
+        run's log file.
         """
         path = self.logs.log
         log = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
@@ -131,10 +135,13 @@ class Report:
         }
 
     def _headline(self) -> dict[str, Any]:
-        """Returns the values of the variables in report.jinja that the top of the page shows.
+        """Returns the values that the top of the report shows.
 
-        These are the results so far, the accuracy of always predicting the most frequent class, the
-        progress, and the command that trains with these settings.
+        The values are the results, the progress, and the command that repeats the training. A
+        further value is the accuracy of always predicting the most frequent class.
+
+        Returns:
+            The value of each variable in the template report.jinja for the top of the report.
         """
         state, data = self.state, self.run.data
         split = "val" if state.test is None else "test"
@@ -156,13 +163,15 @@ class Report:
         }
 
     def _evaluation(self, split: str) -> dict[str, Any]:
-        """Returns the values that the page shows of an evaluation, by their names in report.jinja.
+        """Returns the values that the report shows about an evaluation.
 
-        These are the confusion matrix, the classes that are most often confused, and the metrics
-        per class.
+        The values are the confusion matrix, the most frequent confusions and the metrics per class.
 
         Args:
             split: "val" for the validation of the best epoch, or "test" for the final test.
+
+        Returns:
+            A dict from the names in the template report.jinja to the values.
         """
         matrix, classes = self._confusion(split), self.run.data.classes
         rows, means = class_rows(matrix, classes)
@@ -184,12 +193,12 @@ class Report:
         """Returns the worst mistakes of the best epoch on the validation images.
 
         The worst mistakes are the wrong predictions with the highest probabilities. Mistakes on
-        test images are not shown, because users might then tune the model on them.
+        test images are not shown, so that users do not tune the model on test images.
 
         Returns:
-            A dict with "total", the number of all mistakes; "num_images", the number of validation
-            images; and "images", a list of at most 24 dicts. Each of these describes an image and
-            the mistake on it, the worst first.
+            A dict with three entries. The entry "total" is the number of all mistakes. The entry
+            "num_images" is the number of validation images. The entry "images" is a list of at most
+            24 dicts, the worst mistake first. Each dict describes a mistake and its image.
         """
         images, classes = self.run.data.val, self.run.data.classes
         predictions = self.state.predictions["val"]["prediction"].numpy()
@@ -213,13 +222,13 @@ class Report:
 
 
 def first_training_images(run: Run) -> list[tuple[torch.Tensor, str]]:
-    """Returns the first training images of epoch 1, augmented as in that epoch, with their classes.
+    """Returns the first augmented training images of epoch 1, with their class names.
 
     Args:
         run: the run whose data is used.
 
     Returns:
-        At most 32 pairs of an image, of shape (channels, height, width), and the name of its class.
+        At most 32 pairs. A pair is an image, of shape (channels, height, width), and a class name.
     """
     loader, labels, classes = run.train_loader, run.data.train.labels, run.data.classes
     keys = loader.keys(1, 0)[:NUM_TRAINING_IMAGES]
@@ -230,12 +239,12 @@ def as_pixels(image: torch.Tensor) -> np.ndarray:
     """Converts an image tensor to an array of pixels.
 
     Args:
-        image: uint8, or float from 0 to 1, of shape (channels, height, width). Floats below 0 or
-            above 1 are clipped.
+        image: uint8, or float from 0 to 1, of shape (channels, height, width). A float below 0 or
+            above 1 is clipped.
 
     Returns:
-        uint8 (height, width, channels), with values from 0 to 255. An image that has neither 1 nor
-        3 channels is reduced to its first channel.
+        A uint8 array (height, width, channels). If the image has neither 1 nor 3 channels, only the
+        first channel is kept.
     """
     if image.dtype != torch.uint8:
         image = (image.float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8)
@@ -247,7 +256,7 @@ def thumbnail(image: torch.Tensor) -> str:
     """Encodes an image as the text of a data: URL for an HTML page.
 
     An image of at most 48 pixels per side becomes a PNG of the same size. A larger image becomes a
-    JPEG, reduced to at most 96 pixels per side.
+    JPEG of at most 96 pixels per side.
 
     Args:
         image: uint8, or float from 0 to 1, of shape (channels, height, width).

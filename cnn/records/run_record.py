@@ -18,13 +18,13 @@ from cnn.utils.screen import escape_unprintable
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The settings and results of a run, read from the files in its log folder.
+    """The settings and results of a run, read from the run's log folder.
 
     Attributes:
-        name: the name or folder of the run, as the user typed it.
+        name: the name or the folder of the run, as typed by the user.
         settings: the settings by their dotted keys, such as "optim.lr".
         history: a dict of metrics per completed epoch.
-        result: the content of result.json; {} if there is no such file.
+        result: the content of result.json. {} if there is no result.json.
         status: "finished", "running" or "broken off".
     """
 
@@ -36,15 +36,16 @@ class RunRecord:
 
     @property
     def monitor(self) -> str:
-        """The name of the metric that decides which epoch is the best, such as "val_acc"."""
+        """The name of the metric that decides the best epoch, such as "val_acc"."""
         return self.settings["checkpoint.monitor"]
 
     def best(self) -> Metrics:
-        """Returns the metrics of the epoch with the best value of the monitored metric.
+        """Returns the metrics of the best epoch.
+
+        The best epoch has the best value of the monitored metric.
 
         Returns:
-            The entry of `history` for this epoch. {} if no entry has a value of the monitored
-            metric.
+            The metrics by name. {} if no epoch has a value of the monitored metric.
         """
         rows = [row for row in self.history if row.get(self.monitor) is not None]
         choose = min if mode(self.monitor) == "min" else max
@@ -55,12 +56,12 @@ def read_run(where: str) -> RunRecord:
     """Reads the settings and results of a run from its files.
 
     Args:
-        where: the name of the run, such as "first", or its log folder, such as "logs/first". The
-            log folder of a run without a name is a folder "logs". For such a run, `where` may also
-            be the folder that contains "logs".
+        where: the name of the run, such as "first", or the log folder of the run, such as
+            "logs/first". The log folder of a run without a name is "logs". `where` may also be the
+            folder that contains this folder "logs".
 
     Raises:
-        Refused: there is no run, or its files cannot be read.
+        Refused: there is no run, or the files of the run cannot be read.
     """
     candidates = [RunLogs(path) for path in (Path(where), Path(where, "logs"), Path("logs", where))]
     logs = next((logs for logs in candidates if logs.config.is_file()), None)

@@ -32,13 +32,13 @@ HISTORY_ONLY = {"val_balanced_acc", "val_f1", "val_top5_acc"}
 
 
 def write(run: Run, checkpoint: Checkpoint | None) -> None:
-    """Logs a summary of a run at its start, and writes its files config.yaml and model.txt.
+    """Logs a summary of a run at its start, and writes config.yaml and model.txt.
 
-    If the run resumes, the log also says from which checkpoint and at which step.
+    For a run that resumes, the log names the checkpoint and the step.
 
     Args:
         run: the run that starts or resumes.
-        checkpoint: the checkpoint from which the run resumes, or None for a new run.
+        checkpoint: the checkpoint from which the run resumes. None for a new run.
     """
     if checkpoint is not None:
         _log_resume(run, checkpoint)
@@ -71,11 +71,12 @@ def _log_resume(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def log_start(run: Run, flops: int | None) -> None:
-    """Logs the versions, device, data, model and optimizer of a run, in at most eight lines.
+    """Logs the versions, device, data, model and optimizer of a run.
 
     Args:
         run: the run.
-        flops: the floating-point operations of a forward pass per image, or None if unknown.
+        flops: the floating-point operations of a forward pass per image. None if the number is
+            unknown.
     """
     cfg, data, state, env = run.cfg, run.data, run.state, run.environment
     device = env["device"]
@@ -114,10 +115,11 @@ def _format_flops(flops: int | None) -> str:
 
 
 def log_epoch(run: Run) -> None:
-    """Logs the latest epoch in one line, and warns once if the validation loss has exploded.
+    """Logs the latest epoch in one line.
 
-    The loss has exploded if it is more than 1000 times the loss of a model that guesses. For a loss
-    function of the user, the loss of guessing is unknown. Then there is no warning.
+    A warning follows if the validation loss has exceeded a limit for the first time. The limit is
+    1000 times the loss of a model that guesses. With the user's own loss function, there is no
+    warning.
 
     Args:
         run: the run, with at least one completed epoch.
@@ -148,11 +150,11 @@ def log_epoch(run: Run) -> None:
 
 
 def log_finished(cfg: Config, state: TrainingState) -> None:
-    """Logs why a run has nothing left to train, and a setting with which it would continue.
+    """Logs why a run is finished, and a setting that continues the run.
 
     Args:
         cfg: the settings of the run.
-        state: the state of the run after its last epoch.
+        state: the state of the run after the last epoch.
     """
     if state.epoch < cfg.train.epochs:
         patience = cfg.train.early_stop_patience
@@ -163,11 +165,13 @@ def log_finished(cfg: Config, state: TrainingState) -> None:
 
 
 def log_test(state: TrainingState, num_images: int) -> None:
-    """Logs the loss and the accuracy of the final test, with a 95 % interval of the accuracy.
+    """Logs the loss and the accuracy of the final test.
+
+    The accuracy is logged with a 95 % interval.
 
     Args:
         state: the state of the run after the test.
-        num_images: the number of test images. The interval is wider if it is small.
+        num_images: the number of test images, which determines the width of the interval.
     """
     best, test = state.best, state.test
     accuracy = with_interval(test["test_acc"], num_images)
@@ -178,12 +182,13 @@ def log_test(state: TrainingState, num_images: int) -> None:
 def model_text(run: Run, flops: int | None) -> str:
     """Returns the text of model.txt.
 
-    The text lists the layers and parameters of the model, the FLOPs of a forward pass, the
-    environment, and the command line.
+    The text lists the layers and the parameters of the model. The FLOPs of a forward pass, the
+    environment and the command line follow.
 
     Args:
         run: the run, which contains the model and the environment.
-        flops: the floating-point operations of a forward pass per image, or None if unknown.
+        flops: the floating-point operations of a forward pass per image. None if the number is
+            unknown.
     """
     model = run.state.model
     lines = [str(model), ""]

@@ -1,7 +1,7 @@
 """TensorBoard's event files, which are made from the state, so that a resume leaves one curve.
 
-Each process rewrites the files from the history in the state when it starts, and appends to them
-later. Only the graph and earlier images, which the state does not contain, are copied from the old
+At its start, a process rewrites the files from the history in the state. Later, the process appends
+to the files. The state does not contain the graph and earlier images, which are copied from the old
 files. The events are written without a SummaryWriter, whose thread and open file would not survive
 a fork.
 
@@ -51,11 +51,11 @@ class TensorBoard:
         self._matrix_steps: set[int] = set()  # the steps of the confusion matrices in the files
 
     def rewrite(self) -> None:
-        """Replaces the event files by new ones with the whole history of the run.
+        """Replaces the event files by new files with the run's whole history.
 
-        The graph of the model and earlier pictures, up to the present step, are copied from the old
-        files. If there are no old files, the graph and a picture of training images are made. All
-        other events are made from the state.
+        Events up to the present step with a picture or the model's graph are copied from the old
+        files. All other events are made from the state of the run. Without old files, the graph and
+        a picture of training images are made.
         """
         self._files = {}
         kept = {part: self._read_images(part) for part in PARTS}
@@ -69,8 +69,7 @@ class TensorBoard:
     def append(self) -> None:
         """Appends the epochs and the test that the event files do not contain yet.
 
-        If there are no event files of this process yet, or the last attempt to write failed, all
-        event files are written anew.
+        All event files are written anew if the last write failed or if nothing was written before.
         """
         if not self._files:  # the last write failed, or there was none
             self.rewrite()
@@ -84,14 +83,14 @@ class TensorBoard:
     # -- events ---------------------------------------------------------------------------------
 
     def _new_events(self) -> dict[str, list[Event]]:
-        """Returns events for the epochs and the test that the event files do not contain yet.
+        """Returns events for epochs and a test that the event files lack.
 
-        The caller must write the events, because the next call does not return them again.
+        The caller must write the events, because the next call does not return the same events
+        again.
 
         Returns:
-            A list of events for each of "train", "val", "test" and "". The list for "" is for
-            TensorBoard's HPARAMS page. It contains the settings and the results of the run after
-            the test.
+            A dict from "train", "val", "test" and "" to lists of events. The list for "" is for
+            TensorBoard's HPARAMS page.
         """
         state, events = self.state, {part: [] for part in PARTS}
         # The time of an event is the start of the run plus the seconds of its epochs, so that
@@ -127,11 +126,13 @@ class TensorBoard:
         return [Event(wall_time=now, step=state.step, summary=summary) for summary in summaries]
 
     def _confusion_matrix(self) -> list[Event]:
-        """Returns an event with a picture of the confusion matrix of the best epoch's validation.
+        """Makes the event with a picture of the best epoch's confusion matrix.
+
+        The confusion matrix is from the validation of the best epoch.
 
         Returns:
-            A list with the event. The list is empty if the event files contain the picture already,
-            if there is no best epoch, or if matplotlib is not installed.
+            A list with the event. The list is empty if the event files already contain the picture,
+            or if there is no best epoch. The list is also empty if matplotlib is not installed.
         """
         best, predictions = self.state.best, self.state.predictions.get("val")
         if not figures.is_available() or best is None or predictions is None:
@@ -147,10 +148,13 @@ class TensorBoard:
         return [image("confusion", png, step)]
 
     def _initial_events(self) -> list[Event]:
-        """Returns the events that are made only once in a run: the model's graph and a picture.
+        """Makes the event with the model's graph and an event with a picture.
 
         The picture shows augmented training images. The graph is left out if the model cannot be
         traced. The picture is left out if matplotlib is not installed.
+
+        Returns:
+            A list of at most two events.
         """
         from torch.utils.tensorboard._pytorch_graph import graph
 
@@ -174,14 +178,14 @@ class TensorBoard:
     # -- files ----------------------------------------------------------------------------------
 
     def _read_images(self, part: str) -> list[Event]:
-        """Reads the events with a picture or with the model's graph from the existing event files.
+        """Reads the events with a picture or the model's graph from the existing files.
 
-        Events after the present step of the run are left out. If two files contain the same event,
-        the event is returned once.
+        Events after the present step of the run are left out. An event that is in two files is
+        returned once.
 
         Args:
-            part: the subfolder of the files: "train", "val" or "test". With "", the files directly
-                in the folder of the run's event files are read.
+            part: the subfolder of the files: "train", "val" or "test". "" stands for the folder
+                that contains the subfolders.
         """
         found: dict[tuple[int, str], Event] = {}
         for path in self._event_files(part):
@@ -195,11 +199,11 @@ class TensorBoard:
         return sorted((self.folder / part).glob("*tfevents*"))
 
     def _replace(self, part: str, events: list[Event]) -> Path:
-        """Writes a new event file, and removes the older event files in the same folder.
+        """Writes a new event file, and removes older event files in its folder.
 
         Args:
-            part: the subfolder of the file: "train", "val" or "test". With "", the file lies
-                directly in the folder of the run's event files.
+            part: the subfolder of the file: "train", "val" or "test". "" stands for the folder that
+                contains the subfolders.
             events: the events to write.
 
         Returns:
@@ -224,9 +228,9 @@ class TensorBoard:
 def add_scalars(events: dict[str, list[Event]], metrics: Metrics, step: int, now: float) -> None:
     """Adds the metrics of an epoch or of the test to lists of events.
 
-    The part of a name before its first "_" selects the list: "val_acc" is added to the list "val"
-    as "acc". A learning rate, such as "lr", is added to the list "train" with its full name. Other
-    entries, and metrics that are None, are left out.
+    The word before the first "_" in a metric's name selects the list. For example, "val_acc" is
+    added to the list "val" as "acc". Learning rates, such as "lr", are added to the list "train".
+    Other entries, and metrics that are None, are left out.
 
     Args:
         events: a list of events for each of "train", "val" and "test". The lists are extended in
@@ -270,9 +274,9 @@ def write_events(file: IO[bytes], events: Iterable[Event]) -> None:
 
 
 def read_events(path: Path) -> Iterator[Event]:
-    """Yields the events in a file, and stops without an error at an event that cannot be read.
+    """Yields the events in a file up to the first unreadable event.
 
-    Such an event occurs, for example, if a crash has cut off the end of the file.
+    An unreadable event, for example at the end of a file after a crash, raises no error.
 
     Args:
         path: the path of the event file.
