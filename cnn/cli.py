@@ -136,9 +136,9 @@ def run_command(task: Task, *, is_last: bool = False) -> int:
 def _log_error(error: BaseException, task: Task, stop: "StopSignals") -> int:
     """Logs the error that ended a task and returns the exit status.
 
-    If a signal interrupted the task, the signal is logged instead of the error. A Refused and a
-    RunError are exceptions to this rule. A RefusedElsewhere is not logged, since another process
-    logs the cause.
+    If a signal interrupted the task, the signal is logged instead of the error. But a Refused or a
+    RunError is logged even then. A RefusedElsewhere is not logged, since another process logs the
+    cause.
 
     Args:
         error: the exception that ended the task.

@@ -36,7 +36,7 @@ class RunError(RuntimeError):
 
 
 class Failed(RunError):
-    """An error that makes further work impossible, such as an infinite loss."""
+    """An error that makes further work impossible, such as a loss of NaN."""
 
 
 class DataFailed(RunError):

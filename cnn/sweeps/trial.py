@@ -68,8 +68,8 @@ def _train(trial: TakenTrial, stop: StopSignals) -> tuple[int, bool]:
     """Runs train.py for a trial and waits for the end of the training process.
 
     The training process has a session of its own, so that Ctrl-C in the terminal does not reach the
-    training process. sweep.py passes on the signals that it receives. If sweep.py is killed, the
-    training process saves and exits, because a pipe between the two processes closes.
+    training process. sweep.py passes its own signals on. If sweep.py is killed, a pipe between the
+    two processes closes. The training process then saves and exits.
 
     Args:
         trial: the trial.
@@ -182,9 +182,9 @@ def _last_message(output: Path, start: int) -> str:
         start: the position in bytes at which the output of the latest process begins.
 
     Returns:
-        The message without the word "error: " in front, at most ten lines. If the output ends in a
-        traceback, only the last line is returned. If there is no message, the last lines of the
-        output are returned.
+        The message without the word "error: " in front. A message with a traceback is cut to the
+        last line. If there is no message, the last lines of the output are returned. The text has
+        at most ten lines.
     """
     with open(output, "rb") as file:
         file.seek(start)
