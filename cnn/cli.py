@@ -37,18 +37,18 @@ MAX_NAMED = 5  # checkpoints in a message
 
 @dataclass(frozen=True)
 class Task:
-    """The work that a command line asks for, after the command line has been checked.
+    """The work that a command line asks for.
 
     Attributes:
-        run: the function that does the work. It is called with the log and the signal handlers. It
-            returns an exit status, or None for success.
+        run: the function that does the work. The function gets the log and the signal handlers. The
+            function returns an exit status, or None for success.
         places: the place where each setting was given, such as {"optim.lr": "configs/a.yaml:4"}. If
-            `run` raises Refused with a message that begins with the name of such a setting, the
-            place is logged before the message.
-        module: the name of a module to import before `run` is called. The module imports torch,
-            which takes seconds.
-        hint: a text that is logged after the message if a signal stops the work or `run` raises
-            RunError.
+            a Refused message begins with the name of a setting, the place of the setting is logged
+            first.
+        module: the name of a module that `run` needs. The module is imported before `run` is
+            called.
+        hint: a text that is logged after the message when a signal stops the work or when `run`
+            raises RunError.
     """
 
     run: Callable[["Log", "StopSignals"], int | None]
@@ -61,14 +61,15 @@ Prepare = Callable[[list[str]], Task | None]
 
 
 def main(prepare: Prepare, argv: list[str] | None, *, distributed: bool = False) -> int:
-    """Runs a script and returns its exit status.
+    """Runs a script and returns the exit status of the script.
 
     Args:
-        prepare: a function that gets the arguments of the command line. It returns the work to do,
-            or None if nothing is left to do.
-        argv: the arguments of the command line; None to take them from `sys.argv`. With None, the
-            process should end after this call, since it ignores signals from then on.
-        distributed: whether torchrun may start the script in several processes.
+        prepare: a function that gets the arguments of the command line. The function returns the
+            work to do, or None if nothing is left to do.
+        argv: the arguments of the command line; None for the arguments in `sys.argv`. With None,
+            the process ignores signals after this call and should end.
+        distributed: whether torchrun may start the script in several processes. If False, a script
+            in several processes is refused.
     """
     open_missing_streams()
     if hasattr(sys.stdout, "reconfigure"):  # for a console without Chinese characters
@@ -91,14 +92,15 @@ def main(prepare: Prepare, argv: list[str] | None, *, distributed: bool = False)
 
 
 def run_command(task: Task, *, is_last: bool = False) -> int:
-    """Executes a task and returns its exit status.
+    """Executes a task and returns the exit status.
 
-    The log and the signal handlers are set up first. An error of the task is logged.
+    The log and the signal handlers are set up before the task starts. An error of the task is
+    logged.
 
     Args:
-        task: the work.
-        is_last: whether the process ends after this call. If True, signals are ignored after the
-            task. If False, the earlier signal handlers are restored after the task.
+        task: the work to do.
+        is_last: whether the process ends after this call. If True, the process ignores signals
+            after the task. If False, the earlier signal handlers are restored after the task.
     """
     from cnn.utils.importing import garbage_collection_paused
     from cnn.utils.logger import Log
@@ -134,12 +136,13 @@ def run_command(task: Task, *, is_last: bool = False) -> int:
 def _log_error(error: BaseException, task: Task, stop: "StopSignals") -> int:
     """Logs the error that ended a task and returns the exit status.
 
-    If a signal interrupted the task, the signal is logged instead of the error, unless the error is
-    a Refused or a RunError.
+    If a signal interrupted the task, the signal is logged instead of the error. But a Refused or a
+    RunError is logged even then. A RefusedElsewhere is not logged, since another process logs the
+    cause.
 
     Args:
-        error: the exception that the task raised.
-        task: the task; its `places` and its `hint` complete the message.
+        error: the exception that ended the task.
+        task: the task. Its `places` and its `hint` complete the message.
         stop: the signal handlers.
     """
     if stop.was_raised and not isinstance(error, (Refused, RunError)):
@@ -168,14 +171,17 @@ def _log_error(error: BaseException, task: Task, stop: "StopSignals") -> int:
 
 
 class Command(argparse.Namespace):
-    """The parsed command line of a script; each script adds its own options in a subclass.
+    """The parsed command line of a script.
+
+    Each script adds its own options in a subclass.
 
     Attributes:
-        settings: the words of the form `key=value`, such as "optim.lr=0.01".
-        config: the YAML file given with --config; None if this option is not used.
-        checkpoint: the checkpoint file to resume from or to load; None if the script starts without
-            a checkpoint.
+        settings: the typed settings of the form `key=value`, such as ["optim.lr=0.01"].
+        config: the path of the YAML file given with --config; None without this option.
+        checkpoint: the path of the checkpoint file to load or to resume from; None for no
+            checkpoint.
         places: the place where each setting was given, such as {"optim.lr": "configs/a.yaml:4"}.
+            The dict is empty at first.
     """
 
     settings: list[str]
@@ -193,19 +199,20 @@ class Command(argparse.Namespace):
     def load_config(
         self, base: dict[str, Any] | None = None, base_name: str = ""
     ) -> tuple[Config, dict[str, str]]:
-        """Reads and checks the settings, and returns them with the place where each was given.
+        """Reads the settings and checks their values.
 
-        Settings typed on the command line replace those of the file given with --config. Both
-        replace those of `base`. If neither --config nor `base` is given, the file
+        Settings typed on the command line replace the settings of the file given with --config.
+        Both replace the settings of `base`. If neither --config nor `base` is given, the file
         configs/config.yaml is read.
 
         Args:
-            base: the settings of a checkpoint, such as {"optim": {"lr": 0.01}}; None if there is no
+            base: the settings of a checkpoint, such as {"optim": {"lr": 0.01}}; None for no
                 checkpoint.
             base_name: the place to report for the settings of `base`, such as "checkpoint a.pth".
 
         Returns:
-            The configuration, and a dict of the places, such as {"optim.lr": "configs/a.yaml:4"}.
+            A pair. The first item is the configuration. The second item is the place where each
+            setting was given, such as {"optim.lr": "configs/a.yaml:4"}.
 
         Raises:
             Refused: there are mistakes in the settings.
@@ -218,11 +225,11 @@ class Command(argparse.Namespace):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command-line parser that raises Refused for a mistake instead of ending the process.
+    """A command-line parser that raises Refused for a mistake.
 
     Args:
         name: the name of the script, such as "train.py".
-        description: a text for --help, which keeps its line breaks.
+        description: a text for --help, printed with its line breaks.
     """
 
     def __init__(self, name: str, description: str) -> None:
@@ -232,40 +239,47 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises Refused for a mistake in the command line.
 
-        The method of the base class would print the usage and end the process.
-
         Args:
             message: what is wrong.
+
+        Raises:
+            Refused: always.
         """
         raise Refused(f"{message}; see {self.prog} --help")
 
     def add_checkpoint(self) -> None:
-        """Adds the option --checkpoint FILE, whose default is checkpoints/best.pth."""
+        """Adds the option --checkpoint FILE to the parser.
+
+        The default of the option is checkpoints/best.pth.
+        """
         text = f"trained model (default: {BEST})"
         self.add_argument("--checkpoint", type=Path, default=BEST, metavar="FILE", help=text)
 
     def add_settings(self, which: str) -> None:
-        """Adds the positional argument `settings`, which takes any number of words `key=value`.
+        """Adds the positional argument `settings` to the parser.
+
+        The argument takes any number of words of the form `key=value`.
 
         Args:
-            which: a description of the settings that can be changed, shown by --help.
+            which: a description of the settings that the user can change. The option --help prints
+                the description.
         """
         options = {"nargs": "*", "default": [], "metavar": "key=value"}
         self.add_argument("settings", **options, help=f"settings to change: {which}")
 
 
 def check_settings(words: Sequence[str], allowed: Sequence[str]) -> None:
-    """Checks the words `key=value` of a script in which only some settings can be changed.
+    """Checks the typed settings of a script that accepts only some settings.
 
-    A setting that may name code of the user, such as model.name, can be changed in every script. By
-    typing it, the user allows the code to run that a checkpoint names.
+    Every script accepts a setting that can name code of the user, such as model.name. By typing
+    such a setting, the user permits code that a checkpoint names.
 
     Args:
-        words: the typed words, such as "device=cpu".
-        allowed: the keys of the settings that can be changed.
+        words: the typed settings, such as ["device=cpu"].
+        allowed: the keys of the settings that the script accepts, such as ["device"].
 
     Raises:
-        Refused: a value is wrong, or a setting cannot be changed.
+        Refused: a value is wrong, or the script does not accept a setting.
     """
     load_config(None, words)
     for key in (word.partition("=")[0] for word in words):
@@ -281,8 +295,8 @@ def check_checkpoint(path: Path) -> None:
         path: the path of the file.
 
     Raises:
-        Refused: the file does not exist. The message names up to five files that exist in the
-            folder checkpoints/.
+        Refused: the file does not exist. The message names up to five existing files in the folder
+            checkpoints/ and its subfolders.
     """
     if os.path.exists(path):  # returns False for a name that no file can have; Path.exists raises
         return
@@ -295,14 +309,17 @@ def check_checkpoint(path: Path) -> None:
 
 
 def check_output(option: str, path: Path) -> None:
-    """Checks that a file can be written, before the work that produces it starts.
+    """Checks that a path can be used for an output file.
+
+    A script calls this function before the long work that produces the file.
 
     Args:
-        option: the option that names the file, such as "--csv"; the message begins with it.
-        path: the path of the file, which may exist already.
+        option: the option that gives the path, such as "--csv". An error message begins with the
+            option.
+        path: the path of the file. The file may exist already.
 
     Raises:
-        Refused: the folder of the file does not exist, or the path is a folder or a device.
+        Refused: the path is in a folder that does not exist, or is itself a folder or a device.
     """
     if not path.parent.is_dir():
         raise Refused(f"{option}: expected a file in a folder that exists, got {path}")

@@ -11,7 +11,7 @@ import traceback
 
 
 class Refused(ValueError):
-    """A request of the user that cannot be fulfilled, such as a setting with a wrong value.
+    """A request of the user that cannot be fulfilled, such as a wrong setting.
 
     The message says where the mistake is, what is wrong, and what to do. The exit status is 2.
     """
@@ -20,42 +20,51 @@ class Refused(ValueError):
 
 
 class RefusedElsewhere(Refused):
-    """An error that ends this process because another process of the distributed run has failed.
+    """An error in another process of a distributed run, which ends this process.
 
-    Only the other process logs an error message; this process logs none.
+    The other process logs an error message. This process logs none.
     """
 
 
 class RunError(RuntimeError):
-    """An error during the work, such as a full disk, that is reported without a traceback.
+    """An error during the work, such as a full disk.
 
-    The exit status is 1.
+    The error is reported without a traceback. The exit status is 1.
     """
 
     status = 1
 
 
 class Failed(RunError):
-    """An error after which the work cannot continue, such as a loss that is no longer finite."""
+    """An error that makes further work impossible, such as a loss of NaN."""
 
 
 class DataFailed(RunError):
-    """The failure to load a batch. The run saves its state and can be resumed."""
+    """The failure to load a batch of images.
+
+    The run saves its state before it ends, and can be resumed.
+    """
 
 
 class ProcessLost(RunError):
-    """The end of another process of a distributed run. This process cannot continue alone."""
+    """The unexpected end of another process of a distributed run.
+
+    This process cannot continue alone.
+    """
 
 
 class DatabaseFailed(RunError):
-    """The failure of a sweep's database to answer for a minute. The stored results are kept."""
+    """The failure of a sweep's database to answer for a minute.
+
+    Results that were stored before the failure are kept.
+    """
 
 
 class Stopped(BaseException):
-    """A request to stop that came as a signal, such as SIGINT.
+    """A request to stop the process, sent as a signal such as SIGINT.
 
-    It is a BaseException, so that `except Exception` does not catch it. The exit status is 128 plus
-    the number of the signal.
+    The class inherits from BaseException, so that `except Exception` does not catch a Stopped. The
+    exit status is 128 plus the number of the signal.
 
     Args:
         number: the number of the signal.
@@ -70,18 +79,20 @@ class Stopped(BaseException):
 
 
 class InvalidValue(Exception):
-    """A wrong value in a configuration or a checkpoint. The code that catches it adds the place.
+    """A wrong value in a configuration or a checkpoint.
 
-    For a configuration, its message is the text that follows the key, such as ": expected a number,
-    got x" or "[1].scale: missing". For a checkpoint, the message names the key itself.
+    The code that catches the error puts the place of the value in front of the message. In a
+    configuration, the place includes the key. So the message has only the text after the key, such
+    as ": expected a number, got x" or "[1].scale: missing". In a checkpoint, the place is the file,
+    and the message begins with the key.
     """
 
 
 class BadImage(Exception):
     """An image that is missing, damaged or of a kind that cannot be used.
 
-    The function `decode` of cnn.datasets.decode raises it with a message that does not name the
-    file. The callers of `decode` add the path of the file.
+    The function `decode` of cnn.datasets.decode raises this exception. The message does not name
+    the file. The callers of `decode` add the path of the file to the message.
     """
 
 
@@ -96,16 +107,17 @@ ADVICE = "fewer data.num_workers need less (ulimit -n, ulimit -u, df /dev/shm, a
 
 
 def describe(error: Exception) -> str:
-    """Describes an exception that the user's own code raised, in one line.
+    """Describes an exception of the user's own code in one line.
 
-    The description consists of the type, the first line of the message, and the place as FILE:LINE,
-    such as "ValueError: no labels (loss.py:12)". Advice follows if memory, disk space, open files
-    or threads seem to be exhausted.
+    The line contains the type, the first line of the message, and the place. An example is
+    "ValueError: no labels (loss.py:12)". Advice follows if memory, disk space, open files or
+    threads seem to be exhausted.
+
+    The place is the first line of the traceback outside the package cnn. If all lines are inside
+    the package, the place is the last line.
 
     Args:
-        error: an exception that was caught, so that it has a traceback. The place is the
-            traceback's first line outside the package cnn, or its last line if there is none
-            outside.
+        error: an exception that was raised and caught.
     """
     frames = traceback.extract_tb(error.__traceback__)
     place = next((frame for frame in frames if not frame.filename.startswith(OURS)), frames[-1])

@@ -16,16 +16,17 @@ MAX_PATTERN = 500  # characters of a regular expression
 
 
 def check_config(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
-    """Yields a message for each mistake in a configuration whose values each have the right type.
+    """Yields a message for each mistake in a configuration.
 
-    Examples are the schedule "multistep" without schedule.milestones, and an invalid regular
-    expression.
+    The types and the limits of the values have been checked before. Examples of other mistakes are
+    the schedule "multistep" without schedule.milestones, and an invalid regular expression.
 
     Args:
-        cfg: the configuration. Its values are of the right types and within their limits.
-        at: a function that returns how a message names a dotted key such as "optim.lr": with the
-            place where the key was given, as in "configs/a.yaml:4: optim.lr", or the key alone if
-            it was not given.
+        cfg: the configuration.
+        at: a function that gets a dotted key such as "optim.lr" and returns the beginning of a
+            message. The beginning is the place where the key was given and the key, such as
+            "configs/a.yaml:4: optim.lr". For a key that was not given, the beginning is the key
+            alone.
     """
     if cfg.run is not None:
         yield from _check_run(cfg.run, at("run"))

@@ -31,7 +31,7 @@ RECORDS = ("best_metrics", "test_metrics", "updated_at", "history")
 
 @dataclass(frozen=True)
 class Entry:
-    """The value that was written for one key, and the place where it was written.
+    """The value written for one key, and the place of the value.
 
     Attributes:
         node: the value as a YAML node.
@@ -52,25 +52,26 @@ def load_config(
     base: Mapping[str, Any] | None = None,
     base_name: str = "checkpoint ?",
 ) -> tuple[Config, dict[str, str]]:
-    """Reads and checks the settings, and returns them with the place where each was given.
+    """Reads the settings of a run and checks their values.
 
-    The settings of `overrides` replace those of the file. Both replace those of `base`. A setting
-    that is given nowhere has its default.
+    The settings of `overrides` replace the settings of the file. Both replace the settings of
+    `base`. A setting that is given nowhere has its default.
 
     Args:
-        path: the YAML file; None for no file. If the file has the line `base: FILE`, the settings
-            that it does not give come from FILE.
-        overrides: words of the command line, such as "optim.lr=0.01".
-        base: the settings of an earlier run, such as {"optim": {"lr": 0.01}}; None if there is no
-            earlier run.
+        path: the path of the YAML file; None for no file. If the file contains the line `base:
+            OTHER`, missing settings are taken from the file OTHER.
+        overrides: the settings typed on the command line, such as ["optim.lr=0.01"].
+        base: the settings of an earlier run, such as {"optim": {"lr": 0.01}}; None for no earlier
+            run.
         base_name: the place to report for the settings of `base`, such as "checkpoint a.pth".
 
     Returns:
-        The configuration, and a dict from each dotted key that was given to its place: "FILE:LINE",
-        "command line" or `base_name`.
+        A pair. The first item is the configuration. The second item is a dict with the place of
+        each setting that was given, by dotted key. A place is "FILE:LINE", "command line" or
+        `base_name`.
 
     Raises:
-        Refused: there are mistakes; the message has one line for each.
+        Refused: there are mistakes. The message has one line for each mistake.
     """
     mistakes: list[str] = []
     entries: dict[str, Entry] = {}
@@ -87,15 +88,16 @@ def load_config(
 
 
 def build(cls: type, entries: dict[str, Entry], mistakes: list[str]) -> Any:
-    """Builds a dataclass of settings from entries, and appends every mistake in them to a list.
+    """Builds a dataclass of settings from entries, and collects the mistakes.
 
     Args:
         cls: the dataclass, such as Config.
         entries: the values that were given, by dotted key such as "optim.lr".
-        mistakes: the list that gets one message for each mistake.
+        mistakes: the list that gets a message for each mistake.
 
     Returns:
-        An instance of the class. A setting whose value was not given or is wrong has its default.
+        An instance of the dataclass. A setting without a value or with a wrong value has its
+        default.
     """
     known = {key: (field, kind) for key, field, kind in keys_of(cls)}
     values, found = {}, []
@@ -132,14 +134,15 @@ def _assemble(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
 
 
 def read_file(path: Path, mistakes: list[str], seen: tuple[Path, ...] = ()) -> dict[str, Entry]:
-    """Reads the entries of a YAML file and of the file that it names with the key `base`.
+    """Reads the entries of a YAML file and of its base file.
 
-    If both files give the same key, the value in the file itself counts, not that in its base.
+    The key `base` of a file names the base file. If both files give the same key, the base file's
+    value is ignored.
 
     Args:
         path: the path of the file.
         mistakes: the list that gets a message for each mistake, such as a repeated key.
-        seen: the files whose key `base` led to this one, as absolute paths; () for the first file.
+        seen: the absolute paths of the files that led to `path` by their key `base`; () for none.
 
     Returns:
         The entries by dotted key, such as "optim.lr".
@@ -190,15 +193,15 @@ def read_text(path: Path) -> str:
 
 
 def read_override(text: str, mistakes: list[str]) -> dict[str, Entry]:
-    """Reads one setting from a word of the command line, such as "optim.lr=0.01" or "seed=1".
+    """Reads one setting typed on the command line, such as "optim.lr=0.01".
 
     Args:
-        text: the word.
-        mistakes: the list that gets a message if the word is not of the form `key=value`, or if its
-            key is a section such as "optim".
+        text: the typed word.
+        mistakes: the list that gets a message for a mistake. Mistakes are a word that does not have
+            the form `key=value`, and a key that is a section such as "optim".
 
     Returns:
-        The entry by its dotted key, as a dict; {} if there is such a mistake.
+        A dict with the entry by its dotted key; {} after a mistake.
 
     Raises:
         Refused: the value begins with a bracket, a brace or a quote, and is not valid YAML.
@@ -223,8 +226,8 @@ def read_entries(root: yaml.Node | None, where: str, mistakes: list[str]) -> dic
     Args:
         root: the top node of the document; None for an empty document.
         where: the place to report: the path of the file, or "checkpoint FILE".
-        mistakes: the list that gets a message for each key that is given twice, and for each
-            section that is neither empty nor a mapping.
+        mistakes: the list that gets a message for each mistake. Mistakes are a key that is given
+            twice, and a section that is neither empty nor a mapping.
 
     Raises:
         Refused: the document is not a mapping.
@@ -259,10 +262,10 @@ def read_entries(root: yaml.Node | None, where: str, mistakes: list[str]) -> dic
 
 
 class _Composer(yaml.SafeLoader):
-    """A parser that turns YAML text into nodes and refuses what a configuration does not need.
+    """A parser that turns YAML text into nodes.
 
-    It raises Refused for anchors, aliases, tags, nesting deeper than 20 levels, and keys that are
-    lists or mappings.
+    The parser raises Refused for YAML that a configuration does not need: anchors, aliases, tags,
+    nesting deeper than 20 levels, and keys that are lists or mappings.
 
     Args:
         text: the YAML document.
@@ -303,8 +306,8 @@ def compose(text: str, where: str) -> yaml.Node | None:
         The top node; None for an empty document.
 
     Raises:
-        Refused: the text is not valid YAML, is nested deeper than 20 levels, or contains anchors,
-            aliases, tags, or keys that are lists or mappings.
+        Refused: the text is not valid YAML, or is nested deeper than 20 levels. Anchors, aliases,
+            tags, and keys that are lists or mappings are refused too.
     """
     try:
         return _Composer(text, where).get_single_node()
@@ -319,12 +322,12 @@ def compose(text: str, where: str) -> yaml.Node | None:
 
 
 def place_of(where: str, thing: Any) -> str:
-    """Returns the place of a YAML node or event for a message, such as "configs/a.yaml:4".
+    """Returns the place of a YAML node or event, such as "configs/a.yaml:4".
 
     Args:
-        where: the path of the file. The line number is appended. If it is "checkpoint FILE" or
-            "command line: KEY" instead, it is returned unchanged.
-        thing: the node or event, whose first line is reported.
+        where: the path of the file, to which the line number is appended. The texts "checkpoint
+            FILE" and "command line: KEY" are returned unchanged.
+        thing: the node or event. The line number is that of its first line.
     """
     return _at_line(where, thing.start_mark.line + 1)
 

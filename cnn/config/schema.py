@@ -45,17 +45,20 @@ def schema() -> dict[str, Any]:
 
 
 def text() -> str:
-    """Returns the content of configs/schema.json: the schema as indented JSON."""
+    """Returns the JSON Schema of a configuration file, as indented JSON.
+
+    The text is the content of configs/schema.json.
+    """
     return json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
 
 
 def _section(cls: type) -> dict[str, Any]:
     """Returns the JSON Schema of a dataclass of settings.
 
-    The schema of a section accepts null too, since YAML reads a section without keys as null.
+    The schema of a section accepts null, because YAML reads a section without keys as null.
 
     Args:
-        cls: Config, or the dataclass of a section such as OptimConfig.
+        cls: the dataclass: Config, or the dataclass of a section such as OptimConfig.
     """
     properties = {
         field.name: _section(field.type) if dataclasses.is_dataclass(field.type) else _key(field)
@@ -80,7 +83,7 @@ def _any_of(schemas: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _forms(kind: Any, meta: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns a JSON Schema for each form that the value of a setting may have.
+    """Returns a JSON Schema for each form that a setting's value may have.
 
     Args:
         kind: the type of the setting, such as `int | None`.
@@ -113,10 +116,10 @@ def _words(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _mapping(cls: type) -> list[dict[str, Any]]:
-    """Returns a JSON Schema for each form in which an item of a list may be written.
+    """Returns a JSON Schema for each form that a list item may have.
 
-    One form is a mapping, such as `{name: flip}`. If the first field is the only one without a
-    default, its value may stand alone, such as `flip`.
+    The first form is a mapping, such as `{name: flip}`. If only the first field of the dataclass
+    lacks a default, the second form is the value of the first field, such as `flip`.
 
     Args:
         cls: the dataclass of the item, such as AugmentationConfig.

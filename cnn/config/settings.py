@@ -36,10 +36,10 @@ def setting(default: Any, description: str, resume: str, **more: Any) -> Any:
 
     Args:
         default: the default value; MISSING if the user must give a value.
-        description: the meaning, shown by --print-config and by editors.
-        resume: what a resume does with a value that differs from the checkpoint's: FREE, ASKED or
-            FIXED.
-        more: further metadata, such as least=1; the names are the keys of METADATA.
+        description: the meaning of the setting, for --print-config and for editors.
+        resume: what a resume does with a value that differs from the checkpoint's value: FREE,
+            ASKED or FIXED.
+        more: further metadata, such as least=1. The names are the keys of the dict METADATA.
     """
     assert more.keys() <= METADATA.keys(), f"expected {list(METADATA)}, got {list(more)}"
     facts = {"description": description, "resume": resume, "experiment": resume != FREE}
@@ -83,7 +83,7 @@ class AugmentationConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The settings of the images, of their split, and of how they are loaded."""
+    """The settings of the dataset, of its split, and of the loading of images."""
 
     name: str = setting("digits", "dataset", FIXED, choices=DATA_NAMES, names_code=True)
     root: str = setting("data", "folder of the files; for csv, the file", FREE, experiment=True)
@@ -155,7 +155,10 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """A factor on the learning rate of all parameters whose names match a regular expression."""
+    """A factor on the learning rate of some parameters.
+
+    The factor applies to all parameters whose names match a regular expression.
+    """
 
     match: str = setting(MISSING, "regular expression", ASKED)
     lr_scale: float = setting(MISSING, "factor on optim.lr; 0 freezes", ASKED, least=0)
@@ -213,7 +216,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """The settings of the checkpoints, such as the metric that determines the best one."""
+    """The settings of the checkpoints.
+
+    An example is the metric that determines the best checkpoint.
+    """
 
     monitor: str = setting("val_acc", "metric that best.pth is best in", FIXED, choices=MONITORED)
     every_epochs: int | None = setting(
@@ -229,10 +235,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """The settings of the progress lines, the HTML report and the TensorBoard files.
-
-    In a dry run, which writes no files, the settings `report` and `tensorboard` are False.
-    """
+    """The settings of the progress lines, the HTML report and the TensorBoard files."""
 
     every_seconds: float = setting(
         30.0, "without a terminal: seconds between progress lines", FREE, above=0
@@ -247,7 +250,7 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """The whole configuration: three top-level keys and one dataclass per section."""
+    """The whole configuration of a run: three top-level keys and the sections."""
 
     seed: int = setting(0, "seed of everything random", FIXED, least=0, most=2**63 - 1)
     run: str | None = setting(None, "name: logs/NAME/ and checkpoints/NAME/", FREE, scratch=None)
@@ -271,10 +274,10 @@ SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if dataclasses.is_da
 
 
 def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """Yields a triple for each setting in a dataclass: the dotted key, the field and the type.
+    """Yields the dotted key, the field and the type of each setting in a dataclass.
 
     Args:
-        cls: the dataclass. For Config, the keys are "seed", "optim.lr" and so on.
+        cls: the dataclass. For the class Config, the keys are "seed", "optim.lr" and so on.
         prefix: text to put before each key, such as "optim.".
     """
     for field in dataclasses.fields(cls):
@@ -285,10 +288,14 @@ def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 
 
 def resume_rules() -> dict[str, str]:
-    """Returns, by dotted key, what a resume does with a value that differs from the checkpoint's.
+    """Returns what a resume does with a changed value of each setting.
 
-    FREE means that the new value is taken, ASKED that it is taken only if it is typed on the
-    command line, and FIXED that it is refused.
+    A changed value is a value that differs from the checkpoint's value.
+
+    Returns:
+        A rule for each dotted key. FREE means that the changed value is taken. ASKED means that the
+        changed value is taken only if typed on the command line. FIXED means that the changed value
+        is refused.
     """
     return {key: field.metadata["resume"] for key, field, _ in keys_of(Config)}
 
@@ -296,17 +303,18 @@ def resume_rules() -> dict[str, str]:
 def non_experiment_keys() -> set[str]:
     """Returns the dotted keys whose values do not change the experiment, such as "device".
 
-    Runs that differ only in these settings count as the same experiment.
+    Runs that differ only in the settings with these keys count as the same experiment.
     """
     return {key for key, field, _ in keys_of(Config) if not field.metadata["experiment"]}
 
 
 def item_fields(kind: Any) -> tuple[dataclasses.Field, ...]:
-    """Returns the fields of the items of a list: those of GroupConfig for `list[GroupConfig]`.
+    """Returns the fields of the dataclass of a list's items.
+
+    For example, the result for `list[GroupConfig]` is the fields of GroupConfig.
 
     Args:
-        kind: the type of a setting. If its items are no dataclasses, or it is no list, the result
-            is ().
+        kind: the type of a setting. If `kind` is not a list of dataclasses, the result is ().
     """
     items = [item for item in typing.get_args(kind) if dataclasses.is_dataclass(item)]
     return dataclasses.fields(items[0]) if items else ()
@@ -315,8 +323,8 @@ def item_fields(kind: Any) -> tuple[dataclasses.Field, ...]:
 def code_keys() -> list[str]:
     """Returns the dotted keys of the settings that may name code of the user.
 
-    Code is named as package.module:name. Examples of the keys are "model.name", whose value may be
-    such a name, and "data.augment", whose value is a list that may contain such names.
+    Code is named in the form package.module:name. An example of a key is "model.name". Another
+    example is "data.augment", whose value is a list that may contain names of code.
     """
     return [
         key
@@ -326,14 +334,17 @@ def code_keys() -> list[str]:
 
 
 def import_paths(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns where some settings name code of the user, as pairs of a dotted key and a name.
+    """Returns the names of the user's code in nested settings.
 
-    An example of a pair is ("model.name", "package.module:Net"). Only the keys that may name code
-    are searched.
+    A name of code has the form package.module:name. Only the settings that may name code are
+    searched, at any depth.
 
     Args:
-        values: nested settings, such as {"model": {"name": "package.module:Net"}}. Names are found
-            at any depth within the value of a setting.
+        values: nested settings, such as {"model": {"name": "package.module:Net"}}.
+
+    Returns:
+        A pair of the dotted key and the name for each name, such as ("model.name",
+        "package.module:Net").
     """
 
     def texts(value: Any) -> Iterator[str]:
@@ -357,7 +368,7 @@ def is_import_path(text: str) -> bool:
 def to_dict(cfg: Any) -> dict[str, Any]:
     """Returns a dataclass of settings as nested dicts, such as {"optim": {"lr": 0.05}}.
 
-    The values are numbers, texts, booleans, None, and lists and dicts of these.
+    The values are numbers, texts, booleans, None, and lists and dicts of such values.
 
     Args:
         cfg: the dataclass, such as a Config.
@@ -370,14 +381,15 @@ def to_dict(cfg: Any) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Returns the value of one setting without dataclasses, in its shortest form.
+    """Returns the value of a setting without dataclasses, in the shortest form.
 
-    A dataclass in a list becomes a dict of the values that differ from their defaults, such as
-    {"name": "rotate"}. If only the first field has no default, and all others have their default,
-    the dict is replaced by the value of the first field: "rotate".
+    A dataclass in a list becomes a dict of the values that differ from their defaults. An example
+    is {"name": "resized_crop", "scale": [0.5, 1.0]}. If the dict would contain only the value of
+    the first field, and no other field lacks a default, the value replaces the dict. For example,
+    "flip" replaces {"name": "flip"}.
 
     Args:
-        value: the value of the setting, which may be a list of dataclasses.
+        value: the value of the setting, such as a list of dataclasses.
     """
     if isinstance(value, list):
         return [plain(item) for item in value]
@@ -393,7 +405,7 @@ def plain(value: Any) -> Any:
 
 
 def required_keys(cls: type) -> list[str]:
-    """Returns the names of those fields of a dataclass that have no default."""
+    """Returns the names of the fields of a dataclass that have no default."""
     return [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is MISSING]
 
 
@@ -404,8 +416,8 @@ def with_values(cfg: Config, **sections: Any) -> Config:
 
     Args:
         cfg: the configuration, which stays unchanged.
-        sections: for a top-level key, the new value. For a section, a dict of the values to
-            replace; the other values of the section stay.
+        sections: the new values by top-level key, and a dict of new values by section. The other
+            values of a section stay unchanged.
     """
     changed = {
         name: dataclasses.replace(getattr(cfg, name), **value) if name in SECTIONS else value
@@ -415,9 +427,10 @@ def with_values(cfg: Config, **sections: Any) -> Config:
 
 
 def for_scratch(cfg: Config, **sections: Any) -> Config:
-    """Returns a copy of a configuration for a dry run or a drill, which leaves no files behind.
+    """Returns a copy of a configuration for a run that leaves no files behind.
 
-    Each setting whose metadata have a value `scratch` other than Ellipsis gets this value.
+    Such a run is a dry run or a drill. A setting whose metadata give a value `scratch` gets this
+    value. The metadata value Ellipsis leaves the setting unchanged.
 
     Args:
         cfg: the configuration, which stays unchanged.
@@ -432,9 +445,10 @@ def for_scratch(cfg: Config, **sections: Any) -> Config:
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns nested settings by dotted key: `{"optim": {"lr": 1}}` becomes `{"optim.lr": 1}`.
+    """Returns nested settings as a dict by dotted key.
 
-    A mapping within a section stays as it is.
+    For example, {"optim": {"lr": 1}} becomes {"optim.lr": 1}. A mapping within a section is not
+    flattened.
 
     Args:
         values: the nested settings: top-level values, and a mapping for each section.

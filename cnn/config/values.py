@@ -30,16 +30,16 @@ EXPECTED = {types.NoneType: "null", bool: "true or false", dict: "a mapping {key
 
 
 def read_value(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
-    """Reads the value of a setting from a YAML node, and checks it.
+    """Reads the value of a setting from a YAML node, and checks the value.
 
     Args:
         node: the node.
         kind: the type of the setting: bool, int, float, str, list[...], dict[str, Any], or a union
-            of these and None.
+            of these types and None.
         meta: the metadata of the setting, with its choices and limits.
 
     Raises:
-        InvalidValue: the value has another type, is not one of the choices, or exceeds a limit.
+        InvalidValue: the value has another type, is not one of the choices, or is beyond a limit.
     """
     kinds = alternatives(kind)
     if is_null(node) and types.NoneType in kinds:
@@ -60,7 +60,8 @@ def read_list(node: yaml.SequenceNode, kind: Any, meta: Mapping[str, Any]) -> li
         meta: the metadata of the setting, with the choices and limits of the items.
 
     Raises:
-        InvalidValue: an item is wrong; the message begins with its index, such as "[1]".
+        InvalidValue: an item is wrong. The message begins with the index of the item, such as
+            "[1]".
     """
     values = []
     for number, item in enumerate(node.value):
@@ -77,8 +78,8 @@ def read_list(node: yaml.SequenceNode, kind: Any, meta: Mapping[str, Any]) -> li
 def _read_mapping(node: yaml.Node, cls: type) -> Any:
     """Reads an item of a YAML list as a dataclass.
 
-    The item is a mapping, such as `{name: flip}`. If the first field of the dataclass is the only
-    one without a default, its value may stand alone, such as `flip`.
+    The item is a mapping, such as `{name: flip}`. If only the first field of the dataclass lacks a
+    default, the item may be the value of the first field, such as `flip`.
 
     Args:
         node: the item.
@@ -113,10 +114,12 @@ def _read_mapping(node: yaml.Node, cls: type) -> Any:
 
 
 def plain_value(node: yaml.Node) -> Any:
-    """Reads a value of any type: None, a bool, int, float or text, or a list or dict of these.
+    """Reads a plain value of any type from a YAML node.
+
+    A plain value is None, a bool, int, float or text, or a list or dict of plain values.
 
     Args:
-        node: the YAML node of the value.
+        node: the node.
 
     Raises:
         InvalidValue: a key is given twice, or a text contains control characters.
@@ -145,12 +148,12 @@ def _read_as(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
 
     Args:
         node: the YAML node of the value.
-        kind: the type, such as int or list[str]; not a union.
+        kind: the type, such as int or list[str], but not a union.
         meta: the metadata of the setting, with its choices and limits.
 
     Raises:
-        ValueError: the value has another type, is not one of the choices, or exceeds a limit.
-        InvalidValue: the value is a list or a mapping, and something in it is wrong.
+        ValueError: the value has another type, is not one of the choices, or is beyond a limit.
+        InvalidValue: the value is a list or a mapping with a wrong item.
     """
     origin = typing.get_origin(kind)
     if origin is not None and is_null(node):
@@ -173,8 +176,8 @@ def _read_scalar(node: yaml.Node, kind: Any) -> bool | int | float | str:
         kind: the type to read: bool, int, float or str.
 
     Raises:
-        ValueError: the node is not a value of this type, a number is NaN or too large, a text
-            contains control characters, or `kind` is none of the four types.
+        ValueError: the node is not a value of the type `kind`, a number is NaN or too large, or a
+            text contains control characters. Any other `kind` raises ValueError too.
     """
     if not isinstance(node, yaml.ScalarNode) or kind not in (bool, int, float, str):
         raise ValueError
@@ -197,7 +200,7 @@ def _read_scalar(node: yaml.Node, kind: Any) -> bool | int | float | str:
 def is_null(node: yaml.Node) -> bool:
     """Returns whether a YAML node means null.
 
-    A node means null if it is unquoted and its text is empty, `null` or `~`.
+    A node means null if the node is unquoted and its text is empty, `null` or `~`.
 
     Args:
         node: the node.
@@ -226,7 +229,7 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
     """Returns the types in a union, such as (int, NoneType) for `int | None`.
 
     Args:
-        kind: the union. If it is another type, the result is a tuple of this type alone.
+        kind: the union. For any other type, the result is a tuple of `kind` alone.
     """
     return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
@@ -236,10 +239,10 @@ def _expected(kind: Any, meta: Mapping[str, Any]) -> str:
 
 
 def _expected_as(kind: Any, meta: Mapping[str, Any]) -> str:
-    """Describes the values that a setting may have, such as "a number above 0", for a message.
+    """Describes the values that a setting may have, such as "a number above 0".
 
     Args:
-        kind: the type of the setting; not a union.
+        kind: the type of the setting, but not a union.
         meta: the metadata of the setting, with its choices and limits.
     """
     origin = typing.get_origin(kind) or kind
@@ -269,8 +272,8 @@ def describe_node(node: yaml.Node) -> str:
         node: the node.
 
     Returns:
-        "a list" or "a mapping"; "null"; "nothing" for an empty value; or the value as text, which
-        is cut to 60 characters.
+        "a list", "a mapping", "null", "nothing" for an empty value, or the text of any other value.
+        A text of more than 60 characters is shortened.
     """
     if not isinstance(node, yaml.ScalarNode):
         return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
@@ -283,7 +286,7 @@ def describe_node(node: yaml.Node) -> str:
 
 
 def choices_of(meta: Mapping[str, Any]) -> list[str]:
-    """Returns the words that a setting accepts, such as ["sgd", "adam", "package.module:name"].
+    """Returns the words that a setting accepts, such as ["sgd", "adam"].
 
     If the setting may name code of the user, the last word is "package.module:name".
 
@@ -298,17 +301,18 @@ def choices_of(meta: Mapping[str, Any]) -> list[str]:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Returns a question that suggests a known word, such as " — did you mean 'optim.lr'?".
+    """Returns a question that suggests a known word for an unknown word.
 
-    The suggestion is the known word that is most similar to the unknown one. If none is similar, it
-    is a known word with the same part after the last dot, such as "optim.lr" for "schedule.lr".
+    The question suggests the most similar known word. If no known word is similar, the question
+    suggests a known word with the same part after the last dot, such as "optim.lr" for
+    "schedule.lr".
 
     Args:
         word: the unknown word.
         known: the known words.
 
     Returns:
-        The question; "" if there is nothing to suggest.
+        The question, such as " — did you mean 'optim.lr'?"; "" if there is nothing to suggest.
     """
     known = list(known)
     near = difflib.get_close_matches(word, known, n=1)

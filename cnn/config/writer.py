@@ -12,9 +12,9 @@ from cnn.errors import InvalidValue
 
 
 def to_yaml(cfg: Config) -> str:
-    """Returns a configuration as the text of a YAML file, with a comment for each key.
+    """Returns a configuration as the text of a YAML file.
 
-    The file can be given to train.py with the option --config.
+    Each key has a comment. The option --config of train.py accepts the file.
     """
     lines = []
     for field in dataclasses.fields(Config):
@@ -37,9 +37,10 @@ def _yaml_line(field: dataclasses.Field, value: Any, indent: str) -> str:
 
 
 def as_text(value: Any) -> str:
-    """Returns a value as one line of YAML, to be written after `key:` or typed after `key=`.
+    """Returns a value as one line of YAML.
 
-    Examples are "0.01" for the number and "[30, 60]" for the list.
+    The line can be written after `key:` in a file, or typed after `key=` on the command line.
+    Examples are "0.01" for a number and "[30, 60]" for a list.
 
     Args:
         value: the value of a setting.
@@ -49,7 +50,9 @@ def as_text(value: Any) -> str:
 
 
 def dump(values: Any, **options: Any) -> str:
-    """Returns plain values as YAML text, from which the same values can be read again.
+    """Returns plain values as YAML text.
+
+    This project's reader reads the same values from the text.
 
     Args:
         values: a dict, list, number, text, boolean or None. Dicts and lists may be nested.
@@ -59,7 +62,7 @@ def dump(values: Any, **options: Any) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """A YAML dumper that quotes every text which would otherwise be read as another type.
+    """A YAML dumper that quotes any text that looks like another type.
 
     An example is the text "1e-3", which PyYAML itself leaves unquoted.
     """

@@ -50,12 +50,12 @@ CAUSES = {
 
 @dataclass(frozen=True)
 class DrillRun:
-    """The records and checkpoints of one of the runs that `train.py --drill` compares.
+    """One of the runs that `train.py --drill` compares.
 
     Attributes:
-        records: a dict for every batch, with the number of its epoch, its index, and hashes of the
-            images and of the state before the batch. If a process was killed in a batch, the next
-            process repeats the batch, which then has two records.
+        records: a dict for every batch. The dict has the number of the epoch, the index of the
+            batch, and hashes of the images and of the state before the batch. A batch in which a
+            process was killed is repeated and then has two records.
         checkpoints: the contents of the files last.pth and best.pth, by file name.
         starts: for each process that trained the run, the index in `records` of its first record.
     """
@@ -66,15 +66,16 @@ class DrillRun:
 
 
 def log_table(unbroken: DrillRun, runs: dict[str, DrillRun]) -> None:
-    """Logs a table that compares runs with a run that was not stopped.
+    """Logs a table that compares runs with an unbroken run.
 
-    Each row is a run. The columns are what is compared: the images, the model, the optimizer, the
-    metrics, and the checkpoint files. A cell contains "identical"; the first batch that differs,
-    such as "epoch 1 batch 4"; or, for a checkpoint file, "differs".
+    Each row is a run. The columns are the number of batches, the images, the model, the optimizer,
+    the metrics, and the checkpoint files. A cell contains "identical" or the first batch that
+    differs, such as "epoch 1 batch 4". The cell of a checkpoint file contains "identical" or
+    "differs".
 
     Args:
-        unbroken: the run that was not stopped by any signal.
-        runs: the runs to compare with it, by name such as "stopped".
+        unbroken: the run that no signal stopped.
+        runs: the runs to compare with `unbroken`, by name such as "stopped".
     """
     columns = ["images", *STATE, *unbroken.checkpoints]
     rows = [["", "batches", *columns]]
@@ -93,15 +94,17 @@ def log_table(unbroken: DrillRun, runs: dict[str, DrillRun]) -> None:
 
 
 def _compare_records(unbroken: DrillRun, run: DrillRun) -> list[tuple[Record, list[str]]]:
-    """Compares each record of a run with the record of the same batch in a run without a stop.
+    """Compares the records of a run with the records of an unbroken run.
+
+    Two records of the same batch are compared.
 
     Args:
-        unbroken: the run that was not stopped by any signal.
-        run: the run to compare with it.
+        unbroken: the run that no signal stopped.
+        run: the run to compare with `unbroken`.
 
     Returns:
         A pair for each record of `run`: the record, and a list of what differs, such as ["images",
-        "metrics"]. The list contains keys of FIELDS; it is empty if nothing differs.
+        "metrics"]. The list is empty if nothing differs.
     """
     expected = {(record["epoch"], record["batch"]): record for record in unbroken.records}
     compared = []
@@ -113,13 +116,13 @@ def _compare_records(unbroken: DrillRun, run: DrillRun) -> list[tuple[Record, li
 
 
 def find_culprit(cfg: Config, max_batches: int, unbroken: DrillRun, run: DrillRun) -> str | None:
-    """Finds the first difference between a run and one that ran without a stop, and its cause.
+    """Finds the first difference between two runs and the cause of the difference.
 
     Args:
         cfg: the settings of both runs.
-        max_batches: the limit on the number of batches per split, the same in both runs.
-        unbroken: the run that was not stopped by any signal.
-        run: the run to compare with it, made with the same settings.
+        max_batches: the largest number of batches per split, the same in both runs.
+        unbroken: the run that no signal stopped.
+        run: the run to compare with `unbroken`.
 
     Returns:
         A message with the place of the difference, its cause and a remedy; None if the runs are
@@ -160,20 +163,20 @@ def find_culprit(cfg: Config, max_batches: int, unbroken: DrillRun, run: DrillRu
 def _blame_step(
     parts: list[str], step: Record, following: Record, unbroken: DrillRun, run: DrillRun
 ) -> str:
-    """Finds out whether the model or the optimizer made two runs differ in a step.
+    """Finds out whether the model or the optimizer made two runs differ.
 
-    Both runs began the step with the same state and the same images, and ended it with different
-    states.
+    Both runs began a step with the same state and the same images. The states after the step
+    differ.
 
     Args:
-        parts: the keys of FIELDS that differ in `following`.
-        step: the record of the batch that the step used.
-        following: the next record, which contains the state after the step.
-        unbroken: the run that was not stopped by any signal.
-        run: the run that was compared with it, to which both records belong.
+        parts: what differs in the record `following`, such as ["model", "metrics"].
+        step: the record of the batch that was used in the step, in `run`.
+        following: the next record in `run`, which contains the state after the step.
+        unbroken: the run that no signal stopped.
+        run: the run that was compared with `unbroken`.
 
     Returns:
-        A key of CAUSES: "model randomness" or "optimizer".
+        The culprit: "model randomness" or "optimizer".
     """
     other_loss = "metrics" in parts
     if following["part"] != "training" or following["epoch"] > step["epoch"]:
@@ -192,13 +195,13 @@ def _blame_images(cfg: Config, max_batches: int, record: Record) -> str:
 
     Args:
         cfg: the settings of both runs.
-        max_batches: the limit on the number of batches per split, the same in both runs.
+        max_batches: the largest number of batches per split, the same in both runs.
         record: the record of the batch whose images differ.
 
     Returns:
-        A key of CAUSES: "dataset" if the dataset returns other images the second time,
-        "augmentation" if only the augmented images differ, "data" if the images are equal both
-        times.
+        The culprit. "dataset" means that the dataset returns other images the second time.
+        "augmentation" means that only the augmented images differ. "data" means that the images are
+        equal both times.
     """
     run = build_run(cfg, max_batches=max_batches)
     loader, epoch, batch = run.train_loader, record["epoch"], record["batch"]

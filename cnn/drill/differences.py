@@ -12,17 +12,16 @@ IGNORED = ("environment", "started", "seconds", "images_per_second")
 
 
 def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
-    """Yields a text for each difference between two trees, such as "history[0].lr: 0.1, 0.2".
+    """Yields a text for each difference between two trees of values.
 
-    A tree consists of nested dicts, lists and tuples of tensors and plain values, such as the
-    content of a checkpoint. Tensors are compared bit by bit. Values whose key is in IGNORED, such
-    as "seconds", are not compared: they say when and where a run ran.
+    An example of a text is "history[0].lr: 0.1, 0.2". A tree consists of nested dicts, lists and
+    tuples of tensors and plain values. The content of a checkpoint is a tree. Tensors are compared
+    bit by bit. The values of the keys in IGNORED, such as "seconds", are not compared.
 
     Args:
-        first: one tree.
-        second: the other tree.
-        path: the place of both trees within larger trees, such as "history[0]"; "" if the trees are
-            whole.
+        first: a tree.
+        second: the tree to compare with `first`.
+        path: the place of both trees within larger trees, such as "history[0]"; "" for whole trees.
     """
     if path.rsplit(".", 1)[-1] in IGNORED:
         return

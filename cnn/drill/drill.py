@@ -63,16 +63,16 @@ CONTEXT.set_forkserver_preload(["torch", "torchvision.transforms.v2", "cnn.train
 def run_drill(cfg: Config, stop: StopSignals, train: Train) -> None:
     """Trains a short run three times, and logs whether the results are identical.
 
-    The first two runs are unbroken. The third run is stopped by signals and resumed; it is left out
-    if the first two already differ. All runs write to a temporary folder.
+    The first two runs are unbroken. The third run is stopped by signals and resumed. If the first
+    two runs differ, the third run is left out. All runs write to a temporary folder.
 
     Args:
-        cfg: the settings of the user's run, of which fewer steps are trained.
+        cfg: the settings of the user's run. The short runs train fewer steps.
         stop: the signal handlers of this process.
         train: the function `train` of train.py.
 
     Raises:
-        Failed: the runs differ, or one of them fails; the message names the cause.
+        Failed: the runs differ, or a run fails. The message names the cause.
         Stopped: this process has received a signal.
     """
     batches = STEPS * cfg.train.accumulate - (cfg.train.accumulate > 1)  # the last step is shorter
@@ -107,22 +107,25 @@ def run_drill(cfg: Config, stop: StopSignals, train: Train) -> None:
 def _run(
     train: Train, cfg: Config, folder: Path, max_batches: int, stops: list[Stop], fresh: bool
 ) -> DrillRun:
-    """Trains a run in one process after another, and returns its records and checkpoints.
+    """Trains a run in one process after another.
 
-    A signal stops every process except the last one. The next process resumes from the latest
+    A signal stops every process except the last process. The next process resumes from the latest
     checkpoint.
 
     Args:
         train: the function `train` of train.py.
         cfg: the settings of the run.
         folder: the folder of the run, which is created.
-        max_batches: the limit on the number of batches per split.
-        stops: where each process except the last one is stopped; [] for an unbroken run.
-        fresh: whether each process is a new Python interpreter. If False, it is a fork of a server
-            that has imported torch, which starts faster.
+        max_batches: the largest number of batches per split.
+        stops: where each process except the last process is stopped; [] for an unbroken run.
+        fresh: whether each process is a new Python interpreter. If False, each process is a fork of
+            a server that has imported torch, which starts faster.
+
+    Returns:
+        The records and the checkpoints of the run.
 
     Raises:
-        Failed: a process fails or does not end within TIMEOUT seconds.
+        Failed: a process fails or does not end within 600 seconds.
     """
     folder.mkdir()
     if fresh:  # new interpreters would use the same seed again
@@ -155,10 +158,11 @@ def _run(
 
 
 def _start(process: BaseProcess) -> None:
-    """Starts a process in which signals are blocked until the process itself unblocks them.
+    """Starts a process in which signals are blocked at first.
 
-    Ctrl-C sends a signal to all processes of a terminal. Without the block, this signal could end
-    the new process before it has left the terminal's session.
+    The new process unblocks the signals itself. Ctrl-C sends a signal to all processes of a
+    terminal session. Without the block, Ctrl-C could end the new process before the new process has
+    left the session.
 
     Args:
         process: the process to start.
@@ -171,7 +175,11 @@ def _start(process: BaseProcess) -> None:
 
 
 def _kill(process: BaseProcess) -> None:
-    """Kills a process and the worker processes of its DataLoaders, and waits for its end."""
+    """Kills a process and its DataLoader workers, and waits for its end.
+
+    Args:
+        process: the process to kill, which may have ended already.
+    """
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -182,17 +190,19 @@ def _kill(process: BaseProcess) -> None:
 def _child(
     train: Train, cfg: Config, folder: Path, stop_at: Stop | None, max_batches: int, method: str
 ) -> None:
-    """Trains a run from its latest checkpoint. This is the main function of a child process.
+    """Trains a run from the run's latest checkpoint, and ends this process.
 
-    The output of the process is appended to the file output.txt in `folder`.
+    This function is the main function of a child process. The output of the process is appended to
+    the file output.txt in `folder`.
 
     Args:
         train: the function `train` of train.py.
         cfg: the settings of the run.
-        folder: the folder of the run. If it contains no checkpoint, the run starts from scratch.
+        folder: the folder of the run. If the folder contains no checkpoint, the run starts from
+            scratch.
         stop_at: the batch before which a signal stops the process; None to train to the end.
-        max_batches: the limit on the number of batches per split.
-        method: the start method of the worker processes of DataLoaders, such as "fork".
+        max_batches: the largest number of batches per split.
+        method: the start method of the DataLoader workers, such as "fork".
     """
     from cnn import cli
     from cnn.training.resume import Checkpoint, latest_checkpoint

@@ -15,11 +15,11 @@ from cnn.training.state import TrainingState
 
 
 class Stop(NamedTuple):
-    """The place at which a run is stopped on purpose, and the signal that stops it.
+    """The place at which a run is stopped on purpose, and the signal.
 
     Attributes:
-        at: the batch before which the run is stopped: the number of its epoch, from 1, and its
-            index in this epoch, from 0.
+        at: a pair for the batch before which the run is stopped. The pair consists of the number of
+            the epoch, from 1, and the index of the batch in the epoch, from 0.
         signal: the number of the signal.
     """
 
@@ -28,15 +28,15 @@ class Stop(NamedTuple):
 
 
 class Trace:
-    """The writer of a file that gets a record of each batch of a run.
+    """The writer of a file with a record of each batch of a run.
 
-    Each record is a line of JSON. It is appended to the file before the model sees the batch.
+    A record is a line of JSON. The record is appended to the file before the model sees the batch.
 
     Args:
         path: the path of the file.
-        stop: a batch at which to stop the run, and a signal. At this batch and at each later one,
-            the signal is sent to this process and to the worker processes of its DataLoaders. If
-            None, no signal is sent.
+        stop: the batch before which a signal stops the run; None for no stop. The signal is sent to
+            this process and to its DataLoader workers, before this batch and before each later
+            batch.
     """
 
     def __init__(self, path: Path, stop: Stop | None = None):
@@ -48,15 +48,16 @@ class Trace:
     ) -> Iterator[Batch]:
         """Writes a record of each batch, and yields the batches unchanged.
 
-        A record contains hashes of the images, the labels, the model and the optimizer, and sums of
-        the metrics, all as they are before the model sees the batch. It contains the number of the
-        epoch, from 1, and the index of the batch, from 0. The indices of validation batches follow
-        those of the training batches. The test counts as the epoch after the last one.
+        A record contains hashes of the images, the labels, the model and the optimizer, and the
+        sums of the metrics. All values are from before the model sees the batch. A record also
+        contains the number of the epoch, from 1, and the index of the batch, from 0. The indices of
+        validation batches follow the indices of the training batches. The test counts as the epoch
+        after the last epoch.
 
         Args:
-            batches: the batches of one split, in the order in which the model sees them.
-            state: the state of the run, with the present epoch and the index of the first of the
-                batches.
+            batches: the batches of one split, in the order in which the model sees the batches.
+            state: the state of the run. The state has the present epoch, and the index of the next
+                batch.
             part: "training", "validation" or "test".
             metrics: the metrics to which the caller adds each batch.
 
@@ -86,10 +87,11 @@ class Trace:
 def digest(tree: Any) -> str:
     """Returns a hash of tensors and plain values, as 16 hexadecimal digits.
 
-    The hash depends on every bit of the tensors, and on their shapes and dtypes.
+    The hash depends on every bit of the tensors, on their shapes, and on their dtypes.
 
     Args:
-        tree: a tensor or a plain value, or nested dicts, lists and tuples of these.
+        tree: a tensor, a plain value, or nested dicts, lists and tuples of tensors and plain
+            values.
     """
     total = hashlib.sha256()
     _add(tree, total)

@@ -9,19 +9,19 @@ from cnn.errors import Refused
 
 
 class SharedLock:
-    """An exclusive lock on a file, which a process can share with its child processes.
+    """An exclusive lock on a file, which a process can share with child processes.
 
-    Every process that has the open file descriptor holds the lock. The kernel frees the lock when
-    the last of these processes has closed the descriptor or has ended, even by `kill -9`. So the
-    file stays locked while a child of a killed process still runs. The file is never removed, since
-    another process may be about to lock it.
+    A process holds the lock while the process has the file descriptor open. The lock ends when the
+    last of these processes has closed the descriptor or has died, even by `kill -9`. If a parent
+    process is killed, the file stays locked while a child process holds the lock. The file is never
+    removed, since another process can be about to lock the file.
 
     Args:
-        descriptor: the number of the open file descriptor of a locked file. The method `acquire`
-            makes a lock from a path instead.
+        descriptor: the number of the open file descriptor of a locked file. To lock a file by its
+            path, call the method `acquire`.
 
     Attributes:
-        descriptor: the number of the file descriptor; -1 after `release`.
+        descriptor: the number of the file descriptor; -1 after a call of `release`.
     """
 
     def __init__(self, descriptor: int):
@@ -29,16 +29,19 @@ class SharedLock:
 
     @classmethod
     def acquire(cls, path: Path) -> Self | None:
-        """Locks a file, without waiting for another process that has locked it.
+        """Locks a file if no other process has locked the file.
+
+        The method never waits for another process.
 
         Args:
-            path: the path of the file, which is created if it does not exist.
+            path: the path of the file. A missing file is created.
 
         Returns:
             The lock; None if the file is locked already.
 
         Raises:
-            Refused: the file cannot be written, or its file system does not support locks.
+            Refused: the file cannot be opened for writing, or its file system does not support
+                locks.
         """
         descriptor = -1
         try:
@@ -55,8 +58,8 @@ class SharedLock:
     def release(self) -> None:
         """Closes the file descriptor in this process.
 
-        The file stays locked while a child process has the descriptor open. A second call of this
-        method does nothing.
+        The file stays locked while a child process has the descriptor open. A second call does
+        nothing.
         """
         if self.descriptor >= 0:
             os.close(self.descriptor)

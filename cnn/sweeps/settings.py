@@ -48,8 +48,8 @@ T = TypeVar("T")
 class SweepConfig:
     """The keys of a sweep's YAML file, with their defaults.
 
-    When a sweep is continued, the values of keys that are marked FREE may have changed. The values
-    of keys that are marked FIXED may not.
+    When a sweep is continued, the values of keys marked FREE may differ from the earlier values.
+    The values of keys marked FIXED may not differ.
     """
 
     name: str | None = setting(
@@ -71,11 +71,11 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class Choice:
-    """A list of values, from which each trial gets one value for a setting.
+    """A list of values for one setting, from which each trial gets one value.
 
     Attributes:
         values: the values to choose from.
-        written: the same values as YAML nodes, with the place to name in messages about them.
+        written: the same values as YAML nodes. Each node has a place, which error messages name.
     """
 
     values: tuple[Any, ...]
@@ -87,13 +87,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Range:
-    """A range of numbers, from which each trial gets one number for a setting.
+    """A range of numbers for one setting, from which each trial gets one number.
 
     Attributes:
-        low: the smallest number that can be chosen. If it is an int, only whole numbers are chosen.
+        low: the smallest number that can be chosen. If `low` is an int, only whole numbers are
+            chosen.
         high: the largest number that can be chosen, of the same type as `low`.
-        log: whether numbers are drawn uniformly on a logarithmic scale instead of a linear one.
-        written: the two bounds as YAML nodes, with the place to name in messages about them.
+        log: whether numbers are uniform on a logarithmic scale. If False, the scale is linear.
+        written: the two bounds as YAML nodes. Each node has a place, which error messages name.
     """
 
     low: float
@@ -113,14 +114,13 @@ class Sweep:
     """A sweep whose settings have been read and checked.
 
     Attributes:
-        cfg: the values of the sweep's own keys, such as `search` and `trials`, from its file and
-            the command line.
-        name: the name of the sweep. Its folder is logs/sweeps/NAME, and its runs are NAME_0000,
-            NAME_0001 and so on.
-        file: the sweep's YAML file.
+        cfg: the values of the sweep's own keys, such as `search` and `trials`.
+        name: the name of the sweep. The folder of the sweep is logs/sweeps/NAME. The runs of its
+            trials are NAME_0000, NAME_0001 and so on.
+        file: the path of the sweep's YAML file.
         base: the settings of train.py that all trials share.
-        typed: the words of the command line that are settings of train.py, such as
-            "train.epochs=3". They hold for all trials.
+        typed: the settings of train.py that were typed on the command line, such as
+            ["train.epochs=3"]. Typed settings hold for all trials.
         space: the values to try, by dotted key such as "optim.lr".
     """
 
@@ -138,11 +138,16 @@ class Sweep:
 
     @property
     def trials(self) -> int:
-        """The number of trials. A grid search has one trial for each combination of values."""
+        """The number of trials in the sweep.
+
+        A grid search has one trial for each combination of the values to try.
+        """
         return self.cfg.trials or num_combinations(self._options())
 
     def run_name(self, number: int) -> str:
-        """Returns the name of a trial's run: for trial 7 of the sweep "lr", it is "lr_0007".
+        """Returns the name of the run of a trial.
+
+        For example, trial 7 of the sweep "lr" has the run "lr_0007".
 
         Args:
             number: the index of the trial, from 0.
@@ -150,10 +155,13 @@ class Sweep:
         return f"{self.name}_{number:04}"
 
     def combination(self, number: int) -> dict[str, Any]:
-        """Returns the values of one trial of a grid search, by dotted key such as "optim.lr".
+        """Returns the values that one trial of a grid search tries.
 
         Args:
             number: the index of the trial, from 0.
+
+        Returns:
+            The values by dotted key, such as {"optim.lr": 0.1}.
         """
         return combination(self._options(), number)
 
@@ -162,7 +170,7 @@ class Sweep:
 
 
 def num_combinations(options: Mapping[str, Sequence[Any]]) -> int:
-    """Returns in how many ways one value can be chosen for each key.
+    """Returns the number of ways to choose one value for each key.
 
     For the options {"a": [1, 2], "b": [3, 4, 5]}, the result is 6.
 
@@ -173,9 +181,9 @@ def num_combinations(options: Mapping[str, Sequence[Any]]) -> int:
 
 
 def combination(options: Mapping[str, Sequence[T]], number: int) -> dict[str, T]:
-    """Returns one of the combinations that consist of one value for each key.
+    """Returns one of the combinations of one value for each key.
 
-    From one combination to the next, the value of the last key changes fastest. For the options
+    In the order of the combinations, the value of the last key changes fastest. For the options
     {"a": [1, 2], "b": [3, 4, 5]}, combination 1 is {"a": 1, "b": 4}.
 
     Args:
@@ -199,13 +207,17 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
     """Reads and checks the settings of a sweep and of all its trials.
 
     Args:
-        path: the YAML file of the sweep.
-        words: the words `key=value` of the command line. A key of a sweep, such as `trials`,
-            replaces the value in the file. A key of train.py, such as `train.epochs`, is set for
-            all trials.
+        path: the path of the sweep's YAML file.
+        words: the settings typed on the command line, such as ["trials=5", "train.epochs=3"]. A
+            setting of the sweep replaces the value in the file. A setting of train.py holds for all
+            trials.
+
+    Returns:
+        The sweep.
 
     Raises:
-        Refused: there are mistakes; the message has one line for each.
+        Refused: the file does not exist, or there are mistakes. The message has one line for each
+            mistake.
     """
     if not path.is_file():
         raise Refused(f"{path}: no such file; expected the settings of a sweep")
@@ -238,12 +250,12 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
 
 
 def _read_config(file: Path, where: str, mistakes: list[str]) -> dict[str, Entry]:
-    """Reads the YAML file with the settings of train.py that all trials share.
+    """Reads a YAML file with settings of train.py for all trials.
 
     Args:
-        file: the path of the file.
-        where: the place to report if the file does not exist: the line of the sweep's file that
-            names it, such as "a.yaml:4".
+        file: the path of the YAML file.
+        where: the place in the sweep's own file that names `file`, such as "a.yaml:4". A message
+            reports the place if `file` does not exist.
         mistakes: the list that gets a message for each mistake.
 
     Returns:
@@ -259,9 +271,9 @@ def _read_config(file: Path, where: str, mistakes: list[str]) -> dict[str, Entry
 
 
 def _read_settings(entry: Entry | None, mistakes: list[str]) -> dict[str, Entry]:
-    """Reads the value of the key `settings` of a sweep's file.
+    """Reads the value of the key `settings` in a sweep's YAML file.
 
-    This value consists of settings of train.py for all trials.
+    The value consists of settings of train.py for all trials.
 
     Args:
         entry: the value, such as `{train.epochs: 3}` or `{train: {epochs: 3}}`; None if the file
@@ -334,13 +346,13 @@ def _read_range(
 
 
 def _file_of(entry: Entry) -> str:
-    """Returns the file in which a value was written.
+    """Returns the path of the file that contains a value.
 
     Args:
-        entry: the value with its place.
+        entry: the value, with its place.
 
     Returns:
-        The path of the file; "command line" for a typed value.
+        The path, such as "configs/a.yaml"; "command line" for a typed value.
     """
     return entry.where.rpartition(":")[0] or entry.where
 
@@ -355,12 +367,12 @@ def _check_sweep(
     space: Space,
     places: dict[str, str],
 ) -> list[str]:
-    """Checks the sweep's name, and whether the settings of the sweep fit together.
+    """Checks the name of a sweep and whether the settings of the sweep fit together.
 
     Args:
-        cfg: the values of the sweep's own keys. Their types and limits have been checked.
+        cfg: the values of the sweep's own keys, with types and limits checked before.
         name: the name of the sweep.
-        changes: the settings that are changed for all trials, by dotted key.
+        changes: the settings of train.py that the sweep changes for all trials, by dotted key.
         space: the values to try, by dotted key.
         places: the place to report for each key of the sweep, such as {"trials": "a.yaml:4"}.
 
@@ -400,9 +412,9 @@ def _check_sweep(
 
 
 def _check_combinations(common: dict[str, Entry], space: Space) -> list[str]:
-    """Checks the settings of train.py with each combination of the values to try.
+    """Checks the settings of train.py with the combinations of values to try.
 
-    Of a range, only the two bounds are used. If there are more than 2,000 combinations, a random
+    Only the two bounds of a range are tried. If there are more than 2,000 combinations, a random
     sample of 2,000 is checked.
 
     Args:

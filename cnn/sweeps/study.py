@@ -60,11 +60,11 @@ class TrialResult:
     """The result of a trial.
 
     Attributes:
-        state: COMPLETE, PRUNED (stopped early) or FAIL.
-        value: the monitored metric in the best epoch of a complete trial; None for other trials.
-        epoch: the best epoch of a complete trial, or the latest epoch of a pruned trial, counted
-            from 1; None for a failed trial.
-        reason: why a trial failed; "" for other trials.
+        state: COMPLETE, PRUNED or FAIL. A pruned trial was stopped early.
+        value: the monitored metric in the best epoch of a complete trial; None for any other trial.
+        epoch: the best epoch of a complete trial, the latest epoch of a pruned trial, or None for a
+            failed trial. Epochs are counted from 1.
+        reason: why a trial failed; "" for any other trial.
     """
 
     state: TrialState
@@ -74,18 +74,22 @@ class TrialResult:
 
 
 class TakenTrial:
-    """A trial that this process trains. As a context manager, it releases its two locks on exit.
+    """A trial that this process trains.
+
+    As a context manager, the object releases both locks at the end of the `with` block.
 
     Attributes:
         study: the open database of the sweep.
         number: the index of the trial in the sweep, from 0.
         trial: the trial as an object of Optuna.
         lock: the lock that this process shares with the training process.
-        owner: the lock that this process alone holds.
+        owner: the lock that only this process holds.
         run: the name of the trial's run.
-        output: the file to which the output of train.py is appended.
-        is_resumed: whether an earlier process has started the trial; False before `start`.
-        values: the values of the trial, by dotted key such as "optim.lr"; {} before `start`.
+        output: the path of the file to which the output of train.py is appended.
+        is_resumed: whether an earlier process has started the trial; False before `start` is
+            called.
+        values: the values of the trial, by dotted key such as "optim.lr"; {} before `start` is
+            called.
     """
 
     def __init__(
@@ -107,11 +111,12 @@ class TakenTrial:
         self.owner.release()
 
     def start(self) -> None:
-        """Sets `values` and `is_resumed`, and makes room for the run of a new trial.
+        """Sets the hyperparameter values of the trial, and whether its run is resumed.
 
-        Optuna proposes the values of a new trial. If there are files of an older run with the name
-        of the new trial's run, they are moved to the archive. A trial that an earlier process has
-        started keeps its values and its run.
+        For a new trial, Optuna proposes `values`, and `is_resumed` is False. Files of an older run
+        that has the same name as the trial's run are moved to the archive. If an earlier process
+        has already started the trial, the trial keeps its values and its run, and `is_resumed` is
+        True.
         """
         space = self.study.sweep.space
         self.values = self.study.retry(
@@ -135,9 +140,10 @@ class TakenTrial:
         return dimension.values[options.index(self.trial.suggest_categorical(key, options))]
 
     def arguments(self) -> list[str]:
-        """Returns the arguments with which train.py trains this trial, without the option --resume.
+        """Returns the arguments with which train.py trains this trial.
 
-        An example is ["--config", "logs/sweeps/lr/settings.yaml", "optim.lr=0.1", "run=lr_0007"].
+        The option --resume is not included. An example is ["--config",
+        "logs/sweeps/lr/settings.yaml", "optim.lr=0.1", "run=lr_0007"].
         """
         file, typed = self.study.settings_file.as_posix(), self.study.sweep.typed
         tried = [f"{key}={as_text(value)}" for key, value in self.values.items()]
@@ -153,7 +159,7 @@ class TakenTrial:
 
         Args:
             epoch: the epoch, counted from 1.
-            value: the metric after this epoch.
+            value: the metric after the epoch.
 
         Returns:
             Whether the trial should be stopped early; False if the epoch was reported before.
@@ -166,23 +172,30 @@ class TakenTrial:
 
     @property
     def epoch(self) -> int:
-        """The latest epoch whose metric was reported, counted from 1; 0 before the first report."""
+        """The latest epoch whose metric was reported.
+
+        Epochs are counted from 1. The value is 0 before the first report.
+        """
         return max(self._reported, default=0)
 
     def should_prune(self) -> bool:
         """Returns whether the trial should be stopped early.
 
-        The trial should be stopped if its best metric so far is worse than the median metric of the
-        complete trials at the same epoch. The result is always False if the setting
-        prune_after_epochs is null, before the epoch that this setting names, while fewer than 4
-        trials are complete, and after the last epoch.
+        The trial should be stopped if its best metric so far is worse than a median. The median is
+        taken over the metrics of the complete trials at the same epoch.
+
+        The result is always False in four cases: if the setting prune_after_epochs is null, before
+        the epoch that prune_after_epochs names, while fewer than 4 trials are complete, and after
+        the last epoch.
         """
         epochs = self.values.get("train.epochs", self.study.sweep.base.train.epochs)
         return self.epoch < epochs and self.study.retry(self.trial.should_prune)
 
 
 class GivenValues(optuna.samplers.RandomSampler):
-    """An Optuna sampler that proposes given values instead of random ones: one point of a grid.
+    """An Optuna sampler that proposes given values instead of random values.
+
+    A grid search uses one such sampler for each trial.
 
     Args:
         values: the value to propose for each setting, by dotted key such as "optim.lr".
@@ -195,7 +208,9 @@ class GivenValues(optuna.samplers.RandomSampler):
     def sample_independent(
         self, _study: optuna.Study, _trial: FrozenTrial, name: str, _: BaseDistribution
     ) -> Any:
-        """Returns the given value of a setting. A list or a mapping is returned as YAML text.
+        """Returns the given value of a setting.
+
+        A list or a mapping is returned as YAML text, such as "[1, 2]".
 
         Args:
             name: the dotted key of the setting, such as "optim.lr".
@@ -204,7 +219,9 @@ class GivenValues(optuna.samplers.RandomSampler):
 
 
 class Study:
-    """The database of a sweep, which is open within a `with` block.
+    """The database of a sweep, as a context manager.
+
+    The database is open within the `with` block.
 
     Args:
         sweep: the settings of the sweep.
@@ -212,11 +229,13 @@ class Study:
     Attributes:
         sweep: the settings of the sweep.
         folder: the folder of the sweep, logs/sweeps/NAME.
-        settings_file: the YAML file with the settings of train.py that all trials share.
+        settings_file: the path of the YAML file with the settings of train.py that all trials
+            share.
 
     Raises:
-        Refused: at the start of the block, if the folder cannot be written, the database cannot be
-            opened, or the database contains a sweep of the same name with other settings.
+        Refused: at the start of the `with` block, in three cases: the folder cannot be written, the
+            database cannot be opened, or the database has a sweep of the same name with other
+            settings.
     """
 
     def __init__(self, sweep: Sweep):
@@ -292,7 +311,9 @@ class Study:
             )
 
     def retry(self, function: Callable[[], T]) -> T:
-        """Calls a function, and repeats the call while the database is locked or cannot be reached.
+        """Calls a function, and repeats the call while the database does not answer.
+
+        The database does not answer if it is locked or cannot be reached.
 
         Args:
             function: a function without arguments that uses the database.
@@ -316,16 +337,16 @@ class Study:
     # -- reading trials -------------------------------------------------------------------------
 
     def trials(self) -> list[FrozenTrial]:
-        """Returns the trials of the sweep that exist so far, in the order of their indices.
+        """Returns the trials of the sweep that exist so far.
 
-        Machines that start at the same time may create too many trials. Those beyond the number of
-        trials of the sweep are left out.
+        The trials are in the order of their indices. Machines that start at the same time can
+        create too many trials. The surplus trials are left out.
         """
         trials = self.retry(lambda: self.study.get_trials(deepcopy=False))
         return [trial for trial in trials if trial.number < self.sweep.trials]
 
     def frozen(self, number: int) -> FrozenTrial:
-        """Returns a trial as it is stored in the database now.
+        """Returns a trial as stored in the database now.
 
         Args:
             number: the index of the trial, from 0.
@@ -344,10 +365,11 @@ class Study:
     # -- taking and ending trials ---------------------------------------------------------------
 
     def take(self, stop: StopSignals) -> TakenTrial | None:
-        """Takes a trial for this process to train: an interrupted one if possible, or a new one.
+        """Takes a trial for this process to train.
 
-        If other processes are training all unfinished trials, this method waits until one of these
-        trials is interrupted or all of them are finished.
+        An interrupted trial is taken if there is one, otherwise a new trial. If other processes are
+        training all unfinished trials, this method waits. The wait ends when one of these trials is
+        interrupted or when all trials are finished.
 
         Args:
             stop: the signal handlers of this process.
@@ -386,17 +408,18 @@ class Study:
                 self.retry(lambda: self.study.add_trial(new))
 
     def _try_to_take(self, trial: FrozenTrial, stop: StopSignals) -> TakenTrial | None:
-        """Takes a trial, unless it belongs to another machine or another process has taken it.
+        """Takes an unfinished trial, unless another machine or another process has the trial.
 
-        If the process that had taken the trial was killed and its training process is still alive,
-        this method waits for the training process to exit.
+        If an earlier process was killed, its training process can still be alive. In this case, the
+        method waits for the training process to exit.
 
         Args:
-            trial: the trial as it is in the database; it is not finished.
+            trial: the unfinished trial, as stored in the database.
             stop: the signal handlers of this process.
 
         Returns:
-            The trial with its locks; None if it cannot be taken or has been finished meanwhile.
+            The trial with its locks; None if the trial cannot be taken or has been finished
+            meanwhile.
 
         Raises:
             Stopped: this process has received a signal.
@@ -431,9 +454,10 @@ class Study:
         return TakenTrial(self, number, taken, lock, owner)
 
     def lock_file(self, number: int) -> Path:
-        """Returns the path of a trial's lock file, such as logs/sweeps/NAME/trials/0007.lock.
+        """Returns the path of a trial's lock file.
 
-        Both sweep.py and the training process of the trial hold the lock of this file.
+        An example is logs/sweeps/NAME/trials/0007.lock. sweep.py and the training process of the
+        trial share the lock on the file.
 
         Args:
             number: the index of the trial, from 0.
@@ -443,7 +467,7 @@ class Study:
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         """Returns the Optuna sampler that proposes the values of a trial.
 
-        A sampler that draws random numbers has a seed of its own for each trial.
+        In a random or TPE search, the sampler of each trial has a different seed.
 
         Args:
             number: the index of the trial, from 0.
@@ -458,7 +482,7 @@ class Study:
         return optuna.samplers.TPESampler(n_startup_trials=num_random, seed=seed)
 
     def skip(self, number: int) -> None:
-        """Marks an unfinished trial as failed, so that no process trains it.
+        """Marks an unfinished trial as failed, so that no process trains the trial.
 
         Args:
             number: the index of the trial, from 0.
@@ -478,8 +502,8 @@ class Study:
     def end(self, number: int, result: TrialResult) -> None:
         """Stores the result of a trial in the database.
 
-        If another process has stored a result of the trial before, that result stays, and a warning
-        is logged.
+        If another process has already stored a result of the trial, the earlier result stays. A
+        warning is logged in this case.
 
         Args:
             number: the index of the trial, from 0.
@@ -499,7 +523,7 @@ class Study:
 
 
 def comparable_settings(sweep: Sweep) -> dict[str, str]:
-    """Returns the settings of a sweep that must not change while the sweep is continued.
+    """Returns the settings of a sweep that must stay the same when the sweep is continued.
 
     Settings that do not affect the results, such as "device", are left out.
 
@@ -507,9 +531,9 @@ def comparable_settings(sweep: Sweep) -> dict[str, str]:
         sweep: the sweep.
 
     Returns:
-        The settings as text, by name. The names are "search", "seed of the search", "space: KEY"
-        for the values to try of a key, and the dotted key of any other setting, such as
-        "optim.momentum".
+        The settings as text, by name. A setting of train.py has its dotted key as name, such as
+        "optim.momentum". The values to try of a key have the name "space: KEY". The other names are
+        "search" and "seed of the search".
     """
     settings = config.flat(config.to_dict(sweep.base))
     free = config.non_experiment_keys() | {"data.root", *sweep.space}
@@ -522,9 +546,9 @@ def comparable_settings(sweep: Sweep) -> dict[str, str]:
 
 
 def _as_plain(value: Any) -> Any:
-    """Returns a list or a mapping as YAML text, such as "[1, 2]", and any other value unchanged.
+    """Returns a value in a form that Optuna can store.
 
-    Optuna can store None, bool, int, float and text, but not lists or mappings.
+    A list or a mapping becomes YAML text, such as "[1, 2]". Any other value is returned unchanged.
     """
     return value if value is None or isinstance(value, (bool, int, float, str)) else as_text(value)
 

@@ -27,10 +27,10 @@ MAX_KILLED = 3  # times that a training process may be killed by a signal that s
 
 
 def run_trial(trial: TakenTrial, stop: StopSignals) -> TrialResult:
-    """Trains or resumes a trial until it is complete, pruned or failed.
+    """Trains or resumes a trial until the trial is complete, pruned or failed.
 
-    If a signal that sweep.py did not send ends the training process, a new process resumes from the
-    last checkpoint. The third time this happens, the trial has failed.
+    A signal that sweep.py did not send can end the training process. In this case, a new process
+    resumes from the last checkpoint. After the third such signal, the trial has failed.
 
     Args:
         trial: the trial, whose method `start` has been called.
@@ -41,7 +41,7 @@ def run_trial(trial: TakenTrial, stop: StopSignals) -> TrialResult:
 
     Raises:
         Refused: train.py refused the settings.
-        Stopped: this process received a signal; the training process has saved and exited.
+        Stopped: this process received a signal. The training process has saved and exited.
     """
     if trial.should_prune() and not _is_finished(trial.run):  # its pruning was interrupted
         return TrialResult(TrialState.PRUNED, epoch=trial.epoch)
@@ -65,19 +65,20 @@ def run_trial(trial: TakenTrial, stop: StopSignals) -> TrialResult:
 
 
 def _train(trial: TakenTrial, stop: StopSignals) -> tuple[int, bool]:
-    """Runs train.py for a trial, and waits until this training process ends.
+    """Runs train.py for a trial and waits for the end of the training process.
 
-    The training process has a session of its own, so that Ctrl-C in the terminal does not reach it.
-    The signals that sweep.py receives are passed on to it. If sweep.py is killed, a pipe between
-    the two processes closes, and the training process saves and exits.
+    The training process has a session of its own, so that Ctrl-C in the terminal does not reach the
+    training process. sweep.py passes its own signals on. If sweep.py is killed, a pipe between the
+    two processes closes. The training process then saves and exits.
 
     Args:
         trial: the trial.
         stop: the signal handlers of this process.
 
     Returns:
-        A pair: the exit status of the training process, which is -N if signal N killed it; and
-        whether the process was stopped to prune the trial.
+        A pair. The first item is the exit status of the training process, or -N if signal N killed
+        the training process. The second item is whether the training process was stopped to prune
+        the trial.
     """
     read_end, write_end = os.pipe()
     with open(trial.output, "ab") as file:
@@ -115,14 +116,17 @@ def _train(trial: TakenTrial, stop: StopSignals) -> tuple[int, bool]:
 
 
 def report_epochs(trial: TakenTrial, history: list[Metrics]) -> Iterator[bool]:
-    """Reports the metric of each epoch, and yields after each report whether to prune the trial.
+    """Reports the metric of each epoch of a trial to the database.
 
-    An epoch is reported only when its item is taken from the generator. Epochs without the metric
-    are skipped.
+    The function is a generator. An epoch is reported only when its item is taken. Epochs without
+    the metric are skipped.
 
     Args:
         trial: the trial, whose `monitor` is the name of the metric.
         history: the rows of history.csv, one per epoch.
+
+    Yields:
+        Whether the trial should be pruned, once after each report.
     """
     for row in history:
         if row.get(trial.monitor) is not None:
@@ -132,13 +136,13 @@ def report_epochs(trial: TakenTrial, history: list[Metrics]) -> Iterator[bool]:
 def _read_result(trial: TakenTrial) -> TrialResult:
     """Reads the result of a trial whose run is finished.
 
-    The metrics of all epochs are first reported to the database, unless they were reported before.
+    Epochs that were not reported to the database before are reported first.
 
     Args:
         trial: the trial.
 
     Returns:
-        The result. If the monitored metric is undefined in every epoch, the trial has failed.
+        The result. The trial has failed if the monitored metric is undefined in every epoch.
     """
     record = read_run(f"logs/{trial.run}")
     list(report_epochs(trial, record.history))  # reports all, even if one says prune
@@ -159,11 +163,11 @@ def signal_name(status: int) -> str:
     """Returns the name of the signal that ended a process, such as "SIGTERM".
 
     Args:
-        status: the exit status of the process: -N if signal N killed it; 128 + N if it handled
-            signal N and then exited.
+        status: the exit status of the process. The status is -N if signal N killed the process, and
+            128 + N if the process handled signal N and then exited.
 
     Returns:
-        The name, or "exit status STATUS" if no signal has this number.
+        The name; "exit status STATUS" if no signal has the number N.
     """
     number = -status if status < 0 else status - 128
     names = {one.value: one.name for one in signal.Signals}
@@ -174,12 +178,13 @@ def _last_message(output: Path, start: int) -> str:
     """Returns the last error message in the output of a training process.
 
     Args:
-        output: the file with the output of all training processes of the trial.
+        output: the path of the file with the output of all training processes of the trial.
         start: the position in bytes at which the output of the latest process begins.
 
     Returns:
-        The message, without the word "error: " before it; of a traceback, only the last line. If
-        there is no message, the last lines of the output. The text has at most ten lines.
+        The message without the word "error: " in front. A message with a traceback is cut to the
+        last line. If there is no message, the last lines of the output are returned. The text has
+        at most ten lines.
     """
     with open(output, "rb") as file:
         file.seek(start)
