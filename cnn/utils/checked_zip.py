@@ -49,11 +49,11 @@ NAMING = ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")  # opcodes t
 def write_archive(content: Any, file: IO[bytes]) -> None:
     """Saves a value with torch.save, and adds a checksum to the file.
 
-    The checksum covers the bytes for which torch.save stores no checksums, such as the headers of
-    the zip file. It is stored in the comment of the zip file, which torch.load ignores.
+    torch.save stores a checksum for the data of each member of the zip file. The added checksum
+    covers all other bytes, such as the headers of the members.
 
     Args:
-        content: whatever torch.save accepts, such as the dict of a checkpoint.
+        content: any value that torch.save accepts, such as the dict of a checkpoint.
         file: an empty file that is open for writing and reading in binary mode.
 
     Raises:
@@ -72,9 +72,13 @@ def write_archive(content: Any, file: IO[bytes]) -> None:
 
 
 def read_archive(path: Path) -> Any:
-    """Reads a file that torch.save has written, and puts its tensors on the CPU.
+    """Reads the value that torch.save has written to a file.
 
-    The checksums in the file are checked first. No code that the file may contain is executed.
+    The checksums in the file are checked first. Code in the file is never executed. Tensors are put
+    on the CPU.
+
+    Args:
+        path: the path of the file.
 
     Returns:
         The value that was saved.
@@ -91,10 +95,13 @@ def read_archive(path: Path) -> Any:
 
 
 def read_plain_values(path: Path) -> Any:
-    """Reads everything except the tensors from a file that torch.save has written.
+    """Reads a value that torch.save has written, without the data of tensors.
 
-    This takes milliseconds, whatever the size of the file. The headers of the file and its pickle
-    are checked. The data of the tensors is neither read nor checked.
+    Reading takes milliseconds even for a large file. Damage in the data of the tensors is not
+    noticed.
+
+    Args:
+        path: the path of the file.
 
     Returns:
         The value that was saved, with None in place of every tensor.
@@ -110,7 +117,7 @@ def read_plain_values(path: Path) -> Any:
 class _TensorsAsNone(pickle.Unpickler):
     """An unpickler that puts None in place of every tensor and imports nothing.
 
-    It expects a pickle that `_check_pickle` has accepted.
+    The pickle must have been checked with the function `_check_pickle` before.
     """
 
     def find_class(self, _: str, name: str) -> Any:
@@ -122,20 +129,21 @@ class _TensorsAsNone(pickle.Unpickler):
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]:
-    """Opens a file that torch.save has written, and keeps it open within a `with` block.
+    """Opens a file of torch.save during a `with` block.
 
-    Everything except the data of the tensors is checked before the block begins. If another program
-    replaces the file during the block, the block still reads the old content.
+    The headers and the pickle in the file are checked before the block begins. The data of the
+    tensors is not checked. If another program replaces the file, the block still reads the old
+    file.
 
     Args:
         path: the path of the file.
 
     Yields:
-        The open file and its zip archive.
+        The open file and the zip archive in the file.
 
     Raises:
-        Refused: the file cannot be read, is damaged, or contains something that could run code. If
-            any other exception occurs in the block, Refused is raised in its place.
+        Refused: the file cannot be read, is damaged, or contains something that could run code. Any
+            other exception in the block is replaced by Refused.
     """
     try:
         status = path.stat()
@@ -166,7 +174,7 @@ def _open(path: Path) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]:
 
 
 def _check_frame(path: Path, file: IO[bytes], archive: zipfile.ZipFile) -> None:
-    """Checks that the end of a zip file is intact, and that the checksum in its comment is right.
+    """Checks the end of a zip file, and the checksum in the file's comment.
 
     A file without a comment has no checksum, and is accepted.
 
@@ -176,7 +184,7 @@ def _check_frame(path: Path, file: IO[bytes], archive: zipfile.ZipFile) -> None:
         archive: the zip archive in the file.
 
     Raises:
-        zipfile.BadZipFile: the zip file's end record is not at the end of the file.
+        zipfile.BadZipFile: the end of the file does not belong to an intact zip file.
         Refused: the checksum is wrong.
     """
     comment = archive.comment
@@ -194,14 +202,14 @@ def _check_frame(path: Path, file: IO[bytes], archive: zipfile.ZipFile) -> None:
 
 
 def _frame_checksum(file: IO[bytes], archive: zipfile.ZipFile, size: int) -> bytes:
-    """Computes the SHA-256 of the headers of a zip file: of all bytes that are not a member's data.
+    """Computes the SHA-256 of a zip file without the data of the members.
 
-    The comment at the end of the file is left out too, because it contains this checksum.
+    The comment at the end of the file is left out, because the comment contains the checksum.
 
     Args:
         file: the open file.
         archive: the zip archive in the file.
-        size: the size of the file without its comment, in bytes.
+        size: the size of the file without the comment, in bytes.
 
     Returns:
         The checksum in hexadecimal digits.
@@ -217,9 +225,10 @@ def _frame_checksum(file: IO[bytes], archive: zipfile.ZipFile, size: int) -> byt
 
 
 def _checksum(file: IO[bytes], spans: list[tuple[int, int]]) -> bytes:
-    """Computes one SHA-256 of several spans of a file and of two zero bytes after them.
+    """Computes one SHA-256 of several spans of a file and two zero bytes.
 
-    The zero bytes stand for the length of an empty comment at the end of a zip file.
+    The zero bytes follow the last span. The zero bytes stand for the length of an empty comment at
+    the end of a zip file.
 
     Args:
         file: the open file.
@@ -246,9 +255,9 @@ def _check_members(path: Path, archive: zipfile.ZipFile, size: int) -> None:
         size: the size of the whole file in bytes.
 
     Raises:
-        Refused: two members have the same name; a member is compressed, encrypted or marked as a
-            folder; the members together claim more bytes than the file has; or a pickle could run
-            code.
+        Refused: a member is compressed, encrypted, marked as a folder, or contains a pickle that
+            could run code. Refused is also raised if two members have the same name, or if the
+            members claim more bytes than the file has.
     """
     members = archive.infolist()
     names = [member.filename for member in members]
@@ -267,15 +276,18 @@ def _check_members(path: Path, archive: zipfile.ZipFile, size: int) -> None:
 
 
 def _check_pickle(path: Path, pickled: bytes) -> None:
-    """Checks that a pickle uses no Python objects except those that tensors and plain values need.
+    """Checks that a pickle can be read without risk.
+
+    The pickle may name only the few Python classes and functions that tensors and plain values
+    need.
 
     Args:
         path: the path of the file with the pickle, for the error message.
         pickled: the bytes of the pickle.
 
     Raises:
-        Refused: the pickle uses any other function or class, which could run code; or it contains a
-            number so large that unpickling could take too much memory.
+        Refused: the pickle names another class or function, which could run code. Refused is also
+            raised if a number in the pickle is so large that reading could fill the memory.
     """
     for opcode, argument, _ in pickletools.genops(pickled):
         if opcode.name in NAMING and argument not in ALLOWED:

@@ -28,17 +28,17 @@ FORMAT = 1  # the version of the content; raised when earlier code cannot read t
 
 
 def load_checkpoint(path: Path, option: str = "--resume") -> dict[str, Any]:
-    """Reads a checkpoint, and checks its bytes and its content.
+    """Reads a checkpoint, and checks the bytes and the content of the file.
 
-    The tensors are put on the CPU. No code that the file may contain is executed.
+    Tensors are put on the CPU. Code in the file is never executed.
 
     Args:
         path: the path of the checkpoint.
-        option: the command-line option that names a checkpoint, "--resume" or "--checkpoint". If
-            the checkpoint is refused, the error message suggests this option with another file.
+        option: the command-line option that an error message suggests, "--resume" or
+            "--checkpoint".
 
     Returns:
-        The entries of the checkpoint, such as "model_state_dict" and "epoch".
+        The entries of the checkpoint by name, such as "model_state_dict" and "epoch".
 
     Raises:
         Refused: the file cannot be read, is damaged, is not a checkpoint of this project, or
@@ -52,16 +52,16 @@ def load_checkpoint(path: Path, option: str = "--resume") -> dict[str, Any]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint, and checks its bytes and its content.
+    """Reads a checkpoint, and checks the bytes and the content of the file.
 
-    The tensors are put on the CPU. No code that the file may contain is executed. Unlike
-    `load_checkpoint`, this function does not look for another checkpoint if this one is refused.
+    Tensors are put on the CPU. Code in the file is never executed. If the checkpoint is refused, no
+    other checkpoint is searched for.
 
     Args:
         path: the path of the checkpoint.
 
     Returns:
-        The entries of the checkpoint, such as "model_state_dict" and "epoch".
+        The entries of the checkpoint by name, such as "model_state_dict" and "epoch".
 
     Raises:
         Refused: the file cannot be read, is damaged, is not a checkpoint of this project, or
@@ -87,19 +87,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def read_metadata(path: Path) -> dict[str, Any]:
     """Reads all entries of a checkpoint except the state dicts.
 
-    This takes milliseconds, whatever the size of the file, because the data of the tensors is not
-    read.
+    Reading takes milliseconds even for a large file, because the data of the tensors is skipped.
 
     Args:
         path: the path of the checkpoint.
 
     Returns:
-        The entries by name, such as "started", "epoch", "step" and "unfinished_epoch". A tensor in
-        one of these entries is replaced by None.
+        The entries by name, such as "started", "epoch", "step" and "unfinished_epoch". None stands
+        in place of every tensor in the entries.
 
     Raises:
-        Refused: the file cannot be read, is damaged outside of its tensors' data, or is not a
-            checkpoint of this project.
+        Refused: the file cannot be read, is damaged, or is not a checkpoint of this project. Damage
+            in the data of the tensors is not noticed.
     """
     content = read_plain_values(path)
     _check_kind(path, content)
@@ -117,7 +116,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def check_readable(content: dict[str, Any]) -> None:
-    """Checks that a checkpoint with this content could be read again.
+    """Checks that a checkpoint with the given content could be read again.
 
     Args:
         content: the entries of the checkpoint by name.
@@ -138,8 +137,8 @@ def position_text(content: dict[str, Any]) -> str:
         content: the entries of the checkpoint by name.
 
     Returns:
-        A text such as "after epoch 3 and 2 batches, step 38", or "after epoch 3, step 36" for a
-        checkpoint from the end of an epoch.
+        A text such as "after epoch 3 and 2 batches, step 38". The text for the end of an epoch has
+        no batches, as in "after epoch 3, step 36".
     """
     batch = content["unfinished_epoch"]["batch"]
     within = f" and {batch} batches" if batch else ""
@@ -147,24 +146,27 @@ def position_text(content: dict[str, Any]) -> str:
 
 
 def validated_weights(content: dict[str, Any]) -> dict[str, Any]:
-    """Returns the state dict with which the model of a checkpoint was validated.
+    """Returns the weights with which the model of a checkpoint was validated.
 
-    These weights are the moving average (EMA) if the run computes one, and otherwise the weights
-    that the optimizer trains.
+    If the run computes a moving average of the weights (EMA), the result is the average. Otherwise,
+    the result is the weights that the optimizer trains.
 
     Args:
         content: the entries of the checkpoint by name.
+
+    Returns:
+        The weights as a state dict.
     """
     return content["ema_state_dict"] or content["model_state_dict"]
 
 
 def is_end_of_epoch(content: dict[str, Any], started: str, epoch: int) -> bool:
-    """Returns whether a checkpoint was saved at the end of the given epoch of the given run.
+    """Returns whether a checkpoint was saved at the end of a certain epoch.
 
     Args:
         content: the entries of the checkpoint by name.
-        started: the time at which the run started, such as "2026-11-20 18:45:01.123456". It
-            identifies the run.
+        started: the start time of a run, such as "2026-11-20 18:45:01.123456". The result is False
+            if the checkpoint belongs to another run.
         epoch: the number of the epoch, from 1.
     """
     position = content["started"], content["epoch"], content["unfinished_epoch"]["batch"]
@@ -172,15 +174,15 @@ def is_end_of_epoch(content: dict[str, Any], started: str, epoch: int) -> bool:
 
 
 def _advice(path: Path, option: str) -> str:
-    """Returns advice for the case that a checkpoint cannot be read.
+    """Returns advice for a user whose checkpoint cannot be read.
 
     Args:
-        path: the path that cannot be read as a checkpoint. It may be a file or a folder.
-        option: the command-line option that names a checkpoint, such as "--resume".
+        path: the path of the unreadable checkpoint, or of a folder.
+        option: the command-line option that the advice suggests, such as "--resume".
 
     Returns:
-        The end of an error message. It names another intact checkpoint in the same folder, or says
-        that there is none.
+        The end of an error message. The text names another intact checkpoint in the same folder, or
+        says that there is none.
     """
     others = [p for p in checkpoints_in(path if path.is_dir() else path.parent) if p != path]
     for other in others:
@@ -190,11 +192,11 @@ def _advice(path: Path, option: str) -> str:
 
 
 def _check_kind(path: Path, content: Any) -> None:
-    """Checks that a value read from a file is a checkpoint, and one that this version can read.
+    """Checks that a value from a file is a checkpoint of a known format.
 
     Args:
         path: the path of the file, for the error message.
-        content: the value that the file contains.
+        content: the value from the file.
 
     Raises:
         Refused: the value is not a dict, contains weights alone, was written by a newer version of
@@ -218,14 +220,17 @@ def _check_kind(path: Path, content: Any) -> None:
 
 
 def clone_tree(tree: Any, device: torch.device | str | None = "cpu") -> Any:
-    """Copies a tensor, or nested dicts, lists and tuples with all tensors in them.
+    """Copies a tensor, or nested dicts, lists and tuples with all their tensors.
 
-    Values of other types are not copied, and are shared with the original.
+    Values of other types are not copied, but shared with the original.
 
     Args:
         tree: the tensor, dict, list or tuple to copy.
-        device: the device of the copied tensors, or None to leave each copy on the device of its
-            original.
+        device: the device for all copied tensors. None leaves each copy on the device of the
+            original tensor.
+
+    Returns:
+        The copy.
     """
     if isinstance(tree, torch.Tensor):
         return tree.detach().to(device, copy=True)
@@ -251,33 +256,31 @@ def estimate_bytes(tree: Any) -> int:
 
 
 def save_checkpoint(content: dict[str, Any], path: Path, also: Paths = ()) -> None:
-    """Writes a checkpoint to disk, under one or more names in the same folder.
+    """Writes a checkpoint to one or more files in the same folder.
 
     Args:
         content: the entries of the checkpoint by name.
         path: the path of the file.
-        also: further paths in the same folder for the same content. They are replaced before `path`
-            is.
+        also: the paths of further files with the same content. The further files are written before
+            the file at `path`.
 
     Raises:
-        OSError: the checkpoint cannot be written. Each path then has either its old or the new
-            content.
+        OSError: a file cannot be written. Each file then has either the old or the new content.
     """
     content = content | {STRUCTURE_HASH: structure.structure_hash(content)}
     write_atomically(path, lambda file: write_archive(content, file), also)
 
 
 class CheckpointWriter:
-    """A writer of checkpoints that works in a background thread, one checkpoint after the other.
+    """A writer that saves checkpoints in a background thread, one after the other.
 
-    If a write fails, the error is logged, the file of the previous save stays, and training
-    continues. If the checkpoint of the best epoch could not be written, its content stays in
-    memory, and the next save tries to write it again.
+    If a write fails, the error is logged, the previous file stays, and training continues. If the
+    checkpoint of the best epoch could not be written, the next save tries again.
 
     Attributes:
-        failure: why the latest write failed, or None if it did not fail.
-        pending_best: the content of the best epoch's checkpoint until it is written; None if it is
-            written or there is none.
+        failure: the reason why the latest write failed; None if the latest write succeeded.
+        pending_best: the content of the best epoch's checkpoint until the checkpoint is written;
+            None if nothing is waiting.
     """
 
     def __init__(self) -> None:
@@ -289,15 +292,15 @@ class CheckpointWriter:
     def save(
         self, content: dict[str, Any], path: Path, best: Path | None = None, also: Paths = ()
     ) -> None:
-        """Copies the content of a checkpoint, and starts a thread that writes the copy to disk.
+        """Copies the content of a checkpoint, and writes the copy in a background thread.
 
-        Before that, this method waits until the previous write has ended.
+        If the previous write is still going on, the method first waits for the end of that write.
 
         Args:
             content: the entries of the checkpoint by name.
             path: the path of the file, such as checkpoints/last.pth.
-            best: a further path for the same content, such as checkpoints/best.pth, if this is the
-                checkpoint of the best epoch so far; otherwise None.
+            best: a further path for the checkpoint of the best epoch so far, such as
+                checkpoints/best.pth; None if another epoch was better.
             also: further paths for the same content, such as checkpoints/epoch_005.pth.
 
         Raises:
@@ -328,22 +331,22 @@ class CheckpointWriter:
             logger.error("could not save %s. %s", self.failure, effect)
 
     def wait(self) -> None:
-        """Waits until the latest checkpoint is written or its write has failed."""
+        """Waits until the latest checkpoint is written, or until the write has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
 
 def _space(content: dict[str, Any], path: Path) -> str:
-    """Describes how much space a checkpoint needs, and how much is free on the disk.
+    """Describes the size of a checkpoint and the free space on the disk.
 
     Args:
         content: the entries of the checkpoint by name.
-        path: the path of the checkpoint. Its folder is on the disk in question.
+        path: the path of the checkpoint. The folder of the checkpoint is on the disk in question.
 
     Returns:
-        A text such as "it needs 5.1 MB, checkpoints has 2.3 MB free". The free space is left out if
-        it is unknown.
+        A text such as "it needs 5.1 MB, checkpoints has 2.3 MB free". Unknown free space is left
+        out.
     """
     free = ""
     with contextlib.suppress(OSError):  # the folder may be removed

@@ -26,11 +26,11 @@ DTYPES = (*FLOATS, *INTEGERS, torch.complex64, torch.complex128)
 
 
 class Leaf(NamedTuple):
-    """A kind of value, such as "text", in the tables that describe a checkpoint.
+    """A kind of value that a checkpoint can contain, such as a text.
 
     Attributes:
         expected: the name of the kind in error messages, such as "a finite number of at least 0".
-        matches: a function that returns whether a value is of this kind.
+        matches: a function that returns whether a value is of the kind.
     """
 
     expected: str
@@ -38,19 +38,22 @@ class Leaf(NamedTuple):
 
 
 def is_real(value: Any, ndim: int) -> bool:
-    """Returns whether a value is a tensor of `ndim` dimensions whose dtype is not complex."""
+    """Returns whether a value is a tensor of real numbers with `ndim` dimensions.
+
+    Every dtype that is not complex counts as real.
+    """
     return isinstance(value, torch.Tensor) and value.ndim == ndim and not value.is_complex()
 
 
 def is_amount(value: Any) -> bool:
-    """Returns whether a value is an int or float that is finite and at least 0."""
+    """Returns whether a value is a finite int or float of at least 0."""
     return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def is_plain(value: Any) -> bool:
-    """Returns True if a value contains no tensors and all its dicts have only text as keys.
+    """Returns whether a value contains no tensors and no dict keys except texts.
 
-    Values nested in dicts, lists and tuples are examined too.
+    Values nested in dicts, lists and tuples are examined, too.
     """
     if isinstance(value, dict):
         return all(type(key) is str and is_plain(inner) for key, inner in value.items())
@@ -124,7 +127,7 @@ KEYS = _required(CHECKPOINT)
 
 
 def check_content(content: dict[str, Any]) -> None:
-    """Checks that a checkpoint has the expected structure and that its entries fit each other.
+    """Checks that the entries of a checkpoint are complete and fit each other.
 
     Args:
         content: the entries of the checkpoint by name.
@@ -158,17 +161,20 @@ def check_content(content: dict[str, Any]) -> None:
 
 
 def check(value: Any, kind: Any, key: str = "") -> None:
-    """Checks a value, and everything nested in it, against a kind or a table of kinds.
+    """Checks a value, and all nested values, against a table of kinds.
 
     Args:
         value: the value to check.
-        kind: a `Leaf`, or a table such as {"epoch": WHOLE, "classes": [TEXT]}: a dict maps keys to
-            kinds, a list contains the kind of all items, and a tuple contains alternative kinds.
-        key: the place of the value in the checkpoint, such as "best.epoch"; "" for the checkpoint
-            itself.
+        kind: a `Leaf`, or a table such as {"epoch": WHOLE, "classes": [TEXT]}, where WHOLE and TEXT
+            are of type `Leaf`. A dict maps names to kinds. A list has the kind of all items. A
+            tuple has alternative kinds. In a dict, a name with "?" at the end can be missing. The
+            name "*" stands for all other names.
+        key: the place of the value in the checkpoint, such as "best.epoch"; "" for the whole
+            checkpoint.
 
     Raises:
-        InvalidValue: a value does not fit. The message begins with the key of that value.
+        InvalidValue: a value is missing or of the wrong kind. The message begins with the key of
+            the value.
     """
     if isinstance(kind, Leaf):
         if not kind.matches(value):
@@ -198,9 +204,9 @@ def _kind_of(name: Any, kinds: dict[Any, Any], key: str) -> Any:
     """Returns the kind of value that a table prescribes for a name.
 
     Args:
-        name: the name of the value in a mapping of the checkpoint, such as "epoch".
-        kinds: the table for this mapping. Its entry "*", if it has one, is for all names that the
-            table does not list.
+        name: a name in a mapping of the checkpoint, such as "epoch".
+        kinds: the table for the mapping. A table entry "*" is for all names that are not in the
+            table.
         key: the place of the mapping in the checkpoint, such as "best", for the error message.
 
     Returns:
@@ -223,34 +229,37 @@ def _join(key: str, name: Any) -> str:
 
 
 def check_values(tree: Any) -> None:
-    """Checks that nested dicts, lists and tuples contain only plain values and plain tensors.
+    """Checks that nested dicts, lists and tuples contain only plain values and tensors.
 
-    Plain values are None, bool, int, float and str. Plain tensors are dense, and no two of their
-    elements share memory.
+    Plain values are None, bool, int, float and str. Tensors must be dense, and no two elements of a
+    tensor may share memory. The keys of dicts must be texts or ints.
 
     Args:
         tree: the dict, list or tuple to check.
 
     Raises:
-        InvalidValue: a value or tensor is not plain, a key is neither text nor an int, a container
-            occurs twice, or the nesting is too deep. The message begins with the key of the value,
-            such as "optimizer_state_dict.state".
+        InvalidValue: a value, a tensor or a key is not allowed, a container occurs twice, or the
+            nesting is too deep. The message begins with the key of the value, such as
+            "optimizer_state_dict.state".
     """
     _check_value(tree, "", 0, set())
 
 
 def _check_value(tree: Any, key: str, depth: int, seen: set[int]) -> None:
-    """Checks that a value, with everything nested in it, is plain, as `check_values` describes.
+    """Checks that a value and all nested values are plain.
+
+    Plain are None, bool, int, float, str and dense tensors. Dicts, lists and tuples of plain values
+    are plain, too.
 
     Args:
         tree: the value to check.
         key: the place of the value in the checkpoint, such as "optimizer_state_dict.state".
         depth: the number of containers around the value.
-        seen: the ids of the containers that earlier calls have checked. This call adds the ids of
-            the containers that it checks.
+        seen: the ids of the containers that earlier calls have checked. The function adds the ids
+            of further containers.
 
     Raises:
-        InvalidValue: something is not plain. The message begins with the key of that value.
+        InvalidValue: a value is not plain. The message begins with the key of the value.
     """
     if isinstance(tree, torch.Tensor):
         fault = _fault_of(tree)
@@ -272,10 +281,13 @@ def _check_value(tree: Any, key: str, depth: int, seen: set[int]) -> None:
 
 
 def _fault_of(tensor: torch.Tensor) -> str | None:
-    """Returns why a tensor is not plain, as words for an error message, or None if it is plain.
+    """Returns why a checkpoint cannot contain a tensor; None if there is no reason.
 
-    A plain tensor is dense, has one of the dtypes in `DTYPES`, is not a conjugated or negated view,
-    and no two of its elements share memory.
+    The tensor must be dense, and have a common dtype such as float32. The tensor must not be a
+    conjugated or negated view. No two elements of the tensor may share memory.
+
+    Returns:
+        The end of an error message, such as "a conjugated or negated view", or None.
     """
     if tensor.layout != torch.strided or tensor.is_quantized:
         return "a sparse or quantised one"
@@ -292,10 +304,9 @@ def _fault_of(tensor: torch.Tensor) -> str | None:
 
 
 def structure_hash(content: dict[str, Any]) -> str:
-    """Returns a SHA-256 of a checkpoint's plain values and of the shapes and dtypes of its tensors.
+    """Computes a SHA-256 of a checkpoint's plain values, tensor shapes and dtypes.
 
-    The elements of a tensor are left out, because the checksums of the file cover them. Only the
-    value of a tensor without dimensions is included.
+    The elements of tensors are left out. Only the value of a tensor without dimensions is included.
 
     Args:
         content: the entries of the checkpoint by name.
@@ -320,8 +331,8 @@ def describe_value(value: Any) -> str:
     """Describes a value for an error message.
 
     Returns:
-        A number as text, "null" for None, the dtype and shape of a tensor as in "a tensor float32
-        (2, 3)", and the name of the type, such as "list", for any other value.
+        A number as text, "null" for None, or a text such as "a tensor float32 (2, 3)" for a tensor.
+        Any other value is described by the name of the type, such as "list".
     """
     if isinstance(value, torch.Tensor):
         return f"a tensor {_name_of(value.dtype)} {tuple(value.shape)}"

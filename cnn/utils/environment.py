@@ -26,20 +26,20 @@ BITS_DEPEND_ON = ("torch", "numpy", "device", "cpu", "threads", "precision", "wo
 
 
 def choose_device(name: str, launch: Launch | None = None) -> torch.device:
-    """Returns the device that the setting `device` names.
+    """Chooses the device on which a run computes.
 
-    A CUDA device with an index, such as "cuda:1", is also made PyTorch's current device.
+    A CUDA device with an index, such as "cuda:1", becomes PyTorch's current device.
 
     Args:
-        name: "cpu", "cuda", "cuda:1", "mps" or "auto". "auto" is CUDA if it is available, otherwise
-            MPS, otherwise the CPU.
+        name: "cpu", "cuda", "cuda:1", "mps" or "auto". "auto" is CUDA if available, otherwise MPS,
+            otherwise the CPU.
         launch: the place of this process among the processes of the run; None for a run of one
-            process. If there are several processes, "auto" and "cuda" give each of them the CUDA
-            device whose index is its local rank.
+            process. In a run of several processes, each process has a local rank. "auto" and "cuda"
+            then give each process the CUDA device with the local rank as index.
 
     Raises:
-        Refused: there is no such device, or this machine has more processes of the run than CUDA
-            devices.
+        Refused: there is no such device. Refused is also raised if the run has more processes on
+            this machine than there are CUDA devices.
     """
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if launch and launch.size > 1 and name in ("auto", "cuda") and num_gpus:
@@ -59,14 +59,16 @@ def choose_device(name: str, launch: Launch | None = None) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device, earlier: str | None = None) -> str:
-    """Returns the precision of the forward passes: "fp32", "bf16" or "fp16".
+    """Chooses the precision of the forward passes.
 
     Args:
-        name: "fp32", "bf16" or "fp16", which is returned as it is, or "auto". For a new run, "auto"
-            is "bf16" if the hardware supports it, and otherwise "fp32".
+        name: "fp32", "bf16", "fp16" or "auto". For a new run, "auto" is "bf16" if the hardware
+            supports bf16, and otherwise "fp32". For a resumed run, "auto" is the earlier precision.
         device: the device of the model.
-        earlier: the precision that a resumed run had before, which is returned for "auto"; None for
-            a new run.
+        earlier: the earlier precision of a resumed run; None for a new run.
+
+    Returns:
+        "fp32", "bf16" or "fp16".
     """
     if name != "auto":
         return name
@@ -80,7 +82,7 @@ def choose_precision(name: str, device: torch.device, earlier: str | None = None
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Returns the context manager in which a forward pass computes in the given precision.
+    """Returns a context manager that sets the precision of a forward pass.
 
     Args:
         device: the device of the model.
@@ -90,10 +92,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def cpu_has(*features: str) -> bool:
-    """Returns whether the CPU has at least one of the given features, and PyTorch can use it.
+    """Returns whether PyTorch can use at least one of the given CPU features.
 
-    PyTorch uses such features through the library oneDNN. The result is False if PyTorch was built
-    without oneDNN, or if the system has no file /proc/cpuinfo, which lists the features of the CPU.
+    The result is False if PyTorch was built without the library oneDNN. The result is also False on
+    a system without the file /proc/cpuinfo, such as Windows.
 
     Args:
         features: the names of the features as in /proc/cpuinfo, such as "avx512_bf16".
@@ -106,7 +108,7 @@ def cpu_has(*features: str) -> bool:
 
 
 def describe(device: torch.device, precision: str, world_size: int = 1) -> dict[str, Any]:
-    """Describes the environment of a run for its checkpoint and its log.
+    """Describes the environment of a run for the checkpoint and the log.
 
     Args:
         device: the device of the model.
@@ -114,9 +116,9 @@ def describe(device: torch.device, precision: str, world_size: int = 1) -> dict[
         world_size: the number of processes of the run.
 
     Returns:
-        A dict such as {"torch": "2.14.0", "device": "cpu", "threads": 4, "git": "1a2b3c4"}. It
-        contains the versions of packages, the device, the CPU, the number of threads, `precision`,
-        `world_size` and the git commit. A value that is not known is None.
+        A dict such as {"torch": "2.14.0", "device": "cpu", "threads": 4, "git": "1a2b3c4"}. The
+        dict contains package versions, the device, the CPU, the number of threads, `precision`,
+        `world_size` and the git commit. An unknown value is None.
     """
     on_cuda = device.type == "cuda"
     return {
@@ -136,20 +138,16 @@ def describe(device: torch.device, precision: str, world_size: int = 1) -> dict[
 
 
 def timestamp() -> str:
-    """Returns the local time as text, such as "2026-11-20 18:45:01.123456".
-
-    A run is identified by the time at which it started.
-    """
+    """Returns the local time as text, such as "2026-11-20 18:45:01.123456"."""
     return datetime.datetime.now().isoformat(" ")
 
 
 def git_commit() -> str | None:
-    """Returns the git commit of this project's code, such as "1a2b3c4".
-
-    If files differ from the commit, a plus sign follows, as in "1a2b3c4+".
+    """Returns the git commit of this project's code.
 
     Returns:
-        The commit, or None if the code is not in a git repository or git fails.
+        A text such as "1a2b3c4". If files differ from the commit, a plus sign follows, as in
+        "1a2b3c4+". The result is None if the code is not in a git repository or git fails.
     """
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
@@ -165,14 +163,14 @@ def git_commit() -> str | None:
 
 
 def environment_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Lists the differences between two environments that may change the rounding of results.
+    """Lists changes of the environment that can affect the rounding of results.
 
     Args:
-        then: the environment in a checkpoint, as `describe` returned it.
-        now: the environment of this process, as `describe` returns it.
+        then: the environment in a checkpoint, such as {"torch": "2.14.0", "threads": 2}.
+        now: the environment of this process, a dict with the same keys.
 
     Returns:
-        A text for each difference, such as "threads 2 → 4".
+        A text for each change, such as "threads 2 → 4".
     """
     return [
         f"{key} {then.get(key)} → {now[key]}" for key in BITS_DEPEND_ON if then.get(key) != now[key]
@@ -182,7 +180,7 @@ def environment_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def make_deterministic() -> None:
     """Makes PyTorch use deterministic algorithms only.
 
-    From then on, an operation that has no deterministic algorithm raises RuntimeError.
+    Any later operation without a deterministic algorithm raises RuntimeError.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False

@@ -19,21 +19,21 @@ TEMPORARY = ".cnn.tmp"  # suffix of temporary files; the user's .tmp files have 
 def write_atomically(
     path: Path, write: Callable[[IO[bytes]], None], also: tuple[Path, ...] = ()
 ) -> None:
-    """Replaces a file so that, even after a crash, it has either its old content or the new one.
+    """Replaces or creates a file, and never leaves a half-written file.
 
-    The content is written to a temporary file in the same folder, synced to disk, and renamed.
+    After a crash, the file has either the old or the new content. The content is first written to a
+    temporary file in the same folder.
 
     Args:
         path: the file to replace or create.
-        write: a function that is called with the temporary file and writes the content to it. The
-            file is open for writing and reading in binary mode.
-        also: further paths in the same folder that get the same content. They are replaced and
-            synced to disk before `path` is replaced.
+        write: a function that writes the content. The argument of the function is a temporary file,
+            open for writing and reading in binary mode.
+        also: further paths in the same folder for the same content. The further paths are replaced
+            before `path`.
 
     Raises:
-        OSError: a write, rename or sync failed. No temporary file is left. `path` has its old
-            content, or the new one if the error came from syncing the folder after `path` was
-            replaced. Each path in `also` has its old content or the new one.
+        OSError: a file cannot be written, renamed or synced to disk. Each path then has either the
+            old or the new content. No temporary file is left.
     """
     temporary = temporary_name(path)
     links = [temporary_name(other) for other in also]
@@ -62,14 +62,14 @@ def write_atomically(
 
 
 def write_output(path: Path, data: bytes) -> None:
-    """Replaces or creates a file that the user has asked for, such as a table or an export.
+    """Replaces or creates a file that the user has asked for.
 
     Args:
-        path: the path of the file.
+        path: the path of the file, such as a table or an exported model.
         data: the new content of the file.
 
     Raises:
-        Failed: the file cannot be written. The message contains its path.
+        Failed: the file cannot be written. The message contains the path.
     """
     with raising_failed(path):
         write_atomically(path, lambda file: file.write(data))
@@ -77,13 +77,13 @@ def write_output(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def raising_failed(path: Path) -> Iterator[None]:
-    """Raises Failed in place of an OSError that occurs in the `with` block.
+    """Raises Failed in place of an OSError from the `with` block.
 
     Args:
         path: the file that the block writes, for the error message.
 
     Raises:
-        Failed: an OSError occurred. The message contains the path.
+        Failed: an OSError occurred in the block. The message contains the path.
     """
     try:
         yield
@@ -92,10 +92,14 @@ def raising_failed(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text to a file in UTF-8, in place of the file's earlier content.
+    """Writes a text to a file in UTF-8, in place of any earlier content.
 
-    After a crash, the file has either its old content or the new one. A lone surrogate, which UTF-8
-    cannot encode, is written as its escape sequence.
+    After a crash, the file has either the old or the new content. A lone surrogate, which UTF-8
+    cannot encode, is written as an escape sequence.
+
+    Args:
+        path: the path of the file.
+        text: the new content of the file.
 
     Raises:
         OSError: the file cannot be written.
@@ -104,9 +108,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_record(path: Path, text: str) -> None:
-    """Writes a text to a file in the log folder of a run, in place of the file's earlier content.
+    """Writes a text to a file, in place of any earlier content.
 
     If the file cannot be written, a warning is logged and no error is raised.
+
+    Args:
+        path: the path of a file in the log folder of a run.
+        text: the new content of the file.
     """
     try:
         write_text(path, text)
@@ -115,18 +123,18 @@ def write_record(path: Path, text: str) -> None:
 
 
 def warn_unwritten(what: Path | str, reason: str) -> None:
-    """Logs a warning that a file in the log folder of a run cannot be written.
+    """Logs a warning that a file in a run's log folder cannot be written.
 
     Args:
         what: the path of the file, or a name for several files, such as "logs/tensorboard".
-        reason: why it cannot be written, such as "No space left on device".
+        reason: the reason for the failure, such as "No space left on device".
     """
     effect = "training goes on, and no checkpoint lacks anything"
     logger.warning("%s: cannot be written: %s; %s", what, reason, effect)
 
 
 def temporary_name(path: Path) -> Path:
-    """Returns a unique path for a temporary file in the folder of another file.
+    """Returns a unique path for a temporary file beside another file.
 
     Args:
         path: the file that the temporary file will replace.
@@ -135,10 +143,9 @@ def temporary_name(path: Path) -> Path:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes the temporary files that a crash has left in a folder.
+    """Removes this project's temporary files, which a crash can leave, from a folder.
 
-    Only temporary files of this project are removed. If one of them cannot be removed, the function
-    stops without an error, and the remaining ones stay.
+    If a file cannot be removed, the function stops without an error.
     """
     with contextlib.suppress(OSError):
         for path in folder.glob(f".*{TEMPORARY}"):
@@ -146,9 +153,9 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Creates a folder and its missing parents, and syncs them to disk.
+    """Creates a folder and all missing parent folders, and syncs the change to disk.
 
-    A folder that exists is left as it is.
+    A folder that exists is left unchanged.
     """
     if not folder.is_dir():
         make_folder(folder.parent)
@@ -157,9 +164,10 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Syncs a folder to disk, so that a power failure does not undo renames in it.
+    """Syncs a folder to disk.
 
-    On Windows, which cannot sync folders, it does nothing.
+    A later power failure then does not undo renames in the folder. On Windows, where folders cannot
+    be synced, the function does nothing.
     """
     if os.name == "nt":
         return

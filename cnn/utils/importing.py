@@ -17,14 +17,14 @@ OURS = ("cnn", "train", "evaluate", "predict", "export", "compare", "sweep", "te
 
 @contextlib.contextmanager
 def garbage_collection_paused() -> Iterator[None]:
-    """Pauses Python's garbage collector within a `with` block that imports large packages.
+    """Pauses Python's garbage collector during a `with` block of imports.
 
-    The objects of such packages are never freed, so that searching them for garbage is of no use.
-    If torch was not imported before the block, the collector ignores from then on all objects that
+    The objects of large packages are never freed. Searching such objects for garbage is therefore
+    useless. If torch was not imported before the block, the collector ignores all objects that
     exist at the end of the block.
 
-    Without the pause, the imports before training take 1.34 times as long (from 1.22 to 2.17
-    times), and 3.9 s of CPU time instead of 2.7 s. These are medians of 5 alternating pairs of
+    Without the pause, the imports before training take 1.34 times as long (range 1.22 to 2.17). The
+    imports then take 3.9 s of CPU time instead of 2.7 s. The numbers are medians of 5 pairs of
     runs.
     """
     is_first = "torch" not in sys.modules
@@ -38,7 +38,7 @@ def garbage_collection_paused() -> Iterator[None]:
 
 
 def is_outside_code(path: str) -> bool:
-    """Returns whether an object would be imported from somewhere outside the current folder.
+    """Returns whether an object would be imported from outside the current folder.
 
     The module of the object is searched for, but not imported.
 
@@ -46,8 +46,8 @@ def is_outside_code(path: str) -> bool:
         path: the object as `package.module:name`, such as "examples.own_loss:Focal".
 
     Returns:
-        False if the module is in the current folder or does not exist, otherwise True. The packages
-        of this project, the standard library and site-packages always count as outside.
+        False if the module is in the current folder or does not exist, otherwise True. Modules of
+        this project, the standard library and site-packages always count as outside.
     """
     top = path.partition(":")[0].partition(".")[0]
     _search_here()
@@ -74,13 +74,13 @@ def import_object(path: str, key: str) -> Any:
 
     Args:
         path: the object as `package.module:name`, such as "examples.own_loss:Focal".
-        key: the setting that names the object, such as "loss.name", for the error message.
+        key: the setting that contains the path, such as "loss.name", for the error message.
 
     Returns:
         The object, such as a class or a function.
 
     Raises:
-        Refused: there is no such module, or the module contains no object of this name.
+        Refused: there is no such module, or the module contains no object of the given name.
     """
     module_name, _, name = path.partition(":")
     _search_here()

@@ -8,17 +8,17 @@ from cnn.errors import Refused
 
 @dataclass(frozen=True)
 class Launch:
-    """The place of this process among the processes of its run.
+    """The place of this process among the processes of a run.
 
     The default values describe a run of one process.
 
     Attributes:
-        rank: the index of this process among all processes of the run. Rank 0 logs and writes
-            files.
+        rank: the index of this process among all processes of the run. The process of rank 0 logs
+            and writes files.
         size: the number of all processes of the run.
-        local_rank: the index of this process among those on the same machine.
-        local_size: the number of processes on the same machine.
-        node: the index of this machine among those of the run.
+        local_rank: the index of this process among the processes on this machine.
+        local_size: the number of processes on this machine.
+        node: the index of this machine among the machines of the run.
     """
 
     rank: int = 0
@@ -29,14 +29,14 @@ class Launch:
 
     @property
     def is_rank0(self) -> bool:
-        """A flag that is True on rank 0, the process that logs and writes files."""
+        """A flag that is True in the process that logs and writes files (rank 0)."""
         return self.rank == 0
 
 
 def find_launch() -> Launch:
-    """Reads the place of this process in its run from the environment variables of torchrun.
+    """Reads the place of this process from the environment variables of torchrun.
 
-    Without these variables, this process is taken to be the only one of its run.
+    Without the variables, the result describes a run of one process.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
     try:
@@ -46,15 +46,15 @@ def find_launch() -> Launch:
 
 
 def command(*words: str) -> list[str]:
-    """Returns a command that runs a script in as many processes as this run has.
+    """Returns a command that runs a script in as many processes as this run.
 
     Args:
-        words: the script and its arguments, such as "train.py" and "--resume".
+        words: the script and the arguments of the script, such as "train.py" and "--resume".
 
     Returns:
-        The words of the command, such as ["python", "train.py", "--resume"]. The first word is
-        "python" if this run has a single process, and otherwise "torchrun". If the run uses several
-        machines, the word "..." stands for the options of torchrun that the user has to add.
+        The words of the command, such as ["python", "train.py", "--resume"]. For several processes,
+        the first word is "torchrun". For several machines, the word "..." stands for options of
+        torchrun that the user has to add.
     """
     launch = find_launch()
     if launch.size == 1:
@@ -69,7 +69,7 @@ def refuse_multiple_processes(what: str) -> None:
 
     Args:
         what: the option or script that needs a single process, such as "--find-lr" or "compare.py".
-            The error message begins with this text.
+            The error message begins with `what`.
     """
     launch = find_launch()
     if launch.size > 1:

@@ -15,16 +15,19 @@ NAMES = ("cnn", "train", "py.warnings")
 
 
 class _Formatter(logging.Formatter):
-    """A formatter that escapes control characters, which a terminal would otherwise act on."""
+    """A formatter that escapes control characters, except line ends and tabs.
+
+    A terminal would obey control characters in a message.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         return escape_unprintable(super().format(record), keep=LINES)
 
 
 class _Console(logging.Handler):
-    """A handler that writes messages to stderr, above a tqdm bar if one is shown.
+    """A handler that writes messages to stderr, above a progress bar if there is one.
 
-    A message above the level INFO is preceded by its level, such as "warning: ".
+    A message above the level INFO begins with the level, as in "warning: ".
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -36,13 +39,13 @@ class _Console(logging.Handler):
 class _File(logging.FileHandler):
     """A handler that appends messages to train.log.
 
-    If a write fails, the handler logs a warning. It logs no further warning until a write has
-    succeeded.
+    If a write fails, the handler logs a warning. The handler logs no further warning until a write
+    has succeeded.
 
     Args:
         path: the path of train.log.
-        prefix: a text before every message, such as "rank 1: "; "" for none. With a prefix, the
-            file is not opened before the first message.
+        prefix: a text before every message, such as "rank 1: ", or "". With a prefix, the file is
+            created only when there is a message.
     """
 
     def __init__(self, path: Path, prefix: str):
@@ -70,14 +73,14 @@ class _File(logging.FileHandler):
 class Log:
     """The log of one process: the console and, after `open_file`, a file.
 
-    From its creation until `close`, it replaces the handlers of Python's root logger.
+    An open log replaces the handlers of Python's root logger.
 
-    Rank 0 logs the messages of this project from the level INFO on, and the warnings and errors of
-    other libraries. The other ranks log only errors and, after `open_file`, the warnings of this
-    project. Their messages begin with the rank, as in "rank 1: ".
+    Rank 0 logs this project's messages from the level INFO on. Rank 0 also logs warnings and errors
+    of other libraries. Other ranks log errors and, after `open_file`, this project's warnings.
+    Messages of other ranks begin with the rank, as in "rank 1: ".
 
     Args:
-        rank: the index of this process among those of the run.
+        rank: the index of this process among the processes of the run.
     """
 
     def __init__(self, rank: int = 0) -> None:
@@ -96,10 +99,10 @@ class Log:
         logging.captureWarnings(True)
 
     def open_file(self, path: Path) -> None:
-        """Opens a file to which all further messages of the log are appended.
+        """Opens a file, to which all further messages are appended.
 
-        Messages that were logged while no file was open are appended first. If the file cannot be
-        opened, a warning is logged, and the console remains the only log.
+        Earlier messages that are not in any file yet are appended first. If the file cannot be
+        opened, a warning is logged. Messages then appear only on the console.
 
         Args:
             path: the path of the file, such as logs/train.log.
@@ -119,9 +122,9 @@ class Log:
         self.root.addHandler(self._file)
 
     def close_file(self) -> None:
-        """Closes the file of the log, if one is open.
+        """Closes the file of the log, if a file is open.
 
-        Messages that are logged afterwards are written to the next file that `open_file` opens.
+        Later messages are kept in memory until `open_file` opens another file.
         """
         if self._file is not None:
             self.root.removeHandler(self._file)
@@ -130,7 +133,7 @@ class Log:
             self.root.addHandler(self._buffer)
 
     def close(self) -> None:
-        """Closes the log, and restores the earlier level and handlers of the root logger."""
+        """Closes the log, and restores the root logger's earlier level and handlers."""
         logging.captureWarnings(False)
         self.close_file()
         level, self.root.handlers = self._before

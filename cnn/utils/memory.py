@@ -13,14 +13,14 @@ LARGEST_KEPT = 20 * 2**20
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc's malloc keep the memory of freed tensors for the tensors of the next step.
+    """Makes glibc's malloc keep the memory of freed tensors for later tensors.
 
-    By default, glibc returns this memory to the system and requests it again in every step, and the
-    system zeroes it page by page. With a C library other than glibc, this function does nothing.
+    By default, glibc returns the memory to the system and requests new memory in every step. With
+    another C library than glibc, the function does nothing.
 
-    Without this function, ResNet-9 in bench/throughput.py trains 0.79 times as many images per
-    second on the CPU, and takes 1.28 times the CPU time and 0.95 times the memory. These are
-    medians of 5 alternating pairs of runs on a busy machine. The ratios of images per second range
+    Without the function, ResNet-9 in bench/throughput.py trains 0.79 times as many images per
+    second on the CPU. ResNet-9 then takes 1.28 times the CPU time and 0.95 times the memory. The
+    numbers are medians of 5 pairs of runs on a busy machine. The ratio of images per second ranges
     from 0.56 to 1.61. LeNet-5 and the model of the digits, whose tensors are small, show no
     difference.
     """

@@ -14,13 +14,16 @@ from cnn.utils.checkpoint import clone_tree
 
 @contextlib.contextmanager
 def state_preserved(*modules: nn.Module) -> Iterator[None]:
-    """Restores the state dicts of modules at the end of a `with` block, even after an exception.
+    """Restores the state dicts of modules at the end of a `with` block.
 
-    A forward pass in the block may change buffers, even in evaluation mode. Parameters that a lazy
-    layer creates in the block are left as they are.
+    The state dicts are restored even after an exception. A forward pass in the block can change
+    buffers, even in evaluation mode. Parameters that a lazy layer creates in the block are kept.
+
+    Args:
+        modules: the modules, which are changed in place.
 
     Raises:
-        Refused: a module has changed so much that its earlier state dict cannot be loaded.
+        Refused: a module has changed so much that the earlier state dict cannot be loaded.
     """
     saved = [
         {k: clone_tree(v, None) for k, v in module.state_dict().items() if not is_lazy(v)}
@@ -40,11 +43,11 @@ def state_preserved(*modules: nn.Module) -> Iterator[None]:
 
 
 def load_state(module: nn.Module, state: dict[str, Any], *, strict: bool = True) -> None:
-    """Loads a state dict into a module, and ignores the version numbers in the state dict.
+    """Loads a state dict into a module, and ignores PyTorch's version numbers.
 
-    PyTorch stores a version number for each submodule. If a state dict has no version numbers,
-    PyTorch converts it as if it were old. The checkpoints of this project have none, although they
-    are not old. Therefore, this function assumes the current version of every submodule.
+    PyTorch converts a state dict without version numbers, as if the state dict were old. The
+    checkpoints of this project have no version numbers, but are not old. Therefore, the function
+    assumes the current version of every submodule.
 
     Args:
         module: the module, which is changed in place.

@@ -18,15 +18,15 @@ T = TypeVar("T")
 def show_progress(
     items: Iterable[T], label: str, total: int, done: int = 0, every_seconds: float = 30.0
 ) -> Iterator[T]:
-    """Yields the items, and shows in a bar or in the log how many of them were taken.
+    """Yields the items, and shows how many items have been taken.
 
-    The bar is shown on rank 0 if stderr is a terminal. Otherwise, log lines show the progress.
+    If stderr is a terminal, rank 0 shows a bar. Otherwise, log lines show the progress.
 
     Args:
-        items: the steps or batches that are still to be taken.
+        items: the steps or batches that remain to be taken.
         label: the text before the numbers, such as "epoch 3/10".
-        total: the number of all items, including those that were taken before.
-        done: the number of items that were taken before, if the epoch is resumed; otherwise 0.
+        total: the number of all items, including the items of `done`.
+        done: the number of items that were taken earlier, in the resumed part of an epoch.
         every_seconds: the shortest time between two log lines.
     """
     on_terminal = sys.stderr.isatty() and find_launch().is_rank0

@@ -32,10 +32,11 @@ logger = logging.getLogger(__name__)
 
 
 class RunLogs:
-    """The paths of the files of a run in its log folder.
+    """The paths of a run's files in the log folder.
 
     Args:
-        folder: logs/NAME, or the folder logs itself for a run without a name.
+        folder: the log folder. The log folder is logs/NAME for a run with a name, and logs for a
+            run without a name.
     """
 
     def __init__(self, folder: Path):
@@ -52,9 +53,9 @@ class RunLogs:
         self.tensorboard = folder / "tensorboard"
 
     def paths(self) -> list[Path]:
-        """Returns the paths of all files that a run may write into its log folder.
+        """Returns the paths of everything that a run can write into the log folder.
 
-        When a run is archived, only these files are moved. Other files in the folder stay.
+        Archiving a run moves only these paths. Any other file in the folder stays.
         """
         return [path for path in vars(self).values() if path != self.folder]
 
@@ -62,14 +63,14 @@ class RunLogs:
 class RunFolder:
     """The log folder and the checkpoint folder of a run: logs/NAME and checkpoints/NAME.
 
-    Within a `with` block, this process is the only one that may write into them.
+    During a `with` block, only this process may write into the two folders.
 
     Args:
-        name: the name of the run; None for a run without a name, whose folders are logs and
-            checkpoints themselves.
+        name: the name of the run. None stands for a run without a name, which uses the folders logs
+            and checkpoints directly.
         root: the folder that contains logs, checkpoints and configs.
-        scratch: whether the caller removes the folders when the run ends, so that nothing can
-            resume from them.
+        scratch: whether the caller removes the folders when the run ends. If so, the run cannot be
+            resumed later.
     """
 
     def __init__(self, name: str | None, root: Path = Path(), *, scratch: bool = False):
@@ -90,10 +91,10 @@ class RunFolder:
         self.unlock()
 
     def lock(self) -> None:
-        """Creates the folders, and makes this process the only one that may write into them.
+        """Creates the folders, and makes this process the only one that may write there.
 
-        If an earlier process was killed while it moved files to the archive, the files are moved
-        back. Temporary files that a crash has left are removed.
+        Files of an interrupted move to the archive are moved back. Temporary files that a crash has
+        left are removed.
 
         Raises:
             Refused: another process is writing into the folders, or the folders cannot be written.
@@ -121,21 +122,24 @@ class RunFolder:
             raise Refused(f"{place}: cannot be written: {error.strerror}") from None
 
     def _make(self, folder: Path) -> None:
-        """Creates a folder and its missing parents, and adds those that it creates to `_made`."""
+        """Creates a folder and all missing parent folders, and adds each to `_made`.
+
+        The list `_made` contains the folders that this process has created.
+        """
         self._made += [f for f in (*folder.parents[::-1], folder) if not os.path.lexists(f)]
         make_folder(folder)
 
     def _acquire(self) -> None:
         """Takes the lock of the folders.
 
-        If another process has the lock and .run.json names a living process, Refused is raised at
-        once. Otherwise, this method waits for the lock for up to 10 seconds: the other process may
-        not have written .run.json yet, or it was killed and its loader processes keep the lock for
-        some seconds. If the file system does not support locks, a warning is logged and no lock is
-        taken.
+        If another living process is known to have the lock, Refused is raised at once. Otherwise,
+        the method waits for the lock for up to 10 seconds. The loader processes of a killed run
+        keep the lock for some seconds. If the file system has no locks, a warning is logged, and no
+        lock is taken.
 
         Raises:
-            Refused: another process has the lock. The message names the process if it is known.
+            Refused: another process has the lock. The message describes the other process if
+                possible.
         """
         from filelock import FileLock, Timeout  # imported here, since it takes long
 
@@ -160,10 +164,7 @@ class RunFolder:
                 time.sleep(0.05)
 
     def unlock(self) -> None:
-        """Releases the lock, and removes the run's folders that are empty.
-
-        A folder is removed only if this process has created it.
-        """
+        """Releases the lock, and removes empty folders that this process has created."""
         held = self._lock is not None and self._lock.is_locked
         with contextlib.suppress(OSError):  # the folder is removed, or read-only by now
             if held:
@@ -186,20 +187,23 @@ class RunFolder:
         return self.checkpoints / f"epoch_{epoch:03}.pth"
 
     def saved(self) -> list[Path]:
-        """Returns the paths of the run's checkpoints, in the order in which --resume tries them."""
+        """Returns the paths of the run's checkpoints, as `checkpoints_in` sorts them.
+
+        The order is last.pth, best.pth, and then the checkpoints of single epochs, the latest epoch
+        first.
+        """
         return checkpoints_in(self.checkpoints)
 
     def archive(self) -> Path | None:
-        """Moves the files of an earlier run, which used the same folders, to an archive.
+        """Moves the files of an earlier run in the same folders to archives.
 
-        Files in the log folder are moved to archive/START in the log folder. Checkpoints and
-        exported models are moved to archive/START in the checkpoint folder. START is the time at
-        which the earlier run started, such as 2026-11-20_18-45-01; a number is added if that name
-        is taken.
+        The files of the log folder move to archive/START in the log folder. Checkpoints and
+        exported models move to archive/START in the checkpoint folder. START is the start time of
+        the earlier run, such as 2026-11-20_18-45-01. If the name is taken, a number is added.
 
         Returns:
-            The folder archive/START in the log folder. If no file was moved there, the result is
-            the folder archive/START in the checkpoint folder, or None if there was nothing to move.
+            The archive in the log folder if a file was moved there, otherwise the archive in the
+            checkpoint folder. The result is None if there was nothing to move.
         """
         names = [name + ending for name in CHECKPOINTS for ending in (".pth", *EXPORTS.values())]
         left = [path for name in names for path in self.checkpoints.glob(name)]
@@ -209,16 +213,16 @@ class RunFolder:
         return left[-1].parent / ARCHIVE / self._move(left, self._start_of_earlier(left))
 
     def set_aside(self, checkpoints: list[Path]) -> Path:
-        """Moves checkpoints to archive/TIME in the checkpoint folder, and copies history.csv there.
+        """Moves checkpoints to an archive, and copies history.csv to the archive.
 
-        TIME is the present time, such as 2026-11-20_18-45-01; a number is added if that name is
-        taken.
+        The archive is archive/TIME in the checkpoint folder. TIME is the present time, such as
+        2026-11-20_18-45-01. If the name is taken, a number is added.
 
         Args:
-            checkpoints: the paths of the checkpoints, which are in the run's checkpoint folder.
+            checkpoints: the paths of checkpoints in the run's checkpoint folder.
 
         Returns:
-            The folder archive/TIME.
+            The path of the archive.
         """
         name = self._move(checkpoints, time.strftime("%Y-%m-%d_%H-%M-%S"))
         target = self.checkpoints / ARCHIVE / name
@@ -227,19 +231,19 @@ class RunFolder:
         return target
 
     def _move(self, paths: list[Path], stamp: str) -> str:
-        """Moves files of the run to new folders archive/STAMP: all of the files, or none.
+        """Moves files of the run to archives: all of the files, or none.
 
-        A file in the checkpoint folder moves to archive/STAMP in the checkpoint folder, and a file
-        in the log folder to archive/STAMP in the log folder. If that name is taken, STAMP-2 is
-        used, then STAMP-3 and so on. If this process is killed meanwhile, the next process that
-        takes the lock moves the files back.
+        Files of the checkpoint folder move to archive/STAMP in the checkpoint folder. Files of the
+        log folder move to archive/STAMP in the log folder. If the name is taken, STAMP-2 is used,
+        then STAMP-3 and so on. If this process is killed during the move, the next process that
+        locks the folders moves the files back.
 
         Args:
-            paths: files in the checkpoint folder and in the log folder.
-            stamp: a name for the new folders, such as "2026-11-20_18-45-01".
+            paths: the files, which are in the checkpoint folder or the log folder.
+            stamp: the name STAMP, such as "2026-11-20_18-45-01".
 
         Returns:
-            The name of the new folders: `stamp`, or `stamp` with a number.
+            The name that was used: `stamp`, or `stamp` with a number.
         """
         folders = [self.checkpoints, self.logs.folder]
         names = (f"{stamp}-{number}" if number > 1 else stamp for number in itertools.count(1))
@@ -265,7 +269,10 @@ class RunFolder:
         return name
 
     def _put_back(self) -> None:
-        """Moves files back from the archive if `_move` was interrupted; does nothing otherwise."""
+        """Moves files back from the archives if an earlier move was interrupted.
+
+        Otherwise, the method does nothing.
+        """
         unfinished = self.checkpoints / ARCHIVE / UNFINISHED
         if not unfinished.exists():
             return
@@ -280,13 +287,16 @@ class RunFolder:
         unfinished.unlink()
 
     def _start_of_earlier(self, paths: list[Path]) -> str:
-        """Returns when the earlier run in these folders started, such as "2026-11-20_18-45-01".
+        """Returns the start time of the earlier run in the folders.
 
-        This is the time in the first line of train.log. If there is none, it is the time at which
-        the oldest of the files was last modified.
+        The first line of train.log contains the time. Without such a line, the result is the oldest
+        modification time of the given files.
 
         Args:
             paths: the files of the earlier run.
+
+        Returns:
+            A text such as "2026-11-20_18-45-01".
         """
         stamp = ""
         with contextlib.suppress(OSError), open(self.logs.log, "rb") as file:
@@ -298,10 +308,11 @@ class RunFolder:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Returns the paths of the checkpoints in a folder, in the order in which --resume tries them.
+    """Returns the paths of the checkpoints in a folder, in the order of usefulness.
 
     The order is last.pth, best.pth, and then the checkpoints of single epochs, such as
-    epoch_005.pth, from the latest epoch to the first. Those that do not exist are left out.
+    epoch_005.pth, the latest epoch first. Only existing files are returned. Resuming tries the
+    checkpoints in the same order.
     """
     names = [f"{name}.pth" for name in CHECKPOINTS]
     return [path for name in names for path in sorted(folder.glob(name), reverse=True)]
@@ -310,8 +321,8 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def is_running(logs: Path) -> bool:
     """Returns whether a process is writing the files of a run.
 
-    This cannot be checked for a process on another machine. Such a process counts as running until
-    it has removed the file .run.json from the checkpoint folder.
+    A process on another machine cannot be checked. Such a process counts as running while the file
+    .run.json is in the checkpoint folder.
 
     Args:
         logs: the log folder of the run, such as logs/NAME.
@@ -321,17 +332,17 @@ def is_running(logs: Path) -> bool:
 
 
 def _living_owner(checkpoints: Path) -> dict[str, Any] | None:
-    """Returns the content of the file .run.json if the process that it describes is alive.
+    """Returns a description of the process that is writing a run's files.
 
-    A process that writes the files of a run describes itself in this file. If it runs on another
-    machine, or on Windows, it cannot be checked and counts as alive.
+    The description comes from the file .run.json in the checkpoint folder. On another machine or on
+    Windows, the process cannot be checked, and counts as alive.
 
     Args:
-        checkpoints: the checkpoint folder of the run, which contains the file.
+        checkpoints: the checkpoint folder of the run.
 
     Returns:
-        A dict with the process id as "process" and with "machine", "since" and "command"; None if
-        there is no such file or the process has ended.
+        A dict with the keys "process" (the process id), "machine", "since" and "command". The
+        result is None if there is no valid file or the process has ended.
     """
     try:
         text = (checkpoints / OWNER).read_text(encoding="utf-8")

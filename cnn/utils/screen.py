@@ -25,9 +25,9 @@ def display_width(text: str) -> int:
 
 
 def shorten_name(name: str) -> str:
-    """Returns a class name on one line, cut to at most 22 terminal columns.
+    """Returns a class name on one line, in at most 22 terminal columns.
 
-    The last character of a name that was cut is "…".
+    A name that is too long is cut and ends with "…".
     """
     name = escape_unprintable(" ".join(name.split()))
     if display_width(name) <= MAX_NAME:
@@ -38,23 +38,25 @@ def shorten_name(name: str) -> str:
 
 
 def pad(text: str, columns: int, *, right: bool = False) -> str:
-    """Adds blanks to a text until it takes the given number of terminal columns.
+    """Adds blanks to a text until the text takes the given number of columns.
 
     Args:
-        text: the text. It is returned as it is if it already takes as many columns or more.
-        columns: the number of columns.
-        right: whether the blanks are added before the text, which aligns it to the right.
+        text: the text. A text that is wide enough is returned unchanged.
+        columns: the number of terminal columns.
+        right: whether to add the blanks before the text, which aligns the text to the right.
     """
     blanks = " " * (columns - display_width(text))
     return blanks + text if right else text + blanks
 
 
 def align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Returns the lines of a table whose columns are aligned and two blanks apart.
+    """Returns the lines of a table with aligned columns.
+
+    Two blanks separate neighbouring columns.
 
     Args:
         rows: the cells of each row. All rows have the same number of cells.
-        right: the indices of the columns that are aligned to the right.
+        right: the indices of the columns to align to the right, from 0.
     """
     widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -66,27 +68,25 @@ def align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> l
 
 
 def escape_unprintable(text: str, keep: str = "") -> str:
-    """Replaces the unprintable characters of a text by their escape sequences.
+    """Replaces the unprintable characters of a text with escape sequences.
 
-    Unprintable characters are control characters and lone surrogates. A class name or a file name
-    may contain them.
+    Unprintable characters, such as control characters, can occur in a class name or a file name.
 
     Args:
         text: the text.
-        keep: the unprintable characters that are not replaced, such as line ends.
+        keep: the unprintable characters to leave unchanged, such as line ends.
     """
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text))
 
 
 def write_stdout(text: str) -> None:
-    """Writes a text to stdout, above a tqdm bar if one is shown.
+    """Writes a text to stdout, above a progress bar if there is one.
 
-    No line end is added. Unprintable characters other than line ends and tabs are written as escape
+    No line end is added. Unprintable characters except line ends and tabs are written as escape
     sequences.
 
     Raises:
-        SystemExit: stdout is a pipe, and the program that read from it has closed it. The exit
-            status is 141.
+        SystemExit: stdout is a pipe that the reading program has closed. The exit status is 141.
     """
     from tqdm import tqdm  # imported here: it takes a third of a refusal's time
 

@@ -19,11 +19,13 @@ _MASK = 2**64 - 1
 
 
 def mix(*words: int) -> int:
-    """Hashes integers to one integer of 63 bits (SplitMix64; Steele, Lea, Flood, OOPSLA 2014).
+    """Hashes integers to one integer of 63 bits.
+
+    The hash is SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
 
     Args:
-        words: the integers, for example the seed, the purpose of a draw such as STEP, and the index
-            of the step.
+        words: the integers, for example the seed of the run, the constant STEP, and the index of
+            the step. STEP keeps the hash apart from hashes for other purposes.
     """
     state = 0
     for word in words:
@@ -38,17 +40,20 @@ def seed_torch(*words: int) -> None:
     """Seeds PyTorch's global CPU generator with a hash of integers.
 
     Args:
-        words: the integers, for example the seed, the epoch and the index of an image.
+        words: the integers, for example the seed of the run, the epoch and the index of an image.
     """
     torch.default_generator.manual_seed(mix(*words))  # torch.manual_seed is 60 times slower
 
 
 def seed_sample(*words: int) -> None:
-    """Seeds the global CPU generators of PyTorch, numpy and Python with a hash of integers.
+    """Seeds the global CPU generators of PyTorch, numpy and Python.
+
+    The seed is a hash of the given integers.
 
     Args:
-        words: the integers, for example the seed, the purpose SAMPLE, the epoch and the index of an
-            image.
+        words: the integers, for example the seed of the run, the constant SAMPLE, the epoch, and
+            the index of an image. SAMPLE keeps the drawn numbers apart from numbers for other
+            purposes.
     """
     key = mix(*words)
     torch.default_generator.manual_seed(key)
@@ -57,15 +62,15 @@ def seed_sample(*words: int) -> None:
 
 
 def seed_step(device: torch.device, *words: int) -> None:
-    """Seeds all random generators of a forward pass with a hash of integers.
+    """Seeds all random generators that a forward pass can use.
 
-    These are the global generators of PyTorch, numpy and Python, and PyTorch's generator on the
-    device. Random layers such as dropout draw the same numbers in the next forward pass whenever
-    the integers are the same.
+    The generators are the global ones of PyTorch, numpy and Python, and PyTorch's generator on the
+    device. With the same integers, random layers such as dropout draw the same numbers.
 
     Args:
         device: the device of the model.
-        words: the integers, for example the seed, the purpose STEP and the index of the step.
+        words: the integers, for example the seed of the run, the constant STEP, and the index of
+            the step. STEP keeps the drawn numbers apart from numbers for other purposes.
     """
     seed_sample(*words)
     if device.type == "cuda":

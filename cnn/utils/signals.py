@@ -22,23 +22,22 @@ PARENT = "CNN_PARENT"
 
 
 class StopSignals:
-    """Handlers that raise `Stopped` when a signal asks the run to stop.
+    """Signal handlers that stop a run by raising the exception `Stopped`.
 
-    They raise it at once or, while `deferred` is true, when `check` is called. A second SIGINT ends
-    the process at once; the latest checkpoint is intact.
+    A handler raises `Stopped` at once, unless `deferred` is true. While `deferred` is true, only
+    the method `check` raises `Stopped`. A second SIGINT ends the process at once.
 
     Args:
         deferred: the initial value of the attribute `deferred`.
 
     Attributes:
-        installed: the object whose handlers are installed in this process, or None.
+        installed: the object whose handlers were installed last; None if there is none.
         received: the number of the latest signal; None if there was no signal.
-        was_raised: whether a handler has raised `Stopped`, which can happen in the middle of any
-            code.
+        was_raised: whether a handler has raised `Stopped`, possibly in the middle of other code.
         deferred: whether a signal has no effect until `check` is called.
-        is_single_process: whether the run has only one process. If it has several, `check` does
-            nothing, because all processes have to stop after the same step.
-        is_outcome_known: whether the exit status is decided. Signals are ignored from then on.
+        is_single_process: whether the run has only one process. With several processes, `check`
+            does nothing, because all processes have to stop after the same step.
+        is_outcome_known: whether the exit status is decided. If so, signals are ignored.
     """
 
     installed: "StopSignals | None" = None
@@ -52,12 +51,12 @@ class StopSignals:
         self._process = os.getpid()
 
     def install(self) -> None:
-        """Installs the handlers in place of the current ones.
+        """Installs the handlers of this object in place of the current handlers.
 
-        SIGHUP stays ignored if it was ignored before, as it is under nohup.
+        If SIGHUP was ignored before, as under nohup, SIGHUP stays ignored.
 
         Raises:
-            Refused: this is not the main thread, which is the only one that signals reach.
+            Refused: this is not the main thread. Signals reach only the main thread.
         """
         if threading.current_thread() is not threading.main_thread():
             raise Refused("signals reach the main thread alone; call main() there, not in another")
@@ -68,32 +67,33 @@ class StopSignals:
         self._before = {number: signal.signal(number, self._handle) for number in numbers}
 
     def uninstall(self, *, is_last: bool = False) -> None:
-        """Restores the signal handlers that `install` replaced.
+        """Restores the signal handlers that were in place before `install`.
 
         Args:
-            is_last: whether the process is about to exit. If so, the earlier handlers are not
-                restored, and the signals are ignored from then on.
+            is_last: whether the process is about to exit. If so, the signals are ignored from then
+                on, and no signal handler is restored.
         """
         sys.unraisablehook = self._unraisable
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_IGN if is_last else handler)
 
     def _drop_unraisable(self, failure: "sys.UnraisableHookArgs") -> None:
-        """Ignores a `Stopped` that was raised in a `__del__` method, and prints no traceback.
+        """Ignores the exception `Stopped` from a `__del__` method, and prints no traceback.
 
-        The next call of `check` can raise `Stopped` again. Any other exception is passed to the
-        hook that was installed before.
+        Any other exception is passed to the hook that was installed before.
 
         Args:
-            failure: the exception in a `__del__` method, as Python passes it to
-                `sys.unraisablehook`.
+            failure: the exception from the `__del__` method, as passed to `sys.unraisablehook`.
         """
         if not isinstance(failure.exc_value, Stopped):
             self._unraisable(failure)
 
     @contextlib.contextmanager
     def default_handlers(self) -> Iterator[None]:
-        """Restores, within a `with` block, the signal handlers that `install` replaced."""
+        """Restores the earlier signal handlers during a `with` block.
+
+        The handlers of this object are installed again at the end of the block.
+        """
         self.uninstall()
         try:
             yield
@@ -113,22 +113,25 @@ class StopSignals:
             raise Stopped(number)
 
     def check(self) -> None:
-        """Raises Stopped if a signal has come and this process is the only one of the run.
+        """Raises Stopped if this process has received a signal.
 
-        In a run of several processes, this method does nothing.
+        In a run of several processes, the method does nothing.
         """
         if self.is_single_process:
             self.raise_received()
 
     def interruptible(self, act: Callable[[], T]) -> T:
-        """Calls a function that a signal may interrupt anywhere, and returns its result.
+        """Calls a function that signals may interrupt at any point.
 
         Args:
             act: a function without arguments.
 
+        Returns:
+            The result of the function.
+
         Raises:
-            Stopped: a signal came before or during the call. It is raised even if the function
-                itself caught the exception `Stopped`.
+            Stopped: a signal came before or during the call. Stopped is raised even if the function
+                has caught a first Stopped.
         """
         before, self.deferred = self.deferred, False
         try:
@@ -149,8 +152,8 @@ class StopSignals:
 def signals_deferred() -> Iterator[None]:
     """Makes signals wait until the end of the `with` block.
 
-    If a signal comes during the block, Stopped is raised at its end. If signals were already
-    deferred before the block, nothing is raised, and they stay deferred.
+    If a signal comes during the block, Stopped is raised at the end of the block. If signals were
+    already deferred before the block, signals stay deferred, and nothing is raised.
     """
     stop = StopSignals.installed or StopSignals()
     before, stop.deferred = stop.deferred, True
@@ -163,12 +166,11 @@ def signals_deferred() -> Iterator[None]:
 
 
 def stop_with_parent() -> None:
-    """Starts a thread that sends this process SIGTERM when its parent process ends.
+    """Makes this process receive SIGTERM when the parent process ends.
 
-    The parent has to open a pipe, to keep its write end open, and to set the environment variable
-    `CNN_PARENT` to the file descriptor of the read end. Without the variable, no thread is started.
-    The thread waits at the read end. When the parent ends, even if it is killed, the kernel closes
-    the write end, and the thread wakes up.
+    The parent process has to open a pipe and to keep the write end open. The environment variable
+    CNN_PARENT has to contain the file descriptor of the read end. Without the variable, the
+    function does nothing. A parent process that is killed counts as ended, too.
     """
 
     def watch() -> None:
@@ -182,12 +184,12 @@ def stop_with_parent() -> None:
 
 @contextlib.contextmanager
 def time_limit(seconds: float, error: Exception) -> Iterator[None]:
-    """Raises an error if the `with` block takes longer than a number of seconds.
+    """Raises an error if the `with` block takes too long.
 
-    There is no limit on Windows, and none outside of the main thread.
+    There is no limit on Windows, and no limit outside of the main thread.
 
     Args:
-        seconds: the number of seconds.
+        seconds: the longest time that the block may take.
         error: the exception to raise.
     """
     if os.name == "nt" or threading.current_thread() is not threading.main_thread():

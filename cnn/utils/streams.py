@@ -5,10 +5,10 @@ import sys
 
 
 def open_missing_streams() -> None:
-    """Opens the null device in place of each standard stream that is closed.
+    """Opens the null device in place of each closed standard stream.
 
-    Otherwise, the next file that is opened, such as a checkpoint, would get the file descriptor of
-    the closed stream, and libraries would print into that file.
+    Otherwise, the next file to be opened would get the file descriptor of the closed stream. Output
+    of libraries would then go into that file.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
