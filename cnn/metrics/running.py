@@ -204,7 +204,7 @@ class EvaluationMetrics(RunningMetrics):
             self.weight = self.weight + weight
 
     def compute(self) -> Metrics:
-        """Returns the values of the metrics that were chosen at the creation of this object.
+        """Returns the values of the metrics that the constructor received.
 
         Returns:
             A dict such as {"acc": 0.98, "auc": None}. None means that the metric is undefined.

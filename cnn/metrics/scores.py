@@ -236,9 +236,9 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 def auc_per_class(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Returns the area under the ROC curve (AUC) of each class.
 
-    For the AUC of a class, every image of the class is paired with every other class's images. The
-    AUC is the fraction of pairs in which the image of the class has the higher score. A pair with
-    equal scores counts half (Mann and Whitney, 1947; Hanley and McNeil, 1982).
+    Every image of the class is paired with every image of another class. The AUC is the fraction of
+    pairs in which the image of the class has the higher score. A pair with equal scores counts half
+    (Mann and Whitney, 1947; Hanley and McNeil, 1982).
 
     Args:
         labels: the class index of each image, an array (N).
