@@ -138,10 +138,9 @@ class Group:
         affect only their own process.
 
         Raises:
-            Refused, Failed: the error of this process. Among the failed processes, this process has
-                the lowest rank.
-            RefusedElsewhere: a process has failed, and this process is not the failed process with
-                the lowest rank.
+            Refused, Failed: this process failed, and no process with a lower rank failed.
+            RefusedElsewhere: this process did not fail but another one did, or a process with a
+                lower rank failed.
         """
         error = None
         try:
@@ -295,12 +294,12 @@ class Group:
         """Loads the next batch, and begins to tell the other processes the outcome.
 
         Returns:
-            batch: the batch. None after the last batch, or if no batch was loaded.
-            failure: the error that prevented the loading. None if there was no error.
-            state: an int64 tensor of two numbers. The first number is the signal that this process
-            received, or 0 for no signal. The second number is 0 if there was no error, else the
-            rank of this process plus 1.
-            work: the handle of an all-reduce. The all-reduce replaces each number in `state` by the
+            A tuple (batch, failure, state, work). The batch is None after the last batch, or if no
+            batch was loaded. The failure is the error that prevented the loading, or None.
+
+            The state is an int64 tensor of two numbers. The first number is the signal that this
+            process received, or 0. The second number is 0 without a failure, else the rank plus 1.
+            The work is the handle of an all-reduce. The all-reduce replaces each number by the
             maximum over all processes.
         """
         batch = failure = None
