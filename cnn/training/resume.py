@@ -317,8 +317,8 @@ def prepare_folder(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
     """Prepares the folder of a run, and archives files that would be overwritten.
 
     For a new run, all files of an earlier run in the folder are moved to an archive. The same
-    happens if the folder contains no checkpoint of the resumed run. Otherwise, only checkpoints of
-    other runs and checkpoints later than `checkpoint` are moved.
+    happens if the folder contains no checkpoint of the resumed run. Otherwise, only checkpoints
+    that are damaged, later than `checkpoint`, or of another run can be moved.
 
     After a resume, last.pth has the content of `checkpoint`. The file best.pth contains the best
     epoch up to `checkpoint`.

@@ -90,8 +90,8 @@ class Saver:
         to `state.seconds`.
 
         Raises:
-            Failed: the loss is not finite, or a weight is NaN. On a GPU, loss and weights are
-                checked only before a checkpoint is saved.
+            Failed: the loss is not finite, or a weight is NaN when a checkpoint is due. On a GPU,
+                the loss is checked only when a checkpoint is due.
             Stopped: a signal has come, and the run has a single process.
         """
         cfg = self.run.cfg.checkpoint
