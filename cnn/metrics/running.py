@@ -17,17 +17,17 @@ SUMS = ("loss", "weight", "correct", "count")
 
 
 class RunningMetrics:
-    """Running sums over images, from which the mean loss and the accuracy are computed.
+    """Running sums from which the mean loss and the accuracy are computed.
 
-    The sums are taken over images, so that a small batch counts less than a large one.
+    The sums are taken over images. A small batch thus counts less than a large batch.
 
     Args:
         device: the device on which the sums are kept.
 
     Attributes:
-        loss: the sum of the losses, a tensor (). A batch contributes its mean loss, multiplied by
-            the weight of the batch.
-        weight: the sum of the weights of the batches. The mean loss is `loss / weight`.
+        loss: the sum of the losses, a tensor (). A batch adds its mean loss times its weight.
+        weight: the sum of the weights of the batches. The mean loss of all images is `loss /
+            weight`.
         correct: the number of images whose prediction equals the label, a tensor ().
         count: the number of images.
     """
@@ -46,8 +46,8 @@ class RunningMetrics:
             loss: the mean loss of the batch, a tensor ().
             logits: the outputs of the model, a tensor (N, classes).
             labels: the class index of each image, a tensor (N).
-            weight: the weight of this batch in the mean loss over all batches, as `weight_of`
-                returns it. If None, the weight is N.
+            weight: the weight of the batch in the mean loss over all batches. None means the weight
+                N.
         """
         number = len(labels)
         weight = number if weight is None else weight
@@ -57,23 +57,27 @@ class RunningMetrics:
         self.count += number
 
     def merge(self, other: "RunningMetrics") -> None:
-        """Adds the sums of another `RunningMetrics` to these sums, in place."""
+        """Adds the sums of another object to the sums of this object, in place.
+
+        Args:
+            other: the other object, which does not change.
+        """
         for name in SUMS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def pack(self) -> Tensor:
-        """Returns loss, weight, correct and count, in this order, as one tensor of shape (4).
+        """Returns loss, weight, correct and count as one tensor of shape (4).
 
-        The dtype is float64, or float32 on MPS.
+        The dtype is float64, or float32 if the device is MPS.
         """
         sums = (getattr(self, name) for name in SUMS)
         return torch.stack([torch.as_tensor(s).to(self.loss, non_blocking=True) for s in sums])
 
     def unpack(self, total: Tensor) -> None:
-        """Replaces the four sums by those in a tensor that `pack` returned.
+        """Replaces the four sums by the values in a tensor.
 
         Args:
-            total: a tensor of shape (4) that contains loss, weight, correct and count.
+            total: a tensor (4) of loss, weight, correct and count, in this order.
         """
         self.loss, self.weight, correct, count = total.unbind()
         self.correct, self.count = correct.to(torch.int64), count.to(torch.int64)
@@ -81,36 +85,37 @@ class RunningMetrics:
     def is_finite(self) -> bool:
         """Returns whether the sum of all losses so far is finite.
 
-        Waits until the device has computed the sum.
+        The call waits until the device has computed the sum.
         """
         return math.isfinite(self.loss.item())
 
     def compute(self) -> Metrics:
         """Returns the mean loss and the accuracy of all images so far.
 
-        Waits until the device has computed the sums.
+        The call waits until the device has computed the sums.
 
         Returns:
-            A dict such as {"loss": 0.1, "acc": 0.98}. The accuracy is a fraction from 0 to 1. If no
-            image has been added, both values are 0.
+            A dict such as {"loss": 0.1, "acc": 0.98}. The accuracy is a fraction from 0 to 1. Both
+            values are 0 if no image has been added.
         """
         count = int(self.count)
         weight = float(self.weight) if count else 1.0
         return {"loss": self.loss.item() / weight, "acc": self.correct.item() / max(count, 1)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the sums under the names "loss", "weight", "correct" and "count".
+        """Returns the sums for a checkpoint.
 
-        They are saved in a checkpoint.
+        Returns:
+            A dict with the keys "loss", "weight", "correct" and "count".
         """
         return {name: getattr(self, name) for name in SUMS} | {"count": int(self.count)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores sums that `state_dict` returned.
+        """Restores sums from a checkpoint.
 
         Args:
-            state: the sums by name. Older checkpoints lack "weight". The weight is then set to the
-                number of images.
+            state: a dict that `state_dict` returned. The key "weight" is missing in older
+                checkpoints. The weight is then set to the number of images.
         """
         self.loss.copy_(state["loss"])
         self.correct.copy_(state["correct"])
@@ -122,14 +127,14 @@ class RunningMetrics:
 class EvaluationMetrics(RunningMetrics):
     """Metrics of an evaluation: running sums, confusion matrix, and a prediction for each image.
 
-    Losses and predictions are stored batch by batch. If several processes share the evaluation,
-    their batches can thus be merged in order, and the metrics equal those of a single process.
+    Losses and predictions are stored for each batch. The batches of several processes can thus be
+    merged in their original order. The metrics then equal those of a single process.
 
     Args:
         device: the device of the logits.
         num_classes: the number of classes.
         names: the metrics that `compute` returns, such as "acc" and "auc". The probabilities of all
-            classes are stored only if one of these metrics needs them.
+            classes are stored only if a chosen metric needs them.
     """
 
     PER_BATCH = ("_losses", "_labels", "_predictions", "_confidences", "_probabilities")
@@ -149,14 +154,14 @@ class EvaluationMetrics(RunningMetrics):
         self._probabilities: list[Tensor] = []
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor, weight: Weight = None) -> None:
-        """Adds a batch of N images to the sums, and stores the prediction for each image.
+        """Adds a batch of N images to the sums, and stores their predictions.
 
         Args:
             loss: the mean loss of the batch, a tensor ().
             logits: the outputs of the model, a tensor (N, classes).
             labels: the class index of each image, a tensor (N).
-            weight: the weight of this batch in the mean loss over all batches, as `weight_of`
-                returns it. If None, the weight is N.
+            weight: the weight of the batch in the mean loss over all batches. None means the weight
+                N.
         """
         super().add(loss, logits, labels, weight)
         weight = len(labels) if weight is None else weight
@@ -175,15 +180,16 @@ class EvaluationMetrics(RunningMetrics):
             self._probabilities.append(probabilities)
 
     def gather(self, all_gather: Callable[[dict], list[dict]]) -> None:
-        """Merges the batches of all processes into this object.
+        """Merges the batches of all processes into the object of every process.
 
-        Every process has to call this method. Afterwards, all of them have the same metrics, and
-        the batches are in the order 0, 1, 2 and so on. Of n processes, the one with rank r must
-        have added the batches r, r + n, r + 2n and so on.
+        Every process has to call this method. Of n processes, the process with rank r must have
+        added the batches r, r + n, r + 2n and so on. Afterwards, the batches are in the order 0, 1,
+        2 and so on.
 
         Args:
-            all_gather: a function that takes a value of this process and returns the list of the
-                values of all processes, in the order of their ranks.
+            all_gather: a function that collects one value from each process. The function takes the
+                value of this process. The function returns a list of the values of all processes,
+                ordered by rank.
         """
         names = self.PER_BATCH + self.COUNTS
         parts = all_gather({name: _on_cpu(getattr(self, name)) for name in names})
@@ -198,10 +204,10 @@ class EvaluationMetrics(RunningMetrics):
             self.weight = self.weight + weight
 
     def compute(self) -> Metrics:
-        """Returns the values of the metrics that were chosen when this object was created.
+        """Returns the values of the metrics that the constructor received.
 
         Returns:
-            A dict such as {"acc": 0.98, "auc": None}. The value of an undefined metric is None.
+            A dict such as {"acc": 0.98, "auc": None}. None means that the metric is undefined.
         """
         values = super().compute() | scores.from_confusion_matrix(self.confusion().numpy())
         values[scores.TOP_K_ACC] = self.in_top.item() / max(self.count, 1)
@@ -220,12 +226,12 @@ class EvaluationMetrics(RunningMetrics):
         return self.matrix.view(self.num_classes, self.num_classes).cpu()
 
     def predictions(self) -> dict[str, Tensor]:
-        """Returns the predicted class of each image and the probability of this class.
+        """Returns the predicted class of each image, and the probability of the predicted class.
 
         Returns:
-            A dict of two tensors on the CPU: the class indices under "prediction", int32 (N), and
-            the probabilities under "probability", float32 (N). N is the number of all images, which
-            are in the order of the batches.
+            A dict of two tensors on the CPU. The class indices are under "prediction", an int32
+            tensor (N). The probabilities are under "probability", a float32 tensor (N). N is the
+            number of all images. The images are in the order of the batches.
         """
         return {
             "prediction": torch.cat(self._predictions).to("cpu", torch.int32),
@@ -234,15 +240,15 @@ class EvaluationMetrics(RunningMetrics):
 
 
 def compute_loss(function: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the loss of a batch of N images, computed in float32.
+    """Returns the mean loss of a batch of N images.
 
-    If the logits are float64, the loss is computed in float64.
+    The loss is computed in float64 for float64 logits, and in float32 for all other logits.
 
     Args:
         function: the loss function.
         logits: the outputs of the model, a tensor (N, classes) of any float type.
-        labels: the class index of each image, a tensor (N); or whatever labels the loss function
-            takes.
+        labels: the class index of each image, a tensor (N). Another form is permitted if the loss
+            function takes that form.
     """
     return function(logits.float() if logits.dtype != torch.float64 else logits, labels)
 
@@ -257,9 +263,9 @@ def weight_of(function: nn.Module, labels: Tensor) -> int | Tensor:
         labels: the class index of each image of the batch, a tensor (N).
 
     Returns:
-        N, the number of images. Cross-entropy with class weights is an exception: torch divides the
-        loss of a batch by the sum of the class weights of its images. This sum, a tensor (), is
-        then returned.
+        The number of images N. For cross-entropy with class weights, the result is a tensor (). The
+        tensor contains the sum of the class weights of the N images. Torch divides the loss of the
+        batch by the same sum.
     """
     weights = getattr(function, "weight", None)
     if not isinstance(function, nn.CrossEntropyLoss) or weights is None:
@@ -269,11 +275,13 @@ def weight_of(function: nn.Module, labels: Tensor) -> int | Tensor:
 
 
 def _on_cpu(value: object) -> object:
-    """Returns a value with all tensors in it copied to the CPU.
+    """Copies all tensors in a value to the CPU.
 
     Args:
-        value: a tensor, or nested lists and tuples that contain tensors. Any other value is
-            returned as it is.
+        value: a tensor, or a list or tuple that contains tensors, lists and tuples.
+
+    Returns:
+        A value of the same structure. A value without tensors is returned unchanged.
     """
     if isinstance(value, (list, tuple)):
         return type(value)(_on_cpu(part) for part in value)

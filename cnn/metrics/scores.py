@@ -27,13 +27,13 @@ OF_TWO_CLASSES = ("auc", "sensitivity", "specificity")
 
 
 def epoch_metrics(num_classes: int, monitor: str) -> tuple[str, ...]:
-    """Returns the names of the metrics that are computed in the validation after every epoch.
+    """Returns the names of the metrics of the validation after every epoch.
 
     Args:
-        num_classes: the number of classes. Some metrics are only for two classes; `TOP_K_ACC` is
-            only for 20 or more.
-        monitor: the metric by which the best epoch is chosen, such as "val_auc". This metric is
-            always computed.
+        num_classes: the number of classes. Some metrics exist only for two classes. The metric
+            "top5_acc" is computed only for 20 or more classes.
+        monitor: the metric by which the best epoch is chosen, such as "val_auc". The result always
+            contains the name of the monitored metric.
 
     Returns:
         Names without the prefix "val_", such as "acc".
@@ -47,9 +47,9 @@ def epoch_metrics(num_classes: int, monitor: str) -> tuple[str, ...]:
 
 
 def result_metrics(num_classes: int) -> tuple[str, ...]:
-    """Returns the names of the metrics that are computed in the final test, such as "acc".
+    """Returns the names of the metrics of the final test, such as "acc".
 
-    These are all metrics that make sense for the number of classes.
+    The result contains every metric that is suitable for the number of classes.
 
     Args:
         num_classes: the number of classes.
@@ -61,21 +61,20 @@ def mode(metric: str) -> str:
     """Returns "min" if lower values of a metric are better, else "max".
 
     Args:
-        metric: the name of the metric, such as "loss"; the name of a split may precede it, as in
-            "val_loss".
+        metric: the name of the metric, such as "loss". The name of a split may precede the name of
+            the metric, as in "val_loss".
     """
     name = metric.split("_", 1)[1] if metric.startswith(SPLITS) else metric
     return "min" if name in LOWER else "max"
 
 
 def improves(metric: str, value: float | None, best: float | None) -> bool:
-    """Returns whether a value of a metric is better than the best value so far.
+    """Returns whether a value of a metric is better than the best value.
 
     Args:
-        metric: the name of the metric, such as "val_loss". For some metrics, lower values are
-            better.
-        value: the new value. A value that is None, nan or infinite is never better.
-        best: the best value so far; None if there is none.
+        metric: the name of the metric, such as "val_loss". For a loss, a lower value is better.
+        value: the new value. None, nan and infinite values are never better.
+        best: the best value so far. If None, every finite value is better.
     """
     if value is None or not math.isfinite(value):
         return False
@@ -101,15 +100,16 @@ def wilson(correct: float, count: int) -> tuple[float, float] | None:
 
 
 def with_interval(accuracy: float | None, count: int, digits: int = 4) -> str:
-    """Formats an accuracy with its 95 % interval, as in `0.9833 (95 %: 0.9726 to 0.9899)`.
+    """Returns an accuracy and its 95 % confidence interval as text.
 
     Args:
-        accuracy: the fraction of correct images; None if it is not known.
+        accuracy: the fraction of correct images. None means that the accuracy is unknown.
         count: the number of images.
         digits: the number of decimal places.
 
     Returns:
-        The text. It is "n/a" if the accuracy is None or there are no images.
+        A text such as "0.9833 (95 %: 0.9726 to 0.9899)". The text is "n/a" if the accuracy is None
+        or the count is 0.
     """
     if accuracy is None or count == 0:
         return "n/a"
@@ -123,7 +123,8 @@ def with_interval(accuracy: float | None, count: int, digits: int = 4) -> str:
 def confusion(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
     """Returns the confusion matrix, an int64 array (classes, classes).
 
-    Rows are labels, columns are predictions. Each entry is a number of images.
+    Each row stands for a label, and each column for a predicted class. Each entry is a number of
+    images.
 
     Args:
         labels: the class index of each image, an array (N).
@@ -138,12 +139,12 @@ def per_class(matrix: np.ndarray) -> dict[str, np.ndarray]:
     """Returns precision, recall, specificity, F1 and support of every class.
 
     Args:
-        matrix: confusion matrix (classes, classes): rows are labels, columns predictions.
+        matrix: the confusion matrix (classes, classes). Rows are labels, columns are predictions.
 
     Returns:
-        A dict with the keys "precision", "recall", "specificity", "f1" and "support". Each contains
-        an array with one value per class, which is nan where it is undefined. The support of a
-        class is the number of its images.
+        A dict with the keys "precision", "recall", "specificity", "f1" and "support". Each value is
+        an array with one number per class. An undefined number is nan. The support of a class is
+        the number of images with the label of the class.
     """
     matrix = np.asarray(matrix)
     hits, support, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
@@ -158,29 +159,29 @@ def per_class(matrix: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def macro(values: np.ndarray) -> float | None:
-    """Returns the mean of a metric over the classes for which it is defined.
+    """Returns the mean of a metric over the classes with a defined value.
 
     Args:
-        values: the value of the metric for every class, an array (classes); nan where the metric is
-            undefined.
+        values: the value of the metric for every class, an array (classes). An undefined value is
+            nan.
 
     Returns:
-        The mean, or None if no value is defined.
+        The mean. None if no value is defined.
     """
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else None
 
 
 def weighted(values: np.ndarray, support: np.ndarray) -> float | None:
-    """Returns the mean of a metric over the classes, weighted by the number of images per class.
+    """Returns the mean of a metric over the classes, weighted by their images.
 
     Args:
-        values: the value of the metric for every class, an array (classes). Classes with nan are
-            left out.
+        values: the value of the metric for every class, an array (classes). A class whose value is
+            nan is left out.
         support: the number of images of every class, an array (classes).
 
     Returns:
-        The mean, or None if no class with images has a defined value.
+        The mean. None if no class has both an image and a defined value.
     """
     defined = ~np.isnan(values) & (support > 0)
     if not defined.any():
@@ -192,12 +193,12 @@ def from_confusion_matrix(matrix: np.ndarray) -> Metrics:
     """Returns the metrics that follow from a confusion matrix.
 
     Args:
-        matrix: confusion matrix (classes, classes): rows are labels, columns predictions.
+        matrix: the confusion matrix (classes, classes). Rows are labels, columns are predictions.
 
     Returns:
-        A dict with the balanced accuracy under "balanced_acc" and the macro F1 under "f1". If there
-        are two classes, it contains "sensitivity" and "specificity", too; class 1 is then the
-        positive class. The value of an undefined metric is None.
+        A dict with the keys "balanced_acc" and "f1". The value of "f1" is the mean of F1 over the
+        classes. For two classes, the dict has the further keys "sensitivity" and "specificity".
+        Class 1 is then the positive class. The value of an undefined metric is None.
     """
     classes = per_class(matrix)
     values = {"balanced_acc": macro(classes["recall"]), "f1": macro(classes["f1"])}
@@ -208,14 +209,15 @@ def from_confusion_matrix(matrix: np.ndarray) -> Metrics:
 
 
 def most_confused(matrix: np.ndarray, number: int) -> list[tuple[int, int, int]]:
-    """Returns the most frequent confusions of one class with another, most frequent first.
+    """Returns the most frequent confusions of one class with another class.
 
     Args:
-        matrix: confusion matrix (classes, classes): rows are labels, columns predictions.
+        matrix: the confusion matrix (classes, classes). Rows are labels, columns are predictions.
         number: the largest number of confusions to return.
 
     Returns:
-        A list of tuples such as (3, 5, 12): 12 images of class 3 were predicted as class 5.
+        A list of tuples, most frequent confusion first. The tuple (3, 5, 12) means that 12 images
+        of class 3 were predicted as class 5.
     """
     wrong = matrix * (1 - np.eye(len(matrix), dtype=matrix.dtype))
     cells = np.argsort(-wrong, axis=None, kind="stable")[:number]
@@ -232,11 +234,11 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 
 
 def auc_per_class(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Returns the area under the ROC curve (AUC) of each class against all others.
+    """Returns the area under the ROC curve (AUC) of each class.
 
-    The area is the fraction of pairs, of an image of the class and an image of another class, in
-    which the image of the class has the higher score. A pair with equal scores counts half. The
-    areas are computed from ranks (Mann and Whitney, 1947; Hanley and McNeil, 1982).
+    Every image of the class is paired with every image of another class. The AUC is the fraction of
+    pairs in which the image of the class has the higher score. A pair with equal scores counts half
+    (Mann and Whitney, 1947; Hanley and McNeil, 1982).
 
     Args:
         labels: the class index of each image, an array (N).
@@ -244,7 +246,7 @@ def auc_per_class(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
             a likelier class.
 
     Returns:
-        An array (classes). The area is nan if no image or every image belongs to the class.
+        An array (classes). The AUC of a class is nan if the class has no image or all images.
     """
     areas = np.full(scores.shape[1], np.nan)
     for number, column in enumerate(np.array(scores.T, order="C")):  # a copy, to be sorted
@@ -263,9 +265,9 @@ def auc_per_class(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
 def auc(labels: np.ndarray, scores: np.ndarray) -> float | None:
     """Returns the area under the ROC curve (AUC).
 
-    With two classes, class 1 is the positive class. With more classes, one area is computed for
-    each class against all others, and their mean is returned. A class is left out of the mean if no
-    image or every image belongs to it.
+    With two classes, the result is the AUC of class 1. With more classes, the AUC of each class
+    against all others is computed. The result is then the mean over the classes. A class that has
+    no image or all images is left out of the mean.
 
     Args:
         labels: the class index of each image, an array (N).
@@ -273,18 +275,17 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float | None:
             a likelier class.
 
     Returns:
-        The area, from 0 to 1. None if the area of no class is defined.
+        The AUC, from 0 to 1. None if all images have the same label, or if there are no images.
     """
     areas = auc_per_class(labels, scores)
     return macro(areas[1:] if len(areas) == 2 else areas)
 
 
 def log_loss(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Returns the log loss: the mean of -log(p) over all images.
+    """Returns the log loss, the mean of -log(p) over all images.
 
-    Here p is the probability that the model gives to the true class of an image. As in
-    scikit-learn, p is clipped to [eps, 1 - eps], where eps is the machine epsilon of the dtype of
-    `scores`.
+    Here p is the probability of the true class of an image. As in scikit-learn, p is clipped to
+    [eps, 1 - eps]. The value eps is the machine epsilon of the dtype of `scores`.
 
     Args:
         labels: the index of the true class of each image, an array (N).
@@ -298,9 +299,9 @@ def log_loss(labels: np.ndarray, scores: np.ndarray) -> float:
 def calibration_error(labels: np.ndarray, scores: np.ndarray) -> float:
     """Returns the expected calibration error (Guo et al., ICML 2017, section 2).
 
-    The images are sorted into `ECE_BINS` bins of equal width by the probability of the predicted
-    class. For each bin, |accuracy - mean probability| is computed. The error is the mean of these
-    values over the bins, weighted by the number of images in each bin.
+    The images are sorted into 15 bins by the probability of the predicted class. The bins have
+    equal width. For each bin, |accuracy - mean probability| is computed. The calibration error is
+    the mean of the results, weighted by the number of images in each bin.
 
     Args:
         labels: the index of the true class of each image, an array (N).
@@ -314,16 +315,17 @@ def calibration_error(labels: np.ndarray, scores: np.ndarray) -> float:
 
 
 def from_probabilities(labels: np.ndarray, scores: np.ndarray) -> Metrics:
-    """Returns area under the ROC curve, log loss and expected calibration error.
+    """Returns the metrics that are computed from the probabilities of all classes.
 
     Args:
         labels: the index of the true class of each image, an array (N).
         scores: the probability of each class for each image, an array (N, classes).
 
     Returns:
-        A dict with the keys "auc", "log_loss" and "ece". All values are None if there are no
-        images, or if a probability is nan or infinite. If all labels are equal, the area is
-        undefined, and the value of "auc" is None.
+        A dict with the keys "auc", "log_loss" and "ece". The value of "auc" is the area under the
+        ROC curve. The value of "ece" is the expected calibration error. All values are None if
+        there are no images, or if a probability is nan or infinite. The value of "auc" is None if
+        all labels are equal.
     """
     if len(labels) == 0 or not np.isfinite(scores).all():
         return dict.fromkeys(FROM_PROBABILITIES)

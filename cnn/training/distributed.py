@@ -34,20 +34,22 @@ BUILD_TIMEOUT = datetime.timedelta(days=1)
 
 
 class Group:
-    """The processes that train one model together; by default, a single process.
+    """The processes that train one model together.
+
+    Without arguments, the group is a single process.
 
     Args:
-        launch: the rank of this process and the number of processes; None for a single process.
-        stop: the signal handlers of this process. If None, no signal interrupts the wait for a
-            batch; this is permitted only for a single process.
+        launch: the rank of this process and the number of processes. None means a single process.
+        stop: the signal handlers of this process. A group of several processes must have signal
+            handlers. If None, no signal interrupts the wait for a batch.
 
     Attributes:
         rank: the index of this process, from 0 to size - 1.
         size: the number of processes.
-        is_rank0: whether this is the process with rank 0, the one that logs and writes files.
-        key: a tuple that is part of the seed of every training step, so that the processes draw
-            different random numbers. It is () in the process with rank 0, and (rank,) in every
-            other process.
+        is_rank0: whether this process has rank 0. Only the process with rank 0 logs and writes
+            files.
+        key: a part of the seed of every training step. The key is () for rank 0, and (rank,) for
+            every other rank. The processes thus draw different random numbers.
     """
 
     def __init__(self, launch: Launch | None = None, stop: StopSignals | None = None):
@@ -59,9 +61,9 @@ class Group:
         self._patient: dist.ProcessGroup | None = None  # for exchanges that may take long
 
     def connect(self) -> None:
-        """Waits for the other processes and connects to them.
+        """Connects this process to the other processes.
 
-        Does nothing in a single process.
+        The call waits for the other processes. In a single process, nothing is done.
 
         Raises:
             Refused: the other processes cannot be reached or do not connect in time.
@@ -84,9 +86,9 @@ class Group:
             raise Refused(f"torchrun: {what}: {str(error).splitlines()[0]}") from None
 
     def disconnect(self) -> None:
-        """Waits until all processes have called this method, and closes the connections.
+        """Closes the connections when all processes have called this method.
 
-        Does nothing in a single process.
+        In a single process, nothing is done.
         """
         if self.size > 1:
             self.barrier()
@@ -103,8 +105,8 @@ class Group:
         """Returns the value of rank 0 in every process.
 
         Args:
-            value: any object that can be pickled, such as a dict of tensors. The values that other
-                processes than rank 0 pass are ignored.
+            value: an object that can be pickled, such as a dict of tensors. Only the value of rank
+                0 is used.
         """
         if self.size == 1:
             return value
@@ -113,10 +115,10 @@ class Group:
         return values[0]
 
     def all_gather(self, value: T) -> list[T]:
-        """Collects one value from each process, and returns the list of them in every process.
+        """Returns a list of the values of all processes, in every process.
 
         Args:
-            value: the value of this process, any object that can be pickled.
+            value: the value of this process, an object that can be pickled.
 
         Returns:
             The values of all processes, in the order of the ranks.
@@ -129,12 +131,16 @@ class Group:
 
     @contextlib.contextmanager
     def agreement(self) -> Iterator[None]:
-        """Raises an error in every process if one of them raises Refused or Failed in the block.
+        """Makes every process raise an error if one process fails in the block.
 
-        Every process has to enter the `with` block, and waits for the others at its end. Of the
-        processes that failed, the one with the lowest rank raises its own error. All other
-        processes raise RefusedElsewhere. Exceptions of other types are not passed on to other
-        processes.
+        Every process has to enter the `with` block. At the end of the block, each process waits for
+        all others. A process has failed if the block raises Refused or Failed. Other exceptions
+        affect only their own process.
+
+        Raises:
+            Refused, Failed: this process failed, and no process with a lower rank failed.
+            RefusedElsewhere: this process did not fail but another one did, or a process with a
+                lower rank failed.
         """
         error = None
         try:
@@ -156,9 +162,9 @@ class Group:
     def local_rank0_first(self) -> Iterator[None]:
         """Makes one process of each machine run the `with` block before the others.
 
-        This is the process with local rank 0. The other processes of all machines run the block
-        afterwards. If a process raises Refused or Failed in the block, every process raises an
-        error.
+        The process with local rank 0 runs the block first. The other processes wait until the block
+        is done on all machines. If the block raises Refused or Failed in one process, every process
+        raises an error.
         """
         leads = self.launch.local_rank == 0
         if not leads:
@@ -175,7 +181,7 @@ class Group:
     def wrap(self, model: nn.Module) -> nn.Module:
         """Returns the model wrapped in DistributedDataParallel.
 
-        In a single process, the model itself is returned.
+        In a single process, the model is returned without a wrapper.
         """
         if self.size == 1:
             return model
@@ -191,7 +197,7 @@ class Group:
 
         Args:
             model: the model that `wrap` returned.
-            enabled: if False, the context has no effect, and gradients are averaged as usual.
+            enabled: if False, the context has no effect, and gradients are averaged.
         """
         return model.no_sync() if enabled and self.size > 1 else contextlib.nullcontext()
 
@@ -200,10 +206,11 @@ class Group:
 
         Args:
             value: a number, or a tensor that has the same shape in every process.
-            device: the device of this process, on which the sum is computed.
+            device: the device on which this process computes the sum.
 
         Returns:
-            A float64 tensor of the shape of `value`; in a single process, `value` itself.
+            A float64 tensor with the shape of `value`. In a single process, `value` is returned
+            unchanged.
         """
         if self.size == 1:
             return value
@@ -212,11 +219,15 @@ class Group:
         return total
 
     def sum_metrics(self, metrics: RunningMetrics) -> RunningMetrics:
-        """Adds the running metrics of all processes up, and returns the total in every process.
+        """Adds up the running metrics of all processes.
+
+        Every process has to call this method, and gets the same total.
 
         Args:
-            metrics: the sums over this process's share of the images. This object is changed in
-                place, and returned.
+            metrics: the sums over the images of this process. The total replaces these sums.
+
+        Returns:
+            The object `metrics`, which contains the total.
         """
         if self.size > 1:
             packed = metrics.pack()
@@ -224,10 +235,10 @@ class Group:
         return metrics
 
     def broadcast_module(self, module: nn.Module | None) -> None:
-        """Copies parameters, buffers and extra state from rank 0's module to all processes.
+        """Copies the state dict of the module of rank 0 to all processes.
 
-        Before, the modules of the processes may differ, because each process computes the running
-        statistics of BatchNorm from its own images.
+        The modules of the processes can differ before the copy. For example, each process computes
+        the running statistics of BatchNorm from its own images.
 
         Args:
             module: the module of this process, which is changed in place. If None, nothing is done.
@@ -244,20 +255,19 @@ class Group:
             load_state(module, self.broadcast(extra), strict=False)
 
     def synchronized(self, batches: Iterable[T], number: int) -> Iterator[T]:
-        """Yields the batches of this process, and makes all processes stop before the same batch.
+        """Yields the batches of this process, and stops all processes at the same batch.
 
-        Every process has to call this method. If one of them cannot load a batch or has received a
-        signal, all processes raise an error in place of the same batch. With several processes, a
-        signal may take effect one batch later than in a single process, because each batch is
-        loaded before the preceding one is yielded.
+        Every process has to call this method. If one process receives a signal or cannot load a
+        batch, all processes raise an error. All processes raise the error in place of the same
+        batch. With several processes, a signal can take effect one batch late.
 
         Args:
             batches: the batches of this process.
-            number: the largest number of batches that one of the processes has.
+            number: the largest number of batches in any process.
 
         Raises:
-            Stopped: one of the processes received a signal.
-            DataFailed: one of the processes cannot load a batch.
+            Stopped: a process received a signal.
+            DataFailed: a process cannot load a batch.
         """
         batches = iter(batches)
         if self.size == 1:
@@ -281,14 +291,16 @@ class Group:
         return self.stop.interruptible(lambda: next(batches, None))
 
     def _begin_agreement(self, batches: Iterator[T]) -> Pending:
-        """Loads the next batch, and begins to tell the other processes whether it was loaded.
+        """Loads the next batch, and begins to tell the other processes the outcome.
 
         Returns:
-            Four values. The first is the batch; None after the last batch, or if it was not loaded.
-            The second is the error that prevented this, or None. The third is an int64 tensor (2).
-            It contains the number of the signal that this process received, or 0, and its rank
-            plus 1 if it failed to load the batch, else 0. The fourth is the handle of an all-reduce
-            that replaces both numbers by their maxima over all processes.
+            A tuple (batch, failure, state, work). The batch is None after the last batch, or if no
+            batch was loaded. The failure is the error that prevented the loading, or None.
+
+            The state is an int64 tensor of two numbers. The first number is the signal that this
+            process received, or 0. The second number is 0 without a failure, else the rank plus 1.
+            The work is the handle of an all-reduce. The all-reduce replaces each number by the
+            maximum over all processes.
         """
         batch = failure = None
         try:
@@ -302,17 +314,17 @@ class Group:
         return batch, failure, state, work
 
     def _end_agreement(self, batch: T | None, failure: Any, state: Any, work: Any) -> T | None:
-        """Waits for the messages of all processes, and returns the batch of this process.
+        """Returns the batch of this process when all processes have sent their outcome.
 
         Args:
             batch, failure, state, work: the four values that `_begin_agreement` returned.
 
         Returns:
-            The batch; None if this process has no more batches.
+            The batch. None if this process has no more batches.
 
         Raises:
-            DataFailed: one of the processes could not load its batch.
-            Stopped: one of the processes received a signal.
+            DataFailed: a process could not load its batch.
+            Stopped: a process received a signal.
         """
         work.wait()
         signalled, failed = state.tolist()
@@ -323,9 +335,9 @@ class Group:
         return batch
 
     def _signal(self) -> int:
-        """Returns the number of the signal that this process received, or 0 if there is none.
+        """Returns the number of the signal that this process received, or 0.
 
-        The end of torchrun, which started this process, counts as the signal SIGTERM.
+        If torchrun started this process and has ended, the result is SIGTERM.
         """
         if self.stop.received is None and os.getppid() != self._launcher:
             return signal.SIGTERM
@@ -337,17 +349,17 @@ ALONE = Group()
 
 @contextlib.contextmanager
 def process_group(stop: StopSignals) -> Iterator[Group]:
-    """Connects the processes that torchrun started, and disconnects them at the end of the context.
+    """Connects the processes that torchrun started, and disconnects them after the block.
 
     Args:
         stop: the signal handlers of this process.
 
     Yields:
-        The group of these processes. Without torchrun, it consists of this process alone.
+        The group of the processes. Without torchrun, the group contains only this process.
 
     Raises:
         Refused: the other processes cannot be reached or do not connect in time.
-        ProcessLost: another process ended while this one needed it.
+        ProcessLost: another process has ended too early.
     """
     group = Group(find_launch(), stop)
     group.connect()
@@ -365,9 +377,9 @@ def process_group(stop: StopSignals) -> Iterator[Group]:
 def _attempt() -> str:
     """Returns a prefix for the keys in torchrun's store, such as "attempt 1".
 
-    The number is how often torchrun has restarted the processes. The store contains the addresses
-    of the processes. Without the prefix, a restarted process would find the addresses from before
-    the restart. If the store does not outlive a restart, the prefix is always "attempt 0".
+    The store contains the addresses of the processes. The number in the prefix counts the restarts
+    by torchrun. A restarted process thus ignores the addresses from before the restart. If every
+    restart begins with a new store, the prefix is always "attempt 0".
     """
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT') if shared else 0}"

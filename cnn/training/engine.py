@@ -20,16 +20,16 @@ from cnn.utils.module_state import state_preserved
 def train_one_epoch(run: Run, batches: Iterable[Batch]) -> Iterator[int]:
     """Trains the model on the remaining batches of the current epoch.
 
-    This is a generator. It takes one optimizer step before each `yield`. At each `yield`,
+    The function is a generator. One optimizer step is taken before each `yield`. At each `yield`,
     `run.state` is complete and may be saved.
 
     Args:
         run: the run, whose state is changed in place.
-        batches: this process's share of each remaining batch. Within the epoch, the index of the
-            first one is `run.state.batch`.
+        batches: the share of this process in each remaining batch. The number of batches already
+            done is `run.state.batch`.
 
     Yields:
-        The number of batches in the optimizer step just taken.
+        The number of batches in the latest optimizer step.
     """
     cfg, state, group = run.cfg.train, run.state, run.group
     freeze(state.optimizer, state.epoch)
@@ -71,25 +71,24 @@ def evaluate(
     epoch: int,
     group: Group = ALONE,
 ) -> Metrics:
-    """Evaluates a model on batches, and returns its metrics.
+    """Evaluates a model on batches, and returns the metrics.
 
-    The state dicts of the model and the loss function are the same afterwards, even if a batch
-    cannot be loaded.
+    The state dicts of the model and the loss function do not change.
 
     Args:
         model: the model, which is put into evaluation mode for the duration of the call.
-        batches: all batches of a split. If there are several processes, only every `group.size`-th
-            batch, beginning with the batch whose index is `group.rank`.
+        batches: the batches that this process evaluates. With n processes, the process with rank r
+            evaluates the batches r, r + n, r + 2n and so on.
         loss_function: computes the mean loss () from logits (N, classes) and labels (N).
-        autocast: a function that returns the context in which a forward pass runs.
-        metrics: the metrics to compute, to which no batch has been added yet. Several processes
-            need an `EvaluationMetrics`.
-        seed, epoch: the seed of the run, and the number of an epoch. Both seed the random numbers
-            that some models draw even in evaluation mode.
-        group: the processes that evaluate together. All of them get the same metrics.
+        autocast: a function that returns the context of a forward pass.
+        metrics: the metrics to compute, still without batches. Several processes need an
+            `EvaluationMetrics`.
+        seed, epoch: the seed of the run, and the number of the epoch. Both determine the random
+            numbers that the model draws.
+        group: the processes that evaluate together. Every process gets the same metrics.
 
     Returns:
-        The values of `metrics` by name, such as {"loss": 0.1, "acc": 0.98}.
+        The values of the metrics by name, such as {"loss": 0.1, "acc": 0.98}.
     """
     was_training = model.training
     model.eval()
@@ -111,14 +110,14 @@ def evaluate(
 
 
 def in_chunks(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    """Returns an iterator over lists of consecutive batches, one list per optimizer step.
+    """Returns an iterator over lists of consecutive batches.
 
-    All batches of a step are loaded before the step begins. If a batch cannot be loaded, no step is
-    thus left half done.
+    Each list contains the batches of one optimizer step. All batches of a list are loaded before
+    the list is returned.
 
     Args:
         batches: the batches.
-        size: the length of each list; the last list may be shorter.
+        size: the length of each list. The last list can be shorter.
     """
     # Without worker processes, the augmentations draw from the same global generators as the model;
     # loading first keeps their draws apart.
@@ -127,25 +126,27 @@ def in_chunks(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
 
 
 def seed_batch(run: Run, number: int) -> None:
-    """Seeds the global random generators for a training batch, so that its dropout can be repeated.
+    """Seeds the global random generators for a training batch.
 
-    The seed of the run, the step, the batch and the process determine the random numbers.
+    The seed depends on the run, the optimizer step, the batch and the process. A resumed run thus
+    draws the same random numbers, for example for dropout.
 
     Args:
         run: the run, before its next optimizer step.
-        number: the index of the batch within this step.
+        number: the index of the batch within the optimizer step.
     """
     key = (seeding.STEP, run.state.step, number, *run.group.key)
     seeding.seed_step(run.state.device, run.cfg.seed, *key)
 
 
 def clip_gradients(state: TrainingState, max_norm: float) -> None:
-    """Scales the gradients down so that their norm over all parameters is at most `max_norm`.
+    """Limits the norm of all gradients together.
 
     Args:
-        state: the state of the run. The gradients of the parameters in `state.optimizer` are
-            changed in place. With fp16, gradients are multiplied by a scale, which is undone first.
-        max_norm: the largest permitted L2 norm.
+        state: the state of the run. The gradients of all parameters in the optimizer are changed in
+            place. The scale factor of fp16 gradients is removed before the norm is computed.
+        max_norm: the largest permitted L2 norm. If the norm is larger, all gradients are multiplied
+            by the same factor.
     """
     state.scaler.unscale_(state.optimizer)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
@@ -153,10 +154,10 @@ def clip_gradients(state: TrainingState, max_norm: float) -> None:
 
 
 def set_training_mode(model: nn.Module) -> None:
-    """Puts a model into training mode, except for its frozen BatchNorm layers.
+    """Puts a model into training mode, except for frozen BatchNorm layers.
 
-    A BatchNorm layer is frozen if none of its parameters requires a gradient. It is put into
-    evaluation mode, so that its running statistics do not change.
+    A BatchNorm layer is frozen if none of its parameters requires a gradient. Frozen layers are put
+    into evaluation mode, so that their running statistics do not change.
     """
     model.train()
     for module in model.modules():

@@ -16,17 +16,17 @@ def build_loss(cfg: LossConfig, labels: np.ndarray, classes: list[str]) -> nn.Mo
 
     Args:
         cfg: the settings of the loss.
-        labels: the class index of each training image, an int64 array. The labels are used only for
-            the setting `class_weights: balanced`.
+        labels: the class index of each training image, an int64 array (N). The labels are used only
+            for the setting `class_weights: balanced`.
         classes: the names of the classes, in the order of the logits.
 
     Returns:
-        A module that takes logits (N, classes) and labels (N) and returns their mean loss ().
+        A module that takes logits (N, classes) and labels (N), and returns the mean loss ().
 
     Raises:
-        Refused: the number of class weights is not the number of classes; or the user's own loss
-            function cannot be imported, does not take the keywords in `loss.args`, or has trainable
-            parameters.
+        Refused: the number of class weights differs from the number of classes, or the user's own
+            loss function cannot be used. For example, it has trainable parameters or does not take
+            the keywords in `loss.args`.
     """
     weights = _class_weights(cfg.class_weights, labels, classes)
     return LOSSES[cfg.name](cfg, weights) if cfg.name in LOSSES else _build_user_loss(cfg)
@@ -41,28 +41,28 @@ LOSSES: dict[str, Callable[[LossConfig, torch.Tensor | None], nn.Module]] = {
 
 
 def has_state(loss: nn.Module) -> bool:
-    """Returns whether the state dict of a loss function is saved in checkpoints.
+    """Returns whether checkpoints contain the state dict of a loss function.
 
-    The state dict of every loss function except cross-entropy is saved.
+    The result is False for cross-entropy, and True for every other loss function.
     """
     return not isinstance(loss, nn.CrossEntropyLoss)
 
 
 def class_weights(loss: nn.Module) -> list[float] | None:
-    """Returns the class weights of a loss function, as plain numbers for a checkpoint.
+    """Returns the class weights of a loss function as plain numbers.
 
     Returns:
-        One weight per class. None if the loss is not cross-entropy, or has no class weights.
+        One weight per class. None if the loss is not cross-entropy or has no class weights.
     """
     weights = None if has_state(loss) else loss.weight
     return None if weights is None else weights.tolist()
 
 
 class _FunctionLoss(nn.Module):
-    """A module that wraps a loss function which the user wrote as a plain Python function.
+    """A loss module that calls a plain Python function.
 
     Args:
-        function: takes logits (N, classes) and labels (N), and returns their mean loss ().
+        function: takes logits (N, classes) and labels (N), and returns the mean loss ().
     """
 
     def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):

@@ -40,16 +40,16 @@ Groups = list[dict[str, Any]]  # as torch's optimizers take them
 def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
     """Builds the optimizer, with parameters grouped by learning rate and weight decay.
 
-    Parameters for which `optim.groups` sets `lr_scale: 0` get `requires_grad=False`.
+    Parameters with `lr_scale: 0` in the setting `optim.groups` get `requires_grad=False`.
 
     Args:
         cfg: the settings of the optimizer.
         model: the model whose parameters are trained.
 
     Raises:
-        Refused: a pattern matches no parameter or takes too long to match; all parameters are
-            frozen; `optim.args` contains a keyword that the optimizer does not take; or the
-            user's own optimizer cannot be used, for example because its `step` needs a closure.
+        Refused: a pattern matches no parameter, or takes too long to match. All parameters are
+            frozen. The optimizer does not take a keyword in `optim.args`. The user's own optimizer
+            cannot be used, for example because `step` needs a closure.
     """
     too_slow = f"a pattern takes more than {MATCH_TIMEOUT} s to match; simplify it"
     with time_limit(MATCH_TIMEOUT, Refused(f"optim.groups or optim.freeze: {too_slow}")):
@@ -72,16 +72,16 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
 
 
 def _keyword_arguments(cfg: OptimConfig, kind: Callable, groups: Groups) -> dict[str, Any]:
-    """Returns the keyword arguments with which the optimizer is built, without lr and weight_decay.
+    """Returns the keyword arguments of the optimizer, without lr and weight_decay.
 
-    They are those settings in `cfg` that the optimizer takes, and all entries of `optim.args`. If
-    the optimizer is one of torch's and has a fused implementation, "fused" is added, unless
+    The result contains the settings that the optimizer takes, and all entries of `optim.args`. For
+    a torch optimizer with a fused implementation, the key "fused" is added. The key is not added if
     `optim.args` contains "fused" or "foreach".
 
     Args:
         cfg: the settings of the optimizer.
         kind: the class of the optimizer, or a function that returns an optimizer.
-        groups: the parameter groups, each with its parameters under "params".
+        groups: the parameter groups. Each group is a dict with the parameters under "params".
 
     Raises:
         Refused: `optim.args` contains a keyword that has a setting of its own.
@@ -100,14 +100,14 @@ def _keyword_arguments(cfg: OptimConfig, kind: Callable, groups: Groups) -> dict
 
 
 def _check_optimizer(cfg: OptimConfig, optimizer: Any) -> None:
-    """Raises Refused if the training step cannot use an optimizer.
+    """Raises Refused if training cannot use an optimizer.
 
-    Logs a warning if `optim.weight_decay` is set and the optimizer has no weight decay.
+    A warning is logged if `optim.weight_decay` is set but the optimizer has no weight decay.
 
     Args:
         cfg: the settings of the optimizer.
-        optimizer: the object that was built from the settings. It is refused if it is no torch
-            Optimizer, or if its `step` needs a closure.
+        optimizer: the object to check. The object has to be a torch Optimizer with a `step` that
+            needs no closure.
     """
     if not isinstance(optimizer, Optimizer):
         kind = type(optimizer).__name__
@@ -120,14 +120,14 @@ def _check_optimizer(cfg: OptimConfig, optimizer: Any) -> None:
 
 
 def _group_parameters(cfg: OptimConfig, model: nn.Module) -> Groups:
-    """Returns the parameter groups for the optimizer, in the form that torch's optimizers take.
+    """Returns the parameter groups for a torch optimizer.
 
     All parameters of a group have the same learning rate and the same weight decay. Parameters with
-    fewer than two dimensions, such as biases, get no weight decay. Parameters for which
-    `optim.groups` sets `lr_scale: 0` are in no group and get `requires_grad=False`.
+    fewer than two dimensions, such as biases, get no weight decay. Parameters with `lr_scale: 0` in
+    `optim.groups` are in no group and get `requires_grad=False`.
 
-    Parameters that `optim.freeze` matches are in groups of their own. Each of these groups contains
-    the number of epochs for which it is frozen, under "freeze_epochs".
+    Parameters that match `optim.freeze` are in separate groups. Each of the separate groups has the
+    key "freeze_epochs", the number of epochs without training.
 
     Args:
         cfg: the settings of the optimizer.
@@ -160,16 +160,16 @@ def _group_parameters(cfg: OptimConfig, model: nn.Module) -> Groups:
 
 
 def _match_frozen_first(cfg: OptimConfig, trained: Collection[str]) -> Collection[str]:
-    """Returns the names of the parameters that `optim.freeze` matches.
+    """Returns the names of the parameters that match `optim.freeze`.
 
-    These parameters are frozen during the first `optim.freeze_epochs` epochs.
+    The matching parameters are frozen during the first `optim.freeze_epochs` epochs.
 
     Args:
         cfg: the settings of the optimizer.
         trained: the names of the trainable parameters.
 
     Returns:
-        The names. There are none if neither `optim.freeze` nor `optim.freeze_epochs` is set.
+        The names. The result is empty if neither `optim.freeze` nor `optim.freeze_epochs` is set.
 
     Raises:
         Refused: `optim.freeze_epochs` is above 0, but `optim.freeze` is not set, matches no
@@ -189,8 +189,8 @@ def _match(key: str, pattern: str, names: Collection[str]) -> list[str]:
     """Returns the names in which a regular expression is found.
 
     Args:
-        key: the setting that contains the pattern, such as "optim.groups[0].match"; the error
-            message begins with it.
+        key: the setting that contains the pattern, such as "optim.groups[0].match". The error
+            message begins with the key.
         pattern: the regular expression.
         names: the names of parameters, such as "fc.weight".
 
@@ -205,10 +205,10 @@ def _match(key: str, pattern: str, names: Collection[str]) -> list[str]:
 
 
 def freeze(optimizer: Optimizer, epoch: int) -> None:
-    """Freezes parameters of an optimizer during the first epochs, and unfreezes them afterwards.
+    """Freezes or unfreezes parameters of an optimizer for the current epoch.
 
-    Only the parameters in groups with the key "freeze_epochs" are concerned. They are frozen while
-    the number of completed epochs is smaller than the value of this key.
+    Only parameter groups with the key "freeze_epochs" change. The parameters of such a group are
+    frozen while `epoch` is below the value of the key.
 
     Args:
         optimizer: an optimizer that `build_optimizer` returned.
@@ -222,12 +222,12 @@ def freeze(optimizer: Optimizer, epoch: int) -> None:
 
 @functools.cache
 def _without_compiler(kind: type[Optimizer]) -> type[Optimizer]:
-    """Returns a subclass of a torch optimizer whose methods are not wrapped for torch.compile.
+    """Returns a subclass of a torch optimizer that does not import torch._dynamo.
 
-    When a wrapper is first called, it imports torch._dynamo, even if nothing is compiled (see
-    torch/_compile.py and torch/optim/optimizer.py). The subclass saves the time of this import. Up
-    to the first step of SGD, 4.1, 4.5 and 2.4 s were measured with the wrappers, and 0.01 s without
-    them.
+    In torch, the methods of an optimizer are wrapped for torch.compile. The first call of a wrapper
+    imports torch._dynamo (see torch/_compile.py). The methods of the subclass have no wrappers. Up
+    to the first step of SGD, 4.1, 4.5 and 2.4 s were measured with the wrappers. Without the
+    wrappers, 0.01 s were measured.
 
     Args:
         kind: the class of the optimizer, such as torch.optim.SGD.

@@ -38,8 +38,8 @@ class Checkpoint:
         path: the file of the checkpoint.
         content: everything that the file contains.
         cfg: the settings of the resumed run.
-        changes: the settings of the resumed run that differ from those in the checkpoint, each as a
-            text such as "train.epochs 10 → 20".
+        changes: the settings that differ from the settings in the checkpoint. Each change is a text
+            such as "train.epochs 10 → 20".
     """
 
     path: Path
@@ -51,17 +51,16 @@ class Checkpoint:
 def run_name(command: Command, cfg: Config) -> str | None:
     """Returns the name of the run that a command trains, such as "first".
 
-    If the command line contains `run=NAME`, this is the name. Otherwise, with `--resume FILE` and
-    without `--config`, it is the name in the checkpoint. In all other cases, it is the name in
-    `cfg`.
+    A name on the command line (`run=NAME`) is preferred. With `--resume FILE` and without
+    `--config`, the next choice is the name in the checkpoint. Otherwise, the name is `cfg.run`.
 
     Args:
         command: the command line.
         cfg: the settings from the command line and the configuration file.
 
     Returns:
-        The name. The run writes to the folders of this name in logs/ and checkpoints/. If it is
-        None, the run writes directly to logs/ and checkpoints/.
+        The name. The run writes to logs/NAME and checkpoints/NAME. If None, the run writes directly
+        to logs/ and checkpoints/.
 
     Raises:
         Refused: the checkpoint does not exist or is damaged, or a setting is not valid.
@@ -78,25 +77,26 @@ def run_name(command: Command, cfg: Config) -> str | None:
 
 
 def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | None:
-    """Returns the checkpoint from which to resume, and the settings of the resumed run.
+    """Returns the checkpoint from which to resume, and the settings of the run.
 
-    The checkpoint is the file after `--resume`. If no file is given, it is the latest checkpoint of
-    the run. The settings are those in the checkpoint or, with `--config FILE`, those in FILE.
-    Settings on the command line replace them.
+    The checkpoint is the file after `--resume`. Without a file, the latest checkpoint of the run is
+    taken. The settings come from the file after `--config`, or else from the checkpoint. Settings
+    on the command line replace both.
 
     Args:
-        command: the command line. `command.places`, which contains the place where each setting was
+        command: the command line. The attribute `command.places`, the place where each setting was
             found, is updated.
-        cfg: the settings from the command line and the configuration file. `cfg.run` is the name of
-            the run whose latest checkpoint is taken if no file is given.
+        cfg: the settings from the command line and the configuration file. The name of the run is
+            `cfg.run`.
 
     Returns:
         The checkpoint and the settings, in one object. None if no file is given and the run has no
-        checkpoint yet.
+        checkpoint.
 
     Raises:
-        Refused: the checkpoint does not exist, is damaged, was written by a newer version, names
-            code outside the current folder, or was made with other settings that may not change.
+        Refused: the checkpoint does not exist, is damaged, or was written by a newer version. The
+            checkpoint names code outside the current folder. A setting that may not change has
+            changed.
     """
     if command.checkpoint is not None:
         path, content = command.checkpoint, load_checkpoint(command.checkpoint)
@@ -121,12 +121,12 @@ def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | Non
 
 
 def readable_checkpoints(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yields the path and the content of every checkpoint that can be read.
+    """Yields the path and the content of every readable checkpoint.
 
-    A warning is logged for every checkpoint that cannot be read.
+    For every other checkpoint, a warning is logged.
 
     Args:
-        paths: the files of the checkpoints, which are read one by one.
+        paths: the files of the checkpoints. Each file is read only when its turn comes.
     """
     for path in paths:
         try:
@@ -138,14 +138,14 @@ def readable_checkpoints(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str
 def latest_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
     """Returns the path and the content of the latest checkpoint of a run.
 
-    The latest checkpoint is last.pth. If last.pth is missing or damaged, another one is returned:
-    of those that can be read, the one with the largest number of optimizer steps.
+    The result is last.pth if last.pth can be read. Otherwise, the result is the readable checkpoint
+    with the most optimizer steps.
 
     Args:
         folder: the folder of the run.
 
     Returns:
-        The path and the content, or None if the run has no checkpoint yet.
+        The path and the content. None if the run has no checkpoint.
 
     Raises:
         Refused: there are checkpoints, but none can be read.
@@ -166,30 +166,31 @@ def latest_checkpoint(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
 
 
 def check_version(path: Path, content: dict[str, Any]) -> None:
-    """Raises Refused if a checkpoint was written by a newer version of this project.
+    """Raises Refused if a newer version of this project wrote a checkpoint.
 
-    The augmentations of a newer version draw other random numbers. The run could not go on as it
-    began.
+    The augmentations of a newer version draw other random numbers. The run could thus not continue
+    unchanged.
 
     Args:
         path: the file of the checkpoint, for the error message.
-        content: the content of the checkpoint; "draws" is the version of its augmentations.
+        content: the content of the checkpoint. The entry "draws" is the version of the
+            augmentations.
     """
     if content.get("draws", 1) > DRAWS:
         raise Refused(f"{path}: written by a newer version of this project, which draws otherwise")
 
 
 def check_code(path: Path, saved: dict[str, Any], typed: set[str]) -> None:
-    """Raises Refused if the settings in a checkpoint name code outside the current folder.
+    """Raises Refused if a checkpoint names code outside the current folder.
 
-    A checkpoint may come from a stranger, and code from a stranger must not run without the user's
+    A checkpoint can come from a stranger. A stranger's code must not run without the user's
     consent.
 
     Args:
         path: the file of the checkpoint, for the error message.
         saved: the settings in the checkpoint, such as {"model": {"name": "package.module:Net"}}.
-        typed: the keys of the settings that the user typed on the command line, such as
-            {"model.name"}. Code that these settings name is permitted.
+        typed: the keys of the settings on the command line, such as {"model.name"}. Code in these
+            settings is permitted, because the user typed the name of the code.
     """
     for key, name in config.import_paths(saved):
         if key not in typed and is_outside_code(name):
@@ -202,22 +203,23 @@ def check_code(path: Path, saved: dict[str, Any], typed: set[str]) -> None:
 def check_settings(
     path: Path, saved: dict[str, Any], cfg: Config, typed: set[str], places: dict[str, str]
 ) -> list[str]:
-    """Compares the settings of a resumed run with those in its checkpoint.
+    """Compares the settings of a resumed run with the settings in the checkpoint.
 
     Args:
         path: the file of the checkpoint, for the error message.
         saved: the settings in the checkpoint, such as {"optim": {"lr": 0.01}}.
         cfg: the settings of the resumed run.
-        typed: the keys of the settings that the user typed on the command line, such as
-            {"optim.lr"}. Some settings may change only in this way.
+        typed: the keys of the settings on the command line, such as {"optim.lr"}. Some settings may
+            change only on the command line.
         places: the place where each setting was found, such as {"optim.lr": "config.yaml:4"}. The
-            error message names one of them.
+            places are used in the error message.
 
     Returns:
         The settings that differ, each as a text such as "train.epochs 10 → 20".
 
     Raises:
-        Refused: a setting differs that may not change, or that may change only on the command line.
+        Refused: a setting that may not change differs, or a setting that may change only on the
+            command line differs elsewhere.
     """
     # A checkpoint lacks settings that were added later; its run used their defaults.
     then = config.flat(config.to_dict(Config())) | config.flat(saved)
@@ -248,17 +250,17 @@ def check_settings(
 def reason_of(error: Exception) -> str:
     """Returns the first three lines of an error's message, joined into one line.
 
-    If the error has no message, the name of its class is returned.
+    Without a message, the name of the error's class is returned.
     """
     lines = str(error).strip().splitlines()[:3]
     return " ".join(line.strip() for line in lines) or type(error).__name__
 
 
 def restore(state: TrainingState, checkpoint: Checkpoint, data: Data, loader: Loader) -> None:
-    """Loads a checkpoint into the state of a run, after checking that the data has not changed.
+    """Loads a checkpoint into the state of a run.
 
-    If the run is not finished, the result of an earlier test is removed from the state, because
-    another epoch may become the best one.
+    The data must be the data of the checkpoint. If the run is not finished, the result of an
+    earlier test is removed from the state.
 
     Args:
         state: the state of a newly built run, which is changed in place.
@@ -267,8 +269,7 @@ def restore(state: TrainingState, checkpoint: Checkpoint, data: Data, loader: Lo
         loader: the loader of the training images.
 
     Raises:
-        Refused: the classes, the images, the model or the optimizer are not those of the
-            checkpoint.
+        Refused: the classes, the images, the model or the optimizer do not fit the checkpoint.
     """
     path, content = checkpoint.path, checkpoint.content
     if content["classes"] != data.classes:
@@ -298,10 +299,9 @@ def _check_position(checkpoint: Checkpoint, loader: Loader) -> None:
     """Raises Refused if a checkpoint contains impossible numbers of steps, batches or images.
 
     Args:
-        checkpoint: contains the number of completed epochs, the number of optimizer steps, and the
-            numbers of batches and images that are done of the unfinished epoch.
-        loader: the loader of the training images. The numbers must fit the number and the sizes of
-            its batches.
+        checkpoint: the checkpoint to check.
+        loader: the loader of the training images. The number and the sizes of its batches decide
+            what is possible.
     """
     content, accumulate = checkpoint.content, checkpoint.cfg.train.accumulate
     epoch, step, batch = content["epoch"], content["step"], content["unfinished_epoch"]["batch"]
@@ -314,16 +314,18 @@ def _check_position(checkpoint: Checkpoint, loader: Loader) -> None:
 
 
 def prepare_folder(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
-    """Prepares the folder of a run, and moves away files that the run would overwrite.
+    """Prepares the folder of a run, and archives files that would be overwritten.
 
-    If no checkpoint in the folder belongs to the run, all files of the earlier run are moved to an
-    archive folder. Otherwise, only those checkpoints are moved that do not precede `checkpoint`.
-    If the run resumes, last.pth afterwards has the content of `checkpoint`, and best.pth contains
-    the best epoch up to `checkpoint`.
+    For a new run, all files of an earlier run in the folder are moved to an archive. The same
+    happens if the folder contains no checkpoint of the resumed run. Otherwise, only checkpoints
+    that are damaged, later than `checkpoint`, or of another run can be moved.
+
+    After a resume, last.pth has the content of `checkpoint`. The file best.pth contains the best
+    epoch up to `checkpoint`.
 
     Args:
         folder: the folder in which the run trains.
-        checkpoint: the checkpoint from which the run resumes, or None for a new run.
+        checkpoint: the checkpoint from which the run resumes. None for a new run.
 
     Raises:
         Refused: a file cannot be moved or copied.
@@ -346,15 +348,15 @@ def prepare_folder(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
 
 
 def _metadata(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Returns the plain values in a checkpoint, such as its epoch, without reading its tensors.
+    """Returns the plain values in a checkpoint, such as the epoch.
 
     Args:
         path: the file of the checkpoint.
-        checkpoint: the checkpoint from which the run resumes. It is in memory: if it comes from
-            `path`, its content is returned, and the file is not read again.
+        checkpoint: the checkpoint from which the run resumes. For the path of this checkpoint, the
+            content in memory is returned.
 
     Returns:
-        The values by name, or None if the file is damaged.
+        The values by name. None if the file is damaged.
     """
     try:
         return checkpoint.content if path == checkpoint.path else read_metadata(path)
@@ -369,17 +371,17 @@ def _is_same_run(metadata: dict[str, Any] | None, checkpoint: Checkpoint) -> boo
 def _set_others_aside(
     folder: RunFolder, checkpoint: Checkpoint, existing: dict[Path, dict[str, Any] | None]
 ) -> None:
-    """Moves checkpoints away that do not precede the one from which the run resumes.
+    """Archives the checkpoints that do not precede the state of the resumed run.
 
-    If the run resumes from last.pth, only checkpoints of other runs are moved. If it resumes from
-    another file, damaged checkpoints and those with more steps are moved, too, and the file is
-    copied to last.pth.
+    If the run resumes from last.pth, only checkpoints of other runs are moved. Otherwise, damaged
+    checkpoints and checkpoints with more steps are moved as well. The checkpoint of the resumed run
+    is then copied to last.pth.
 
     Args:
         folder: the folder in which the run trains.
         checkpoint: the checkpoint from which the run resumes.
-        existing: the plain values, such as the step, of every checkpoint in the folder; None for a
-            damaged one.
+        existing: the plain values, such as the step, of every checkpoint in the folder. None stands
+            for a damaged checkpoint.
     """
     resumes_last = _is_same_file(folder.last, checkpoint.path)
     reasons = {}
@@ -412,15 +414,16 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _copy_best(folder: RunFolder, checkpoint: Checkpoint) -> None:
-    """Copies the best epoch so far to best.pth, unless best.pth contains it already.
+    """Copies the checkpoint of the best epoch to best.pth.
 
-    All checkpoints in the folder of the run and in the folder that contains `checkpoint` are
-    searched for the state after this epoch. If no readable file contains it, a warning is logged.
+    The checkpoint is searched in the folder of the run, and in the folder of `checkpoint`. If
+    best.pth already contains the best epoch, nothing is copied. If no readable file contains the
+    best epoch, a warning is logged.
 
     Args:
         folder: the folder in which the run trains.
-        checkpoint: the checkpoint from which the run resumes. It contains the number of the best
-            epoch so far. If it contains none, nothing is copied.
+        checkpoint: the checkpoint from which the run resumes. The entry "best" names the best
+            epoch. If "best" is None, nothing is done.
     """
     best, started = checkpoint.content["best"], checkpoint.content["started"]
     if best is None:

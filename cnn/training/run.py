@@ -20,7 +20,7 @@ from cnn.utils.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Run:
-    """All parts of a run: its settings, data, model, and everything else that training uses.
+    """All parts of a run, such as the settings, the data and the model.
 
     Attributes:
         cfg: the settings.
@@ -29,14 +29,13 @@ class Run:
         data: the images of all splits.
         train_loader, val_loader, test_loader: the loaders of the three splits.
         loss: the loss function.
-        state: everything that changes during the run, such as the model and the optimizer.
-        train_model: the model that training steps call. It is `state.model`, compiled if
-            `train.compile` is set, and wrapped in DistributedDataParallel if there are several
-            processes.
+        state: everything that changes during the run, such as the weights of the model.
+        train_model: the model in the form that training steps call. The model is compiled if
+            `train.compile` is set. With several processes, the model is wrapped in
+            DistributedDataParallel.
         precision: the precision of a forward pass: "fp32", "bf16" or "fp16".
-        metadata: the checkpoint entries that do not change during the run, such as the settings and
-            the names of the classes.
-        trace: an object that records every batch for `train.py --drill`; None in other runs.
+        metadata: the constant entries of a checkpoint, such as the settings and the class names.
+        trace: an object that records every batch for `train.py --drill`. None in other runs.
     """
 
     cfg: Config
@@ -60,7 +59,7 @@ class Run:
 
     @property
     def environment(self) -> dict[str, Any]:
-        """The versions, hardware and precision with which the run trains, as plain values."""
+        """The versions, the hardware and the precision of the run, as plain values."""
         return self.metadata["environment"]
 
     def autocast(self) -> torch.autocast:
@@ -68,18 +67,18 @@ class Run:
         return env.autocast(self.state.device, self.precision)
 
     def evaluation_metrics(self, *, of_result: bool = False) -> EvaluationMetrics:
-        """Returns an `EvaluationMetrics` to which no batch has been added yet.
+        """Returns a new `EvaluationMetrics` without batches.
 
         Args:
-            of_result: if True, the object computes the metrics of the final test; if False, those
-                of the validation after an epoch, which are fewer.
+            of_result: if True, the metrics of the final test are computed. If False, the fewer
+                metrics of the validation after an epoch are computed.
         """
         number, monitor = len(self.data.classes), self.cfg.checkpoint.monitor
         names = result_metrics(number) if of_result else epoch_metrics(number, monitor)
         return EvaluationMetrics(self.state.device, number, names)
 
     def train_batches(self) -> Iterator[Batch]:
-        """Yields this process's share of each remaining batch of the current epoch."""
+        """Yields the share of this process in each remaining batch of the current epoch."""
         state, loader = self.state, self.train_loader
         batches = loader.train_batches(state.epoch + 1, start=state.batch)
         batches = self.group.synchronized(batches, len(loader) - state.batch)
@@ -92,9 +91,9 @@ class Run:
 
         Args:
             loader: the loader of the evaluated split.
-            part: the kind of evaluation, "validation" or "test". It is used only for `self.trace`.
-            metrics: the metrics to which the caller adds the batches. They are used only for
-                `self.trace`.
+            part: the kind of evaluation, "validation" or "test". Only `self.trace` uses this text.
+            metrics: the metrics to which the caller adds the batches. Only `self.trace` uses the
+                metrics.
         """
         batches = self.group.synchronized(loader.batches(), loader.num_batches_per_rank())
         return self._traced(batches, part, metrics)
@@ -109,7 +108,7 @@ def num_steps(cfg: Config, loader: Loader) -> int:
     """Returns the number of optimizer steps per epoch.
 
     Args:
-        cfg: the settings; `train.accumulate` is the number of batches per optimizer step.
+        cfg: the settings. The number of batches per optimizer step is `train.accumulate`.
         loader: the loader of the training images.
     """
     return -(-len(loader) // cfg.train.accumulate)

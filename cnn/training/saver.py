@@ -22,15 +22,14 @@ logger = logging.getLogger(__name__)
 
 
 class Saver:
-    """A context manager that saves a run to its checkpoints.
+    """A context manager that saves a run to checkpoints.
 
-    The latest state is saved in last.pth, and the state after the best epoch in best.pth. The state
-    after every `checkpoint.every_epochs`-th epoch is saved in a file such as epoch_005.pth.
+    The latest state is saved in last.pth, and the state after the best epoch in best.pth. Further
+    files, such as epoch_005.pth, are saved as often as `checkpoint.every_epochs` says.
 
-    Within the context, a signal does not interrupt a training step: Stopped is raised when the step
-    is done. If Stopped or DataFailed ends the context, the state is saved. The context ends when
-    all files are written. It raises Failed if the latest state could not be saved. After any error
-    except Failed, the command that resumes the run is logged.
+    In the context, a signal does not interrupt a training step. Stopped is raised after the step.
+    If Stopped or DataFailed ends the context, the state is saved. The context ends when all files
+    are written. The end of the context raises Failed if the latest state was not saved.
 
     Args:
         run: the run whose state is saved.
@@ -66,10 +65,10 @@ class Saver:
             logger.warning("go on with: %s", shlex.join(words))
 
     def _newest_readable(self) -> str:
-        """Returns a sentence for an error message, which says from where the run can be resumed.
+        """Returns a sentence that names the checkpoint from which to resume.
 
-        The sentence names last.pth or, if last.pth cannot be read, another checkpoint of the run.
-        If no checkpoint can be read, the sentence says so.
+        The sentence is part of an error message. If no checkpoint can be read, the sentence says
+        that no file can be read.
         """
         for path, content in readable_checkpoints(self.folder.saved()):
             return f"Safe is {path}, {checkpoint.position_text(content)}: --resume {path}"
@@ -78,24 +77,22 @@ class Saver:
     def lap(self) -> float:
         """Returns the seconds since the previous call of this method.
 
-        The first call returns the seconds since this object was created.
+        The first call returns the seconds since the creation of this object.
         """
         now = time.monotonic()
         passed, self._lap_started_at = now - self._lap_started_at, now
         return passed
 
     def between_steps(self) -> None:
-        """Saves a checkpoint if one is due, and stops the run if a signal has come.
+        """Saves a checkpoint if the settings ask for a checkpoint now.
 
-        Has to be called after every optimizer step. The duration of the step is added to
-        `state.seconds`. On the CPU the loss is checked after every step, on other devices only when
-        a checkpoint is due.
+        This method has to be called after every optimizer step. The duration of the step is added
+        to `state.seconds`.
 
         Raises:
-            Failed: the loss is not finite, or a checkpoint is due and a weight is NaN. The
-                checkpoint is then not saved.
-            Stopped: a signal has come. If the run has several processes, this method ignores
-                signals.
+            Failed: the loss is not finite, or a weight is NaN when a checkpoint is due. On a GPU,
+                the loss is checked only when a checkpoint is due.
+            Stopped: a signal has come, and the run has a single process.
         """
         cfg = self.run.cfg.checkpoint
         self.state.seconds += self.lap()
@@ -110,8 +107,8 @@ class Saver:
     def end_epoch(self, improved: bool) -> None:
         """Saves the state after a completed epoch to last.pth.
 
-        If the epoch is the best one so far, the state is saved to best.pth, too. After every
-        `checkpoint.every_epochs`-th epoch, the state is saved to a file such as epoch_005.pth, too.
+        The state of the best epoch is saved to best.pth as well. If `checkpoint.every_epochs` is n,
+        every n-th epoch is saved to a file such as epoch_005.pth as well.
 
         Args:
             improved: whether the epoch is the best one so far.
@@ -129,11 +126,13 @@ class Saver:
         self.save(self.folder.best if improved else None, kept)
 
     def save(self, best: Path | None = None, also: tuple[Path, ...] = ()) -> None:
-        """Begins to write the state to last.pth, in a background thread of rank 0.
+        """Begins to write the state to last.pth.
+
+        Only the process with rank 0 writes, in a background thread.
 
         Args:
-            best: the path of best.pth, if the state is to be written there, too; otherwise None.
-            also: further paths to which the state is written, such as that of epoch_005.pth.
+            best: the path of best.pth if the state is to be written to best.pth as well, else None.
+            also: further paths to which the state is written, such as the path of epoch_005.pth.
 
         Raises:
             Failed: the loss is not finite, or a weight is NaN. The state is then not saved.
@@ -151,7 +150,7 @@ class Saver:
     def check_finite(self) -> None:
         """Raises Failed if the training loss of the current epoch is not finite.
 
-        Waits until the device has computed the loss.
+        The call waits until the device has computed the loss.
         """
         if not self.state.running_metrics.is_finite():
             self._raise_diverged("the loss is no longer a number")
@@ -165,9 +164,8 @@ class Saver:
     def load_best(self, model: nn.Module) -> None:
         """Loads the weights of the best epoch into a model.
 
-        Every process has to call this method. The weights are read from a checkpoint of the run. If
-        they could not be saved, they are still in memory and are taken from there. If the run has
-        no best epoch, the model does not change.
+        Every process has to call this method. If the run has no best epoch, the model does not
+        change.
 
         Args:
             model: the model to test, which is changed in place.
@@ -189,15 +187,15 @@ class Saver:
         load_state(model, group.broadcast(weights))
 
     def _read_best(self, epoch: int) -> dict[str, Any]:
-        """Returns the content of a checkpoint that was saved at the end of the best epoch.
+        """Returns the content of a checkpoint from the end of the best epoch.
 
-        The file best.pth is tried first, and then the other checkpoints of the run.
+        The file best.pth is tried first. The other checkpoints of the run follow.
 
         Args:
             epoch: the number of the best epoch, from 1.
 
         Raises:
-            Failed: no readable checkpoint was saved at the end of that epoch.
+            Failed: no readable checkpoint is from the end of the best epoch.
         """
         paths = sorted(self.folder.saved(), key=lambda path: path != self.folder.best)
         for _, content in readable_checkpoints(paths):

@@ -17,19 +17,18 @@ ONECYCLE_LAST = 1e-4 / 25
 
 
 class Schedule:
-    """A schedule that sets the learning rate of every step.
+    """A schedule that sets the learning rate of every optimizer step.
 
-    The learning rate is a function of the index of the step, computed with torch's LambdaLR. The
-    schedule `plateau` is an exception: after the warm-up, torch's ReduceLROnPlateau lowers the
-    learning rate when the monitored metric stops improving.
+    In most schedules, the learning rate depends only on the index of the step. The schedule
+    `plateau` lowers the learning rate when the monitored metric stops improving.
 
     Args:
         cfg: the settings of the schedule.
-        optimizer: the optimizer, whose learning rates are changed in place.
+        optimizer: the optimizer whose learning rates are set.
         steps_per_epoch: the number of optimizer steps per epoch.
         epochs: the number of epochs of the whole run.
-        mode: the direction in which the monitored metric improves: "min" if lower values are
-            better, "max" if higher ones are.
+        mode: "min" if lower values of the monitored metric are better, "max" if higher values are
+            better.
     """
 
     def __init__(
@@ -54,18 +53,21 @@ class Schedule:
             )
 
     def step(self) -> None:
-        """Sets the learning rate of the next step. Has to be called after every optimizer step."""
+        """Sets the learning rate of the next optimizer step.
+
+        This method has to be called after every optimizer step.
+        """
         if self.plateau is None or self.by_step.last_epoch < self.warmup_steps:
             self.by_step.step()
 
     def end_epoch(self, metric: float) -> None:
-        """Lowers the learning rate if the schedule is `plateau` and the metric stopped improving.
+        """Lowers the learning rate if the monitored metric has stopped improving.
 
-        Has to be called after every validation. With other schedules, and during the warm-up,
-        nothing is done.
+        Only the schedule `plateau` does so, and only after the warm-up. This method has to be
+        called after every validation.
 
         Args:
-            metric: the value of the monitored metric in this validation.
+            metric: the value of the monitored metric in the latest validation.
         """
         if self.plateau is not None and self.by_step.last_epoch >= self.warmup_steps:
             self.plateau.step(metric)
@@ -73,7 +75,8 @@ class Schedule:
     def state_dict(self) -> dict:
         """Returns the state for a checkpoint, as a dict of plain values.
 
-        It contains the index of the step and, with `plateau`, the state of ReduceLROnPlateau.
+        The entry "by_step" contains the index of the step. The schedule `plateau` has a further
+        entry "plateau".
         """
         state = {"by_step": {"last_epoch": self.by_step.last_epoch}}
         if self.plateau is not None:
@@ -81,10 +84,13 @@ class Schedule:
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores a state that `state_dict` returned, and sets the learning rate of the next step.
+        """Restores a saved state, and sets the learning rate of the next step.
 
-        With the schedule `plateau` after the warm-up, the learning rate is not set, because it is
-        part of the optimizer's state dict.
+        After the warm-up, the schedule `plateau` does not set the learning rate. The learning rate
+        is then restored with the optimizer.
+
+        Args:
+            state: a dict that `state_dict` returned.
         """
         self.by_step.last_epoch = step = state["by_step"]["last_epoch"]
         if self.plateau is None or step < self.warmup_steps:
@@ -96,9 +102,9 @@ class Schedule:
                 setattr(self.plateau, name, state["plateau"][name])
 
     def _factor(self, step: int) -> float:
-        """Returns the factor at a step: the learning rate divided by the initial learning rate.
+        """Returns the learning rate at a step, divided by the initial learning rate.
 
-        All parameter groups have the same factor.
+        The result is the same for all parameter groups.
 
         Args:
             step: the index of the optimizer step, from 0.

@@ -44,11 +44,11 @@ def build_run(
 
     Args:
         cfg: the settings.
-        folder: the folder to which the run writes; if None, the folder that `cfg.run` names.
+        folder: the folder to which the run writes. If None, the folder of the run `cfg.run`.
         group: the processes that train together. Every process has to call this function.
-        checkpoint: the checkpoint from which the run resumes; None if the run is new.
-        max_batches: the limit on the number of batches per split; None if there is no limit.
-        trace: an object that records every batch for `train.py --drill`; None in other runs.
+        checkpoint: the checkpoint from which the run resumes. None for a new run.
+        max_batches: the largest number of batches per split. None means no limit.
+        trace: an object that records every batch for `train.py --drill`. None in other runs.
 
     Raises:
         Refused: a file is missing, or the settings do not fit data, hardware or checkpoint.
@@ -109,11 +109,10 @@ def _build_model(
     *,
     from_scratch: bool,
 ) -> nn.Module:
-    """Builds the model on its device.
+    """Builds the model on the device of this process.
 
-    If `train.sync_batchnorm` is set and there are several processes, SyncBatchNorm layers replace
-    the BatchNorm layers. On a CPU with AMX, faster layers replace some others if the precision is
-    bf16 and the model is not compiled.
+    With several processes, the setting `train.sync_batchnorm` replaces BatchNorm by SyncBatchNorm.
+    On a CPU with AMX, some layers of an uncompiled bf16 model are replaced by faster layers.
 
     Args:
         cfg: the settings.
@@ -121,9 +120,8 @@ def _build_model(
         device: the device of this process.
         precision: the precision of a forward pass: "fp32", "bf16" or "fp16".
         group: the processes that train together.
-        from_scratch: whether this is a new run. A new run begins with pretrained weights if the
-            settings ask for them. A resumed run does not read them, because the checkpoint replaces
-            all weights.
+        from_scratch: whether the run is new. Pretrained weights are read only for a new run. In a
+            resumed run, the checkpoint replaces all weights.
     """
     wanted = cfg.model
     if not from_scratch:
@@ -142,8 +140,8 @@ def _build_model(
 def _build_loaders(cfg: Config, data: Data, device: torch.device, group: Group) -> list[Loader]:
     """Builds the loaders of the training, validation and test images, in this order.
 
-    On each machine, one process builds its loaders first and decodes the images into a cache. The
-    other processes of the machine read this cache.
+    On each machine, one process decodes the images into a cache. The other processes of the machine
+    wait, and then read the cache.
     """
     common = (data.preprocessing, device, cfg.seed)
     share = {"rank": group.rank, "num_ranks": group.size}
@@ -174,7 +172,7 @@ def _build_state(
 def check_group(cfg: Config, device: torch.device, group: Group) -> None:
     """Raises Refused if the run cannot train in several processes.
 
-    Several processes need CPUs or CUDA devices, and at least two images per process in a batch. The
+    Several processes need CPUs or CUDA devices. A batch needs at least two images per process. The
     setting `train.sync_batchnorm` needs CUDA devices.
 
     Args:
@@ -196,11 +194,11 @@ def check_group(cfg: Config, device: torch.device, group: Group) -> None:
 def check_one_image(model: nn.Module, shape: tuple[int, ...]) -> None:
     """Raises Refused if the model cannot train on a batch of one image.
 
-    A BatchNorm layer cannot train on one image if its input has a single value per channel.
+    For example, BatchNorm needs more than one value per channel.
 
     Args:
-        model: the model. It is in training mode afterwards; its state dict does not change.
-        shape: the shape of an image: (channels, height, width).
+        model: the model, which is put into training mode. The state dict does not change.
+        shape: the shape of an image, (channels, height, width).
     """
     image = torch.zeros(1, *shape, device=next(model.parameters()).device)
     set_training_mode(model)
@@ -214,9 +212,9 @@ def check_one_image(model: nn.Module, shape: tuple[int, ...]) -> None:
 
 
 def check_monitor(monitor: str, data: Data) -> None:
-    """Raises Refused if the monitored metric is undefined for the classes of the validation images.
+    """Raises Refused if the validation images do not define the monitored metric.
 
-    AUC, for example, is undefined if all validation images have the same class.
+    For example, AUC is undefined if all validation images have the same class.
 
     Args:
         monitor: the metric by which the best epoch is chosen, such as "val_auc".

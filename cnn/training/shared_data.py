@@ -24,21 +24,21 @@ MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
 
 
 def build_once_per_node(group: "Group", build: Callable[[], Data]) -> Data:
-    """Builds the data in one process per machine, and shares it with the other processes there.
+    """Builds the data in one process per machine, and shares the data there.
 
-    The other processes map the data into their memory. If the data cannot be shared, they build it
-    themselves, but only after the first process, so that nothing is downloaded twice. A dataset of
-    the user's own is never shared, because it may contain an open file.
+    The other processes of the machine map the data into their memory. If sharing is not possible,
+    the other processes build the data after the first process. A dataset of the user's own is never
+    shared.
 
     Args:
         group: the processes that train together. Every process has to call this function.
-        build: a function that reads the data and returns it.
+        build: a function that reads the data and returns the data.
 
     Returns:
         The data, in every process.
 
     Raises:
-        Refused: a process on any of the machines cannot build the data.
+        Refused: a process on any machine cannot build the data.
     """
     if group.size == 1:
         return build()
@@ -63,11 +63,11 @@ def build_once_per_node(group: "Group", build: Callable[[], Data]) -> Data:
 
 
 def _save(data: Data) -> Path | None:
-    """Writes the data to a temporary file, from which other processes can map it into their memory.
+    """Writes the data to a temporary file that other processes can map into memory.
 
     Returns:
-        The path of the file. None if no file was written, because the data is a dataset of the
-        user's own, or because no folder for temporary files has enough space.
+        The path of the file. None if the data is a dataset of the user's own, or if no folder for
+        temporary files has enough space.
     """
     if isinstance(data.train, UserImages):
         return None

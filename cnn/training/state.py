@@ -21,37 +21,40 @@ TIME_COLUMNS = ("images_per_second", "seconds")  # last ones of history; they di
 
 
 class TrainingState:
-    """Everything that changes during a run, as it is between two optimizer steps.
+    """The state of a run: everything that changes during training.
+
+    The state is valid between optimizer steps.
 
     Args:
-        model, optimizer, schedule, scaler: the model, the optimizer, the schedule of the learning
-            rate, and the gradient scaler.
+        model: the model.
+        optimizer: the optimizer.
+        schedule: the schedule of the learning rate.
+        scaler: the gradient scaler.
         device: the device of the model.
         ema_decay: the decay of the exponential moving average of the weights. If None, no average
             is computed.
-        loss: the loss function if it is one of the user's own, which may have a state; None for
-            cross-entropy.
+        loss: the user's own loss function, which can have a state. None for cross-entropy.
 
     Attributes:
-        ema: the model with averaged weights (AveragedModel); None if no average is computed.
+        ema: the model with averaged weights (AveragedModel). None if no average is computed.
         epoch: the number of completed epochs.
         step: the number of optimizer steps taken.
-        batch: the number of batches of the current epoch that are done. It becomes 0 again when the
-            validation of the epoch is done.
-        running_metrics: the sums over the training batches of the current epoch that are done.
+        batch: the number of completed training batches of the current epoch. An epoch ends with the
+            validation.
+        running_metrics: the sums over the completed training batches of the current epoch.
         seconds: the time spent on the training batches of the current epoch, in seconds.
         lr: the highest learning rate of all parameter groups in the latest step.
-        group_lrs: the learning rates in the latest step of those parameter groups whose initial
-            learning rate is not the highest. In the example {"lr_x0.1": 0.005}, the initial
-            learning rate of the group is 0.1 times the highest one.
-        best: the best epoch so far, such as {"epoch": 5, "metric": "val_acc", "value": 0.98}; None
-            if there is none yet.
+        group_lrs: further learning rates in the latest step, by name. Each parameter group whose
+            initial learning rate is below the highest one has an entry. For example, {"lr_x0.1":
+            0.005} belongs to a group that starts at 0.1 times the highest rate.
+        best: the best epoch so far, such as {"epoch": 5, "metric": "val_acc", "value": 0.98}. None
+            if there is no best epoch yet.
         epochs_since_best: the number of completed epochs after the best epoch.
         history: a list with one dict of metrics for every completed epoch.
-        test: the metrics of the final test; None if it has not been done.
-        predictions: the predictions for the validation images under "val", made in the best epoch,
-            and for the test images under "test". Each value is a dict with the predicted classes
-            and their probabilities.
+        test: the metrics of the final test. None before the test.
+        predictions: the predictions by split. The key "val" has the validation images in the best
+            epoch, and the key "test" the test images. Each value is a dict of two tensors, the
+            predicted classes and their probabilities.
     """
 
     def __init__(
@@ -101,15 +104,15 @@ class TrainingState:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Restores a state that `state_dict` returned.
+        """Restores a saved state.
 
-        An attribute that an older checkpoint lacks keeps its present value.
+        If an older checkpoint lacks an entry such as "history", the attribute keeps its value.
 
         Args:
             saved: the content of a checkpoint, by name.
 
         Raises:
-            ValueError: a tensor is missing, or its shape or dtype is not that of the model or
+            ValueError: a tensor is missing, or has another shape or dtype than in the model or
                 optimizer.
         """
         self._check_tensors(saved)
@@ -132,10 +135,10 @@ class TrainingState:
                 setattr(self, name, copy.copy(saved[name]))
 
     def _check_tensors(self, saved: dict[str, Any]) -> None:
-        """Raises ValueError if the saved tensors do not fit the model or the optimizer.
+        """Raises ValueError if saved tensors do not fit the model or the optimizer.
 
-        Names, shapes and dtypes are compared. Without this check, torch would accept some tensors
-        that do not fit, and ignore or convert them.
+        Names, shapes and dtypes are compared. Torch alone would accept, ignore or convert some
+        unsuitable tensors.
 
         Args:
             saved: a state that `state_dict` returned.
@@ -165,12 +168,11 @@ class TrainingState:
                 check_like(state.get(name), parameters[index] if like.ndim else like, key)
 
     def _load_optimizer(self, saved: dict[str, Any]) -> None:
-        """Loads a saved state into the optimizer, but keeps the settings with which it was built.
+        """Loads a saved state into the optimizer, but keeps the optimizer's present settings.
 
-        The settings, such as the momentum, may have been changed for this resume. If the user has
-        doubled the initial learning rate, the saved learning rate is doubled, too. Reductions by
-        the schedule `plateau` are thus kept. If the optimizer is one of the user's own, options
-        that are not among the settings get their saved values.
+        A setting, such as the momentum, can have changed since the state was saved. If the initial
+        learning rate was doubled, the saved learning rate is doubled as well. An optimizer of the
+        user's own takes options without a setting from the saved state.
 
         Args:
             saved: a state dict of the optimizer.
@@ -195,9 +197,9 @@ class TrainingState:
             group["lr"] = lr
 
     def _undo_casts(self, saved: dict[Any, Any]) -> None:
-        """Restores the dtypes that the optimizer's state had when it was saved.
+        """Gives the optimizer's loaded state the dtypes of the saved state.
 
-        This is necessary because torch casts a state that it loads to the dtypes of the parameters.
+        When torch loads a state, torch casts tensors to the dtypes of the parameters.
 
         Args:
             saved: the saved state of each parameter, by the index of the parameter.
@@ -212,30 +214,30 @@ class TrainingState:
                     loaded[name] = clone_tree(value, parameters[index].device)
 
     def _parameters(self) -> list[nn.Parameter]:
-        """Returns the optimizer's parameters, in the order of the indices in its state dict."""
+        """Returns the optimizer's parameters, in the order of the optimizer's state dict."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _is_own_optimizer(self) -> bool:
-        """Returns whether the optimizer is one of the user's own, not a known one such as "sgd".
+        """Returns whether the optimizer is one of the user's own.
 
-        An optimizer of the user's own has the attribute `configured`, set by `build_optimizer`.
+        A known optimizer, such as "sgd", gives False.
         """
         return getattr(self.optimizer, "configured", None) is not None
 
     def evaluated_model(self) -> nn.Module:
         """Returns the model that is validated and tested.
 
-        If an average of the weights is computed, this is the model with the averaged weights.
-        Otherwise, it is the trained model.
+        The result is the model with averaged weights if an average is computed. Otherwise, the
+        result is the trained model.
         """
         return self.ema.module if self.ema is not None else self.model
 
     def end_step(self, num_batches: int, metrics: RunningMetrics) -> None:
-        """Records the optimizer step just taken, and sets the learning rate of the next one.
+        """Records a completed optimizer step, and sets the next learning rate.
 
         Args:
-            num_batches: the number of batches in the step.
-            metrics: the running metrics of these batches, with the images of all processes.
+            num_batches: the number of batches in the completed step.
+            metrics: the sums over the images of these batches in all processes.
         """
         self.running_metrics.merge(metrics)
         self.lr = max(group["lr"] for group in self.optimizer.param_groups)
@@ -257,11 +259,12 @@ class TrainingState:
             metrics: the metrics of the validation, such as {"loss": 0.1, "acc": 0.98}.
             monitor: the metric by which the best epoch is chosen, such as "val_acc".
             val_seconds: the duration of the validation in seconds.
-            predictions: the predicted class of every validation image, and its probability. They
-                are kept if this is the best epoch so far. If None, no predictions are kept.
+            predictions: the predicted class of every validation image, and the probability of the
+                class. In the best epoch so far, the predictions replace the earlier ones. None
+                means no predictions.
 
         Returns:
-            Whether this is the best epoch so far.
+            Whether the completed epoch is the best one so far.
         """
         running = self.running_metrics
         row = {"epoch": self.epoch + 1, "step": self.step, "lr": self.lr} | self.group_lrs
@@ -284,11 +287,11 @@ class TrainingState:
     def is_finished(self, cfg: TrainConfig) -> bool:
         """Returns whether the training is finished.
 
-        It is finished when all epochs are completed, or when early stopping has ended it.
+        Training is finished after the last epoch, or after early stopping.
 
         Args:
-            cfg: the settings of the training, such as the number of epochs and the patience of
-                early stopping. If the patience is None, there is no early stopping.
+            cfg: the settings of the training. If the setting `early_stop_patience` is None, there
+                is no early stopping.
         """
         patience = cfg.early_stop_patience
         stops_early = patience is not None and self.epochs_since_best >= patience
@@ -298,15 +301,15 @@ class TrainingState:
 def state_of_one_parameter(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Returns an example of the state that an optimizer keeps for each parameter.
 
-    To make the example, a copy of the optimizer takes a step with a parameter of shape (1).
+    The example belongs to a parameter of shape (1).
 
     Args:
         optimizer: the optimizer, which does not change.
 
     Returns:
-        The tensors by name, such as {"momentum_buffer": ...}. If a tensor has the shape (1) here,
-        its usual shape is that of the parameter. If it has the shape (), it is a single number for
-        every parameter.
+        The tensors by name, such as {"momentum_buffer": ...}. A tensor of shape (1) stands for a
+        tensor with the shape of the parameter. A tensor of shape () is a single number for every
+        parameter.
     """
     parameter = nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
@@ -319,14 +322,14 @@ def state_of_one_parameter(optimizer: torch.optim.Optimizer) -> dict[str, torch.
 
 
 def laid_out_like(tree: Any, parameter: nn.Parameter) -> Any:
-    """Returns a copy of the optimizer's state of one parameter, with the strides of the parameter.
+    """Returns a copy of an optimizer's state, with the strides of a parameter.
 
-    Fused optimizers expect these strides, but tensors from a file may have others. A tensor whose
-    shape is not that of the parameter becomes contiguous.
+    Fused optimizers need the strides of the parameter, but tensors from a file can have other
+    strides. A tensor whose shape differs from the shape of the parameter becomes contiguous.
 
     Args:
-        tree: the state: a tensor, or a dict of tensors and other values. The other values are not
-            copied.
+        tree: the state of one parameter, a tensor or a dict of tensors and other values. The other
+            values are not copied.
         parameter: the parameter to which the state belongs.
     """
     if isinstance(tree, dict):
@@ -343,8 +346,8 @@ def check_like(tensor: Any, expected: torch.Tensor, name: str) -> None:
 
     Args:
         tensor: the value to check.
-        expected: a tensor of the expected shape and dtype.
-        name: the name of the value in the message, such as "model_state_dict.fc.weight".
+        expected: a tensor with the expected shape and dtype.
+        name: the name of the value in the error message, such as "model_state_dict.fc.weight".
     """
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")  # noqa: TRY004
@@ -356,14 +359,15 @@ def check_like(tensor: Any, expected: torch.Tensor, name: str) -> None:
 
 
 def own_lrs(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Returns the learning rates of the groups whose initial learning rate is not the highest.
+    """Returns the learning rates of groups with a lower initial rate than the highest.
 
     Args:
-        optimizer: an optimizer whose groups contain "initial_lr", which a scheduler of torch sets.
+        optimizer: an optimizer with the entry "initial_lr" in every group. Schedulers of torch set
+            the entry.
 
     Returns:
-        The present learning rates. In the example {"lr_x0.1": 0.005}, the initial learning rate of
-        the group is 0.1 times the highest one.
+        The present learning rates by name. For example, {"lr_x0.1": 0.005} belongs to a group that
+        starts at 0.1 times the highest rate.
     """
     highest = max(group["initial_lr"] for group in optimizer.param_groups)
     return {
