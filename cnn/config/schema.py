@@ -118,8 +118,8 @@ def _words(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _mapping(cls: type) -> list[dict[str, Any]]:
     """Returns a JSON Schema for each form that a list item may have.
 
-    The first form is a mapping, such as `{name: flip}`. If only the first field of the dataclass
-    lacks a default, the second form is the value of the first field, such as `flip`.
+    One form is a mapping, such as `{name: flip}`. If only the first field of the dataclass lacks a
+    default, another form is the value of the first field, such as `flip`.
 
     Args:
         cls: the dataclass of the item, such as AugmentationConfig.

@@ -37,8 +37,9 @@ def setting(default: Any, description: str, resume: str, **more: Any) -> Any:
     Args:
         default: the default value; MISSING if the user must give a value.
         description: the meaning of the setting, for --print-config and for editors.
-        resume: what a resume does with a value that differs from the checkpoint's value: FREE,
-            ASKED or FIXED.
+        resume: what a resume does with a value that differs from the checkpoint's value. FREE means
+            that the value is taken, ASKED that a value typed on the command line is taken, and
+            FIXED that the value is refused.
         more: further metadata, such as least=1. The names are the keys of the dict METADATA.
     """
     assert more.keys() <= METADATA.keys(), f"expected {list(METADATA)}, got {list(more)}"

@@ -16,7 +16,8 @@ def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
 
     An example of a text is "history[0].lr: 0.1, 0.2". A tree consists of nested dicts, lists and
     tuples of tensors and plain values. The content of a checkpoint is a tree. Tensors are compared
-    bit by bit. The values of the keys in IGNORED, such as "seconds", are not compared.
+    bit by bit. Values that say when or where a run ran, such as the key "seconds", are not
+    compared.
 
     Args:
         first: a tree.

@@ -118,8 +118,7 @@ def _run(
         folder: the folder of the run, which is created.
         max_batches: the largest number of batches per split.
         stops: where each process except the last process is stopped; [] for an unbroken run.
-        fresh: whether each process is a new Python interpreter. If False, each process is a fork of
-            a server that has imported torch, which starts faster.
+        fresh: whether each process is a new Python interpreter. If False, each process is forked.
 
     Returns:
         The records and the checkpoints of the run.

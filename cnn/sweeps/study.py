@@ -340,7 +340,7 @@ class Study:
         """Returns the trials of the sweep that exist so far.
 
         The trials are in the order of their indices. Machines that start at the same time can
-        create too many trials. The surplus trials are left out.
+        create too many trials. The surplus trials have the highest indices and are left out.
         """
         trials = self.retry(lambda: self.study.get_trials(deepcopy=False))
         return [trial for trial in trials if trial.number < self.sweep.trials]
