@@ -66,8 +66,8 @@ def _save(data: Data) -> Path | None:
     """Writes the data to a temporary file that other processes can map into memory.
 
     Returns:
-        The path of the file. None if the data is a dataset of the user's own, or if no folder for
-        temporary files has enough space.
+        The path of the file. None for a dataset of the user's own, or if no folder for temporary
+        files has enough space.
     """
     if isinstance(data.train, UserImages):
         return None

@@ -39,8 +39,8 @@ class TrainingState:
         ema: the model with averaged weights (AveragedModel). None if no average is computed.
         epoch: the number of completed epochs.
         step: the number of optimizer steps taken.
-        batch: the number of completed training batches of the current epoch. An epoch ends with the
-            validation.
+        batch: the number of completed training batches of the current epoch. After the validation,
+            the number is 0 again.
         running_metrics: the sums over the completed training batches of the current epoch.
         seconds: the time spent on the training batches of the current epoch, in seconds.
         lr: the highest learning rate of all parameter groups in the latest step.
@@ -253,15 +253,15 @@ class TrainingState:
         val_seconds: float,
         predictions: dict[str, torch.Tensor] | None = None,
     ) -> bool:
-        """Adds the metrics of the current epoch to the history, and begins the next epoch.
+        """Adds the metrics of the current epoch to the history, and ends the epoch.
 
         Args:
             metrics: the metrics of the validation, such as {"loss": 0.1, "acc": 0.98}.
             monitor: the metric by which the best epoch is chosen, such as "val_acc".
             val_seconds: the duration of the validation in seconds.
             predictions: the predicted class of every validation image, and the probability of the
-                class. In the best epoch so far, the predictions replace the earlier ones. None
-                means no predictions.
+                class. The predictions are kept if the epoch is the best one so far. None means no
+                predictions.
 
         Returns:
             Whether the completed epoch is the best one so far.
@@ -342,7 +342,7 @@ def laid_out_like(tree: Any, parameter: nn.Parameter) -> Any:
 
 
 def check_like(tensor: Any, expected: torch.Tensor, name: str) -> None:
-    """Raises ValueError if a value is not a tensor of the expected shape and dtype.
+    """Raises ValueError if a value is no tensor of the expected shape and dtype.
 
     Args:
         tensor: the value to check.
@@ -359,7 +359,7 @@ def check_like(tensor: Any, expected: torch.Tensor, name: str) -> None:
 
 
 def own_lrs(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Returns the learning rates of groups with a lower initial rate than the highest.
+    """Returns the learning rates of groups whose initial learning rate is not the highest.
 
     Args:
         optimizer: an optimizer with the entry "initial_lr" in every group. Schedulers of torch set
