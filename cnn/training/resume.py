@@ -79,24 +79,25 @@ def run_name(command: Command, cfg: Config) -> str | None:
 def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | None:
     """Returns the checkpoint from which to resume, and the settings of the run.
 
-    The checkpoint is the file after `--resume`. Without a file, the latest checkpoint of the run is
-    taken. The settings come from the file after `--config`, or else from the checkpoint. Settings
-    on the command line replace both.
+    The checkpoint is the file given after `--resume`. If no file is given there, the latest
+    checkpoint of the run is used. The settings come from the file given after `--config`, or from
+    the checkpoint if that option is not given. A setting typed on the command line replaces the
+    value from the file or the checkpoint.
 
     Args:
-        command: the command line. The attribute `command.places`, the place where each setting was
-            found, is updated.
+        command: the command line. Its attribute `places`, which tells where each setting was
+            found, is updated in place.
         cfg: the settings from the command line and the configuration file. The name of the run is
             `cfg.run`.
 
     Returns:
-        The checkpoint and the settings, in one object. None if no file is given and the run has no
-        checkpoint.
+        An object with the checkpoint and the settings. None if no file is given after `--resume`
+        and the run has no checkpoint.
 
     Raises:
-        Refused: the checkpoint does not exist, is damaged, or was written by a newer version. The
-            checkpoint names code outside the current folder. A setting that may not change has
-            changed.
+        Refused: if the checkpoint does not exist, is damaged, was written by a newer version, or
+            refers to Python code outside the current folder. Also if a setting has changed that
+            must stay the same when a run is resumed.
     """
     if command.checkpoint is not None:
         path, content = command.checkpoint, load_checkpoint(command.checkpoint)

@@ -71,13 +71,14 @@ class _File(logging.FileHandler):
 
 
 class Log:
-    """The log of one process: the console and, after `open_file`, a file.
+    """The log of one process, which writes to the console and, after `open_file`, also to a file.
 
-    An open log replaces the handlers of Python's root logger.
+    From its creation until `close`, the log replaces the handlers of Python's root logger.
 
-    Rank 0 logs this project's messages from the level INFO on. Rank 0 also logs warnings and errors
-    of other libraries. Other ranks log errors and, after `open_file`, this project's warnings.
-    Messages of other ranks begin with the rank, as in "rank 1: ".
+    On rank 0, the log writes messages of this project that have at least the level INFO, and
+    warnings and errors of other libraries. On other ranks, the log writes errors. After
+    `open_file`, the log of another rank also writes warnings of this project. Messages of other
+    ranks begin with the rank, as in "rank 1: ".
 
     Args:
         rank: the index of this process among the processes of the run.
