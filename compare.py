@@ -202,7 +202,7 @@ def final_metric(run: RunRecord, name: str) -> float | None:
 
 
 def values_of(group: list[RunRecord], metric: str) -> list[float]:
-    """Returns the final values of a metric in a group, one value for each seed.
+    """Returns a group's final values of a metric, one value per seed.
 
     Among runs with the same seed, only the last run counts. A run without the metric gives no
     value.
@@ -221,7 +221,7 @@ def spread_of(values: Sequence[float]) -> float | None:
 
 
 def verdict(names: tuple[str, str], values: tuple[list[float], list[float]], metric: str) -> str:
-    """Returns a sentence on whether the means of two groups differ by more than their spread.
+    """Returns a sentence that compares the means of two groups with their spread.
 
     The spread is sqrt(s1² + s2²), where s1 and s2 are the standard deviations of the groups. Other
     seeds could reverse a difference below the spread. For a group with fewer than two values, the

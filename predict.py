@@ -189,12 +189,12 @@ class Table:
         )
 
     def write_head(self) -> None:
-        """Writes the names of the columns to stdout, as the first line of the table."""
+        """Writes the first line of the table, the column names, to stdout."""
         cells = [pad(head, self.name_width + 7) for head in ["prediction", "then"][: self.top]]
         write_stdout("  ".join([pad("image", self.path_width), *cells]).rstrip() + "\n")
 
     def write_row(self, path: Path, prediction: "Prediction") -> None:
-        """Writes the path, predicted classes and probabilities of one image to stdout.
+        """Writes an image's path, predicted classes and probabilities to stdout.
 
         Args:
             path: the path of the image.

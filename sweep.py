@@ -154,7 +154,7 @@ def log_trial(trial: "TakenTrial") -> None:
 
 
 def log_result(trial: "TakenTrial", result: "TrialResult") -> None:
-    """Logs how a trial ended, how many trials have ended, and the best trial so far."""
+    """Logs how a trial ended, the number of ended trials, and the best trial."""
     study, ranking = trial.study, trial.study.ranking()
     if result.value is not None:
         text = f"{trial.monitor} {result.value:.4f} in epoch {result.epoch}"

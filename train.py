@@ -102,7 +102,7 @@ def prepare(argv: list[str]) -> cli.Task | None:
 
 
 def start(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
-    """Starts a new run or resumes an earlier run, and trains until the run is finished.
+    """Starts or resumes a run, and trains until the run is finished.
 
     A run is resumed if --resume was given and there is a checkpoint.
 
@@ -318,7 +318,7 @@ def drill(cfg: Config, stop: "StopSignals") -> None:
 
 
 def find_lr(cfg: Config) -> None:
-    """Trains some steps with a rising learning rate, and logs a learning rate to try.
+    """Suggests a learning rate after some training steps with a rising learning rate.
 
     Checkpoints and logs of earlier runs are neither read nor changed.
 

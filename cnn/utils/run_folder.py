@@ -308,7 +308,7 @@ class RunFolder:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Returns the paths of the checkpoints in a folder, the best to resume from first.
+    """Returns the paths of a folder's checkpoints, the best to resume from first.
 
     The order is last.pth, best.pth, and then the checkpoints of single epochs, such as
     epoch_005.pth, the latest epoch first. Only existing files are returned.
