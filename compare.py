@@ -39,21 +39,24 @@ CHARTS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the script and returns its exit status.
+    """Runs the script, and returns the exit status.
 
     Args:
-        argv: the arguments of the command line, or None for those of this process.
+        argv: the arguments of the command line; None for the arguments of this process.
     """
     return cli.main(prepare, argv)
 
 
 def prepare(argv: list[str]) -> None:
-    """Reads the command line, compares the runs, writes the HTML page and prints the comparison.
+    """Compares runs, writes the comparison to an HTML page, and prints the comparison.
+
+    Args:
+        argv: the arguments of the command line.
 
     Raises:
         Refused: none of the runs can be read.
-        Failed: the page cannot be written, or some of the runs cannot be read. In the latter case,
-            the comparison of the other runs has already been written and printed.
+        Failed: the page cannot be written, or some runs cannot be read. The readable runs are
+            compared before Failed is raised.
     """
     parser = cli.Parser("compare.py", __doc__)
     add = parser.add_argument
@@ -82,8 +85,7 @@ def prepare(argv: list[str]) -> None:
 def write_comparison(runs: Sequence[RunRecord], page: Path) -> str:
     """Compares runs, and writes the comparison to an HTML page.
 
-    If matplotlib is installed, the page contains charts of the curves. The charts are written to a
-    PNG file beside the page, too.
+    If matplotlib is installed, curves are drawn in the page and in a PNG file beside the page.
 
     Args:
         runs: the records of the runs.
@@ -129,7 +131,8 @@ def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     The setting `run`, which is the name of a run, is left out.
 
     Returns:
-        For each dotted key, a list with the value in each run, such as {"optim.lr": [0.1, 0.01]}.
+        For each dotted key, a list with the value in each run. An example for two runs is
+        {"optim.lr": [0.1, 0.01]}.
     """
     values = {key: [run.settings.get(key) for run in runs] for key in runs[0].settings}
     return {
@@ -140,11 +143,13 @@ def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
 
 
 def groups_of(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
-    """Divides runs into groups, each with the runs of one experiment.
+    """Divides runs into groups with equal settings.
 
-    The runs of a group have equal settings, except for the seed and for settings that do not change
-    the experiment, such as "device". Groups, and runs within a group, are in the order of the given
-    runs.
+    The seed can differ within a group. Settings that do not change the experiment, such as
+    "device", can differ, too. The order of the runs is kept.
+
+    Returns:
+        A list of groups. Each group is a list of runs.
     """
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
@@ -155,16 +160,15 @@ def groups_of(runs: Sequence[RunRecord]) -> list[list[RunRecord]]:
 
 
 def group_names(groups: list[list[RunRecord]], settings: Iterable[str]) -> list[str]:
-    """Returns a name for each group, made of its settings, such as "optim.lr=0.1, train.epochs=5".
+    """Returns a name for each group, such as "optim.lr=0.1, train.epochs=5".
 
     Args:
-        groups: the runs of each group, whose settings are the same except for the seed.
-        settings: the dotted keys of the settings that differ between the groups. The seed, and
-            settings that do not change the experiment, such as "device", may be among them and are
-            left out.
+        groups: the runs of each group. The important settings are the same in all runs of a group.
+        settings: the dotted keys for the names. The seed, and settings that do not change the
+            experiment, such as "device", are ignored.
 
     Returns:
-        The names in the order of the groups. A name is "all runs" if no setting is left.
+        The names in the order of the groups. A name is "all runs" if no key is left.
     """
     keys = [key for key in settings if key not in config.non_experiment_keys() | {SEED}]
     return [
@@ -176,9 +180,8 @@ def group_names(groups: list[list[RunRecord]], settings: Iterable[str]) -> list[
 def compared_metric(runs: Sequence[RunRecord]) -> str:
     """Returns the name of the metric by which groups of runs are compared.
 
-    The metric is "test_acc" if all runs have been tested. Otherwise, it is the metric by which the
-    runs chose their best epoch, if this was the same metric in all runs. If it was not, it is
-    "val_acc".
+    The metric is "test_acc" if all runs have been tested. Otherwise, the metric is the one by which
+    all runs chose the best epoch. If the runs chose by different metrics, the metric is "val_acc".
     """
     if all(final_metric(run, "test_acc") is not None for run in runs):
         return "test_acc"
@@ -187,23 +190,25 @@ def compared_metric(runs: Sequence[RunRecord]) -> str:
 
 
 def final_metric(run: RunRecord, name: str) -> float | None:
-    """Returns the final value of a metric of a run; None if the run has no such value.
+    """Returns the final value of a metric of a run; None without a value.
 
     Args:
-        name: the name of the metric. If it begins with "test_", the value is from the final test,
-            and otherwise from the best epoch.
+        run: the record of the run.
+        name: the name of the metric. A metric that begins with "test_" has the value of the final
+            test. Any other metric has the value of the best epoch.
     """
     metrics = run.result.get("test") or {} if name.startswith("test_") else run.best()
     return metrics.get(name)
 
 
 def values_of(group: list[RunRecord], metric: str) -> list[float]:
-    """Returns the final values of a metric in a group of runs, one value for each seed.
+    """Returns a group's final values of a metric, one value per seed.
 
-    If several runs have the same seed, only the last of them is used. A run without the metric
-    gives no value.
+    Among runs with the same seed, only the last run counts. A run without the metric gives no
+    value.
 
     Args:
+        group: the runs of the group.
         metric: the name of the metric, such as "val_acc".
     """
     found = {run.settings[SEED]: final_metric(run, metric) for run in group}
@@ -211,17 +216,16 @@ def values_of(group: list[RunRecord], metric: str) -> list[float]:
 
 
 def spread_of(values: Sequence[float]) -> float | None:
-    """Returns the sample standard deviation of the values; None for fewer than two values."""
+    """Returns the sample standard deviation of values; None for fewer than two values."""
     return statistics.stdev(values) if len(values) > 1 else None
 
 
 def verdict(names: tuple[str, str], values: tuple[list[float], list[float]], metric: str) -> str:
-    """Returns a sentence on whether the means of two groups differ by more than their spread.
+    """Returns a sentence that compares the means of two groups with their spread.
 
-    The spread is sqrt(s1² + s2²), where s1 and s2 are the standard deviations of the groups. A
-    difference below the spread could be reversed by other seeds. If a group has only one value,
-    there is no spread, and the sentence says so. If a group has no value, the sentence says only
-    that.
+    The spread is sqrt(s1² + s2²), where s1 and s2 are the standard deviations of the groups. Other
+    seeds could reverse a difference below the spread. For a group with fewer than two values, the
+    sentence says that the spread or the metric is missing.
 
     Args:
         names: the names of the two groups.
@@ -247,10 +251,10 @@ def verdict(names: tuple[str, str], values: tuple[list[float], list[float]], met
 
 
 def run_table(runs: Sequence[RunRecord]) -> list[list[str]]:
-    """Returns a table with a row per run, after a first row with the names of the columns.
+    """Returns a table with a row per run.
 
-    The columns are the run's name, status, epochs, best epoch, metrics, training time and images
-    per second. Each accuracy is followed by its 95 % interval.
+    The first row has the names of the columns. The columns are the run's name, status, epochs, best
+    epoch, metrics, training time and images per second. A 95 % interval follows each accuracy.
     """
     monitors = list(dict.fromkeys(run.monitor for run in runs if run.monitor != "val_acc"))
     rows = [
@@ -275,9 +279,12 @@ def run_table(runs: Sequence[RunRecord]) -> list[list[str]]:
 
 
 def accuracy_of(run: RunRecord, split: str) -> str:
-    """Formats the accuracy of a run, with its 95 % interval if the number of images is known.
+    """Formats the accuracy of a run, with a 95 % interval if possible.
+
+    The interval is left out if the number of images is unknown.
 
     Args:
+        run: the record of the run.
         split: "val" or "test".
     """
     value, number = final_metric(run, f"{split}_acc"), run.result.get("images", {}).get(split, 0)
@@ -285,17 +292,18 @@ def accuracy_of(run: RunRecord, split: str) -> str:
 
 
 def format_value(value: float | None) -> str:
-    """Formats a value with four decimal places, and None as "n/a"."""
+    """Formats a number with four decimal places, and None as "n/a"."""
     return "n/a" if value is None else f"{value:.4f}"
 
 
 def group_table(
     groups: list[list[RunRecord]], names: list[str], metrics: Sequence[str]
 ) -> list[list[str]]:
-    """Returns a table with a row per group, after a first row with the names of the columns.
+    """Returns a table with a row per group.
 
-    The columns are the group's name, its number of runs, and the mean ± standard deviation of each
-    metric. If some runs of a group lack a metric, the number of values follows, as in "(of 2)".
+    The first row has the names of the columns. The columns are the group's name, the number of
+    runs, and the mean ± standard deviation of each metric. If some runs lack a metric, the number
+    of values follows, as in "(of 2)".
 
     Args:
         groups: the runs of each group.
@@ -320,13 +328,13 @@ def group_table(
 
 
 def settings_table(runs: Sequence[RunRecord], settings: dict[str, list[Any]]) -> list[list[str]]:
-    """Returns a table of settings, with a row per setting and a column per run.
+    """Returns a table with a row per setting and a column per run.
 
-    The first row has the names of the runs, and the first column has the keys of the settings.
+    The first row has the names of the runs. The first column has the keys of the settings.
 
     Args:
         runs: the records of the runs.
-        settings: the values of each setting in the runs, by dotted key. An example for two runs is
+        settings: by dotted key, a list with the value in each run. An example for two runs is
             {"optim.lr": [0.1, 0.01]}.
     """
     rows = [[key, *map(format_setting, values)] for key, values in settings.items()]
@@ -334,11 +342,11 @@ def settings_table(runs: Sequence[RunRecord], settings: dict[str, list[Any]]) ->
 
 
 def panels_of(groups: list[list[RunRecord]], names: list[str]) -> list[Panel]:
-    """Returns charts of the accuracy and the losses over the epochs.
+    """Returns three charts with a curve for every run.
 
-    The three charts show the validation accuracy, the validation loss and the training loss. Each
-    chart has a curve for every run. If there are several groups, the curves of a group have the
-    same colour, and the legend names the group only once.
+    The charts show the validation accuracy, the validation loss and the training loss over the
+    epochs. If there are several groups, all curves of a group have the same colour. The legend then
+    has one entry per group.
 
     Args:
         groups: the runs of each group.

@@ -44,9 +44,9 @@ class Command(cli.Command):
     """The parsed command line of evaluate.py.
 
     Attributes:
-        split: the images on which the model is evaluated: "val" or "test".
-        json: the file to which all metrics are written; None if no file is wanted.
-        figure: the .png file in which the confusion matrix is drawn; None if no file is wanted.
+        split: the images for the evaluation, "val" or "test".
+        json: the JSON file for all metrics; None for no file.
+        figure: the .png file for the confusion matrix; None for no file.
     """
 
     split: str
@@ -55,16 +55,20 @@ class Command(cli.Command):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the script and returns its exit status.
+    """Runs the script, and returns the exit status.
 
     Args:
-        argv: the arguments of the command line, or None for those of this process.
+        argv: the arguments of the command line; None for the arguments of this process.
     """
     return cli.main(prepare, argv)
 
 
 def prepare(argv: list[str]) -> cli.Task:
-    """Reads the command line and returns the work to do."""
+    """Reads the command line, and returns the work to do.
+
+    Raises:
+        Refused: the command line is not valid, or a file is missing.
+    """
     command = parse(argv)
     module = "cnn.inference.evaluation"
     return cli.Task(lambda *_: evaluate_checkpoint(command), command.places, module)
@@ -95,10 +99,10 @@ def parse(argv: list[str]) -> Command:
 
 
 def evaluate_checkpoint(command: Command) -> None:
-    """Evaluates the model of a checkpoint in the same way as training does, and prints the metrics.
+    """Evaluates the model of a checkpoint, and prints the metrics.
 
-    If --json was given, the metrics are written to a JSON file, too. If --figure was given, the
-    confusion matrix is drawn in a PNG file.
+    The evaluation is the same as during training. With --json, the metrics are written to a JSON
+    file, too. With --figure, the confusion matrix is drawn in a PNG file.
     """
     from cnn.datasets.loader import build_loader
     from cnn.inference import evaluation
@@ -143,15 +147,15 @@ def evaluate_checkpoint(command: Command) -> None:
 
 
 def reported_metrics(trained: "TrainedModel", split: str) -> "Metrics | None":
-    """Returns the metrics that training reported for the weights in the checkpoint.
+    """Returns the metrics that training reported for the weights in a checkpoint.
 
     Args:
-        trained: the model with its checkpoint.
+        trained: the model with the checkpoint.
         split: "val" or "test".
 
     Returns:
-        The metrics by name, such as "val_acc". The result is None if training did not evaluate
-        these weights on this split, or if the file with the metrics cannot be found or read.
+        The metrics by name, such as "val_acc". The result is None if training did not evaluate the
+        weights on the split. The result is also None if no readable file has the metrics.
     """
     from cnn.utils.checkpoint import read_checkpoint
     from cnn.utils.run_folder import LAST
@@ -176,16 +180,16 @@ def reported_metrics(trained: "TrainedModel", split: str) -> "Metrics | None":
 
 
 def compare_with_training(trained: "TrainedModel", metrics: "Metrics", reported: "Metrics") -> str:
-    """Returns a sentence on whether the metrics equal those that training reported.
+    """Returns a sentence that compares the metrics with the metrics from training.
 
-    If they differ, the sentence lists both values of each differing metric. It also says what has
-    changed since the training: software, hardware or batch size. If none of these has changed, it
-    asks whether the code has.
+    If metrics differ, the sentence lists the old and the new values. The sentence then names
+    changes of the software, the hardware or the batch size since training. If there are no such
+    changes, the sentence asks whether the code has changed.
 
     Args:
-        trained: the model with its checkpoint.
-        metrics: the metrics of this evaluation by name, such as "test_acc".
-        reported: the metrics that training reported, by the same names.
+        trained: the model with the checkpoint.
+        metrics: the metrics of the present evaluation by name, such as "test_acc".
+        reported: the metrics from training, by the same names.
     """
     from cnn.utils import environment as env
 
@@ -209,14 +213,17 @@ def compare_with_training(trained: "TrainedModel", metrics: "Metrics", reported:
 def draw(path: Path, matrix: "np.ndarray", classes: list[str], title: str) -> None:
     """Draws a confusion matrix in a PNG file.
 
-    If matplotlib is not installed, a warning is logged instead.
+    If matplotlib is not installed, a warning is logged, and no file is written.
 
     Args:
         path: the path of the PNG file.
-        matrix: the numbers of images, integers of shape (classes, classes), with a row per label
-            and a column per predicted class.
+        matrix: the numbers of images, integers of shape (classes, classes). Each row is for a
+            label, and each column is for a predicted class.
         classes: the names of the classes, in the order of the rows.
         title: the text above the matrix.
+
+    Raises:
+        Failed: the file cannot be written.
     """
     from cnn.records import figures
 
@@ -229,14 +236,13 @@ def draw(path: Path, matrix: "np.ndarray", classes: list[str], title: str) -> No
 def as_text(metrics: "Metrics", matrix: "np.ndarray", classes: list[str]) -> str:
     """Formats the results of an evaluation as text for the screen.
 
-    The text lists the metrics of the evaluation, the metrics of each class, and the pairs of
-    classes that are most often confused. If there are more than 40 classes, only the 40 with the
-    lowest F1 are listed.
+    The text lists the metrics, the metrics of each class, and the most confused pairs of classes.
+    At most 40 classes are listed: the classes with the lowest F1.
 
     Args:
-        metrics: the metrics by name, such as "test_acc"; an undefined metric is None.
-        matrix: the numbers of images, integers of shape (classes, classes), with a row per label
-            and a column per predicted class.
+        metrics: the metrics by name, such as "test_acc". An undefined metric is None.
+        matrix: the numbers of images, integers of shape (classes, classes). Each row is for a
+            label, and each column is for a predicted class.
         classes: the names of the classes, in the order of the rows.
     """
     import numpy as np
@@ -277,17 +283,16 @@ def as_json(
 ) -> str:
     """Formats the results of an evaluation as JSON, with all digits of each metric.
 
-    Undefined metrics become null.
+    An undefined metric becomes null.
 
     Args:
-        trained: the model with its checkpoint.
-        subject: the images on which the model was evaluated.
+        trained: the model with the checkpoint.
+        subject: the images of the evaluation.
         split: "val" or "test".
-        metrics: the metrics by name, such as "test_acc"; an undefined metric is None.
-        matrix: the numbers of images, integers of shape (classes, classes), with a row per label
-            and a column per predicted class.
-        reported: the metrics that training reported for the same weights and images; None if there
-            are none.
+        metrics: the metrics by name, such as "test_acc". An undefined metric is None.
+        matrix: the numbers of images, integers of shape (classes, classes). Each row is for a
+            label, and each column is for a predicted class.
+        reported: the metrics from training for the same weights and images; None if there are none.
     """
     from cnn.metrics import scores
     from cnn.utils import environment as env
@@ -318,7 +323,7 @@ def as_json(
 
 
 def _finite(value: float | None) -> float | None:
-    """Returns the value if it is a finite number, or None if it is None, NaN or infinite."""
+    """Returns a finite value unchanged, and None for NaN, an infinite value or None."""
     return value if value is not None and math.isfinite(value) else None
 
 

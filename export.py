@@ -32,8 +32,8 @@ class Command(cli.Command):
     """The parsed command line of export.py.
 
     Attributes:
-        format: the format of the exported model: "torch", "onnx" or "weights".
-        output: the file to which the exported model is written.
+        format: the format of the exported model, "torch", "onnx" or "weights".
+        output: the file for the exported model.
     """
 
     format: str
@@ -41,26 +41,33 @@ class Command(cli.Command):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the script and returns its exit status.
+    """Runs the script, and returns the exit status.
 
     Args:
-        argv: the arguments of the command line, or None for those of this process.
+        argv: the arguments of the command line; None for the arguments of this process.
     """
     return cli.main(prepare, argv)
 
 
 def prepare(argv: list[str]) -> cli.Task:
-    """Reads the command line and returns the work to do."""
+    """Reads the command line, and returns the work to do.
+
+    Raises:
+        Refused: the command line is not valid, or a file is missing.
+    """
     command = parse(argv)
     return cli.Task(lambda *_: export_checkpoint(command), command.places, "cnn.inference.export")
 
 
 def parse(argv: list[str]) -> Command:
-    """Reads the command line, and chooses the format and the output file if they are not given.
+    """Reads the command line, and chooses the format and the output file by default.
+
+    Returns:
+        The command line, with all attributes set.
 
     Raises:
-        Refused: the command line is not valid, the checkpoint does not exist, or a package that the
-            format needs is not installed.
+        Refused: the command line is not valid, the checkpoint does not exist, or a package for the
+            format is not installed.
     """
     parser = cli.Parser("export.py", __doc__)
     parser.add_checkpoint()
@@ -84,7 +91,7 @@ def parse(argv: list[str]) -> Command:
 
 
 def check_packages(file_format: str) -> None:
-    """Raises Refused if a package that a file format needs is not installed.
+    """Raises Refused if a package for a file format is not installed.
 
     Args:
         file_format: "torch", "onnx" or "weights".
@@ -97,13 +104,16 @@ def check_packages(file_format: str) -> None:
 
 
 def export_checkpoint(command: Command) -> None:
-    """Exports the model of a checkpoint to the file `command.output`.
+    """Exports the model of a checkpoint to a file.
 
-    Before the file is written, the exported model is loaded, and its logits for some images are
-    compared with those of the original model.
+    Before the file is written, the exported model is loaded and compared with the original model.
+    Both models must compute the same logits for some images.
+
+    Args:
+        command: the command line, which names the checkpoint, the format and the output file.
 
     Raises:
-        Refused: the checkpoint cannot be loaded, or its model cannot be exported.
+        Refused: the checkpoint cannot be loaded, or the model cannot be exported.
         Failed: the logits of the two models differ, or the file cannot be written.
     """
     from cnn.inference.export import export_model

@@ -44,12 +44,12 @@ class Command(cli.Command):
     """The parsed command line of predict.py.
 
     Attributes:
-        paths: all positional arguments as typed: paths of images, and settings such as
-            "device=cpu".
-        images: the image files found at the paths.
-        missing: a message for each path at which no image was found.
+        paths: all positional arguments as typed. The arguments are paths of images and settings
+            such as "device=cpu".
+        images: the image files that were found.
+        missing: a message for each path without an image.
         top: the number of classes to write per image.
-        csv: the CSV file to which the predictions are written; None if no file is wanted.
+        csv: the CSV file for the predictions; None for no file.
     """
 
     paths: list[str]
@@ -60,16 +60,20 @@ class Command(cli.Command):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the script and returns its exit status.
+    """Runs the script, and returns the exit status.
 
     Args:
-        argv: the arguments of the command line, or None for those of this process.
+        argv: the arguments of the command line; None for the arguments of this process.
     """
     return cli.main(prepare, argv)
 
 
 def prepare(argv: list[str]) -> cli.Task:
-    """Reads the command line and returns the work to do."""
+    """Reads the command line, and returns the work to do.
+
+    Raises:
+        Refused: the command line is not valid, or a file is missing.
+    """
     command = parse(argv)
     return cli.Task(lambda *_: predict_images(command), command.places, "cnn.inference.predictor")
 
@@ -118,7 +122,7 @@ def parse(argv: list[str]) -> Command:
 def read_list() -> list[str]:
     """Reads a list of paths from stdin.
 
-    The paths are separated by line ends, or by zero bytes as `find -print0` writes them.
+    Line ends or zero bytes separate the paths. The command `find -print0` writes zero bytes.
     """
     data = sys.stdin.buffer.read()
     parts = data.split(b"\0") if b"\0" in data else data.splitlines()
@@ -126,10 +130,12 @@ def read_list() -> list[str]:
 
 
 def predict_images(command: Command) -> int:
-    """Predicts the classes of the images, and writes the predictions to the screen.
+    """Predicts the classes of images, and writes each prediction to the screen.
 
-    If --csv was given, the predictions are written to a CSV file, too. Each prediction is written
-    as soon as it is known.
+    With --csv, the predictions are written to a CSV file, too. Each prediction is written at once.
+
+    Args:
+        command: the command line, which names the images and the checkpoint.
 
     Returns:
         The exit status: cli.FAILED if an image could not be found or read, otherwise cli.DONE.
@@ -164,12 +170,12 @@ def predict_images(command: Command) -> int:
 
 
 class Table:
-    """A table on the screen with one line per image, which shows the predicted classes.
+    """A table on the screen that shows the predicted classes of each image.
 
     Args:
-        images: the paths of all images, from which the width of the first column is computed.
-        classes: the names of the model's classes, from which the width of the other columns is
-            computed.
+        images: the paths of all images. The longest path sets the width of the column of paths.
+        classes: the names of the model's classes. The longest name sets the width of the other
+            columns.
         top: the number of classes to show per image.
     """
 
@@ -183,12 +189,12 @@ class Table:
         )
 
     def write_head(self) -> None:
-        """Writes the first line of the table, with the names of the columns, to stdout."""
+        """Writes the first line of the table, the column names, to stdout."""
         cells = [pad(head, self.name_width + 7) for head in ["prediction", "then"][: self.top]]
         write_stdout("  ".join([pad("image", self.path_width), *cells]).rstrip() + "\n")
 
     def write_row(self, path: Path, prediction: "Prediction") -> None:
-        """Writes the table row of one image to stdout: its path, class names and probabilities.
+        """Writes an image's path, predicted classes and probabilities to stdout.
 
         Args:
             path: the path of the image.
@@ -202,13 +208,13 @@ class Table:
 
 
 class CsvFile:
-    """A CSV file with one row per image, which contains the predicted classes.
+    """A CSV file with the predicted classes, one row per image.
 
-    The file is open during a `with` block. If the block is interrupted, the rows that were written
-    until then are kept.
+    The file is open during a `with` block. If the block is interrupted, the rows written so far are
+    kept.
 
     Args:
-        path: the path of the CSV file; None if no file is wanted.
+        path: the path of the CSV file; None for no file.
         top: the number of classes per image.
 
     Raises:
@@ -235,7 +241,7 @@ class CsvFile:
                 self.file.close()
 
     def write_row(self, image: Path, prediction: "Prediction") -> None:
-        """Writes the row of one image to the CSV file, or does nothing if no file is wanted.
+        """Writes the row of one image to the CSV file, if there is a file.
 
         Args:
             image: the path of the image.
@@ -251,9 +257,9 @@ class CsvFile:
 
 
 def pairs(prediction: "Prediction") -> Iterator[tuple[str, float]]:
-    """Returns an iterator over the predicted classes of an image, the most probable class first.
+    """Returns an iterator over the predicted classes of an image, most probable first.
 
-    Each item is the name of a class and its probability, a number from 0 to 1.
+    Each item is the name of a class and the probability of the class, from 0 to 1.
     """
     return zip(prediction.classes, prediction.probabilities, strict=True)
 

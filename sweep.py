@@ -50,19 +50,26 @@ class Command(cli.Command):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the script and returns its exit status.
+    """Runs the script, and returns the exit status.
 
     Args:
-        argv: the arguments of the command line, or None for those of this process.
+        argv: the arguments of the command line; None for the arguments of this process.
     """
     return cli.main(prepare, argv)
 
 
 def prepare(argv: list[str]) -> cli.Task:
-    """Reads the command line and the sweep's file, and returns the work to do.
+    """Reads the command line and the settings of the sweep.
+
+    Args:
+        argv: the arguments of the command line.
+
+    Returns:
+        The work to do.
 
     Raises:
-        Refused: the command line or the file is wrong, Optuna is not installed, or this is Windows.
+        Refused: the command line or a setting is wrong, Optuna is not installed, or the system is
+            Windows.
     """
     parser = cli.Parser("sweep.py", __doc__)
     add = parser.add_argument
@@ -79,7 +86,10 @@ def prepare(argv: list[str]) -> cli.Task:
 
 
 def check_packages() -> None:
-    """Raises Refused if Optuna is not installed, or on Windows, where file locks are missing."""
+    """Raises Refused if Optuna is not installed, or if the system is Windows.
+
+    Windows lacks the file locks that a sweep needs.
+    """
     if os.name == "nt":
         raise Refused("sweep.py needs locks that Windows has not; under WSL it works")
     if importlib.util.find_spec("optuna") is None:
@@ -87,7 +97,9 @@ def check_packages() -> None:
 
 
 def run(sweep: Sweep, command: Command, log: "Log", stop: "StopSignals") -> int:
-    """Trains the unfinished trials of a sweep one after another, and then logs the best trials.
+    """Trains the unfinished trials of a sweep, and then logs the best trials.
+
+    The trials are trained one after another.
 
     Args:
         sweep: the settings of the sweep.
@@ -121,7 +133,7 @@ def run(sweep: Sweep, command: Command, log: "Log", stop: "StopSignals") -> int:
 
 
 def log_sweep(study: "Study") -> None:
-    """Logs the settings of a sweep, the values to search, and the number of finished trials."""
+    """Logs the settings of a sweep and the number of finished trials."""
     from cnn.metrics.scores import mode
 
     sweep = study.sweep
@@ -133,7 +145,7 @@ def log_sweep(study: "Study") -> None:
 
 
 def log_trial(trial: "TakenTrial") -> None:
-    """Logs that a trial starts or resumes, and the values of its settings."""
+    """Logs that a trial starts or resumes, and logs the trial's settings."""
     from cnn.records.run_record import format_setting
 
     verb = "resumes" if trial.is_resumed else "starts"
@@ -142,7 +154,7 @@ def log_trial(trial: "TakenTrial") -> None:
 
 
 def log_result(trial: "TakenTrial", result: "TrialResult") -> None:
-    """Logs how a trial ended, how many trials have ended, and the best trial so far."""
+    """Logs how a trial ended, the number of ended trials, and the best trial."""
     study, ranking = trial.study, trial.study.ranking()
     if result.value is not None:
         text = f"{trial.monitor} {result.value:.4f} in epoch {result.epoch}"
@@ -156,14 +168,15 @@ def log_result(trial: "TakenTrial", result: "TrialResult") -> None:
 
 
 def num_finished(study: "Study") -> int:
-    """Returns the number of a sweep's trials that have ended: complete, stopped early or failed."""
+    """Returns the number of trials that are complete, stopped early or failed."""
     return sum(trial.state.is_finished() for trial in study.trials())
 
 
 def log_ranking(study: "Study") -> int:
-    """Logs the best trials of a sweep, and commands that use them.
+    """Logs the best trials of a sweep, with commands for further work.
 
-    One command compares these trials. Another trains with the settings of the best trial.
+    One command compares the best trials. Another command trains with the settings of the best
+    trial.
 
     Returns:
         The exit status: cli.FAILED if no trial is complete, otherwise cli.DONE.
@@ -197,9 +210,9 @@ def log_ranking(study: "Study") -> int:
 def log_best_settings(study: "Study", best: "FrozenTrial") -> None:
     """Logs a command that trains with the settings of the best trial.
 
-    The command names a settings file. This is the file in configs/best_hparams if it contains the
-    result of this trial, and otherwise config.yaml in the trial's log folder. If that log folder is
-    on another machine, a line says so, and no command is logged.
+    The command names a settings file in configs/best_hparams if that file has the result of the
+    trial. Otherwise, the command names config.yaml in the trial's log folder. If the log folder is
+    on another machine, no command is logged, but a line says so.
 
     Args:
         study: the sweep.

@@ -47,8 +47,7 @@ class Command(cli.Command):
     """The parsed command line of train.py.
 
     Attributes:
-        resume: the file after --resume; "" for --resume without a file; None if --resume was not
-            given.
+        resume: the file after --resume; "" for --resume without a file; None without --resume.
         dry_run: whether --dry-run was given.
         drill: whether --drill was given.
         find_lr: whether --find-lr was given.
@@ -63,18 +62,18 @@ class Command(cli.Command):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the script and returns its exit status.
+    """Runs the script, and returns the exit status.
 
     Args:
-        argv: the arguments of the command line, or None for those of this process.
+        argv: the arguments of the command line; None for the arguments of this process.
     """
     return cli.main(prepare, argv, distributed=True)
 
 
 def prepare(argv: list[str]) -> cli.Task | None:
-    """Reads the command line and checks the settings.
+    """Reads the command line, and checks the settings.
 
-    With --print-config, the settings are printed, and there is nothing more to do.
+    With --print-config, the function prints the settings.
 
     Returns:
         The work to do; None with --print-config.
@@ -103,13 +102,14 @@ def prepare(argv: list[str]) -> cli.Task | None:
 
 
 def start(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> None:
-    """Starts a new run, or resumes an earlier one, and trains it until it is finished.
+    """Starts or resumes a run, and trains until the run is finished.
 
     A run is resumed if --resume was given and there is a checkpoint.
 
     Args:
-        cfg: the settings of a new run. A resumed run has these settings if --config was given.
-            Otherwise, it has the settings in its checkpoint, changed by those on the command line.
+        cfg: the settings of a new run. With --config, a resumed run has the same settings. Without
+            --config, a resumed run has the settings of the checkpoint, with the changes from the
+            command line.
         command: the command line.
         log: the log of this process.
         stop: the signal handlers.
@@ -140,17 +140,17 @@ def train(
     max_batches: int | None = None,
     trace: "Trace | None" = None,
 ) -> None:
-    """Trains a run to its end, then tests its best epoch.
+    """Trains a run to the end, and then tests the best epoch.
 
     Args:
         cfg: the settings of the run.
         folder: the log folder and the checkpoint folder of the run, which rank 0 has locked.
         log: the log of this process.
         stop: the signal handlers.
-        group: the processes that train together; rank 0 logs and writes files.
-        checkpoint: the checkpoint from which the run resumes; None for a new run.
-        max_batches: the largest number of batches per split and epoch; None if there is no limit.
-        trace: writes a record of every batch, for --drill; None if no records are wanted.
+        group: the processes that train together. Rank 0 logs and writes files.
+        checkpoint: the checkpoint to resume from; None for a new run.
+        max_batches: the largest number of batches per split and epoch; None for no limit.
+        trace: an object that records every batch, for --drill; None for no records.
     """
     from cnn.records import summary
     from cnn.records.records import open_records
@@ -208,10 +208,10 @@ def train_epoch(run: "Run", saver: "Saver") -> None:
 
 
 def test(run: "Run", saver: "Saver") -> None:
-    """Evaluates the weights of the best epoch on the test images, and saves the metrics.
+    """Evaluates the weights of the best epoch on the test images.
 
-    A run does this once, after its last epoch. If no epoch is the best one, the latest weights are
-    tested.
+    The metrics are saved in a checkpoint. A run is tested once, after the last epoch. If there is
+    no best epoch, the latest weights are tested.
     """
     from cnn.training.engine import evaluate
     from cnn.utils.module_state import state_preserved
@@ -234,16 +234,16 @@ def test(run: "Run", saver: "Saver") -> None:
 def locked_folder(
     group: "Group", name: str | None, root: Path = Path(), *, scratch: bool = False
 ) -> "Iterator[RunFolder]":
-    """Locks the folders of a run during a `with` block, so that no other run writes into them.
+    """Locks the folders of a run during a `with` block.
 
-    Rank 0 holds the lock for all processes.
+    No other run can then write into the folders. Rank 0 holds the lock for all processes.
 
     Args:
         group: the processes that train together.
         name: the name of the run; None for a run without a name.
         root: the folder that contains logs/ and checkpoints/.
-        scratch: whether the caller removes the folders at the end, so that nothing can resume from
-            them.
+        scratch: whether the caller removes the folders at the end. If so, the run cannot be resumed
+            later.
 
     Yields:
         The log folder and the checkpoint folder of the run.
@@ -264,13 +264,13 @@ def locked_folder(
 
 
 def dry_run(cfg: Config, log: "Log", stop: "StopSignals") -> None:
-    """Tries out every part of a run in a temporary folder, with at most two batches per split.
+    """Tries out every part of a run in a temporary folder.
 
-    It trains one epoch, validates, saves and tests. Then it resumes from the checkpoint for a
-    second epoch.
+    The dry run trains one epoch, validates, saves and tests. Then the dry run resumes from the
+    checkpoint for a second epoch. There are at most two batches per split and epoch.
 
     Args:
-        cfg: the settings of the run. Its number of epochs is ignored.
+        cfg: the settings of the run. The number of epochs is ignored.
         log: the log of this process.
         stop: the signal handlers.
     """
@@ -296,14 +296,18 @@ def dry_run(cfg: Config, log: "Log", stop: "StopSignals") -> None:
 
 
 def drill(cfg: Config, stop: "StopSignals") -> None:
-    """Checks that a run with these settings can be stopped at any point and resumed.
+    """Checks that a run with the given settings can be stopped anywhere and resumed.
 
-    In a temporary folder, a short version of the run is stopped by signals and resumed. Its result
-    is compared bit by bit with the result of the same training without a stop.
+    In a temporary folder, a short run is stopped by signals and resumed. The result is compared bit
+    by bit with the result of a run without a stop.
+
+    Args:
+        cfg: the settings of the run.
+        stop: the signal handlers.
 
     Raises:
-        Refused: torchrun has started several processes, or this is Windows.
-        Failed: the results differ. The message says where.
+        Refused: torchrun has started several processes, or the system is Windows.
+        Failed: the results differ. The message names the place of the difference.
     """
     launch.refuse_multiple_processes("--drill")
     if os.name == "nt":
@@ -314,9 +318,12 @@ def drill(cfg: Config, stop: "StopSignals") -> None:
 
 
 def find_lr(cfg: Config) -> None:
-    """Trains for some steps with a rising learning rate, and logs a learning rate to try.
+    """Suggests a learning rate after some training steps with a rising learning rate.
 
-    The checkpoints and logs of earlier runs are neither read nor changed.
+    Checkpoints and logs of earlier runs are neither read nor changed.
+
+    Args:
+        cfg: the settings of the training.
 
     Raises:
         Refused: torchrun has started several processes.
@@ -364,9 +371,12 @@ def parse(argv: list[str]) -> Command:
 
 
 def _separate(argv: list[str]) -> list[str]:
-    """Replaces `--resume` by `--resume=` where a setting such as `optim.lr=0.01` follows.
+    """Replaces `--resume` by `--resume=` before a setting such as `optim.lr=0.01`.
 
-    Without this, argparse would take the setting for the file of --resume.
+    Otherwise, argparse would take the setting for the file of --resume.
+
+    Args:
+        argv: the arguments of the command line.
 
     Returns:
         The changed list of arguments.
@@ -378,16 +388,16 @@ def _separate(argv: list[str]) -> list[str]:
 
 
 def _as_setting(option: str, argv: list[str]) -> str:
-    """Returns the setting that the user probably meant by an unknown option.
+    """Returns the setting that a user probably meant by an unknown option.
 
     Args:
         option: the unknown option, such as "--epochs" or "--epochs=5".
-        argv: all arguments, in which the value may follow the option.
+        argv: all arguments of the command line. The value can follow the option.
 
     Returns:
-        A text such as "train.epochs=5" for the arguments --epochs 5, or "train.epochs=..." if no
-        value follows. If there is no setting of that name, the text explains how a setting is
-        written: "key=value: train.epochs=5".
+        A text such as "train.epochs=5" for the arguments --epochs 5. Without a value, the text is
+        "train.epochs=...". If no setting has the name of the option, the text is "key=value:
+        train.epochs=5".
     """
     name, equals, value = option.lstrip("-").replace("-", "_").partition("=")
     if not equals:

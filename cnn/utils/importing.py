@@ -70,7 +70,7 @@ def _search_here() -> None:
 
 
 def import_object(path: str, key: str) -> Any:
-    """Imports an object from a module in the current folder or on the Python path.
+    """Imports an object from the current folder or from the Python path.
 
     Args:
         path: the object as `package.module:name`, such as "examples.own_loss:Focal".

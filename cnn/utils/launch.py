@@ -29,7 +29,7 @@ class Launch:
 
     @property
     def is_rank0(self) -> bool:
-        """A flag that is True in the process that logs and writes files (rank 0)."""
+        """A flag that is True in the process of rank 0, which writes files."""
         return self.rank == 0
 
 

@@ -25,7 +25,7 @@ class _Formatter(logging.Formatter):
 
 
 class _Console(logging.Handler):
-    """A handler that writes messages to stderr, above a progress bar if there is one.
+    """A handler that writes messages to stderr, above any progress bar.
 
     A message above the level INFO begins with the level, as in "warning: ".
     """

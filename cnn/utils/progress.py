@@ -25,8 +25,8 @@ def show_progress(
     Args:
         items: the steps or batches that remain to be taken.
         label: the text before the numbers, such as "epoch 3/10".
-        total: the number of all items, including the items of `done`.
-        done: the number of items that were taken earlier, in the resumed part of an epoch.
+        total: the number of all items, with the items that were taken in an earlier process.
+        done: the number of items that were taken in an earlier process; 0 if nothing is resumed.
         every_seconds: the shortest time between two log lines.
     """
     on_terminal = sys.stderr.isatty() and find_launch().is_rank0

@@ -187,10 +187,10 @@ class RunFolder:
         return self.checkpoints / f"epoch_{epoch:03}.pth"
 
     def saved(self) -> list[Path]:
-        """Returns the paths of the run's checkpoints, as `checkpoints_in` sorts them.
+        """Returns the paths of the run's checkpoints, the best to resume from first.
 
         The order is last.pth, best.pth, and then the checkpoints of single epochs, the latest epoch
-        first.
+        first. Only existing files are returned.
         """
         return checkpoints_in(self.checkpoints)
 
@@ -308,11 +308,10 @@ class RunFolder:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Returns the paths of the checkpoints in a folder, in the order of usefulness.
+    """Returns the paths of a folder's checkpoints, the best to resume from first.
 
     The order is last.pth, best.pth, and then the checkpoints of single epochs, such as
-    epoch_005.pth, the latest epoch first. Only existing files are returned. Resuming tries the
-    checkpoints in the same order.
+    epoch_005.pth, the latest epoch first. Only existing files are returned.
     """
     names = [f"{name}.pth" for name in CHECKPOINTS]
     return [path for name in names for path in sorted(folder.glob(name), reverse=True)]

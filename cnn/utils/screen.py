@@ -80,7 +80,7 @@ def escape_unprintable(text: str, keep: str = "") -> str:
 
 
 def write_stdout(text: str) -> None:
-    """Writes a text to stdout, above a progress bar if there is one.
+    """Writes a text to stdout, above any progress bar.
 
     No line end is added. Unprintable characters except line ends and tabs are written as escape
     sequences.
