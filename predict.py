@@ -140,10 +140,12 @@ def predict_images(command: Command) -> int:
     Returns:
         The exit status: cli.FAILED if an image could not be found or read, otherwise cli.DONE.
     """
+    from cnn.datasets.decode import silence_pillow
     from cnn.inference.predictor import Predictor
     from cnn.inference.trained_model import load_trained_model
     from cnn.utils.progress import show_progress
 
+    silence_pillow()
     trained = load_trained_model(command.checkpoint, command.settings)
     command.places.update(trained.places)
     logger.info("%s", trained)

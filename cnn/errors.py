@@ -88,7 +88,7 @@ class InvalidValue(Exception):
     """
 
 
-class BadImage(Exception):
+class BadImage(ValueError):
     """An image that is missing, damaged or of a kind that cannot be used.
 
     The function `decode` of cnn.datasets.decode raises this exception. The message does not name

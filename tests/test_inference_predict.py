@@ -348,7 +348,10 @@ def test_more_pictures_than_a_batch_come_in_their_order(colour):
     "picture, expected",
     [
         ("nowhere.png", "nowhere.png: the file is gone"),
-        (np.zeros((4, 4)), "expected an array uint8 (H, W), (H, W, 3) or (H, W, 4), got float64"),
+        (
+            np.zeros((4, 4)),
+            "uint8 array (H, W), (H, W, 3) as RGB, or (H, W, 4); got float64 (4, 4)",
+        ),
         (Image.new("La", (4, 4)), "picture: conversion from La to L not supported"),
     ],
 )

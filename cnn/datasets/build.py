@@ -11,6 +11,7 @@ import numpy as np
 
 from cnn.config import DataConfig, is_import_path
 from cnn.datasets import digits, folder_and_csv, synthetic, torchvision_datasets
+from cnn.datasets.decode import silence_pillow
 from cnn.datasets.division import Splits, divide
 from cnn.datasets.images import FileImages, Images, UserImages
 from cnn.datasets.preprocessing import Preprocessing
@@ -150,6 +151,7 @@ def read_splits(
     Raises:
         Refused: the data cannot be read, or the dataset does not accept a keyword in `cfg.args`.
     """
+    silence_pillow()
     is_own = is_import_path(cfg.name)
     try:
         if not is_own:

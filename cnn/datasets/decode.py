@@ -14,13 +14,19 @@ GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
 MAX_PIXELS = 120_000_000  # per image: 360 MB as RGB; a larger image can be a decompression bomb
 MAX_OF_16_BITS = 2**16 - 1
 
-Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is the limit: an error instead of a warning
-# Pillow warns about harmless defects, such as a broken EXIF block, without the name of the file.
-warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-
 # The errors of Pillow's decoders on broken files.
 DATA_ERRORS = (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError)
-BROKEN = (OSError, EOFError, MemoryError, *DATA_ERRORS)
+BROKEN = (OSError, EOFError, MemoryError, Image.DecompressionBombError, *DATA_ERRORS)
+
+
+def silence_pillow() -> None:
+    """Silences the warnings of Pillow in this process.
+
+    Pillow warns about large images, for which MAX_PIXELS is the limit here. Pillow also warns about
+    harmless defects, such as a broken EXIF block, without the name of the file.
+    """
+    Image.MAX_IMAGE_PIXELS = None
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
@@ -67,7 +73,7 @@ def _reason(path: str | os.PathLike, error: Exception) -> str:
         error: the error.
     """
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return text.removesuffix(f" {str(path)!r}") or type(error).__name__
+    return text.removesuffix(f" {path!r}").removesuffix(f" {str(path)!r}") or type(error).__name__
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -106,7 +106,7 @@ class Normalize:
             A new tensor, float32 (N, C, H, W), channels last in memory.
         """
         images = images.permute(0, 2, 3, 1)  # N, H, W, C
-        batch = torch.empty(images.shape, device=images.device)
+        batch = torch.empty(images.shape, dtype=torch.float32, device=images.device)
         self._normalize_into(batch, images)
         return batch.permute(0, 3, 1, 2)
 
@@ -123,7 +123,7 @@ class Normalize:
         """
         # Faster than normalizing a whole batch: each image is still in the CPU's cache.
         channels, height, width = images[0].shape
-        batch = torch.empty(len(images), height, width, channels)
+        batch = torch.empty(len(images), height, width, channels, dtype=torch.float32)
         for target, image in zip(batch, images):
             self._normalize_into(target, image.permute(1, 2, 0))
         return batch.permute(0, 3, 1, 2)

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from cnn.datasets.decode import silence_pillow
 from cnn.errors import DataFailed, Stopped, describe
 from cnn.utils import signals
 
@@ -185,7 +186,7 @@ def restore_sigchld() -> None:
 
 
 def init_worker(worker: int) -> None:  # noqa: ARG001  torch passes it
-    """Makes a worker process ignore signals and print no tracebacks.
+    """Makes a worker process ignore signals and print neither tracebacks nor warnings of Pillow.
 
     The main process handles signals and reports errors.
 
@@ -194,5 +195,6 @@ def init_worker(worker: int) -> None:  # noqa: ARG001  torch passes it
     """
     # Threads of a worker that share tensors would print the same error again and again.
     sys.excepthook = lambda *_: None
+    silence_pillow()
     for number in signals.NUMBERS:
         signal.signal(number, signal.SIG_IGN)

@@ -9,27 +9,35 @@
 A picture is prepared as a validation image is: `decode`, `resize_and_crop`, `Normalize`.
 """
 
-import contextlib
+import io
 import os
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
+import torchvision  # noqa: F401  its import changes filters of warnings, which `load` must not do
 from PIL import Image
 
-from cnn.datasets.decode import decode, to_array, upright
+from cnn.datasets.decode import open_image, to_array, upright
 from cnn.datasets.loader import EVALUATION_BATCHES
 from cnn.datasets.order import split_epoch
 from cnn.datasets.preprocessing import Normalize, resize_and_crop
-from cnn.errors import BadImage, Refused
+from cnn.errors import BadImage, DataFailed, Refused
+from cnn.inference.host import call_after_fork, call_in_new_thread, generators_borrowed
 from cnn.inference.trained_model import TrainedModel, load_trained_model
 from cnn.utils import seeding
 
-Picture = str | os.PathLike | Image.Image | np.ndarray
+Picture = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray
+PICTURES = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)
+TAKEN = (
+    "a path, the bytes of an image file, a file open for reading in binary mode, a PIL image, or a"
+    " uint8 array (H, W), (H, W, 3) as RGB, or (H, W, 4)"
+)
 
 
 @dataclass(frozen=True)
@@ -74,66 +82,84 @@ class Predictor:
         self._num_threads = os.cpu_count() if typed is None else max(typed, 1)
 
     def __call__(
-        self, pictures: Picture | Sequence[Picture], top: int | None = None
+        self, pictures: Picture | Iterable[Picture], top: int | None = None
     ) -> Prediction | list[Prediction]:
         """Predicts the classes of one picture or of a list of pictures.
 
         Args:
-            pictures: one picture or a list of pictures. A picture is a path, a PIL image of any
-                mode, or a uint8 array. The shape of an array is (H, W), (H, W, 1), (H, W, 3) or (H,
-                W, 4).
+            pictures: one picture or several pictures. A picture is a path, the bytes of an image
+                file, a file that is open for reading in binary mode, a PIL image of any mode, or a
+                uint8 array. The shape of an array is (H, W), (H, W, 1), (H, W, 3) or (H, W, 4). The
+                channels of an array are in the order RGB or RGBA. An array of OpenCV has the order
+                BGR, and is given as `array[:, :, ::-1]`.
             top: the number of most probable classes in a prediction. None means all classes.
 
         Returns:
-            A prediction for one picture, or a list of predictions for a list of pictures.
+            A prediction for one picture, or a list of predictions for several pictures.
 
         Raises:
-            BadImage: a picture cannot be read. The message contains the path of a picture that is a
-                file.
+            BadImage: a picture cannot be read or is of another type. The message contains the path
+                of a picture that is a file. BadImage is a subclass of ValueError.
+            ValueError: `top` is not a whole number of at least 1.
         """
-        if isinstance(pictures, Picture):
+        if _is_single(pictures):
             return self([pictures], top)[0]
         predictions = []
-        for prediction in self.predict_each(list(pictures), top):
+        for prediction in self.predict_each(pictures, top):
             if isinstance(prediction, BadImage):
                 raise prediction
             predictions.append(prediction)
         return predictions
 
     def predict_each(
-        self, pictures: Sequence[Picture], top: int | None = None
+        self, pictures: Picture | Iterable[Picture], top: int | None = None
     ) -> Iterator[Prediction | BadImage]:
-        """Yields the prediction of each picture, in the order of the pictures.
+        """Returns an iterator over the predictions of pictures, in the order of the pictures.
 
-        For a picture that cannot be read, a BadImage exception is yielded and not raised.
+        For a picture that cannot be read or is of another type, the iterator yields a BadImage
+        exception and continues with the next picture.
 
         Args:
-            pictures: the pictures. A picture is a path, a PIL image of any mode, or a uint8 array.
-                The shape of an array is (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+            pictures: the pictures, of the types that `__call__` takes.
             top: the number of most probable classes in a prediction. None means all classes.
+
+        Raises:
+            ValueError: `top` is not a whole number of at least 1.
         """
+        if top is not None and (isinstance(top, bool) or not isinstance(top, Integral) or top < 1):
+            expected = "a whole number of at least 1, or None for all classes"
+            raise ValueError(f"top: expected {expected}, got {top!r}")
+        return self._predict_each([pictures] if _is_single(pictures) else list(pictures), top)
+
+    def _predict_each(
+        self, pictures: list[Picture], top: int | None
+    ) -> Iterator[Prediction | BadImage]:
         for number, images in enumerate(self._decode_batches(pictures)):
             good = [image for image in images if isinstance(image, torch.Tensor)]
-            predictions = iter(self._predict_batch(torch.stack(good), number, top) if good else [])
+            predictions = iter(
+                call_after_fork(self._predict_batch, good, number, top) if good else []
+            )
             for image in images:
                 yield image if isinstance(image, BadImage) else next(predictions)
 
-    def _decode_batches(
-        self, pictures: Sequence[Picture]
-    ) -> Iterator[list[torch.Tensor | BadImage]]:
+    def _decode_batches(self, pictures: list[Picture]) -> Iterator[list[torch.Tensor | BadImage]]:
         """Decodes pictures and yields the decoded pictures in batches.
 
         While the caller uses a batch, threads decode the next batch.
 
         Args:
-            pictures: paths, PIL images or uint8 arrays.
+            pictures: the pictures, of the types that `__call__` takes.
 
         Yields:
             A list with an entry per picture of the batch. An entry is a uint8 tensor (C, size,
             size). For a picture that cannot be read, the entry is a BadImage exception.
         """
+        if len(pictures) == 1:
+            yield [call_after_fork(self._prepare, pictures[0])]
+            return
         start, upcoming = 0, []
-        pool = ThreadPoolExecutor(self._num_threads)
+        is_distinct = len(set(map(id, pictures))) == len(pictures)  # no two threads read one file
+        pool = ThreadPoolExecutor(self._num_threads if is_distinct else 1)
         try:
             for size in [*split_epoch(len(pictures), self._batch_size), 0]:
                 batch = pictures[start : start + size]
@@ -148,31 +174,29 @@ class Predictor:
         """Decodes a picture, and resizes and crops the picture for the model.
 
         Args:
-            picture: a path, a PIL image or a uint8 array.
+            picture: a picture of one of the types that `__call__` takes.
 
         Returns:
             A uint8 tensor (C, size, size). If the picture cannot be read, a BadImage exception is
             returned and not raised.
         """
-        is_path, channels = isinstance(picture, str | os.PathLike), self._pre.channels
         try:
-            if is_path:
-                pixels = decode(Path(picture), channels)
-            else:
-                image = _to_image(picture) if isinstance(picture, np.ndarray) else upright(picture)
-                pixels = to_array(image, channels)
-        except BadImage as bad:
-            return BadImage(f"{os.fspath(picture) if is_path else 'picture'}: {bad}")
+            pixels = to_array(_to_image(picture), self._pre.channels)
+        except DataFailed:
+            raise
+        except Exception as error:  # noqa: BLE001  a file that is no file of Python raises anything
+            name = os.fspath(picture) if isinstance(picture, str | os.PathLike) else ""
+            return BadImage(f"{name or 'picture'}: {str(error) or type(error).__name__}")
         return resize_and_crop(torch.from_numpy(pixels), self._pre.image_size)
 
     @torch.no_grad()
     def _predict_batch(
-        self, images: torch.Tensor, batch_index: int, top: int | None
+        self, images: list[torch.Tensor], batch_index: int, top: int | None
     ) -> list[Prediction]:
         """Predicts the classes of each image in a batch.
 
         Args:
-            images: the decoded images, uint8 (N, C, size, size).
+            images: the decoded images, each uint8 (C, size, size).
             batch_index: the index of the batch, from 0. A model can draw random numbers even in
                 evaluation mode. The index is part of the seed of these random numbers.
             top: the number of most probable classes in a prediction. None means all classes.
@@ -181,11 +205,15 @@ class Predictor:
             A prediction for each image.
         """
         trained = self.trained
-        key = (trained.cfg.seed, seeding.EVALUATE, trained.seed_epoch("val"), batch_index)
-        with _generators_preserved(trained.device):
-            seeding.seed_step(trained.device, *key)
-            with trained.autocast():
-                logits = self.model(self._normalize(images.to(trained.device))).float()
+        batch = self._normalize(torch.stack(images).to(trained.device))
+        with trained.autocast():
+            if trained.draws:
+                key = (trained.cfg.seed, seeding.EVALUATE, trained.seed_epoch("val"), batch_index)
+                with generators_borrowed(trained.device):
+                    seeding.seed_step(trained.device, *key)
+                    logits = self.model(batch).float()
+            else:
+                logits = self.model(batch).float()
         # Sorted by logits, since rounding may make probabilities equal: the first is the argmax.
         order = logits.sort(dim=1, descending=True, stable=True).indices[:, :top]
         probabilities = logits.softmax(1).gather(1, order).tolist()
@@ -195,6 +223,9 @@ class Predictor:
 
 def load(checkpoint: str | os.PathLike, *settings: str) -> Predictor:
     """Makes a predictor from the checkpoint of a trained model.
+
+    The random generators, the threads and the settings of the process stay as they are. The process
+    may be forked afterwards. The predictor may be called from several threads.
 
     Args:
         checkpoint: the path of a checkpoint that train.py saved. No other file is needed.
@@ -206,32 +237,49 @@ def load(checkpoint: str | os.PathLike, *settings: str) -> Predictor:
             also raised if the checkpoint names Python code outside the current folder. Refused is a
             subclass of ValueError.
     """
-    with _generators_preserved(None):
-        return Predictor(load_trained_model(Path(checkpoint), settings))
+    return call_in_new_thread(lambda: Predictor(load_trained_model(Path(checkpoint), settings)))
 
 
-def _to_image(array: np.ndarray) -> Image.Image:
-    is_image = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
-    if array.dtype != np.uint8 or not is_image:
-        expected = "an array uint8 (H, W), (H, W, 3) or (H, W, 4)"
-        raise BadImage(f"expected {expected}, got {array.dtype} {array.shape}")
-    return Image.fromarray(array[:, :, 0] if array.shape[2:] == (1,) else array)
+def _is_single(pictures: object) -> bool:
+    """Returns whether an argument is one picture, or something that is no list of pictures."""
+    is_picture = isinstance(pictures, (*PICTURES, torch.Tensor)) or hasattr(pictures, "read")
+    return is_picture or not isinstance(pictures, Iterable)
 
 
-@contextlib.contextmanager
-def _generators_preserved(device: torch.device | None) -> Iterator[None]:
-    """Restores the global random generators at the end of a `with` block.
-
-    The generators then have the same state as at the start of the block. The function restores the
-    generators of Python, of NumPy and of torch on the CPU. If `device` is a CUDA device, the
-    generator of `device` is restored, too.
+def _to_image(picture: object) -> Image.Image:
+    """Returns a picture as an upright PIL image.
 
     Args:
-        device: the device that the block uses. None if the block uses only the CPU.
+        picture: a picture of one of the types that `Predictor.__call__` takes.
+
+    Raises:
+        BadImage: the picture cannot be read or is of another type.
     """
-    cuda_devices = [device] if device is not None and device.type == "cuda" else []
-    with contextlib.ExitStack() as stack:
-        stack.callback(random.setstate, random.getstate())
-        stack.callback(np.random.set_state, np.random.get_state())
-        stack.enter_context(torch.random.fork_rng(cuda_devices))
-        yield
+    got = type(picture).__name__
+    if isinstance(picture, str | os.PathLike):
+        return open_image(picture)
+    if isinstance(picture, bytes | bytearray | memoryview):
+        if picture:
+            return open_image(io.BytesIO(picture))
+        got = "no bytes"
+    elif isinstance(picture, np.ndarray):
+        got = f"{picture.dtype} {picture.shape}"
+        is_image = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (1, 3, 4))
+        if picture.dtype == np.uint8 and is_image and picture.size:
+            return Image.fromarray(picture[:, :, 0] if picture.shape[2:] == (1,) else picture)
+    elif isinstance(picture, Image.Image):
+        try:
+            picture.load()
+            if 0 not in picture.size:
+                return upright(picture)
+            got = f"an empty PIL image {picture.size}"
+        except (
+            ValueError,
+            AssertionError,
+        ) as error:  # of Pillow, if the image or its file is closed
+            got = f"a PIL image that cannot be read: {str(error) or 'its file is closed'}"
+    elif getattr(picture, "closed", False):
+        got = "a closed file"
+    elif hasattr(picture, "read") and not isinstance(picture, io.TextIOBase):
+        return open_image(picture)
+    raise BadImage(f"expected {TAKEN}; got {got}")

@@ -1,5 +1,6 @@
 """Loading a trained model from its checkpoint, which is the only file needed."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,15 +10,16 @@ import torch
 from torch import nn
 
 from cnn import config
-from cnn.config import Config
+from cnn.config import Config, is_import_path
 from cnn.datasets.preprocessing import Preprocessing
 from cnn.errors import Refused
+from cnn.inference.host import InitializationSkipped, generators_borrowed
 from cnn.models.build import build_model
 from cnn.training.resume import DOES_NOT_FIT, check_code, reason_of
 from cnn.training.state import check_like
 from cnn.utils import environment as env
 from cnn.utils.checkpoint import load_checkpoint, position_text, validated_weights
-from cnn.utils.module_state import load_state
+from cnn.utils.module_state import load_state, state_preserved
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class TrainedModel:
         preprocessing: the size, the number of channels and the normalization of the images.
         device: the device of the model.
         precision: the precision of a forward pass: "fp32", "bf16" or "fp16".
+        draws: whether the model draws random numbers in evaluation mode.
     """
 
     path: Path
@@ -47,6 +50,7 @@ class TrainedModel:
     preprocessing: Preprocessing
     device: torch.device
     precision: str
+    draws: bool
 
     def autocast(self) -> torch.autocast:
         """Returns the context manager for a forward pass with the precision `self.precision`."""
@@ -109,15 +113,49 @@ def load_trained_model(path: Path, settings: Sequence[str] = ()) -> TrainedModel
     device = env.choose_device(cfg.device)
     precision = _choose_precision(cfg, content["environment"], device, typed)
     pre = Preprocessing.from_checkpoint(path, content["preprocessing"])
+    model = _build_model(path, content, cfg, pre, device)
+    draws = is_import_path(cfg.model.name) and _draws(model, pre, device)
+    return TrainedModel(path, content, cfg, typed, places, model, pre, device, precision, draws)
+
+
+def _build_model(
+    path: Path, content: dict[str, Any], cfg: Config, pre: Preprocessing, device: torch.device
+) -> nn.Module:
+    """Builds the model of a checkpoint, with the validated weights, in evaluation mode.
+
+    Only a user's own model uses the global random generators.
+    """
+    is_own = is_import_path(cfg.model.name)
     # All weights are in the checkpoint; the file that training started from may no longer exist.
-    model_cfg, classes = replace(cfg.model, weights=None, pretrained=False), content["classes"]
+    model_cfg = replace(cfg.model, weights=None, pretrained=False)
+    shape, seed = (len(content["classes"]), pre.channels, pre.image_size), cfg.seed
     try:
-        model = build_model(model_cfg, len(classes), pre.channels, pre.image_size, cfg.seed)
+        with generators_borrowed() if is_own else InitializationSkipped():
+            model = build_model(model_cfg, *shape, seed if is_own else None)
     except Refused as refusal:
         raise Refused(f"{path}: {refusal}") from None
+    if torch.get_default_dtype() != torch.float32:  # another program may have changed it
+        model = model.float()
     model = model.to(device, memory_format=torch.channels_last)
     _load_weights(path, model, validated_weights(content))
-    return TrainedModel(path, content, cfg, typed, places, model.eval(), pre, device, precision)
+    return model.eval()
+
+
+def _draws(model: nn.Module, pre: Preprocessing, device: torch.device) -> bool:
+    """Returns whether a model in evaluation mode draws random numbers.
+
+    Such a model computes different logits each time.
+
+    Args:
+        model: the model, whose state is the same afterwards.
+        pre: the shape of the images.
+        device: the device of the model.
+    """
+    shape = (8, *pre.shape)
+    images = torch.linspace(-2, 2, math.prod(shape), dtype=torch.float32).reshape(shape).to(device)
+    with torch.no_grad(), generators_borrowed(device), state_preserved(model):
+        first, *others = [model(images) for _ in range(3)]
+    return not all(torch.equal(first, other) for other in others)
 
 
 def _read_settings(

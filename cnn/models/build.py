@@ -20,7 +20,7 @@ MODELS = {"simple_cnn": SimpleCNN, "lenet5": LeNet5, "resnet9": ResNet9, "resnet
 
 
 def build_model(
-    cfg: ModelConfig, num_classes: int, in_channels: int, image_size: int, seed: int
+    cfg: ModelConfig, num_classes: int, in_channels: int, image_size: int, seed: int | None
 ) -> nn.Module:
     """Builds a model on the CPU and checks that the model takes images.
 
@@ -32,14 +32,16 @@ def build_model(
         num_classes: number of logits per image.
         in_channels: number of image channels.
         image_size: height and width of the images in pixels.
-        seed: the seed of the run.
+        seed: the seed of the run. None for a model whose weights are loaded afterwards; the random
+            generators are then not seeded.
 
     Raises:
         Refused: there is no such model, or the model does not take the arguments in `cfg.args`. The
             initial weights do not fit the model or cannot be loaded. The model cannot take images
             of this size.
     """
-    seeding.seed_sample(seed, seeding.INIT)
+    if seed is not None:
+        seeding.seed_sample(seed, seeding.INIT)
     pretrained = cfg.pretrained and not cfg.weights
     if cfg.name in MODELS or is_import_path(cfg.name):
         kind = MODELS.get(cfg.name) or import_object(cfg.name, "model.name")

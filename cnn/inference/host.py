@@ -1,0 +1,99 @@
+"""What a predictor does so that the program around it, its host, is not disturbed.
+
+The random generators of random, numpy and torch belong to all threads of a process. Restoring them
+after a prediction would give other threads the same numbers again. Therefore only a model that
+draws random numbers touches them, and only one such model at a time.
+
+The worker threads of torch do not survive a fork. A process that was forked after torch has used
+its threads waits for them forever, unless it calls torch from another thread.
+"""
+
+import contextlib
+import functools
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
+
+_FIRST_PROCESS = os.getpid()  # a process that is forked later has another number
+
+
+@functools.cache
+def _lock(process: int) -> threading.Lock:  # noqa: ARG001  a forked process needs a free lock
+    return threading.Lock()
+
+
+@functools.cache
+def _thread(process: int) -> ThreadPoolExecutor:  # noqa: ARG001  a forked process has no thread
+    return ThreadPoolExecutor(1)
+
+
+@contextlib.contextmanager
+def generators_borrowed(device: torch.device | None = None) -> Iterator[None]:
+    """Lets a `with` block use the global random generators, and restores them at its end.
+
+    The generators are those of random, of numpy and of torch on the CPU. Only one thread at a time
+    is in such a block. A thread that draws without such a block gets repeated numbers.
+
+    Args:
+        device: a CUDA device, which becomes the current device of the block. The generator of this
+            device is restored, too. None or another device for a block that uses only the CPU.
+    """
+    is_cuda = device is not None and device.type == "cuda"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_lock(os.getpid()))
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.enter_context(torch.random.fork_rng([device] if is_cuda else []))
+        if is_cuda:
+            stack.enter_context(torch.cuda.device(device))
+        yield
+
+
+class InitializationSkipped(TorchDispatchMode):
+    """Skips operations of torch that fill a tensor with random numbers, during a `with` block.
+
+    Only the operations of the current thread are skipped. The tensors stay uninitialized. The block
+    builds a model whose weights are loaded afterwards.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Calls an operation of torch, or returns the tensor that the operation would fill."""
+        if torch.Tag.nondeterministic_seeded in func.tags and func._schema.is_mutable:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def call_in_new_thread(
+    function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Result:
+    """Calls a function in a new thread, and returns the result.
+
+    A new thread has none of the settings that torch keeps for each thread, such as a default
+    device, autocast or inference mode. The threads that torch starts for the function end with the
+    new thread. A process can therefore be forked after the call.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *args, **kwargs).result()
+
+
+def call_after_fork(
+    function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> Result:
+    """Calls a function that uses the threads of torch, and returns the result.
+
+    In the main thread of a forked process, the function is called in another thread. Without this,
+    the function could wait forever for threads that exist only in the parent process.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and os.getpid() != _FIRST_PROCESS:
+        return _thread(os.getpid()).submit(function, *args, **kwargs).result()
+    return function(*args, **kwargs)
