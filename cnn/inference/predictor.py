@@ -28,6 +28,7 @@ from cnn.datasets.preprocessing import Normalize, resize_and_crop
 from cnn.errors import BadImage, Refused
 from cnn.inference.trained_model import TrainedModel, load_trained_model
 from cnn.utils import seeding
+from cnn.utils.cpus import usable_cpus
 
 Picture = str | os.PathLike | Image.Image | np.ndarray
 
@@ -71,7 +72,7 @@ class Predictor:
         self._normalize = Normalize(self._pre, trained.device)
         self._batch_size = EVALUATION_BATCHES * trained.cfg.data.batch_size
         typed = trained.cfg.data.num_workers if "data.num_workers" in trained.typed else None
-        self._num_threads = os.cpu_count() if typed is None else max(typed, 1)
+        self._num_threads = usable_cpus() if typed is None else max(typed, 1)
 
     def __call__(
         self, pictures: Picture | Sequence[Picture], top: int | None = None
