@@ -119,6 +119,7 @@ TEXTS = {
     "zeros": (bytes(9_000), "bad.yaml:1: not valid YAML: the character 0x0"),
     "UTF-16": ("seed: 1\n".encode("utf-16"), "got the byte 0xff; save it as UTF-8"),
     "UTF-16 without a mark": ("seed: 1\n".encode("utf-16-le"), "0x0; write UTF-8 without"),
+    "another after a mark": (b"\xef\xbb\xbfrun: a\n\xe9\n", "bad.yaml:2: expected UTF-8 text, got the byte 0xe9"),
     "another encoding": ("seed: 1\nrun: caf\xe9\n".encode("latin-1"), "bad.yaml:2: expected UTF-8"),
     "deep": (b"[" * 50_000, "bad.yaml:1: nested deeper than 20 levels"),
     "deep by indent": (b"".join(b" " * n + b"a:\n" for n in range(200)), "nested deeper than"),

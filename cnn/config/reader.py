@@ -187,8 +187,9 @@ def read_text(path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        byte = f"the byte {data[error.start]:#04x}"
+        # Unlike `data`, error.object has no byte-order mark.
+        line = error.object[: error.start].count(b"\n") + 1
+        byte = f"the byte {error.object[error.start]:#04x}"
         raise Refused(f"{path}:{line}: expected UTF-8 text, got {byte}; save it as UTF-8") from None
 
 
