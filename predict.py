@@ -10,8 +10,12 @@ Commands:
     python predict.py new_photos --checkpoint checkpoints/a/best.pth device=cpu
 
 Images that cannot be read are named and skipped; the exit status is then 1.
+
+A list has one file or folder per line, or a zero byte after each, as `find -print0` writes it. Its
+lines are names and not patterns. A list that is none is refused before any image is read.
 """
 
+import codecs
 import csv
 import logging
 import os
@@ -38,6 +42,14 @@ IS_SETTING = re.compile(r"(device|[a-z]+\.[a-z_]+)=")
 TOP = 3
 BYTES = "surrogateescape"  # writes a file name that is not valid text as its original bytes
 MAX_PATH = 60  # columns reserved for a path; a longer one shifts its line to the right
+
+MARKS = {  # the encodings of a list that begins with a byte-order mark
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+A_LIST = "stdin: expected a list of files and folders, one per line,"
+NUM_CHECKED, NUM_NAMED = 10, 3  # paths of a list: those that are looked for, those in a message
 
 
 class Command(cli.Command):
@@ -107,26 +119,85 @@ def parse(argv: list[str]) -> Command:
     cli.check_settings(command.settings, SETTINGS)
     if command.csv is not None:
         cli.check_output("--csv", command.csv)
-    words = [word for path in paths for word in (read_list() if path == "-" else [path])]
-    found = list(find_images(words))
+    listed = read_list(sys.stdin.buffer.read()) if "-" in paths else []
+    found = []
+    for path in paths:
+        found += find_images(listed, patterns=False) if path == "-" else find_images([path])
     command.images = [path for path, reason in found if reason is None]
     command.missing = [
         f"{escape_unprintable(path)}: {reason}" for path, reason in found if reason is not None
     ]
     if not command.images:
-        raise Refused("\n".join(command.missing[:20]) or "stdin: expected paths, got none")
+        raise Refused("\n".join(command.missing[:20]))
     cli.check_checkpoint(command.checkpoint)
     return command
 
 
-def read_list() -> list[str]:
-    """Reads a list of paths from stdin.
+def read_list(data: bytes) -> list[str]:
+    """Returns the paths in a list of files and folders.
 
-    Line ends or zero bytes separate the paths. The command `find -print0` writes zero bytes.
+    Args:
+        data: the bytes of the list. Line ends or zero bytes separate the paths. The command `find
+            -print0` writes zero bytes.
+
+    Raises:
+        Refused: the list is empty, cannot be decoded, or is no list of paths. Refused is also
+            raised if the list contains the root of a file system.
     """
-    data = sys.stdin.buffer.read()
-    parts = data.split(b"\0") if b"\0" in data else data.splitlines()
-    return [os.fsdecode(part) for part in parts if part.strip()]
+    paths = split_list(decode_list(data))
+    if not paths:
+        raise Refused(f"{A_LIST} got none")
+    first = paths[:NUM_CHECKED]
+    if not any(map(os.path.lexists, first)):
+        names = ", ".join([*map(shorten_name, first[:NUM_NAMED]), "..."][: len(first)])
+        advice = "relative paths begin in the current folder"
+        raise Refused(f"{A_LIST} got {names}, which do not exist; {advice}")
+    for path in paths:
+        # Whoever means a whole file system types the path; in a list the path is a mistake.
+        if os.path.isdir(path) and is_root(path):
+            fault = f"got {shorten_name(path)}, the root of a file system"
+            raise Refused(f"{A_LIST} {fault}; name folders inside it")
+    return paths
+
+
+def is_root(folder: str) -> bool:
+    """Returns whether a folder, or the folder that a link leads to, has no parent folder."""
+    real = os.path.realpath(folder)
+    return os.path.dirname(real) == real
+
+
+def decode_list(data: bytes) -> str:
+    """Decodes a list of paths in UTF-8, in UTF-16 with a byte-order mark, or of any file names.
+
+    Args:
+        data: the bytes of the list. PowerShell writes UTF-16 with a byte-order mark.
+
+    Raises:
+        Refused: the bytes are not valid in the encoding.
+    """
+    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
+    try:
+        return os.fsdecode(data) if encoding is None else data.decode(encoding)
+    except UnicodeDecodeError as error:
+        fault = f"got the byte {error.object[error.start]:#04x}, no character in {error.encoding}"
+        raise Refused(f"{A_LIST} {fault}; save the list as UTF-8") from None
+
+
+def split_list(text: str) -> list[str]:
+    """Splits a list into paths at the zero bytes or, without zero bytes, at the line ends.
+
+    Raises:
+        Refused: zero bytes do not separate paths, as in UTF-16 without a byte-order mark.
+    """
+    if "\0" not in text:
+        return [line for line in text.replace("\r", "\n").split("\n") if line.strip()]
+    paths = text.removesuffix("\0").split("\0")
+    for path in paths:
+        # UTF-16 leaves single letters. Of these, "." and "/" exist, but the others do not.
+        if (len(path) < 2 or "\n" in path) and not os.path.lexists(path):
+            fault = "got zero bytes that do not end paths, as in UTF-16 or in an image"
+            raise Refused(f"{A_LIST} {fault}; save the list as UTF-8")
+    return paths
 
 
 def predict_images(command: Command) -> int:

@@ -382,10 +382,21 @@ def test_a_csv_file_without_splits_is_divided(photos):
         ("path,label\na.png,x\nb.png,y\n", "/photos/b.png: No such file"),
         ("path,label,split\na.png,x,train\nb.png,y,train\nc.png,z,val\n", "train has not: z"),
         ("", "expected the columns path,label"),
+        ("path,label\na.png,x\nb\0.png,y\n", "table.csv:3: expected path,label"),
+        ("path,label\na.png,x\nb.png,y\0\n", "table.csv:3: expected path,label"),
+        ("path;label\na.png;x\n", "got path;label; save it as UTF-8 with commas"),
     ],
 )
 def test_a_csv_file_that_does_not_say_enough_is_refused_by_its_line(text, part, photos):
     assert part in refusal(table(photos, text))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_a_csv_file_in_utf16_is_refused_with_what_to_do(encoding, photos):
+    config = table(photos, "")
+    (photos / "table.csv").write_bytes("path,label\na.png,x\nb.png,y\n".encode(encoding))
+    said = refusal(config)
+    assert "table.csv" in said and "save it as UTF-8" in said and len(said.splitlines()) == 1
 
 
 def test_spaces_in_a_csv_file_make_no_classes(photos):

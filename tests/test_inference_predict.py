@@ -434,6 +434,106 @@ def test_what_cannot_be_is_refused_in_one_line(capfd, words, expected):
     assert expected in refusal(capfd, *words)
 
 
+# ---------------------------------------------------------------------------------------------
+# Lists from another program
+
+
+def list_of(monkeypatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\0"], ids=["LF", "CRLF", "print0"])
+def test_a_list_is_read_in_the_encoding_that_its_mark_names(colour, monkeypatch, encoding, end):
+    pictures("图/一 二.png", "b.png")
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    blanks = "" if end == "\0" else end + "  " + end
+    list_of(monkeypatch, f"{mark}图/一 二.png{end}b.png{end}{blanks}".encode(encoding))
+    assert list(predicted(colour, "-")) == ["图/一 二.png", "b.png"]
+
+
+def test_a_list_of_find_print0_may_name_anything(colour, monkeypatch):
+    names = ["a\nb.png", "7", "[x].png", os.fsdecode(b"\xff.png"), " .png"]
+    for name in names:
+        Path("a.png").unlink(missing_ok=True)
+        pictures("a.png")
+        os.rename("a.png", name)
+    list_of(monkeypatch, b"\0".join(map(os.fsencode, names)) + b"\0")
+    assert list(predicted(colour, "-")) == names
+
+
+def test_a_list_names_files_and_no_patterns(colour, monkeypatch, capfd):
+    """A picture removed since must not become another one, whose name its own name matches."""
+    pictures("img1.png", "b.png")
+    list_of(monkeypatch, b"b.png\nimg[1].png\n")
+    assert list(predicted(colour, "-", status=1)) == ["b.png"]
+    assert "img[1].png: no such file or folder" in capfd.readouterr().err
+
+
+def test_what_is_missing_from_a_list_is_named_and_the_rest_is_predicted(colour, monkeypatch, capfd):
+    pictures("a.png")
+    list_of(monkeypatch, b"".join(b"%d.png\n" % number for number in range(9)) + b"a.png\nz.png\n")
+    assert list(predicted(colour, "-", status=1)) == ["a.png"]
+    assert "10 of 11 could not be read" in capfd.readouterr().err
+
+
+def saved(kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(RGB).save(file, kind)
+    return file.getvalue()
+
+
+TABLE_OF_PREDICTIONS = b"image,prediction,probability\nin/b.png,cat,0.9\n"
+TEN_MISSING = b"".join(b"%d.png\n" % number for number in range(10))
+NO_LISTS = {
+    "nothing": (b"", "got none"),
+    "blank lines": (b"\r\n \n", "got none"),
+    "UTF-16 without a mark": ("in/b.png\n./c.png\n".encode("utf-16-le"), "zero bytes"),
+    "the other UTF-16": ("in/b.png\r\n".encode("utf-16-be"), "zero bytes"),
+    "UTF-16 without a mark or a line end": ("b.png".encode("utf-16-le"), "zero bytes"),
+    "UTF-16 of a pattern": ("*.png".encode("utf-16-le"), "zero bytes"),
+    "UTF-16 of Chinese": ("图片\n图像\n".encode("utf-16-le"), "zero bytes"),
+    "UTF-32": ("in/b.png\n".encode("utf-32"), "zero bytes"),
+    "both kinds of ends": (b"in/b.png\0in/b.png\nc.png\n", "zero bytes"),
+    "zeros": (bytes(999), "zero bytes"),
+    "half a character of UTF-16": ("in/b.png\n".encode("utf-16")[:-1], "the byte 0x0a"),
+    "no UTF-8 after its mark": (b"\xef\xbb\xbfin/b.png\n\xff.png\n", "the byte 0xff"),
+    "a table": (
+        TABLE_OF_PREDICTIONS,
+        "got image,prediction,prob…, in/b.png,cat,0.9, which do not",
+    ),
+    "a JPEG": (saved("jpeg"), "stdin: expected a list"),
+    "a PNG": (saved("png"), "stdin: expected a list"),
+    "a page": (b"# A title\n\x1b[1m" + b"x" * 900 + b"\n", "\\x1b[1mxxx"),
+    "ten that do not exist": (
+        TEN_MISSING + b"in/b.png\n",
+        "0.png, 1.png, 2.png, ..., which do not",
+    ),
+    "a root": (b"in/b.png\n/\n", "got /, the root of a file system"),
+    "a root twice": (b"//\nin/b.png\n", "the root of a file system"),
+    "a root with a dot": (b"/.\0in/b.png\0", "the root of a file system"),
+    "a root from below": (b"in/b.png\n/tmp/..\n", "the root of a file system"),
+    "a root by a link": (b"in/b.png\nin/link\n", "got in/link, the root of a file system"),
+}
+
+
+@pytest.mark.parametrize("data, expected", NO_LISTS.values(), ids=NO_LISTS)
+def test_what_is_no_list_is_refused_before_anything_is_searched(monkeypatch, capfd, data, expected):
+    pictures("in/b.png", "c.png", "folder/d.png")
+    Path("in/link").symlink_to("/")
+    monkeypatch.setattr(os, "walk", lambda *_, **__: pytest.fail("searched"))
+    list_of(monkeypatch, data)
+    assert script.main(["folder", "-"]) == 2
+    (said,) = capfd.readouterr().err.splitlines()
+    assert said.startswith("error: stdin: expected a list of files and folders, one per line, got ")
+    assert expected in said and said.isprintable() and len(said) < 250
+
+
+def test_a_typed_root_is_searched(monkeypatch, capfd):
+    monkeypatch.setattr(os, "walk", lambda folder, **_: iter([(str(folder), [], [])]))
+    assert "/: a folder without images" in refusal(capfd, "/")
+
+
 def test_an_earlier_table_stays_where_the_model_cannot_be_had(colour, capfd):
     pictures("a.png")
     Path("bad.pth").write_bytes(colour.read_bytes()[:-1])

@@ -187,9 +187,10 @@ def read_text(path: Path) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        byte = f"the byte {data[error.start]:#04x}"
-        raise Refused(f"{path}:{line}: expected UTF-8 text, got {byte}") from None
+        # Unlike `data`, error.object has no byte-order mark.
+        line = error.object[: error.start].count(b"\n") + 1
+        byte = f"the byte {error.object[error.start]:#04x}"
+        raise Refused(f"{path}:{line}: expected UTF-8 text, got {byte}; save it as UTF-8") from None
 
 
 def read_override(text: str, mistakes: list[str]) -> dict[str, Entry]:
@@ -317,7 +318,7 @@ def compose(text: str, where: str) -> yaml.Node | None:
             reason += f" ({error.context}, which starts in line {start.line + 1})"
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
-        reason = f"the character {error.character:#x}"
+        reason = f"the character {error.character:#x}; write UTF-8 without control characters"
     raise Refused(f"{_at_line(where, line)}: not valid YAML: {reason}")
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from cnn.datasets.decode import VERSION, decode
 from cnn.datasets.preprocessing import resize_and_crop
 from cnn.errors import BadImage, Refused
+from cnn.utils.cpus import usable_cpus
 from cnn.utils.files import write_atomically
 
 OLD = 24 * 3600  # seconds; no decoding takes a day
@@ -109,7 +110,7 @@ def _decode(paths: list[Path], size: int, channels: int) -> Iterator[np.ndarray]
         return resize_and_crop(image, size).permute(1, 2, 0).contiguous().numpy()
 
     progress = tqdm(desc="decoding the images once", total=len(paths), disable=None, leave=False)
-    with progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with progress, ThreadPoolExecutor(usable_cpus()) as pool:
         for start in range(0, len(paths), CHUNK):  # CHUNK images at most wait in memory
             for pixels in pool.map(decode_one, paths[start : start + CHUNK]):
                 progress.update()

@@ -82,20 +82,22 @@ def load_csv(
         value is a list of the class names in the order of the labels.
 
     Raises:
-        Refused: the CSV file or the training images are missing. A path or a label is missing. Two
-            lines give one image different labels or splits. There are fewer than two classes, or
-            files do not decode. An image has a class that is not in `model_classes`. If
-            `model_classes` is None, an image has a class without training images.
+        Refused: the CSV file or the training images are missing. A path or a label is missing or
+            contains a zero byte. Two lines give one image different labels or splits. There are
+            fewer than two classes, or files do not decode. An image has a class that is not in
+            `model_classes`. If `model_classes` is None, an image has a class without training
+            images.
     """
     file = Path(root)
     columns, rows = _read_table(file)
     if not {"path", "label"} <= set(columns):
-        raise Refused(f"{file}:1: expected the columns path,label[,split], got {','.join(columns)}")
+        got = f"{','.join(columns)[:100]}; save it as UTF-8 with commas"
+        raise Refused(f"{file}:1: expected the columns path,label[,split], got {got}")
     listing: Listing = {}
     seen: dict[str, tuple[int, str]] = {}  # path: line, and label and split
     for line, row in rows:
         path, label, split = row["path"], row["label"], SPLITS.get(row["split"].lower() or "train")
-        if not path or not label or split is None:
+        if not path or not label or split is None or "\0" in path + label:
             raise Refused(f"{file}:{line}: expected path,label[,train|val|test], got {row}")
         place = f"{label} in {split}"
         earlier, before = seen.setdefault(os.path.normpath(path), (line, place))

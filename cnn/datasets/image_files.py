@@ -28,12 +28,16 @@ def image_files(folder: Path) -> Iterator[Path]:
                 yield Path(where, name)
 
 
-def find_images(words: Iterable[str]) -> Iterator[tuple[Path, str | None]]:
+def find_images(
+    words: Iterable[str], *, patterns: bool = True
+) -> Iterator[tuple[Path, str | None]]:
     """Finds the image files that the arguments of a command name.
 
     Args:
         words: the arguments. An argument is a file with any extension, a folder, or a pattern such
             as `*.jpg`.
+        patterns: whether an argument can be a pattern. If False, every argument is the name of a
+            file or of a folder.
 
     Yields:
         (path, None) for every file that is found. If a path or a pattern leads to no file, (path,
@@ -41,11 +45,11 @@ def find_images(words: Iterable[str]) -> Iterator[tuple[Path, str | None]]:
     """
     for word in words:
         # Unlike Path.exists, os.path.exists is False for a name that no file can have.
-        found = [word] if os.path.exists(word) else _matching(word)
+        found = [word] if os.path.exists(word) else _matching(word) if patterns else []
         for name in found:
             yield from _files_at(Path(name))
         if not found:
-            is_pattern = any(sign in word for sign in WILDCARDS)
+            is_pattern = patterns and any(sign in word for sign in WILDCARDS)
             yield Path(word), "no file has such a name" if is_pattern else "no such file or folder"
 
 

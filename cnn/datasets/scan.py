@@ -15,6 +15,7 @@ from tqdm import tqdm
 from cnn.datasets.cache import cache_folder
 from cnn.datasets.decode import GRAY_MODES, VERSION, open_image, to_array
 from cnn.errors import BadImage
+from cnn.utils.cpus import usable_cpus
 from cnn.utils.files import write_atomically
 
 # What a scan stores of one file: its size in bytes and its time of change in ns, the image's height
@@ -54,7 +55,7 @@ def scan(root: Path, paths: list[Path]) -> tuple[np.ndarray, dict[Path, str]]:
             todo.append(number)
     bad: dict[Path, str] = {}
     if todo:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_cpus()) as pool:
             results = pool.map(_scan_file, (paths[number] for number in todo))
             bar = tqdm(results, "looking at the images", len(todo), disable=None, leave=False)
             for number, result in zip(todo, bar):

@@ -31,6 +31,7 @@ from cnn.errors import BadImage, DataFailed, Refused
 from cnn.inference.host import call_after_fork, call_in_new_thread, generators_borrowed
 from cnn.inference.trained_model import TrainedModel, load_trained_model
 from cnn.utils import seeding
+from cnn.utils.cpus import usable_cpus
 
 Picture = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray
 PICTURES = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)
@@ -79,7 +80,7 @@ class Predictor:
         self._normalize = Normalize(self._pre, trained.device)
         self._batch_size = EVALUATION_BATCHES * trained.cfg.data.batch_size
         typed = trained.cfg.data.num_workers if "data.num_workers" in trained.typed else None
-        self._num_threads = os.cpu_count() if typed is None else max(typed, 1)
+        self._num_threads = usable_cpus() if typed is None else max(typed, 1)
 
     def __call__(
         self, pictures: Picture | Iterable[Picture], top: int | None = None
