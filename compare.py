@@ -25,11 +25,16 @@ from cnn.records import figures
 from cnn.records.figures import COLOURS, Curve, Panel
 from cnn.records.pages import render
 from cnn.records.run_record import RunRecord, format_setting, read_run
-from cnn.utils.files import raising_failed, write_text
+from cnn.utils.files import make_folder, raising_failed
+from cnn.utils.outputs import check_output, write_output
 from cnn.utils.progress import format_duration
 from cnn.utils.screen import align_columns, write_stdout
 
 PAGE = Path("logs", "compare.html")
+TITLE = "Curves of compare.py"  # within the PNG file
+# The page and the figure.
+COMPARISON = (rb"<!DOCTYPE html>", b"<title>Comparison</title>")
+FIGURE = (rb"\x89PNG", TITLE.encode())
 SEED = "seed"
 CHARTS = {
     "Validation accuracy": "val_acc",
@@ -63,6 +68,9 @@ def prepare(argv: list[str]) -> None:
     add("runs", nargs="+", metavar="RUN", help="name of a run, or folder of its logs")
     add("--output", type=Path, default=PAGE, metavar="FILE", help=f"page (default: {PAGE})")
     args = parser.parse_args(argv)
+    page = args.output
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise Refused(f"--output: expected a name that ends with .html, got {page}")
     runs, refusals = [], []
     for where in args.runs:
         try:
@@ -71,10 +79,12 @@ def prepare(argv: list[str]) -> None:
             refusals.append(str(refusal))
     if not runs:
         raise Refused("\n".join(refusals))
-    with raising_failed(args.output):
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        said = write_comparison(runs, args.output)
-    write_stdout(said)
+    if page == PAGE:
+        with raising_failed(page):
+            make_folder(page.parent)
+    check_output("--output", page, COMPARISON)
+    check_output("--output", page.with_suffix(".png"), FIGURE)
+    write_stdout(write_comparison(runs, page))
     if refusals:
         raise Failed("\n".join(refusals))
 
@@ -95,7 +105,7 @@ def write_comparison(runs: Sequence[RunRecord], page: Path) -> str:
         The comparison as text for the screen.
 
     Raises:
-        OSError: a file cannot be written.
+        Failed: a file cannot be written.
     """
     settings, groups = differing_settings(runs), groups_of(runs)
     names, metric = group_names(groups, settings), compared_metric(runs)
@@ -118,10 +128,11 @@ def write_comparison(runs: Sequence[RunRecord], page: Path) -> str:
     if figures.is_available():
         panels, picture = panels_of(groups, names), page.with_suffix(".png")
         curves = figures.panel_svgs(panels)
-        figures.save_png(picture, figures.draw_panels, panels)
+        write_output(picture, figures.png(figures.draw_panels, panels, mark=TITLE))
         files = f"{page}, {picture}"
     content = {"curves": curves, "verdicts": verdicts, "tables": tables}
-    write_text(page, render("compare.jinja", title="Comparison", **content))
+    text = render("compare.jinja", title="Comparison", **content)
+    write_output(page, text.encode("utf-8", "backslashreplace"))
     return "\n\n".join([*paragraphs, files]) + "\n"
 
 

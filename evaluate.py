@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from cnn import cli
 from cnn.errors import Refused
-from cnn.utils.files import write_output
+from cnn.utils.outputs import check_output, write_output
 from cnn.utils.screen import write_stdout
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ logger = logging.getLogger("cnn.evaluate")
 SOURCE = ("data.name", "data.root", "data.args", "data.download", "data.on_bad_image")
 LOADING = ("data.batch_size", "data.num_workers", "data.in_memory", "train.precision")
 SETTINGS = ("device", *SOURCE, *LOADING, "log.every_seconds")
+TITLE = "Confusion matrix of evaluate.py"  # within the PNG file
+# The files of --json and of --figure.
+RESULT = (rb'\{\n  "checkpoint": "', b'\n  "confusion_matrix": ')
+FIGURE = (rb"\x89PNG", TITLE.encode())
 MAX_ROWS = 40  # classes in the printed table
 MAX_PAIRS = 5  # pairs of confused classes in the printed list
 
@@ -91,9 +95,10 @@ def parse(argv: list[str]) -> Command:
     cli.check_settings(command.settings, SETTINGS)
     if command.figure and command.figure.suffix.lower() != ".png":
         raise Refused(f"--figure: expected a name that ends with .png, got {command.figure}")
-    for option, file in (("--json", command.json), ("--figure", command.figure)):
-        if file is not None:
-            cli.check_output(option, file)
+    if command.json is not None:
+        check_output("--json", command.json, RESULT, [command.checkpoint])
+    if command.figure is not None:
+        check_output("--figure", command.figure, FIGURE, [command.checkpoint, command.json])
     cli.check_checkpoint(command.checkpoint)
     return command
 
@@ -228,7 +233,7 @@ def draw(path: Path, matrix: "np.ndarray", classes: list[str], title: str) -> No
     from cnn.records import figures
 
     if figures.is_available():
-        write_output(path, figures.png(figures.draw_confusion, matrix, classes, title))
+        write_output(path, figures.png(figures.draw_confusion, matrix, classes, title, mark=TITLE))
     else:
         logger.warning("%s is left out (pip install matplotlib)", path)
 

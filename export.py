@@ -18,12 +18,18 @@ from pathlib import Path
 
 from cnn import cli
 from cnn.errors import Refused
-from cnn.utils.files import write_output
+from cnn.utils.outputs import check_output, write_output
 from cnn.utils.run_folder import EXPORTS
 
 logger = logging.getLogger("cnn.export")
 
 SETTINGS = ("data.name", "data.root", "data.args")  # where to find images for the comparison
+# The beginning of a file of each format, and the description of the input in the file.
+KINDS = {
+    "torch": (rb"PK", b'"input": "images: float32 (N, '),
+    "onnx": (rb"\x08", b"images: float32 (N, "),
+    "weights": (rb"PK", b"pixels in 0..1 - mean) / std"),
+}
 # Packages beyond requirements.txt.
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 
@@ -83,9 +89,7 @@ def parse(argv: list[str]) -> Command:
     command.format = command.format or by_ending.get(ending, "torch")
     command.output = output or checkpoint.with_name(checkpoint.stem + EXPORTS[command.format])
     cli.check_checkpoint(checkpoint)
-    cli.check_output("--output", command.output)
-    if command.output.exists() and command.output.samefile(checkpoint):
-        raise Refused(f"--output: expected another file than the checkpoint, got {command.output}")
+    check_output("--output", command.output, KINDS[command.format], [checkpoint])
     check_packages(command.format)
     return command
 

@@ -29,6 +29,7 @@ from cnn import cli
 from cnn.datasets.image_files import find_images
 from cnn.errors import BadImage, Refused
 from cnn.utils.files import raising_failed
+from cnn.utils.outputs import check_output
 from cnn.utils.screen import display_width, escape_unprintable, pad, shorten_name, write_stdout
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ logger = logging.getLogger("cnn.predict")
 SETTINGS = ("device", "data.batch_size", "data.num_workers", "train.precision")
 IS_SETTING = re.compile(r"(device|[a-z]+\.[a-z_]+)=")
 
+# The table of --csv, whose head has two columns for each class asked for.
+TABLE = (rb"image,prediction,probability(,prediction_\d+,probability_\d+)*\n", b"")
 TOP = 3
 BYTES = "surrogateescape"  # writes a file name that is not valid text as its original bytes
 MAX_PATH = 60  # columns reserved for a path; a longer one shifts its line to the right
@@ -118,7 +121,7 @@ def parse(argv: list[str]) -> Command:
         raise Refused(f"--top: expected a whole number of at least 1, got {command.top}")
     cli.check_settings(command.settings, SETTINGS)
     if command.csv is not None:
-        cli.check_output("--csv", command.csv)
+        check_output("--csv", command.csv, TABLE, [command.checkpoint])
     listed = read_list(sys.stdin.buffer.read()) if "-" in paths else []
     found = []
     for path in paths:

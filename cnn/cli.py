@@ -306,22 +306,3 @@ def check_checkpoint(path: Path) -> None:
         raise Refused(f"{path}: no such file; train first: python train.py")
     names = ", ".join(found[:MAX_NAMED]) + (", ..." if len(found) > MAX_NAMED else "")
     raise Refused(f"{path}: no such file; --checkpoint takes one of {names}")
-
-
-def check_output(option: str, path: Path) -> None:
-    """Checks that a path can be used for an output file.
-
-    A script calls this function before the long work that produces the file.
-
-    Args:
-        option: the option that gives the path, such as "--csv". An error message begins with the
-            option.
-        path: the path of the file. The file may exist already.
-
-    Raises:
-        Refused: the path is in a folder that does not exist, or is itself a folder or a device.
-    """
-    if not path.parent.is_dir():
-        raise Refused(f"{option}: expected a file in a folder that exists, got {path}")
-    if path.exists() and not path.is_file():
-        raise Refused(f"{option}: expected a file, got {path}, which is a folder or a device")

@@ -18,7 +18,7 @@ import evaluate as script
 import train as train_script
 from cnn.inference.predictor import load
 from cnn.records import figures
-from cnn.utils import files
+from cnn.utils import outputs
 from cnn.utils.checkpoint import load_checkpoint, save_checkpoint
 from cnn.utils.run_folder import RunFolder
 from cnn.utils.screen import display_width
@@ -287,7 +287,7 @@ def test_a_file_that_cannot_be_written_is_told_and_ends_with_1(trained, capfd, m
     def full(path, write):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "write_atomically", full)
+    monkeypatch.setattr(outputs, "write_atomically", full)
     assert script.main(["--json", "a.json"]) == 1
     said = capfd.readouterr()
     assert "error: a.json: cannot be written: No space left on device" in said.err

@@ -537,11 +537,12 @@ def test_a_typed_root_is_searched(monkeypatch, capfd):
 def test_an_earlier_table_stays_where_the_model_cannot_be_had(colour, capfd):
     pictures("a.png")
     Path("bad.pth").write_bytes(colour.read_bytes()[:-1])
-    Path("a.csv").write_text("earlier")
+    earlier = "image,prediction,probability\nb.png,cat,0.5\n"
+    Path("a.csv").write_text(earlier)
     assert "bad.pth: damaged" in refusal(
         capfd, "a.png", "--csv", "a.csv", "--checkpoint", "bad.pth"
     )
-    assert Path("a.csv").read_text() == "earlier"
+    assert Path("a.csv").read_text() == earlier
 
 
 def test_nobody_reading_on_is_no_failure(colour, capfd, monkeypatch):

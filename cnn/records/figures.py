@@ -119,17 +119,20 @@ def panel_svgs(panels: Sequence[Panel]) -> list[str]:
     return [svg(draw_panels, [panel], width=4.8, height=3.0) for panel in panels]
 
 
-def png(draw: Callable[..., "Figure"], *args, **kwargs) -> bytes:
+def png(draw: Callable[..., "Figure"], *args, mark: str = "", **kwargs) -> bytes:
     """Draws a figure and returns the bytes of a PNG file.
 
     Args:
         draw: a function that returns a figure, such as `draw_panels`.
         args: the positional arguments of `draw`.
+        mark: a title that is stored in the file and not drawn; empty for none.
         kwargs: the keyword arguments of `draw`.
     """
     with _style(PNG_INK, PNG_GRID):
         figure, file = draw(*args, **kwargs), io.BytesIO()
-        figure.savefig(file, format="png", dpi=110, facecolor="white")
+        figure.savefig(
+            file, format="png", dpi=110, facecolor="white", metadata={"Title": mark or None}
+        )
     return file.getvalue()
 
 

@@ -61,20 +61,6 @@ def write_atomically(
         raise
 
 
-def write_output(path: Path, data: bytes) -> None:
-    """Replaces or creates a file that the user has asked for.
-
-    Args:
-        path: the path of the file, such as a table or an exported model.
-        data: the new content of the file.
-
-    Raises:
-        Failed: the file cannot be written. The message contains the path.
-    """
-    with raising_failed(path):
-        write_atomically(path, lambda file: file.write(data))
-
-
 @contextlib.contextmanager
 def raising_failed(path: Path) -> Iterator[None]:
     """Raises Failed in place of an OSError from the `with` block.
