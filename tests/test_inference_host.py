@@ -244,13 +244,18 @@ def test_a_process_forked_after_loading_answers(best):
 # What is given
 
 
-def opened(name: str, mode: str = "rb"):
-    return open(name, mode, **({} if "b" in mode else {"errors": "ignore"}))
+def opened(name: str):
+    return open(name, "rb")
 
 
 def closed(one):
     one.close()
     return one
+
+
+def after_its_with():
+    with Image.open("a.png") as image:
+        return image
 
 
 class Stream:
@@ -302,18 +307,19 @@ NOT_TAKEN = {
     "a batch": (lambda: RGB[None], "got uint8 (1, 90, 100, 3)"),
     "channels first": (lambda: RGB.transpose(2, 0, 1), "got uint8 (3, 90, 100)"),
     "an empty array": (lambda: RGB[:0], "got uint8 (0, 100, 3)"),
-    "an empty picture": (lambda: Image.new("RGB", (0, 5)), "got an empty PIL image (0, 5)"),
-    "no bytes": (lambda: b"", "got no bytes"),
-    "an empty file": (lambda: io.BytesIO(), "picture: cannot identify image file"),
-    "text": (lambda: closed(opened("a.png", "r")), "got a closed file"),
+    "an empty picture": (lambda: Image.new("RGB", (0, 5)), "got a PIL image of 0 x 5 pixels"),
+    "no bytes": (lambda: b"", "cannot identify image file"),
+    "an empty file": (lambda: io.BytesIO(), "cannot identify image file"),
+    "text": (lambda: io.TextIOWrapper(io.BytesIO(b"a")), "got TextIOWrapper"),
     "a file of text": (lambda: io.StringIO("a"), "got StringIO"),
-    "a closed file": (lambda: closed(opened("a.png")), "got a closed file"),
-    "a closed picture": (lambda: closed(Image.open("a.png")), "got a PIL image that cannot be"),
-    "a closed array": (lambda: closed(Image.fromarray(RGB)), "got a PIL image that cannot be"),
+    "a closed file": (lambda: closed(opened("a.png")), "seek of closed file"),
+    "a closed picture": (lambda: closed(Image.open("a.png")), "Operation on closed image"),
+    "a closed array": (lambda: closed(Image.fromarray(RGB)), "Operation on closed image"),
+    "a picture after its with": (after_its_with, "a PIL image that is not closed"),
     "a broken stream": (Broken, "connection lost"),
     "a list in a list": (lambda: ["a.png"], "got list"),
     "the name of a file as bytes": (lambda: b"a.png", "cannot identify image file"),
-    "no name": (lambda: "", "picture: "),
+    "no name": (lambda: "", ": the file is gone"),
 }
 
 

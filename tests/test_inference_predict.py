@@ -352,7 +352,7 @@ def test_more_pictures_than_a_batch_come_in_their_order(colour):
             np.zeros((4, 4)),
             "uint8 array (H, W), (H, W, 3) as RGB, or (H, W, 4); got float64 (4, 4)",
         ),
-        (Image.new("La", (4, 4)), "picture: conversion from La to L not supported"),
+        (Image.new("La", (4, 4)), "conversion from La to L not supported"),
     ],
 )
 def test_a_picture_that_cannot_be_read_is_raised(colour, picture, expected):

@@ -15,25 +15,20 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Arguments, Result = ParamSpec("Arguments"), TypeVar("Result")
+Result = TypeVar("Result")
 
 _FIRST_PROCESS = os.getpid()  # a process that is forked later has another number
 
 
-@functools.cache
-def _lock(process: int) -> threading.Lock:  # noqa: ARG001  a forked process needs a free lock
-    return threading.Lock()
-
-
-@functools.cache
-def _thread(process: int) -> ThreadPoolExecutor:  # noqa: ARG001  a forked process has no thread
-    return ThreadPoolExecutor(1)
+@functools.cache  # a forked process needs a free lock and a living thread
+def _lock_and_thread(process: int) -> tuple[threading.Lock, ThreadPoolExecutor]:  # noqa: ARG001
+    return threading.Lock(), ThreadPoolExecutor(1)
 
 
 @contextlib.contextmanager
@@ -49,7 +44,7 @@ def generators_borrowed(device: torch.device | None = None) -> Iterator[None]:
     """
     is_cuda = device is not None and device.type == "cuda"
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_lock(os.getpid()))
+        stack.enter_context(_lock_and_thread(os.getpid())[0])
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
         stack.enter_context(torch.random.fork_rng([device] if is_cuda else []))
@@ -72,9 +67,7 @@ class InitializationSkipped(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def call_in_new_thread(
-    function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
-) -> Result:
+def call_in_new_thread(function: Callable[[], Result]) -> Result:
     """Calls a function in a new thread, and returns the result.
 
     A new thread has none of the settings that torch keeps for each thread, such as a default
@@ -82,12 +75,10 @@ def call_in_new_thread(
     new thread. A process can therefore be forked after the call.
     """
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(function, *args, **kwargs).result()
+        return thread.submit(function).result()
 
 
-def call_after_fork(
-    function: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
-) -> Result:
+def call_after_fork(function: Callable[[], Result]) -> Result:
     """Calls a function that uses the threads of torch, and returns the result.
 
     In the main thread of a forked process, the function is called in another thread. Without this,
@@ -95,5 +86,5 @@ def call_after_fork(
     """
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and os.getpid() != _FIRST_PROCESS:
-        return _thread(os.getpid()).submit(function, *args, **kwargs).result()
-    return function(*args, **kwargs)
+        return _lock_and_thread(os.getpid())[1].submit(function).result()
+    return function()

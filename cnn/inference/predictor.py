@@ -9,11 +9,13 @@
 A picture is prepared as a validation image is: `decode`, `resize_and_crop`, `Normalize`.
 """
 
+import contextlib
 import io
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import BinaryIO
@@ -36,8 +38,8 @@ from cnn.utils.cpus import usable_cpus
 Picture = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray
 PICTURES = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)
 TAKEN = (
-    "a path, the bytes of an image file, a file open for reading in binary mode, a PIL image, or a"
-    " uint8 array (H, W), (H, W, 3) as RGB, or (H, W, 4)"
+    "expected a path, the bytes of an image file, a file open for reading in binary mode, a PIL"
+    " image that is not closed, or a uint8 array (H, W), (H, W, 3) as RGB, or (H, W, 4)"
 )
 
 
@@ -137,9 +139,8 @@ class Predictor:
     ) -> Iterator[Prediction | BadImage]:
         for number, images in enumerate(self._decode_batches(pictures)):
             good = [image for image in images if isinstance(image, torch.Tensor)]
-            predictions = iter(
-                call_after_fork(self._predict_batch, good, number, top) if good else []
-            )
+            predict = partial(self._predict_batch, good, number, top)
+            predictions = iter(call_after_fork(predict) if good else [])
             for image in images:
                 yield image if isinstance(image, BadImage) else next(predictions)
 
@@ -156,7 +157,7 @@ class Predictor:
             size). For a picture that cannot be read, the entry is a BadImage exception.
         """
         if len(pictures) == 1:
-            yield [call_after_fork(self._prepare, pictures[0])]
+            yield [call_after_fork(partial(self._prepare, pictures[0]))]
             return
         start, upcoming = 0, []
         is_distinct = len(set(map(id, pictures))) == len(pictures)  # no two threads read one file
@@ -186,8 +187,10 @@ class Predictor:
         except DataFailed:
             raise
         except Exception as error:  # noqa: BLE001  a file that is no file of Python raises anything
-            name = os.fspath(picture) if isinstance(picture, str | os.PathLike) else ""
-            return BadImage(f"{name or 'picture'}: {str(error) or type(error).__name__}")
+            reason = str(error) or type(error).__name__
+            if isinstance(picture, str | os.PathLike):
+                return BadImage(f"{os.fspath(picture)}: {reason}")
+            return BadImage(f"picture: {TAKEN}; {reason}")
         return resize_and_crop(torch.from_numpy(pixels), self._pre.image_size)
 
     @torch.no_grad()
@@ -207,14 +210,13 @@ class Predictor:
         """
         trained = self.trained
         batch = self._normalize(torch.stack(images).to(trained.device))
-        with trained.autocast():
+        with contextlib.ExitStack() as stack:
             if trained.draws:
                 key = (trained.cfg.seed, seeding.EVALUATE, trained.seed_epoch("val"), batch_index)
-                with generators_borrowed(trained.device):
-                    seeding.seed_step(trained.device, *key)
-                    logits = self.model(batch).float()
-            else:
-                logits = self.model(batch).float()
+                stack.enter_context(generators_borrowed(trained.device))
+                seeding.seed_step(trained.device, *key)
+            stack.enter_context(trained.autocast())
+            logits = self.model(batch).float()
         # Sorted by logits, since rounding may make probabilities equal: the first is the argmax.
         order = logits.sort(dim=1, descending=True, stable=True).indices[:, :top]
         probabilities = logits.softmax(1).gather(1, order).tolist()
@@ -256,31 +258,22 @@ def _to_image(picture: object) -> Image.Image:
     Raises:
         BadImage: the picture cannot be read or is of another type.
     """
-    got = type(picture).__name__
     if isinstance(picture, str | os.PathLike):
         return open_image(picture)
     if isinstance(picture, bytes | bytearray | memoryview):
-        if picture:
-            return open_image(io.BytesIO(picture))
-        got = "no bytes"
-    elif isinstance(picture, np.ndarray):
+        return open_image(io.BytesIO(picture))
+    if isinstance(picture, np.ndarray):
         got = f"{picture.dtype} {picture.shape}"
         is_image = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (1, 3, 4))
         if picture.dtype == np.uint8 and is_image and picture.size:
             return Image.fromarray(picture[:, :, 0] if picture.shape[2:] == (1,) else picture)
     elif isinstance(picture, Image.Image):
-        try:
+        got = f"a PIL image of {picture.width} x {picture.height} pixels"
+        if 0 not in picture.size:
             picture.load()
-            if 0 not in picture.size:
-                return upright(picture)
-            got = f"an empty PIL image {picture.size}"
-        except (
-            ValueError,
-            AssertionError,
-        ) as error:  # of Pillow, if the image or its file is closed
-            got = f"a PIL image that cannot be read: {str(error) or 'its file is closed'}"
-    elif getattr(picture, "closed", False):
-        got = "a closed file"
+            return upright(picture)
     elif hasattr(picture, "read") and not isinstance(picture, io.TextIOBase):
         return open_image(picture)
-    raise BadImage(f"expected {TAKEN}; got {got}")
+    else:
+        got = type(picture).__name__
+    raise BadImage(f"got {got}")
