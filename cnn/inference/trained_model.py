@@ -112,7 +112,7 @@ def load_trained_model(path: Path, settings: Sequence[str] = ()) -> TrainedModel
     # All weights are in the checkpoint; the file that training started from may no longer exist.
     model_cfg, classes = replace(cfg.model, weights=None, pretrained=False), content["classes"]
     try:
-        model = build_model(model_cfg, len(classes), pre.channels, pre.image_size, cfg.seed)
+        model = build_model(model_cfg, classes, pre.channels, pre.image_size, cfg.seed)
     except Refused as refusal:
         raise Refused(f"{path}: {refusal}") from None
     model = model.to(device, memory_format=torch.channels_last)
