@@ -268,6 +268,8 @@ class Rows(nn.Module):
             self.head = nn.ModuleList(nn.Linear(4, 1) for _ in range(num_classes))
         if kind == "bottleneck":
             self.head = nn.Sequential(nn.Linear(4, num_classes), nn.Linear(num_classes, num_classes))
+        if kind == "one for few":
+            self.head = nn.Linear(4, num_classes if num_classes > 4 else 1)
         if kind == "no fifth":
             self.head = nn.Linear(4, num_classes)
             assert num_classes < 5
@@ -278,10 +280,10 @@ class Rows(nn.Module):
             return features @ self.head
         if self.kind == "one a class":
             return torch.cat([head(features) for head in self.head], 1)
-        return self.head(features).flatten(1)[:, :self.num_classes]
+        return self.head(features).flatten(1)[:, :self.num_classes].expand(-1, self.num_classes)
 """
 ROWS = ["no bias", "convolution", "lazy", "normalised"]
-NO_ROWS = ["columns", "padded", "one a class", "bottleneck", "no fifth"]
+NO_ROWS = ["columns", "padded", "one a class", "bottleneck", "one for few", "no fifth"]
 
 
 @pytest.fixture
@@ -358,6 +360,25 @@ def test_a_head_without_a_row_a_class_is_refused_unless_the_names_are_the_same(k
         build("heads:Rows", "dcba", args={"kind": kind}, weights="a.pth")
     torch.save(source.state_dict(), "a.pth")
     assert same_weights(build("heads:Rows", "dcba", args={"kind": kind}, weights="a.pth"), source)
+
+
+def test_a_model_that_is_another_with_few_classes_is_refused(heads):
+    save(build("heads:Rows", "abcde", args={"kind": "one for few"}), list("abcde"))
+    with pytest.raises(Refused, match="told apart by class"):
+        build("heads:Rows", "edcb", args={"kind": "one for few"}, weights="a.pth")
+
+
+@pytest.mark.parametrize("head", [{}, {"classifier.weight": torch.ones(4, 7)}], ids=["no", "other"])
+def test_a_file_without_the_models_head_keeps_no_class(head, caplog):
+    source = build(classes="abcd")
+    save(
+        source, list("abcd"), model_state_dict=source.features.state_dict(prefix="features.") | head
+    )
+    with caplog.at_level(logging.INFO):
+        model = build(classes="dcba", seed=2, weights="a.pth")
+    assert same_weights(model.features, source.features)
+    assert same_weights(model.classifier, build(classes="dcba", seed=2).classifier)
+    assert "new: classifier.weight, classifier.bias; classes kept: none;" in caplog.messages[-1]
 
 
 @pytest.mark.parametrize("part", ["averaged", "of many devices", "half"])

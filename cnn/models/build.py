@@ -25,9 +25,9 @@ def build_model(
 ) -> nn.Module:
     """Builds a model on the CPU and checks that the model takes images.
 
-    The initial weights depend only on the settings, the names of the classes and the seed. The
-    names count if the file `cfg.weights` names the classes, too. Then each class gets the rows of
-    the head that belong to the name of the class.
+    The initial weights depend only on the settings, the names of the classes and the seed. If the
+    file `cfg.weights` names other classes, or another order, the rows of the head are assigned to
+    the classes by name. For the check, the model computes the logits of two black images.
 
     Args:
         cfg: the section `model` of the settings.
@@ -45,7 +45,7 @@ def build_model(
     state, known = read_weights(Path(cfg.weights)) if cfg.weights else ({}, [])
     others = known and known != classes
     if others:  # before the seeding, so that the model to be trained draws the same numbers
-        with contextlib.suppress(Exception):  # the user's code may take no other number
+        with contextlib.suppress(Exception):  # a user's model may refuse another number
             wider = shapes_of(_build(cfg, len(classes) + 1, shape))
     seeding.seed_sample(seed, seeding.INIT)
     model = _build(cfg, len(classes), shape)

@@ -57,12 +57,12 @@ def read_weights(path: Path) -> tuple[Tensors, list[str]]:
 def arrange_head(
     model: nn.Module, state: Tensors, known: list[str], classes: list[str], wider: Shapes
 ) -> str:
-    """Arranges the rows of the head in a file's weights by the classes of a model.
+    """Arranges the rows of the head in the weights of a file by the names of a model's classes.
 
     The head consists of the tensors with one row per class. In a model with one class more, these
-    tensors have one row more. Classes that the file does not have get the model's own rows. If
-    the file has none of the classes, or a head of another shape, the head is removed from the
-    weights.
+    tensors have one row more, and all other tensors have the same shape. A class that the file does
+    not have gets the rows of the model. If the file has none of the classes, the head is removed
+    from the weights. A tensor of the head whose rows have another shape is removed, too.
 
     Args:
         model: the model, which stays unchanged.
@@ -75,8 +75,8 @@ def arrange_head(
         The end of a log message, with the names of the classes.
 
     Raises:
-        Refused: the number of classes changes the model in another way. Or the file has not as many
-            rows as names.
+        Refused: another number of classes changes the model in another way, or the file does not
+            have one row per name.
     """
     own, shapes = model.state_dict(), shapes_of(model)
     head = {key: shape[1:] for key, shape in shapes.items() if shape != wider.get(key)}
@@ -94,7 +94,7 @@ def arrange_head(
     left_out = [name for name in known if name not in kept]
     # Row by row from the file, or, after the file's rows, from the model.
     order = [rows.get(name, len(known) + row) for row, name in enumerate(classes)]
-    state |= {k: torch.cat([v.to(own[k]), own[k]])[order] for k, v in saved.items() if kept}
+    state |= {k: torch.cat([v, own[k]])[order] for k, v in saved.items() if kept}
     return f"; classes kept: {_listed([*kept])}; new: {_listed(new)}; left out: {_listed(left_out)}"
 
 
