@@ -51,7 +51,7 @@ def model_of(checkpoint: Path) -> tuple[torch.nn.Module, dict]:
     saved = torch.load(checkpoint, weights_only=True)
     cfg, pre = saved["config"]["model"], saved["preprocessing"]
     model = build_model(
-        *(ModelConfig(cfg["name"], cfg["args"]), len(saved["classes"])),
+        *(ModelConfig(cfg["name"], cfg["args"]), saved["classes"]),
         *(pre["channels"], pre["image_size"], 5),
     )
     model.load_state_dict(saved["ema_state_dict"] or saved["model_state_dict"])

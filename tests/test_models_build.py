@@ -1,7 +1,9 @@
 """Models: shapes, sizes, first weights, weights from a file, and what is refused."""
 
 import logging
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,7 +18,9 @@ NATURAL = {"simple_cnn": (8, 28), "lenet5": (28, 32), "resnet9": (16, 32), "resn
 
 
 def build(name="simple_cnn", classes=4, channels=1, size=8, seed=0, **settings):
-    return build_model(ModelConfig(name, **settings), classes, channels, size, seed)
+    """A model of so many classes, or of the classes of these names."""
+    names = list(map(str, range(classes))) if isinstance(classes, int) else list(classes)
+    return build_model(ModelConfig(name, **settings), names, channels, size, seed)
 
 
 def refusal(name="simple_cnn", **settings):
@@ -235,6 +239,208 @@ def test_a_file_without_weights_for_the_model_is_refused(content, part, tmp_path
         torch.save(content, path)
     message = refusal(weights=str(path))
     assert part in message and str(path) in message
+
+
+# -- weights of a file that names its classes ----------------------------------------------------
+
+
+HEADS = """
+import torch
+from torch import nn
+
+class Rows(nn.Module):
+    def __init__(self, num_classes, in_channels, kind="linear"):
+        super().__init__()
+        self.body, self.kind = nn.Conv2d(in_channels, 4, 3), kind  # as many channels as classes
+        if kind == "no bias":
+            self.head = nn.Linear(4, num_classes, bias=False)
+        if kind == "convolution":
+            self.head = nn.Conv2d(4, num_classes, 1)
+        if kind == "lazy":
+            self.head = nn.LazyLinear(num_classes)
+        if kind == "normalised":
+            self.head = nn.Sequential(nn.Linear(4, num_classes), nn.BatchNorm1d(num_classes))
+        if kind == "columns":
+            self.head = nn.Parameter(torch.randn(4, num_classes))
+        if kind == "padded":
+            self.head = nn.Linear(4, -8 * (-num_classes // 8))
+        if kind == "one a class":
+            self.head = nn.ModuleList(nn.Linear(4, 1) for _ in range(num_classes))
+        if kind == "bottleneck":
+            self.head = nn.Sequential(nn.Linear(4, num_classes), nn.Linear(num_classes, num_classes))
+        if kind == "one for few":
+            self.head = nn.Linear(4, num_classes if num_classes > 4 else 1)
+        if kind == "no fifth":
+            self.head = nn.Linear(4, num_classes)
+            assert num_classes < 5
+        self.num_classes = num_classes
+    def forward(self, images):
+        features = self.body(images).mean((2, 3), keepdim=self.kind == "convolution")
+        if self.kind == "columns":
+            return features @ self.head
+        if self.kind == "one a class":
+            return torch.cat([head(features) for head in self.head], 1)
+        return self.head(features).flatten(1)[:, :self.num_classes].expand(-1, self.num_classes)
+"""
+ROWS = ["no bias", "convolution", "lazy", "normalised"]
+NO_ROWS = ["columns", "padded", "one a class", "bottleneck", "one for few", "no fifth"]
+
+
+@pytest.fixture
+def heads(folder_of_its_own):
+    (folder_of_its_own / "heads.py").write_text(HEADS)
+
+
+def logits_by_name(model, names, images):
+    with torch.no_grad():
+        return dict(zip(names, model.eval()(images).T, strict=True))
+
+
+def save(model, names, **entries):
+    torch.save({"model_state_dict": model.state_dict(), "classes": names} | entries, "a.pth")
+
+
+@pytest.mark.parametrize(
+    "now, said",
+    [
+        ("cbad", "new: nothing; classes kept: c, b, a, d; new: none; left out: none"),
+        ("xabcdy", "new: nothing; classes kept: a, b, c, d; new: x, y; left out: none"),
+        ("dba", "new: nothing; classes kept: d, b, a; new: none; left out: c"),
+        (
+            "wxyz",
+            "new: head.weight, head.bias; classes kept: none; new: w, x, y, z; left out: a, b",
+        ),
+        ("xd", "classes kept: d; new: x; left out: a, b, c"),
+        ("abcdefghijkl", "classes kept: a, b, c, d; new: e, f, g, h, i and 3 more; left out: none"),
+    ],
+)
+def test_a_class_keeps_the_logits_that_belong_to_its_name(now, said, heads, caplog):
+    """The body has four channels, as many as the file has classes: the channels stay as they are."""
+    source = build("heads:Rows", "abcd", args={"kind": "convolution"})
+    save(source, list("abcd"))
+    with caplog.at_level(logging.INFO):
+        model = build("heads:Rows", now, seed=2, args={"kind": "convolution"}, weights="a.pth")
+    assert said in caplog.messages[-1]
+    assert same_weights(model.body, source.body)
+    fresh = build("heads:Rows", now, seed=2, args={"kind": "convolution"})
+    for row, name in enumerate(now):
+        other, place = (source, "abcd".index(name)) if name in "abcd" else (fresh, row)
+        assert model.head.weight[row].equal(other.head.weight[place]), name
+        assert model.head.bias[row].equal(other.head.bias[place]), name
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_head_with_a_row_a_class_goes_by_name(kind, channels, heads):
+    source, images = build("heads:Rows", "abcd", args={"kind": kind}), torch.randn(5, 1, 8, 8)
+    save(source, list("abcd"))
+    model = build("heads:Rows", "dacbx", channels, args={"kind": kind}, weights="a.pth")
+    before = logits_by_name(source, "abcd", images)
+    after = logits_by_name(model, "dacbx", images.expand(-1, channels, -1, -1))
+    for name, logits in before.items():
+        torch.testing.assert_close(after[name], logits)
+
+
+@pytest.mark.parametrize("name, size", [("resnet9", 32), ("squeezenet1_1", 32), ("resnet18", 32)])
+def test_the_head_of_a_model_that_comes_along_goes_by_name(name, size):
+    source, images = build(name, "abc", 3, size), torch.randn(2, 3, size, size)
+    save(source, list("abc"))
+    model = build(name, "bca", 3, size, seed=2, weights="a.pth")
+    before, after = (logits_by_name(*pair, images) for pair in ((source, "abc"), (model, "bca")))
+    assert all(after[letter].allclose(before[letter], atol=1e-6) for letter in "abc")
+
+
+@pytest.mark.parametrize("kind", NO_ROWS)
+def test_a_head_without_a_row_a_class_is_refused_unless_the_names_are_the_same(kind, heads):
+    source = build("heads:Rows", "abcd", args={"kind": kind})
+    save(source, list("abcd"))
+    same = build("heads:Rows", "abcd", seed=2, args={"kind": kind}, weights="a.pth")
+    assert same_weights(same, source)
+    with pytest.raises(Refused, match="told apart by class; a file .* is loaded by shape"):
+        build("heads:Rows", "dcba", args={"kind": kind}, weights="a.pth")
+    torch.save(source.state_dict(), "a.pth")
+    assert same_weights(build("heads:Rows", "dcba", args={"kind": kind}, weights="a.pth"), source)
+
+
+def test_a_model_that_is_another_with_few_classes_is_refused(heads):
+    save(build("heads:Rows", "abcde", args={"kind": "one for few"}), list("abcde"))
+    with pytest.raises(Refused, match="told apart by class"):
+        build("heads:Rows", "edcb", args={"kind": "one for few"}, weights="a.pth")
+
+
+@pytest.mark.parametrize("head", [{}, {"classifier.weight": torch.ones(4, 7)}], ids=["no", "other"])
+def test_a_file_without_the_models_head_keeps_no_class(head, caplog):
+    source = build(classes="abcd")
+    save(
+        source, list("abcd"), model_state_dict=source.features.state_dict(prefix="features.") | head
+    )
+    with caplog.at_level(logging.INFO):
+        model = build(classes="dcba", seed=2, weights="a.pth")
+    assert same_weights(model.features, source.features)
+    assert same_weights(model.classifier, build(classes="dcba", seed=2).classifier)
+    assert "new: classifier.weight, classifier.bias; classes kept: none;" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("part", ["averaged", "of many devices", "half"])
+def test_the_rows_that_count_go_by_name(part):
+    source, other = build(classes="abcd"), build(classes="abcd", seed=1)
+    state = source.state_dict()
+    if part == "averaged":
+        save(other, list("abcd"), ema_state_dict=state)
+    elif part == "of many devices":
+        save(source, list("abcd"), model_state_dict={f"module.{k}": v for k, v in state.items()})
+    else:
+        save(source.half(), list("abcd"))
+    model = build(classes="dcba", seed=2, weights="a.pth")
+    assert model.classifier.weight.flip(0).equal(source.classifier.weight.float())
+
+
+@pytest.mark.parametrize(
+    "names",
+    [7, "abcd", None, {}, {"a": 1}, [], [1, 2, 3, 4], ["a", "a", "b", "c"], torch.ones(4), [["a"]]],
+    ids=str,
+)
+def test_names_that_are_none_count_as_unknown(names, caplog):
+    source = build(classes="abcd")
+    save(source, names)
+    with caplog.at_level(logging.INFO):
+        assert same_weights(build(classes="dcba", seed=2, weights="a.pth"), source)
+    assert caplog.messages[-1].endswith("new: nothing")
+
+
+@pytest.mark.parametrize("names", [["x"], ["a", "b", "c"], [str(number) for number in range(9)]])
+def test_names_that_are_not_as_many_as_the_rows_are_refused(names):
+    save(build(classes="abcd"), names)
+    assert "told apart by class" in refusal(classes="dcba", weights="a.pth")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model_state_dict": [1]},
+        {"ema_state_dict": torch.ones(3)},
+        {"classes": ["a"], "model_state_dict": 7},
+        {
+            "classes": ["x\n\x1b[31m" * 99],
+            "classifier.bias": torch.ones(()),
+            "model_state_dict": None,
+        },
+    ],
+    ids=["list", "tensor", "number", "no rows"],
+)
+def test_a_strange_file_of_weights_is_refused_in_one_line(content):
+    torch.save(content, "a.pth")
+    message = refusal(weights="a.pth")
+    assert message.startswith("model.weights: ") and "\n" not in message
+
+
+def test_other_names_in_a_file_leave_the_draws_of_the_run_as_they_are():
+    def drawn(names):
+        save(build(classes="abcd"), list(names))
+        build(classes="abcd", seed=2, weights="a.pth")
+        return torch.rand(3).tolist(), random.random(), float(np.random.rand())
+
+    assert drawn("abcd") == drawn("wxyz") == drawn("dcba")
 
 
 @pytest.mark.parametrize("bias", [True, False])

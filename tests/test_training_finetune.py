@@ -3,16 +3,19 @@
 import re
 import shutil
 import signal
+import sys
 from pathlib import Path
 from urllib.error import URLError
 
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same_run
+from conftest import ROOT, TINY, assert_same_run, history
 from processes import run
 from test_training_runs import move_to, write_folder
 from torchvision import models
 
+import export
+import train as script
 from cnn.errors import Stopped
 from cnn.training.saver import Saver
 from cnn.utils.checkpoint import load_checkpoint
@@ -45,6 +48,76 @@ def test_pretrained_weights_from_a_file_need_no_internet(train, capfd):
             assert first[name].equal(tensor), "the body is as it came, statistics too"
     changed = [name for name in first if not first[name].equal(second[name])]
     assert {"conv1.weight", "bn1.weight", "bn1.running_mean", "fc.weight"} <= set(changed)
+
+
+COLORS = """
+from PIL import Image
+
+RGB = {"apple": "red", "leaf": "lime", "sky": "blue", "coal": "black", "snow": "white"}
+
+def load(root, names):
+    images = [(Image.new("RGB", (8, 8), RGB[name]), number) for number, name in enumerate(names)]
+    return {"train": images * 8, "val": images, "classes": names}
+"""
+COLORED = [
+    *("data.name=colors:load", "data.image_size=8", "data.augment=[]", "data.batch_size=4"),
+    *("model.args={width: 8, dropout: 0}", "optim.freeze=^features", "data.num_workers=0"),
+]
+AS_IT_CAME = ["optim.lr=1e-12", "optim.freeze_epochs=1", "train.epochs=1"]
+NAMES = ["apple", "leaf", "sky"]
+
+
+@pytest.fixture(scope="module")
+def colored(tmp_path_factory) -> Path:
+    """The checkpoints of a run that names every color, trained once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("colored"))
+        patch.setattr(sys, "path", list(sys.path))
+        Path("colors.py").write_text(COLORS)
+        words = [*TINY, *COLORED, "train.epochs=8", "train.ema_decay=0.5", "optim.lr=0.05"]
+        assert script.main([*words, f"data.args={{names: {NAMES}}}"]) == 0
+        assert export.main(["--format", "weights"]) == 0
+        assert float(history(".")[-1]["val_acc"]) == 1
+        return Path.cwd() / "checkpoints"
+
+
+@pytest.mark.parametrize(
+    "now, known, said",
+    [
+        (["sky", "apple", "leaf"], 3, "kept: sky, apple, leaf; new: none; left out: none"),
+        (["coal", "apple", "leaf", "sky"], 3, "kept: apple, leaf, sky; new: coal; left out: none"),
+        (["sky", "leaf"], 2, "kept: sky, leaf; new: none; left out: apple"),
+        (["sky", "coal", "apple"], 2, "kept: sky, apple; new: coal; left out: leaf"),
+        (["coal", "snow"], 0, "kept: none; new: coal, snow; left out: apple, leaf, sky"),
+    ],
+    ids=["another order", "one more", "one fewer", "one replaced", "others"],
+)
+def test_classes_keep_their_accuracy_wherever_they_stand(train, colored, capfd, now, known, said):
+    Path("colors.py").write_text(COLORS)
+    for file in ("last.pth", "best_weights.pt"):
+        words = [*COLORED, *AS_IT_CAME, f"data.args={{names: {now}}}"]
+        assert train(*words, f"model.weights={colored / file}") == 0
+        assert f"; classes {said}\n" in capfd.readouterr().err
+        head = load_checkpoint(Path("checkpoints/last.pth"))["model_state_dict"]
+        saved = torch.load(colored / file, weights_only=True)
+        before = saved.get("ema_state_dict") or saved["model_state_dict"]
+        for name in set(now) & set(NAMES):
+            row, old = now.index(name), NAMES.index(name)
+            for part in ("classifier.weight", "classifier.bias"):
+                torch.testing.assert_close(head[part][row], before[part][old])
+        if known == len(now):
+            assert float(history(".")[-1]["val_acc"]) == 1
+
+
+def test_a_resumed_run_does_not_arrange_its_classes_again(train, colored, capfd):
+    Path("colors.py").write_text(COLORS)
+    shutil.copy(colored / "last.pth", "begin.pth")
+    words = [*COLORED, *AS_IT_CAME, "data.args={names: [sky, leaf, apple]}"]
+    assert train(*words, "model.weights=begin.pth") == 0
+    Path("begin.pth").unlink()
+    assert train("--resume", "data.name=colors:load", "train.epochs=2") == 0
+    assert capfd.readouterr().err.count("classes kept") == 1
+    assert float(history(".")[-1]["val_acc"]) == 1
 
 
 def test_without_internet_the_error_says_what_to_fetch_and_how_to_pass_it(

@@ -128,10 +128,10 @@ def _build_model(
     is_own = is_import_path(cfg.model.name)
     # All weights are in the checkpoint; the file that training started from may no longer exist.
     model_cfg = replace(cfg.model, weights=None, pretrained=False)
-    shape, seed = (len(content["classes"]), pre.channels, pre.image_size), cfg.seed
+    shape, seed = (pre.channels, pre.image_size), cfg.seed if is_own else None
     try:
         with generators_borrowed() if is_own else InitializationSkipped():
-            model = build_model(model_cfg, *shape, seed if is_own else None)
+            model = build_model(model_cfg, content["classes"], *shape, seed)
     except Refused as refusal:
         raise Refused(f"{path}: {refusal}") from None
     if torch.get_default_dtype() != torch.float32:  # another program may have changed it

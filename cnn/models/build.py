@@ -1,5 +1,6 @@
 """The models by name, and the steps from a name to a model."""
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from cnn.models import torchvision_models
 from cnn.models.lenet5 import LeNet5
 from cnn.models.resnet import ResNet9, ResNet20
 from cnn.models.simple_cnn import SimpleCNN
-from cnn.models.weights import load_weights
+from cnn.models.weights import arrange_head, load_weights, read_weights, shapes_of
 from cnn.utils import seeding
 from cnn.utils.importing import import_object
 from cnn.utils.module_state import state_preserved
@@ -20,16 +21,17 @@ MODELS = {"simple_cnn": SimpleCNN, "lenet5": LeNet5, "resnet9": ResNet9, "resnet
 
 
 def build_model(
-    cfg: ModelConfig, num_classes: int, in_channels: int, image_size: int, seed: int | None
+    cfg: ModelConfig, classes: list[str], in_channels: int, image_size: int, seed: int | None
 ) -> nn.Module:
     """Builds a model on the CPU and checks that the model takes images.
 
-    The initial weights depend only on the settings and the seed. For the check, the model computes
-    the logits of two black images.
+    The initial weights depend only on the settings, the names of the classes and the seed. If the
+    file `cfg.weights` names other classes, or another order, the rows of the head are assigned to
+    the classes by name. For the check, the model computes the logits of two black images.
 
     Args:
         cfg: the section `model` of the settings.
-        num_classes: number of logits per image.
+        classes: the names of the classes, in the order of the logits.
         in_channels: number of image channels.
         image_size: height and width of the images in pixels.
         seed: the seed of the run. None for a model whose weights are loaded afterwards; the random
@@ -40,27 +42,48 @@ def build_model(
             initial weights do not fit the model or cannot be loaded. The model cannot take images
             of this size.
     """
+    shape, wider = (in_channels, image_size, image_size), {}
+    state, known = read_weights(Path(cfg.weights)) if cfg.weights else ({}, [])
+    others = known and known != classes
+    if others:  # before the seeding, so that the model to be trained draws the same numbers
+        with contextlib.suppress(Exception):  # a user's model may refuse another number
+            wider = shapes_of(_build(cfg, len(classes) + 1, shape))
     if seed is not None:
         seeding.seed_sample(seed, seeding.INIT)
+    model = _build(cfg, len(classes), shape)
+    if cfg.weights:
+        note = arrange_head(model, state, known, classes, wider) if others else ""
+        load_weights(model, Path(cfg.weights), state, note)
+    return model
+
+
+def _build(cfg: ModelConfig, num_classes: int, shape: tuple[int, ...]) -> nn.Module:
+    """Builds a model and checks that the model takes images.
+
+    Args:
+        cfg: the section `model` of the settings. The file `cfg.weights` is not read.
+        num_classes: number of logits per image.
+        shape: the shape of one image, (channels, height, width).
+
+    Raises:
+        Refused: there is no such model, the model does not take the arguments in `cfg.args`, or the
+            model cannot take images of this shape.
+    """
     pretrained = cfg.pretrained and not cfg.weights
     if cfg.name in MODELS or is_import_path(cfg.name):
         kind = MODELS.get(cfg.name) or import_object(cfg.name, "model.name")
         if pretrained:
-            only = "only torchvision's models have weights"
-            raise Refused(f"model.pretrained: {only}, not {cfg.name}")
+            raise Refused(f"model.pretrained: only torchvision models have weights, not {cfg.name}")
         try:
-            model = kind(num_classes=num_classes, in_channels=in_channels, **cfg.args)
-        except TypeError as error:
-            raise Refused(f"model.args: {cfg.name}: {error}") from error
-        except (ValueError, RuntimeError) as error:
-            if cfg.name not in MODELS:
+            model = kind(num_classes=num_classes, in_channels=shape[0], **cfg.args)
+        except (TypeError, ValueError, RuntimeError) as error:
+            if cfg.name not in MODELS and not isinstance(error, TypeError):
                 raise  # an error in the user's code, for which a traceback helps
-            raise Refused(f"model.args: {cfg.name}: {error}") from None
+            raise Refused(f"model.args: {cfg.name}: {error}") from error
     else:
-        model = torchvision_models.build(cfg.name, num_classes, in_channels, pretrained, cfg.args)
-    if cfg.weights:
-        load_weights(model, Path(cfg.weights))
-    _try_out(model, cfg.name, num_classes, (in_channels, image_size, image_size))
+        model = torchvision_models.build(cfg.name, num_classes, shape[0], pretrained, cfg.args)
+    # Before weights are loaded, because lazy layers have no shapes before the first images.
+    _try_out(model, cfg.name, num_classes, shape)
     return model
 
 

@@ -1,12 +1,12 @@
 """torchvision's classification models, adapted to the number of classes and of image channels."""
 
-import difflib
 from typing import Any
 from urllib.error import URLError
 
 import torch
 
 from cnn.config.settings import MODEL_NAMES
+from cnn.config.values import suggest
 from cnn.errors import Refused
 from cnn.models.weights import adapt_first_convolution, load_matching
 
@@ -32,8 +32,7 @@ def build(name: str, num_classes: int, in_channels: int, pretrained: bool, args:
 
     known = models.list_models(module=models)
     if name not in known:
-        near = difflib.get_close_matches(name, [*MODEL_NAMES, *known], n=1)
-        hint = f" — did you mean '{near[0]}'?" if near else ""
+        hint = suggest(name, [*MODEL_NAMES, *known])
         others = "a torchvision classification model such as resnet18, or package.module:Class"
         raise Refused(f"model.name: expected {', '.join(MODEL_NAMES)}, {others}; got {name}{hint}")
     if name in AUXILIARY_HEADS:

@@ -127,7 +127,7 @@ def _build_model(
     if not from_scratch:
         wanted = dataclasses.replace(cfg.model, weights=None, pretrained=False)
     pre = data.preprocessing
-    model = build_model(wanted, len(data.classes), pre.channels, pre.image_size, cfg.seed)
+    model = build_model(wanted, data.classes, pre.channels, pre.image_size, cfg.seed)
     if cfg.train.sync_batchnorm and group.size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device, memory_format=torch.channels_last)
