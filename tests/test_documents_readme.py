@@ -260,6 +260,7 @@ WAYS: list[tuple[str, Callable]] = [
     (r"(find [^|]*) \| python (\w+\.py) (.*)", a_list_for_a_script),
     (r"pip install -r ([\w.-]+)(?: && (.*))?", an_installation),
     (r"torchrun (.*) train\.py(?: (.*))?", several),
+    (r"nohup torchrun (.*) train\.py > run\.log 2>&1 &", lambda *args: several(*args, "")),
     (r"tensorboard (.*)", tensorboard),
     (r"python -m cnn\.config\.schema", the_schema),
 ]
@@ -435,8 +436,22 @@ class Trouble:
         assert run_python(self.patch, "export.py", "--format", "weights") == 0
         return self.train("--resume", "checkpoints/best_weights.pt")
 
-    def other_data(self) -> str:
+    def other_classes(self) -> str:
         Path("photos/船/98.jpg").unlink()
+        weights = torch.load("checkpoints/best_weights.pt", weights_only=True)
+        torch.save(weights | {"classes": [*weights["classes"], "one without a row"]}, "named.pt")
+        said = self.train(*FOLDER, "model.weights=named.pt")
+        torch.save(torch.load("named.pt", weights_only=True)["model_state_dict"], "unnamed.pt")
+        assert "weights from" in self.train(*FOLDER, *QUICK, "model.weights=unnamed.pt", status=0)
+        return said
+
+    def not_replaced(self) -> str:
+        Image.open("photo.jpg").save("photo.png")
+        self.capfd.readouterr()
+        assert run_python(self.patch, "predict.py", "new_photos", "--csv", "photo.png") == 2
+        return self.capfd.readouterr().err
+
+    def other_data(self) -> str:
         self.train(*FOLDER, *QUICK, status=0)
         shutil.copy("photos/船/00.jpg", "photos/船/99.jpg")
         said = self.train("--resume", "train.epochs=2")

@@ -459,6 +459,22 @@ def test_torchrun_told_to_stop_has_all_save(tmp_path):
 
 
 @pytest.mark.soak
+def test_torchrun_with_nohup_and_its_option_outlives_the_terminal(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; processes inherit it
+    try:
+        options = ["--signals-to-handle=SIGINT,SIGTERM", "--nproc-per-node=2"]
+        launcher = Torchrun(tmp_path, options, *LONG)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_for_epoch(tmp_path, 3)
+    os.killpg(launcher.process.pid, signal.SIGHUP)
+    wait_for_epoch(tmp_path, 7)
+    os.kill(launcher.process.pid, signal.SIGTERM)
+    launcher.wait()
+    assert "stopped by SIGTERM" in (tmp_path / "logs/train.log").read_text().splitlines()[-1]
+
+
+@pytest.mark.soak
 def test_two_nodes_go_on_when_one_launcher_is_lost_and_started_again(tmp_path):
     run_ranks(2, tmp_path / "unbroken", *LONG)
     broken = tmp_path / "broken"
