@@ -47,7 +47,7 @@ def check_output(option: str, path: Path, kind: Kind, others: Iterable[Path | No
     with raising_failed(path):
         reason = _reason_to_keep(target, kind)
     if reason:
-        raise Refused(f"{option}: {path} is not replaced: {reason}; name another file or remove it")
+        raise Refused(f"{option}: {path} is not replaced: {reason}; give the output another name")
 
 
 def _reason_to_keep(path: Path, kind: Kind) -> str:
