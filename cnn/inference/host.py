@@ -9,12 +9,12 @@ its threads waits for them forever, unless it calls torch from another thread.
 """
 
 import contextlib
-import functools
 import os
 import random
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import TypeVar
 
 import numpy as np
@@ -23,12 +23,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Result = TypeVar("Result")
 
-_FIRST_PROCESS = os.getpid()  # a process that is forked later has another number
+# In a forked process, `thread` does what the main thread cannot do.
+_process = SimpleNamespace(lock=threading.Lock(), thread=None)
 
 
-@functools.cache  # a forked process needs a free lock and a living thread
-def _lock_and_thread(process: int) -> tuple[threading.Lock, ThreadPoolExecutor]:  # noqa: ARG001
-    return threading.Lock(), ThreadPoolExecutor(1)
+def _after_fork() -> None:
+    _process.lock, _process.thread = threading.Lock(), ThreadPoolExecutor(1)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextlib.contextmanager
@@ -44,7 +48,7 @@ def generators_borrowed(device: torch.device | None = None) -> Iterator[None]:
     """
     is_cuda = device is not None and device.type == "cuda"
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_lock_and_thread(os.getpid())[0])
+        stack.enter_context(_process.lock)
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
         stack.enter_context(torch.random.fork_rng([device] if is_cuda else []))
@@ -84,7 +88,6 @@ def call_after_fork(function: Callable[[], Result]) -> Result:
     In the main thread of a forked process, the function is called in another thread. Without this,
     the function could wait forever for threads that exist only in the parent process.
     """
-    is_main = threading.current_thread() is threading.main_thread()
-    if is_main and os.getpid() != _FIRST_PROCESS:
-        return _lock_and_thread(os.getpid())[1].submit(function).result()
+    if _process.thread and threading.current_thread() is threading.main_thread():
+        return _process.thread.submit(function).result()
     return function()
