@@ -20,6 +20,7 @@ from PIL import Image
 import train as train_script
 from cnn.errors import BadImage
 from cnn.inference import load
+from cnn.inference.host import OwnGenerator
 
 RGB = np.random.default_rng(0).integers(0, 256, (90, 100, 3), dtype=np.uint8)
 
@@ -101,6 +102,18 @@ def test_other_threads_draw_as_if_nothing_were_predicted(best):
     assert [draw() for _ in range(3001)] == drawn, "loading draws nothing either"
 
 
+@pytest.mark.parametrize(
+    "name", ["kaiming_normal_", "xavier_uniform_", "trunc_normal_", "orthogonal_", "uniform_"]
+)
+def test_the_initial_weights_of_a_model_to_load_are_drawn_from_nobodys_generator(name):
+    seed()
+    wanted = draw()
+    seed()
+    with OwnGenerator():
+        weights = getattr(torch.nn.init, name)(torch.zeros(20, 30))
+    assert draw() == wanted and weights.unique().numel() > 300
+
+
 def test_a_model_that_draws_says_the_same_in_every_thread(drawing):
     predict = load(drawing, "model.name=draws_in_a_host:Net")
     picture, said = RGB[:8, :8, 0], []
@@ -138,6 +151,7 @@ def state():
     ]
 before = state()
 from cnn.inference import load
+from cnn.inference.host import OwnGenerator
 assert state() == before, "the import"
 more = lambda: [*state(), warnings.filters[:], dict(os.environ)]
 before = more()
@@ -216,6 +230,7 @@ FORKS = """
 import os, signal, sys
 import torch
 from cnn.inference import load
+from cnn.inference.host import OwnGenerator
 def in_child():
     child = os.fork()
     if child == 0:

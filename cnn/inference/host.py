@@ -57,18 +57,23 @@ def generators_borrowed(device: torch.device | None = None) -> Iterator[None]:
         yield
 
 
-class InitializationSkipped(TorchDispatchMode):
-    """Skips operations of torch that fill a tensor with random numbers, during a `with` block.
+class OwnGenerator(TorchDispatchMode):
+    """Lets operations of torch draw from a generator of its own, during a `with` block.
 
-    Only the operations of the current thread are skipped. The tensors stay uninitialized. The block
-    builds a model whose weights are loaded afterwards.
+    Only the operations of the current thread are affected, and only those with an argument for a
+    generator, which all functions of torch.nn.init use.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._generator = torch.Generator()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Calls an operation of torch, or returns the tensor that the operation would fill."""
-        if torch.Tag.nondeterministic_seeded in func.tags and func._schema.is_mutable:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        """Calls an operation of torch, with the generator if the operation takes one."""
+        kwargs = dict(kwargs or {})
+        if any(argument.name == "generator" for argument in func._schema.arguments):
+            kwargs["generator"] = self._generator
+        return func(*args, **kwargs)
 
 
 def call_in_new_thread(function: Callable[[], Result]) -> Result:

@@ -13,7 +13,7 @@ from cnn import config
 from cnn.config import Config, is_import_path
 from cnn.datasets.preprocessing import Preprocessing
 from cnn.errors import Refused
-from cnn.inference.host import InitializationSkipped, generators_borrowed
+from cnn.inference.host import OwnGenerator, generators_borrowed
 from cnn.models.build import build_model
 from cnn.training.resume import DOES_NOT_FIT, check_code, reason_of
 from cnn.training.state import check_like
@@ -130,7 +130,7 @@ def _build_model(
     model_cfg = replace(cfg.model, weights=None, pretrained=False)
     shape, seed = (pre.channels, pre.image_size), cfg.seed if is_own else None
     try:
-        with generators_borrowed() if is_own else InitializationSkipped():
+        with generators_borrowed() if is_own else OwnGenerator():
             model = build_model(model_cfg, content["classes"], *shape, seed)
     except Refused as refusal:
         raise Refused(f"{path}: {refusal}") from None
