@@ -327,8 +327,7 @@ def _count_tuples(pickled: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any,
             start = marks.pop() - before.index(pickletools.markobject)
         if name == "MARK":
             marks.append(len(stack))
-            continue
-        if "PUT" in name:
+        elif "PUT" in name:
             memo[argument] = stack[-1]
         elif "GET" in name:
             count = memo[argument]
