@@ -154,6 +154,14 @@ def test_an_exported_file_names_no_file_and_no_folder(ours, runs):
                 assert word not in content, f"{name}: {word}"
 
 
+def test_the_modules_of_a_model_can_still_be_told_apart_in_a_file_for_torch(best):
+    assert script.main([]) == 0
+    program, images = torch.export.load("checkpoints/best.pt2"), torch.rand(3, 1, 8, 8)
+    modules = torch.export.unflatten(program)
+    assert torch.equal(modules(images), program.module()(images))
+    assert modules.get_submodule("model.features.0.0").weight.shape[0] == 4
+
+
 def test_a_checkpoint_is_exported_to_the_same_bytes_anywhere(best, capfd):
     """From another folder, by another copy of the project, as another user, without the data."""
     shutil.copytree(ROOT / "cnn", "elsewhere/cnn")

@@ -113,7 +113,7 @@ def to_torch(trained: TrainedModel) -> bytes:
     which describes the input, the output and the classes.
 
     torch.export notes the origin of each operation, with the paths of Python files. These notes are
-    removed.
+    removed, except the names of the modules.
 
     Args:
         trained: a model on the CPU.
@@ -124,7 +124,9 @@ def to_torch(trained: TrainedModel) -> bytes:
     program = _program(trained)
     for module in program.graph_module.modules():  # the graphs of branches are modules within it
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            modules = node.meta.get("nn_module_stack", {})  # torch.export.unflatten needs the names
             node.meta = {key: node.meta[key] for key in ("val",) if key in node.meta}
+            node.meta["nn_module_stack"] = {key: (path, "") for key, (path, _) in modules.items()}
     buffer = io.BytesIO()
     text = json.dumps(metadata(trained), ensure_ascii=False, indent=1)
     torch.export.save(program, buffer, extra_files={METADATA: text})
