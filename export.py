@@ -4,6 +4,7 @@ Commands:
 
     python export.py                                   checkpoints/best.pt2, for PyTorch
     python export.py --format onnx                     checkpoints/best.onnx, for onnxruntime
+    python export.py --format onnx --opset 17          for a program that knows opset 17 at most
     python export.py --format weights                  checkpoints/best_weights.pt, for the code
     python export.py --checkpoint checkpoints/a/best.pth --output a.onnx
 
@@ -32,6 +33,9 @@ KINDS = {
 }
 # Packages beyond requirements.txt.
 NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
+ENDINGS = {".onnx": "onnx", ".pt": "weights", ".pth": "weights", ".pt2": "torch"}
+# onnx has no conversion of a subtraction to opset 13, and onnxscript none of anything to opset 26.
+OPSETS = range(14, 26)
 
 
 class Command(cli.Command):
@@ -40,10 +44,12 @@ class Command(cli.Command):
     Attributes:
         format: the format of the exported model, "torch", "onnx" or "weights".
         output: the file for the exported model.
+        opset: the version of ONNX's operators; None for the default of torch.onnx.
     """
 
     format: str
     output: Path
+    opset: int | None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,15 +86,24 @@ def parse(argv: list[str]) -> Command:
     add = parser.add_argument
     add("--format", choices=tuple(EXPORTS), help="format (default: by --output, or torch)")
     add("--output", type=Path, metavar="FILE", help="file (default: beside the checkpoint)")
+    opsets = f"{OPSETS[0]} to {OPSETS[-1]}"
+    add("--opset", type=int, metavar="N", help=f"opset for --format onnx, {opsets}")
     parser.add_settings(", ".join(SETTINGS))
     command = parser.parse_intermixed_args(argv, Command())
     cli.check_settings(command.settings, SETTINGS)
     checkpoint, output = command.checkpoint, command.output
-    by_ending = {".onnx": "onnx", ".pt": "weights", ".pth": "weights"}
-    ending = output.suffix.lower() if output else None
-    command.format = command.format or by_ending.get(ending, "torch")
+    of_ending = ENDINGS.get(output.suffix.lower()) if output else None
+    command.format = command.format or of_ending or "torch"
     command.output = output or checkpoint.with_name(checkpoint.stem + EXPORTS[command.format])
+    if command.opset is not None and command.format != "onnx":
+        raise Refused(f"--opset: expected --format onnx, got --format {command.format}")
+    if command.opset is not None and command.opset not in OPSETS:
+        raise Refused(f"--opset: expected {opsets}, got {command.opset}")
     cli.check_checkpoint(checkpoint)
+    if of_ending not in (None, command.format):
+        names = " or ".join(end for end, kind in ENDINGS.items() if kind == command.format)
+        kind = f"expected a name that ends with {names} for --format {command.format}"
+        raise Refused(f"--output: {kind}, got {output}")
     check_output("--output", command.output, KINDS[command.format], [checkpoint])
     check_packages(command.format)
     return command
@@ -126,7 +141,7 @@ def export_checkpoint(command: Command) -> None:
     trained = load_trained_model(command.checkpoint, [*command.settings, "device=cpu"])
     command.places.update(trained.places)
     logger.info("%s", trained)
-    content, check = export_model(trained, command.format)
+    content, check = export_model(trained, command.format, command.opset)
     logger.info("%s", check)
     write_output(command.output, content)
     logger.info("written: %s, %.1f MB", command.output, len(content) / 1e6)

@@ -4,14 +4,16 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import onnxruntime
 import pytest
 import torch
 from archives import MARKER, changed
-from conftest import TINY
+from conftest import ROOT, TINY
 
 import export as script
 import train as train_script
@@ -74,10 +76,10 @@ def answers_of(path: Path, images: torch.Tensor) -> tuple[torch.Tensor, dict]:
 
 
 @torch.no_grad()
-def check(checkpoint: Path, form: str, capfd) -> None:
+def check(checkpoint: Path, form: str, capfd, *more: str) -> None:
     output = Path(FILES[form]).resolve()
     words = ["--checkpoint", str(checkpoint), "--format", form, "--output", str(output)]
-    assert script.main(words) == 0
+    assert script.main([*words, *more]) == 0
     said = capfd.readouterr().err
     (difference,) = re.findall(
         r"batches of 1 and 17: largest difference from PyTorch ([\d.e-]+)", said
@@ -112,17 +114,120 @@ def test_so_do_the_files_of_large_models(train, capfd, name):
         check(Path("checkpoints/best.pth"), form, capfd)
 
 
+BRANCHES = """
+import torch
+
+def shifted(width):
+    return lambda x: x + width
+
+class Branches(torch.nn.Linear):
+    def __init__(self, num_classes, in_channels, widths):
+        super().__init__(in_channels * 64, num_classes)
+        self.functions = [shifted(width) for width in widths]
+    def forward(self, images):
+        logits = super().forward(torch.nn.functional.pad(images, (1, 1))[..., 1:-1].flatten(1))
+        if torch.compiler.is_exporting():
+            return torch.cond(logits.sum() > 0, *self.functions, (logits,))
+        return self.functions[0 if logits.sum() > 0 else 1](logits)
+"""
+
+
+@pytest.fixture
+def ours(train, monkeypatch) -> Path:
+    """The checkpoint of a model of one's own, which has branches with graphs of their own."""
+    monkeypatch.delitem(sys.modules, "branches", raising=False)  # of another test's folder
+    Path("branches.py").write_text(BRANCHES)
+    words = ["model.name=branches:Branches", "model.args={widths: [1.0, 2.0]}", "train.epochs=1"]
+    assert train(*words) == 0
+    return Path("checkpoints/best.pth")
+
+
+def test_an_exported_file_names_no_file_and_no_folder(ours, runs):
+    for checkpoint in (ours, runs / "simple_cnn/best.pth"):
+        for form, name in FILES.items():
+            words = ["--checkpoint", str(checkpoint), "--format", form, "--output", name]
+            assert script.main(words) == 0
+            content = Path(name).read_bytes()
+            for origin in (ROOT, Path.cwd(), Path.home(), Path(sys.prefix)):
+                assert bytes(origin) not in content, f"{name}: {origin}"
+            for word in (b"site-packages", b".py", b"stack_trace", b"torch.nn", b"Branches("):
+                assert word not in content, f"{name}: {word}"
+
+
+def test_the_modules_of_a_model_can_still_be_told_apart_in_a_file_for_torch(best):
+    assert script.main([]) == 0
+    program, images = torch.export.load("checkpoints/best.pt2"), torch.rand(3, 1, 8, 8)
+    modules = torch.export.unflatten(program)
+    assert torch.equal(modules(images), program.module()(images))
+    assert modules.get_submodule("model.features.0.0").weight.shape[0] == 4
+
+
+def test_a_checkpoint_is_exported_to_the_same_bytes_anywhere(best, capfd):
+    """From another folder, by another copy of the project, as another user, without the data."""
+    shutil.copytree(ROOT / "cnn", "elsewhere/cnn")
+    shutil.copy(ROOT / "export.py", "elsewhere")
+    shutil.copy(best, "elsewhere/other name.pth")
+    export_all = (
+        "import sys, export\n"
+        "for name in sys.argv[1:]:\n"
+        "    words = ['--checkpoint', 'other name.pth', '--output', name, 'data.name=mnist']\n"
+        "    assert export.main([*words, 'data.root=nowhere']) == 0\n"
+    )
+    other = {"PYTHONHASHSEED": "7", "USER": "a", "HOME": "/a", "OMP_NUM_THREADS": "2"}
+    subprocess.run(
+        [sys.executable, "-c", export_all, *FILES.values()],
+        cwd="elsewhere",
+        env={**os.environ, **other, "PYTHONPATH": "."},
+        check=True,
+    )
+    for form, name in FILES.items():
+        assert script.main(["--format", form, "--output", name]) == 0
+        assert Path(name).read_bytes() == Path("elsewhere", name).read_bytes(), name
+
+
+@pytest.mark.parametrize("opset, ir_version", [(14, 7), (21, 10)])
+def test_onnx_is_written_in_the_opset_that_is_asked_for(best, capfd, opset, ir_version):
+    check(best, "onnx", capfd, "--opset", str(opset))
+    proto = onnx.load("best.onnx")
+    assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", opset)]
+    assert proto.ir_version == ir_version
+
+
+def test_an_opset_that_the_model_cannot_be_converted_to_is_refused(ours, capfd):
+    capfd.readouterr()
+    assert script.main(["--format", "onnx", "--opset", "17"]) == 2
+    said = capfd.readouterr().err
+    assert "error: --opset: branches:Branches cannot be exported with opset 17: " in said
+    assert "; expected a higher opset, or none" in said and "Traceback" not in said
+    assert not Path("checkpoints/best.onnx").exists()
+
+
+def test_an_opset_that_torch_does_not_write_is_refused(best, capfd, monkeypatch):
+    """torch.onnx warns, and writes another one."""
+    monkeypatch.setattr(export, "TORCH_OPSET", 1)
+    assert script.main(["--format", "onnx", "--opset", "17"]) == 2
+    assert "opset 17: torch.onnx has written another opset; exp" in capfd.readouterr().err
+    assert not Path("checkpoints/best.onnx").exists()
+
+
+def test_a_name_without_a_known_ending_goes_with_any_format(best):
+    for form in FILES:
+        assert script.parse(["--format", form, "--output", "model.bin"]).format == form
+    assert script.parse(["--output", "model.ONNX"]).format == "onnx"
+
+
 def test_a_file_that_does_not_agree_is_not_left_behind(best, capfd, monkeypatch):
     forward = export.Deployed.forward
+    assert script.main([]) == 0
+    earlier = Path("checkpoints/best.pt2")
+    before = earlier.read_bytes()
     monkeypatch.setattr(
         export.Deployed, "forward", lambda self, images: forward(self, images) + 3e-4
     )
-    earlier = Path("checkpoints/best.pt2")
-    earlier.write_bytes(b"of before")
     assert script.main([]) == 1
     said = capfd.readouterr().err
     assert "error: the exported model disagrees on 6 validation images" in said and "0.0003" in said
-    assert earlier.read_bytes() == b"of before"
+    assert earlier.read_bytes() == before
     assert {path.name for path in Path("checkpoints").iterdir()} == {"best.pth", "best.pt2"}
 
 
@@ -214,9 +319,28 @@ STRANGE = {
     "another setting": (["optim.lr=1"], "optim.lr: cannot be changed here, where only data.name"),
     "no folder": (["--output", "no/a.pt2"], "--output: expected a file in a folder that exists"),
     "a folder": (["--output", "folder"], "--output: expected a file, got folder"),
+    "a name of torch's for onnx": (
+        ["--format", "onnx", "--output", "a.pt2"],
+        "--output: expected a name that ends with .onnx for --format onnx, got a.pt2",
+    ),
+    "a name of onnx's for weights": (
+        ["--format", "weights", "--output", "a.ONNX"],
+        "expected a name that ends with .pt or .pth for --format weights, got a.ONNX",
+    ),
+    "a name of weights' for torch": (
+        ["--format", "torch", "--output", "a.pt"],
+        "expected a name that ends with .pt2 for --format torch, got a.pt",
+    ),
+    "an opset for torch": (["--opset", "18"], "--opset: expected --format onnx, got --format tor"),
+    "an opset of long ago": (
+        ["--format", "onnx", "--opset", "13"],
+        "--opset: expected 14 to 25, got 13",
+    ),
+    "an opset to come": (["--output", "a.onnx", "--opset", "26"], "--opset: expected 14 to 25"),
+    "no opset": (["--output", "a.onnx", "--opset", "0"], "--opset: expected 14 to 25, got 0"),
     "itself": (
         ["--checkpoint", "good.pth", "--output", "good.pth"],
-        "expected another file than the checkpoint",
+        "expected a file of its own, got good.pth",
     ),
 }
 
@@ -235,7 +359,7 @@ def test_what_cannot_be_exported_is_refused_with_one_message(runs, capfd, words,
     Path("folder").mkdir()
     shutil.copy(runs / "simple_cnn/best.pth", "good.pth")
     before = set(os.listdir())
-    if words and words[0] in ("optim.lr=1", "--output"):
+    if words and words[0] != "--checkpoint":
         words = ["--checkpoint", "good.pth", *words]
     assert script.main(words) == 2
     said = capfd.readouterr().err

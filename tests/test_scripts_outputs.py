@@ -47,14 +47,20 @@ OPTIONS = {
     "predict --csv": lambda file: predict.main(["photos/cat.png", "--csv", file, *BEST]),
     "evaluate --json": lambda file: evaluate.main(["--json", file, *BEST]),
     "evaluate --figure": lambda file: evaluate.main(["--figure", file, *BEST]),
-    "export": lambda file: export.main(["--format", "torch", "--output", file, *BEST]),
-    "export weights": lambda file: export.main(["--format", "weights", "--output", file, *BEST]),
-    "export onnx": lambda file: export.main(["--format", "onnx", "--output", file, *BEST]),
+    "export": lambda file: export_to("torch", file),
+    "export weights": lambda file: export_to("weights", file),
+    "export onnx": lambda file: export_to("onnx", file),
     "compare": lambda file: compare.main(["a", "b", "--output", file]),
     # The figure beside the page, which has no option of its own.
     "compare's figure": lambda file: compare.main(["a", "b", "--output", page_beside(file)]),
 }
+# Endings that an option insists on; export refuses those of another format.
 ENDINGS = {"evaluate --figure": ".png", "compare": ".html", "compare's figure": ".png"}
+ENDINGS |= {"export": "", "export weights": "", "export onnx": ""}
+
+
+def export_to(form: str, file: str) -> int:
+    return export.main(["--format", form, "--output", file, *BEST])
 
 
 def page_beside(figure: str) -> str:
@@ -63,7 +69,7 @@ def page_beside(figure: str) -> str:
 
 def written(option: str) -> str:
     """The file that the option has written, with the ending that it insists on."""
-    endings = {"predict --csv": ".csv", "evaluate --json": ".json", **ENDINGS}
+    endings = ENDINGS | {"predict --csv": ".csv", "evaluate --json": ".json"}
     endings |= {"export": ".pt2", "export weights": ".pt", "export onnx": ".onnx"}
     return option.replace(" ", "_").replace("'", "") + endings[option]
 

@@ -1,6 +1,9 @@
 """Exporting a trained model to a file that runs without this project: torch.export, ONNX, weights.
 
 Before a file is written, its content is loaded again and compared with the model.
+
+An exported file contains no paths, and nothing about the computer or the user. The same checkpoint
+always gives the same bytes.
 """
 
 import contextlib
@@ -32,6 +35,10 @@ NORMALIZED_INSIDE = "in 0..1; mean and std are applied inside"
 METADATA = "metadata.json"  # the name of the metadata within a .pt2 file
 SHAPES = {"images": {0: torch.export.Dim("batch", min=1)}}  # any batch size
 SEED = 2**62 + 1  # for initial weights that differ from those of the training
+GRAPHS_ONLY = "its forward must not branch on values; --format weights exports any model"
+TORCH_OPSET = 18  # the lowest opset that torch.onnx can write; onnx converts to lower ones
+OTHER_OPSET = "expected a higher opset, or none"
+ONNX = {"dynamo": True, "verbose": False, "output_names": ["logits"], "dynamic_shapes": SHAPES}
 
 # Takes pixels in 0..1 (N, C, H, W), returns logits (N, classes).
 Inference = Callable[[torch.Tensor], torch.Tensor]
@@ -64,12 +71,14 @@ class Deployed(nn.Module):
         return self.model((images - self.mean) / self.std)
 
 
-def export_model(trained: TrainedModel, file_format: str) -> tuple[bytes, str]:
+def export_model(trained: TrainedModel, file_format: str, opset: int | None) -> tuple[bytes, str]:
     """Exports a model, and checks that the exported model computes the same logits.
 
     Args:
         trained: a model on the CPU.
         file_format: "torch", "onnx" or "weights".
+        opset: the version of ONNX's operators, such as 17; None for the default of torch.onnx and
+            for any other format.
 
     Returns:
         Two values: the content of the file to write, and a text with the result of the check.
@@ -84,7 +93,7 @@ def export_model(trained: TrainedModel, file_format: str) -> tuple[bytes, str]:
     trained.model.to(memory_format=torch.contiguous_format)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its own code
-        content = export(trained)
+        content = export(trained, opset) if opset else export(trained)
         images, source = sample_images(trained)
         difference, largest = compare_logits(trained, load(content), images)
     result = f"largest difference from PyTorch {difference:.2g}, logits up to {largest:.3g}"
@@ -103,15 +112,24 @@ def to_torch(trained: TrainedModel) -> bytes:
     The exported model takes pixels from 0 to 1. The .pt2 file contains a JSON file metadata.json,
     which describes the input, the output and the classes.
 
+    torch.export notes the origin of each operation, with the paths of Python files. These notes are
+    removed, except the names of the modules.
+
     Args:
         trained: a model on the CPU.
 
     Returns:
         The content of the .pt2 file.
     """
+    program = _program(trained)
+    for module in program.graph_module.modules():  # the graphs of branches are modules within it
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            modules = node.meta.get("nn_module_stack", {})  # torch.export.unflatten needs the names
+            node.meta = {key: node.meta[key] for key in ("val",) if key in node.meta}
+            node.meta["nn_module_stack"] = {key: (path, "") for key, (path, _) in modules.items()}
     buffer = io.BytesIO()
     text = json.dumps(metadata(trained), ensure_ascii=False, indent=1)
-    torch.export.save(_program(trained), buffer, extra_files={METADATA: text})
+    torch.export.save(program, buffer, extra_files={METADATA: text})
     return buffer.getvalue()
 
 
@@ -127,7 +145,7 @@ def from_torch(content: bytes) -> Inference:
     return torch.export.load(io.BytesIO(content)).module()
 
 
-def to_onnx(trained: TrainedModel) -> bytes:
+def to_onnx(trained: TrainedModel, opset: int | None = None) -> bytes:
     """Exports a model to the ONNX format.
 
     The exported model takes pixels from 0 to 1. The properties of the ONNX file describe the input,
@@ -136,22 +154,31 @@ def to_onnx(trained: TrainedModel) -> bytes:
 
     Args:
         trained: a model on the CPU.
+        opset: the version of the operators, such as 17; None for the default of torch.onnx.
 
     Returns:
         The content of the ONNX file.
+
+    Raises:
+        Refused: torch.onnx cannot export the model, or the model cannot be converted to the opset.
     """
     import onnx
 
+    name = trained.cfg.model.name
+    fault, advice = f"model.name: torch.onnx cannot export {name}", GRAPHS_ONLY
+    if opset:
+        fault, advice = f"--opset: {name} cannot be exported with opset {opset}", OTHER_OPSET
     program = _program(trained).run_decompositions({MAX_POOL: _max_pool_to_one})
-    with _refusing(trained, "torch.onnx"):
-        exported = torch.onnx.export(
-            program, dynamo=True, verbose=False, output_names=["logits"], dynamic_shapes=SHAPES
-        )
+    with _refusing(fault, advice):
+        version = opset and max(opset, TORCH_OPSET)
+        proto = torch.onnx.export(program, opset_version=version, **ONNX).model_proto
+        _remove_origins(proto)
+        if opset:
+            proto = _convert_opset(proto, opset)
     values = {
         key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         for key, value in metadata(trained).items()
     }
-    proto = exported.model_proto  # a property that builds a new object each time
     onnx.helper.set_model_props(proto, values)
     onnx.checker.check_model(proto)
     return proto.SerializeToString()
@@ -246,19 +273,67 @@ def _program(trained: TrainedModel) -> torch.export.ExportedProgram:
     pre = trained.preprocessing
     deployed = Deployed(trained.model, pre).eval()
     example = torch.zeros(2, *pre.shape)
-    with _refusing(trained, "torch.export"):
+    with _refusing(f"model.name: torch.export cannot export {trained.cfg.model.name}", GRAPHS_ONLY):
         return torch.export.export(deployed, (example,), dynamic_shapes=SHAPES)
 
 
-@contextlib.contextmanager
-def _refusing(trained: TrainedModel, exporter: str) -> Iterator[None]:
-    """Turns any exception in a `with` block into a Refused exception.
+def _remove_origins(message: Any) -> None:
+    """Removes the notes about the origin of each part of an ONNX model.
 
-    The message of the new exception gives the reason in a few words.
+    torch.onnx notes the lines of Python code that an operation comes from, with their paths.
 
     Args:
-        trained: the model that the block exports. The message names the model.
-        exporter: the part of torch that the block calls, for the message, such as "torch.onnx".
+        message: the ONNX model, or any protobuf message within the model. The message is changed in
+            place.
+    """
+    for field, value in message.ListFields():
+        if field.name in ("doc_string", "metadata_props"):
+            message.ClearField(field.name)
+        elif field.message_type is not None:
+            for part in [value] if hasattr(value, "ListFields") else value:
+                _remove_origins(part)
+
+
+def _convert_opset(proto: Any, opset: int) -> Any:
+    """Converts an ONNX model to an opset, if torch.onnx has not written that opset.
+
+    The version of the file format is lowered too, since a program that knows only an old opset
+    knows only an old file format.
+
+    Args:
+        proto: the ONNX model, with an opset of at least `TORCH_OPSET`.
+        opset: the version of the operators.
+
+    Returns:
+        The ONNX model with the opset.
+
+    Raises:
+        Exception: onnx cannot convert the model, or onnxruntime cannot load the result.
+    """
+    from onnx import helper, version_converter
+
+    if opset < TORCH_OPSET:
+        for node in proto.graph.node:  # onnx keeps an attribute that is unknown before opset 18
+            for item in [a for a in node.attribute if a.name == "noop_with_empty_axes" and not a.i]:
+                node.attribute.remove(item)
+        proto = version_converter.convert_version(proto, opset)
+    operators = helper.make_opsetid("", opset)
+    if operators not in proto.opset_import:  # torch.onnx writes another one, and only warns
+        raise Refused("torch.onnx has written another opset")
+    proto.ir_version = min(proto.ir_version, helper.find_min_ir_version_for([operators]))
+    from_onnx(proto.SerializeToString())
+    return proto
+
+
+@contextlib.contextmanager
+def _refusing(fault: str, advice: str) -> Iterator[None]:
+    """Turns any exception in a `with` block into a Refused exception.
+
+    Between the fault and the advice, the message of the new exception gives the reason.
+
+    Args:
+        fault: the beginning of the message, with the place, such as "model.name: cannot export it".
+        advice: the end of the message.
 
     Raises:
         Refused: the block has raised an exception.
@@ -268,10 +343,8 @@ def _refusing(trained: TrainedModel, exporter: str) -> Iterator[None]:
     except Exception as error:
         while error.__cause__ is not None:  # torch wraps the reason in advice to its developers
             error = error.__cause__
-        raise Refused(
-            f"model.name: {exporter} cannot export {trained.cfg.model.name}: {_first_line(error)};"
-            " its forward must not branch on values; --format weights exports any model"
-        ) from error
+        reason = _first_line(error).rpartition("Assertion `false` failed: ")[2]  # of onnx, in C++
+        raise Refused(f"{fault}: {reason}; {advice}") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -333,10 +406,9 @@ def sample_images(trained: TrainedModel) -> tuple[torch.Tensor, str]:
         return images[torch.arange(number) % len(images)], f"{len(images)} validation images"
     except Exception as error:  # noqa: BLE001  the user's own dataset may raise anything
         logger.info("the images of the training are not available here (%s)", _first_line(error))
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(
-        256, (number, *pre.shape), generator=generator, dtype=torch.uint8
-    ), "random images"
+    generator, shape = torch.Generator().manual_seed(0), (number, *pre.shape)
+    images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    return images, "random images"
 
 
 def compare_logits(
