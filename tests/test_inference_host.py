@@ -153,7 +153,8 @@ before = state()
 from cnn.inference import load
 from cnn.inference.host import OwnGenerator
 assert state() == before, "the import"
-more = lambda: [*state(), warnings.filters[:], dict(os.environ)]
+assert "torchvision" not in sys.modules, "a second of every script's start"
+more = lambda: [*state(), warnings.filters[:]]
 before = more()
 predict = load(sys.argv[1])
 assert more() == before, "load"

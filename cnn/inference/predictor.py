@@ -12,6 +12,7 @@ A picture is prepared as a validation image is: `decode`, `resize_and_crop`, `No
 import contextlib
 import io
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-import torchvision  # noqa: F401  its import changes filters of warnings, which `load` must not do
 from PIL import Image
 
 from cnn.datasets.decode import open_image, to_array, upright
@@ -240,6 +240,8 @@ def load(checkpoint: str | os.PathLike, *settings: str) -> Predictor:
             also raised if the checkpoint names Python code outside the current folder. Refused is a
             subclass of ValueError.
     """
+    with warnings.catch_warnings(action="ignore"):
+        import torchvision  # noqa: F401  needed later; its import adds filters for warnings
     return call_in_new_thread(lambda: Predictor(load_trained_model(Path(checkpoint), settings)))
 
 
