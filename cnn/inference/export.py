@@ -168,7 +168,7 @@ def to_onnx(trained: TrainedModel, opset: int | None = None) -> bytes:
     fault, advice = f"model.name: torch.onnx cannot export {name}", GRAPHS_ONLY
     if opset:
         fault, advice = f"--opset: {name} cannot be exported with opset {opset}", OTHER_OPSET
-    program = _program(trained).run_decompositions({MAX_POOL: _max_pool_to_one})
+    program = _program(trained)
     with _refusing(fault, advice):
         version = opset and max(opset, TORCH_OPSET)
         proto = torch.onnx.export(program, opset_version=version, **ONNX).model_proto
@@ -235,29 +235,6 @@ FORMATS: dict[str, tuple[Callable[[TrainedModel], bytes], Callable[[bytes], Infe
     "onnx": (to_onnx, from_onnx),
     "weights": (to_weights, from_weights),
 }
-
-MAX_POOL = torch.ops.aten.adaptive_max_pool2d.default
-
-
-def _max_pool_to_one(images: torch.Tensor, size: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes adaptive max pooling to one pixel, with operators that torch.onnx can export.
-
-    The function replaces `adaptive_max_pool2d`, which torch.onnx in PyTorch 2.11 cannot export.
-
-    Args:
-        images: the input (N, C, H, W).
-        size: the height and the width of the output. Only [1, 1] is supported.
-
-    Returns:
-        Two tensors (N, C, 1, 1): the largest value of each channel, and the index of the largest
-        value. The index is from 0 to H * W - 1. If `size` is not [1, 1], NotImplemented is
-        returned.
-    """
-    if list(size) != [1, 1]:
-        return NotImplemented
-    indices = images.flatten(-2).argmax(-1)[..., None, None]
-    return images.amax((-2, -1), keepdim=True), indices
-
 
 def _program(trained: TrainedModel) -> torch.export.ExportedProgram:
     """Returns the graph that torch.export makes of a model and its normalization.
