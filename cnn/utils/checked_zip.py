@@ -43,12 +43,7 @@ ALLOWED = {
     "torch._utils _rebuild_parameter",
     *(f"torch {number}Storage" for number in NUMBERS.split()),
 }
-# Opcodes that name an object, and opcodes that torch.save never writes.
-NAMING = ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")
-UNUSED = ("DUP", "POP", "POP_MARK", "MEMOIZE")
-# The limit of tuples within one tuple. Python computes the hash of a key recursively, and a key of
-# 150,000 nested tuples makes the process crash.
-MAX_TUPLES = 1000
+NAMING = ("GLOBAL", "INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4")  # opcodes that name an object
 
 
 def write_archive(content: Any, file: IO[bytes]) -> None:
@@ -126,7 +121,7 @@ class _TensorsAsNone(pickle.Unpickler):
     """
 
     def find_class(self, _: str, name: str) -> Any:
-        return {"OrderedDict": OrderedDict, "Size": torch.Size}.get(name, lambda *_: None)
+        return {"OrderedDict": OrderedDict, "Size": tuple}.get(name, lambda *_: None)
 
     def persistent_load(self, _: Any) -> None:
         """Returns None in place of the storage of a tensor."""
@@ -292,46 +287,12 @@ def _check_pickle(path: Path, pickled: bytes) -> None:
 
     Raises:
         Refused: the pickle names another class or function, which could run code. Refused is also
-            raised if a number in the pickle is so large that reading could fill the memory, or if
-            tuples are nested so deeply that reading could crash.
+            raised if a number in the pickle is so large that reading could fill the memory.
     """
-    for opcode, argument, tuples in _count_tuples(pickled):
-        if tuples > MAX_TUPLES:
-            raise Refused(f"{path}: damaged: its pickle has too many tuples within a tuple")
-        if opcode.name in NAMING + UNUSED and argument not in ALLOWED:
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name in NAMING and argument not in ALLOWED:
             named = str(argument or opcode.name).replace(" ", ".")
             fault = f"holds a Python object that a checkpoint has no use for ({named})"
             raise Refused(f"{path}: {fault}; not opened, since such a file can run code")
         if opcode.name == "LONG4" or ("PUT" in opcode.name and argument > len(pickled)):
             raise Refused(f"{path}: damaged: its pickle has numbers that are too large")
-
-
-def _count_tuples(pickled: bytes) -> Iterator[tuple[pickletools.OpcodeInfo, Any, int]]:
-    """Iterates over the opcodes of a pickle, and counts the tuples that lie within a tuple.
-
-    The function imitates the stack of an unpickler. The stack contains a count in place of each
-    value: the number of tuples that the hash of the value depends on. The count of a value that is
-    not a tuple is 0.
-
-    Args:
-        pickled: the bytes of the pickle.
-
-    Yields:
-        The opcode, its argument, and the count of the value that the opcode makes.
-    """
-    stack, marks, memo = [], [], {}
-    for opcode, argument, _ in pickletools.genops(pickled):
-        name, before, count = opcode.name, opcode.stack_before, 0
-        start = len(stack) - len(before)
-        if pickletools.markobject in before:  # it takes all values since the mark
-            start = marks.pop() - before.index(pickletools.markobject)
-        if name == "MARK":
-            marks.append(len(stack))
-        elif "PUT" in name:
-            memo[argument] = stack[-1]
-        elif "GET" in name:
-            count = memo[argument]
-        elif name.startswith("TUPLE"):
-            count = 1 + sum(stack[start:])
-        stack[start:] = [count] * len(opcode.stack_after)
-        yield opcode, argument, count
