@@ -191,8 +191,8 @@ def train_epoch(run: "Run", saver: "Saver") -> None:
     label, every_seconds = f"epoch {state.epoch + 1}/{cfg.train.epochs}", cfg.log.every_seconds
 
     steps = train_one_epoch(run, run.train_batches())
-    done = state.batch // cfg.train.accumulate
-    for _ in show_progress(steps, label, run.steps_per_epoch, done, every_seconds):
+    done, steps_per_epoch = state.batch // cfg.train.accumulate, state.schedule.steps_per_epoch
+    for _ in show_progress(steps, label, steps_per_epoch, done, every_seconds):
         saver.between_steps()
 
     metrics, loader = run.evaluation_metrics(), run.val_loader
