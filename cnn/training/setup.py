@@ -61,8 +61,8 @@ def build_run(
         env.make_deterministic()
     data = build_once_per_node(group, lambda: build_data(cfg.data, cfg.seed))
     if checkpoint is not None:
-        saved = checkpoint.content["preprocessing"]
-        data = data.with_preprocessing(Preprocessing.from_checkpoint(checkpoint.path, saved))
+        saved = Preprocessing.from_checkpoint(checkpoint.path, checkpoint.content["preprocessing"])
+        data = dataclasses.replace(data, preprocessing=saved)
     check_monitor(cfg.checkpoint.monitor, data)
     if max_batches is not None:
         data = data.head(max_batches * cfg.data.batch_size)
