@@ -429,7 +429,7 @@ def build_loader(
     common = (images, preprocessing, batch_size, device, seed, cfg.sampler, rank, num_ranks)
     size, channels = preprocessing.image_size, preprocessing.channels
     slow = [change.name for change in cfg.augment if change.name not in BATCH_DRAWS]
-    fits = images.num_decoded() * size * size * channels <= MEMORY_LIMIT and not slow
+    fits = images.num_decoded * size * size * channels <= MEMORY_LIMIT and not slow
     if cfg.in_memory is True or (cfg.in_memory == "auto" and fits):
         pixels = images.decoded(size, channels) if not slow else None
         if pixels is not None:
