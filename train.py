@@ -153,7 +153,7 @@ def train(
         trace: an object that records every batch, for --drill; None for no records.
     """
     from cnn.records import summary
-    from cnn.records.records import open_records
+    from cnn.records.records import Records
     from cnn.training.resume import prepare_folder
     from cnn.training.saver import Saver
     from cnn.training.setup import build_run
@@ -167,7 +167,7 @@ def train(
     if group.is_rank0:
         summary.write(run, checkpoint)
 
-    with open_records(run) as records, Saver(run, stop) as saver:
+    with Records(run) as records, Saver(run, stop) as saver:
         while not run.state.is_finished(cfg.train):
             train_epoch(run, saver)
             records.write()
