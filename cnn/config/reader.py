@@ -5,7 +5,6 @@ dataclasses of settings.py. Mistakes in values are collected in a list, so that 
 reported together. A file that cannot be read or parsed raises Refused.
 """
 
-import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 import yaml
 
 from cnn.config.checks import check_config
-from cnn.config.settings import SECTIONS, Config, keys_of
+from cnn.config.settings import SECTIONS, Config, keys_of, nested, with_values
 from cnn.config.values import describe_node, is_null, read_value, suggest
 from cnn.config.writer import dump
 from cnn.errors import InvalidValue, Refused
@@ -110,23 +109,12 @@ def build(cls: type, entries: dict[str, Entry], mistakes: list[str]) -> Any:
             values[key] = read_value(entry.node, kind, field.metadata)
         except InvalidValue as mistake:
             found.append(f"{entry.where}: {key}{mistake}")
-    cfg = _assemble(cls, values)
+    cfg = with_values(cls(), **nested(values))
     if cls is Config and not found:
         places = {key: f"{entry.where}: {key}" for key, entry in entries.items()}
         found += check_config(cfg, lambda key: places.get(key, key))
     mistakes += found
     return cfg
-
-
-def _assemble(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
-    arguments = {}
-    for field in dataclasses.fields(cls):
-        key = prefix + field.name
-        if dataclasses.is_dataclass(field.type):
-            arguments[field.name] = _assemble(field.type, values, f"{key}.")
-        elif key in values:
-            arguments[field.name] = values[key]
-    return cls(**arguments)
 
 
 # ---------------------------------------------------------------------------------------------

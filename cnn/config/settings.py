@@ -11,7 +11,7 @@ import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 # What a resume does with a key whose value differs from the checkpoint's.
 FREE = "taken"  # may change: paths, workers, epochs
@@ -19,6 +19,8 @@ ASKED = "taken only when typed on the command line"  # changes the mathematics: 
 FIXED = "cannot change"  # the weights or the order of the images depend on it
 
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+T = TypeVar("T")
 
 # The further metadata that `setting` takes, with their defaults.
 METADATA: dict[str, Any] = {
@@ -410,13 +412,13 @@ def required_keys(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is MISSING]
 
 
-def with_values(cfg: Config, **sections: Any) -> Config:
+def with_values(cfg: T, **sections: Any) -> T:
     """Returns a copy of a configuration with some values replaced.
 
     An example is `with_values(cfg, run="a", train={"epochs": 3})`.
 
     Args:
-        cfg: the configuration, which stays unchanged.
+        cfg: the configuration, or another dataclass of settings, which stays unchanged.
         sections: the new values by top-level key, and a dict of new values by section. The other
             values of a section stay unchanged.
     """
@@ -437,12 +439,9 @@ def for_scratch(cfg: Config, **sections: Any) -> Config:
         cfg: the configuration, which stays unchanged.
         sections: further values to replace, such as `train={"epochs": 3}`.
     """
-    for key, field, _ in keys_of(Config):
-        section, _, name = key.rpartition(".")
-        value = field.metadata["scratch"]
-        if value is not ...:
-            cfg = with_values(cfg, **({section: {name: value}} if section else {name: value}))
-    return with_values(cfg, **sections)
+    scratch = {key: field.metadata["scratch"] for key, field, _ in keys_of(Config)}
+    changed = nested({key: value for key, value in scratch.items() if value is not ...})
+    return with_values(with_values(cfg, **changed), **sections)
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -460,4 +459,19 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
             result |= {f"{key}.{name}": inner for name, inner in value.items()}
         else:
             result[key] = value
+    return result
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings by dotted key as nested settings.
+
+    For example, {"optim.lr": 1} becomes {"optim": {"lr": 1}}.
+
+    Args:
+        values: the settings by dotted key.
+    """
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (result.setdefault(section, {}) if section else result)[name] = value
     return result
