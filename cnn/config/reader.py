@@ -98,15 +98,14 @@ def build(cls: type, entries: dict[str, Entry], mistakes: list[str]) -> Any:
         An instance of the dataclass. A setting without a value or with a wrong value has its
         default.
     """
-    known = {key: (field, kind) for key, field, kind in keys_of(cls)}
+    known = dict(keys_of(cls))
     values, found = {}, []
     for key, entry in entries.items():
         if key not in known:
             found.append(f"{entry.where}: {key}: no such key{suggest(key, known)}")
             continue
-        field, kind = known[key]
         try:
-            values[key] = read_value(entry.node, kind, field.metadata)
+            values[key] = read_value(entry.node, known[key].type, known[key].metadata)
         except InvalidValue as mistake:
             found.append(f"{entry.where}: {key}{mistake}")
     cfg = with_values(cls(), **nested(values))

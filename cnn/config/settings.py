@@ -276,8 +276,8 @@ SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if dataclasses.is_da
 # Values by key, and the metadata of each key
 
 
-def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """Yields the dotted key, the field and the type of each setting in a dataclass.
+def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """Yields the dotted key and the field of each setting in a dataclass.
 
     Args:
         cls: the dataclass. For the class Config, the keys are "seed", "optim.lr" and so on.
@@ -287,7 +287,7 @@ def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
         if dataclasses.is_dataclass(field.type):
             yield from keys_of(field.type, f"{prefix}{field.name}.")
         else:
-            yield prefix + field.name, field, field.type
+            yield prefix + field.name, field
 
 
 def resume_rules() -> dict[str, str]:
@@ -300,7 +300,7 @@ def resume_rules() -> dict[str, str]:
         changed value is taken only if typed on the command line. FIXED means that the changed value
         is refused.
     """
-    return {key: field.metadata["resume"] for key, field, _ in keys_of(Config)}
+    return {key: field.metadata["resume"] for key, field in keys_of(Config)}
 
 
 def non_experiment_keys() -> set[str]:
@@ -308,7 +308,7 @@ def non_experiment_keys() -> set[str]:
 
     Runs that differ only in the settings with these keys count as the same experiment.
     """
-    return {key for key, field, _ in keys_of(Config) if not field.metadata["experiment"]}
+    return {key for key, field in keys_of(Config) if not field.metadata["experiment"]}
 
 
 def item_fields(kind: Any) -> tuple[dataclasses.Field, ...]:
@@ -331,8 +331,8 @@ def code_keys() -> list[str]:
     """
     return [
         key
-        for key, field, kind in keys_of(Config)
-        if any(each.metadata["names_code"] for each in (field, *item_fields(kind)))
+        for key, field in keys_of(Config)
+        if any(each.metadata["names_code"] for each in (field, *item_fields(field.type)))
     ]
 
 
@@ -439,7 +439,7 @@ def for_scratch(cfg: Config, **sections: Any) -> Config:
         cfg: the configuration, which stays unchanged.
         sections: further values to replace, such as `train={"epochs": 3}`.
     """
-    scratch = {key: field.metadata["scratch"] for key, field, _ in keys_of(Config)}
+    scratch = {key: field.metadata["scratch"] for key, field in keys_of(Config)}
     changed = nested({key: value for key, value in scratch.items() if value is not ...})
     return with_values(with_values(cfg, **changed), **sections)
 

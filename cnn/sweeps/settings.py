@@ -228,7 +228,7 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
     typed: dict[str, Entry] = {}
     for word in words:
         typed |= reader.read_override(word, mistakes)
-    sweep_keys, run_keys = ({key for key, _, _ in keys_of(cls)} for cls in (SweepConfig, Config))
+    sweep_keys, run_keys = (dict(keys_of(cls)).keys() for cls in (SweepConfig, Config))
     run_keys -= sweep_keys  # `seed` without a section is the seed of the sweep
     for_trials = {key: item for key, item in typed.items() if "." in key or key in run_keys}
     entries |= {key: item for key, item in typed.items() if key not in for_trials}
@@ -303,14 +303,14 @@ def _read_space(entry: Entry | None, mistakes: list[str]) -> Space:
 
 
 def _read_dimension(key: str, node: yaml.Node, where: str) -> Choice | Range:
-    known = {name: (entry.metadata, kind) for name, entry, kind in keys_of(Config)}
+    known = dict(keys_of(Config))
     if key in SECTIONS:
         raise InvalidValue(f": is a section; write {key}.KEY: {FORMS}")
     if key in NOT_TRIED:
         raise InvalidValue(f": cannot be tried: {NOT_TRIED[key]}")
     if key not in known:
         raise InvalidValue(f": no such key{suggest(key, known)}")
-    metadata, kind = known[key]
+    kind, metadata = known[key].type, known[key].metadata
     if isinstance(node, yaml.MappingNode):
         return _read_range(node, kind, metadata, where)
     if not isinstance(node, yaml.SequenceNode):
