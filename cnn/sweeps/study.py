@@ -85,6 +85,7 @@ class TakenTrial:
         lock: the lock that this process shares with the training process.
         owner: the lock that only this process holds.
         run: the name of the trial's run.
+        monitor: the name of the metric by which trials are compared, such as "val_acc".
         output: the path of the file to which the output of train.py is appended.
         is_resumed: whether an earlier process has started the trial; False before `start` is
             called.
@@ -97,7 +98,7 @@ class TakenTrial:
     ):
         self.study, self.number, self.trial = study, number, trial
         self.lock, self.owner = lock, owner
-        self.run = study.sweep.run_name(number)
+        self.run, self.monitor = study.sweep.run_name(number), study.sweep.monitor
         self.output = study.lock_file(number).with_suffix(".txt")
         self.is_resumed = False
         self.values: dict[str, Any] = {}
@@ -148,11 +149,6 @@ class TakenTrial:
         file, typed = self.study.settings_file.as_posix(), self.study.sweep.typed
         tried = [f"{key}={as_text(value)}" for key, value in self.values.items()]
         return ["--config", file, *typed, *tried, f"run={self.run}"]
-
-    @property
-    def monitor(self) -> str:
-        """The name of the metric by which trials are compared, such as "val_acc"."""
-        return self.study.sweep.monitor
 
     def report(self, epoch: int, value: float) -> bool:
         """Stores the monitored metric of an epoch in the database.
