@@ -376,10 +376,9 @@ def to_dict(cfg: Any) -> dict[str, Any]:
     Args:
         cfg: the dataclass, such as a Config.
     """
-    values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
     return {
         name: to_dict(value) if dataclasses.is_dataclass(value) else plain(value)
-        for name, value in values.items()
+        for name, value in vars(cfg).items()
     }
 
 
@@ -399,10 +398,8 @@ def plain(value: Any) -> Any:
     if not dataclasses.is_dataclass(value):
         return copy.deepcopy(value)
     fields = dataclasses.fields(value)
-    items = {field.name: plain(getattr(value, field.name)) for field in fields}
-    changed = {
-        field.name: items[field.name] for field in fields if items[field.name] != field.default
-    }
+    items = {name: plain(item) for name, item in vars(value).items()}
+    changed = {f.name: items[f.name] for f in fields if items[f.name] != f.default}
     is_short = list(changed) == [fields[0].name] == required_keys(type(value))
     return changed[fields[0].name] if is_short else changed
 
