@@ -156,6 +156,7 @@ class Loader:
 
     Attributes:
         sizes: number of images in each batch of an epoch, in all processes together.
+        starts: first position of each batch in the epoch, and at the end the number of images.
     """
 
     def __init__(
@@ -174,6 +175,7 @@ class Loader:
         self.balanced = sampler == "balanced"
         self.size = preprocessing.image_size
         self.sizes = split_epoch(len(images), batch_size)
+        self.starts = np.cumsum([0, *self.sizes]).tolist()
         self._normalize = Normalize(preprocessing, device)
 
     def __len__(self) -> int:
@@ -201,8 +203,7 @@ class Loader:
             process to have a share. Otherwise, the third value is N.
         """
         shares = [share_of(size, self.rank, self.num_ranks) for size in self.sizes]
-        begins = np.cumsum([0, *self.sizes]).tolist()
-        spans = [(at + first, at + end, n) for at, (first, end, n) in zip(begins, shares)]
+        spans = [(at + first, at + end, n) for at, (first, end, n) in zip(self.starts, shares)]
         return self._batches(epoch, spans[start:], start)
 
     def batches(self) -> Iterator[Batch]:
@@ -216,8 +217,7 @@ class Loader:
             second value contains the N labels, int64 (N). The third value is N, the number of
             images that count in the metrics.
         """
-        ends = np.cumsum(self.sizes).tolist()
-        spans = [(end - size, end, size) for size, end in zip(self.sizes, ends)]
+        spans = [(start, start + size, size) for start, size in zip(self.starts, self.sizes)]
         spans = spans[self.rank :: self.num_ranks]
         return self._batches(EVALUATION, spans, 0)
 
@@ -253,8 +253,7 @@ class Loader:
             One key per image, (epoch, index of the image). In training with the balanced sampler, a
             key is (epoch, index of the image, position in the epoch).
         """
-        start = sum(self.sizes[:batch])
-        end = start + self.sizes[batch]
+        start, end = self.starts[batch : batch + 2]
         return keys_of(epoch, self.order(epoch), self.balanced, start, end)
 
 
