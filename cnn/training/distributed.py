@@ -334,9 +334,8 @@ class Group:
 
         If torchrun started this process and has ended, the result is SIGTERM.
         """
-        if self.stop.received is None and os.getppid() != self._launcher:
-            return signal.SIGTERM
-        return self.stop.received or 0
+        is_orphan = os.getppid() != self._launcher
+        return self.stop.received or (signal.SIGTERM if is_orphan else 0)
 
 
 ALONE = Group()
