@@ -470,5 +470,6 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in values.items():
         section, _, name = key.rpartition(".")
-        (result.setdefault(section, {}) if section else result)[name] = value
+        target = result.setdefault(section, {}) if section else result
+        target[name] = value
     return result
