@@ -153,7 +153,7 @@ def train(
         trace: an object that records every batch, for --drill; None for no records.
     """
     from cnn.records import summary
-    from cnn.records.records import open_records
+    from cnn.records.records import Records
     from cnn.training.resume import prepare_folder
     from cnn.training.saver import Saver
     from cnn.training.setup import build_run
@@ -167,7 +167,7 @@ def train(
     if group.is_rank0:
         summary.write(run, checkpoint)
 
-    with open_records(run) as records, Saver(run, stop) as saver:
+    with Records(run) as records, Saver(run, stop) as saver:
         while not run.state.is_finished(cfg.train):
             train_epoch(run, saver)
             records.write()
@@ -191,8 +191,8 @@ def train_epoch(run: "Run", saver: "Saver") -> None:
     label, every_seconds = f"epoch {state.epoch + 1}/{cfg.train.epochs}", cfg.log.every_seconds
 
     steps = train_one_epoch(run, run.train_batches())
-    done = state.batch // cfg.train.accumulate
-    for _ in show_progress(steps, label, run.steps_per_epoch, done, every_seconds):
+    done, steps_per_epoch = state.batch // cfg.train.accumulate, state.schedule.steps_per_epoch
+    for _ in show_progress(steps, label, steps_per_epoch, done, every_seconds):
         saver.between_steps()
 
     metrics, loader = run.evaluation_metrics(), run.val_loader

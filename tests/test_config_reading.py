@@ -49,7 +49,7 @@ def test_what_is_printed_tells_the_choices():
     printed = to_yaml(Config())
     assert "  # how lr changes: constant, step, multistep, cosine, onecycle, plateau\n" in printed
     assert "crop, flip, rotate, color, resized_crop, erase, package.module:name\n" in printed
-    for key, field, _ in keys_of(Config):
+    for key, field in keys_of(Config):
         about = f"  # {field.metadata['description']}"
         (comment,) = (
             about + line.partition(about)[2] for line in printed.splitlines() if about in line

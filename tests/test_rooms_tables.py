@@ -60,7 +60,7 @@ def test_every_metric_has_a_better_side_and_what_can_be_monitored_is_measured():
 
 
 def test_every_setting_says_what_it_means():
-    for key, field, _ in keys_of(Config):
+    for key, field in keys_of(Config):
         meta = field.metadata
         assert meta["description"] and meta["resume"] in (FREE, ASKED, FIXED), key
 

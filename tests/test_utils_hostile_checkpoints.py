@@ -344,13 +344,13 @@ def test_code_of_others_resumes_where_it_is_typed(train, capfd):
 
 def forms_of(key: str, name: str) -> Iterator[object]:
     """The ways in which a setting may name code, as deep as its lists and mappings go."""
-    kind = next(kind for known, _, kind in keys_of(Config) if known == key)
+    kind = dict(keys_of(Config))[key].type
     if typing.get_origin(kind) is not list:
         yield name
         return
     (item,) = typing.get_args(kind)
     yield ["flip", name]
-    for below, field, _ in keys_of(item) if dataclasses.is_dataclass(item) else ():
+    for below, field in keys_of(item) if dataclasses.is_dataclass(item) else ():
         if field.metadata["names_code"]:
             yield ["flip", {below: name}]
 

@@ -5,7 +5,6 @@ dataclasses of settings.py. Mistakes in values are collected in a list, so that 
 reported together. A file that cannot be read or parsed raises Refused.
 """
 
-import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 import yaml
 
 from cnn.config.checks import check_config
-from cnn.config.settings import SECTIONS, Config, keys_of
+from cnn.config.settings import SECTIONS, Config, keys_of, nested, with_values
 from cnn.config.values import describe_node, is_null, read_value, suggest
 from cnn.config.writer import dump
 from cnn.errors import InvalidValue, Refused
@@ -99,34 +98,22 @@ def build(cls: type, entries: dict[str, Entry], mistakes: list[str]) -> Any:
         An instance of the dataclass. A setting without a value or with a wrong value has its
         default.
     """
-    known = {key: (field, kind) for key, field, kind in keys_of(cls)}
+    known = dict(keys_of(cls))
     values, found = {}, []
     for key, entry in entries.items():
         if key not in known:
             found.append(f"{entry.where}: {key}: no such key{suggest(key, known)}")
             continue
-        field, kind = known[key]
         try:
-            values[key] = read_value(entry.node, kind, field.metadata)
+            values[key] = read_value(entry.node, known[key].type, known[key].metadata)
         except InvalidValue as mistake:
             found.append(f"{entry.where}: {key}{mistake}")
-    cfg = _assemble(cls, values)
+    cfg = with_values(cls(), **nested(values))
     if cls is Config and not found:
         places = {key: f"{entry.where}: {key}" for key, entry in entries.items()}
         found += check_config(cfg, lambda key: places.get(key, key))
     mistakes += found
     return cfg
-
-
-def _assemble(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
-    arguments = {}
-    for field in dataclasses.fields(cls):
-        key = prefix + field.name
-        if dataclasses.is_dataclass(field.type):
-            arguments[field.name] = _assemble(field.type, values, f"{key}.")
-        elif key in values:
-            arguments[field.name] = values[key]
-    return cls(**arguments)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 # What a resume does with a key whose value differs from the checkpoint's.
 FREE = "taken"  # may change: paths, workers, epochs
@@ -19,6 +19,8 @@ ASKED = "taken only when typed on the command line"  # changes the mathematics: 
 FIXED = "cannot change"  # the weights or the order of the images depend on it
 
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+T = TypeVar("T")
 
 # The further metadata that `setting` takes, with their defaults.
 METADATA: dict[str, Any] = {
@@ -274,8 +276,8 @@ SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if dataclasses.is_da
 # Values by key, and the metadata of each key
 
 
-def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """Yields the dotted key, the field and the type of each setting in a dataclass.
+def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """Yields the dotted key and the field of each setting in a dataclass.
 
     Args:
         cls: the dataclass. For the class Config, the keys are "seed", "optim.lr" and so on.
@@ -285,7 +287,7 @@ def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
         if dataclasses.is_dataclass(field.type):
             yield from keys_of(field.type, f"{prefix}{field.name}.")
         else:
-            yield prefix + field.name, field, field.type
+            yield prefix + field.name, field
 
 
 def resume_rules() -> dict[str, str]:
@@ -298,7 +300,7 @@ def resume_rules() -> dict[str, str]:
         changed value is taken only if typed on the command line. FIXED means that the changed value
         is refused.
     """
-    return {key: field.metadata["resume"] for key, field, _ in keys_of(Config)}
+    return {key: field.metadata["resume"] for key, field in keys_of(Config)}
 
 
 def non_experiment_keys() -> set[str]:
@@ -306,7 +308,7 @@ def non_experiment_keys() -> set[str]:
 
     Runs that differ only in the settings with these keys count as the same experiment.
     """
-    return {key for key, field, _ in keys_of(Config) if not field.metadata["experiment"]}
+    return {key for key, field in keys_of(Config) if not field.metadata["experiment"]}
 
 
 def item_fields(kind: Any) -> tuple[dataclasses.Field, ...]:
@@ -329,8 +331,8 @@ def code_keys() -> list[str]:
     """
     return [
         key
-        for key, field, kind in keys_of(Config)
-        if any(each.metadata["names_code"] for each in (field, *item_fields(kind)))
+        for key, field in keys_of(Config)
+        if any(each.metadata["names_code"] for each in (field, *item_fields(field.type)))
     ]
 
 
@@ -374,10 +376,9 @@ def to_dict(cfg: Any) -> dict[str, Any]:
     Args:
         cfg: the dataclass, such as a Config.
     """
-    values = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
     return {
         name: to_dict(value) if dataclasses.is_dataclass(value) else plain(value)
-        for name, value in values.items()
+        for name, value in vars(cfg).items()
     }
 
 
@@ -397,10 +398,8 @@ def plain(value: Any) -> Any:
     if not dataclasses.is_dataclass(value):
         return copy.deepcopy(value)
     fields = dataclasses.fields(value)
-    items = {field.name: plain(getattr(value, field.name)) for field in fields}
-    changed = {
-        field.name: items[field.name] for field in fields if items[field.name] != field.default
-    }
+    items = {name: plain(item) for name, item in vars(value).items()}
+    changed = {f.name: items[f.name] for f in fields if items[f.name] != f.default}
     is_short = list(changed) == [fields[0].name] == required_keys(type(value))
     return changed[fields[0].name] if is_short else changed
 
@@ -410,13 +409,13 @@ def required_keys(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is MISSING]
 
 
-def with_values(cfg: Config, **sections: Any) -> Config:
+def with_values(cfg: T, **sections: Any) -> T:
     """Returns a copy of a configuration with some values replaced.
 
     An example is `with_values(cfg, run="a", train={"epochs": 3})`.
 
     Args:
-        cfg: the configuration, which stays unchanged.
+        cfg: the configuration, or another dataclass of settings, which stays unchanged.
         sections: the new values by top-level key, and a dict of new values by section. The other
             values of a section stay unchanged.
     """
@@ -437,12 +436,9 @@ def for_scratch(cfg: Config, **sections: Any) -> Config:
         cfg: the configuration, which stays unchanged.
         sections: further values to replace, such as `train={"epochs": 3}`.
     """
-    for key, field, _ in keys_of(Config):
-        section, _, name = key.rpartition(".")
-        value = field.metadata["scratch"]
-        if value is not ...:
-            cfg = with_values(cfg, **({section: {name: value}} if section else {name: value}))
-    return with_values(cfg, **sections)
+    scratch = {key: field.metadata["scratch"] for key, field in keys_of(Config)}
+    changed = nested({key: value for key, value in scratch.items() if value is not ...})
+    return with_values(with_values(cfg, **changed), **sections)
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -460,4 +456,20 @@ def flat(values: Mapping[str, Any]) -> dict[str, Any]:
             result |= {f"{key}.{name}": inner for name, inner in value.items()}
         else:
             result[key] = value
+    return result
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings by dotted key as nested settings.
+
+    For example, {"optim.lr": 1} becomes {"optim": {"lr": 1}}.
+
+    Args:
+        values: the settings by dotted key.
+    """
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        target = result.setdefault(section, {}) if section else result
+        target[name] = value
     return result

@@ -34,8 +34,8 @@ def read_value(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
 
     Args:
         node: the node.
-        kind: the type of the setting: bool, int, float, str, list[...], dict[str, Any], or a union
-            of these types and None.
+        kind: the type of the setting: bool, int, float, str, list[...], dict[str, Any], a dataclass
+            such as GroupConfig, or a union of these types and None.
         meta: the metadata of the setting, with its choices and limits.
 
     Raises:
@@ -66,10 +66,7 @@ def read_list(node: yaml.SequenceNode, kind: Any, meta: Mapping[str, Any]) -> li
     values = []
     for number, item in enumerate(node.value):
         try:
-            if dataclasses.is_dataclass(kind):
-                values.append(_read_mapping(item, kind))
-            else:
-                values.append(read_value(item, kind, meta))
+            values.append(read_value(item, kind, meta))
         except InvalidValue as mistake:
             raise InvalidValue(f"[{number}]{mistake}") from None
     return values
@@ -148,13 +145,15 @@ def _read_as(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
 
     Args:
         node: the YAML node of the value.
-        kind: the type, such as int or list[str], but not a union.
+        kind: the type, such as int, list[str] or GroupConfig, but not a union.
         meta: the metadata of the setting, with its choices and limits.
 
     Raises:
         ValueError: the value has another type, is not one of the choices, or is beyond a limit.
         InvalidValue: the value is a list or a mapping with a wrong item.
     """
+    if dataclasses.is_dataclass(kind):
+        return _read_mapping(node, kind)
     origin = typing.get_origin(kind)
     if origin is not None and is_null(node):
         return origin()  # an empty list or dict

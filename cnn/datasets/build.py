@@ -4,7 +4,7 @@ import logging
 import os
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,14 +61,6 @@ class Data:
     test: Images
     classes: list[str]
     preprocessing: Preprocessing
-
-    def with_preprocessing(self, preprocessing: Preprocessing) -> "Data":
-        """Returns the same data with another preprocessing.
-
-        Args:
-            preprocessing: the new preprocessing, such as that of a trained model.
-        """
-        return replace(self, preprocessing=preprocessing)
 
     def head(self, number: int) -> "Data":
         """Returns the same data with only the first images of each split.
@@ -152,9 +144,8 @@ def read_splits(
         Refused: the data cannot be read, or the dataset does not accept a keyword in `cfg.args`.
     """
     silence_pillow()
-    is_own = is_import_path(cfg.name)
     try:
-        if not is_own:
+        if not is_import_path(cfg.name):
             return DATASETS[cfg.name](cfg, model_classes)
         found = import_object(cfg.name, "data.name")(root=cfg.root, **cfg.args)
     except TypeError as error:  # a keyword that the function does not take

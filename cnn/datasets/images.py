@@ -37,11 +37,14 @@ class Images:
         skip: whether an image that cannot be read during the run is left out of the batch. If
             false, the run ends with an error.
         may_draw: whether reading an image can draw from the global random generators.
+        num_decoded: the number of images that the method `decoded` keeps in memory, which are all
+            images of the whole dataset; 0 if `decoded` keeps none.
     """
 
     labels: np.ndarray
     rows: np.ndarray
     skip = may_draw = False
+    num_decoded = 0
     _name: str
 
     def __len__(self) -> int:
@@ -76,14 +79,6 @@ class Images:
         """
         return 0
 
-    def num_decoded(self) -> int:
-        """Returns how many images the method `decoded` would keep in memory.
-
-        This base class returns the number of images in this object. A subclass that keeps images in
-        memory returns the number of images in the whole dataset.
-        """
-        return len(self)
-
     def decoded(self, _size: int, _channels: int) -> torch.Tensor | None:
         """Returns the pixels of the whole dataset, or None if they cannot be kept in memory.
 
@@ -114,7 +109,8 @@ class ArrayImages(Images):
         pixels = torch.as_tensor(pixels)
         assert pixels.dtype == torch.uint8 and pixels.ndim == 4 and len(pixels) == len(labels)
         self.store = pixels.permute(0, 2, 3, 1).contiguous()  # M, H, W, C; shared by all subsets
-        self.rows = np.arange(len(pixels))
+        self.num_decoded = len(pixels)
+        self.rows = np.arange(self.num_decoded)
         self.labels = np.asarray(labels, dtype=np.int64)
         self._name = name
 
@@ -155,13 +151,6 @@ class ArrayImages(Images):
         The whole dataset is covered even if this object is a subset.
         """
         return zlib.crc32(self.store.numpy())
-
-    def num_decoded(self) -> int:
-        """Returns the number of images in the whole dataset.
-
-        The whole dataset is counted even if this object is a subset.
-        """
-        return len(self.store)
 
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
         """Returns the pixels of the whole dataset, even if this object is a subset.
@@ -211,7 +200,8 @@ class FileImages(Images):
 
     def __init__(self, files: Files, labels: Sequence[int], rows: np.ndarray | None = None):
         self.files, self.skip = files, files.skip
-        self.rows = np.arange(len(files.paths)) if rows is None else rows
+        self.num_decoded = len(files.paths)
+        self.rows = np.arange(self.num_decoded) if rows is None else rows
         self.labels = np.asarray(labels, dtype=np.int64)
 
     def __getitem__(self, index: int) -> torch.Tensor:
@@ -270,13 +260,6 @@ class FileImages(Images):
         The whole dataset is covered even if this object is a subset. No file is decoded.
         """
         return zlib.crc32(np.ascontiguousarray(self.files.scans["sums"]))
-
-    def num_decoded(self) -> int:
-        """Returns the number of files in the whole dataset.
-
-        The whole dataset is counted even if this object is a subset.
-        """
-        return len(self.files.paths)
 
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
         """Returns the pixels of the whole dataset, even if this object is a subset.

@@ -141,9 +141,8 @@ class Loader:
     normalized. A key is (epoch, index of the image) or (epoch, index, position in the epoch). The
     image is augmented unless the epoch is 0.
 
-    `_batches(epoch, order, spans, start)` yields one batch per span. A span is (first position, end
-    position, number of images that count). `order` has the index of the image at each position of
-    the epoch. `start` is the index of the first batch to yield.
+    `_batches(epoch, spans, start)` yields one batch per span. A span is (first position, end
+    position, number of images that count). `start` is the index of the first batch to yield.
 
     Args:
         images: the images of the split.
@@ -157,6 +156,7 @@ class Loader:
 
     Attributes:
         sizes: number of images in each batch of an epoch, in all processes together.
+        starts: first position of each batch in the epoch, and at the end the number of images.
     """
 
     def __init__(
@@ -175,6 +175,7 @@ class Loader:
         self.balanced = sampler == "balanced"
         self.size = preprocessing.image_size
         self.sizes = split_epoch(len(images), batch_size)
+        self.starts = np.cumsum([0, *self.sizes]).tolist()
         self._normalize = Normalize(preprocessing, device)
 
     def __len__(self) -> int:
@@ -202,9 +203,8 @@ class Loader:
             process to have a share. Otherwise, the third value is N.
         """
         shares = [share_of(size, self.rank, self.num_ranks) for size in self.sizes]
-        begins = np.cumsum([0, *self.sizes]).tolist()
-        spans = [(at + first, at + end, n) for at, (first, end, n) in zip(begins, shares)]
-        return self._batches(epoch, self.order(epoch), spans[start:], start)
+        spans = [(at + first, at + end, n) for at, (first, end, n) in zip(self.starts, shares)]
+        return self._batches(epoch, spans[start:], start)
 
     def batches(self) -> Iterator[Batch]:
         """Yields the batches that this process evaluates.
@@ -217,22 +217,24 @@ class Loader:
             second value contains the N labels, int64 (N). The third value is N, the number of
             images that count in the metrics.
         """
-        ends = np.cumsum(self.sizes).tolist()
-        spans = [(end - size, end, size) for size, end in zip(self.sizes, ends)]
+        spans = [(start, start + size, size) for start, size in zip(self.starts, self.sizes)]
         spans = spans[self.rank :: self.num_ranks]
-        return self._batches(EVALUATION, np.arange(len(self.images)), spans, 0)
+        return self._batches(EVALUATION, spans, 0)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Returns the index of the image at each position of a training epoch.
+        """Returns the index of the image at each position of an epoch.
 
-        The order depends only on the data, the sampler, the seed of the run and the epoch.
+        The order depends only on the data, the sampler, the seed of the run and the epoch. An
+        evaluation takes the images in the order of the dataset.
 
         Args:
-            epoch: the epoch, counted from 1.
+            epoch: the epoch. Epoch 0 means evaluation.
 
         Returns:
             Indices, int64, one per image of the epoch.
         """
+        if epoch == EVALUATION:
+            return np.arange(len(self.images))
         rng = np.random.default_rng(seeding.mix(self.seed, seeding.ORDER, epoch))
         if self.balanced:
             return draw_balanced(self.images.labels, rng)
@@ -251,9 +253,8 @@ class Loader:
             One key per image, (epoch, index of the image). In training with the balanced sampler, a
             key is (epoch, index of the image, position in the epoch).
         """
-        start = sum(self.sizes[:batch])
-        order = np.arange(len(self.images)) if epoch == EVALUATION else self.order(epoch)
-        return keys_of(epoch, order, self.balanced, start, start + self.sizes[batch])
+        start, end = self.starts[batch : batch + 2]
+        return keys_of(epoch, self.order(epoch), self.balanced, start, end)
 
 
 class _Plan:
@@ -308,11 +309,9 @@ class StreamLoader(Loader):
             generator=torch.Generator(),  # the DataLoader draws a seed, which nothing here uses
         )
 
-    def _batches(
-        self, epoch: int, order: np.ndarray, spans: list[Span], start: int
-    ) -> Iterator[Batch]:
+    def _batches(self, epoch: int, spans: list[Span], start: int) -> Iterator[Batch]:
         # A partial without self: a reference cycle would keep the workers until it is collected.
-        self._plan.keys = functools.partial(keys_of, epoch, order, self.balanced)
+        self._plan.keys = functools.partial(keys_of, epoch, self.order(epoch), self.balanced)
         self._plan.spans = spans
         where = "the evaluation" if epoch == EVALUATION else f"epoch {epoch}"
         received = workers.receive_batches(self._loader, start + 1, where)
@@ -360,15 +359,9 @@ class MemoryLoader(Loader):
             return None
         return self._gather.draws(len(self.images), self.seed, epoch).to(self.device)
 
-    def _batches(
-        self,
-        epoch: int,
-        order: np.ndarray,
-        spans: list[Span],
-        start: int,  # noqa: ARG002
-    ) -> Iterator[Batch]:
+    def _batches(self, epoch: int, spans: list[Span], _start: int) -> Iterator[Batch]:
         draws = self._draws(epoch)
-        order = torch.from_numpy(order).to(self.device)
+        order = torch.from_numpy(self.order(epoch)).to(self.device)
         for begin, end, count in spans:
             indices = order[begin:end]
             rows = slice(begin, end) if self.balanced else indices
@@ -432,11 +425,10 @@ def build_loader(
     batch_size = cfg.batch_size
     if not training:  # not too large, so that every process has batches to evaluate
         batch_size = min(EVALUATION_BATCHES * batch_size, max(batch_size, LARGEST_EVALUATION_BATCH))
-    sampler = cfg.sampler if training else "shuffle"
-    common = (images, preprocessing, batch_size, device, seed, sampler, rank, num_ranks)
+    common = (images, preprocessing, batch_size, device, seed, cfg.sampler, rank, num_ranks)
     size, channels = preprocessing.image_size, preprocessing.channels
     slow = [change.name for change in cfg.augment if change.name not in BATCH_DRAWS]
-    fits = images.num_decoded() * size * size * channels <= MEMORY_LIMIT and not slow
+    fits = images.num_decoded * size * size * channels <= MEMORY_LIMIT and not slow
     if cfg.in_memory is True or (cfg.in_memory == "auto" and fits):
         pixels = images.decoded(size, channels) if not slow else None
         if pixels is not None:

@@ -4,6 +4,7 @@ The results are kept in the user's cache folder, never beside the images. The re
 used again as long as the file's size and its time of change stay the same.
 """
 
+import contextlib
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -113,8 +114,6 @@ def _load(cache: Path) -> dict[str, np.ndarray]:
 
 def _store(cache: Path, names: list[str], rows: np.ndarray) -> None:
     text = np.frombuffer(os.fsencode("\0".join(names)), np.uint8)
-    try:
+    with contextlib.suppress(OSError):  # without the cache, the next start only has to scan again
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(cache, lambda file: np.savez_compressed(file, names=text, rows=rows))
-    except OSError:
-        pass  # without the cache, the next start only has to scan again

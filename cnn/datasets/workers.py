@@ -129,14 +129,11 @@ def _start_workers(loader: DataLoader) -> Iterator[Any]:
     are handled at once.
     """
     forked = multiprocessing.get_start_method() == "fork"
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS) if forked else None
-    try:  # the mask is only for this thread; signals to other threads are deferred
-        with signals.signals_deferred() if forked else contextlib.nullcontext():
+    with signals.signals_blocked() if forked else contextlib.nullcontext():
+        try:
             return iter(loader)
-    finally:
-        restore_sigchld()
-        if forked:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        finally:
+            restore_sigchld()
 
 
 def data_failure(

@@ -30,7 +30,7 @@ from cnn.training.distributed import Group
 from cnn.utils.checkpoint import load_checkpoint
 from cnn.utils.logger import Log
 from cnn.utils.run_folder import RunFolder
-from cnn.utils.signals import NUMBERS, StopSignals, signals_deferred
+from cnn.utils.signals import NUMBERS, StopSignals, signals_blocked
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +137,9 @@ def _run(
             target=_child, args=(train, cfg, folder, stop, max_batches, method)
         )
         try:
-            resource_tracker.ensure_running()  # its start inside _start would unblock signals
-            with signals_deferred():  # they can reach another thread, which does not block them
-                _start(process)
+            resource_tracker.ensure_running()  # its start inside the block would unblock signals
+            with signals_blocked():  # Ctrl-C would end the child before it has left the session
+                process.start()
             process.join(TIMEOUT)
         finally:
             hangs = process.exitcode is None
@@ -154,23 +154,6 @@ def _run(
     run = RunFolder(None, folder)
     checkpoints = {path.name: load_checkpoint(path) for path in (run.last, run.best)}
     return DrillRun(records, checkpoints, starts)
-
-
-def _start(process: BaseProcess) -> None:
-    """Starts a process in which signals are blocked at first.
-
-    The new process unblocks the signals itself. Ctrl-C sends a signal to all processes of a
-    terminal session. Without the block, Ctrl-C could end the new process before the new process has
-    left the session.
-
-    Args:
-        process: the process to start.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _kill(process: BaseProcess) -> None:
@@ -207,7 +190,7 @@ def _child(
     from cnn.training.resume import Checkpoint, latest_checkpoint
 
     os.setsid()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS)  # they are blocked at first
     multiprocessing.set_start_method(method, force=True)
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)

@@ -213,9 +213,8 @@ class EvaluationMetrics(RunningMetrics):
         values[scores.TOP_K_ACC] = self.in_top.item() / max(self.count, 1)
         if self._probabilities:
             labels = torch.cat(self._labels).cpu().numpy()
-            values |= scores.from_probabilities(
-                labels, torch.cat(self._probabilities).cpu().numpy()
-            )
+            probabilities = torch.cat(self._probabilities).cpu().numpy()
+            values |= scores.from_probabilities(labels, probabilities)
         return {name: values.get(name) for name in self.names}
 
     def confusion(self) -> Tensor:

@@ -184,9 +184,7 @@ def weighted(values: np.ndarray, support: np.ndarray) -> float | None:
         The mean. None if no class has both an image and a defined value.
     """
     defined = ~np.isnan(values) & (support > 0)
-    if not defined.any():
-        return None
-    return float((values[defined] * support[defined]).sum() / support[defined].sum())
+    return float(np.average(values[defined], weights=support[defined])) if defined.any() else None
 
 
 def from_confusion_matrix(matrix: np.ndarray) -> Metrics:

@@ -73,20 +73,18 @@ def train_with_rising_lr(run: Run) -> tuple[list[float], list[float]]:
         ends the training early has no entry. A smoothed loss is the exponential mean of the losses
         so far. The bias of the mean is corrected as in Adam (Kingma and Ba, ICLR 2015).
     """
-    lrs, losses, state = [], [], run.state
+    lrs, losses, state, steps = [], [], run.state, endless_steps(run)
     mean = 0.0
-    set_lr(run, 0)
-    for _ in endless_steps(run):
+    for number in range(STEPS):
+        set_lr(run, number)
+        next(steps)
         mean = SMOOTHING * mean + (1 - SMOOTHING) * state.running_metrics.compute()["loss"]
         state.running_metrics = RunningMetrics(state.device)  # for the next step
-        smoothed = mean / (1 - SMOOTHING ** (len(lrs) + 1))
+        smoothed = mean / (1 - SMOOTHING ** (number + 1))
         if not math.isfinite(smoothed) or smoothed > EXPLOSION * min(losses, default=math.inf):
             break
         lrs.append(state.lr)
         losses.append(smoothed)
-        if len(lrs) == STEPS:
-            break
-        set_lr(run, len(lrs))
     return lrs, losses
 
 

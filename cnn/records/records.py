@@ -5,7 +5,6 @@ write a file does not stop the training. The failure is logged, and the file is 
 the next epoch.
 """
 
-import contextlib
 import csv
 import importlib.util
 import io
@@ -36,6 +35,8 @@ class Records:
     The training must take place in a `with` block over this object. The start of the block writes
     all files except the report and its pictures. The end of the block writes the report and its
     pictures if an epoch is complete. An exception in the block does not prevent the last write.
+
+    In a run of several processes, only the object in the process of rank 0 writes files.
 
     Args:
         run: the run whose files are written.
@@ -170,8 +171,11 @@ class Records:
             write: the function to call, without arguments.
 
         Returns:
-            True if the function succeeded, False if the function raised an exception.
+            True if the function succeeded, False if the function raised an exception or if another
+            process writes the files.
         """
+        if not self.run.group.is_rank0:
+            return False
         try:
             write()
             self._reasons.pop(record, None)
@@ -183,28 +187,6 @@ class Records:
                 warn_unwritten(record, reason)
             self._reasons[record] = reason
             return False
-
-
-class NoRecords(contextlib.AbstractContextManager):
-    """A stand-in for `Records` that writes nothing, for processes with a rank above 0."""
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def write(self) -> None:
-        """Does nothing, because the process of rank 0 writes the files."""
-
-    def finish(self) -> None:
-        """Does nothing, because the process of rank 0 writes the files."""
-
-
-def open_records(run: Run) -> Records | NoRecords:
-    """Returns the writer of a run's files.
-
-    In a run of several processes, only the process of rank 0 writes files. In the other processes,
-    the returned object writes nothing.
-    """
-    return Records(run) if run.group.is_rank0 else NoRecords()
 
 
 def has_tensorboard() -> bool:

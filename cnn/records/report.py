@@ -104,7 +104,8 @@ class Report:
         path = self.logs.log
         log = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         steps = {int(step) for step in RESUMED.findall(log)}
-        return sorted(step / self.run.steps_per_epoch for step in steps if step < self.state.step)
+        per_epoch, now = self.state.schedule.steps_per_epoch, self.state.step
+        return sorted(step / per_epoch for step in steps if step < now)
 
     # -- the page -------------------------------------------------------------------------------
 

@@ -17,8 +17,8 @@ class SharedLock:
     removed, since another process can be about to lock the file.
 
     Args:
-        descriptor: the number of the open file descriptor of a locked file. To lock a file by its
-            path, call the method `acquire`.
+        descriptor: the number of the open file descriptor of a locked file; -1 for none. To lock a
+            file by its path, call the method `acquire`.
 
     Attributes:
         descriptor: the number of the file descriptor; -1 after a call of `release`.
@@ -43,17 +43,16 @@ class SharedLock:
             Refused: the file cannot be opened for writing, or its file system does not support
                 locks.
         """
-        descriptor = -1
+        lock = cls(-1)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(lock.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if descriptor >= 0:
-                os.close(descriptor)
+            lock.release()
             if isinstance(error, BlockingIOError):
                 return None
             raise Refused(f"{path}: expected a file to lock, got: {error.strerror}") from None
-        return cls(descriptor)
+        return lock
 
     def release(self) -> None:
         """Closes the file descriptor in this process.

@@ -142,7 +142,7 @@ class Sweep:
 
         A grid search has one trial for each combination of the values to try.
         """
-        return self.cfg.trials or num_combinations(self._options())
+        return self.cfg.trials or num_combinations(self.space)
 
     def run_name(self, number: int) -> str:
         """Returns the name of the run of a trial.
@@ -163,21 +163,18 @@ class Sweep:
         Returns:
             The values by dotted key, such as {"optim.lr": 0.1}.
         """
-        return combination(self._options(), number)
-
-    def _options(self) -> dict[str, Sequence[Any]]:
-        return {key: choice.values for key, choice in self.space.items()}
+        return combination({key: choice.values for key, choice in self.space.items()}, number)
 
 
-def num_combinations(options: Mapping[str, Sequence[Any]]) -> int:
-    """Returns the number of ways to choose one value for each key.
+def num_combinations(space: Space) -> int:
+    """Returns the number of ways to choose one of the values that are written for each key.
 
-    For the options {"a": [1, 2], "b": [3, 4, 5]}, the result is 6.
+    A range counts as its two bounds.
 
     Args:
-        options: the values to choose from, by key.
+        space: the values to try, by dotted key.
     """
-    return math.prod(map(len, options.values()))
+    return math.prod(len(dimension.written) for dimension in space.values())
 
 
 def combination(options: Mapping[str, Sequence[T]], number: int) -> dict[str, T]:
@@ -222,13 +219,12 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
     if not path.is_file():
         raise Refused(f"{path}: no such file; expected the settings of a sweep")
     mistakes: list[str] = []
-    entries = reader.read_entries(
-        reader.compose(reader.read_text(path), str(path)), str(path), mistakes
-    )
+    root = reader.compose(reader.read_text(path), str(path))
+    entries = reader.read_entries(root, str(path), mistakes)
     typed: dict[str, Entry] = {}
     for word in words:
         typed |= reader.read_override(word, mistakes)
-    sweep_keys, run_keys = ({key for key, _, _ in keys_of(cls)} for cls in (SweepConfig, Config))
+    sweep_keys, run_keys = (dict(keys_of(cls)).keys() for cls in (SweepConfig, Config))
     run_keys -= sweep_keys  # `seed` without a section is the seed of the sweep
     for_trials = {key: item for key, item in typed.items() if "." in key or key in run_keys}
     entries |= {key: item for key, item in typed.items() if key not in for_trials}
@@ -303,14 +299,14 @@ def _read_space(entry: Entry | None, mistakes: list[str]) -> Space:
 
 
 def _read_dimension(key: str, node: yaml.Node, where: str) -> Choice | Range:
-    known = {name: (entry.metadata, kind) for name, entry, kind in keys_of(Config)}
+    known = dict(keys_of(Config))
     if key in SECTIONS:
         raise InvalidValue(f": is a section; write {key}.KEY: {FORMS}")
     if key in NOT_TRIED:
         raise InvalidValue(f": cannot be tried: {NOT_TRIED[key]}")
     if key not in known:
         raise InvalidValue(f": no such key{suggest(key, known)}")
-    metadata, kind = known[key]
+    kind, metadata = known[key].type, known[key].metadata
     if isinstance(node, yaml.MappingNode):
         return _read_range(node, kind, metadata, where)
     if not isinstance(node, yaml.SequenceNode):
@@ -380,17 +376,12 @@ def _check_sweep(
         A message for each mistake.
     """
     is_grid = cfg.search == "grid"
-    size = math.prod(len(dimension.written) for dimension in space.values())
+    size, most = num_combinations(space), f"at most {MAX_GRID:,} combinations"
     # Each check: the key, whether its value is right, what was expected, what was found.
     checks = [
         ("name", re.fullmatch(r"[\w\-]{1,100}", name), "letters, digits, '_' and '-'", repr(name)),
         ("space", cfg.space or space, "lines such as `optim.lr: {log: [1e-3, 1.0]}`", "nothing"),
-        (
-            "space",
-            not is_grid or size <= MAX_GRID,
-            f"at most {MAX_GRID:,} combinations",
-            f"{size:,}",
-        ),
+        ("space", not is_grid or size <= MAX_GRID, most, f"{size:,}"),
         ("trials", is_grid or cfg.trials, f"the number of trials for {cfg.search}", "null"),
         ("trials", not is_grid or not cfg.trials, "null, since a grid tries all", cfg.trials),
     ]
@@ -425,7 +416,7 @@ def _check_combinations(common: dict[str, Entry], space: Space) -> list[str]:
         A message for each mistake.
     """
     options = {key: dimension.written for key, dimension in space.items()}
-    size, generator = num_combinations(options), random.Random(0)
+    size, generator = num_combinations(space), random.Random(0)
     indices = range(size)
     if size > MAX_CHECKED:
         indices = [generator.randrange(size) for _ in range(MAX_CHECKED)]

@@ -21,6 +21,7 @@ import math
 import random
 import time
 import uuid
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import optuna
 from filelock import FileLock
-from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
@@ -85,6 +86,7 @@ class TakenTrial:
         lock: the lock that this process shares with the training process.
         owner: the lock that only this process holds.
         run: the name of the trial's run.
+        monitor: the name of the metric by which trials are compared, such as "val_acc".
         output: the path of the file to which the output of train.py is appended.
         is_resumed: whether an earlier process has started the trial; False before `start` is
             called.
@@ -97,7 +99,7 @@ class TakenTrial:
     ):
         self.study, self.number, self.trial = study, number, trial
         self.lock, self.owner = lock, owner
-        self.run = study.sweep.run_name(number)
+        self.run, self.monitor = study.sweep.run_name(number), study.sweep.monitor
         self.output = study.lock_file(number).with_suffix(".txt")
         self.is_resumed = False
         self.values: dict[str, Any] = {}
@@ -149,11 +151,6 @@ class TakenTrial:
         tried = [f"{key}={as_text(value)}" for key, value in self.values.items()]
         return ["--config", file, *typed, *tried, f"run={self.run}"]
 
-    @property
-    def monitor(self) -> str:
-        """The name of the metric by which trials are compared, such as "val_acc"."""
-        return self.study.sweep.monitor
-
     def report(self, epoch: int, value: float) -> bool:
         """Stores the monitored metric of an epoch in the database.
 
@@ -190,32 +187,6 @@ class TakenTrial:
         """
         epochs = self.values.get("train.epochs", self.study.sweep.base.train.epochs)
         return self.epoch < epochs and self.study.retry(self.trial.should_prune)
-
-
-class GivenValues(optuna.samplers.RandomSampler):
-    """An Optuna sampler that proposes given values instead of random values.
-
-    A grid search uses one such sampler for each trial.
-
-    Args:
-        values: the value to propose for each setting, by dotted key such as "optim.lr".
-    """
-
-    def __init__(self, values: dict[str, Any]):
-        super().__init__()
-        self.values = values
-
-    def sample_independent(
-        self, _study: optuna.Study, _trial: FrozenTrial, name: str, _: BaseDistribution
-    ) -> Any:
-        """Returns the given value of a setting.
-
-        A list or a mapping is returned as YAML text, such as "[1, 2]".
-
-        Args:
-            name: the dotted key of the setting, such as "optim.lr".
-        """
-        return _as_plain(self.values[name])
 
 
 class Study:
@@ -464,22 +435,26 @@ class Study:
         """
         return self.folder / "trials" / f"{number:04}.lock"
 
-    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+    def _sampler(self, number: int) -> BaseSampler:
         """Returns the Optuna sampler that proposes the values of a trial.
 
-        In a random or TPE search, the sampler of each trial has a different seed.
+        In a grid search, the values are given, and a list or a mapping is YAML text, such as
+        "[1, 2]". In a random or TPE search, the sampler of each trial has a different seed.
 
         Args:
             number: the index of the trial, from 0.
         """
         cfg = self.sweep.cfg
         if cfg.search == "grid":
-            return GivenValues(self.sweep.combination(number))
+            combination = self.sweep.combination(number)
+            values = {key: _as_plain(value) for key, value in combination.items()}
+            with warnings.catch_warnings(action="ignore"):  # Optuna calls it experimental
+                return PartialFixedSampler(values, RandomSampler())
         seed = int(np.random.SeedSequence([cfg.seed, number]).generate_state(1)[0])
         if cfg.search == "random":
-            return optuna.samplers.RandomSampler(seed)
+            return RandomSampler(seed)
         num_random = min(MAX_RANDOM, math.ceil(self.sweep.trials / 4))
-        return optuna.samplers.TPESampler(n_startup_trials=num_random, seed=seed)
+        return TPESampler(n_startup_trials=num_random, seed=seed)
 
     def skip(self, number: int) -> None:
         """Marks an unfinished trial as failed, so that no process trains the trial.

@@ -148,9 +148,8 @@ class Group:
         except (Refused, Failed) as raised:
             error = raised
         if self.size > 1 and not getattr(error, "is_agreed", False):
-            failed = [
-                rank for rank, is_so in enumerate(self.all_gather(error is not None)) if is_so
-            ]
+            outcomes = enumerate(self.all_gather(error is not None))
+            failed = [rank for rank, has_failed in outcomes if has_failed]
             if failed and failed[0] != self.rank:
                 error = RefusedElsewhere(f"refused by rank {failed[0]}")
             if failed:
@@ -167,14 +166,10 @@ class Group:
         raises an error.
         """
         leads = self.launch.local_rank == 0
-        if not leads:
+        for turn_of_leaders in (True, False):
             with self.agreement():
-                pass
-        with self.agreement():
-            yield
-        if leads:
-            with self.agreement():
-                pass
+                if leads == turn_of_leaders:
+                    yield
 
     # -- training ------------------------------------------------------------------------------
 
@@ -339,9 +334,8 @@ class Group:
 
         If torchrun started this process and has ended, the result is SIGTERM.
         """
-        if self.stop.received is None and os.getppid() != self._launcher:
-            return signal.SIGTERM
-        return self.stop.received or 0
+        is_orphan = os.getppid() != self._launcher
+        return self.stop.received or (signal.SIGTERM if is_orphan else 0)
 
 
 ALONE = Group()

@@ -12,7 +12,6 @@ from cnn.metrics.scores import Metrics
 from cnn.training.distributed import ALONE, Group
 from cnn.training.optim import freeze
 from cnn.training.run import Run
-from cnn.training.state import TrainingState
 from cnn.utils import seeding
 from cnn.utils.module_state import state_preserved
 
@@ -40,7 +39,9 @@ def train_one_epoch(run: Run, batches: Iterable[Batch]) -> Iterator[int]:
         group.broadcast_module(state.loss)
         metrics = RunningMetrics(state.device)
         for number, (images, labels, count) in enumerate(step):
-            seed_batch(run, number)
+            # Keyed by the step and not by what was drawn before, so that a resumed run draws alike.
+            key = (seeding.STEP, state.step, number, *group.key)
+            seeding.seed_step(state.device, run.cfg.seed, *key)
             with group.no_sync(run.train_model, number + 1 < len(step)), run.autocast():
                 logits = run.train_model(images)
             loss = compute_loss(run.loss, logits, labels)
@@ -48,7 +49,8 @@ def train_one_epoch(run: Run, batches: Iterable[Batch]) -> Iterator[int]:
             # Multiplied by group.size, the average of gradients over the processes is their sum.
             state.scaler.scale(loss * (weights[number] / total_weight * group.size)).backward()
         if cfg.clip_grad_norm is not None:
-            clip_gradients(state, cfg.clip_grad_norm)
+            state.scaler.unscale_(state.optimizer)  # the gradients of fp16 are scaled up
+            nn.utils.clip_grad_norm_(state.parameters(), cfg.clip_grad_norm)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
@@ -123,34 +125,6 @@ def in_chunks(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
     # loading first keeps their draws apart.
     batches = iter(batches)
     return iter(lambda: list(itertools.islice(batches, size)), [])
-
-
-def seed_batch(run: Run, number: int) -> None:
-    """Seeds the global random generators for a training batch.
-
-    The seed depends on the run, the optimizer step, the batch and the process. A resumed run thus
-    draws the same random numbers, for example for dropout.
-
-    Args:
-        run: the run, before its next optimizer step.
-        number: the index of the batch within the optimizer step.
-    """
-    key = (seeding.STEP, run.state.step, number, *run.group.key)
-    seeding.seed_step(run.state.device, run.cfg.seed, *key)
-
-
-def clip_gradients(state: TrainingState, max_norm: float) -> None:
-    """Limits the norm of all gradients together.
-
-    Args:
-        state: the state of the run. The gradients of all parameters in the optimizer are changed in
-            place. The scale factor of fp16 gradients is removed before the norm is computed.
-        max_norm: the largest permitted L2 norm. If the norm is larger, all gradients are multiplied
-            by the same factor.
-    """
-    state.scaler.unscale_(state.optimizer)
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
 def set_training_mode(model: nn.Module) -> None:

@@ -53,11 +53,6 @@ class Run:
     trace: Any = None
 
     @property
-    def steps_per_epoch(self) -> int:
-        """The number of optimizer steps per epoch."""
-        return num_steps(self.cfg, self.train_loader)
-
-    @property
     def environment(self) -> dict[str, Any]:
         """The versions, the hardware and the precision of the run, as plain values."""
         return self.metadata["environment"]
@@ -102,13 +97,3 @@ class Run:
         if self.trace is None:
             return batches
         return self.trace.record(batches, self.state, part, metrics)
-
-
-def num_steps(cfg: Config, loader: Loader) -> int:
-    """Returns the number of optimizer steps per epoch.
-
-    Args:
-        cfg: the settings. The number of batches per optimizer step is `train.accumulate`.
-        loader: the loader of the training images.
-    """
-    return -(-len(loader) // cfg.train.accumulate)

@@ -29,6 +29,9 @@ class Schedule:
         epochs: the number of epochs of the whole run.
         mode: "min" if lower values of the monitored metric are better, "max" if higher values are
             better.
+
+    Attributes:
+        steps_per_epoch: the number of optimizer steps per epoch.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from cnn.training.engine import set_training_mode
 from cnn.training.losses import build_loss, class_weights, has_state
 from cnn.training.optim import build_optimizer
 from cnn.training.resume import Checkpoint, restore
-from cnn.training.run import Run, num_steps
+from cnn.training.run import Run
 from cnn.training.schedule import Schedule
 from cnn.training.shared_data import build_once_per_node
 from cnn.training.state import TrainingState
@@ -61,15 +61,15 @@ def build_run(
         env.make_deterministic()
     data = build_once_per_node(group, lambda: build_data(cfg.data, cfg.seed))
     if checkpoint is not None:
-        saved = checkpoint.content["preprocessing"]
-        data = data.with_preprocessing(Preprocessing.from_checkpoint(checkpoint.path, saved))
+        saved = Preprocessing.from_checkpoint(checkpoint.path, checkpoint.content["preprocessing"])
+        data = dataclasses.replace(data, preprocessing=saved)
     check_monitor(cfg.checkpoint.monitor, data)
     if max_batches is not None:
         data = data.head(max_batches * cfg.data.batch_size)
     model = _build_model(cfg, data, device, precision, group, from_scratch=checkpoint is None)
     loss = build_loss(cfg.loss, data.train.labels, data.classes).to(device)
     loaders = _build_loaders(cfg, data, device, group)
-    state = _build_state(cfg, model, loss, num_steps(cfg, loaders[0]), precision)
+    state = _build_state(cfg, model, loss, len(loaders[0]), precision)
     train_model = group.wrap(torch.compile(model) if cfg.train.compile else model)
     if 1 in loaders[0].sizes:
         check_one_image(model, data.preprocessing.shape)
@@ -154,14 +154,14 @@ def _build_loaders(cfg: Config, data: Data, device: torch.device, group: Group) 
 
 
 def _build_state(
-    cfg: Config, model: nn.Module, loss: nn.Module, steps_per_epoch: int, precision: str
+    cfg: Config, model: nn.Module, loss: nn.Module, num_batches: int, precision: str
 ) -> TrainingState:
     device, optimizer = next(model.parameters()).device, build_optimizer(cfg.optim, model)
-    better = mode(cfg.checkpoint.monitor)
+    steps, better = -(-num_batches // cfg.train.accumulate), mode(cfg.checkpoint.monitor)
     return TrainingState(
         model,
         optimizer,
-        Schedule(cfg.schedule, optimizer, steps_per_epoch, cfg.train.epochs, better),
+        Schedule(cfg.schedule, optimizer, steps, cfg.train.epochs, better),
         torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         device,
         ema_decay=cfg.train.ema_decay,

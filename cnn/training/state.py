@@ -151,7 +151,7 @@ class TrainingState:
             for name, tensor in (saved[part] or {}).items():
                 if isinstance(weights.get(name), torch.Tensor):  # else a module's extra state
                     check_like(tensor, weights[name], f"{part}.{name}")
-        parameters, of_optimizer = self._parameters(), saved["optimizer_state_dict"]
+        parameters, of_optimizer = self.parameters(), saved["optimizer_state_dict"]
         indices = [i for group in of_optimizer["param_groups"] for i in group["params"]]
         if indices != list(range(len(parameters))):
             raise ValueError(
@@ -178,7 +178,7 @@ class TrainingState:
             saved: a state dict of the optimizer.
         """
         built = [dict(group) for group in self.optimizer.param_groups]
-        is_own, parameters = self._is_own_optimizer(), self._parameters()
+        is_own, parameters = self._is_own_optimizer(), self.parameters()
         state = clone_tree(saved["state"])
         if not is_own:
             state = {n: laid_out_like(part, parameters[n]) for n, part in state.items()}
@@ -204,7 +204,7 @@ class TrainingState:
         Args:
             saved: the saved state of each parameter, by the index of the parameter.
         """
-        parameters = self._parameters()
+        parameters = self.parameters()
         for index in [
             i for i, state in saved.items() if type(i) is int and isinstance(state, dict)
         ]:
@@ -213,7 +213,7 @@ class TrainingState:
                 if getattr(loaded.get(name), "dtype", None) != getattr(value, "dtype", "none"):
                     loaded[name] = clone_tree(value, parameters[index].device)
 
-    def _parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[nn.Parameter]:
         """Returns the optimizer's parameters, in the order of the optimizer's state dict."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 

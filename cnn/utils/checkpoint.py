@@ -102,11 +102,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """
     content = read_plain_values(path)
     _check_kind(path, content)
-    values = {
-        key: value
-        for key, value in content.items()
-        if not (isinstance(key, str) and key.endswith("_dict"))
-    }
+    states = {key for key in content if isinstance(key, str) and key.endswith("_dict")}
+    values = {key: value for key, value in content.items() if key not in states}
     try:
         structure.check_values(values)
         structure.check(values, structure.METADATA)

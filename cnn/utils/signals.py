@@ -165,6 +165,21 @@ def signals_deferred() -> Iterator[None]:
         stop.raise_received()
 
 
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Makes signals wait until the end of the `with` block, in new processes too.
+
+    A process that is started in the block begins with blocked signals, and runs no signal handler
+    of this process. Stopped is raised as by `signals_deferred`.
+    """
+    with signals_deferred():  # signals can reach another thread, which does not block them
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def stop_with_parent() -> None:
     """Makes this process receive SIGTERM when the parent process ends.
 
