@@ -15,13 +15,11 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-
-Result = TypeVar("Result")
 
 # In a forked process, `thread` does what the main thread cannot do.
 _process = SimpleNamespace(lock=threading.Lock(), thread=None)
@@ -76,7 +74,7 @@ class OwnGenerator(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def call_in_new_thread(function: Callable[[], Result]) -> Result:
+def call_in_new_thread(function: Callable[[], Any]) -> Any:
     """Calls a function in a new thread, and returns the result.
 
     A new thread has none of the settings that torch keeps for each thread, such as a default
@@ -87,7 +85,7 @@ def call_in_new_thread(function: Callable[[], Result]) -> Result:
         return thread.submit(function).result()
 
 
-def call_after_fork(function: Callable[[], Result]) -> Result:
+def call_after_fork(function: Callable[[], Any]) -> Any:
     """Calls a function that uses the threads of torch, and returns the result.
 
     In the main thread of a forked process, the function is called in another thread. Without this,

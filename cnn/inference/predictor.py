@@ -35,8 +35,8 @@ from cnn.inference.trained_model import TrainedModel, load_trained_model
 from cnn.utils import seeding
 from cnn.utils.cpus import usable_cpus
 
-Picture = str | os.PathLike | bytes | BinaryIO | Image.Image | np.ndarray
-PICTURES = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)
+Encoded = bytes | bytearray | memoryview
+Picture = str | os.PathLike | Encoded | BinaryIO | Image.Image | np.ndarray
 TAKEN = (
     "expected a path, the bytes of an image file, a file open for reading in binary mode, a PIL"
     " image that is not closed, or a uint8 array (H, W), (H, W, 3) as RGB, or (H, W, 4)"
@@ -247,7 +247,7 @@ def load(checkpoint: str | os.PathLike, *settings: str) -> Predictor:
 
 def _is_single(pictures: object) -> bool:
     """Returns whether an argument is one picture, or something that is no list of pictures."""
-    is_picture = isinstance(pictures, (*PICTURES, torch.Tensor)) or hasattr(pictures, "read")
+    is_picture = isinstance(pictures, Picture | torch.Tensor) or hasattr(pictures, "read")
     return is_picture or not isinstance(pictures, Iterable)
 
 
@@ -262,7 +262,7 @@ def _to_image(picture: object) -> Image.Image:
     """
     if isinstance(picture, str | os.PathLike):
         return open_image(picture)
-    if isinstance(picture, bytes | bytearray | memoryview):
+    if isinstance(picture, Encoded):
         return open_image(io.BytesIO(picture))
     if isinstance(picture, np.ndarray):
         got = f"{picture.dtype} {picture.shape}"
