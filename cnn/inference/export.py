@@ -236,6 +236,7 @@ FORMATS: dict[str, tuple[Callable[[TrainedModel], bytes], Callable[[bytes], Infe
     "weights": (to_weights, from_weights),
 }
 
+
 def _program(trained: TrainedModel) -> torch.export.ExportedProgram:
     """Returns the graph that torch.export makes of a model and its normalization.
 
