@@ -62,9 +62,7 @@ class OwnGenerator(TorchDispatchMode):
     generator, which all functions of torch.nn.init use.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._generator = torch.Generator()
+    _generator = torch.Generator()  # of all threads, since nobody needs its numbers again
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Calls an operation of torch, with the generator if the operation takes one."""
