@@ -109,6 +109,7 @@ def evaluate_checkpoint(command: Command) -> None:
     The evaluation is the same as during training. With --json, the metrics are written to a JSON
     file, too. With --figure, the confusion matrix is drawn in a PNG file.
     """
+    from cnn.datasets.decode import silence_pillow
     from cnn.datasets.loader import build_loader
     from cnn.inference import evaluation
     from cnn.inference.trained_model import load_trained_model
@@ -118,6 +119,7 @@ def evaluate_checkpoint(command: Command) -> None:
     from cnn.utils.environment import make_deterministic
     from cnn.utils.progress import show_progress
 
+    silence_pillow()
     split, trained = command.split, load_trained_model(command.checkpoint, command.settings)
     command.places.update(trained.places)
     cfg, classes, device = trained.cfg, trained.classes, trained.device

@@ -135,9 +135,11 @@ def export_checkpoint(command: Command) -> None:
         Refused: the checkpoint cannot be loaded, or the model cannot be exported.
         Failed: the logits of the two models differ, or the file cannot be written.
     """
+    from cnn.datasets.decode import silence_pillow
     from cnn.inference.export import export_model
     from cnn.inference.trained_model import load_trained_model
 
+    silence_pillow()
     trained = load_trained_model(command.checkpoint, [*command.settings, "device=cpu"])
     command.places.update(trained.places)
     logger.info("%s", trained)

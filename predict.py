@@ -152,8 +152,8 @@ def read_list(data: bytes) -> list[str]:
         raise Refused(f"{A_LIST} got none")
     first = paths[:NUM_CHECKED]
     if not any(map(os.path.lexists, first)):
-        names = ", ".join([*map(shorten_name, first[:NUM_NAMED]), "..."][: len(first)])
-        advice = "relative paths begin in the current folder"
+        names = ", ".join([*(path[:60] for path in first[:NUM_NAMED]), "..."][: len(first)])
+        advice = "write paths as they are, without quotes or patterns, in UTF-8"
         raise Refused(f"{A_LIST} got {names}, which do not exist; {advice}")
     for path in paths:
         # Whoever means a whole file system types the path; in a list the path is a mistake.

@@ -1,6 +1,7 @@
 """cnn.inference in a program of somebody else: its threads, generators, settings and forks."""
 
 import contextlib
+import errno
 import io
 import os
 import random
@@ -18,7 +19,7 @@ from conftest import TINY
 from PIL import Image
 
 import train as train_script
-from cnn.errors import BadImage
+from cnn.errors import BadImage, DataFailed
 from cnn.inference import load
 from cnn.inference.host import OwnGenerator
 
@@ -224,6 +225,58 @@ def test_so_is_one_of_somebodys_own(drawing, around):
     assert {p.dtype for p in predict.model.parameters()} == {torch.float32}
 
 
+OF_OTHERS = """
+import torch
+from cnn.inference import load
+class Net(torch.nn.Module):
+    def __init__(self, num_classes, in_channels):
+        super().__init__()
+        self.part = load("part.pth", "model.name=draws_in_a_host:Net").model
+    def forward(self, images):
+        return self.part(images)
+"""
+
+
+def test_a_model_that_loads_another_one_is_loaded(drawing, monkeypatch):
+    monkeypatch.syspath_prepend(".")
+    Path("part.pth").write_bytes(drawing.read_bytes())
+    Path("made_of_another.py").write_text(OF_OTHERS)
+    words = ["model.name=made_of_another:Net", "model.args={}", "data.name=digits", "data.args={}"]
+    assert train_script.main([*TINY, *words, "train.epochs=1"]) == 0
+    loaded = []
+    arguments = "checkpoints/best.pth", "model.name=made_of_another:Net"
+    thread = threading.Thread(target=lambda: loaded.append(load(*arguments)), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert loaded, "it waits for itself"
+    assert loaded[0](RGB[:8, :8, 0]) == loaded[0](RGB[:8, :8, 0])
+
+
+FIRST_LOADS = """
+import sys, threading, warnings
+from cnn.inference import load
+before = warnings.filters[:]
+threads = [threading.Thread(target=load, args=(sys.argv[1],)) for _ in range(3)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert warnings.filters == before
+"""
+
+
+def test_the_filters_of_warnings_stay_when_several_threads_load_at_first(best):
+    run_program(FIRST_LOADS, str(best))
+
+
+def test_files_that_the_process_cannot_open_are_no_bad_pictures(best, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    predict = load(best)
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(DataFailed, match="Too many open files"):
+        predict("a.png")
+
+
 # ---------------------------------------------------------------------------------------------
 # Forks
 
@@ -331,7 +384,7 @@ NOT_TAKEN = {
     "a closed file": (lambda: closed(opened("a.png")), "seek of closed file"),
     "a closed picture": (lambda: closed(Image.open("a.png")), "Operation on closed image"),
     "a closed array": (lambda: closed(Image.fromarray(RGB)), "Operation on closed image"),
-    "a picture after its with": (after_its_with, "a PIL image that is not closed"),
+    "a picture after its with": (after_its_with, "AssertionError; expected a path"),
     "a broken stream": (Broken, "connection lost"),
     "a list in a list": (lambda: ["a.png"], "got list"),
     "the name of a file as bytes": (lambda: b"a.png", "cannot identify image file"),
@@ -352,9 +405,7 @@ def test_what_is_no_picture_is_named_and_the_others_are_predicted(best, make, ex
             predict(one)
         assert [type(answer) for answer in predict.predict_each(one)] == [BadImage]
     if "got" in expected:
-        assert "expected a path, the bytes of an image file, a file open for reading" in str(
-            said[1]
-        )
+        assert "; expected a path, bytes of an image file, an open binary file" in str(said[1])
 
 
 @pytest.mark.parametrize("top", [0, -1, 1.5, "2", True])

@@ -350,7 +350,7 @@ def test_more_pictures_than_a_batch_come_in_their_order(colour):
         ("nowhere.png", "nowhere.png: the file is gone"),
         (
             np.zeros((4, 4)),
-            "uint8 array (H, W), (H, W, 3) as RGB, or (H, W, 4); got float64 (4, 4)",
+            "picture: got float64 (4, 4); expected a path, bytes of an image file",
         ),
         (Image.new("La", (4, 4)), "conversion from La to L not supported"),
     ],
@@ -500,7 +500,7 @@ NO_LISTS = {
     "no UTF-8 after its mark": (b"\xef\xbb\xbfin/b.png\n\xff.png\n", "the byte 0xff"),
     "a table": (
         TABLE_OF_PREDICTIONS,
-        "got image,prediction,prob…, in/b.png,cat,0.9, which do not",
+        "got image,prediction,probability, in/b.png,cat,0.9, which do not",
     ),
     "a JPEG": (saved("jpeg"), "stdin: expected a list"),
     "a PNG": (saved("png"), "stdin: expected a list"),

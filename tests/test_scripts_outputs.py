@@ -105,7 +105,7 @@ def test_a_file_of_another_kind_is_kept(option, folder, tmp_path, monkeypatch, c
         before = contents(Path())
         assert OPTIONS[option](name) == 2, file
         said = capfd.readouterr().err
-        kept = f"{name} is not replaced: it is", f"got {file}, which this command uses already"
+        kept = f"{name} is not replaced: it is", f"got {file}, used here already"
         assert said.startswith("error: --") and any(words in said for words in kept), said
         assert said.count("\n") == 1
         assert contents(Path()) == before, file
@@ -161,9 +161,7 @@ def test_two_outputs_in_one_file_and_the_input_are_refused(folder, monkeypatch, 
     assert evaluate.main(["--json", "x.png", "--figure", "./x.png", *BEST]) == 2
     assert export.main(["--format", "weights", "--output", BEST[1], *BEST]) == 2
     said = capfd.readouterr().err
-    assert (
-        "--figure: expected a file of its own, got x.png, which this command uses already" in said
-    )
+    assert "--figure: expected a file of its own, got x.png, used here already" in said
     assert "--output: expected a file of its own, got checkpoints/a/best.pth" in said
     assert not Path("x.png").exists()
 

@@ -116,7 +116,9 @@ def test_images_are_decoded_on_the_cpus_that_the_process_may_use(monkeypatch, tr
     monkeypatch.setattr(
         ThreadPoolExecutor,
         "__init__",
-        lambda self, number=None: (asked.append(number), pool(self, number))[1],
+        lambda self, number=None, name="": (name or asked.append(number), pool(self, number, name))[
+            1
+        ],
     )
     for name in "abcdef":
         Path("photos", "xy"[name < "d"]).mkdir(parents=True, exist_ok=True)
@@ -126,7 +128,7 @@ def test_images_are_decoded_on_the_cpus_that_the_process_may_use(monkeypatch, tr
     try:
         os.sched_setaffinity(0, {min(before)})
         assert train(*data, "data.in_memory=true", "data.val_fraction=0.4") == 0
-        load("checkpoints/last.pth")("photos/x/d.png")
+        load("checkpoints/last.pth")(["photos/x/d.png", "photos/x/e.png"])
     finally:
         os.sched_setaffinity(0, before)
     assert asked == [1, 1, 1], "threads that look at the images, fill the cache, and predict"

@@ -11,7 +11,7 @@ import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 # What a resume does with a key whose value differs from the checkpoint's.
 FREE = "taken"  # may change: paths, workers, epochs
@@ -19,8 +19,6 @@ ASKED = "taken only when typed on the command line"  # changes the mathematics: 
 FIXED = "cannot change"  # the weights or the order of the images depend on it
 
 IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-
-T = TypeVar("T")
 
 # The further metadata that `setting` takes, with their defaults.
 METADATA: dict[str, Any] = {
@@ -409,7 +407,7 @@ def required_keys(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is MISSING]
 
 
-def with_values(cfg: T, **sections: Any) -> T:
+def with_values(cfg: Any, **sections: Any) -> Any:
     """Returns a copy of a configuration with some values replaced.
 
     An example is `with_values(cfg, run="a", train={"epochs": 3})`.

@@ -11,7 +11,6 @@ import numpy as np
 
 from cnn.config import DataConfig, is_import_path
 from cnn.datasets import digits, folder_and_csv, synthetic, torchvision_datasets
-from cnn.datasets.decode import silence_pillow
 from cnn.datasets.division import Splits, divide
 from cnn.datasets.images import FileImages, Images, UserImages
 from cnn.datasets.preprocessing import Preprocessing
@@ -143,7 +142,6 @@ def read_splits(
     Raises:
         Refused: the data cannot be read, or the dataset does not accept a keyword in `cfg.args`.
     """
-    silence_pillow()
     try:
         if not is_import_path(cfg.name):
             return DATASETS[cfg.name](cfg, model_classes)

@@ -37,7 +37,6 @@ SHAPES = {"images": {0: torch.export.Dim("batch", min=1)}}  # any batch size
 SEED = 2**62 + 1  # for initial weights that differ from those of the training
 GRAPHS_ONLY = "its forward must not branch on values; --format weights exports any model"
 TORCH_OPSET = 18  # the lowest opset that torch.onnx can write; onnx converts to lower ones
-OTHER_OPSET = "expected a higher opset, or none"
 ONNX = {"dynamo": True, "verbose": False, "output_names": ["logits"], "dynamic_shapes": SHAPES}
 
 # Takes pixels in 0..1 (N, C, H, W), returns logits (N, classes).
@@ -164,10 +163,9 @@ def to_onnx(trained: TrainedModel, opset: int | None = None) -> bytes:
     """
     import onnx
 
-    name = trained.cfg.model.name
-    fault, advice = f"model.name: torch.onnx cannot export {name}", GRAPHS_ONLY
+    fault, advice = f"model.name: torch.onnx cannot export {trained.cfg.model.name}", GRAPHS_ONLY
     if opset:
-        fault, advice = f"--opset: {name} cannot be exported with opset {opset}", OTHER_OPSET
+        fault, advice = f"{fault} with opset {opset}", "expected a higher opset, or none"
     program = _program(trained)
     with _refusing(fault, advice):
         version = opset and max(opset, TORCH_OPSET)

@@ -11,7 +11,9 @@ its threads waits for them forever, unless it calls torch from another thread.
 import contextlib
 import os
 import random
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -21,12 +23,14 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+LOADING = "cnn-load"  # the beginning of the name of a thread that loads a model
+
 # In a forked process, `thread` does what the main thread cannot do.
-_process = SimpleNamespace(lock=threading.Lock(), thread=None)
+_process = SimpleNamespace(lock=threading.RLock(), thread=None)
 
 
 def _after_fork() -> None:
-    _process.lock, _process.thread = threading.Lock(), ThreadPoolExecutor(1)
+    _process.lock, _process.thread = threading.RLock(), ThreadPoolExecutor(1)
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
@@ -72,15 +76,26 @@ class OwnGenerator(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def call_in_new_thread(function: Callable[[], Any]) -> Any:
+def in_new_thread(function: Callable[[], Any]) -> Any:
     """Calls a function in a new thread, and returns the result.
 
     A new thread has none of the settings that torch keeps for each thread, such as a default
     device, autocast or inference mode. The threads that torch starts for the function end with the
     new thread. A process can therefore be forked after the call.
+
+    A call within such a call, as of a model that loads other models, stays in the same thread.
     """
-    with ThreadPoolExecutor(1) as thread:
+    if threading.current_thread().name.startswith(LOADING):
+        return function()
+    with ThreadPoolExecutor(1, LOADING) as thread:
         return thread.submit(function).result()
+
+
+def import_torchvision() -> None:
+    """Imports torchvision, and restores the filters for warnings that the import changes."""
+    if "torchvision" not in sys.modules:
+        with _process.lock, warnings.catch_warnings():
+            import torchvision  # noqa: F401
 
 
 def call_after_fork(function: Callable[[], Any]) -> Any:

@@ -12,12 +12,10 @@ A picture is prepared as a validation image is: `decode`, `resize_and_crop`, `No
 import contextlib
 import io
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,17 +28,15 @@ from cnn.datasets.loader import EVALUATION_BATCHES
 from cnn.datasets.order import split_epoch
 from cnn.datasets.preprocessing import Normalize, resize_and_crop
 from cnn.errors import BadImage, DataFailed, Refused
-from cnn.inference.host import call_after_fork, call_in_new_thread, generators_borrowed
+from cnn.inference import host
 from cnn.inference.trained_model import TrainedModel, load_trained_model
 from cnn.utils import seeding
 from cnn.utils.cpus import usable_cpus
 
 Encoded = bytes | bytearray | memoryview
 Picture = str | os.PathLike | Encoded | BinaryIO | Image.Image | np.ndarray
-TAKEN = (
-    "expected a path, the bytes of an image file, a file open for reading in binary mode, a PIL"
-    " image that is not closed, or a uint8 array (H, W), (H, W, 3) as RGB, or (H, W, 4)"
-)
+ARRAY = "a uint8 array (H, W), (H, W, 3) as RGB, or (H, W, 4)"
+TAKEN = f"expected a path, bytes of an image file, an open binary file or PIL image, or {ARRAY}"
 
 
 @dataclass(frozen=True)
@@ -123,13 +119,16 @@ class Predictor:
         exception and continues with the next picture.
 
         Args:
-            pictures: the pictures, of the types that `__call__` takes.
+            pictures: the pictures, of the types that `__call__` takes. All are taken from an
+                iterator before the first prediction.
             top: the number of most probable classes in a prediction. None means all classes.
 
         Raises:
             ValueError: `top` is not a whole number of at least 1.
         """
-        if top is not None and (isinstance(top, bool) or not isinstance(top, Integral) or top < 1):
+        if top is not None and (
+            isinstance(top, bool) or not isinstance(top, int | np.integer) or top < 1
+        ):
             expected = "a whole number of at least 1, or None for all classes"
             raise ValueError(f"top: expected {expected}, got {top!r}")
         return self._predict_each([pictures] if _is_single(pictures) else list(pictures), top)
@@ -140,7 +139,7 @@ class Predictor:
         for number, images in enumerate(self._decode_batches(pictures)):
             good = [image for image in images if isinstance(image, torch.Tensor)]
             predict = partial(self._predict_batch, good, number, top)
-            predictions = iter(call_after_fork(predict) if good else [])
+            predictions = iter(host.call_after_fork(predict) if good else [])
             for image in images:
                 yield image if isinstance(image, BadImage) else next(predictions)
 
@@ -157,7 +156,7 @@ class Predictor:
             size). For a picture that cannot be read, the entry is a BadImage exception.
         """
         if len(pictures) == 1:
-            yield [call_after_fork(partial(self._prepare, pictures[0]))]
+            yield [host.call_after_fork(partial(self._prepare, pictures[0]))]
             return
         start, upcoming = 0, []
         is_distinct = len(set(map(id, pictures))) == len(pictures)  # no two threads read one file
@@ -184,13 +183,13 @@ class Predictor:
         """
         try:
             pixels = to_array(_to_image(picture), self._pre.channels)
-        except DataFailed:
+        except (DataFailed, MemoryError):
             raise
         except Exception as error:  # noqa: BLE001  a file that is no file of Python raises anything
             reason = str(error) or type(error).__name__
             if isinstance(picture, str | os.PathLike):
                 return BadImage(f"{os.fspath(picture)}: {reason}")
-            return BadImage(f"picture: {TAKEN}; {reason}")
+            return BadImage(f"picture: {reason}; {TAKEN}")
         return resize_and_crop(torch.from_numpy(pixels), self._pre.image_size)
 
     @torch.no_grad()
@@ -213,7 +212,7 @@ class Predictor:
         with contextlib.ExitStack() as stack:
             if trained.draws:
                 key = (trained.cfg.seed, seeding.EVALUATE, trained.seed_epoch("val"), batch_index)
-                stack.enter_context(generators_borrowed(trained.device))
+                stack.enter_context(host.generators_borrowed(trained.device))
                 seeding.seed_step(trained.device, *key)
             stack.enter_context(trained.autocast())
             logits = self.model(batch).float()
@@ -240,9 +239,8 @@ def load(checkpoint: str | os.PathLike, *settings: str) -> Predictor:
             also raised if the checkpoint names Python code outside the current folder. Refused is a
             subclass of ValueError.
     """
-    with warnings.catch_warnings(action="ignore"):
-        import torchvision  # noqa: F401  needed later; its import adds filters for warnings
-    return call_in_new_thread(lambda: Predictor(load_trained_model(Path(checkpoint), settings)))
+    host.import_torchvision()
+    return host.in_new_thread(lambda: Predictor(load_trained_model(Path(checkpoint), settings)))
 
 
 def _is_single(pictures: object) -> bool:

@@ -38,7 +38,7 @@ class TrainedModel:
         preprocessing: the size, the number of channels and the normalization of the images.
         device: the device of the model.
         precision: the precision of a forward pass: "fp32", "bf16" or "fp16".
-        draws: whether the model draws random numbers in evaluation mode.
+        draws: whether the model seems to draw random numbers in evaluation mode.
     """
 
     path: Path
@@ -142,9 +142,9 @@ def _build_model(
 
 
 def _draws(model: nn.Module, pre: Preprocessing, device: torch.device) -> bool:
-    """Returns whether a model in evaluation mode draws random numbers.
+    """Returns whether a model in evaluation mode computes different logits each time.
 
-    Such a model computes different logits each time.
+    A model that draws random numbers does.
 
     Args:
         model: the model, whose state is the same afterwards.

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cnn.utils.files import write_atomically
 from cnn.utils.screen import shorten_name
 
 if TYPE_CHECKING:
@@ -130,23 +129,9 @@ def png(draw: Callable[..., "Figure"], *args, mark: str = "", **kwargs) -> bytes
     """
     with _style(PNG_INK, PNG_GRID):
         figure, file = draw(*args, **kwargs), io.BytesIO()
-        figure.savefig(
-            file, format="png", dpi=110, facecolor="white", metadata={"Title": mark or None}
-        )
+        titles = {"Title": mark or None}
+        figure.savefig(file, format="png", dpi=110, facecolor="white", metadata=titles)
     return file.getvalue()
-
-
-def save_png(path: Path, draw: Callable[..., "Figure"], *args, **kwargs) -> None:
-    """Draws a figure and writes the figure to a PNG file.
-
-    Args:
-        path: the path of the PNG file. An existing file is replaced.
-        draw: a function that returns a figure, such as `draw_panels`.
-        args: the positional arguments of `draw`.
-        kwargs: the keyword arguments of `draw`.
-    """
-    data = png(draw, *args, **kwargs)
-    write_atomically(path, lambda file: file.write(data))
 
 
 @contextlib.contextmanager

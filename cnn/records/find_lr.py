@@ -18,6 +18,7 @@ from cnn.records import figures
 from cnn.training.engine import train_one_epoch
 from cnn.training.run import Run
 from cnn.training.setup import build_run
+from cnn.utils.outputs import write_output
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def range_test(cfg: Config) -> None:
         xscale="log",
     )
     PICTURE.parent.mkdir(exist_ok=True)
-    figures.save_png(PICTURE, figures.draw_panels, [panel], width=6.4, height=4.0)
+    write_output(PICTURE, figures.png(figures.draw_panels, [panel], width=6.4, height=4.0))
     logger.info("drawn in %s", PICTURE)
 
 

@@ -23,6 +23,7 @@ from cnn.records.figures import COLOURS, ORANGE, Curve, Panel
 from cnn.records.pages import CLASS_HEAD, class_rows, format_metric, render
 from cnn.training.run import Run
 from cnn.utils.files import write_text
+from cnn.utils.outputs import write_output
 from cnn.utils.progress import format_duration
 from cnn.utils.screen import shorten_name
 
@@ -58,13 +59,13 @@ class Report:
         matrix of the best epoch's validation is used. Without predictions, confusion_matrix.png is
         not written.
         """
-        figures.save_png(self.logs.curves, figures.draw_panels, self._panels())
+        write_output(self.logs.curves, figures.png(figures.draw_panels, self._panels()))
         split = "test" if "test" in self.state.predictions else "val"
         if split in self.state.predictions:
             title = "test" if split == "test" else f"validation, epoch {self.state.best['epoch']}"
             matrix, classes = self._confusion(split), self.run.data.classes
-            path = self.logs.confusion_matrix
-            figures.save_png(path, figures.draw_confusion, matrix, classes, title)
+            picture = figures.png(figures.draw_confusion, matrix, classes, title)
+            write_output(self.logs.confusion_matrix, picture)
 
     # -- from the state -------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import torch
 
 from cnn.datasets.build import Data
 from cnn.datasets.cache import remove_leftovers
+from cnn.datasets.decode import silence_pillow
 from cnn.datasets.images import UserImages
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def build_once_per_node(group: "Group", build: Callable[[], Data]) -> Data:
     Raises:
         Refused: a process on any machine cannot build the data.
     """
+    silence_pillow()
     if group.size == 1:
         return build()
     leads = group.launch.local_rank == 0

@@ -85,9 +85,11 @@ def import_object(path: str, key: str) -> Any:
     module_name, _, name = path.partition(":")
     _search_here()
     try:
-        # A module that another thread is importing is taken as far as it is: this thread may be the
-        # one that the import waits for.
-        module = sys.modules.get(module_name) or importlib.import_module(module_name)
+        # If another thread is importing the module, that thread may be waiting for this one. So the
+        # module is taken as it is if it has the object already.
+        module = sys.modules.get(module_name)
+        if not hasattr(module, name):
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and not module_name.startswith(error.name):
             raise  # the module exists; one that it imports does not

@@ -37,9 +37,8 @@ def check_output(option: str, path: Path, kind: Kind, others: Iterable[Path | No
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise Refused(f"{option}: expected a file in a folder that exists, got {path}")
-    used = f"got {path}, which this command uses already"
     if any(other is not None and target == Path(os.path.realpath(other)) for other in others):
-        raise Refused(f"{option}: expected a file of its own, {used}")
+        raise Refused(f"{option}: expected a file of its own, got {path}, used here already")
     if not target.exists():
         return
     if not target.is_file():
