@@ -88,6 +88,12 @@ class DataConfig:
 
     name: str = setting("digits", "dataset", FIXED, choices=DATA_NAMES, names_code=True)
     root: str = setting("data", "folder of the files; for csv, the file", FREE, experiment=True)
+    layout: str = setting(
+        "auto",
+        "what the folders in root are: classes, or splits that contain classes",
+        FIXED,
+        choices=("auto", "classes", "splits"),
+    )
     download: bool = setting(False, "download missing files of a known dataset", FREE)
     args: dict[str, Any] = setting({}, "keyword arguments of synthetic or your own dataset", FIXED)
     batch_size: int = setting(64, "images per batch, over all processes", FIXED, least=1)
@@ -115,7 +121,17 @@ class DataConfig:
     in_memory: bool | str = setting(
         "auto", "keep decoded images in memory; auto: if they fit", FIXED, choices=("auto",)
     )
+    value_range: list[float] | None = setting(
+        None, "values that become black and white; null: found where images have over 8 bits", FIXED
+    )
     on_bad_image: str = setting("stop", "if an image is broken", FIXED, choices=("stop", "skip"))
+    on_duplicate: str = setting(
+        "drop",
+        "copies in several splits: drop all but one, keep, or stop; ignore: do not look for copies",
+        FIXED,
+        choices=("drop", "keep", "stop", "ignore"),
+    )
+    verify: bool = setting(False, "read every file at the start, though it seems unchanged", FREE)
     tag: str | None = setting(None, "name of the data, for file names", FREE, experiment=True)
 
 

@@ -4,16 +4,21 @@ import logging
 import os
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from cnn.config import DataConfig, is_import_path
-from cnn.datasets import digits, folder_and_csv, synthetic, torchvision_datasets
+from cnn.datasets import digits, synthetic, torchvision_datasets
 from cnn.datasets.division import Splits, divide
+from cnn.datasets.findings import Findings
+from cnn.datasets.folders import list_folder
 from cnn.datasets.images import FileImages, Images, UserImages
+from cnn.datasets.listing import Listing, read_listing
 from cnn.datasets.preprocessing import Preprocessing
+from cnn.datasets.tables import list_table
 from cnn.errors import Refused
 from cnn.utils.importing import import_object
 
@@ -22,7 +27,17 @@ logger = logging.getLogger(__name__)
 DEFAULT_IMAGE_SIZE = 224  # pixels, for images of several sizes if the user sets no size
 
 
-def _load_synthetic(cfg: DataConfig, _) -> tuple[Splits, list[str]]:
+def _load_files(
+    list_files: Callable[..., Listing],
+    cfg: DataConfig,
+    classes: list[str] | None,
+    findings: Findings,
+) -> tuple[Splits, list[str]]:
+    listing = list_files(cfg, findings, needs_train=classes is None)
+    return read_listing(listing, cfg, findings, classes)
+
+
+def _load_synthetic(cfg: DataConfig, *_) -> tuple[Splits, list[str]]:
     try:
         return synthetic.load(**cfg.args)
     except (ValueError, IndexError, MemoryError, OverflowError) as error:
@@ -30,16 +45,18 @@ def _load_synthetic(cfg: DataConfig, _) -> tuple[Splits, list[str]]:
 
 
 # Each entry loads the splits that exist and the class names. The second argument is the list of
-# classes of a model to evaluate, or None. Datasets with fixed classes ignore it.
-DATASETS: dict[str, Callable[[DataConfig, list[str] | None], tuple[Splits, list[str]]]] = {
+# classes of a model to evaluate, or None. Datasets with fixed classes ignore it. The third argument
+# gets the facts that the user has to know.
+Load = Callable[[DataConfig, list[str] | None, Findings], tuple[Splits, list[str]]]
+DATASETS: dict[str, Load] = {
     "digits": lambda *_: digits.load(),
     "synthetic": _load_synthetic,
     **{
-        name: lambda cfg, _, name=name: torchvision_datasets.load(name, cfg.root, cfg.download)
+        name: lambda cfg, *_, name=name: torchvision_datasets.load(name, cfg.root, cfg.download)
         for name in torchvision_datasets.FILES
     },
-    "folder": lambda cfg, classes: folder_and_csv.load_folder(cfg.root, cfg.on_bad_image, classes),
-    "csv": lambda cfg, classes: folder_and_csv.load_csv(cfg.root, cfg.on_bad_image, classes),
+    "folder": partial(_load_files, list_folder),
+    "csv": partial(_load_files, list_table),
 }
 
 
@@ -53,6 +70,7 @@ class Data:
         test: the test images.
         classes: the name of each class. The label of an image is an index into this list.
         preprocessing: the image size, the number of channels and the normalization for the model.
+        findings: the facts about the data that the user has to know.
     """
 
     train: Images
@@ -60,6 +78,7 @@ class Data:
     test: Images
     classes: list[str]
     preprocessing: Preprocessing
+    findings: Findings = field(default_factory=Findings)
 
     def head(self, number: int) -> "Data":
         """Returns the same data with only the first images of each split.
@@ -72,7 +91,7 @@ class Data:
         splits = (self.train, self.val, self.test)
         cut = [images.subset(np.arange(min(number, len(images)))) for images in splits]
         cut = [images.detached() if isinstance(images, FileImages) else images for images in cut]
-        return Data(*cut, self.classes, self.preprocessing)
+        return Data(*cut, self.classes, self.preprocessing, self.findings)
 
     def fingerprint(self) -> dict[str, int]:
         """Returns the image counts and a checksum of the data.
@@ -113,7 +132,8 @@ def build_data(cfg: DataConfig, seed: int) -> Data:
     Raises:
         Refused: the data cannot be read or cannot be divided.
     """
-    splits, classes = read_splits(cfg)
+    findings = Findings()
+    splits, classes = read_splits(cfg, findings)
     splits = divide(splits, cfg, seed)
     for split, images in splits.items():
         present = set(images.labels.tolist())
@@ -121,16 +141,17 @@ def build_data(cfg: DataConfig, seed: int) -> Data:
         if absent:
             logger.warning("%s has no image of: %s", split, ", ".join(absent[:20]))
     preprocessing = _choose_preprocessing(cfg, splits["train"])
-    return Data(splits["train"], splits["val"], splits["test"], classes, preprocessing)
+    return Data(splits["train"], splits["val"], splits["test"], classes, preprocessing, findings)
 
 
 def read_splits(
-    cfg: DataConfig, model_classes: list[str] | None = None
+    cfg: DataConfig, findings: Findings, model_classes: list[str] | None = None
 ) -> tuple[Splits, list[str]]:
     """Reads a dataset with the splits that the dataset comes with.
 
     Args:
         cfg: the section `data` of the settings.
+        findings: gets the facts about the data that the user has to know.
         model_classes: the class names of a model to evaluate, in the order of the model's outputs.
             The labels of image folders and CSV files are then indices into this list. Other
             datasets ignore this argument. If None, the dataset determines the classes.
@@ -144,7 +165,7 @@ def read_splits(
     """
     try:
         if not is_import_path(cfg.name):
-            return DATASETS[cfg.name](cfg, model_classes)
+            return DATASETS[cfg.name](cfg, model_classes, findings)
         found = import_object(cfg.name, "data.name")(root=cfg.root, **cfg.args)
     except TypeError as error:  # a keyword that the function does not take
         raise Refused(f"data.args: {cfg.name}: {error}") from error

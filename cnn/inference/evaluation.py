@@ -10,8 +10,9 @@ from torch import nn
 
 from cnn.datasets.build import Data, read_splits
 from cnn.datasets.division import Splits, divide
-from cnn.datasets.folder_and_csv import unknown_classes
+from cnn.datasets.findings import Findings
 from cnn.datasets.images import FileImages, Images
+from cnn.datasets.listing import unknown_classes
 from cnn.errors import Refused
 from cnn.inference.trained_model import TrainedModel
 from cnn.training.losses import build_loss, has_state
@@ -58,7 +59,7 @@ def choose_images(trained: TrainedModel, split: str) -> EvaluationData:
             command line names the data.
     """
     cfg = trained.cfg.data
-    splits, classes = read_splits(cfg, trained.classes)
+    splits, classes = read_splits(cfg, Findings(), trained.classes)
     source = cfg.name if cfg.name not in ("folder", "csv") else cfg.root
     parts = _divide_as_trained(trained, splits, classes)
     if parts is not None:

@@ -1,0 +1,44 @@
+"""What is noteworthy about a dataset: a line for the log, and the details for logs/data.txt."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact about a dataset that its user has to know.
+
+    Attributes:
+        line: the fact, in one line.
+        details: further lines, such as the paths of all files that are meant.
+    """
+
+    line: str
+    details: tuple[str, ...] = ()
+
+
+@dataclass
+class Findings:
+    """The facts about a dataset that its user has to know, such as which files are left out.
+
+    Attributes:
+        found: the facts, in the order in which they were found.
+    """
+
+    found: list[Finding] = field(default_factory=list)
+
+    def add(self, line: str, details: Sequence[str] = (), level: int = logging.INFO) -> None:
+        """Logs a fact in one line, and keeps it with its details for the data sheet.
+
+        Args:
+            line: the fact. It says what was found, what the run makes of it and, if the user can
+                choose otherwise, the setting for that.
+            details: further lines, such as paths. They are not logged.
+            level: the level of the line in the log. A fact that can be a mistake of the user is a
+                warning.
+        """
+        self.found.append(Finding(line, tuple(details)))
+        logger.log(level, "%s", line)
