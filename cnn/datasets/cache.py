@@ -1,32 +1,42 @@
 """A cache of image files, decoded once to the model's image size and kept between runs.
 
-A cache is a plain array of bytes in the user's cache folder, never beside the images. It is mapped
-into memory, so that processes share it. Its name contains a hash of the image files' names, sizes
-and times of change, so that a changed dataset gets another cache. It is renamed to this name only
-once it is complete.
+A cache is an array of bytes in the user's cache folder, never beside the images, followed by
+checksums. It is mapped into memory, so that processes share it. Its name contains a hash of the
+contents of the image files, so that a changed dataset gets another cache, whatever the names and
+times of the files say. It is renamed to this name only once it is complete.
 """
 
 import contextlib
 import hashlib
+import io
+import logging
+import math
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from cnn.datasets.decode import VERSION, decode
+from cnn.datasets.decode import DECODER, decode
 from cnn.datasets.preprocessing import resize_and_crop
 from cnn.errors import BadImage, Refused
 from cnn.utils.cpus import usable_cpus
 from cnn.utils.files import write_atomically
 
+logger = logging.getLogger(__name__)
+
 OLD = 24 * 3600  # seconds; no decoding takes a day
 CHUNK = 256  # images that are decoded together
+PIECE = 2**24  # bytes of pixels with one checksum
+CRC = np.dtype("<u4")
 
 
 def cache_folder() -> Path:
@@ -40,21 +50,22 @@ def cache_folder() -> Path:
     return Path(os.devnull if base.startswith("~") else base) / "cnn"
 
 
-def decode_all(
-    root: Path, paths: list[Path], scans: np.ndarray, size: int, channels: int
-) -> torch.Tensor:
+def content_hash(file: IO[bytes]) -> int:
+    """Returns a hash of 64 bits of a file that is open for reading in binary mode."""
+    return int.from_bytes(hashlib.file_digest(file, "sha256").digest()[:8])
+
+
+def decode_all(paths: list[Path], scans: np.ndarray, size: int, channels: int) -> torch.Tensor:
     """Returns the pixels of image files, resized and cropped to one size.
 
     The pixels are kept in a file in the user's cache folder. If the cache does not contain the
-    pixels, the image files are decoded. If the cache cannot be read or written, the pixels are only
-    in memory.
+    pixels, or is damaged, the image files are decoded. If the cache cannot be read or written, the
+    pixels are only in memory.
 
     Args:
-        root: the folder or CSV file of the dataset. Each dataset has a cache of its own.
         paths: the N image files.
-        scans: an array (N) of the dtype `cnn.datasets.scan.SCAN`. Each row has the size in bytes
-            and the time of change of one file. If any size or time has changed since an earlier
-            call, all files are decoded again.
+        scans: an array (N) of the dtype `cnn.datasets.scan.SCAN`. Each row has a hash of the
+            content of one file.
         size: height and width of the returned images in pixels.
         channels: 1 for gray, 3 for RGB.
 
@@ -62,36 +73,73 @@ def decode_all(
         Pixels, uint8 (N, size, size, channels).
 
     Raises:
-        Refused: a file can no longer be decoded.
+        Refused: a file can no longer be decoded, or was changed since the scan.
     """
-    shape = (len(paths), size, size, channels)
-    file = cache_folder() / f"pixels_{_key(root, paths, scans, shape)}.bin"
+    shape, contents = (len(paths), size, size, channels), np.ascontiguousarray(scans["content"])
+    digest = hashlib.sha256(repr((DECODER, *shape)).encode() + contents.tobytes())
+    file = cache_folder() / f"pixels_{digest.hexdigest()[:32]}.bin"
+    decoded = partial(_decode, paths, contents, size, channels)
     try:
-        if not (file.is_file() and file.stat().st_size == np.prod(shape)):
+        store = _open(file, shape)
+        if store is None:
             file.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(file.parent.glob(".pixels_*.tmp"))
-            write_atomically(file, lambda out: out.writelines(_decode(paths, size, channels)))
-        store = np.memmap(file, np.uint8, mode="c", shape=shape)  # c: changes stay in memory
+            write_atomically(file, lambda out: _write(out, decoded()))
+            store = np.memmap(file, np.uint8, mode="c", shape=shape)  # changes stay in memory
     except OSError:  # no room or no permission in the cache: the pixels are only in memory
         store = np.empty(shape, np.uint8)
-        for number, pixels in enumerate(_decode(paths, size, channels)):
+        for number, pixels in enumerate(decoded()):
             store[number] = pixels
     return torch.from_numpy(store)
 
 
-def _key(root: Path, paths: list[Path], scans: np.ndarray, shape: tuple[int, ...]) -> str:
-    digest = hashlib.sha256(os.fsencode(root.resolve()) + repr((VERSION, *shape)).encode())
-    digest.update(b"\0".join(map(os.fsencode, paths)))
-    digest.update(np.ascontiguousarray(scans["bytes"]).tobytes())
-    digest.update(np.ascontiguousarray(scans["changed"]).tobytes())
-    return digest.hexdigest()[:32]
+def _open(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Maps a cache into memory, or returns None if there is none or the file is damaged.
+
+    Args:
+        file: the file of the cache.
+        shape: the shape of the pixels in the file.
+    """
+    size = math.prod(shape)
+    if (
+        not file.is_file()
+        or file.stat().st_size != size + len(range(0, size, PIECE)) * CRC.itemsize
+    ):
+        return None
+    whole = np.memmap(file, np.uint8, mode="c")
+    if _checksums(whole[:size]) != whole[size:].tobytes():
+        logger.warning("%s: damaged; the images are decoded again", file)
+        return None
+    return whole[:size].reshape(shape)
 
 
-def _decode(paths: list[Path], size: int, channels: int) -> Iterator[np.ndarray]:
+def _write(out: IO[bytes], decoded: Iterable[np.ndarray]) -> None:
+    """Writes pixels and their checksums to an open file.
+
+    Args:
+        out: the file, open for writing and reading in binary mode.
+        decoded: the pixels of each image.
+    """
+    out.writelines(decoded)
+    out.flush()
+    out.write(_checksums(np.memmap(out, np.uint8, mode="r")))
+
+
+def _checksums(pixels: np.ndarray) -> bytes:
+    """Returns the CRC-32 of each piece of `PIECE` bytes, 4 bytes each."""
+    pieces = [pixels[start : start + PIECE] for start in range(0, len(pixels), PIECE)]
+    with ThreadPoolExecutor(usable_cpus()) as pool:
+        return np.array(list(pool.map(zlib.crc32, pieces)), CRC).tobytes()
+
+
+def _decode(
+    paths: list[Path], contents: np.ndarray, size: int, channels: int
+) -> Iterator[np.ndarray]:
     """Decodes, resizes and crops image files in several threads.
 
     Args:
-        paths: the image files.
+        paths: the N image files.
+        contents: the hash of the content of each file (N).
         size: height and width of the resulting images in pixels.
         channels: 1 for gray, 3 for RGB.
 
@@ -99,20 +147,25 @@ def _decode(paths: list[Path], size: int, channels: int) -> Iterator[np.ndarray]
         The pixels of one file, uint8 (size, size, channels), in the order of `paths`.
 
     Raises:
-        Refused: a file can no longer be decoded.
+        Refused: a file can no longer be decoded, or was changed since the scan.
     """
 
-    def decode_one(path: Path) -> np.ndarray:
+    def decode_one(path: Path, content: int) -> np.ndarray:
         try:
-            image = torch.from_numpy(decode(path, channels))
-        except BadImage as bad:
-            raise Refused(f"data.root: {path}: decoded a moment ago, and now: {bad}") from None
+            file = io.BytesIO(path.read_bytes())
+            if content_hash(file) != content:
+                raise Refused(f"data.root: {path}: changed while the run started; start it again")
+            image = torch.from_numpy(decode(file, channels))
+        except (BadImage, OSError) as error:
+            reason = f"read a moment ago, and now: {error}"
+            raise Refused(f"data.root: {path}: {reason}") from None
         return resize_and_crop(image, size).permute(1, 2, 0).contiguous().numpy()
 
     progress = tqdm(desc="decoding the images once", total=len(paths), disable=None, leave=False)
     with progress, ThreadPoolExecutor(usable_cpus()) as pool:
         for start in range(0, len(paths), CHUNK):  # CHUNK images at most wait in memory
-            for pixels in pool.map(decode_one, paths[start : start + CHUNK]):
+            chunk = slice(start, start + CHUNK)
+            for pixels in pool.map(decode_one, paths[chunk], contents[chunk]):
                 progress.update()
                 yield pixels
 

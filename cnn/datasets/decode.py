@@ -3,13 +3,16 @@
 import os
 import warnings
 from pathlib import Path
+from typing import IO
 
 import numpy as np
+import PIL
 from PIL import Image, ImageOps
 
 from cnn.errors import ADVICE, SCARCITIES, BadImage, DataFailed
 
 VERSION = 2  # incremented when files decode to other pixels, so that old caches are not used
+DECODER = f"{VERSION}_{PIL.__version__}"  # what the pixels of a file depend on, besides its bytes
 GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
 MAX_PIXELS = 120_000_000  # per image: 360 MB as RGB; a larger image can be a decompression bomb
 MAX_OF_16_BITS = 2**16 - 1
@@ -29,14 +32,14 @@ def silence_pillow() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
+def open_image(path: str | os.PathLike | IO[bytes]) -> Image.Image:
     """Reads an image file and turns the image upright.
 
     The EXIF data of the file say which side is up. If the file has several frames, such as an
     animated GIF, only the first frame is read.
 
     Args:
-        path: the image file.
+        path: the image file, or a file that is open for reading in binary mode.
 
     Returns:
         The whole image in memory, in the mode of the file, such as "RGB" or "L".
@@ -62,7 +65,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
         raise BadImage(_reason(path, error)) from None
 
 
-def _reason(path: str | os.PathLike, error: Exception) -> str:
+def _reason(path: str | os.PathLike | IO[bytes], error: Exception) -> str:
     """Returns the message of an error that reading an image file raised.
 
     If the message is empty, the name of the error's class is returned.
@@ -82,9 +85,11 @@ def upright(image: Image.Image) -> Image.Image:
     If the EXIF data cannot be read, the image is returned unchanged.
     """
     try:
-        return ImageOps.exif_transpose(image)
+        turned = ImageOps.exif_transpose(image)
     except Exception:  # noqa: BLE001  only the EXIF data are broken, not the picture
         return image
+    turned.format = image.format
+    return turned
 
 
 def to_array(image: Image.Image, channels: int) -> np.ndarray:
@@ -129,11 +134,11 @@ def _bytes_of_floats(values: np.ndarray) -> np.ndarray:
     return np.round(values.clip(0, 255)).astype(np.uint8)
 
 
-def decode(path: Path, channels: int) -> np.ndarray:
+def decode(path: Path | IO[bytes], channels: int) -> np.ndarray:
     """Reads an image file and returns the pixels of the image.
 
     Args:
-        path: the image file.
+        path: the image file, or a file that is open for reading in binary mode.
         channels: 1 to decode to gray, 3 to decode to RGB.
 
     Returns:

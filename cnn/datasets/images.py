@@ -278,7 +278,7 @@ class FileImages(Images):
             Refused: a file can no longer be decoded.
         """
         self.files.channels = channels
-        return decode_all(self.files.root, self.files.paths, self.files.scans, size, channels)
+        return decode_all(self.files.paths, self.files.scans, size, channels)
 
 
 class UserImages(Images):

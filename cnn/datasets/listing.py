@@ -55,7 +55,7 @@ def read_listing(
     classes = model_classes or sorted({label for _, label in listing["train"]})
     _check_classes(cfg.root, listing, classes, of_model=model_classes is not None)
     paths = [path for items in listing.values() for path, _ in items]
-    scans, bad = scan(Path(cfg.root), paths)
+    scans, bad = scan(Path(cfg.root), paths, verify=cfg.verify)
     _report_bad(bad, cfg.on_bad_image, findings)
     scans = scans[[path not in bad for path in paths]]
     paths = [path for path in paths if path not in bad]
