@@ -1,6 +1,7 @@
 """As if it had never stopped: runs killed, signalled and resumed equal the unbroken one, bit for bit."""
 
 import itertools
+import os
 import shutil
 import signal
 import threading
@@ -10,6 +11,7 @@ import pytest
 import torch
 from archives import content
 from conftest import TINY, assert_same_run, history
+from PIL import Image, ImageOps
 from processes import run, run_through_kills
 from test_training_runs import write_folder
 
@@ -303,7 +305,11 @@ def test_a_loss_with_state_goes_on_with_it(train):
 def test_images_changed_under_the_same_names_are_noticed(train, capfd):
     write_folder(Path("photos"), {"cat": 9, "dog": 9})
     assert train("data.name=folder", "data.root=photos", "data.args={}") == 0
-    shutil.copy("photos/cat/0.jpg", "photos/dog/1.jpg")
+    status = os.stat("photos/dog/1.jpg")
+    with Image.open("photos/dog/1.jpg") as image:
+        ImageOps.mirror(image).save("photos/dog/1.png")  # the same sums of pixels
+    os.replace("photos/dog/1.png", "photos/dog/1.jpg")
+    os.utime("photos/dog/1.jpg", ns=(status.st_atime_ns, status.st_mtime_ns))
     assert train("--resume", "train.epochs=3") == 2
     assert "the data has changed since (as many images, but other" in capfd.readouterr().err
 

@@ -4,7 +4,7 @@ import logging
 import os
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,11 @@ import numpy as np
 
 from cnn.config import DataConfig, is_import_path
 from cnn.datasets import digits, synthetic, torchvision_datasets
+from cnn.datasets.copies import check_copies
 from cnn.datasets.division import Splits, divide
 from cnn.datasets.findings import Findings
 from cnn.datasets.folders import list_folder
-from cnn.datasets.images import FileImages, Images, UserImages
+from cnn.datasets.images import ArrayImages, FileImages, Images, UserImages
 from cnn.datasets.listing import Listing, read_listing
 from cnn.datasets.preprocessing import Preprocessing
 from cnn.datasets.tables import list_table
@@ -102,6 +103,7 @@ class Data:
             The numbers of images under "train", "val" and "test", and a CRC-32 under "checksum".
             The CRC-32 covers the labels and names of all images. Of a path, only the file name
             counts. Except for a user's own dataset class, the CRC-32 depends on the pixels, too.
+            For image files, "content" has another CRC-32, which depends on every single pixel.
         """
         splits = {"train": self.train, "val": self.val, "test": self.test}
         checksum = self.train.checksum()
@@ -110,7 +112,28 @@ class Data:
                 images.name(i).replace("\\", "/").rsplit("/", 1)[-1] for i in range(len(images))
             )
             checksum = zlib.crc32(os.fsencode(names), zlib.crc32(images.labels.tobytes(), checksum))
-        return {split: len(images) for split, images in splits.items()} | {"checksum": checksum}
+        numbers = {split: len(images) for split, images in splits.items()}
+        return numbers | {"checksum": checksum, "content": self.train.content()}
+
+    def is_of(self, fingerprint: dict[str, int]) -> bool:
+        """Returns whether a fingerprint belongs to this data.
+
+        Args:
+            fingerprint: the fingerprint in a checkpoint. One of an earlier version lacks "content".
+        """
+        return self.fingerprint() | fingerprint == self.fingerprint()
+
+
+def as_trained(cfg: DataConfig, fingerprint: dict[str, int]) -> DataConfig:
+    """Returns the settings with which the data of a checkpoint are read again.
+
+    Earlier versions did not look for copies.
+
+    Args:
+        cfg: the section `data` of the settings.
+        fingerprint: the fingerprint of the data in the checkpoint.
+    """
+    return cfg if "content" in fingerprint else replace(cfg, on_duplicate="ignore")
 
 
 def build_data(cfg: DataConfig, seed: int) -> Data:
@@ -134,6 +157,7 @@ def build_data(cfg: DataConfig, seed: int) -> Data:
     """
     findings = Findings()
     splits, classes = read_splits(cfg, findings)
+    _tell_copies(cfg, splits, classes, findings)
     splits = divide(splits, cfg, seed)
     for split, images in splits.items():
         present = set(images.labels.tolist())
@@ -142,6 +166,22 @@ def build_data(cfg: DataConfig, seed: int) -> Data:
             logger.warning("%s has no image of: %s", split, ", ".join(absent[:20]))
     preprocessing = _choose_preprocessing(cfg, splits["train"])
     return Data(splits["train"], splits["val"], splits["test"], classes, preprocessing, findings)
+
+
+def _tell_copies(cfg: DataConfig, splits: Splits, classes: list[str], findings: Findings) -> None:
+    """Tells the user about copies among images in memory, which all stay.
+
+    These are known datasets, and their figures are comparable only if nothing is left out.
+    """
+    arrays = {split: part for split, part in splits.items() if isinstance(part, ArrayImages)}
+    if arrays and cfg.on_duplicate != "ignore":
+        items = [
+            (images.name(index), classes[label], split)
+            for split, images in arrays.items()
+            for index, label in enumerate(images.labels)
+        ]
+        numbers = np.concatenate([images.identities() for images in arrays.values()])
+        check_copies(numbers, items, "keep", findings)
 
 
 def read_splits(

@@ -34,7 +34,10 @@ def divide(splits: Splits, cfg: DataConfig, seed: int) -> Splits:
     splits = dict(splits)
     for split, fraction in (("test", cfg.test_fraction), ("val", cfg.val_fraction)):
         if split not in splits:
-            splits["train"], splits[split] = _hold_out(splits["train"], fraction, seed, split)
+            copies = splits["train"].identities() if cfg.on_duplicate != "ignore" else None
+            held = _choose(splits["train"], fraction, seed, split, copies)
+            splits[split] = splits["train"].subset(np.flatnonzero(held))
+            splits["train"] = splits["train"].subset(np.flatnonzero(~held))
     train = splits["train"]
     if cfg.limit is not None and cfg.limit < len(train):
         chosen = _permutation(len(train), seed, "limit")[: cfg.limit]
@@ -47,26 +50,30 @@ def _permutation(number: int, seed: int, use: str) -> np.ndarray:
     return np.random.default_rng(key).permutation(number)
 
 
-def _hold_out(images: Images, fraction: float, seed: int, use: str) -> tuple[Images, Images]:
-    """Divides images at random into images to keep and images to take out.
+def _choose(
+    images: Images, fraction: float, seed: int, use: str, copies: np.ndarray | None
+) -> np.ndarray:
+    """Chooses at random the images that are held out for another split.
 
-    A fraction of each class is taken out. A class of two or more images loses at least one image.
-    Every class keeps at least one image.
+    A fraction of each class is held out. A class of two or more images loses at least one image.
+    Every class keeps at least one image. Copies of an image count as one image.
 
     Args:
-        images: the images to divide.
-        fraction: the part of each class to take out, between 0 and 1.
+        images: the N images to divide.
+        fraction: the part of each class to hold out, between 0 and 1.
         seed: the seed of the run. The random choice depends on `seed` and `use`.
-        use: the name of the split that gets the images taken out, "val" or "test".
+        use: the name of the split that gets the images, "val" or "test".
+        copies: a number per image (N), equal for copies of an image. None if no images are copies.
 
     Returns:
-        Two values. The first value contains the images to keep. The second value contains the
-        images taken out.
+        Whether each image is held out, bool (N).
 
     Raises:
         Refused: no class has two images.
     """
+    groups = np.arange(len(images)) if copies is None else copies
     order = _permutation(len(images), seed, use)
+    order = order[np.sort(np.unique(groups[order], return_index=True)[1])]  # one of all copies
     held = np.zeros(len(images), bool)
     for label in np.unique(images.labels):
         of_class = order[images.labels[order] == label]
@@ -74,4 +81,4 @@ def _hold_out(images: Images, fraction: float, seed: int, use: str) -> tuple[Ima
         held[of_class[: min(number, len(of_class) - 1)]] = True
     if not held.any():
         raise Refused(f"data: too few images to hold {use} out of {len(images)}; no class has two")
-    return images.subset(np.flatnonzero(~held)), images.subset(np.flatnonzero(held))
+    return np.isin(groups, groups[held])

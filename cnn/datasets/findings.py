@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 logger = logging.getLogger(__name__)
 
+MAX_LISTED = 20  # lines of a list in a message
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -42,3 +44,9 @@ class Findings:
         """
         self.found.append(Finding(line, tuple(details)))
         logger.log(level, "%s", line)
+
+
+def listed(lines: Sequence[str]) -> str:
+    """Returns a list for a message: the first lines, and how many there are more."""
+    more = [f"and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
+    return "\n".join(f"  {line}" for line in [*lines[:MAX_LISTED], *more])

@@ -18,6 +18,7 @@ import torch
 
 from cnn.datasets.cache import decode_all
 from cnn.datasets.decode import decode
+from cnn.datasets.scan import identities
 from cnn.errors import BadImage, Refused, describe
 from cnn.utils import seeding
 
@@ -78,6 +79,18 @@ class Images:
         method.
         """
         return 0
+
+    def content(self) -> int:
+        """Returns a checksum of the image files of the dataset, or 0 if it has no files."""
+        return 0
+
+    def identities(self) -> np.ndarray | None:
+        """Returns a number for each image, or None if copies cannot be told.
+
+        Images with equal pixels have equal numbers, in all subsets of a dataset. This base class
+        always returns None.
+        """
+        return None
 
     def decoded(self, _size: int, _channels: int) -> torch.Tensor | None:
         """Returns the pixels of the whole dataset, or None if they cannot be kept in memory.
@@ -151,6 +164,11 @@ class ArrayImages(Images):
         The whole dataset is covered even if this object is a subset.
         """
         return zlib.crc32(self.store.numpy())
+
+    def identities(self) -> np.ndarray:
+        """Returns a number for each image, the same for images with the same pixels, int64 (N)."""
+        pixels = self.store.numpy()
+        return np.array([hash(pixels[row].tobytes()) for row in self.rows])
 
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
         """Returns the pixels of the whole dataset, even if this object is a subset.
@@ -260,6 +278,14 @@ class FileImages(Images):
         The whole dataset is covered even if this object is a subset. No file is decoded.
         """
         return zlib.crc32(np.ascontiguousarray(self.files.scans["sums"]))
+
+    def content(self) -> int:
+        """Returns a CRC-32 of the contents of all files in the dataset, in their order."""
+        return zlib.crc32(identities(self.files.scans))
+
+    def identities(self) -> np.ndarray:
+        """Returns a number for each image, the same for images with the same pixels, uint64 (N)."""
+        return identities(self.files.scans[self.rows])
 
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
         """Returns the pixels of the whole dataset, even if this object is a subset.

@@ -1,18 +1,20 @@
 """The step from listed image files with their class names to the images of each split."""
 
+import itertools
 import logging
 from pathlib import Path
 
 import numpy as np
 
 from cnn.config import DataConfig
-from cnn.datasets.findings import Findings
+from cnn.datasets.copies import check_copies
+from cnn.datasets.findings import Findings, listed
 from cnn.datasets.images import FileImages, Files
-from cnn.datasets.scan import scan
+from cnn.datasets.scan import identities, scan
 from cnn.errors import Refused
 
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-MAX_NAMED = 20  # files or classes listed in a message
+MAX_NAMED = 20  # classes listed in a message
 
 Listing = dict[str, list[tuple[Path, str]]]  # by split, (file, class name) for every image
 FileSplits = dict[str, FileImages]
@@ -54,21 +56,23 @@ def read_listing(
     """
     classes = model_classes or sorted({label for _, label in listing["train"]})
     _check_classes(cfg.root, listing, classes, of_model=model_classes is not None)
-    paths = [path for items in listing.values() for path, _ in items]
-    scans, bad = scan(Path(cfg.root), paths, verify=cfg.verify)
+    items = [(path, label, split) for split, part in listing.items() for path, label in part]
+    scans, bad = scan(Path(cfg.root), [path for path, *_ in items], verify=cfg.verify)
     _report_bad(bad, cfg.on_bad_image, findings)
-    scans = scans[[path not in bad for path in paths]]
-    paths = [path for path in paths if path not in bad]
-    channels = 1 if scans["gray"].all() else 3
+    scans = scans[[path not in bad for path, *_ in items]]
+    items = [item for item in items if item[0] not in bad]
+    if cfg.on_duplicate != "ignore":
+        stays = check_copies(identities(scans), items, cfg.on_duplicate, findings)
+        scans, items = scans[stays], list(itertools.compress(items, stays))
+    channels, paths = 1 if scans["gray"].all() else 3, [path for path, *_ in items]
     files = Files(Path(cfg.root), paths, scans, channels, skip=cfg.on_bad_image == "skip")
-    numbers = {name: number for number, name in enumerate(classes)}
-    splits, start = {}, 0
-    for split, items in listing.items():
-        labels = [numbers[label] for path, label in items if path not in bad]
-        if not labels:
-            raise Refused(f"data.root: no image of {split} decodes")
-        splits[split] = FileImages(files, labels, np.arange(start, start + len(labels)))
-        start += len(labels)
+    labels = np.array([classes.index(label) for _, label, _ in items])
+    splits = {}
+    for split in listing:
+        rows = np.flatnonzero([item[2] == split for item in items])
+        if not len(rows):
+            raise Refused(f"data.root: no image of {split} is left")
+        splits[split] = FileImages(files, labels[rows], rows)
     return splits, classes
 
 
@@ -112,11 +116,9 @@ def _report_bad(bad: dict[Path, str], on_bad_image: str, findings: Findings) -> 
     """
     if not bad:
         return
-    lines = [f"  {path}: {reason}" for path, reason in bad.items()]
-    more = [f"  and {len(bad) - MAX_NAMED} more"] if len(bad) > MAX_NAMED else []
-    listed = "\n".join([*lines[:MAX_NAMED], *more])
+    lines = [f"{path}: {reason}" for path, reason in bad.items()]
     files = f"{len(bad)} image file{'s do' if len(bad) > 1 else ' does'} not decode"
     if on_bad_image == "stop":
         advice = "repair or remove them, or leave them out with data.on_bad_image=skip"
-        raise Refused(f"data.root: {files}; {advice}:\n{listed}")
-    findings.add(f"{files}, left out:\n{listed}", lines, logging.WARNING)
+        raise Refused(f"data.root: {files}; {advice}:\n{listed(lines)}")
+    findings.add(f"{files}, left out:\n{listed(lines)}", lines, logging.WARNING)

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from cnn.datasets.build import Data, read_splits
+from cnn.config import DataConfig
+from cnn.datasets.build import Data, as_trained, read_splits
 from cnn.datasets.division import Splits, divide
 from cnn.datasets.findings import Findings
 from cnn.datasets.images import FileImages, Images
@@ -58,10 +59,10 @@ def choose_images(trained: TrainedModel, split: str) -> EvaluationData:
             does not have. Data that have changed since the training are refused, too, unless the
             command line names the data.
     """
-    cfg = trained.cfg.data
+    cfg = as_trained(trained.cfg.data, trained.content["data"])
     splits, classes = read_splits(cfg, Findings(), trained.classes)
     source = cfg.name if cfg.name not in ("folder", "csv") else cfg.root
-    parts = _divide_as_trained(trained, splits, classes)
+    parts = _divide_as_trained(trained, cfg, splits, classes)
     if parts is not None:
         images, labels, description = parts[split], parts["train"].labels, f"{split} of {source}"
     elif not trained.typed & OTHER_DATA:
@@ -77,11 +78,14 @@ def choose_images(trained: TrainedModel, split: str) -> EvaluationData:
     return EvaluationData(images, labels, description)
 
 
-def _divide_as_trained(trained: TrainedModel, splits: Splits, classes: list[str]) -> Splits | None:
+def _divide_as_trained(
+    trained: TrainedModel, cfg: DataConfig, splits: Splits, classes: list[str]
+) -> Splits | None:
     """Divides a dataset into training, validation and test images as the training did.
 
     Args:
         trained: the model. The checkpoint of the model contains a checksum of the training's data.
+        cfg: the settings with which the data were read.
         splits: the images of the dataset by split, before the division, such as {"train": images}.
         classes: the names of the classes of the dataset.
 
@@ -92,11 +96,11 @@ def _divide_as_trained(trained: TrainedModel, splits: Splits, classes: list[str]
     if "train" not in splits or classes != trained.classes:
         return None
     try:
-        parts = divide(splits, trained.cfg.data, trained.cfg.seed)
+        parts = divide(splits, cfg, trained.cfg.seed)
     except Refused:  # too few images to hold any out
         return None
     data = Data(parts["train"], parts["val"], parts["test"], classes, trained.preprocessing)
-    return parts if data.fingerprint() == trained.content["data"] else None
+    return parts if data.is_of(trained.content["data"]) else None
 
 
 def _choose_other_images(

@@ -9,7 +9,7 @@ from torch import nn
 
 from cnn.config import Config, to_dict
 from cnn.datasets.augment import DRAWS
-from cnn.datasets.build import Data, build_data
+from cnn.datasets.build import Data, as_trained, build_data
 from cnn.datasets.loader import Loader, build_loader
 from cnn.datasets.preprocessing import Preprocessing
 from cnn.errors import Refused
@@ -59,10 +59,7 @@ def build_run(
     precision = env.choose_precision(cfg.train.precision, device, earlier)
     if cfg.train.deterministic:
         env.make_deterministic()
-    data = build_once_per_node(group, lambda: build_data(cfg.data, cfg.seed))
-    if checkpoint is not None:
-        saved = Preprocessing.from_checkpoint(checkpoint.path, checkpoint.content["preprocessing"])
-        data = dataclasses.replace(data, preprocessing=saved)
+    data = _build_data(cfg, group, checkpoint)
     check_monitor(cfg.checkpoint.monitor, data)
     if max_batches is not None:
         data = data.head(max_batches * cfg.data.batch_size)
@@ -78,10 +75,21 @@ def build_run(
     check_readable(clone_tree(state.state_dict()) | metadata)
     if checkpoint is not None:
         restore(state, checkpoint, data, loaders[0])
+        metadata["data"] = checkpoint.content["data"]  # one of an earlier version stays one
     folder = folder or RunFolder(cfg.run)
     return Run(
         cfg, folder, group, data, *loaders, loss, state, train_model, precision, metadata, trace
     )
+
+
+def _build_data(cfg: Config, group: Group, checkpoint: Checkpoint | None) -> Data:
+    """Reads the data of a run. A run that resumes keeps the preprocessing of the checkpoint."""
+    if checkpoint is None:
+        return build_once_per_node(group, lambda: build_data(cfg.data, cfg.seed))
+    wanted = as_trained(cfg.data, checkpoint.content["data"])
+    data = build_once_per_node(group, lambda: build_data(wanted, cfg.seed))
+    saved = Preprocessing.from_checkpoint(checkpoint.path, checkpoint.content["preprocessing"])
+    return dataclasses.replace(data, preprocessing=saved)
 
 
 def _metadata(

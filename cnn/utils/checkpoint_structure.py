@@ -93,7 +93,7 @@ CHECKPOINT = {
     "classes": [TEXT],
     "preprocessing": {"image_size": WHOLE, "channels": WHOLE, "mean": [AMOUNT], "std": [AMOUNT]},
     "class_weights?": (NULL, [AMOUNT]),
-    "data": dict.fromkeys(("train", "val", "test", "checksum"), WHOLE),
+    "data": dict.fromkeys(("train", "val", "test", "checksum", "content?"), WHOLE),
     "environment": {"precision": TEXT, "*": PLAIN},
     "model_state_dict": WEIGHTS,
     "ema_state_dict": (NULL, WEIGHTS),
