@@ -694,12 +694,24 @@ def test_the_fingerprint_changes_with_a_label_a_name_and_a_seed_and_with_no_fold
     assert folder(photos.with_name("moved")).fingerprint() != fingerprint
 
 
-def test_the_head_of_the_data_has_the_first_images_of_each_split():
+@pytest.mark.parametrize("number, classes", [(20, 10), (95, 10), (5, 5), (3, 3), (1, 1)])
+def test_the_head_of_the_data_has_images_of_all_classes(number, classes):
     data = build_data(DataConfig("digits"), 0)
-    head = data.head(95)
+    head = data.head(number)
     assert isinstance(head, Data) and head.preprocessing == data.preprocessing
-    assert (len(head.train), len(head.val), len(head.test)) == (95, len(data.val), 95)
-    assert names(head.test) == names(data.test)[:95]
+    for part, whole in zip(head.splits.values(), data.splits.values(), strict=True):
+        assert len(part) == min(number, len(whole)) and set(names(part)) <= set(names(whole))
+        counts = np.bincount(part.labels, minlength=10)
+        assert np.count_nonzero(counts) == classes and counts.max() <= -(-number // classes) + 1
+
+
+def test_the_head_of_sorted_and_skewed_classes_has_the_rare_ones(photos):
+    for name, number in (("a", 30), ("b", 4), ("c", 40)):
+        fill(photos / "train", [name], number)
+        fill(photos / "test", [name], 2)
+    head = folder(photos).head(12)
+    assert np.bincount(head.train.labels).tolist() == [5, 3, 4]
+    assert np.bincount(head.test.labels).tolist() == [2, 2, 2]
 
 
 def test_few_decoded_images_wait_in_memory_for_a_slow_disk(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def test_a_run_leaves_its_records(train):
     left = {str(path) for folder in ("logs", "checkpoints") for path in Path(folder).glob("[!.]*")}
     assert left == {
         *("logs/train.log", "logs/history.csv", "logs/config.yaml", "logs/model.txt"),
-        *("logs/predictions_val.csv", "logs/result.json"),
+        *("logs/predictions_val.csv", "logs/result.json", "logs/data.txt", "logs/division.csv"),
         *("checkpoints/best.pth", "checkpoints/last.pth"),
         *("checkpoints/epoch_001.pth", "checkpoints/epoch_002.pth"),
     }
@@ -153,7 +153,7 @@ def test_a_new_run_moves_the_earlier_one_aside(train):
     (logs,) = Path("logs/archive").iterdir()
     assert {path.name for path in logs.iterdir()} == {
         *("train.log", "history.csv", "config.yaml", "model.txt"),
-        *("predictions_val.csv", "result.json"),
+        *("predictions_val.csv", "result.json", "data.txt", "division.csv"),
     }
     assert kept.name == logs.name
 
@@ -177,6 +177,7 @@ def test_a_dry_run_says_ok_and_leaves_nothing(train, capfd):
     assert train("--dry-run") == 0
     said = capfd.readouterr().err
     assert "dry run OK" in said and "best settings" not in said
+    assert "with at most 16 images per split, the accuracies above mean nothing" in said
     assert not Path("checkpoints").exists() and not Path("logs").exists()
 
 

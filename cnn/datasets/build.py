@@ -81,16 +81,21 @@ class Data:
     preprocessing: Preprocessing
     findings: Findings = field(default_factory=Findings)
 
+    @property
+    def splits(self) -> Splits:
+        """The images of all splits, as a dict from "train", "val" and "test"."""
+        return {"train": self.train, "val": self.val, "test": self.test}
+
     def head(self, number: int) -> "Data":
-        """Returns the same data with only the first images of each split.
+        """Returns the same data with only a few images of each split, of all classes in turn.
 
         If the images are files, the returned data never decode the files of dropped images.
 
         Args:
             number: how many images of each split to keep. A smaller split is kept whole.
         """
-        splits = (self.train, self.val, self.test)
-        cut = [images.subset(np.arange(min(number, len(images)))) for images in splits]
+        splits = self.splits.values()
+        cut = [images.subset(_some_of_each(images.labels, number)) for images in splits]
         cut = [images.detached() if isinstance(images, FileImages) else images for images in cut]
         return Data(*cut, self.classes, self.preprocessing, self.findings)
 
@@ -105,8 +110,7 @@ class Data:
             counts. Except for a user's own dataset class, the CRC-32 depends on the pixels, too.
             For image files, "content" has another CRC-32, which depends on every single pixel.
         """
-        splits = {"train": self.train, "val": self.val, "test": self.test}
-        checksum = self.train.checksum()
+        splits, checksum = self.splits, self.train.checksum()
         for images in splits.values():
             names = "\0".join(
                 images.name(i).replace("\\", "/").rsplit("/", 1)[-1] for i in range(len(images))
@@ -122,6 +126,27 @@ class Data:
             fingerprint: the fingerprint in a checkpoint. One of an earlier version lacks "content".
         """
         return self.fingerprint() | fingerprint == self.fingerprint()
+
+
+def _some_of_each(labels: np.ndarray, number: int) -> np.ndarray:
+    """Returns the indices of a few images: the first of each class, the second, and so on.
+
+    Args:
+        labels: the label of each image (N).
+        number: the number of indices to return. If there are more classes than that, the returned
+            images are of classes at equal distances.
+
+    Returns:
+        The indices in ascending order.
+    """
+    turn = np.empty(len(labels), np.int64)
+    present = np.unique(labels)
+    for label in present:
+        turn[labels == label] = np.arange(np.count_nonzero(labels == label))
+    order = np.lexsort((labels, turn))
+    if number < len(present):
+        order = order[np.linspace(0, len(present) - 1, number).astype(int)]
+    return np.sort(order[:number])
 
 
 def as_trained(cfg: DataConfig, fingerprint: dict[str, int]) -> DataConfig:

@@ -1,12 +1,11 @@
 """Copies of an image in a dataset: found by their pixels, whatever the names of the files are."""
 
 from collections.abc import Sequence
-from logging import INFO, WARNING
+from logging import INFO
 
 import numpy as np
 
-from cnn.datasets.findings import Findings, listed
-from cnn.errors import Refused
+from cnn.datasets.findings import Findings
 
 Item = tuple[object, str, str]  # the name of an image, its class, and its split
 
@@ -34,7 +33,9 @@ def check_copies(
     """
     stays, rank = np.ones(len(items), bool), np.array([SPLITS.index(item[2]) for item in items])
     within, several_classes, across = [], [], []
-    for group in _groups(identities):
+    numbers = number_groups(identities)
+    for number in range(1, numbers.max(initial=0) + 1):
+        group = np.flatnonzero(numbers == number)
         copies = [items[index] for index in group]
         text = " = ".join(f"{name} ({label}, {split})" for name, label, split in copies)
         if len({label for _, label, _ in copies}) > 1:
@@ -45,28 +46,25 @@ def check_copies(
             across.append(text)
             stays[group] = rank[group] == rank[group].max()
     left_out = [f"{np.sum(~stays[rank == r])} of {split}" for r, split in enumerate(SPLITS[:2])]
-    drops = on_duplicate == "drop"
-    advice = f"left out: {' and '.join(left_out)}" if drops else "data.on_duplicate=drop keeps one"
-    for level, found, line, refused in (
-        (INFO, within, "with copies in the same split, each of which counts", False),
-        (
-            WARNING,
-            several_classes,
-            "under several classes; remove what is wrong, or go on with data.on_duplicate=keep",
-            on_duplicate != "keep",
-        ),
-        (WARNING, across, f"in several splits; {advice}", on_duplicate == "stop"),
-    ):
-        line = f"{len(found)} image{'s' if len(found) > 1 else ''} {line}"
-        if found and refused:
-            raise Refused(f"data.root: {line}:\n{listed(found)}")
-        if found:
-            findings.add(line, found, level)
+    drops, advice = on_duplicate == "drop", "data.on_duplicate=drop keeps one"
+    if drops:
+        advice = f"left out: {' and '.join(left_out)}"
+    findings.add_all("image", within, "with copies in the same split, each of which counts", INFO)
+    several = "under several classes; remove what is wrong, or go on with data.on_duplicate=keep"
+    findings.add_all("image", several_classes, several, refuse=on_duplicate != "keep")
+    findings.add_all("image", across, f"in several splits; {advice}", refuse=on_duplicate == "stop")
     return stays if drops else np.ones(len(items), bool)
 
 
-def _groups(identities: np.ndarray) -> list[np.ndarray]:
-    """Returns the indices of the images that have copies, an array for each such image."""
-    order = np.argsort(identities, kind="stable")
-    borders = np.flatnonzero(np.diff(identities[order].view(np.int64))) + 1
-    return [group for group in np.split(order, borders) if len(group) > 1]
+def number_groups(identities: np.ndarray) -> np.ndarray:
+    """Returns a number for each image: 0 for an image without copies, else that of its copies.
+
+    Args:
+        identities: a number per image (N). Images with equal numbers have equal pixels.
+
+    Returns:
+        Numbers from 1 on for the images with copies, int64 (N). Copies have the same number.
+    """
+    _, place, counts = np.unique(identities, return_inverse=True, return_counts=True)
+    has_copies = counts > 1
+    return np.where(has_copies, np.cumsum(has_copies), 0)[place]

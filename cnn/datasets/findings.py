@@ -4,6 +4,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from cnn.errors import Refused
+
 logger = logging.getLogger(__name__)
 
 MAX_LISTED = 20  # lines of a list in a message
@@ -44,6 +46,33 @@ class Findings:
         """
         self.found.append(Finding(line, tuple(details)))
         logger.log(level, "%s", line)
+
+    def add_all(
+        self,
+        noun: str,
+        members: Sequence[str],
+        line: str,
+        level: int = logging.WARNING,
+        *,
+        refuse: bool = False,
+    ) -> None:
+        """Adds the fact that there are so many things of a kind, if there are any.
+
+        Args:
+            noun: what the things are, in the singular, such as "image".
+            members: a text for each thing, such as its path.
+            line: the rest of the line, after the number of things and the noun.
+            level: the level of the line in the log.
+            refuse: whether to raise Refused with the line and the first members instead.
+
+        Raises:
+            Refused: `refuse` is set, and `members` is not empty.
+        """
+        line = f"{len(members)} {noun}{'s' if len(members) > 1 else ''} {line}"
+        if members and refuse:
+            raise Refused(f"data.root: {line}:\n{listed(members)}")
+        if members:
+            self.add(line, members, level)
 
 
 def listed(lines: Sequence[str]) -> str:

@@ -58,9 +58,10 @@ def read_listing(
     _check_classes(cfg.root, listing, classes, of_model=model_classes is not None)
     items = [(path, label, split) for split, part in listing.items() for path, label in part]
     scans, bad = scan(Path(cfg.root), [path for path, *_ in items], verify=cfg.verify)
-    _report_bad(bad, cfg.on_bad_image, findings)
-    scans = scans[[path not in bad for path, *_ in items]]
-    items = [item for item in items if item[0] not in bad]
+    if bad:
+        _report_bad(bad, cfg.on_bad_image, findings)
+        scans = scans[[path not in bad for path, *_ in items]]
+        items = [item for item in items if item[0] not in bad]
     if cfg.on_duplicate != "ignore":
         stays = check_copies(identities(scans), items, cfg.on_duplicate, findings)
         scans, items = scans[stays], list(itertools.compress(items, stays))
@@ -104,18 +105,14 @@ def unknown_classes(key: str, unknown: list[str], known: list[str]) -> str:
 def _report_bad(bad: dict[Path, str], on_bad_image: str, findings: Findings) -> None:
     """Reports the files that do not decode, by an error or a warning.
 
-    If all files decode, nothing happens.
-
     Args:
         bad: a dict from each file that does not decode to the reason.
         on_bad_image: "stop" to raise an error, "skip" to log a warning that the files are left out.
         findings: gets the files that are left out.
 
     Raises:
-        Refused: `bad` is not empty, and `on_bad_image` is "stop".
+        Refused: `on_bad_image` is "stop".
     """
-    if not bad:
-        return
     lines = [f"{path}: {reason}" for path, reason in bad.items()]
     files = f"{len(bad)} image file{'s do' if len(bad) > 1 else ' does'} not decode"
     if on_bad_image == "stop":

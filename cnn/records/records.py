@@ -136,7 +136,7 @@ class Records:
         data, state = self.run.data, self.state
         result = {
             "classes": len(data.classes),
-            "images": {split: len(getattr(data, split)) for split in ("train", "val", "test")},
+            "images": {split: len(images) for split, images in data.splits.items()},
             "best": state.best if state.test is not None else None,
             "test": state.test,
         }

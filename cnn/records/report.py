@@ -18,7 +18,7 @@ from PIL import Image
 from cnn.config import as_text, to_yaml
 from cnn.datasets.order import EVALUATION
 from cnn.metrics import scores
-from cnn.records import figures
+from cnn.records import data_sheet, figures
 from cnn.records.figures import COLOURS, ORANGE, Curve, Panel
 from cnn.records.pages import CLASS_HEAD, class_rows, format_metric, render
 from cnn.training.run import Run
@@ -30,7 +30,6 @@ from cnn.utils.screen import shorten_name
 NUM_MISTAKES = 24
 NUM_TRAINING_IMAGES = 32
 NUM_PAIRS = 10  # the most pairs of confused classes
-SPLITS = ("train", "val", "test")
 THUMBNAIL = 96  # pixels of the longest side of an embedded image
 RESUMED = re.compile(r"==== resumed from .*: epoch \d+, step (\d+), batch")
 
@@ -70,7 +69,7 @@ class Report:
     # -- from the state -------------------------------------------------------------------------
 
     def _labels(self, split: str) -> np.ndarray:
-        return getattr(self.run.data, split).labels
+        return self.run.data.splits[split].labels
 
     def _confusion(self, split: str) -> np.ndarray:
         predictions = self.state.predictions[split]["prediction"].numpy()
@@ -115,8 +114,8 @@ class Report:
         cfg, history, data = self.run.cfg, self.state.history, self.run.data
         columns = list(history[-1])
         counts = [[*data.classes, "all"]]  # a list per column
-        for split in SPLITS:
-            numbers = np.bincount(self._labels(split), minlength=len(data.classes))
+        for images in data.splits.values():
+            numbers = np.bincount(images.labels, minlength=len(data.classes))
             counts.append([*numbers, numbers.sum()])
         training = first_training_images(self.run)
         return self._headline() | {
@@ -128,8 +127,10 @@ class Report:
             "mistakes": self._mistakes() if "val" in self.state.predictions else None,
             "training": [(thumbnail(image), name) for image, name in training],
             "augmentations": as_text(cfg.data.augment)[1:-1] or "none",
-            "splits": list(SPLITS),
+            "splits": list(data.splits),
             "counts": list(zip(*counts, strict=True)),
+            "facts": list(data_sheet.facts(self.run).items()),
+            "findings": data.findings.found,
             "columns": columns,
             "epochs": [[format_metric(row.get(name)) for name in columns] for row in history],
             "environment": list(self.run.environment.items()),

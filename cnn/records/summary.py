@@ -12,6 +12,7 @@ from cnn.config.settings import LOSSES
 from cnn.datasets.augment import DRAWS
 from cnn.metrics.scores import with_interval
 from cnn.models.flops import count_flops
+from cnn.records import data_sheet
 from cnn.training.optim import FREEZE
 from cnn.training.resume import Checkpoint
 from cnn.training.run import Run
@@ -32,7 +33,8 @@ HISTORY_ONLY = {"val_balanced_acc", "val_f1", "val_top5_acc"}
 
 
 def write(run: Run, checkpoint: Checkpoint | None) -> None:
-    """Logs a summary of a run at its start, and writes config.yaml and model.txt.
+    """Logs a summary of a run at its start, and writes config.yaml, model.txt, data.txt and
+    division.csv.
 
     For a run that resumes, the log names the checkpoint and the step.
 
@@ -47,6 +49,8 @@ def write(run: Run, checkpoint: Checkpoint | None) -> None:
     logs = run.folder.logs
     write_record(logs.config, to_yaml(run.cfg))
     write_record(logs.model, model_text(run, flops))
+    write_record(logs.data, data_sheet.sheet(run))
+    write_record(logs.division, data_sheet.division(run))
 
 
 def _log_resume(run: Run, checkpoint: Checkpoint) -> None:
@@ -84,11 +88,14 @@ def log_start(run: Run, flops: int | None) -> None:
         device += f" ({env['threads']} threads)"
     logger.info("torch %s on %s, %s; seed %d", env["torch"], device, env["precision"], cfg.seed)
     shape = "x".join(map(str, data.preprocessing.shape))
-    logger.info("data %s: images %s, %d classes", cfg.data.name, shape, len(data.classes))
-    for split in ("train", "val", "test"):
-        images = getattr(data, split)
+    facts = data_sheet.facts(run)
+    logger.info("data %s: images %s, %d classes", facts["source"], shape, len(data.classes))
+    for split, images in data.splits.items():
         counts = _class_counts(images.labels, data.classes)
         logger.info("  %-5s %6d  %s", split, len(images), counts)
+    texts = [f"{name} {facts[name]}" for name in data_sheet.IN_LOG if name in facts]
+    if texts:
+        logger.info("  %s", "; ".join(texts))
     size = f"{sum(p.numel() for p in state.model.parameters()):,} parameters"
     logger.info("model %s: %s, %s per image", cfg.model.name, size, _format_flops(flops))
     frozen = max(group.get(FREEZE, 0) for group in state.optimizer.param_groups)

@@ -45,6 +45,8 @@ class RunLogs:
         self.history = folder / "history.csv"
         self.config = folder / "config.yaml"
         self.model = folder / "model.txt"
+        self.data = folder / "data.txt"
+        self.division = folder / "division.csv"
         self.result = folder / "result.json"
         self.val_predictions = folder / "predictions_val.csv"
         self.report = folder / "report.html"

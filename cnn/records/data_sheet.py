@@ -1,0 +1,86 @@
+"""What the data of a run are: logs/data.txt, and who was where: logs/division.csv."""
+
+import csv
+import io
+from collections import Counter
+
+import numpy as np
+
+from cnn.datasets.copies import number_groups
+from cnn.datasets.images import FileImages
+from cnn.training.run import Run
+from cnn.utils.screen import align_columns, escape_unprintable
+
+# The facts that are logged at the start of a run.
+IN_LOG = ("formats", "width x height", "cut away")
+
+
+def facts(run: Run) -> dict[str, str]:
+    """Returns the facts about the images of a run, such as their sizes, as texts by name."""
+    cfg, data, pre = run.cfg.data, run.data, run.data.preprocessing
+    is_files = isinstance(data.train, FileImages)
+    return {
+        "source": f"{cfg.name} {cfg.root}" if is_files else cfg.name,
+        **(_facts_of_files(data.train.files.scans) if is_files else {}),
+        "resized to": f"{pre.image_size} x {pre.image_size} pixels, {pre.channels} channels",
+        "mean": ", ".join(f"{value:.4f}" for value in pre.mean),
+        "standard deviation": ", ".join(f"{value:.4f}" for value in pre.std),
+    }
+
+
+def _facts_of_files(scans: np.ndarray) -> dict[str, str]:
+    """Returns the facts about image files.
+
+    Args:
+        scans: the rows of the files, of the dtype `cnn.datasets.scan.SCAN`.
+    """
+    area, width, height = scans["width"] * scans["height"], scans["width"], scans["height"]
+    cut = 1 - np.minimum(width, height) / np.maximum(width, height)
+    small, middle, large = np.argsort(area, kind="stable")[[0, len(area) // 2, -1]]
+    sizes = [f"{width[index]} x {height[index]}" for index in (small, middle, large)]
+    formats = Counter(name.decode() for name in scans["format"].tolist())
+    return {
+        "formats": ", ".join(f"{name} {number}" for name, number in formats.most_common()),
+        "width x height": f"{sizes[0]} to {sizes[2]} pixels, median {sizes[1]}",
+        "cut away": f"{cut.mean():.0%} of the pixels for squares, at most {cut.max():.0%} of one",
+    }
+
+
+def sheet(run: Run) -> str:
+    """Returns the text of data.txt.
+
+    The text contains the facts about the images, the number of images per class and split, and
+    everything that was found while the data were read.
+    """
+    data = run.data
+    parts, number = data.splits.values(), len(data.classes)
+    counts = [np.bincount(images.labels, minlength=number) for images in parts]
+    rows = [("class", *data.splits, "all"), ("all", *map(sum, counts), np.sum(counts))]
+    rows += [(name, *row, sum(row)) for name, *row in zip(data.classes, *counts, strict=True)]
+    table = align_columns([[str(cell) for cell in row] for row in rows], right=(1, 2, 3, 4))
+    lines = [*align_columns(list(facts(run).items())), "", *table]
+    for finding in data.findings.found:
+        lines += ["", finding.line, *(f"  {detail}" for detail in finding.details)]
+    return "\n".join(escape_unprintable(line, keep="\n") for line in lines) + "\n"
+
+
+def division(run: Run) -> str:
+    """Returns the text of division.csv, with a row per image: image, label, split and group.
+
+    Copies of an image are a group, which has a number. An image without copies has no group.
+    """
+    parts = run.data.splits
+    groups = [""] * sum(map(len, parts.values()))
+    identities = [images.identities() for images in parts.values()]
+    if all(numbers is not None for numbers in identities):
+        groups = [number or "" for number in number_groups(np.concatenate(identities)).tolist()]
+    images = (
+        (part.name(index), run.data.classes[label], split)
+        for split, part in parts.items()
+        for index, label in enumerate(part.labels)
+    )
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["image", "label", "split", "group"])
+    writer.writerows((*image, group) for image, group in zip(images, groups, strict=True))
+    return text.getvalue()
