@@ -122,6 +122,7 @@ class ArrayImages(Images):
         pixels = torch.as_tensor(pixels)
         assert pixels.dtype == torch.uint8 and pixels.ndim == 4 and len(pixels) == len(labels)
         self.store = pixels.permute(0, 2, 3, 1).contiguous()  # M, H, W, C; shared by all subsets
+        self._identities = np.array([_hash(image) for image in self.store.numpy()])  # M
         self.num_decoded = len(pixels)
         self.rows = np.arange(self.num_decoded)
         self.labels = np.asarray(labels, dtype=np.int64)
@@ -167,8 +168,7 @@ class ArrayImages(Images):
 
     def identities(self) -> np.ndarray:
         """Returns a number for each image, the same for images with the same pixels, int64 (N)."""
-        pixels = self.store.numpy()
-        return np.array([hash(pixels[row].tobytes()) for row in self.rows])
+        return self._identities[self.rows]
 
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
         """Returns the pixels of the whole dataset, even if this object is a subset.
@@ -395,6 +395,10 @@ class UserImages(Images):
             sums = sums + values.sum(1).numpy()
             squares = squares + values.square().sum(1).numpy()
         return number, sums, squares
+
+
+def _hash(pixels: np.ndarray) -> int:
+    return zlib.crc32(pixels) << 31 ^ zlib.adler32(pixels)
 
 
 def _to_int64(labels: Any, name: str) -> np.ndarray:
