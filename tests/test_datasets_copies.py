@@ -13,6 +13,7 @@ import evaluate
 from cnn.config import DataConfig
 from cnn.datasets import digits
 from cnn.datasets.build import DATASETS, build_data
+from cnn.datasets.images import ArrayImages
 from cnn.errors import Refused
 from cnn.utils.checkpoint import load_checkpoint, save_checkpoint
 
@@ -184,7 +185,12 @@ def test_without_copies_the_division_is_the_one_of_earlier_versions(photos):
 def test_copies_in_a_known_dataset_are_told_and_stay(monkeypatch, caplog):
     assert build_data(DataConfig("digits"), 0) and not caplog.text, "no copies among the digits"
     splits, classes = digits.load()
-    splits["train"].store[898:908] = splits["train"].store[:10]  # the first of the test
+    train, test = (np.stack([images[i] for i in range(len(images))]) for images in splits.values())
+    test[:10] = train[:10]
+    splits = {
+        split: ArrayImages(pixels, splits[split].labels, split)
+        for split, pixels in (("train", train), ("test", test))
+    }
     monkeypatch.setitem(DATASETS, "digits", lambda *_: (splits, classes))
     data = build_data(DataConfig("digits"), 0)
     assert len(data.train) + len(data.val) == 898 and len(data.test) == 899
