@@ -1,21 +1,48 @@
 """Datasets of the user's files: a CSV file with the paths and labels of images."""
 
 import csv
+import glob
+import io
 import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from logging import WARNING
 from pathlib import Path
 
 from cnn.config import DataConfig
 from cnn.datasets.findings import Findings
+from cnn.datasets.image_files import EXTENSIONS
 from cnn.datasets.listing import Listing, split_of
 from cnn.errors import Refused
 
+# What the user's columns are called, in lower case and without spaces, "_" and "-".
+COLUMNS = {
+    "path": r"paths?|(file|image|img)(file)?(s|paths?|names?|id)?|路径|(文件|图片|图像)(名|路径)?",
+    "label": r"labels?|(class|category)(name)?|标签|类别|分类",
+    "split": r"splits?|(sub|data)?set|partition|数据集|划分|子集",
+}
+SEPARATORS = ",;\t"
+NO_HEADER = ("#", "sep=")  # how lines above the header begin: a comment, or a line for Excel
+NO_LABEL = ("", "nan", "<na>", "#n/a", "#ref!", "#value!")  # how programs write a missing value
+BETWEEN_LABELS = re.compile(r"[;|,/+&、，；\s]+")
+NUMBER = re.compile(r"[-+]?\d{1,15}(\.\d*)?")
+NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
+CHINESE = re.compile("[\u2010-\u2026\u3000-\u303f\u3400-\u9fff\uff00-\uffef·×]+")
+MAX_NAMED = 5  # lines, labels or words in a message
+ADVICE = 'save it as UTF-8 (in Excel: Save As, "CSV UTF-8")'
 
-def list_table(cfg: DataConfig, findings: Findings, *, needs_train: bool = True) -> Listing:  # noqa: ARG001
+Rows = Iterator[tuple[int, list[str]]]  # line number and cells
+
+
+def list_table(cfg: DataConfig, findings: Findings, *, needs_train: bool = True) -> Listing:
     """Lists the images that a CSV file names.
 
-    The columns of the CSV file are path, label and split. A path is relative to the folder of the
-    CSV file. A split is train, val or test. If the split is empty or there is no column split, the
-    image is for training.
+    The CSV file has a column for the path, a column for the label and, optionally, a column for the
+    split. A path is relative to the folder of the CSV file. A split is train, val or test. If the
+    split is empty or there is no such column, the image is for training.
 
     Args:
         cfg: the section `data` of the settings. `cfg.root` is the CSV file.
@@ -26,57 +53,262 @@ def list_table(cfg: DataConfig, findings: Findings, *, needs_train: bool = True)
         The images by split.
 
     Raises:
-        Refused: the CSV file or the training images are missing. A path or a label is missing or
-            contains a zero byte. Two lines give one image different labels or splits.
+        Refused: the CSV file is not understood. Training images or files are missing. Labels seem
+            to mean the same class. Two lines give one image different labels or splits.
     """
     file = Path(cfg.root)
-    columns, rows = _read_table(file)
-    if not {"path", "label"} <= set(columns):
-        got = f"{','.join(columns)[:100]}; save it as UTF-8 with commas"
-        raise Refused(f"{file}:1: expected the columns path,label[,split], got {got}")
     listing: Listing = {}
-    seen: dict[str, tuple[int, str]] = {}  # path: line, and label and split
-    for line, row in rows:
-        path, label, split = row["path"], row["label"], split_of(row["split"] or "train")
-        if not path or not label or split is None or "\0" in path + label:
-            raise Refused(f"{file}:{line}: expected path,label[,train|val|test], got {row}")
-        place = f"{label} in {split}"
-        earlier, before = seen.setdefault(os.path.normpath(path), (line, place))
-        if before != place:
-            raise Refused(f"{file}:{line}: {path} is {place}, but line {earlier} says {before}")
-        listing.setdefault(split, []).append((file.parent / path, label))
-    if "train" not in listing and needs_train:
-        raise Refused(f"{file}: no line is for train")
+    for split, path, label in _read_images(file, cfg, findings):
+        listing.setdefault(split, []).append((path, label))
     if not listing:
         raise Refused(f"{file}: no line below the columns")
+    if "train" not in listing and needs_train:
+        raise Refused(f"{file}: no line is for train")
     return listing
 
 
-def _read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Reads a CSV file and returns the columns and the rows.
+def _read_images(file: Path, cfg: DataConfig, findings: Findings) -> list[tuple[str, Path, str]]:
+    """Returns the split, the path and the label of every row of a CSV file.
+
+    Raises:
+        Refused: rows are not understood. The message names the lines for each kind of mistake.
+    """
+    columns, rows = _read_table(file, findings)
+    images, missing = [], {}  # missing: a dict from path to line
+    seen: dict[str, tuple[int, str]] = {}  # path: line, and label and split
+    first_lines: dict[str, int] = {}  # label: the first line that has it
+    mistakes: dict[str, list[str]] = defaultdict(list)  # what is wrong: lines
+    for line, cells in rows:
+        row = dict(zip(columns, map(str.strip, cells)))
+        if mistake := _mistake(row, len(cells) - len(columns)):
+            mistakes[mistake].append(f"{line}")
+            continue
+        path, label, split = row["path"], row["label"], split_of(row.get("split") or "train")
+        found = _locate(file.parent, path)
+        if not found:
+            missing.setdefault(path, line)
+        place = f"{label} in {split}"
+        image = found or os.path.join(file.parent, path)
+        earlier, before = seen.setdefault(os.path.normpath(image), (line, place))
+        if before != place:
+            twice = f"{line} ({path} is {place}, but line {earlier} says {before})"
+            mistakes["another label or split for the same image"].append(twice)
+        first_lines.setdefault(label, line)
+        images.append((split, Path(image), label))
+    if missing and cfg.on_bad_image == "stop":
+        what = (
+            f"a path that leads to no file ({_advise(file.parent.resolve(), next(iter(missing)))})"
+        )
+        mistakes[what] = [f"{line} ({path})" for path, line in missing.items()]
+    if mistakes:
+        kinds = [_rows_with(what, lines) for what, lines in mistakes.items()]
+        raise Refused(f"{file}: {'; '.join(kinds[:MAX_NAMED])}")
+    _check_labels(file, first_lines, findings)
+    return images
+
+
+def _mistake(row: dict[str, str], surplus: int) -> str | None:
+    """Returns what is wrong with a row, in words that follow "rows with", or None.
+
+    Args:
+        row: a dict from column to text.
+        surplus: how many cells more than columns there are. The number is negative if cells lack.
+    """
+    if surplus:
+        comma = "more cells than the header (a comma in a path without quotes?)"
+        return comma if surplus > 0 else "fewer cells than the header"
+    if not row["path"]:
+        return "no path"
+    if row["label"].strip("?\ufffd").lower() in NO_LABEL:
+        return "no label"
+    if len(row["label"].splitlines()) > 1:
+        return "a line break in the label (a quote that is not closed?)"
+    if split_of(row.get("split") or "train") is None:
+        return f"the split {row['split'][:50]!r} instead of train, val or test"
+    return None
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = f" and {len(items) - MAX_NAMED:,} more" if len(items) > MAX_NAMED else ""
+    return ", ".join(items[:MAX_NAMED]) + more
+
+
+def _rows_with(what: str, lines: list[str]) -> str:
+    plural = "s" if len(lines) > 1 else ""
+    return f"{len(lines):,} row{plural} with {what}: line{plural} {_listed(lines)}"
+
+
+def _locate(folder: Path, path: str) -> str | None:
+    """Returns the file that a path of a CSV file leads to, or None if there is no such file.
+
+    A backslash separates folders unless the name of a file contains the backslash.
+    """
+    for name in (path, path.replace("\\", "/")):
+        file = os.path.join(folder, name)
+        if os.path.isfile(file):
+            return file
+    return None
+
+
+def _advise(top: Path, path: str) -> str:
+    """Returns what to do about a path that leads to no file.
+
+    The file is looked for in the folders inside and beside the CSV file's folder, with any of the
+    extensions of image files.
+
+    Args:
+        top: the folder of the CSV file.
+        path: the path. Of a path from another computer, only the file name can be right.
+    """
+    stem, extension = os.path.splitext(path.replace("\\", "/").lstrip("/"))
+    stem += extension if extension.lower() not in EXTENSIONS else ""
+    for folder, name in product(("", "*/", "*/*/", "../", "../*/"), (stem, os.path.basename(stem))):
+        for found in sorted(glob.glob(f"{folder}{glob.escape(name)}.*", root_dir=top)):
+            if found.lower().endswith(EXTENSIONS):
+                return f"paths begin at {top}; write {found} instead of {path}"
+    return f"paths begin at {top}; copy the images there, or set data.on_bad_image=skip"
+
+
+def _check_labels(file: Path, first_lines: dict[str, int], findings: Findings) -> None:
+    """Checks that different labels mean different classes.
 
     Args:
         file: the CSV file.
-
-    Returns:
-        Two values. The first value is a list of the column names. The second value is a list of
-        (line number, values) for each row that is not empty. Values are a dict from column name to
-        text. The dict always has the keys "path", "label" and "split". A missing text is "".
+        first_lines: a dict from each label to the first line that has the label.
+        findings: gets the labels that differ only in case or that consist of other labels.
 
     Raises:
-        Refused: the file cannot be read or is not in UTF-8.
+        Refused: labels look the same, such as two forms of "é", or are the same number.
     """
+    if same := _alike(first_lines, _appearance):
+        kinds = "in spaces, in forms of a character or as the same number"
+        what = f"labels that differ only {kinds}: {_listed(same)}"
+        raise Refused(f"{file}: {what}; write every label in one way")
+    several = []
+    for label, line in first_lines.items():
+        parts = set(BETWEEN_LABELS.split(label)) - {""}
+        if len(parts) > 1 and parts <= first_lines.keys():
+            several.append(f"{label} (line {line})")
+    doubtful = {
+        "differ only in case": _alike(first_lines, lambda label: _appearance(label).casefold()),
+        "consist of other labels, though an image has one label": several,
+    }
+    for what, labels in doubtful.items():
+        if labels:
+            line = f"{file}: labels that {what}, taken as different classes: {_listed(labels)}"
+            findings.add(line, labels, WARNING)
+
+
+def _alike(first_lines: dict[str, int], key: Callable[[str], str]) -> list[str]:
+    """Describes the labels for which `key` returns the same as for another label."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for label, line in first_lines.items():
+        groups[key(label)].append(f"{label} (line {line})")
+    return [" and ".join(group) for group in groups.values() if len(group) > 1]
+
+
+def _appearance(label: str) -> str:
+    """Returns a text that is equal for labels that look the same or are the same number."""
+    visible = "".join(sign for sign in label if unicodedata.category(sign) != "Cf")
+    shown = " ".join(unicodedata.normalize("NFKC", visible).split())
+    return f"{float(shown)}" if NUMBER.fullmatch(shown) else shown
+
+
+def _read_table(file: Path, findings: Findings) -> tuple[list[str], Rows]:
+    """Reads a CSV file and recognizes the separator and the columns by the names in the header.
+
+    The header is the first line that is neither blank nor a comment.
+
+    Args:
+        file: the CSV file.
+        findings: gets the columns that are not used, and an encoding that is not UTF-8.
+
+    Returns:
+        Two values. The first value is a list of the columns, with the names "path", "label" and
+        "split" for those that are used. The second value yields (line number, cells) for each row
+        below the header that is not blank. Reading the rows raises Refused where quotes do not
+        match.
+
+    Raises:
+        Refused: the file cannot be read, is no CSV file or is in an unknown encoding. The header
+            has no column for the path or for the label, or several columns for one of them.
+    """
+    lines = io.StringIO(_read_text(file, findings), newline="")
+    begun = (
+        (number, line)
+        for number, line in enumerate(lines, 1)
+        if line.strip(f"{SEPARATORS} \r\n") and not line.lower().startswith(NO_HEADER)
+    )
+    number, header = next(begun, (1, ""))
+    for separator in SEPARATORS:
+        names = next(csv.reader([header], delimiter=separator, skipinitialspace=True))
+        columns = [_meaning(name) for name in names]
+        if {"path", "label"} <= set(columns):
+            break
+    else:
+        expected = f"expected the columns path,label[,split], got {header.strip()[:100]!r}"
+        advice = "name the columns so; of one column per class, make one column label"
+        raise Refused(f"{file}:{number}: {expected}; {advice}; save the table as CSV in UTF-8")
+    for meaning in COLUMNS:
+        same = [name for name, column in zip(names, columns) if column == meaning]
+        if len(same) > 1:
+            several = f"several columns for the {meaning}: {', '.join(same)}"
+            raise Refused(f"{file}:{number}: {several}; rename all but one")
+    unused = [column or "(no name)" for column in columns if column not in COLUMNS]
+    if unused:
+        findings.add(f"{file}: columns not used: {_listed(unused)}", unused)
+    return columns, _read_rows(file, lines, separator, number)
+
+
+def _meaning(name: str) -> str:
+    """Returns "path", "label" or "split" if a column's name stands for it, or else the name."""
+    key = re.sub(r"[\s_-]", "", name).lower()
+    found = (meaning for meaning, names in COLUMNS.items() if re.fullmatch(names, key))
+    return next(found, name.strip())
+
+
+def _read_rows(file: Path, lines: Iterator[str], separator: str, header: int) -> Rows:
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+    line = header + 1  # where the row begins
     try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream)
-            columns = [name.strip() for name in next(reader, [])]
-            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
-    except UnicodeDecodeError as error:
-        raise Refused(
-            f"data.root: expected a CSV file at {file.resolve()} in UTF-8, but"
-            f" {error.object[error.start]:#04x} is no character of it; save it as UTF-8"
-        ) from None
-    except (OSError, csv.Error) as error:
+        for cells in reader:
+            if any(map(str.strip, cells)):
+                yield line, cells
+            line = header + reader.line_num + 1
+    except csv.Error as error:
+        advice = 'close every quote, and write "" for a quote inside a cell'
+        raise Refused(f"{file}:{line}: quotes that do not match ({error}); {advice}") from None
+
+
+def _read_text(file: Path, findings: Findings) -> str:
+    """Returns the text of a file in UTF-8 or, if the text is then Chinese, in GB18030."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
         raise Refused(f"data.root: expected a CSV file at {file.resolve()}: {error}") from None
-    empty = dict.fromkeys(("path", "label", "split"), "")
-    return columns, [(line, empty | dict(zip(columns, cells))) for line, cells in rows]
+    if b"\0" in data:
+        got = f"no text or UTF-16 (zero bytes in line {data[: data.index(0)].count(10) + 1})"
+        raise Refused(f"data.root: expected a CSV file in UTF-8, got {file}, {got}; {ADVICE}")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        wrong = f"in UTF-8, but {data[error.start]:#04x} is no character of it"
+    text = data.decode("gb18030", "replace")
+    words = list(dict.fromkeys(NOT_ASCII.findall(text)))
+    if not _is_chinese("".join(words)):
+        raise Refused(f"data.root: expected a CSV file at {file.resolve()} {wrong}; {ADVICE}")
+    read = f"read as GB18030, with words such as {_listed(words)}"
+    findings.add(f"{file}: not in UTF-8, {read}; if they are wrong, {ADVICE}", level=WARNING)
+    return text
+
+
+def _is_chinese(text: str) -> bool:
+    """Returns whether characters that were decoded from GB18030 are Chinese.
+
+    Bytes of other encodings, such as "Käse" in cp1252, also decode from GB18030, but to rare
+    characters. Most of a Chinese text is of the first level of GB 2312, bytes B0 to D7 and A1 to
+    FE.
+    """
+    codes = [sign.encode("gb18030") for sign in text if sign != "\ufffd"]
+    common = [code for code in codes if 0xB0 <= code[0] <= 0xD7 and code[1] >= 0xA1]
+    return 2 * len(common) >= len(codes) and bool(CHINESE.fullmatch(text))
