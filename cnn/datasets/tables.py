@@ -162,11 +162,14 @@ def _advise(top: Path, path: str) -> str:
     """
     stem, extension = os.path.splitext(path.replace("\\", "/").lstrip("/"))
     stem += extension if extension.lower() not in EXTENSIONS else ""
-    for folder, name in product(("", "*/", "*/*/", "../", "../*/"), (stem, os.path.basename(stem))):
+    folders = ("", "*/", "*/*/", "../", "../*/")
+    for name, folder in product((stem, os.path.basename(stem)), folders):
         for found in sorted(glob.glob(f"{folder}{glob.escape(name)}.*", root_dir=top)):
             if found.lower().endswith(EXTENSIONS):
                 return f"paths begin at {top}; write {found} instead of {path}"
-    return f"paths begin at {top}; copy the images there, or set data.on_bad_image=skip"
+    return (
+        f"paths begin at {top}; copy or download the images to there, or set data.on_bad_image=skip"
+    )
 
 
 def _check_labels(file: Path, first_lines: dict[str, int], findings: Findings) -> None:
