@@ -108,7 +108,7 @@ def test_a_table_that_is_understood_is_taken_without_a_word(text, expected, top)
         (
             "path,label\na.png,cat\nb.png,dog\nc.png,cat;dog\nd.png,cat | dog\n",
             {"train": "a.png:cat b.png:dog c.png:cat;dog d.png:cat | dog"},
-            ["taken as different classes: cat;dog (line 4), cat | dog (line 5)"],
+            ["labels that consist of others, taken as classes of their own: cat;dog (line 4), cat | dog (line 5)"],
         ),
     ],
 )  # fmt: skip
@@ -121,11 +121,11 @@ def test_what_may_not_be_meant_is_taken_and_said_in_one_line(text, expected, sai
 @pytest.mark.parametrize(
     "text, part",
     [
-        ("", "table.csv:1: expected the columns path,label[,split], got ''; name the columns so"),
-        ("\n\n", "table.csv:1: expected the columns path,label[,split], got ''"),
-        ("a.png,x\nb.png,y\n", "table.csv:1: expected the columns path,label[,split], got 'a.png,x'"),
-        ("path|label\na.png|x\n", "got 'path|label'; name the columns so"),
-        ('[{"path": "a.png"}]', "save the table as CSV in UTF-8"),
+        ("", "table.csv:1: expected the columns path,label[,split] in a CSV file in UTF-8, got ''"),
+        ("\n\n", "table.csv:3: expected the columns path,label[,split] in a CSV file in UTF-8, got ''"),
+        ("a.png,x\nb.png,y\n", "table.csv:1: expected the columns path,label[,split] in a CSV file in UTF-8, got 'a.png,x'"),
+        ("path|label\na.png|x\n", "got 'path|label'"),
+        ('[{"path": "a.png"}]', "in a CSV file in UTF-8, got"),
         ("path,cat,dog\na.png,1,0\nb.png,0,1\n", "of one column per class, make one column label"),
         ("path,label,Path\na.png,x,b.png\n", "csv:1: several columns for the path: path, Path;"),
         ("file,path,label\n1,b.png,x\n", "several columns for the path: file, path; rename all but"),
@@ -133,22 +133,22 @@ def test_what_may_not_be_meant_is_taken_and_said_in_one_line(text, expected, sai
         ("path,label\n", "no line below the columns"),
         ("path,label,split\na.png,x,test\nb.png,y,val\n", "no line is for train"),
         ("path,label,split\na.png,x\nb.png,y,val\nc.png\n",
-         "table.csv: 2 rows with fewer cells than the header: lines 2, 4"),
+         "table.csv: rows that cannot be used: 2 with fewer cells than the header: line 2, line 4"),
         ("path,label\na.png,x\ncats,e.png,y\n",
-         "1 row with more cells than the header (a comma in a path without quotes?): line 3"),
-        ("path;label\na.png;x\nb.png,y\n", "1 row with fewer cells than the header: line 3"),
-        ("path,label\na.png,x\n,y\n  ,x\n", "2 rows with no path: lines 3, 4"),
-        ("path,label\na.png,x\n\n\nb.png,\nc.png, \n", "2 rows with no label: lines 5, 6"),
-        ("path,label\na.png,x\nb.png,NaN\nc.png,??\nd.png,<NA>\n", "3 rows with no label: lines 3, 4, 5"),
-        ("path,label\n" + "a.png,\n" * 12, "12 rows with no label: lines 2, 3, 4, 5, 6 and 7 more"),
+         "1 with more cells than the header (a comma in a path without quotes?): line 3"),
+        ("path;label\na.png;x\nb.png,y\n", "1 with fewer cells than the header: line 3"),
+        ("path,label\na.png,x\n,y\n  ,x\n", "2 with no path: line 3, line 4"),
+        ("path,label\na.png,x\n\n\nb.png,\nc.png, \n", "2 with no label: line 5, line 6"),
+        ("path,label\na.png,x\nb.png,NaN\nc.png,??\nd.png,<NA>\n", "3 with no label: line 3, line 4, line 5"),
+        ("path,label\n" + "a.png,\n" * 12, "12 with no label: line 2, line 3, line 4, line 5, line 6 and 7 more"),
         ("path,label\na.png,\nb.png\n",
-         "1 row with no label: line 2; 1 row with fewer cells than the header: line 3"),
+         "1 with no label: line 2; 1 with fewer cells than the header: line 3"),
         ("path,label,split\na.png,x,tarin\nb.png,y,train\nc.png,y,tarin\nd.png,x,1\n",
-         "2 rows with the split 'tarin' instead of train, val or test: lines 2, 4; 1 row with the split '1'"),
+         "2 with the split 'tarin' instead of train, val or test: line 2, line 4; 1 with the split '1'"),
         ('path,label\na.png,x\n"b.png,y\nc.png,x\nd.png,y\n', "csv:3: quotes that do not match"),
         ('path,label\na.png,"x\nb.png,y\nc.png,"x"\n', "csv:2: quotes that do not match"),
-        ('path,label\na.png,"x\nb.png,y"\n', "a line break in the label (a quote that is not closed?)"),
-        ("path,label\na.png,1\nb.png,2\nc.png,1.0\n", "the same number: 1 (line 2) and 1.0 (line 4); write"),
+        ('path,label\na.png,"x\nb.png,y"\n', "a line break or a zero byte in path or label (a quote that is not closed?)"),
+        ("path,label\na.png,1\nb.png,2\nc.png,1.0\n", "a character or number: 1 (line 2) and 1.0 (line 4); write each label"),
         ("path,label\na.png,1\nb.png,2\nc.png,01\n", "1 (line 2) and 01 (line 4)"),
         ("path,label\na.png,red cat\nb.png,red  cat\n", "red cat (line 2) and red  cat (line 3)"),
         ("path,label\na.png,red cat\nb.png,red\u3000cat\n", "differ only in spaces"),
@@ -160,8 +160,8 @@ def test_what_may_not_be_meant_is_taken_and_said_in_one_line(text, expected, sai
          "for the same image: line 4 (.\\a.png is x in test, but line 2 says x in train)"),
         ("path,label\na.png,x\nb.png,x\n", "at least two classes"),
         ("path,label,split\na.png,x,train\nb.png,y,train\nc.png,z,val\n", "train has not: z"),
-        ("path,label\na.png,x\nb\0.png,y\n", "zero bytes in line 3"),
-        ("path,label\na.png,x\nb.png,y\0\n", "zero bytes in line 3"),
+        ("path,label\na.png,x\nb\0.png,y\n", "a zero byte in path or label (a quote that is not closed?): line 3"),
+        ("path,label\na.png,x\nb.png,y\0\n", "a zero byte in path or label (a quote that is not closed?): line 3"),
     ],
 )  # fmt: skip
 def test_a_table_that_is_not_understood_is_refused_with_its_lines(text, part, top):
@@ -171,24 +171,24 @@ def test_a_table_that_is_not_understood_is_refused_with_its_lines(text, part, to
 @pytest.mark.parametrize(
     "path, advice",
     [
-        ("no.png", "copy or download the images to there, or set data.on_bad_image=skip"),
-        ("cats", "copy or download the images to there"),
-        ("http://example.org/z.png", "copy or download the images to there"),
-        ("file:///z.png", "copy or download the images to there"),
-        ("g", "write g.jpg instead of g"),
-        ("a.jpeg", "write a.png instead of a.jpeg"),
-        ("e", "write cats/e.png instead of e"),
-        ("set/a.png", "write ../set/a.png instead of set/a.png"),
-        ("k.png", "write ../images/k.JPG instead of k.png"),
-        ("/home/other/data/cats/e.png", "write cats/e.png instead of /home/other/data/cats/e.png"),
-        ("C:\\Users\\me\\k.png", "write ../images/k.JPG instead of C:\\Users\\me\\k.png"),
+        ("no.png", "copy or download the images, or set data.on_bad_image=skip"),
+        ("cats", "copy or download the images, or"),
+        ("http://example.org/z.png", "copy or download the images, or"),
+        ("file:///z.png", "copy or download the images, or"),
+        ("g", "is it g.jpg?"),
+        ("a.jpeg", "is it a.png?"),
+        ("e", "is it cats/e.png?"),
+        ("set/a.png", "is it ../set/a.png?"),
+        ("k.png", "is it ../images/k.JPG?"),
+        ("/home/other/data/cats/e.png", "is it cats/e.png?"),
+        ("C:\\Users\\me\\k.png", "is it ../images/k.JPG?"),
     ],
 )
 def test_a_path_that_leads_to_no_file_is_refused_with_where_the_file_is(path, advice, top):
     (top.parent / "images").mkdir()
     (top.parent / "images" / "k.JPG").write_bytes(b"")
     message = refusal(top, f"path,label\na.png,x\n{path},y\nnor.png,y\n")
-    assert f"lines 3 ({path}), 4 (nor.png)" in message and "2 rows" in message
+    assert f"line 3 ({path}), line 4 (nor.png)" in message and "used: 2 with" in message
     assert f"paths begin at {top}; {advice}" in message
 
 
@@ -225,12 +225,12 @@ def test_a_table_in_another_encoding_is_refused_with_what_to_do(labels, encoding
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_a_table_in_utf16_is_refused_with_what_to_do(encoding, top):
     message = refusal(top, "path,label\na.png,x\nb.png,y\n", encoding)
-    assert "table.csv" in message and "save it as UTF-8" in message
+    assert "table.csv" in message and "in UTF-8" in message
 
 
 def test_what_is_no_text_or_no_file_is_refused(top):
-    for content in ((top / "a.png").read_bytes(), b"PK\3\4\0\0workbook"):
-        assert "no text" in refusal(top, content)
+    for content in ((top / "a.png").read_bytes(), b"PK\3\4\0\0work\xff\x80"):
+        assert "no character of it; save it as UTF-8 (in Excel" in refusal(top, content)
     for name in ("no.csv", "cats"):
         with pytest.raises(Refused, match="expected a CSV file at"):
             build_data(DataConfig("csv", str(top / name)), 0)

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from cnn.config import DataConfig
 from cnn.datasets.findings import Findings
-from cnn.datasets.image_files import EXTENSIONS
 from cnn.datasets.listing import Listing, split_of
 from cnn.errors import Refused
 
@@ -24,15 +23,12 @@ COLUMNS = {
     "label": r"labels?|(class|category)(name)?|标签|类别|分类",
     "split": r"splits?|(sub|data)?set|partition|数据集|划分|子集",
 }
-SEPARATORS = ",;\t"
-NO_HEADER = ("#", "sep=")  # how lines above the header begin: a comment, or a line for Excel
+ABOVE_HEADER = re.compile(r"((#[^\r\n]*|sep=.|[\s,;]*)[\r\n])*")  # comments, Excel's "sep=;"
 NO_LABEL = ("", "nan", "<na>", "#n/a", "#ref!", "#value!")  # how programs write a missing value
 BETWEEN_LABELS = re.compile(r"[;|,/+&、，；\s]+")
 NUMBER = re.compile(r"[-+]?\d{1,15}(\.\d*)?")
-NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 CHINESE = re.compile("[\u2010-\u2026\u3000-\u303f\u3400-\u9fff\uff00-\uffef·×]+")
 MAX_NAMED = 5  # lines, labels or words in a message
-ADVICE = 'save it as UTF-8 (in Excel: Save As, "CSV UTF-8")'
 
 Rows = Iterator[tuple[int, list[str]]]  # line number and cells
 
@@ -57,9 +53,7 @@ def list_table(cfg: DataConfig, findings: Findings, *, needs_train: bool = True)
             to mean the same class. Two lines give one image different labels or splits.
     """
     file = Path(cfg.root)
-    listing: Listing = {}
-    for split, path, label in _read_images(file, cfg, findings):
-        listing.setdefault(split, []).append((path, label))
+    listing = _read_images(file, cfg, findings)
     if not listing:
         raise Refused(f"{file}: no line below the columns")
     if "train" not in listing and needs_train:
@@ -67,44 +61,47 @@ def list_table(cfg: DataConfig, findings: Findings, *, needs_train: bool = True)
     return listing
 
 
-def _read_images(file: Path, cfg: DataConfig, findings: Findings) -> list[tuple[str, Path, str]]:
-    """Returns the split, the path and the label of every row of a CSV file.
+def _read_images(file: Path, cfg: DataConfig, findings: Findings) -> Listing:
+    """Reads the rows of a CSV file.
 
     Raises:
         Refused: rows are not understood. The message names the lines for each kind of mistake.
     """
     columns, rows = _read_table(file, findings)
-    images, missing = [], {}  # missing: a dict from path to line
+    listing: Listing = {}
     seen: dict[str, tuple[int, str]] = {}  # path: line, and label and split
     first_lines: dict[str, int] = {}  # label: the first line that has it
     mistakes: dict[str, list[str]] = defaultdict(list)  # what is wrong: lines
+    missing: list[tuple[int, str]] = []  # line, path
     for line, cells in rows:
         row = dict(zip(columns, map(str.strip, cells)))
         if mistake := _mistake(row, len(cells) - len(columns)):
-            mistakes[mistake].append(f"{line}")
+            mistakes[mistake].append(f"line {line}")
             continue
         path, label, split = row["path"], row["label"], split_of(row.get("split") or "train")
-        found = _locate(file.parent, path)
-        if not found:
-            missing.setdefault(path, line)
+        # A backslash separates folders unless the name of a file contains the backslash.
+        image = os.path.join(file.parent, path)
+        if not os.path.isfile(image):
+            image = os.path.join(file.parent, path.replace("\\", "/"))
+            if not os.path.isfile(image):
+                missing.append((line, path))
         place = f"{label} in {split}"
-        image = found or os.path.join(file.parent, path)
         earlier, before = seen.setdefault(os.path.normpath(image), (line, place))
         if before != place:
-            twice = f"{line} ({path} is {place}, but line {earlier} says {before})"
+            twice = f"line {line} ({path} is {place}, but line {earlier} says {before})"
             mistakes["another label or split for the same image"].append(twice)
         first_lines.setdefault(label, line)
-        images.append((split, Path(image), label))
+        listing.setdefault(split, []).append((Path(image), label))
     if missing and cfg.on_bad_image == "stop":
-        what = (
-            f"a path that leads to no file ({_advise(file.parent.resolve(), next(iter(missing)))})"
-        )
-        mistakes[what] = [f"{line} ({path})" for path, line in missing.items()]
+        what = f"a path that leads to no file ({_advise(file.parent.resolve(), missing[0][1])})"
+        mistakes[what] = [f"line {line} ({path})" for line, path in missing]
     if mistakes:
-        kinds = [_rows_with(what, lines) for what, lines in mistakes.items()]
-        raise Refused(f"{file}: {'; '.join(kinds[:MAX_NAMED])}")
+        kinds = [
+            f"{len(lines):,} with {what}: {_listed(lines)}" for what, lines in mistakes.items()
+        ]
+        raise Refused(f"{file}: rows that cannot be used: {'; '.join(kinds[:MAX_NAMED])}")
     _check_labels(file, first_lines, findings)
-    return images
+    return listing
 
 
 def _mistake(row: dict[str, str], surplus: int) -> str | None:
@@ -114,15 +111,16 @@ def _mistake(row: dict[str, str], surplus: int) -> str | None:
         row: a dict from column to text.
         surplus: how many cells more than columns there are. The number is negative if cells lack.
     """
-    if surplus:
-        comma = "more cells than the header (a comma in a path without quotes?)"
-        return comma if surplus > 0 else "fewer cells than the header"
+    if surplus > 0:
+        return "more cells than the header (a comma in a path without quotes?)"
+    if surplus < 0:
+        return "fewer cells than the header"
     if not row["path"]:
         return "no path"
     if row["label"].strip("?\ufffd").lower() in NO_LABEL:
         return "no label"
-    if len(row["label"].splitlines()) > 1:
-        return "a line break in the label (a quote that is not closed?)"
+    if set(row["path"] + row["label"]) & set("\n\r\0"):
+        return "a line break or a zero byte in path or label (a quote that is not closed?)"
     if split_of(row.get("split") or "train") is None:
         return f"the split {row['split'][:50]!r} instead of train, val or test"
     return None
@@ -133,43 +131,22 @@ def _listed(items: Sequence[str]) -> str:
     return ", ".join(items[:MAX_NAMED]) + more
 
 
-def _rows_with(what: str, lines: list[str]) -> str:
-    plural = "s" if len(lines) > 1 else ""
-    return f"{len(lines):,} row{plural} with {what}: line{plural} {_listed(lines)}"
-
-
-def _locate(folder: Path, path: str) -> str | None:
-    """Returns the file that a path of a CSV file leads to, or None if there is no such file.
-
-    A backslash separates folders unless the name of a file contains the backslash.
-    """
-    for name in (path, path.replace("\\", "/")):
-        file = os.path.join(folder, name)
-        if os.path.isfile(file):
-            return file
-    return None
-
-
 def _advise(top: Path, path: str) -> str:
     """Returns what to do about a path that leads to no file.
 
-    The file is looked for in the folders inside and beside the CSV file's folder, with any of the
-    extensions of image files.
+    A file of the same name with any extension is looked for in the folders inside and beside the
+    CSV file's folder.
 
     Args:
         top: the folder of the CSV file.
         path: the path. Of a path from another computer, only the file name can be right.
     """
-    stem, extension = os.path.splitext(path.replace("\\", "/").lstrip("/"))
-    stem += extension if extension.lower() not in EXTENSIONS else ""
+    stem = os.path.splitext(path.replace("\\", "/").lstrip("/"))[0]
     folders = ("", "*/", "*/*/", "../", "../*/")
     for name, folder in product((stem, os.path.basename(stem)), folders):
-        for found in sorted(glob.glob(f"{folder}{glob.escape(name)}.*", root_dir=top)):
-            if found.lower().endswith(EXTENSIONS):
-                return f"paths begin at {top}; write {found} instead of {path}"
-    return (
-        f"paths begin at {top}; copy or download the images to there, or set data.on_bad_image=skip"
-    )
+        if found := sorted(glob.glob(f"{folder}{glob.escape(name)}.*", root_dir=top)):
+            return f"paths begin at {top}; is it {found[0]}?"
+    return f"paths begin at {top}; copy or download the images, or set data.on_bad_image=skip"
 
 
 def _check_labels(file: Path, first_lines: dict[str, int], findings: Findings) -> None:
@@ -183,31 +160,28 @@ def _check_labels(file: Path, first_lines: dict[str, int], findings: Findings) -
     Raises:
         Refused: labels look the same, such as two forms of "é", or are the same number.
     """
-    if same := _alike(first_lines, _appearance):
-        kinds = "in spaces, in forms of a character or as the same number"
-        what = f"labels that differ only {kinds}: {_listed(same)}"
-        raise Refused(f"{file}: {what}; write every label in one way")
+    alike = f"{file}: labels that differ only in"
+    if same := _groups(first_lines, _appearance):
+        forms = "spaces or in forms of a character or number"
+        raise Refused(f"{alike} {forms}: {same}; write each label in one way")
+    if same := _groups(first_lines, lambda label: _appearance(label).casefold()):
+        findings.add(f"{alike} case, taken as different classes: {same}", level=WARNING)
     several = []
     for label, line in first_lines.items():
-        parts = set(BETWEEN_LABELS.split(label)) - {""}
+        parts = {*BETWEEN_LABELS.split(label)} - {""}
         if len(parts) > 1 and parts <= first_lines.keys():
             several.append(f"{label} (line {line})")
-    doubtful = {
-        "differ only in case": _alike(first_lines, lambda label: _appearance(label).casefold()),
-        "consist of other labels, though an image has one label": several,
-    }
-    for what, labels in doubtful.items():
-        if labels:
-            line = f"{file}: labels that {what}, taken as different classes: {_listed(labels)}"
-            findings.add(line, labels, WARNING)
+    if several:
+        what = "labels that consist of others, taken as classes of their own"
+        findings.add(f"{file}: {what}: {_listed(several)}", several, WARNING)
 
 
-def _alike(first_lines: dict[str, int], key: Callable[[str], str]) -> list[str]:
-    """Describes the labels for which `key` returns the same as for another label."""
+def _groups(first_lines: dict[str, int], key: Callable[[str], str]) -> str:
+    """Names the labels for which `key` returns the same as for another label."""
     groups: dict[str, list[str]] = defaultdict(list)
     for label, line in first_lines.items():
         groups[key(label)].append(f"{label} (line {line})")
-    return [" and ".join(group) for group in groups.values() if len(group) > 1]
+    return _listed([" and ".join(group) for group in groups.values() if len(group) > 1])
 
 
 def _appearance(label: str) -> str:
@@ -236,22 +210,19 @@ def _read_table(file: Path, findings: Findings) -> tuple[list[str], Rows]:
         Refused: the file cannot be read, is no CSV file or is in an unknown encoding. The header
             has no column for the path or for the label, or several columns for one of them.
     """
-    lines = io.StringIO(_read_text(file, findings), newline="")
-    begun = (
-        (number, line)
-        for number, line in enumerate(lines, 1)
-        if line.strip(f"{SEPARATORS} \r\n") and not line.lower().startswith(NO_HEADER)
-    )
-    number, header = next(begun, (1, ""))
-    for separator in SEPARATORS:
+    text = _read_text(file, findings)
+    above = ABOVE_HEADER.match(text).group()
+    lines = io.StringIO(text[len(above) :], newline="")
+    header, number = next(lines, ""), len(above.splitlines()) + 1
+    for separator in ",;\t":
         names = next(csv.reader([header], delimiter=separator, skipinitialspace=True))
         columns = [_meaning(name) for name in names]
         if {"path", "label"} <= set(columns):
             break
     else:
-        expected = f"expected the columns path,label[,split], got {header.strip()[:100]!r}"
-        advice = "name the columns so; of one column per class, make one column label"
-        raise Refused(f"{file}:{number}: {expected}; {advice}; save the table as CSV in UTF-8")
+        got = f"{header.strip()[:100]!r} (of one column per class, make one column label)"
+        expected = "expected the columns path,label[,split] in a CSV file in UTF-8"
+        raise Refused(f"{file}:{number}: {expected}, got {got}")
     for meaning in COLUMNS:
         same = [name for name, column in zip(names, columns) if column == meaning]
         if len(same) > 1:
@@ -287,21 +258,18 @@ def _read_text(file: Path, findings: Findings) -> str:
     """Returns the text of a file in UTF-8 or, if the text is then Chinese, in GB18030."""
     try:
         data = file.read_bytes()
+        return data.decode("utf-8-sig")
     except OSError as error:
         raise Refused(f"data.root: expected a CSV file at {file.resolve()}: {error}") from None
-    if b"\0" in data:
-        got = f"no text or UTF-16 (zero bytes in line {data[: data.index(0)].count(10) + 1})"
-        raise Refused(f"data.root: expected a CSV file in UTF-8, got {file}, {got}; {ADVICE}")
-    try:
-        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        wrong = f"in UTF-8, but {data[error.start]:#04x} is no character of it"
+        wrong = f"{file.resolve()} in UTF-8, but {data[error.start]:#04x} is no character of it"
     text = data.decode("gb18030", "replace")
-    words = list(dict.fromkeys(NOT_ASCII.findall(text)))
+    words = list(dict.fromkeys(re.findall(r"[^\x00-\x7f]+", text)))
+    advice = 'save it as UTF-8 (in Excel: Save As, "CSV UTF-8")'
     if not _is_chinese("".join(words)):
-        raise Refused(f"data.root: expected a CSV file at {file.resolve()} {wrong}; {ADVICE}")
+        raise Refused(f"data.root: expected a CSV file at {wrong}; {advice}")
     read = f"read as GB18030, with words such as {_listed(words)}"
-    findings.add(f"{file}: not in UTF-8, {read}; if they are wrong, {ADVICE}", level=WARNING)
+    findings.add(f"{file}: not in UTF-8, {read}; if they are wrong, {advice}", level=WARNING)
     return text
 
 
