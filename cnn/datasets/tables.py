@@ -7,7 +7,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import product
 from logging import WARNING
 from pathlib import Path
@@ -16,6 +16,7 @@ from cnn.config import DataConfig
 from cnn.datasets.findings import Findings
 from cnn.datasets.listing import Listing, split_of
 from cnn.errors import Refused
+from cnn.utils.screen import list_some
 
 # What the user's columns are called, in lower case and without spaces, "_" and "-".
 COLUMNS = {
@@ -28,7 +29,6 @@ NO_LABEL = ("", "nan", "<na>", "#n/a", "#ref!", "#value!")  # how programs write
 BETWEEN_LABELS = re.compile(r"[;|,/+&、，；\s]+")
 NUMBER = re.compile(r"[-+]?\d{1,15}(\.\d*)?")
 CHINESE = re.compile("[\u2010-\u2026\u3000-\u303f\u3400-\u9fff\uff00-\uffef·×]+")
-MAX_NAMED = 5  # lines, labels or words in a message
 
 Rows = Iterator[tuple[int, list[str]]]  # line number and cells
 
@@ -96,10 +96,8 @@ def _read_images(file: Path, cfg: DataConfig, findings: Findings) -> Listing:
         what = f"a path that leads to no file ({_advise(file.parent.resolve(), missing[0][1])})"
         mistakes[what] = [f"line {line} ({path})" for line, path in missing]
     if mistakes:
-        kinds = [
-            f"{len(lines):,} with {what}: {_listed(lines)}" for what, lines in mistakes.items()
-        ]
-        raise Refused(f"{file}: rows that cannot be used: {'; '.join(kinds[:MAX_NAMED])}")
+        kinds = [f"{len(at):,} with {what}: {list_some(at)}" for what, at in mistakes.items()]
+        raise Refused(f"{file}: rows that cannot be used: {'; '.join(kinds[:5])}")
     _check_labels(file, first_lines, findings)
     return listing
 
@@ -124,11 +122,6 @@ def _mistake(row: dict[str, str], surplus: int) -> str | None:
     if split_of(row.get("split") or "train") is None:
         return f"the split {row['split'][:50]!r} instead of train, val or test"
     return None
-
-
-def _listed(items: Sequence[str]) -> str:
-    more = f" and {len(items) - MAX_NAMED:,} more" if len(items) > MAX_NAMED else ""
-    return ", ".join(items[:MAX_NAMED]) + more
 
 
 def _advise(top: Path, path: str) -> str:
@@ -173,7 +166,7 @@ def _check_labels(file: Path, first_lines: dict[str, int], findings: Findings) -
             several.append(f"{label} (line {line})")
     if several:
         what = "labels that consist of others, taken as classes of their own"
-        findings.add(f"{file}: {what}: {_listed(several)}", several, WARNING)
+        findings.add(f"{file}: {what}: {list_some(several)}", several, WARNING)
 
 
 def _groups(first_lines: dict[str, int], key: Callable[[str], str]) -> str:
@@ -181,7 +174,7 @@ def _groups(first_lines: dict[str, int], key: Callable[[str], str]) -> str:
     groups: dict[str, list[str]] = defaultdict(list)
     for label, line in first_lines.items():
         groups[key(label)].append(f"{label} (line {line})")
-    return _listed([" and ".join(group) for group in groups.values() if len(group) > 1])
+    return list_some([" and ".join(group) for group in groups.values() if len(group) > 1])
 
 
 def _appearance(label: str) -> str:
@@ -230,7 +223,7 @@ def _read_table(file: Path, findings: Findings) -> tuple[list[str], Rows]:
             raise Refused(f"{file}:{number}: {several}; rename all but one")
     unused = [column or "(no name)" for column in columns if column not in COLUMNS]
     if unused:
-        findings.add(f"{file}: columns not used: {_listed(unused)}", unused)
+        findings.add(f"{file}: columns not used: {list_some(unused)}", unused)
     return columns, _read_rows(file, lines, separator, number)
 
 
@@ -268,7 +261,7 @@ def _read_text(file: Path, findings: Findings) -> str:
     advice = 'save it as UTF-8 (in Excel: Save As, "CSV UTF-8")'
     if not _is_chinese("".join(words)):
         raise Refused(f"data.root: expected a CSV file at {wrong}; {advice}")
-    read = f"read as GB18030, with words such as {_listed(words)}"
+    read = f"read as GB18030, with words such as {list_some(words)}"
     findings.add(f"{file}: not in UTF-8, {read}; if they are wrong, {advice}", level=WARNING)
     return text
 
