@@ -22,12 +22,12 @@ from cnn.utils.screen import list_some
 COLUMNS = {
     "path": r"paths?|(file|image|img)(file)?(s|paths?|names?|id)?|路径|(文件|图片|图像)(名|路径)?",
     "label": r"labels?|(class|category)(name)?|标签|类别|分类",
-    "split": r"splits?|(sub|data)?set|partition|数据集|划分|子集",
+    "split": r"splits?|(sub|data)?set|partition|数据集|划分|子集|集合",
 }
 ABOVE_HEADER = re.compile(r"((#[^\r\n]*|sep=.|[\s,;]*)[\r\n])*")  # comments, Excel's "sep=;"
 NO_LABEL = ("", "nan", "<na>", "#n/a", "#ref!", "#value!")  # how programs write a missing value
 BETWEEN_LABELS = re.compile(r"[;|,/+&、，；\s]+")
-NUMBER = re.compile(r"[-+]?\d{1,15}(\.\d*)?")
+NUMBER = re.compile(r"[-+]?\d{1,15}(\.\d*)?(e[-+]?\d\d?)?", re.IGNORECASE)
 CHINESE = re.compile("[\u2010-\u2026\u3000-\u303f\u3400-\u9fff\uff00-\uffef·×]+")
 
 Rows = Iterator[tuple[int, list[str]]]  # line number and cells
@@ -76,7 +76,7 @@ def _read_images(file: Path, cfg: DataConfig, findings: Findings) -> Listing:
     for line, cells in rows:
         row = dict(zip(columns, map(str.strip, cells)))
         if mistake := _mistake(row, len(cells) - len(columns)):
-            mistakes[mistake].append(f"line {line}")
+            mistakes[mistake].append(f"line {line} ({','.join(cells)[:50]!r})")
             continue
         path, label, split = row["path"], row["label"], split_of(row.get("split") or "train")
         # A backslash separates folders unless the name of a file contains the backslash.
@@ -97,7 +97,7 @@ def _read_images(file: Path, cfg: DataConfig, findings: Findings) -> Listing:
         mistakes[what] = [f"line {line} ({path})" for line, path in missing]
     if mistakes:
         kinds = [f"{len(at):,} with {what}: {list_some(at)}" for what, at in mistakes.items()]
-        raise Refused(f"{file}: rows that cannot be used: {'; '.join(kinds[:5])}")
+        raise Refused(f"{file}: rows that cannot be used: {'; '.join(kinds)}")
     _check_labels(file, first_lines, findings)
     return listing
 
@@ -120,7 +120,7 @@ def _mistake(row: dict[str, str], surplus: int) -> str | None:
     if set(row["path"] + row["label"]) & set("\n\r\0"):
         return "a line break or a zero byte in path or label (a quote that is not closed?)"
     if split_of(row.get("split") or "train") is None:
-        return f"the split {row['split'][:50]!r} instead of train, val or test"
+        return "a split other than train, val and test"
     return None
 
 
@@ -207,15 +207,16 @@ def _read_table(file: Path, findings: Findings) -> tuple[list[str], Rows]:
     above = ABOVE_HEADER.match(text).group()
     lines = io.StringIO(text[len(above) :], newline="")
     header, number = next(lines, ""), len(above.splitlines()) + 1
-    for separator in ",;\t":
+    for separator in "\t;,":
         names = next(csv.reader([header], delimiter=separator, skipinitialspace=True))
         columns = [_meaning(name) for name in names]
         if {"path", "label"} <= set(columns):
             break
     else:
-        got = f"{header.strip()[:100]!r} (of one column per class, make one column label)"
-        expected = "expected the columns path,label[,split] in a CSV file in UTF-8"
-        raise Refused(f"{file}:{number}: {expected}, got {got}")
+        expected = "expected a CSV file in UTF-8 with the columns path,label[,split]"
+        of_classes = "path" in columns and len(columns) > 2
+        advice = "make one column label of a column per class" if of_classes else "name them so"
+        raise Refused(f"{file}:{number}: {expected}, got {header.strip()[:100]!r}; {advice}")
     for meaning in COLUMNS:
         same = [name for name, column in zip(names, columns) if column == meaning]
         if len(same) > 1:
