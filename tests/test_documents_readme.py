@@ -402,7 +402,7 @@ class Trouble:
         return self.train(*FOLDER)
 
     def not_utf_8(self) -> str:
-        Path("labels.csv").write_text("path,label\nphotos/01.jpg,汽车\n", encoding="gbk")
+        Path("labels.csv").write_text("path,label\n01.jpg,Æble\n", encoding="cp1252")
         return self.train("data.name=csv", "data.root=labels.csv")
 
     def no_cuda(self) -> str:

@@ -1,21 +1,44 @@
 """Datasets of the user's files: a CSV file with the paths and labels of images."""
 
 import csv
+import glob
+import io
 import os
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from itertools import product
+from logging import WARNING
 from pathlib import Path
 
 from cnn.config import DataConfig
 from cnn.datasets.findings import Findings
 from cnn.datasets.listing import Listing, split_of
 from cnn.errors import Refused
+from cnn.utils.screen import list_some
+
+# What the user's columns are called, in lower case and without spaces, "_" and "-".
+COLUMNS = {
+    "path": r"paths?|(file|image|img)(file)?(s|paths?|names?|id)?|路径|(文件|图片|图像)(名|路径)?",
+    "label": r"labels?|(class|category)(name)?|标签|类别|分类",
+    "split": r"splits?|(sub|data)?set|partition|数据集|划分|子集|集合",
+}
+ABOVE_HEADER = re.compile(r"((#[^\r\n]*|sep=.|[\s,;]*)[\r\n])*")  # comments, Excel's "sep=;"
+NO_LABEL = ("", "nan", "<na>", "#n/a", "#ref!", "#value!")  # how programs write a missing value
+BETWEEN_LABELS = re.compile(r"[;|,/+&、，；\s]+")
+NUMBER = re.compile(r"[-+]?\d{1,15}(\.\d*)?(e[-+]?\d\d?)?", re.IGNORECASE)
+CHINESE = re.compile("[\u2010-\u2026\u3000-\u303f\u3400-\u9fff\uff00-\uffef·×]+")
+
+Rows = Iterator[tuple[int, list[str]]]  # line number and cells
 
 
-def list_table(cfg: DataConfig, findings: Findings, *, needs_train: bool = True) -> Listing:  # noqa: ARG001
+def list_table(cfg: DataConfig, findings: Findings, *, needs_train: bool = True) -> Listing:
     """Lists the images that a CSV file names.
 
-    The columns of the CSV file are path, label and split. A path is relative to the folder of the
-    CSV file. A split is train, val or test. If the split is empty or there is no column split, the
-    image is for training.
+    The CSV file has a column for the path, a column for the label and, optionally, a column for the
+    split. A path is relative to the folder of the CSV file. A split is train, val or test. If the
+    split is empty or there is no such column, the image is for training.
 
     Args:
         cfg: the section `data` of the settings. `cfg.root` is the CSV file.
@@ -26,57 +49,231 @@ def list_table(cfg: DataConfig, findings: Findings, *, needs_train: bool = True)
         The images by split.
 
     Raises:
-        Refused: the CSV file or the training images are missing. A path or a label is missing or
-            contains a zero byte. Two lines give one image different labels or splits.
+        Refused: the CSV file is not understood. Training images or files are missing. Labels seem
+            to mean the same class. Two lines give one image different labels or splits.
     """
     file = Path(cfg.root)
-    columns, rows = _read_table(file)
-    if not {"path", "label"} <= set(columns):
-        got = f"{','.join(columns)[:100]}; save it as UTF-8 with commas"
-        raise Refused(f"{file}:1: expected the columns path,label[,split], got {got}")
-    listing: Listing = {}
-    seen: dict[str, tuple[int, str]] = {}  # path: line, and label and split
-    for line, row in rows:
-        path, label, split = row["path"], row["label"], split_of(row["split"] or "train")
-        if not path or not label or split is None or "\0" in path + label:
-            raise Refused(f"{file}:{line}: expected path,label[,train|val|test], got {row}")
-        place = f"{label} in {split}"
-        earlier, before = seen.setdefault(os.path.normpath(path), (line, place))
-        if before != place:
-            raise Refused(f"{file}:{line}: {path} is {place}, but line {earlier} says {before}")
-        listing.setdefault(split, []).append((file.parent / path, label))
-    if "train" not in listing and needs_train:
-        raise Refused(f"{file}: no line is for train")
+    listing = _read_images(file, cfg, findings)
     if not listing:
         raise Refused(f"{file}: no line below the columns")
+    if "train" not in listing and needs_train:
+        raise Refused(f"{file}: no line is for train")
     return listing
 
 
-def _read_table(file: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
-    """Reads a CSV file and returns the columns and the rows.
+def _read_images(file: Path, cfg: DataConfig, findings: Findings) -> Listing:
+    """Reads the rows of a CSV file.
+
+    Raises:
+        Refused: rows are not understood. The message names the lines for each kind of mistake.
+    """
+    columns, rows = _read_table(file, findings)
+    listing: Listing = {}
+    seen: dict[str, tuple[int, str]] = {}  # path: line, and label and split
+    first_lines: dict[str, int] = {}  # label: the first line that has it
+    mistakes: dict[str, list[str]] = defaultdict(list)  # what is wrong: lines
+    missing: list[tuple[int, str]] = []  # line, path
+    for line, cells in rows:
+        row = dict(zip(columns, map(str.strip, cells)))
+        if mistake := _mistake(row, len(cells) - len(columns)):
+            mistakes[mistake].append(f"line {line} ({','.join(cells)[:50]!r})")
+            continue
+        path, label, split = row["path"], row["label"], split_of(row.get("split") or "train")
+        # A backslash separates folders unless the name of a file contains the backslash.
+        image = os.path.join(file.parent, path)
+        if not os.path.isfile(image):
+            image = os.path.join(file.parent, path.replace("\\", "/"))
+            if not os.path.isfile(image):
+                missing.append((line, path))
+        place = f"{label} in {split}"
+        earlier, before = seen.setdefault(os.path.normpath(image), (line, place))
+        if before != place:
+            twice = f"line {line} ({path} is {place}, but line {earlier} says {before})"
+            mistakes["another label or split for the same image"].append(twice)
+        first_lines.setdefault(label, line)
+        listing.setdefault(split, []).append((Path(image), label))
+    if missing and cfg.on_bad_image == "stop":
+        what = f"a path that leads to no file ({_advise(file.parent.resolve(), missing[0][1])})"
+        mistakes[what] = [f"line {line} ({path})" for line, path in missing]
+    if mistakes:
+        kinds = [f"{len(at):,} with {what}: {list_some(at)}" for what, at in mistakes.items()]
+        raise Refused(f"{file}: rows that cannot be used: {'; '.join(kinds)}")
+    _check_labels(file, first_lines, findings)
+    return listing
+
+
+def _mistake(row: dict[str, str], surplus: int) -> str | None:
+    """Returns what is wrong with a row, in words that follow "rows with", or None.
+
+    Args:
+        row: a dict from column to text.
+        surplus: how many cells more than columns there are. The number is negative if cells lack.
+    """
+    if surplus > 0:
+        return "more cells than the header (a comma in a path without quotes?)"
+    if surplus < 0:
+        return "fewer cells than the header"
+    if not row["path"]:
+        return "no path"
+    if row["label"].strip("?\ufffd").lower() in NO_LABEL:
+        return "no label"
+    if set(row["path"] + row["label"]) & set("\n\r\0"):
+        return "a line break or a zero byte in path or label (a quote that is not closed?)"
+    if split_of(row.get("split") or "train") is None:
+        return "a split other than train, val and test"
+    return None
+
+
+def _advise(top: Path, path: str) -> str:
+    """Returns what to do about a path that leads to no file.
+
+    A file of the same name with any extension is looked for in the folders inside and beside the
+    CSV file's folder.
+
+    Args:
+        top: the folder of the CSV file.
+        path: the path. Of a path from another computer, only the file name can be right.
+    """
+    stem = os.path.splitext(path.replace("\\", "/").lstrip("/"))[0]
+    folders = ("", "*/", "*/*/", "../", "../*/")
+    for name, folder in product((stem, os.path.basename(stem)), folders):
+        if found := sorted(glob.glob(f"{folder}{glob.escape(name)}.*", root_dir=top)):
+            return f"paths begin at {top}; is it {found[0]}?"
+    return f"paths begin at {top}; copy or download the images, or set data.on_bad_image=skip"
+
+
+def _check_labels(file: Path, first_lines: dict[str, int], findings: Findings) -> None:
+    """Checks that different labels mean different classes.
 
     Args:
         file: the CSV file.
-
-    Returns:
-        Two values. The first value is a list of the column names. The second value is a list of
-        (line number, values) for each row that is not empty. Values are a dict from column name to
-        text. The dict always has the keys "path", "label" and "split". A missing text is "".
+        first_lines: a dict from each label to the first line that has the label.
+        findings: gets the labels that differ only in case or that consist of other labels.
 
     Raises:
-        Refused: the file cannot be read or is not in UTF-8.
+        Refused: labels look the same, such as two forms of "é", or are the same number.
     """
+    alike = f"{file}: labels that differ only in"
+    if same := _groups(first_lines, _appearance):
+        forms = "spaces or in forms of a character or number"
+        raise Refused(f"{alike} {forms}: {same}; write each label in one way")
+    if same := _groups(first_lines, lambda label: _appearance(label).casefold()):
+        findings.add(f"{alike} case, taken as different classes: {same}", level=WARNING)
+    several = []
+    for label, line in first_lines.items():
+        parts = {*BETWEEN_LABELS.split(label)} - {""}
+        if len(parts) > 1 and parts <= first_lines.keys():
+            several.append(f"{label} (line {line})")
+    if several:
+        what = "labels that consist of others, taken as classes of their own"
+        findings.add(f"{file}: {what}: {list_some(several)}", several, WARNING)
+
+
+def _groups(first_lines: dict[str, int], key: Callable[[str], str]) -> str:
+    """Names the labels for which `key` returns the same as for another label."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for label, line in first_lines.items():
+        groups[key(label)].append(f"{label} (line {line})")
+    return list_some([" and ".join(group) for group in groups.values() if len(group) > 1])
+
+
+def _appearance(label: str) -> str:
+    """Returns a text that is equal for labels that look the same or are the same number."""
+    visible = "".join(sign for sign in label if unicodedata.category(sign) != "Cf")
+    shown = " ".join(unicodedata.normalize("NFKC", visible).split())
+    return f"{float(shown)}" if NUMBER.fullmatch(shown) else shown
+
+
+def _read_table(file: Path, findings: Findings) -> tuple[list[str], Rows]:
+    """Reads a CSV file and recognizes the separator and the columns by the names in the header.
+
+    The header is the first line that is neither blank nor a comment.
+
+    Args:
+        file: the CSV file.
+        findings: gets the columns that are not used, and an encoding that is not UTF-8.
+
+    Returns:
+        Two values. The first value is a list of the columns, with the names "path", "label" and
+        "split" for those that are used. The second value yields (line number, cells) for each row
+        below the header that is not blank. Reading the rows raises Refused where quotes do not
+        match.
+
+    Raises:
+        Refused: the file cannot be read, is no CSV file or is in an unknown encoding. The header
+            has no column for the path or for the label, or several columns for one of them.
+    """
+    text = _read_text(file, findings)
+    above = ABOVE_HEADER.match(text).group()
+    lines = io.StringIO(text[len(above) :], newline="")
+    header, number = next(lines, ""), len(above.splitlines()) + 1
+    for separator in "\t;,":
+        names = next(csv.reader([header], delimiter=separator, skipinitialspace=True))
+        columns = [_meaning(name) for name in names]
+        if {"path", "label"} <= set(columns):
+            break
+    else:
+        expected = "expected a CSV file in UTF-8 with the columns path,label[,split]"
+        of_classes = "path" in columns and len(columns) > 2
+        advice = "make one column label of a column per class" if of_classes else "name them so"
+        raise Refused(f"{file}:{number}: {expected}, got {header.strip()[:100]!r}; {advice}")
+    for meaning in COLUMNS:
+        same = [name for name, column in zip(names, columns) if column == meaning]
+        if len(same) > 1:
+            several = f"several columns for the {meaning}: {', '.join(same)}"
+            raise Refused(f"{file}:{number}: {several}; rename all but one")
+    unused = [column or "(no name)" for column in columns if column not in COLUMNS]
+    if unused:
+        findings.add(f"{file}: columns not used: {list_some(unused)}", unused)
+    return columns, _read_rows(file, lines, separator, number)
+
+
+def _meaning(name: str) -> str:
+    """Returns "path", "label" or "split" if a column's name stands for it, or else the name."""
+    key = re.sub(r"[\s_-]", "", name).lower()
+    found = (meaning for meaning, names in COLUMNS.items() if re.fullmatch(names, key))
+    return next(found, name.strip())
+
+
+def _read_rows(file: Path, lines: Iterator[str], separator: str, header: int) -> Rows:
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
+    line = header + 1  # where the row begins
     try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream)
-            columns = [name.strip() for name in next(reader, [])]
-            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
-    except UnicodeDecodeError as error:
-        raise Refused(
-            f"data.root: expected a CSV file at {file.resolve()} in UTF-8, but"
-            f" {error.object[error.start]:#04x} is no character of it; save it as UTF-8"
-        ) from None
-    except (OSError, csv.Error) as error:
+        for cells in reader:
+            if any(map(str.strip, cells)):
+                yield line, cells
+            line = header + reader.line_num + 1
+    except csv.Error as error:
+        advice = 'close every quote, and write "" for a quote inside a cell'
+        raise Refused(f"{file}:{line}: quotes that do not match ({error}); {advice}") from None
+
+
+def _read_text(file: Path, findings: Findings) -> str:
+    """Returns the text of a file in UTF-8 or, if the text is then Chinese, in GB18030."""
+    try:
+        data = file.read_bytes()
+        return data.decode("utf-8-sig")
+    except OSError as error:
         raise Refused(f"data.root: expected a CSV file at {file.resolve()}: {error}") from None
-    empty = dict.fromkeys(("path", "label", "split"), "")
-    return columns, [(line, empty | dict(zip(columns, cells))) for line, cells in rows]
+    except UnicodeDecodeError as error:
+        wrong = f"{file.resolve()} in UTF-8, but {data[error.start]:#04x} is no character of it"
+    text = data.decode("gb18030", "replace")
+    words = list(dict.fromkeys(re.findall(r"[^\x00-\x7f]+", text)))
+    advice = 'save it as UTF-8 (in Excel: Save As, "CSV UTF-8")'
+    if not _is_chinese("".join(words)):
+        raise Refused(f"data.root: expected a CSV file at {wrong}; {advice}")
+    read = f"read as GB18030, with words such as {list_some(words)}"
+    findings.add(f"{file}: not in UTF-8, {read}; if they are wrong, {advice}", level=WARNING)
+    return text
+
+
+def _is_chinese(text: str) -> bool:
+    """Returns whether characters that were decoded from GB18030 are Chinese.
+
+    Bytes of other encodings, such as "Käse" in cp1252, also decode from GB18030, but to rare
+    characters. Most of a Chinese text is of the first level of GB 2312, bytes B0 to D7 and A1 to
+    FE.
+    """
+    codes = [sign.encode("gb18030") for sign in text if sign != "\ufffd"]
+    common = [code for code in codes if 0xB0 <= code[0] <= 0xD7 and code[1] >= 0xA1]
+    return 2 * len(common) >= len(codes) and bool(CHINESE.fullmatch(text))

@@ -9,7 +9,7 @@ from torch import nn
 
 from cnn.errors import Refused
 from cnn.utils.checked_zip import read_archive
-from cnn.utils.screen import shorten_name
+from cnn.utils.screen import list_some, shorten_name
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +104,7 @@ def shapes_of(model: nn.Module) -> Shapes:
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return (", ".join(map(shorten_name, names[:5])) or "none") + more
+    return list_some([shorten_name(name) for name in names]) or "none"
 
 
 def load_weights(model: nn.Module, path: Path, state: Tensors, note: str) -> None:
