@@ -75,7 +75,6 @@ THREE = {"train": "a.png:x b.png:y", "test": "c.png:x"}
         ("path,label\ra.png,x\rb.png,y\r", TWO),
         ('path, label\n"a.png", "x"\n b.png , y \n', TWO),
         ('path,label\na.png,"x, or ""z"""\nb.png,y', {"train": 'a.png:x, or "z" b.png:y'}),
-        ("path,label\n./a.png,x\nb.png,y\na.png,x\n", {"train": "a.png:x b.png:y a.png:x"}),
         ("path,label\ncats\\e.png,x\n.\\b.png,y\n", {"train": "cats/e.png:x b.png:y"}),
         ("path,label\ni\\j.png,x\nh,y\n图片/f.png,x\n", {"train": "i\\j.png:x h:y 图片/f.png:x"}),
         ("path,label\na.png,10\nb.png,2\n", {"train": "a.png:10 b.png:2"}),
@@ -95,6 +94,11 @@ def test_a_table_that_is_understood_is_taken_without_a_word(text, expected, top)
             ["table.csv: columns not used: age, sex, fold"],
         ),
         (",path,label\n0,a.png,x\n1,b.png,y\n", TWO, ["columns not used: (no name)"]),
+        (
+            "path,label\n./a.png,x\nb.png,y\na.png,x\n",
+            {"train": "a.png:x b.png:y a.png:x"},
+            ["1 image with copies in the same split"],
+        ),
         (
             "path,label,notes\na.png,x,\"two\nlines; and 'more'\"\nb.png,y,\n",
             TWO,
