@@ -1,6 +1,8 @@
 """The step from listed image files with their class names to the images of each split."""
 
 import logging
+import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,16 @@ from cnn.datasets.images import FileImages, Files
 from cnn.datasets.scan import scan
 from cnn.errors import Refused
 
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLIT_NAMES = {
+    "train": r"train(ing|s)?|训练|訓練",
+    "val": r"val(id|idation|s)?|dev|development|验证|驗證|校验",
+    "test": r"test(ing|s)?|hold-?out|held-?out|测试|測試",
+}
+# What can stand before and after the name of a split, in any number, as in test_images and 训练集.
+BESIDE = (
+    r"(?:data|sets?|images?|imgs?|photos?|pictures?|pics?|samples?|splits?|subsets?|parts?"
+    r"|folders?|files?|seg|数据|資料|集|样本|樣本|图片|图像|圖片|照片|用|[\W\d_])*"
+)
 MAX_NAMED = 20  # files or classes listed in a message
 
 Listing = dict[str, list[tuple[Path, str]]]  # by split, (file, class name) for every image
@@ -22,12 +33,17 @@ def split_of(name: str) -> str | None:
     """Returns the split that a name stands for, or None.
 
     Args:
-        name: the name of a folder, or a cell of a table, such as "Validation".
+        name: the name of a folder, or a cell of a table, such as "Validation", "01_train_images" or
+            "测试集".
 
     Returns:
         "train", "val" or "test". None if the name is not the name of a split.
     """
-    return SPLIT_NAMES.get(name.lower())
+    name = unicodedata.normalize("NFKC", name).lower()
+    for split, names in SPLIT_NAMES.items():
+        if re.fullmatch(f"{BESIDE}(?:{names}){BESIDE}", name):
+            return split
+    return None
 
 
 def read_listing(
