@@ -2,6 +2,7 @@
 
 from cnn.config.reader import load_config
 from cnn.config.settings import (
+    UNUSED_ROOT,
     Config,
     DataConfig,
     LossConfig,

@@ -25,6 +25,7 @@ METADATA: dict[str, Any] = {
     "experiment": None,  # whether another value makes another experiment; None: if not FREE
     "scratch": ...,  # the value in a dry run or drill; Ellipsis leaves it unchanged
     "names_code": False,  # whether package.module:name is accepted too
+    "is_path": False,  # whether "~" at the beginning is the user's home folder
     "choices": (),
     "pattern": None,  # regular expression that the whole text must match
     **dict.fromkeys(("least", "above", "most", "below")),  # limits of a number
@@ -55,7 +56,9 @@ def setting(default: Any, description: str, resume: str, **more: Any) -> Any:
 # compares the tables with these names.
 
 KNOWN_DATASETS = ("mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "svhn")
-DATA_NAMES = ("digits", "synthetic", *KNOWN_DATASETS, "folder", "csv")
+FILELESS_DATASETS = ("digits", "synthetic")
+UNUSED_ROOT = "is not used by data.name={0.name}; data.name=folder reads a folder, csv a table"
+DATA_NAMES = (*FILELESS_DATASETS, *KNOWN_DATASETS, "folder", "csv")
 AUGMENTATIONS = ("crop", "flip", "rotate", "color", "resized_crop", "erase")
 MODEL_NAMES = ("simple_cnn", "lenet5", "resnet9", "resnet20")  # besides torchvision's
 OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "radam", "rmsprop", "adagrad", "adamax")
@@ -87,7 +90,9 @@ class DataConfig:
     """The settings of the dataset, of its split, and of the loading of images."""
 
     name: str = setting("digits", "dataset", FIXED, choices=DATA_NAMES, names_code=True)
-    root: str = setting("data", "folder of the files; for csv, the file", FREE, experiment=True)
+    root: str = setting(
+        "data", "folder of the files; for csv, the file", FREE, experiment=True, is_path=True
+    )
     layout: str = setting(
         "auto",
         "what the folders in root are: classes, or splits that contain classes",
@@ -134,6 +139,11 @@ class DataConfig:
     verify: bool = setting(False, "read every file at the start, though it seems unchanged", FREE)
     tag: str | None = setting(None, "name of the data, for file names", FREE, experiment=True)
 
+    @property
+    def has_unused_root(self) -> bool:
+        """Whether `root` was set for a dataset that reads no files."""
+        return self.name in FILELESS_DATASETS and self.root != DataConfig.root
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -148,7 +158,11 @@ class ModelConfig:
     args: dict[str, Any] = setting({}, "keyword arguments of the model", FIXED)
     pretrained: bool = setting(False, "download torchvision's weights", FREE, experiment=True)
     weights: str | None = setting(
-        None, "file of weights to start from, instead of a download", FREE, experiment=True
+        None,
+        "file of weights to start from, instead of a download",
+        FREE,
+        experiment=True,
+        is_path=True,
     )
 
 

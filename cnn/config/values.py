@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import math
 import operator
+import os
 import re
 import types
 import typing
@@ -162,6 +163,8 @@ def _read_as(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
     if origin is dict and isinstance(node, yaml.MappingNode):
         return plain_value(node)
     value = _read_scalar(node, kind)
+    if meta["is_path"]:  # in `data.root=~/photos` no shell does it
+        value = os.path.expanduser(value)
     if not _is_allowed(value, meta):
         raise ValueError
     return value

@@ -138,16 +138,17 @@ def _are_classes(top: Folder, named: list[Folder], others: list[Folder]) -> bool
         Refused: the structure does not tell.
     """
     names, others = _names(folder.name for folder in named), _filled(others)
+    only_train = [split_of(folder.name) for folder in named] == ["train"]
     inner = {each.name for folder in named for each in _filled(folder.folders)}
     beside = {each.name for folder in others for each in _filled(folder.folders)}
-    if not inner and others and [split_of(folder.name) for folder in named] == ["train"]:
+    if not inner and others and only_train:
         return True
     if not inner:
         files = [file for folder in named for file in folder.all_images()]
         advice = f"sort the images into class folders, or {TABLE} {_table_line(top, files)}"
         fault = f"{names} without class folders in {top.path}: {advice}"
         raise Refused(f"data.root: expected {LAYOUT}, got {fault}; or say data.layout=classes")
-    if len(named) == 1 and others and not inner & beside:
+    if only_train and others and not inner & beside:
         first = _reading("ROOT/SPLIT/CLASS", _counts(named[0].folders))
         second = _reading("ROOT/CLASS", _counts(top.folders))
         advice = "choose data.layout=splits or data.layout=classes"
