@@ -2,7 +2,6 @@
 
 from cnn.config.reader import load_config
 from cnn.config.settings import (
-    UNUSED_ROOT,
     Config,
     DataConfig,
     LossConfig,

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 
-from cnn.config.settings import UNUSED_ROOT, Config
+from cnn.config.settings import Config
 
 # A run without a name writes into logs/ and checkpoints/, where each named run has a folder. So no
 # run may be named like a file or folder that cnn.utils.run_folder writes there. A test compares the
@@ -35,9 +35,9 @@ def check_config(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
     if cfg.data.sampler == "balanced" and cfg.loss.class_weights == "balanced":
         where = at("loss.class_weights")  # with both, a rare class would be weighted twice
         yield f"{where}: balanced cannot go with data.sampler: balanced; choose one"
-    where, is_named = at("data.root"), at("data.name") != "data.name"
-    if where.startswith("command line") and is_named and cfg.data.has_unused_root:
-        yield f"{where}: {UNUSED_ROOT.format(cfg.data)}"
+    is_typed = at("data.root").startswith("command line") and at("data.name") != "data.name"
+    if is_typed and cfg.data.unused_root():
+        yield f"{at('data.root')}: {cfg.data.unused_root()}"
     yield from _check_augment(cfg, at)
     yield from _check_patterns(cfg, at)
 

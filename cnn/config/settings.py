@@ -25,7 +25,6 @@ METADATA: dict[str, Any] = {
     "experiment": None,  # whether another value makes another experiment; None: if not FREE
     "scratch": ...,  # the value in a dry run or drill; Ellipsis leaves it unchanged
     "names_code": False,  # whether package.module:name is accepted too
-    "is_path": False,  # whether "~" at the beginning is the user's home folder
     "choices": (),
     "pattern": None,  # regular expression that the whole text must match
     **dict.fromkeys(("least", "above", "most", "below")),  # limits of a number
@@ -51,14 +50,14 @@ def setting(default: Any, description: str, resume: str, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
+PATHS = ("data.root", "model.weights")  # "~" at the beginning is the user's home folder
+
 # ---------------------------------------------------------------------------------------------
 # The keys. The package that implements a choice has its name and function in a table. A test
 # compares the tables with these names.
 
 KNOWN_DATASETS = ("mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "svhn")
-FILELESS_DATASETS = ("digits", "synthetic")
-UNUSED_ROOT = "is not used by data.name={0.name}; data.name=folder reads a folder, csv a table"
-DATA_NAMES = (*FILELESS_DATASETS, *KNOWN_DATASETS, "folder", "csv")
+DATA_NAMES = ("digits", "synthetic", *KNOWN_DATASETS, "folder", "csv")
 AUGMENTATIONS = ("crop", "flip", "rotate", "color", "resized_crop", "erase")
 MODEL_NAMES = ("simple_cnn", "lenet5", "resnet9", "resnet20")  # besides torchvision's
 OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "radam", "rmsprop", "adagrad", "adamax")
@@ -90,9 +89,7 @@ class DataConfig:
     """The settings of the dataset, of its split, and of the loading of images."""
 
     name: str = setting("digits", "dataset", FIXED, choices=DATA_NAMES, names_code=True)
-    root: str = setting(
-        "data", "folder of the files; for csv, the file", FREE, experiment=True, is_path=True
-    )
+    root: str = setting("data", "folder of the files; for csv, the file", FREE, experiment=True)
     layout: str = setting(
         "auto",
         "what the folders in root are: classes, or splits that contain classes",
@@ -139,10 +136,15 @@ class DataConfig:
     verify: bool = setting(False, "read every file at the start, though it seems unchanged", FREE)
     tag: str | None = setting(None, "name of the data, for file names", FREE, experiment=True)
 
-    @property
-    def has_unused_root(self) -> bool:
-        """Whether `root` was set for a dataset that reads no files."""
-        return self.name in FILELESS_DATASETS and self.root != DataConfig.root
+    def unused_root(self) -> str:
+        """Returns what to do about a folder that a dataset without files does not read.
+
+        The text is the end of a message that begins with the folder. Without such a folder, the
+        text is "".
+        """
+        if self.root == DataConfig.root or self.name not in ("digits", "synthetic"):
+            return ""
+        return f"is not used by data.name={self.name}; data.name=folder reads a folder, csv a table"
 
 
 @dataclass(frozen=True)
@@ -158,11 +160,7 @@ class ModelConfig:
     args: dict[str, Any] = setting({}, "keyword arguments of the model", FIXED)
     pretrained: bool = setting(False, "download torchvision's weights", FREE, experiment=True)
     weights: str | None = setting(
-        None,
-        "file of weights to start from, instead of a download",
-        FREE,
-        experiment=True,
-        is_path=True,
+        None, "file of weights to start from, instead of a download", FREE, experiment=True
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cnn.config import UNUSED_ROOT, DataConfig, is_import_path
+from cnn.config import DataConfig, is_import_path
 from cnn.datasets import digits, synthetic, torchvision_datasets
 from cnn.datasets.division import Splits, divide
 from cnn.datasets.findings import Findings
@@ -163,8 +163,8 @@ def read_splits(
     Raises:
         Refused: the data cannot be read, or the dataset does not accept a keyword in `cfg.args`.
     """
-    if cfg.has_unused_root:
-        findings.add(f"data.root: {cfg.root} {UNUSED_ROOT.format(cfg)}", level=logging.WARNING)
+    if cfg.unused_root():
+        findings.add(f"data.root: {cfg.root} {cfg.unused_root()}", level=logging.WARNING)
     try:
         if not is_import_path(cfg.name):
             return DATASETS[cfg.name](cfg, model_classes, findings)

@@ -7,7 +7,7 @@ be read in two ways is refused, unless the setting data.layout says which way is
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from logging import INFO, WARNING
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from cnn.errors import Refused
 
 LAYOUT = "ROOT/CLASS/*.jpg, or ROOT/train/CLASS/*.jpg with val/ and test/ beside train/"
 TABLE = "list the files in a table (data.name=csv) with lines such as"
+AS_CLASSES = "if they are classes, say data.layout=classes"
 MAX_NAMED = 5  # folders in a message
-ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"}
 
 DATE = re.compile(r"(19|20)\d\d(\D.*|\d{4})?")  # 2019, 2019-03 or 20190301 is never a class
 FOLD = re.compile(r"(k?[\W_]*folds?|cv|第|折)[\W_]*\d+[\W_]*折?", re.IGNORECASE)
@@ -52,9 +52,8 @@ def list_folder(cfg: DataConfig, findings: Findings, *, needs_train: bool = True
         _refuse_folds(top, [folder.name for folder in top.folders])
     splits = _find_splits(top, cfg.layout, findings)
     if splits and "train" not in splits and needs_train:
-        names = " and ".join(folder.name for folder in splits.values())
-        advice = "; if all folders are classes: data.layout=classes"
-        raise Refused(f"data.root: {top.path} has {names}, but no train: {LAYOUT}{advice}")
+        names = f"{' and '.join(folder.name for folder in splits.values())}, but no train"
+        raise Refused(f"data.root: {top.path} has {names}: {LAYOUT}; {AS_CLASSES}")
     parts = splits or {"train": top}
     for part in parts.values():
         _check_class_folders(part, top, cfg.layout)
@@ -66,12 +65,10 @@ def list_folder(cfg: DataConfig, findings: Findings, *, needs_train: bool = True
 
 
 def _read_root(root: Path) -> Folder:
-    if root.is_file():
-        is_archive = ending_of(root.name) in ARCHIVES
-        advice = "unpack it and name the folder" if is_archive else "a table needs data.name=csv"
-        raise Refused(f"data.root: expected a folder, {LAYOUT}; {root} is a file: {advice}")
     if not root.is_dir():
-        raise Refused(f"data.root: expected a folder, {LAYOUT}; there is none at {root.resolve()}")
+        is_file = f"{root} is a file: unpack an archive; for a table say data.name=csv"
+        fault = is_file if root.is_file() else f"there is none at {root.resolve()}"
+        raise Refused(f"data.root: expected a folder, {LAYOUT}; {fault}")
     top = read_folder(root, deep=False)
     # Each folder is read alone, since a link can give two splits the same images.
     top.folders = [read_folder(folder.path) for folder in top.folders]
@@ -112,9 +109,8 @@ def _find_splits(top: Folder, layout: str, findings: Findings) -> dict[str, Fold
     for folder in named:
         split = split_of(folder.name)
         if split in splits:
-            both = f"{splits[split].name} and {folder.name}"
-            advice = "keep one of them; if they are classes: data.layout=classes"
-            raise Refused(f"data.root: {top.path} has two folders for {split}, {both}; {advice}")
+            both = f"{split}, {splits[split].name} and {folder.name}; keep one of them"
+            raise Refused(f"data.root: {top.path} has two folders for {both}; {AS_CLASSES}")
         splits[split] = folder
     if unused:
         names = _names(folder.name for folder in unused)
@@ -137,23 +133,19 @@ def _are_classes(top: Folder, named: list[Folder], others: list[Folder]) -> bool
     Raises:
         Refused: the structure does not tell.
     """
-    names, others = _names(folder.name for folder in named), _filled(others)
-    only_train = [split_of(folder.name) for folder in named] == ["train"]
-    inner = {each.name for folder in named for each in _filled(folder.folders)}
-    beside = {each.name for folder in others for each in _filled(folder.folders)}
-    if not inner and others and only_train:
-        return True
-    if not inner:
+    others, only_train = _filled(others), [split_of(each.name) for each in named] == ["train"]
+    inner, beside = _names_inside(named), _names_inside(others)
+    if not inner and not (only_train and others):
         files = [file for folder in named for file in folder.all_images()]
+        names = f"{_names(folder.name for folder in named)} without class folders in {top.path}"
         advice = f"sort the images into class folders, or {TABLE} {_table_line(top, files)}"
-        fault = f"{names} without class folders in {top.path}: {advice}"
-        raise Refused(f"data.root: expected {LAYOUT}, got {fault}; or say data.layout=classes")
-    if only_train and others and not inner & beside:
-        first = _reading("ROOT/SPLIT/CLASS", _counts(named[0].folders))
-        second = _reading("ROOT/CLASS", _counts(top.folders))
+        raise Refused(f"data.root: expected {LAYOUT}, got {names}: {advice}; or {AS_CLASSES}")
+    if inner and only_train and others and not inner & beside:
+        first, second = _named_counts(named[0].folders), _named_counts(top.folders)
+        readings = f"ROOT/SPLIT/CLASS with {first}, or ROOT/CLASS with {second}"
         advice = "choose data.layout=splits or data.layout=classes"
-        raise Refused(f"data.root: {top.path} is {first}, or {second}; {advice}")
-    return False
+        raise Refused(f"data.root: {top.path} is {readings}; {advice}")
+    return not inner
 
 
 # ---------------------------------------------------------------------------------------------
@@ -205,7 +197,7 @@ def _refuse_a_level_too_high(part: Folder, top: Folder) -> None:
     if below is part or not filled or any(DATE.fullmatch(folder.name) for folder in filled):
         return
     advice = f"name it: data.root={below.path}" if part is top else "move its folders up"
-    fault = f"only {below.path}, which contains {_named_counts(_counts(filled))}"
+    fault = f"only {below.path}, which contains {_named_counts(filled)}"
     raise Refused(f"data.root: expected class folders in {part.path}, got {fault}; {advice}")
 
 
@@ -218,38 +210,35 @@ def _refuse_two_readings(part: Folder, top: Folder) -> None:
     """
     filled = _filled(part.folders)
     inner = [each for folder in filled for each in _filled(folder.folders)]
-    times, counts = Counter(each.name for each in inner), _counts(inner)
+    times = Counter(folder.name for folder in inner)
     if any(map(_has_own_images, filled)) or any(map(DATE.fullmatch, times)) or len(times) < 2:
         return
-    is_repeated = max(times.values()) > 1
     is_finer = len(times) > len(filled) and not any(re.search(r"\d", name) for name in times)
-    if not is_repeated and not is_finer:
+    if max(times.values()) == 1 and not is_finer:
         return
     _refuse_folds(part, times)
-    way = "ROOT/" if part is top else f"ROOT/{part.name}/"
-    chosen = "classes" if part is top else "splits"
+    way, chosen = ("ROOT", "classes") if part is top else (f"ROOT/{part.name}", "splits")
+    label, split = inner[0].name, ""
+    second, goal = "*/CLASS", f"{way}/CLASS"
     if all(map(split_of, times)):
-        second, split = f"{way}CLASS/SPLIT", split_of(inner[0].name)
-        line = _table_line(top, inner[0].all_images(), filled[0].name, split)
-        advice = f"move the images to ROOT/SPLIT/CLASS, or {TABLE} {line}"
-    else:
-        second = f"{way}*/CLASS"
-        line = _table_line(top, inner[0].all_images(), inner[0].name)
-        advice = f"move the class folders of all together into {way}CLASS, or {TABLE} {line}"
-    first, second = _reading(f"{way}CLASS", _counts(filled)), _reading(second, counts)
-    advice = f"for the first reading say data.layout={chosen}; for the second {advice}"
-    raise Refused(f"data.root: {part.path} is {first}, or {second}; {advice}")
+        label, split = filled[0].name, split_of(label)
+        second, goal = "CLASS/SPLIT", "ROOT/SPLIT/CLASS"
+    line = _table_line(top, inner[0].all_images(), label, split)
+    raise Refused(
+        f"data.root: {part.path} is {way}/CLASS with {_named_counts(filled)}, or {way}/{second}"
+        f" with {_named_counts(inner)}; if the first is right, say data.layout={chosen}; if the"
+        f" second is, move the images to {goal}, or {TABLE} {line}"
+    )
 
 
 def _refuse_folds(part: Folder, names: Iterable[str]) -> None:
     folds = [name for name in names if FOLD.fullmatch(name)]
     if len(folds) > 1:
-        advice = (
-            "move the images of all folds together into ROOT/CLASS, or those of one fold into"
-            f" ROOT/val/CLASS and the others into ROOT/train/CLASS, or {TABLE}"
-            f" {folds[0]}/1.jpg,CLASS,val; if they are classes: data.layout=classes"
+        raise Refused(
+            f"data.root: {part.path} has folds ({_names(folds)}); move all images to ROOT/CLASS, or"
+            " those of one fold to ROOT/val/CLASS and the others to ROOT/train/CLASS, or"
+            f" {TABLE} {folds[0]}/1.jpg,CLASS,val; or {AS_CLASSES}"
         )
-        raise Refused(f"data.root: {part.path} has folds ({_names(folds)}), no classes; {advice}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -264,20 +253,15 @@ def _has_own_images(folder: Folder) -> bool:
     return len(folder.images) > STRAY * folder.num_images()
 
 
-def _counts(folders: Iterable[Folder]) -> Counter[str]:
-    """Returns the number of images by name of the folder."""
+def _names_inside(folders: Iterable[Folder]) -> set[str]:
+    return {each.name for folder in folders for each in _filled(folder.folders)}
+
+
+def _named_counts(folders: Iterable[Folder]) -> str:
     counts: Counter[str] = Counter()
     for folder in folders:
         counts[folder.name] += folder.num_images()
-    return counts
-
-
-def _reading(layout: str, counts: Mapping[str, int]) -> str:
-    return f"{layout} with {_named_counts(counts)}"
-
-
-def _named_counts(counts: Mapping[str, int]) -> str:
-    return _names(f"{name} ({number} image{'s' * (number > 1)})" for name, number in counts.items())
+    return _names(f"{name} ({count} image{'s' * (count > 1)})" for name, count in counts.items())
 
 
 def _names(names: Iterable[str]) -> str:
@@ -315,14 +299,18 @@ def _report_left_out(top: Folder, parts: list[Folder], findings: Findings) -> No
     above = parts if top in parts else [top, *parts]
     images = [file for folder in above for file in folder.images]
     others = [file for folder in folders for file in folder.others]
-    endings = Counter(ending_of(file) or "none" for file in others).most_common()
     facts = []
     if others:
+        endings = Counter(ending_of(file) or "none" for file in others).most_common()
         kinds = _names(f"{ending} {number}" for ending, number in endings)
         facts.append(f"{len(others)} files with other endings ({kinds})")
     if images:
         facts.append(f"{len(images)} images beside the class folders")
     if facts:
-        line = f"left out: {', '.join(facts)}{heif_hint(folders)}"
-        paths = [os.path.relpath(file, top.path) for file in others + images]
-        findings.add(line, paths, WARNING if images or heif_hint(folders) else INFO)
+        hint, paths = (
+            heif_hint(folders),
+            [os.path.relpath(each, top.path) for each in others + images],
+        )
+        findings.add(
+            f"left out: {', '.join(facts)}{hint}", paths, WARNING if images or hint else INFO
+        )

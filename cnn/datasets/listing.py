@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cnn.config import DataConfig
-from cnn.config.values import suggest
+from cnn.config.values import fold, suggest
 from cnn.datasets.findings import Findings
 from cnn.datasets.images import FileImages, Files
 from cnn.datasets.scan import scan
@@ -96,7 +96,7 @@ def _check_classes(root: str, listing: Listing, classes: list[str], *, of_model:
         if unknown and of_model:
             raise Refused(unknown_classes("data.root", unknown, classes))
         if unknown:
-            names = _with_suggestions(unknown, classes)
+            names = _suggest_known(unknown, classes)
             raise Refused(f"data.root: {split} has classes that train has not: {names}")
     if len(classes) < 2:
         raise Refused(f"data.root: expected at least two classes in {root}, got {classes}")
@@ -108,31 +108,21 @@ def _check_names(classes: list[str], findings: Findings) -> None:
     Raises:
         Refused: class names differ only in their Unicode form, so that nobody can tell them apart.
     """
-    alike: dict[str, list[str]] = {}
-    for name in classes:
-        alike.setdefault(_fold(name), []).append(name)
-    several = [names for names in alike.values() if len(names) > 1]
-    for names in several:
-        if len(forms := {unicodedata.normalize("NFC", name) for name in names}) < len(names):
-            fault = f"{min(forms)} is written in two Unicode forms, which look alike"
-            raise Refused(f"data.root: {fault}; give both the same name")
-    if several:
-        names = ", ".join(" and ".join(names) for names in several[:MAX_NAMED])
+    same = {unicodedata.normalize("NFC", name): name for name in classes}
+    if len(same) < len(classes):
+        twin = next(name for name in classes if name not in same.values())
+        fault = f"{unicodedata.normalize('NFC', twin)} is written in two Unicode forms"
+        raise Refused(f"data.root: the class {fault}, which look alike; give both the same name")
+    same = {fold(name): name for name in classes}
+    twins = [f"{name} and {same[fold(name)]}" for name in classes if name not in same.values()]
+    if twins:
+        names = ", ".join(twins[:MAX_NAMED])
         line = f"{names} are two classes; if they are one, give both the same name"
-        findings.add(line, level=logging.WARNING)
+        findings.add(line, twins, logging.WARNING)
 
 
-def _fold(name: str) -> str:
-    return unicodedata.normalize("NFC", name).casefold()
-
-
-def _with_suggestions(unknown: list[str], known: list[str]) -> str:
-    folded = {_fold(name): name for name in known}
-    near = [folded.get(_fold(name)) for name in unknown[:MAX_NAMED]]
-    return ", ".join(
-        name + suggest(known_name or name, [known_name] if known_name else known)
-        for name, known_name in zip(unknown, near)
-    )
+def _suggest_known(unknown: list[str], known: list[str]) -> str:
+    return ", ".join(name + suggest(name, known) for name in unknown[:MAX_NAMED])
 
 
 def unknown_classes(key: str, unknown: list[str], known: list[str]) -> str:
@@ -143,7 +133,7 @@ def unknown_classes(key: str, unknown: list[str], known: list[str]) -> str:
         unknown: the class names in the data that the model does not know.
         known: the class names that the model knows.
     """
-    got, more = _with_suggestions(unknown, known), ", ..." if len(known) > MAX_NAMED else ""
+    got, more = _suggest_known(unknown, known), ", ..." if len(known) > MAX_NAMED else ""
     expected = f"classes that the model knows, got {got}; it knows {', '.join(known[:MAX_NAMED])}"
     return f"{key}: expected {expected}{more}"
 
