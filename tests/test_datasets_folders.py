@@ -98,6 +98,10 @@ UNDERSTOOD = {
         ["2*train/cat/2019/1", "2*train/dog/2020/1", "2*test/dog"],
         {"train": C, "test": {"dog": 2}},
     ),
+    "one class of val, deep": (
+        ["2*train/cat", "2*train/dog", "1*val/cat/a", "1*val/cat/b"],
+        {"train": C, "val": {"cat": 2}},
+    ),
     "a name with a sign": (
         ["1*$5", "1*#1", "1*_other"],
         {"train": {"$5": 1, "#1": 1, "_other": 1}},
@@ -197,6 +201,10 @@ REFUSED = {
         ["20*a/cat", "20*a/dog", "1*a", "20*b/cat", "20*b/dog"],
         ["a (41 images)", "cat (40 images)", READINGS],
     ),
+    "sites and a flat folder": (
+        ["1*a/cat", "1*a/dog", "1*b/cat", "1*b/dog", "1*extra"],
+        ["a (2 images)", "cat (2 images)", READINGS],
+    ),
     "finer classes": (
         ["1*animals/cat", "1*animals/dog", "1*plants/rose", "1*plants/oak"],
         ["animals (2 images)", "rose (1 image)", READINGS],
@@ -282,7 +290,7 @@ def test_a_class_folder_whose_name_is_no_text_is_refused_and_shown():
 
 @pytest.mark.parametrize(
     "name, advice",
-    [("a.zip", "unpack an archive"), ("a.tar.gz", "unpack it"), ("a.csv", "data.name=csv")],
+    [("a.zip", "unpack an archive"), ("a.tar.gz", "unpack an archive"), ("a.csv", "data.name=csv")],
 )
 def test_a_file_instead_of_a_folder_is_refused_with_what_to_do(name, advice):
     plant(name)
@@ -292,6 +300,11 @@ def test_a_file_instead_of_a_folder_is_refused_with_what_to_do(name, advice):
 def test_a_layout_of_splits_without_a_split_is_refused():
     plant("1*photos/cat", "1*photos/dog")
     assert "photos has cat, dog" in refusal(layout="splits")
+
+
+def test_an_evaluation_of_one_class_is_understood():
+    plant("1*photos/cat", "1*photos/cat/old")
+    assert listed(needs_train=False) == {"train": {"cat": 2}}
 
 
 def test_an_evaluation_needs_no_train():
@@ -304,7 +317,13 @@ def test_an_evaluation_needs_no_train():
 
 
 def test_what_is_left_out_is_counted_in_one_line_with_all_paths(caplog):
-    plant("2*photos/train/cat", "2*photos/train/dog", "photos/top.jpg", "photos/train/loose.png")
+    plant(
+        "2*photos/train/cat",
+        "2*photos/train/dog",
+        "photos/top.jpg",
+        "photos/train/loose.png",
+        "photos/d.xyz",
+    )
     plant("photos/train/cat/a.txt", "photos/train/dog/b.TXT", "photos/train/dog/c.xyz")
     plant(
         "photos/train/cat/Thumbs.db", "photos/train/cat/.DS_Store", "photos/train/dog/desktop.ini"
@@ -312,16 +331,30 @@ def test_what_is_left_out_is_counted_in_one_line_with_all_paths(caplog):
     findings = Findings()
     listed(findings=findings)
     (found,) = findings.found
-    expected = "3 files with other endings (.txt 2, .xyz 1), 2 images beside the class folders"
+    expected = "4 files with other endings (.xyz 2, .txt 2), 2 images beside the class folders"
     assert found.line == f"left out: {expected}"
-    names = ["top.jpg", "train/cat/a.txt", "train/dog/b.TXT", "train/dog/c.xyz", "train/loose.png"]
+    names = [
+        "d.xyz",
+        "top.jpg",
+        "train/cat/a.txt",
+        "train/dog/b.TXT",
+        "train/dog/c.xyz",
+        "train/loose.png",
+    ]
     assert sorted(found.details) == names
 
 
 def test_a_folder_that_is_left_out_is_named_with_what_to_do(caplog):
-    plant("1*photos/train/cat", "1*photos/val/cat", "1*photos/tset/cat")
+    plant("2*photos/train/cat", "1*photos/val/cat", "1*photos/tset/cat")
     listed()
     assert "used for nothing: tset; to use a folder, name it" in caplog.text
+
+
+def test_a_class_with_the_name_of_a_split_is_told(caplog):
+    caplog.set_level(logging.INFO)
+    plant("1*photos/train", "1*photos/bus")
+    listed()
+    assert "photos: train has no class folders, so it is a class" in caplog.text
 
 
 def test_heic_images_without_their_package_are_told(monkeypatch):

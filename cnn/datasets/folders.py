@@ -56,7 +56,11 @@ def list_folder(cfg: DataConfig, findings: Findings, *, needs_train: bool = True
         raise Refused(f"data.root: {top.path} has {names}: {LAYOUT}; {AS_CLASSES}")
     parts = splits or {"train": top}
     for part in parts.values():
-        _check_class_folders(part, top, cfg.layout)
+        _check_class_folders(part, top)
+    if cfg.layout == "auto" and "train" in parts:
+        _refuse_a_level_too_high(parts["train"], top)
+        _refuse_two_readings(parts["train"], top)
+    _refuse_empty(parts.values())
     _report_left_out(top, list(parts.values()), findings)
     return {
         split: [(Path(file), each.name) for each in part.folders for file in each.all_images()]
@@ -103,7 +107,10 @@ def _find_splits(top: Folder, layout: str, findings: Findings) -> dict[str, Fold
     if layout == "splits" and not named:
         names = _names(folder.name for folder in unused) or "no folders"
         raise Refused(f"data.layout: splits is for {LAYOUT}; {top.path} has {names}")
-    if layout == "classes" or not named or (layout == "auto" and _are_classes(top, named, unused)):
+    if layout == "classes" or not named:
+        return {}
+    if layout == "auto" and _are_classes(top, named, unused):
+        findings.add(f"{top.path}: {named[0].name} has no class folders, so it is a class")
         return {}
     splits: dict[str, Folder] = {}
     for folder in named:
@@ -152,39 +159,37 @@ def _are_classes(top: Folder, named: list[Folder], others: list[Folder]) -> bool
 # Class folders
 
 
-def _check_class_folders(part: Folder, top: Folder, layout: str) -> None:
-    """Checks the class folders of a split, or of a dataset without splits.
+def _check_class_folders(part: Folder, top: Folder) -> None:
+    """Checks that a split, or a dataset without splits, has class folders with readable names.
 
     Args:
         part: the folder that contains the class folders.
         top: the folder of the dataset.
-        layout: the setting data.layout. For "auto", the folders inside the class folders must not
-            look like classes.
 
     Raises:
-        Refused: there are no class folders, or a class folder has no images. The name of a class
-            folder is not valid text. The folders can be read in two ways.
+        Refused: there are no class folders, or the name of a class folder is not valid text.
     """
     if not part.folders:
-        count, line = len(part.images), _table_line(top, part.images)
-        advice = f"if they are of one class, name the folder above; otherwise {TABLE} {line}"
-        advice = f"; for its {count} images: {advice}" if count else heif_hint([part])
+        above = "name the folder above" if part is top else "move them into a class folder"
+        advice = f"if they are of one class, {above}; otherwise {TABLE} "
+        advice = f"; it has {_some(len(part.images), 'image')}: {advice}"
+        advice = advice + _table_line(top, part.images) if part.images else heif_hint([part])
         fault = f"there are none in {part.path}{advice}"
         raise Refused(f"data.root: expected class folders, {LAYOUT}; {fault}")
-    if layout == "auto":
-        _refuse_a_level_too_high(part, top)
-        _refuse_two_readings(part, top)
-    empty = [folder for folder in part.folders if not folder.num_images()]
+    for name in (os.fsencode(folder.name) for folder in part.folders):
+        if (text := name.decode("utf-8", "backslashreplace")).encode() != name:
+            fault = f"{text} in {part.path}, whose bytes are no UTF-8; rename it"
+            raise Refused(f"data.root: expected class folders with readable names, got {fault}")
+
+
+def _refuse_empty(parts: Iterable[Folder]) -> None:
+    empty = [each for part in parts for each in part.folders if not each.num_images()]
     if empty:
         names = _names(folder.path for folder in empty)
         fault = f"folder {names} has" if len(empty) == 1 else f"folders {names} have"
         hint = heif_hint(inner for folder in empty for inner in folder.all_folders())
         advice = f"({ENDINGS}); put some there or remove the folder{hint}"
         raise Refused(f"data.root: the class {fault} no images {advice}")
-    for name in (os.fsencode(folder.name) for folder in part.folders):
-        if (text := name.decode("utf-8", "backslashreplace")).encode() != name:
-            fault = f"{text} in {part.path}, whose bytes are no UTF-8; rename it"
-            raise Refused(f"data.root: expected class folders with readable names, got {fault}")
 
 
 def _refuse_a_level_too_high(part: Folder, top: Folder) -> None:
@@ -194,7 +199,8 @@ def _refuse_a_level_too_high(part: Folder, top: Folder) -> None:
         if split_of(filled[0].name) and not split_of(below.name):
             break
         below = filled[0]
-    if below is part or not filled or any(DATE.fullmatch(folder.name) for folder in filled):
+    is_class = _has_own_images(below) or any(DATE.fullmatch(folder.name) for folder in filled)
+    if below is part or is_class or not filled:
         return
     advice = f"name it: data.root={below.path}" if part is top else "move its folders up"
     fault = f"only {below.path}, which contains {_named_counts(filled)}"
@@ -204,26 +210,27 @@ def _refuse_a_level_too_high(part: Folder, top: Folder) -> None:
 def _refuse_two_readings(part: Folder, top: Folder) -> None:
     """Refuses class folders without images of their own, if the folders inside can be classes.
 
-    Folders inside several class folders that have the same names can be classes, or splits. So can
-    folders without digits in their names, if there are more of them than class folders. Dates are
-    not classes.
+    If most class folders are without images of their own, folders inside several of them that have
+    the same names can be classes, or splits. If all class folders are, so can more folders than
+    class folders, unless they are numbered. Dates are not classes.
     """
     filled = _filled(part.folders)
-    inner = [each for folder in filled for each in _filled(folder.folders)]
+    bare = [folder for folder in filled if not _has_own_images(folder)]
+    inner = [each for folder in bare for each in _filled(folder.folders)]
     times = Counter(folder.name for folder in inner)
-    if any(map(_has_own_images, filled)) or any(map(DATE.fullmatch, times)) or len(times) < 2:
+    if 2 * len(bare) <= len(filled) or len(times) < 2 or any(map(DATE.fullmatch, times)):
         return
-    is_finer = len(times) > len(filled) and not any(re.search(r"\d", name) for name in times)
+    is_numbered = any(re.search(r"\d", name) for name in times)
+    is_finer = bare == filled and len(times) > len(filled) and not is_numbered
     if max(times.values()) == 1 and not is_finer:
         return
     _refuse_folds(part, times)
     way, chosen = ("ROOT", "classes") if part is top else (f"ROOT/{part.name}", "splits")
-    label, split = inner[0].name, ""
-    second, goal = "*/CLASS", f"{way}/CLASS"
+    second, goal, label = "*/CLASS", f"{way}/CLASS", inner[0].name
     if all(map(split_of, times)):
-        label, split = filled[0].name, split_of(label)
         second, goal = "CLASS/SPLIT", "ROOT/SPLIT/CLASS"
-    line = _table_line(top, inner[0].all_images(), label, split)
+        label = f"{bare[0].name},{split_of(label)}"
+    line = _table_line(top, inner[0].all_images(), label)
     raise Refused(
         f"data.root: {part.path} is {way}/CLASS with {_named_counts(filled)}, or {way}/{second}"
         f" with {_named_counts(inner)}; if the first is right, say data.layout={chosen}; if the"
@@ -261,7 +268,11 @@ def _named_counts(folders: Iterable[Folder]) -> str:
     counts: Counter[str] = Counter()
     for folder in folders:
         counts[folder.name] += folder.num_images()
-    return _names(f"{name} ({count} image{'s' * (count > 1)})" for name, count in counts.items())
+    return _names(f"{name} ({_some(count, 'image')})" for name, count in counts.items())
+
+
+def _some(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _names(names: Iterable[str]) -> str:
@@ -270,21 +281,19 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(names[:MAX_NAMED]) + more
 
 
-def _table_line(top: Folder, files: list[str], label: str = "", split: str = "") -> str:
+def _table_line(top: Folder, files: list[str], label: str = "") -> str:
     """Returns a line of a table for the first of some images.
 
     Args:
         top: the folder of the dataset, to which the path in the line is relative.
-        files: the images.
-        label: the class. Without one, the letters at the beginning of the file name are the class
-            if they differ between the images.
-        split: the split; "" for a line without a split.
+        files: the images. Without images, the line has a made-up path.
+        label: the class, and perhaps the split. Without one, the letters at the beginning of the
+            file name are the class if they differ between the images.
     """
     files = files or [os.path.join(top.path, "1.jpg")]
     starts = [re.match(r"[^\W\d_]*", os.path.basename(file)).group() for file in files]
     label = label or (starts[0] if len(set(starts)) > 1 and starts[0] else "CLASS")
-    cells = [os.path.relpath(files[0], top.path), label, split]
-    return ",".join(cell for cell in cells if cell)
+    return f"{os.path.relpath(files[0], top.path)},{label}"
 
 
 def _report_left_out(top: Folder, parts: list[Folder], findings: Findings) -> None:
@@ -295,22 +304,16 @@ def _report_left_out(top: Folder, parts: list[Folder], findings: Findings) -> No
         parts: the folders that contain class folders, which are `top` or the folders of the splits.
         findings: gets the files that are left out.
     """
-    folders = [folder for part in parts for folder in part.all_folders()]
     above = parts if top in parts else [top, *parts]
+    folders = [*above, *(inner for part in parts for inner in part.all_folders()[1:])]
     images = [file for folder in above for file in folder.images]
     others = [file for folder in folders for file in folder.others]
-    facts = []
-    if others:
-        endings = Counter(ending_of(file) or "none" for file in others).most_common()
-        kinds = _names(f"{ending} {number}" for ending, number in endings)
-        facts.append(f"{len(others)} files with other endings ({kinds})")
-    if images:
-        facts.append(f"{len(images)} images beside the class folders")
+    kinds = Counter(ending_of(file) or "none" for file in others).most_common()
+    names = _names(f"{ending} {number}" for ending, number in kinds)
+    facts = [f"{_some(len(others), 'file')} with other endings ({names})"] if others else []
+    facts += [f"{_some(len(images), 'image')} beside the class folders"] if images else []
     if facts:
-        hint, paths = (
-            heif_hint(folders),
-            [os.path.relpath(each, top.path) for each in others + images],
-        )
-        findings.add(
-            f"left out: {', '.join(facts)}{hint}", paths, WARNING if images or hint else INFO
-        )
+        hint, files = heif_hint(folders), others + images
+        level = WARNING if images or hint else INFO
+        paths = [os.path.relpath(file, top.path) for file in files]
+        findings.add(f"left out: {', '.join(facts)}{hint}", paths, level)
