@@ -1,5 +1,6 @@
 """Folders of images: which folders are splits, which are classes, and what is said of the rest."""
 
+import logging
 import os
 import sys
 import types
