@@ -379,12 +379,11 @@ def test_heic_images_are_read_with_their_package(monkeypatch):
 
     fake = types.SimpleNamespace(register_heif_opener=register_heif_opener)
     monkeypatch.setitem(sys.modules, "pillow_heif", fake)
+    Image.init()
     for name in ("ID", "OPEN", "EXTENSION"):
-        Image.init()
-        monkeypatch.setattr(Image, name, type(getattr(Image, name))(getattr(Image, name)))
-    for function in (image_files.add_heif, image_files.image_endings):
-        function.cache_clear()
-        monkeypatch.setattr(image_files, function.__name__, function)
+        monkeypatch.setattr(Image, name, getattr(Image, name).copy())
+    image_files.add_heif.cache_clear()
+    image_files.image_endings.cache_clear()
     plant("photos/cat/a.heic", "1*photos/dog")
     try:
         assert listed() == {"train": {"cat": 1, "dog": 1}}

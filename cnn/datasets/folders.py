@@ -55,12 +55,11 @@ def list_folder(cfg: DataConfig, findings: Findings, *, needs_train: bool = True
         names = f"{' and '.join(folder.name for folder in splits.values())}, but no train"
         raise Refused(f"data.root: {top.path} has {names}: {LAYOUT}; {AS_CLASSES}")
     parts = splits or {"train": top}
-    for part in parts.values():
-        _check_class_folders(part, top)
     if cfg.layout == "auto" and "train" in parts:
         _refuse_a_level_too_high(parts["train"], top)
         _refuse_two_readings(parts["train"], top)
-    _refuse_empty(parts.values())
+    for part in parts.values():
+        _check_class_folders(part, top)
     _report_left_out(top, list(parts.values()), findings)
     return {
         split: [(Path(file), each.name) for each in part.folders for file in each.all_images()]
@@ -160,14 +159,15 @@ def _are_classes(top: Folder, named: list[Folder], others: list[Folder]) -> bool
 
 
 def _check_class_folders(part: Folder, top: Folder) -> None:
-    """Checks that a split, or a dataset without splits, has class folders with readable names.
+    """Checks that a split, or a dataset without splits, has class folders with images.
 
     Args:
         part: the folder that contains the class folders.
         top: the folder of the dataset.
 
     Raises:
-        Refused: there are no class folders, or the name of a class folder is not valid text.
+        Refused: there are no class folders, or a class folder has no images. The name of a class
+            folder is not valid text.
     """
     if not part.folders:
         above = "name the folder above" if part is top else "move them into a class folder"
@@ -180,10 +180,7 @@ def _check_class_folders(part: Folder, top: Folder) -> None:
         if (text := name.decode("utf-8", "backslashreplace")).encode() != name:
             fault = f"{text} in {part.path}, whose bytes are no UTF-8; rename it"
             raise Refused(f"data.root: expected class folders with readable names, got {fault}")
-
-
-def _refuse_empty(parts: Iterable[Folder]) -> None:
-    empty = [each for part in parts for each in part.folders if not each.num_images()]
+    empty = [folder for folder in part.folders if not folder.num_images()]
     if empty:
         names = _names(folder.path for folder in empty)
         fault = f"folder {names} has" if len(empty) == 1 else f"folders {names} have"
