@@ -103,6 +103,11 @@ UNDERSTOOD = {
         ["2*train/cat", "2*train/dog", "1*val/cat/a", "1*val/cat/b"],
         {"train": C, "val": {"cat": 2}},
     ),
+    "half of the classes deep, with the same folders": (
+        ["2*a", "2*b", "1*cat/x", "1*cat/y", "1*dog/x", "1*dog/y"],
+        {"train": {"a": 2, "b": 2} | C},
+    ),
+    "a misspelt split": (["2*train/cat", "2*train/dog", "1*tset/cat"], {"train": C}),
     "a name with a sign": (
         ["1*$5", "1*#1", "1*_other"],
         {"train": {"$5": 1, "#1": 1, "_other": 1}},
@@ -241,7 +246,7 @@ REFUSED = {
     "two levels too high": (["2*a/b/cat", "2*a/b/dog", "a/notes.txt"], ["data.root=photos/a/b"]),
     "splits a level too high": (
         ["2*Data/Train_Data/cat", "2*Data/Train_Data/dog"],
-        ["name it: data.root=photos/Data", "Train_Data"],
+        ["only photos/Data, which", "name it: data.root=photos/Data", "Train_Data"],
     ),
     "a level too high in a split": (
         ["1*seg_train/seg_train/cat", "1*seg_train/seg_train/dog"],
@@ -484,6 +489,7 @@ def test_a_prediction_searches_no_system_folders_unless_they_are_typed():
     for path in hidden:
         assert found_by(path) == found_by(os.path.dirname(path)) == [path]
         assert found_by(f"{os.path.dirname(path)}/*") == [path]
+    assert found_by("photos/.thumb*/*") == ["photos/.thumbnails/x.jpg"]
     assert found_by("photos/._a.jpg") == ["photos/._a.jpg"]
 
 
