@@ -24,7 +24,8 @@ from cnn.utils.run_folder import EXPORTS
 
 logger = logging.getLogger("cnn.export")
 
-SETTINGS = ("data.name", "data.root", "data.args")  # where to find images for the comparison
+# Where to find images for the comparison.
+SETTINGS = ("data.name", "data.root", "data.layout", "data.args")
 # The beginning of a file of each format, and the description of the input in the file.
 KINDS = {
     "torch": (rb"PK", b'"input": "images: float32 (N, '),

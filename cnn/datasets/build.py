@@ -228,6 +228,8 @@ def read_splits(
     Raises:
         Refused: the data cannot be read, or the dataset does not accept a keyword in `cfg.args`.
     """
+    if cfg.unused_root():
+        findings.add(f"data.root: {cfg.root} {cfg.unused_root()}", level=logging.WARNING)
     try:
         if not is_import_path(cfg.name):
             return DATASETS[cfg.name](cfg, model_classes, findings)

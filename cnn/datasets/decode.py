@@ -9,6 +9,7 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps
 
+from cnn.datasets.image_files import add_heif
 from cnn.errors import ADVICE, SCARCITIES, BadImage, DataFailed
 
 VERSION = 2  # incremented when files decode to other pixels, so that old caches are not used
@@ -49,6 +50,7 @@ def open_image(path: str | os.PathLike | IO[bytes]) -> Image.Image:
             million pixels.
         DataFailed: the memory or the file descriptors of the process are exhausted.
     """
+    add_heif()
     try:
         with Image.open(path) as image:
             if image.format == "EPS":  # EPS is a program, which Pillow would run with Ghostscript

@@ -1,31 +1,145 @@
 """The search for image files in folders and by patterns; it opens no file and imports no torch."""
 
+import functools
 import glob
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Folders that file managers, network drives and operating systems make, in lower case. Besides,
+# every folder whose name begins with one of HIDDEN is left out, such as .Trash-1000 and __MACOSX.
+SYSTEM_FOLDERS = {
+    *("$recycle.bin", "recycler", "system volume information", "lost+found"),
+    *("@eadir", "@recycle", "@tmp", "#recycle", "#snapshot"),
+}
+SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
+HIDDEN = (".", "__")
+
+# Formats that Pillow lists, but that are programs, drawings or films, or that Pillow cannot decode.
+NO_IMAGES = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
+HEIF_ENDINGS = (".heic", ".heif", ".hif")
+NEEDS_HEIF = "pip install pillow-heif"
+ENDINGS = ".jpg, .png, .tif and all others that Pillow reads"  # for messages
 WILDCARDS = "*?["
 
 
-def image_files(folder: Path) -> Iterator[Path]:
-    """Yields the image files in a folder and in all folders inside the folder.
+@functools.cache
+def add_heif() -> None:
+    """Lets Pillow decode HEIC images, if the package pillow-heif is installed."""
+    with suppress(ImportError):
+        import pillow_heif
 
-    Folders are searched to any depth. Image files are recognized by the extension, such as .jpg or
-    .PNG. Files whose names begin with a dot are left out. Links to folders are followed, but no
-    folder is searched twice.
+        pillow_heif.register_heif_opener()
+
+
+@functools.cache
+def image_endings() -> frozenset[str]:
+    """Returns the endings of the image files that the installed Pillow reads, such as ".jpg"."""
+    from PIL import Image  # imported here: it takes half of a refusal's time
+
+    Image.init()
+    add_heif()
+    readable = Image.OPEN.keys() - NO_IMAGES | {"MPO"}  # Pillow opens MPO as JPEG
+    endings = Image.registered_extensions().items()
+    return frozenset(ending for ending, kind in endings if kind in readable)
+
+
+def ending_of(name: str) -> str:
+    """Returns the ending of a file name in lower case, such as ".jpg", or ""."""
+    return os.path.splitext(name)[1].lower()
+
+
+def is_system(name: str) -> bool:
+    """Returns whether a folder or a file is hidden or belongs to an operating system.
+
+    Such a folder never contains images of the user, and such a file is none.
+
+    Args:
+        name: the name of the folder or the file, without a path.
     """
-    seen = set()
-    for where, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(where) in seen:  # a link to a folder that was already searched
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(where))
-        folders.sort()
-        for name in names:
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                yield Path(where, name)
+    return name.startswith(HIDDEN) or name.lower() in SYSTEM_FOLDERS
+
+
+@dataclass
+class Folder:
+    """A folder with its images and the folders inside, without hidden and system folders.
+
+    Attributes:
+        path: the path of the folder.
+        images: the paths of the image files directly in the folder.
+        others: the paths of all other files directly in the folder, but for system files.
+        folders: the folders directly in the folder, sorted by name.
+    """
+
+    path: str
+    images: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    folders: list["Folder"] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The name of the folder, without a path."""
+        return os.path.basename(self.path)
+
+    def all_folders(self) -> list["Folder"]:
+        """Returns the folder itself and the folders inside, to any depth."""
+        found = [self]
+        for folder in found:
+            found += folder.folders
+        return found
+
+    def num_images(self) -> int:
+        """Returns the number of images in the folder and in all folders inside."""
+        return sum(len(folder.images) for folder in self.all_folders())
+
+    def all_images(self) -> list[str]:
+        """Returns the paths of the images in the folder and in all folders inside.
+
+        The paths are sorted part by part, as pathlib sorts them.
+        """
+        paths = (path for folder in self.all_folders() for path in folder.images)
+        return sorted(paths, key=lambda path: path.split(os.sep))
+
+
+def heif_hint(folders: Iterable[Folder]) -> str:
+    """Returns how to read the HEIC images directly in some folders.
+
+    The text is empty if there are none, or if Pillow reads them.
+    """
+    others = [path for folder in folders for path in folder.others]
+    count = sum(ending_of(path) in HEIF_ENDINGS for path in others)
+    return f"; to read {count} HEIC files: {NEEDS_HEIF}" if count else ""
+
+
+def read_folder(path: str | Path, *, deep: bool = True) -> Folder:
+    """Reads the names in a folder and in all folders inside, to any depth.
+
+    Image files are recognized by the ending, such as .jpg or .PNG. Links to folders are followed,
+    but no folder is read twice, and no folder that contains `path`. A folder that cannot be read
+    counts as empty.
+
+    Args:
+        path: the folder. Its own name may be that of a hidden or a system folder.
+        deep: whether to read the folders inside. If False, these folders are listed, but empty.
+    """
+    top, endings = Folder(str(path)), image_endings()
+    folders, real = {top.path: top}, os.path.realpath(path)
+    seen = {real, *map(str, Path(real).parents)}
+    for where, names, files in os.walk(path, followlinks=True):
+        folder = folders[where]
+        for name in sorted(files):
+            if not name.startswith(".") and name.lower() not in SYSTEM_FILES:
+                kind = folder.images if ending_of(name) in endings else folder.others
+                kind.append(os.path.join(where, name))
+        for name in sorted(names):
+            real = os.path.realpath(inner := os.path.join(where, name))
+            if not is_system(name) and real not in seen:
+                seen.add(real)
+                folder.folders.append(folders.setdefault(inner, Folder(inner)))
+        names[:] = [inner.name for inner in folder.folders if deep]  # those that are read next
+    return top
 
 
 def find_images(
@@ -57,21 +171,26 @@ def _matching(pattern: str) -> list[str]:
     """Returns the paths that match a glob pattern, sorted.
 
     Links to folders can give one file several paths. Of several paths to one file, only the first
-    path is returned.
+    path is returned. Paths in a hidden or a system folder are left out unless the pattern names the
+    folder.
     """
-    found: dict[tuple[str, str], str] = {}
+    typed, found = pattern.split(os.sep), {}
     for name in sorted(glob.glob(pattern, recursive=True)):
         folder, file = os.path.split(name)
-        found.setdefault((os.path.realpath(folder), file), name)
+        folders = name if os.path.isdir(name) else folder
+        # A wildcard matches no dot at the beginning, so a folder with a dot was typed.
+        if not any(is_system(p) and p[0] != "." and p not in typed for p in folders.split(os.sep)):
+            found.setdefault((os.path.realpath(folder), file), name)
     return list(found.values())
 
 
 def _files_at(path: Path) -> Iterator[tuple[Path, str | None]]:
     if path.is_dir():
-        files = sorted(image_files(path))
-        yield from ((file, None) for file in files)
+        folder = read_folder(path)
+        files = folder.all_images()
+        yield from ((Path(file), None) for file in files)
         if not files:
-            yield path, f"a folder without images ({' '.join(EXTENSIONS)})"
+            yield path, f"a folder without images ({ENDINGS}){heif_hint(folder.all_folders())}"
     elif path.is_file():
         yield path, None
     else:  # a pipe or a device, which might never end, or a link to nothing

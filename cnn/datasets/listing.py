@@ -7,29 +7,17 @@ from pathlib import Path
 import numpy as np
 
 from cnn.config import DataConfig
+from cnn.config.values import suggest
 from cnn.datasets.copies import check_copies
 from cnn.datasets.findings import Findings, listed
 from cnn.datasets.images import FileImages, Files
 from cnn.datasets.scan import identities, scan
 from cnn.errors import Refused
 
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 MAX_NAMED = 20  # classes listed in a message
 
 Listing = dict[str, list[tuple[Path, str]]]  # by split, (file, class name) for every image
 FileSplits = dict[str, FileImages]
-
-
-def split_of(name: str) -> str | None:
-    """Returns the split that a name stands for, or None.
-
-    Args:
-        name: the name of a folder, or a cell of a table, such as "Validation".
-
-    Returns:
-        "train", "val" or "test". None if the name is not the name of a split.
-    """
-    return SPLIT_NAMES.get(name.lower())
 
 
 def read_listing(
@@ -83,10 +71,14 @@ def _check_classes(root: str, listing: Listing, classes: list[str], *, of_model:
         if unknown and of_model:
             raise Refused(unknown_classes("data.root", unknown, classes))
         if unknown:
-            names = ", ".join(unknown[:MAX_NAMED])
+            names = _suggest_known(unknown, classes)
             raise Refused(f"data.root: {split} has classes that train has not: {names}")
     if len(classes) < 2:
         raise Refused(f"data.root: expected at least two classes in {root}, got {classes}")
+
+
+def _suggest_known(unknown: list[str], known: list[str]) -> str:
+    return ", ".join(name + suggest(name, known) for name in unknown[:MAX_NAMED])
 
 
 def unknown_classes(key: str, unknown: list[str], known: list[str]) -> str:
@@ -97,7 +89,7 @@ def unknown_classes(key: str, unknown: list[str], known: list[str]) -> str:
         unknown: the class names in the data that the model does not know.
         known: the class names that the model knows.
     """
-    got, more = ", ".join(unknown[:MAX_NAMED]), ", ..." if len(known) > MAX_NAMED else ""
+    got, more = _suggest_known(unknown, known), ", ..." if len(known) > MAX_NAMED else ""
     expected = f"classes that the model knows, got {got}; it knows {', '.join(known[:MAX_NAMED])}"
     return f"{key}: expected {expected}{more}"
 

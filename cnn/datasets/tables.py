@@ -5,16 +5,16 @@ import glob
 import io
 import os
 import re
-import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from logging import WARNING
 from pathlib import Path
 
 from cnn.config import DataConfig
 from cnn.datasets.findings import Findings
-from cnn.datasets.listing import Listing, split_of
+from cnn.datasets.listing import Listing
+from cnn.datasets.names import check_labels, split_of
 from cnn.errors import Refused
 from cnn.utils.screen import list_some
 
@@ -26,8 +26,6 @@ COLUMNS = {
 }
 ABOVE_HEADER = re.compile(r"((#[^\r\n]*|sep=.|[\s,;]*)[\r\n])*")  # comments, Excel's "sep=;"
 NO_LABEL = ("", "nan", "<na>", "#n/a", "#ref!", "#value!")  # how programs write a missing value
-BETWEEN_LABELS = re.compile(r"[;|,/+&、，；\s]+")
-NUMBER = re.compile(r"[-+]?\d{1,15}(\.\d*)?(e[-+]?\d\d?)?", re.IGNORECASE)
 CHINESE = re.compile("[\u2010-\u2026\u3000-\u303f\u3400-\u9fff\uff00-\uffef·×]+")
 
 Rows = Iterator[tuple[int, list[str]]]  # line number and cells
@@ -70,7 +68,7 @@ def _read_images(file: Path, cfg: DataConfig, findings: Findings) -> Listing:
     columns, rows = _read_table(file, findings)
     listing: Listing = {}
     seen: dict[str, tuple[int, str]] = {}  # path: line, and label and split
-    first_lines: dict[str, int] = {}  # label: the first line that has it
+    first_lines: dict[str, str] = {}  # label: the first line that has it
     mistakes: dict[str, list[str]] = defaultdict(list)  # what is wrong: lines
     missing: list[tuple[int, str]] = []  # line, path
     for line, cells in rows:
@@ -90,7 +88,7 @@ def _read_images(file: Path, cfg: DataConfig, findings: Findings) -> Listing:
         if before != place:
             twice = f"line {line} ({path} is {place}, but line {earlier} says {before})"
             mistakes["another label or split for the same image"].append(twice)
-        first_lines.setdefault(label, line)
+        first_lines.setdefault(label, f"{label} (line {line})")
         listing.setdefault(split, []).append((Path(image), label))
     if missing and cfg.on_bad_image == "stop":
         what = f"a path that leads to no file ({_advise(file.parent.resolve(), missing[0][1])})"
@@ -98,7 +96,7 @@ def _read_images(file: Path, cfg: DataConfig, findings: Findings) -> Listing:
     if mistakes:
         kinds = [f"{len(at):,} with {what}: {list_some(at)}" for what, at in mistakes.items()]
         raise Refused(f"{file}: rows that cannot be used: {'; '.join(kinds)}")
-    _check_labels(file, first_lines, findings)
+    check_labels(str(file), first_lines, findings)
     return listing
 
 
@@ -140,48 +138,6 @@ def _advise(top: Path, path: str) -> str:
         if found := sorted(glob.glob(f"{folder}{glob.escape(name)}.*", root_dir=top)):
             return f"paths begin at {top}; is it {found[0]}?"
     return f"paths begin at {top}; copy or download the images, or set data.on_bad_image=skip"
-
-
-def _check_labels(file: Path, first_lines: dict[str, int], findings: Findings) -> None:
-    """Checks that different labels mean different classes.
-
-    Args:
-        file: the CSV file.
-        first_lines: a dict from each label to the first line that has the label.
-        findings: gets the labels that differ only in case or that consist of other labels.
-
-    Raises:
-        Refused: labels look the same, such as two forms of "é", or are the same number.
-    """
-    alike = f"{file}: labels that differ only in"
-    if same := _groups(first_lines, _appearance):
-        forms = "spaces or in forms of a character or number"
-        raise Refused(f"{alike} {forms}: {same}; write each label in one way")
-    if same := _groups(first_lines, lambda label: _appearance(label).casefold()):
-        findings.add(f"{alike} case, taken as different classes: {same}", level=WARNING)
-    several = []
-    for label, line in first_lines.items():
-        parts = {*BETWEEN_LABELS.split(label)} - {""}
-        if len(parts) > 1 and parts <= first_lines.keys():
-            several.append(f"{label} (line {line})")
-    if several:
-        what = "labels that consist of others, taken as classes of their own"
-        findings.add(f"{file}: {what}: {list_some(several)}", several, WARNING)
-
-
-def _groups(first_lines: dict[str, int], key: Callable[[str], str]) -> str:
-    """Names the labels for which `key` returns the same as for another label."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for label, line in first_lines.items():
-        groups[key(label)].append(f"{label} (line {line})")
-    return list_some([" and ".join(group) for group in groups.values() if len(group) > 1])
-
-
-def _appearance(label: str) -> str:
-    """Returns a text that is equal for labels that look the same or are the same number."""
-    visible = "".join(sign for sign in label if unicodedata.category(sign) != "Cf")
-    shown = " ".join(unicodedata.normalize("NFKC", visible).split())
-    return f"{float(shown)}" if NUMBER.fullmatch(shown) else shown
 
 
 def _read_table(file: Path, findings: Findings) -> tuple[list[str], Rows]:
