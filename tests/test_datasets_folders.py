@@ -457,7 +457,7 @@ def test_classes_that_differ_only_in_case_are_told(caplog):
 
 def test_classes_that_differ_only_in_their_unicode_form_are_refused():
     real("photos/caf\u00e9", "photos/cafe\u0301", "photos/dog")
-    with pytest.raises(Refused, match="caf\u00e9 is written in two Unicode forms"):
+    with pytest.raises(Refused, match="forms of a character or number: .* and "):
         build()
 
 
