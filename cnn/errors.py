@@ -46,20 +46,6 @@ class DataFailed(RunError):
     """
 
 
-class ProcessLost(RunError):
-    """The unexpected end of another process of a distributed run.
-
-    This process cannot continue alone.
-    """
-
-
-class DatabaseFailed(RunError):
-    """The failure of a sweep's database to answer for a minute.
-
-    Results that were stored before the failure are kept.
-    """
-
-
 class Stopped(BaseException):
     """A request to stop the process, sent as a signal such as SIGINT.
 

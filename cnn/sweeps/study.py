@@ -36,7 +36,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from cnn import config
 from cnn.config import Config, as_text
-from cnn.errors import DatabaseFailed, Refused, first_line
+from cnn.errors import Failed, Refused, first_line
 from cnn.metrics.scores import mode
 from cnn.sweeps.locks import SharedLock
 from cnn.sweeps.settings import Choice, Range, Sweep
@@ -293,7 +293,7 @@ class Study:
             The result of the function.
 
         Raises:
-            DatabaseFailed: the call still fails after a minute.
+            Failed: the call still fails after a minute.
         """
         deadline = time.monotonic() + PATIENCE
         while True:
@@ -302,7 +302,7 @@ class Study:
             except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
                 if time.monotonic() > deadline:
                     reason = first_line(error.__cause__ or error)
-                    raise DatabaseFailed(f"the database does not answer: {reason}") from None
+                    raise Failed(f"the database does not answer: {reason}") from None
                 time.sleep(random.uniform(0.05, 0.5))  # so that processes differ in their times
 
     # -- reading trials -------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cnn.errors import DataFailed, Failed, ProcessLost, Refused, RefusedElsewhere, Stopped
+from cnn.errors import DataFailed, Failed, Refused, RefusedElsewhere, Stopped, first_line
 from cnn.metrics.running import RunningMetrics
 from cnn.utils.launch import Launch, find_launch
 from cnn.utils.module_state import load_state
@@ -83,7 +83,7 @@ class Group:
         except (RuntimeError, ValueError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             what = f"the {self.size} processes did not meet at {address}"
-            raise Refused(f"torchrun: {what}: {str(error).splitlines()[0]}") from None
+            raise Refused(f"torchrun: {what}: {first_line(error)}") from None
 
     def disconnect(self) -> None:
         """Closes the connections when all processes have called this method.
@@ -353,7 +353,7 @@ def process_group(stop: StopSignals) -> Iterator[Group]:
 
     Raises:
         Refused: the other processes cannot be reached or do not connect in time.
-        ProcessLost: another process has ended too early.
+        Failed: another process has ended too early.
     """
     group = Group(find_launch(), stop)
     group.connect()
@@ -364,7 +364,7 @@ def process_group(stop: StopSignals) -> Iterator[Group]:
         of_connection = "gloo" in str(error) or "Connection" in str(error)
         if group.size > 1 and (isinstance(error, dist.DistError) or of_connection):
             where = "its own output, or the lines above, say why"
-            raise ProcessLost(f"another process of this run has ended; {where}") from None
+            raise Failed(f"another process of this run has ended; {where}") from None
         raise
 
 
