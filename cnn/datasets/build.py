@@ -24,6 +24,11 @@ from cnn.utils.importing import import_object
 
 logger = logging.getLogger(__name__)
 
+# What the values of images with more than 8 bits can be made to fill: integers or floats of all
+# usual numbers of bits, from the smallest range to the largest.
+FULL_RANGES = [(0, 1), (-1, 1), *((0, 2**bits - 1) for bits in (8, 10, 12, 14, 16))]
+FULL_RANGES += [(-(2**15), 2**15 - 1), (0, 2**32 - 1)]
+MIN_STD = 1e-6  # of pixels in 0..1; less is only rounding
 DEFAULT_IMAGE_SIZE = 224  # pixels, for images of several sizes if the user sets no size
 
 
@@ -113,7 +118,7 @@ class Data:
         return {split: len(images) for split, images in splits.items()} | {"checksum": checksum}
 
 
-def build_data(cfg: DataConfig, seed: int) -> Data:
+def build_data(cfg: DataConfig, seed: int, preprocessing: Preprocessing | None = None) -> Data:
     """Reads training, validation and test images.
 
     If the dataset has no test images, a fraction of each class's training images becomes the test
@@ -124,10 +129,11 @@ def build_data(cfg: DataConfig, seed: int) -> Data:
         cfg: the section `data` of the settings.
         seed: determines which training images become test or validation images. If `cfg.limit` is
             set, the seed also determines which of the remaining training images are used.
+        preprocessing: the preprocessing of a run that resumes. If None, the preprocessing has the
+            mean and std of the training images.
 
     Returns:
-        The images, the class names and the preprocessing. The preprocessing has the mean and std of
-        the training images.
+        The images, the class names and the preprocessing.
 
     Raises:
         Refused: the data cannot be read or cannot be divided.
@@ -140,7 +146,10 @@ def build_data(cfg: DataConfig, seed: int) -> Data:
         absent = [name for number, name in enumerate(classes) if number not in present]
         if absent:
             logger.warning("%s has no image of: %s", split, ", ".join(absent[:20]))
-    preprocessing = _choose_preprocessing(cfg, splits["train"])
+    if preprocessing is None:
+        preprocessing = _choose_preprocessing(cfg, splits["train"], findings)
+    elif isinstance(splits["train"], FileImages):
+        splits["train"].decode_as(preprocessing.channels, preprocessing.value_range)
     return Data(splits["train"], splits["val"], splits["test"], classes, preprocessing, findings)
 
 
@@ -188,7 +197,7 @@ def _check_user_dataset(cfg: DataConfig, found: Any) -> tuple[Splits, list[str]]
     return splits, classes
 
 
-def _choose_preprocessing(cfg: DataConfig, train: Images) -> Preprocessing:
+def _choose_preprocessing(cfg: DataConfig, train: Images, findings: Findings) -> Preprocessing:
     """Chooses the image size, the channels and the normalization for a dataset.
 
     The image size and the number of channels come from the settings. If the setting of the number
@@ -196,20 +205,24 @@ def _choose_preprocessing(cfg: DataConfig, train: Images) -> Preprocessing:
     the images' own size is used. Without a setting, images that are not squares of one size get 224
     pixels.
 
-    If the settings have 1 or 3 channels, image files of all splits are set to be decoded to this
-    number.
+    Image files of all splits are set to be decoded to this number of channels, if the settings
+    have 1 or 3 channels, and with the range of values of the training images.
 
     Args:
         cfg: the section `data` of the settings.
         train: the training images, which determine the mean and std.
+        findings: gets the range of values of images with more than 8 bits.
 
     Raises:
         Refused: the images have another number of channels than the settings and cannot be
-            converted, or some images contain NaN.
+            converted, or some images contain NaN, or all images are alike.
     """
     channels, smallest, largest = train.sizes()
-    if cfg.channels in (1, 3) and isinstance(train, FileImages):
-        channels = train.files.channels = cfg.channels
+    value_range = None
+    if isinstance(train, FileImages):
+        value_range = _choose_value_range(cfg, train, findings)
+        train.decode_as(cfg.channels, value_range)
+        channels = train.files.channels
     elif cfg.channels not in (None, channels):
         raise Refused(f"data.channels: {cfg.name} has {channels}, got {cfg.channels}")
     image_size = cfg.image_size or (largest if smallest == largest else DEFAULT_IMAGE_SIZE)
@@ -221,5 +234,57 @@ def _choose_preprocessing(cfg: DataConfig, train: Images) -> Preprocessing:
     if not np.isfinite(mean).all():
         raise Refused(f"data.name: {cfg.name}: some images contain NaN")
     std = np.sqrt(np.maximum(squares[:channels] / number / 255**2 - mean**2, 0))
-    std = np.where(std > 0, std, 1.0)  # if all pixels are equal, dividing by 1 keeps them finite
-    return Preprocessing(image_size, channels, mean.tolist(), std.tolist())
+    if std.max() < MIN_STD:
+        where = "data.value_range" if cfg.value_range and value_range else "data.root"
+        alike = f"all training images are alike, each pixel has the value {255 * mean.max():.4g}"
+        raise Refused(f"{where}: {alike} of 255; expected images that differ")
+    std = np.where(std > 0, std, 1.0)  # if one channel is constant, dividing by 1 keeps it finite
+    return Preprocessing(image_size, channels, mean.tolist(), std.tolist(), value_range)
+
+
+def _choose_value_range(
+    cfg: DataConfig, train: FileImages, findings: Findings
+) -> list[float] | None:
+    """Chooses the values of images with more than 8 bits that become black and white.
+
+    Without a setting, the range covers the middle 96 % of the pixels of a training image, for all
+    but the 5 % of the training images with the darkest and the brightest values. So a label burned
+    into the images does not determine the range. If the range fills a quarter of one of
+    FULL_RANGES, this is used instead. So the same images give the same pixels, whatever the number
+    of bits.
+
+    Args:
+        cfg: the section `data` of the settings.
+        train: the training images.
+        findings: gets the range.
+
+    Returns:
+        The range, or None if no training image has more than 8 bits and the settings have no range.
+
+    Raises:
+        Refused: all values in the training images are equal.
+    """
+    types, given = ", ".join(train.types()), cfg.value_range
+    levels = train.files.scans[train.rows]
+    levels = levels["levels"][levels["type"] != b""]  # N, 4
+    if not len(levels):
+        if given:
+            findings.add("data.value_range is not used; all training images have 8 bits")
+        return None
+    low = np.quantile(levels[:, 1], 0.05, method="higher")
+    high = np.quantile(levels[:, 2], 0.95, method="lower")
+    if low >= high:  # most images are empty, or there are few of them
+        low, high = levels[:, 0].min(), levels[:, 3].max()
+    if low == high and not given:
+        raise Refused(f"data.root: all training images are alike, each pixel has the value {low:g}")
+    for black, white in FULL_RANGES:
+        if black <= low and high <= white:
+            is_full = high - low > (white - black) / 4
+            low, high = (black, white) if is_full else (low, high)
+            break
+    low, high = given or (float(low), float(high))
+    line = f"images of {types}: values {low:g} to {high:g} become black to white (data.value_range)"
+    number = len(train) - len(levels)
+    others = f"; {number} of {len(train)} training images have 8 bits, and are taken as they are"
+    findings.add(line + others * bool(number), level=logging.WARNING if number else logging.INFO)
+    return [low, high]

@@ -9,13 +9,22 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps
 
+from cnn.datasets import tiff
 from cnn.errors import ADVICE, SCARCITIES, BadImage, DataFailed
 
-VERSION = 2  # incremented when files decode to other pixels, so that old caches are not used
+VERSION = 3  # incremented when files decode to other pixels, so that old caches are not used
 DECODER = f"{VERSION}_{PIL.__version__}"  # what the pixels of a file depend on, besides its bytes
 GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
 MAX_PIXELS = 120_000_000  # per image: 360 MB as RGB; a larger image can be a decompression bomb
 MAX_OF_16_BITS = 2**16 - 1
+
+# How values of more than 8 bits become bytes: [low, high] for the values that become black and
+# white. None is for models that were trained on images of 8 bits: integers are those of 16 bits,
+# and floats are refused. PER_IMAGE is for the models of earlier versions.
+ValueRange = list[float] | str | None
+PER_IMAGE = "per image"
+
+SIGNS_LOST = ("int8", "uint32")  # types of TIFF files that Pillow takes for uint8 and int32
 
 # The errors of Pillow's decoders on broken files.
 DATA_ERRORS = (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError)
@@ -42,27 +51,111 @@ def open_image(path: str | os.PathLike | IO[bytes]) -> Image.Image:
         path: the image file, or a file that is open for reading in binary mode.
 
     Returns:
-        The whole image in memory, in the mode of the file, such as "RGB" or "L".
+        The whole image in memory, in the mode of the file, such as "RGB" or "L". The function
+        `deep_values` returns the values of an image with more than 8 bits.
 
     Raises:
         BadImage: the file is missing, broken or an EPS drawing, or the image has more than 120
-            million pixels.
+            million pixels. Or the file is a TIFF with several images or unknown bands.
         DataFailed: the memory or the file descriptors of the process are exhausted.
     """
     try:
-        with Image.open(path) as image:
+        try:
+            image = Image.open(path)
+        except (PIL.UnidentifiedImageError, ValueError):
+            tags = tiff.read_tags(path)
+            if tags is None:
+                raise
+            return _open_with_tifffile(path, tags)
+        with image:
             if image.format == "EPS":  # EPS is a program, which Pillow would run with Ghostscript
                 raise BadImage("an EPS drawing, no photograph")
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImage(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+            _check_size(image.width, image.height)
+            tags = tiff.read_tags(path) if image.format == "TIFF" else None
+            if tags and not tiff.is_for_pillow(tags):
+                return _open_with_tifffile(path, tags)
+            rawmode = _rawmode(image)
             image.load()  # decodes all of it; verify() would miss a truncated JPEG
-            return upright(image)
+            turned = upright(image)
+        if rawmode.startswith(("RGB;16", "RGBA;16", "RGBX;16", "LA;16")):
+            turned.values = _values_of_16_bits(path, turned, rawmode)
+        elif tags and tiff.dtype_name(tags) in SIGNS_LOST:
+            turned.values = np.asarray(turned).view(tiff.dtype_name(tags))
+        return turned
     except FileNotFoundError:
         raise BadImage("the file is gone") from None
     except BROKEN as error:
         if getattr(error, "errno", None) in SCARCITIES:
             raise DataFailed(f"{path}: {_reason(path, error)}; {ADVICE}") from None
         raise BadImage(_reason(path, error)) from None
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
+
+
+def _open_with_tifffile(path: str | os.PathLike | IO[bytes], tags: tiff.Tags) -> Image.Image:
+    _check_size(tags.get(tiff.WIDTH, 0), tags.get(tiff.HEIGHT, 0))
+    values = tiff.read_values(path, tags)
+    image = Image.fromarray(to_bytes(values, PER_IMAGE))
+    image.format = "TIFF"
+    if values.dtype != np.uint8:
+        image.values = values
+    return image
+
+
+def _rawmode(image: Image.Image) -> str:
+    """Returns Pillow's name for the form of the pixels in a file, such as "RGB;16B"."""
+    args = image.tile[0][3] if getattr(image, "tile", None) else ""
+    return str(args[0] if isinstance(args, tuple) and args else args)
+
+
+def _values_of_16_bits(
+    path: str | os.PathLike | IO[bytes], image: Image.Image, rawmode: str
+) -> np.ndarray:
+    """Reads the values of an image with 16 bits per color, of which Pillow reads the upper 8.
+
+    The file is decoded a second time, as if the two bytes of a value were in the other order. Then
+    Pillow reads the lower 8 bits. Pairs of gray and alpha are decoded as four bytes instead.
+
+    Args:
+        path: the image file, or a file that is open for reading in binary mode.
+        image: the upright image, as Pillow reads it.
+        rawmode: Pillow's name for the form of the pixels in the file.
+
+    Returns:
+        The values, uint16 (H, W, 3), (H, W, 4) with alpha, or (H, W, 2) for gray with alpha.
+    """
+    mode, _, order = rawmode.partition(";16")
+    swapped = "RGBA" if mode == "LA" else f"{mode};16{'L' if order == 'B' else 'B'}"
+    with Image.open(path) as again:
+        tile = again.tile
+        again.tile = [
+            one._replace(args=swapped if one.args == rawmode else (swapped, *one.args[1:]))
+            for one in tile
+        ]
+        again.load()
+        other = np.asarray(upright(again))
+    if mode == "LA":
+        return other.view(">u2").astype(np.uint16)
+    return np.asarray(image).astype(np.uint16) * 256 + other
+
+
+def deep_values(image: Image.Image) -> np.ndarray | None:
+    """Returns the values of an image with more than 8 bits per value, or None for other images.
+
+    Args:
+        image: an image that `open_image` returned, or any other PIL image.
+
+    Returns:
+        Integers of any type or floats, (H, W) for gray, or (H, W, C). C is 3 for RGB, 4 for RGB
+        with alpha, or 2 for gray with alpha.
+    """
+    if hasattr(image, "values"):
+        return image.values
+    is_deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
+    return np.asarray(image) if is_deep else None
 
 
 def _reason(path: str | os.PathLike | IO[bytes], error: Exception) -> str:
@@ -92,30 +185,28 @@ def upright(image: Image.Image) -> Image.Image:
     return turned
 
 
-def to_array(image: Image.Image, channels: int) -> np.ndarray:
+def to_array(image: Image.Image, channels: int, value_range: ValueRange = PER_IMAGE) -> np.ndarray:
     """Converts a PIL image to an array of bytes, gray or RGB.
 
-    Transparent pixels become white. Integers of 16 bits are divided by 256. Integers of 32 bits are
-    clipped to 0..65535 and divided by 256. Floats are multiplied by 255 if all floats of the image
-    are in 0..1. Other floats are clipped to 0..255.
+    Transparent pixels become white.
 
     Args:
         image: an image of any mode.
         channels: 1 to convert to gray, any other number to convert to RGB.
+        value_range: how values of more than 8 bits become bytes.
 
     Returns:
         Pixels, uint8 (1, H, W) for gray or (3, H, W) for RGB.
 
     Raises:
-        BadImage: Pillow cannot convert the image to gray or RGB.
+        BadImage: Pillow cannot convert the image to gray or RGB. Or the values of the image are
+            floats, and the model was trained on images of 8 bits.
     """
     try:
-        if image.mode.startswith("I;16") or image.mode == "I":
-            values = np.asarray(image).astype(np.int64).clip(0, MAX_OF_16_BITS)
-            image = Image.fromarray((values >> 8).astype(np.uint8))
-        elif image.mode == "F":
-            image = Image.fromarray(_bytes_of_floats(np.asarray(image)))
-        elif image.has_transparency_data:
+        values = deep_values(image)
+        if values is not None:
+            image = Image.fromarray(to_bytes(values, value_range))
+        if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         if image.mode == "LAB":  # Pillow cannot convert it to gray directly
@@ -127,19 +218,57 @@ def to_array(image: Image.Image, channels: int) -> np.ndarray:
     return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
-def _bytes_of_floats(values: np.ndarray) -> np.ndarray:
+def to_bytes(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
+    """Converts values of more than 8 bits to bytes, 0 for black to 255 for white.
+
+    Args:
+        values: integers or floats, (H, W) or (H, W, C). If C is 2 or 4, the last channel is alpha,
+            which does not depend on the range.
+        value_range: the values that become black and white. NaN becomes black.
+
+    Returns:
+        Bytes, uint8 of the same shape.
+
+    Raises:
+        BadImage: the range is None, and the values are floats.
+    """
+    if values.ndim == 3 and values.shape[2] in (2, 4):
+        parts = (values[..., :-1], value_range), (values[..., -1:], PER_IMAGE)
+        return np.concatenate([to_bytes(*part) for part in parts], axis=2)
+    if value_range is None and values.dtype.kind == "f":
+        raise BadImage("float values, and the model was trained on images of 8 bits")
+    if not isinstance(value_range, list):
+        return _to_bytes_per_image(values)
+    low, high = value_range
+    shares = (values.astype(np.float64).clip(low, high) - low) / (high - low)
+    return np.rint(np.nan_to_num(shares) * 255).astype(np.uint8)
+
+
+def _to_bytes_per_image(values: np.ndarray) -> np.ndarray:
+    """Converts values to bytes without a range of the dataset.
+
+    Integers of more than 8 bits are clipped to 0..65535 and divided by 256. Floats are multiplied
+    by 255 if all floats of the image are in 0..1. Other floats are clipped to 0..255.
+    """
+    if values.dtype.itemsize == 1:
+        return values.view(np.uint8)
+    if values.dtype.kind != "f":
+        return (values.astype(np.int64).clip(0, MAX_OF_16_BITS) >> 8).astype(np.uint8)
     values = np.nan_to_num(values, nan=0.0)
     if values.min() >= 0 and values.max() <= 1:
         values = values * 255
     return np.round(values.clip(0, 255)).astype(np.uint8)
 
 
-def decode(path: Path | IO[bytes], channels: int) -> np.ndarray:
+def decode(
+    path: Path | IO[bytes], channels: int, value_range: ValueRange = PER_IMAGE
+) -> np.ndarray:
     """Reads an image file and returns the pixels of the image.
 
     Args:
         path: the image file, or a file that is open for reading in binary mode.
         channels: 1 to decode to gray, 3 to decode to RGB.
+        value_range: how values of more than 8 bits become bytes.
 
     Returns:
         Pixels, uint8 (channels, H, W).
@@ -149,4 +278,4 @@ def decode(path: Path | IO[bytes], channels: int) -> np.ndarray:
             be converted.
         DataFailed: the memory or the file descriptors of the process are exhausted.
     """
-    return to_array(open_image(path), channels)
+    return to_array(open_image(path), channels, value_range)

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from cnn.datasets.cache import decode_all
-from cnn.datasets.decode import decode
+from cnn.datasets.decode import PER_IMAGE, ValueRange, decode
+from cnn.datasets.scan import scan
 from cnn.errors import BadImage, Refused, describe
 from cnn.utils import seeding
 
@@ -178,6 +179,7 @@ class Files:
         channels: number of channels to which the files are decoded, 1 (gray) or 3 (RGB).
         skip: whether a file that cannot be read during the run is left out of the batch. If false,
             the run ends with an error.
+        value_range: how values of more than 8 bits become bytes.
     """
 
     root: Path
@@ -185,6 +187,7 @@ class Files:
     scans: np.ndarray
     channels: int
     skip: bool = False
+    value_range: ValueRange = PER_IMAGE
 
 
 class FileImages(Images):
@@ -207,7 +210,7 @@ class FileImages(Images):
     def __getitem__(self, index: int) -> torch.Tensor:
         path = self.files.paths[self.rows[index]]
         try:
-            return torch.from_numpy(decode(path, self.files.channels))
+            return torch.from_numpy(decode(path, self.files.channels, self.files.value_range))
         except BadImage as bad:
             raise BadImage(f"{path}: {bad}") from None
 
@@ -227,6 +230,21 @@ class FileImages(Images):
         paths = [self.files.paths[row] for row in self.rows]
         files = replace(self.files, paths=paths, scans=self.files.scans[self.rows])
         return FileImages(files, self.labels)
+
+    def types(self) -> list[str]:
+        """Returns the types of the images with more than 8 bits per value, such as ["uint16"]."""
+        return sorted(name.decode() for name in set(self.files.scans["type"][self.rows]) if name)
+
+    def decode_as(self, channels: int, value_range: ValueRange) -> None:
+        """Sets how the files of the whole dataset are decoded from now on.
+
+        Args:
+            channels: 1 for gray, 3 for RGB. Other numbers change nothing.
+            value_range: how values of more than 8 bits become bytes.
+        """
+        self.files.value_range = value_range
+        if channels in (1, 3):
+            self.files.channels = channels
 
     def sizes(self) -> tuple[int, int, int]:
         """Returns the number of channels and the sides of the images.
@@ -248,8 +266,17 @@ class FileImages(Images):
             together. The second value is the sum of each channel's pixel values (0 to 255), shape
             (C). The third value is the sum of the squares of the pixel values of each channel,
             shape (C). C is 1 or 3, the number of channels to which the files are decoded.
+
+        Raises:
+            Refused: a file with more than 8 bits can no longer be decoded.
         """
-        scans = self.files.scans[self.rows]
+        scans, files = self.files.scans[self.rows], self.files
+        deep = np.flatnonzero(scans["type"] != b"")
+        if len(deep) and isinstance(files.value_range, list):
+            paths = [files.paths[row] for row in self.rows[deep]]
+            scans[deep], bad = scan(files.root, paths, value_range=files.value_range)
+            for path, reason in bad.items():
+                raise Refused(f"data.root: {path}: read a moment ago, and now: {reason}")
         number = float((scans["height"] * scans["width"]).sum())
         channels = [3] if self.files.channels == 1 else [0, 1, 2]
         return number, scans["sums"].sum(axis=0)[channels], scans["squares"].sum(axis=0)[channels]
@@ -278,7 +305,8 @@ class FileImages(Images):
             Refused: a file can no longer be decoded.
         """
         self.files.channels = channels
-        return decode_all(self.files.paths, self.files.scans, size, channels)
+        files = self.files
+        return decode_all(files.paths, files.scans, size, channels, files.value_range)
 
 
 class UserImages(Images):

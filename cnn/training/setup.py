@@ -59,10 +59,10 @@ def build_run(
     precision = env.choose_precision(cfg.train.precision, device, earlier)
     if cfg.train.deterministic:
         env.make_deterministic()
-    data = build_once_per_node(group, lambda: build_data(cfg.data, cfg.seed))
+    saved = None
     if checkpoint is not None:
         saved = Preprocessing.from_checkpoint(checkpoint.path, checkpoint.content["preprocessing"])
-        data = dataclasses.replace(data, preprocessing=saved)
+    data = build_once_per_node(group, lambda: build_data(cfg.data, cfg.seed, saved))
     check_monitor(cfg.checkpoint.monitor, data)
     if max_batches is not None:
         data = data.head(max_batches * cfg.data.batch_size)

@@ -91,7 +91,10 @@ CHECKPOINT = {
     "started": TEXT,
     "config": {"*": PLAIN},
     "classes": [TEXT],
-    "preprocessing": {"image_size": WHOLE, "channels": WHOLE, "mean": [AMOUNT], "std": [AMOUNT]},
+    "preprocessing": {
+        **{"image_size": WHOLE, "channels": WHOLE, "mean": [AMOUNT], "std": [AMOUNT]},
+        "value_range?": (NULL, TEXT, [NUMBER]),
+    },
     "class_weights?": (NULL, [AMOUNT]),
     "data": dict.fromkeys(("train", "val", "test", "checksum"), WHOLE),
     "environment": {"precision": TEXT, "*": PLAIN},
