@@ -3,7 +3,7 @@
 import os
 import warnings
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import PIL
@@ -24,6 +24,7 @@ MAX_OF_16_BITS = 2**16 - 1
 ValueRange = list[float] | str | None
 PER_IMAGE = "per image"
 
+WIDE = ("'RGB;16", "'RGBA;16", "'RGBX;16", "'LA;16")  # Pillow reads only 8 bits of these forms
 SIGNS_LOST = ("int8", "uint32")  # types of TIFF files that Pillow takes for uint8 and int32
 
 # The errors of Pillow's decoders on broken files.
@@ -74,11 +75,11 @@ def open_image(path: str | os.PathLike | IO[bytes]) -> Image.Image:
             tags = tiff.read_tags(path) if image.format == "TIFF" else None
             if tags and not tiff.is_for_pillow(tags):
                 return _open_with_tifffile(path, tags)
-            rawmode = _rawmode(image)
+            is_wide = any(form in str(image.tile) for form in WIDE)
             image.load()  # decodes all of it; verify() would miss a truncated JPEG
             turned = upright(image)
-        if rawmode.startswith(("RGB;16", "RGBA;16", "RGBX;16", "LA;16")):
-            turned.values = _values_of_16_bits(path, turned, rawmode)
+        if is_wide:
+            turned.values = _wide_values(path, turned)
         elif tags and tiff.dtype_name(tags) in SIGNS_LOST:
             turned.values = np.asarray(turned).view(tiff.dtype_name(tags))
         return turned
@@ -105,15 +106,7 @@ def _open_with_tifffile(path: str | os.PathLike | IO[bytes], tags: tiff.Tags) ->
     return image
 
 
-def _rawmode(image: Image.Image) -> str:
-    """Returns Pillow's name for the form of the pixels in a file, such as "RGB;16B"."""
-    args = image.tile[0][3] if getattr(image, "tile", None) else ""
-    return str(args[0] if isinstance(args, tuple) and args else args)
-
-
-def _values_of_16_bits(
-    path: str | os.PathLike | IO[bytes], image: Image.Image, rawmode: str
-) -> np.ndarray:
+def _wide_values(path: str | os.PathLike | IO[bytes], image: Image.Image) -> np.ndarray:
     """Reads the values of an image with 16 bits per color, of which Pillow reads the upper 8.
 
     The file is decoded a second time, as if the two bytes of a value were in the other order. Then
@@ -122,24 +115,23 @@ def _values_of_16_bits(
     Args:
         path: the image file, or a file that is open for reading in binary mode.
         image: the upright image, as Pillow reads it.
-        rawmode: Pillow's name for the form of the pixels in the file.
 
     Returns:
         The values, uint16 (H, W, 3), (H, W, 4) with alpha, or (H, W, 2) for gray with alpha.
     """
-    mode, _, order = rawmode.partition(";16")
-    swapped = "RGBA" if mode == "LA" else f"{mode};16{'L' if order == 'B' else 'B'}"
     with Image.open(path) as again:
-        tile = again.tile
-        again.tile = [
-            one._replace(args=swapped if one.args == rawmode else (swapped, *one.args[1:]))
-            for one in tile
-        ]
+        is_pair = "LA;16" in str(again.tile)
+        again.tile = [tile._replace(args=_in_other_order(tile.args)) for tile in again.tile]
         again.load()
         other = np.asarray(upright(again))
-    if mode == "LA":
-        return other.view(">u2").astype(np.uint16)
-    return np.asarray(image).astype(np.uint16) * 256 + other
+    return other.view(">u2") if is_pair else np.asarray(image).astype(np.uint16) * 256 + other
+
+
+def _in_other_order(args: str | tuple[Any, ...]) -> str | tuple[Any, ...]:
+    """Returns the arguments of a decoder of Pillow, such as "RGB;16B", for the other byte order."""
+    if isinstance(args, tuple):
+        return _in_other_order(args[0]), *args[1:]
+    return "RGBA" if args == "LA;16B" else args[:-1] + ("L" if args[-1] == "B" else "B")
 
 
 def deep_values(image: Image.Image) -> np.ndarray | None:

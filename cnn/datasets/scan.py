@@ -170,7 +170,8 @@ def _look_at(path: Path, value_range: ValueRange) -> np.ndarray:
     if values is not None:
         row["type"], values = values.dtype.name, values.astype(np.float64) + 0.0  # no -0.0
         row["crc"] = zlib.crc32(np.ascontiguousarray(values))
-        colors = values[..., : 3 if values.shape[2] > 2 else 1] if values.ndim == 3 else values
+        has_alpha = values.ndim == 3 and values.shape[2] in (2, 4)
+        colors = values[..., :-1] if has_alpha else values
         finite = colors[np.abs(colors) < HUGE]
         if not len(finite):
             raise BadImage("no pixel has a finite value")

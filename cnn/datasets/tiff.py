@@ -45,9 +45,8 @@ def read_tags(path: str | os.PathLike | IO[bytes]) -> Tags | None:
 
 
 def _read_pages(path: str | os.PathLike | IO[bytes]) -> list[Tags]:
-    is_path, pages = isinstance(path, str | os.PathLike), {}
-    opened = open(path, "rb") if is_path else contextlib.nullcontext(path)
-    with contextlib.suppress(Exception), opened as file:  # Pillow raises anything for other files
+    pages = {}
+    with contextlib.suppress(Exception), _opened(path) as file:  # Pillow may raise anything
         file.seek(0)
         header = file.read(8)
         tags = ImageFileDirectory_v2(header + (file.read(8) if header[2] == 43 else b""))
@@ -57,6 +56,10 @@ def _read_pages(path: str | os.PathLike | IO[bytes]) -> list[Tags]:
             tags.load(file)
             pages[place] = dict(tags)
     return list(pages.values())
+
+
+def _opened(path: str | os.PathLike | IO[bytes]) -> contextlib.AbstractContextManager[IO[bytes]]:
+    return open(path, "rb") if isinstance(path, str | os.PathLike) else contextlib.nullcontext(path)
 
 
 def dtype_name(tags: Tags) -> str:
@@ -77,11 +80,11 @@ def read_values(path: str | os.PathLike | IO[bytes], tags: Tags) -> np.ndarray:
         tags: the tags of the file.
 
     Returns:
-        The values of the upright image, (H, W) for gray or (H, W, C) for C bands.
+        The values of the image, (H, W) for gray or (H, W, C) for C bands.
 
     Raises:
         BadImage: tifffile is not installed or cannot read the file. Or the values are not numbers
-            of a gray or RGB image.
+            of an upright gray or RGB image.
     """
     kind = f"a TIFF of {dtype_name(tags)} values in {tags.get(BANDS, 1)} bands"
     try:
@@ -89,17 +92,13 @@ def read_values(path: str | os.PathLike | IO[bytes], tags: Tags) -> np.ndarray:
     except ImportError:
         raise BadImage(f"{kind}, which Pillow cannot read; pip install tifffile") from None
     try:
-        if not isinstance(path, str | os.PathLike):
-            path.seek(0)
-        with tifffile.TiffFile(path) as file:
-            values, axes = file.pages[0].asarray(), file.pages[0].axes
+        with _opened(path) as file:
+            file.seek(0)
+            page = tifffile.TiffFile(file).pages[0]
+            values, axes = page.asarray(), page.axes
     except Exception as error:  # noqa: BLE001  the package raises anything for broken files
         raise BadImage(f"{kind}: {error or type(error).__name__}") from None
-    if axes == "SYX":
-        values = np.moveaxis(values, 0, -1)
-    if values.dtype.kind not in "uif" or len(axes) != values.ndim or axes[:2] not in ("YX", "SY"):
-        raise BadImage(f"{kind}; expected numbers of a gray or RGB image")
-    turn = tags.get(ORIENTATION, 1)
-    values = values.swapaxes(0, 1) if turn >= 5 else values
-    values = values[:, ::-1] if turn in (2, 3, 6, 7) else values
-    return values[::-1] if turn in (3, 4, 7, 8) else values
+    is_upright = tags.get(ORIENTATION, 1) == 1
+    if axes not in ("YX", "YXS", "SYX") or values.dtype.kind not in "uif" or not is_upright:
+        raise BadImage(f"{kind}; expected the numbers of an upright image, gray or RGB")
+    return np.moveaxis(values, 0, -1) if axes == "SYX" else values

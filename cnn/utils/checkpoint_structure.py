@@ -92,7 +92,9 @@ CHECKPOINT = {
     "config": {"*": PLAIN},
     "classes": [TEXT],
     "preprocessing": {
-        **{"image_size": WHOLE, "channels": WHOLE, "mean": [AMOUNT], "std": [AMOUNT]},
+        **dict.fromkeys(("image_size", "channels"), WHOLE),
+        "mean": [AMOUNT],
+        "std": [AMOUNT],
         "value_range?": (NULL, TEXT, [NUMBER]),
     },
     "class_weights?": (NULL, [AMOUNT]),
