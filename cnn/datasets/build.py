@@ -12,6 +12,7 @@ import numpy as np
 
 from cnn.config import DataConfig, is_import_path
 from cnn.datasets import digits, synthetic, torchvision_datasets
+from cnn.datasets.decode import MAX_OF_16_BITS
 from cnn.datasets.division import Splits, divide
 from cnn.datasets.findings import Findings
 from cnn.datasets.folders import list_folder
@@ -235,9 +236,8 @@ def _choose_preprocessing(cfg: DataConfig, train: Images, findings: Findings) ->
         raise Refused(f"data.name: {cfg.name}: some images contain NaN")
     std = np.sqrt(np.maximum(squares[:channels] / number / 255**2 - mean**2, 0))
     if std.max() < MIN_STD:
-        where = "data.value_range" if cfg.value_range and value_range else "data.root"
-        alike = f"all training images are alike, each pixel has the value {255 * mean.max():.4g}"
-        raise Refused(f"{where}: {alike} of 255; expected images that differ")
+        where = "data.value_range" if cfg.value_range and value_range else f"data.name: {cfg.name}"
+        raise Refused(f"{where}: all training images are alike; all their pixels have one value")
     std = np.where(std > 0, std, 1.0)  # if one channel is constant, dividing by 1 keeps it finite
     return Preprocessing(image_size, channels, mean.tolist(), std.tolist(), value_range)
 
@@ -247,44 +247,50 @@ def _choose_value_range(
 ) -> list[float] | None:
     """Chooses the values of images with more than 8 bits that become black and white.
 
-    Without a setting, the range covers the middle 96 % of the pixels of a training image, for all
-    but the 5 % of the training images with the darkest and the brightest values. So a label burned
-    into the images does not determine the range. If the range fills a quarter of one of
-    FULL_RANGES, this is used instead. So the same images give the same pixels, whatever the number
-    of bits.
-
     Args:
         cfg: the section `data` of the settings.
         train: the training images.
         findings: gets the range.
 
     Returns:
-        The range, or None if no training image has more than 8 bits and the settings have no range.
-
-    Raises:
-        Refused: all values in the training images are equal.
+        The range. None if all images have 8 bits, or if the settings have no range and all training
+        images have 8 bits.
     """
-    types, given = ", ".join(train.types()), cfg.value_range
-    levels = train.files.scans[train.rows]
-    levels = levels["levels"][levels["type"] != b""]  # N, 4
-    if not len(levels):
-        if given:
-            findings.add("data.value_range is not used; all training images have 8 bits")
+    kinds, levels = train.files.scans["kind"], train.files.scans[train.rows]
+    levels = levels["levels"][levels["kind"] != b""]  # N, 4
+    found = ", ".join(sorted(kind.decode() for kind in set(kinds.tolist()) if kind))
+    if not found:
+        if cfg.value_range:
+            findings.add("data.value_range is not used; all images have 8 bits")
         return None
-    low = np.quantile(levels[:, 1], 0.05, method="higher")
-    high = np.quantile(levels[:, 2], 0.95, method="lower")
-    if low >= high:  # most images are empty, or there are few of them
-        low, high = levels[:, 0].min(), levels[:, 3].max()
-    if low == high and not given:
-        raise Refused(f"data.root: all training images are alike, each pixel has the value {low:g}")
-    for black, white in FULL_RANGES:
-        if black <= low and high <= white:
-            is_full = high - low > (white - black) / 4
-            low, high = (black, white) if is_full else (low, high)
-            break
-    low, high = given or (float(low), float(high))
-    line = f"images of {types}: values {low:g} to {high:g} become black to white (data.value_range)"
+    chosen = cfg.value_range or (_range_of_levels(levels) if len(levels) else None)
+    low, high = chosen or (0, MAX_OF_16_BITS)
+    line = f"images of {found}: values {low:g} to {high:g} become black to white (data.value_range)"
     number = len(train) - len(levels)
     others = f"; {number} of {len(train)} training images have 8 bits, and are taken as they are"
     findings.add(line + others * bool(number), level=logging.WARNING if number else logging.INFO)
+    return chosen
+
+
+def _range_of_levels(levels: np.ndarray) -> list[float]:
+    """Returns the range that the values of images fill.
+
+    The range covers the middle 96 % of the pixels of an image, for all images but the 5 % with the
+    darkest and the brightest values. So a label burned into the images does not determine the
+    range. If a range fills a quarter of one of FULL_RANGES, the full range is returned instead. So
+    the same images give the same pixels, whatever the number of bits.
+
+    Args:
+        levels: the values of each image at the shares `cnn.datasets.scan.LEVELS` of the pixels,
+            (N, 4).
+    """
+    low = np.quantile(levels[:, 1], 0.05, method="higher").item()
+    high = np.quantile(levels[:, 2], 0.95, method="lower").item()
+    if low >= high:  # the images are nearly empty, or there are few of them
+        low, high = levels[:, 0].min().item(), levels[:, 3].max().item()
+    if low == high:
+        return [low, low + abs(low) + 1]
+    around = [full for full in FULL_RANGES if full[0] <= low and high <= full[1]]
+    if around and high - low > (around[0][1] - around[0][0]) / 4:
+        low, high = around[0]
     return [low, high]

@@ -79,7 +79,7 @@ def decode_all(
         Refused: a file can no longer be decoded, or was changed since the scan.
     """
     shape, contents = (len(paths), size, size, channels), np.ascontiguousarray(scans["content"])
-    used = value_range if scans["type"].any() else None  # the range of images of 8 bits is fixed
+    used = value_range if (scans["kind"] != b"").any() else None  # others do not depend on it
     digest = hashlib.sha256(repr((DECODER, *shape, used)).encode() + contents.tobytes())
     file = cache_folder() / f"pixels_{digest.hexdigest()[:32]}.bin"
     decoded = partial(_decode, paths, contents, size, channels, value_range)

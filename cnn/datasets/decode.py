@@ -75,7 +75,7 @@ def open_image(path: str | os.PathLike | IO[bytes]) -> Image.Image:
             tags = tiff.read_tags(path) if image.format == "TIFF" else None
             if tags and not tiff.is_for_pillow(tags):
                 return _open_with_tifffile(path, tags)
-            is_wide = any(form in str(image.tile) for form in WIDE)
+            is_wide = any(form in str(image.tile[:1]) for form in WIDE)
             image.load()  # decodes all of it; verify() would miss a truncated JPEG
             turned = upright(image)
         if is_wide:

@@ -231,10 +231,6 @@ class FileImages(Images):
         files = replace(self.files, paths=paths, scans=self.files.scans[self.rows])
         return FileImages(files, self.labels)
 
-    def types(self) -> list[str]:
-        """Returns the types of the images with more than 8 bits per value, such as ["uint16"]."""
-        return sorted(name.decode() for name in set(self.files.scans["type"][self.rows]) if name)
-
     def decode_as(self, channels: int, value_range: ValueRange) -> None:
         """Sets how the files of the whole dataset are decoded from now on.
 
@@ -271,7 +267,7 @@ class FileImages(Images):
             Refused: a file with more than 8 bits can no longer be decoded.
         """
         scans, files = self.files.scans[self.rows], self.files
-        deep = np.flatnonzero(scans["type"] != b"")
+        deep = np.flatnonzero(scans["kind"] != b"")
         if len(deep) and isinstance(files.value_range, list):
             paths = [files.paths[row] for row in self.rows[deep]]
             scans[deep], bad = scan(files.root, paths, value_range=files.value_range)

@@ -45,7 +45,7 @@ STATUS = ("bytes", "changed", "entry_changed", "inode")
 SCAN = np.dtype(
     [(name, "i8") for name in (*STATUS, "read", "height", "width")]
     + [("content", "u8"), ("format", "S12"), ("gray", "?"), ("sums", "f8", 4)]
-    + [("squares", "f8", 4), ("crc", "u4"), ("type", "S8"), ("levels", "f8", 4)]
+    + [("squares", "f8", 4), ("crc", "u4"), ("kind", "S8"), ("levels", "f8", 4)]
 )
 HUGE = 1e30  # values beyond stand for pixels without a value, as do NaN and infinity
 LEVELS = (0, 0.02, 0.98, 1)
@@ -168,7 +168,7 @@ def _look_at(path: Path, value_range: ValueRange) -> np.ndarray:
     row["crc"] = zlib.crc32(pixels)
     values = deep_values(image)
     if values is not None:
-        row["type"], values = values.dtype.name, values.astype(np.float64) + 0.0  # no -0.0
+        row["kind"], values = values.dtype.name, values.astype(np.float64) + 0.0  # no -0.0
         row["crc"] = zlib.crc32(np.ascontiguousarray(values))
         has_alpha = values.ndim == 3 and values.shape[2] in (2, 4)
         colors = values[..., :-1] if has_alpha else values

@@ -152,9 +152,8 @@ def set_decoding(trained: TrainedModel, images: Images) -> None:
     channels, value_range = trained.preprocessing.channels, trained.preprocessing.value_range
     if isinstance(images, FileImages):
         images.decode_as(channels, value_range)
-        if value_range is None and images.types():
-            found = f"{', '.join(images.types())}; the model was trained on images of 8 bits"
-            logger.warning("images of %s, and takes 0 to 65535 for black to white", found)
+        if value_range is None and (images.files.scans["kind"] != b"").any():
+            logger.warning("trained on images of 8 bits; of others, 0 to 65535 is black to white")
     if images.sizes()[0] != channels:
         raise Refused(f"data.name: expected {channels} channels, got {images.sizes()[0]}")
 
