@@ -45,19 +45,19 @@ def save(values: np.ndarray, path: Path) -> None:
     Image.fromarray(values).save(path)
 
 
-def save_rgb16(values: np.ndarray, path: Path) -> None:
-    """A PNG of 16 bits per color, which Pillow does not write."""
-    rows = np.repeat(values[:, :, None], 3, axis=2).astype(">u2")
-    size = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], 16, 2, 0, 0, 0)
-    lines = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+def png(values: np.ndarray, kind: int) -> bytes:
+    """A PNG of 16 bits per channel, which Pillow does not write; kind 2 is RGB."""
+    size = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, kind, 0, 0, 0)
+    lines = zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in values))
     parts = [(b"IHDR", size), (b"IDAT", lines), (b"IEND", b"")]
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + b"".join(
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-            for name, data in parts
-        )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts
     )
+
+
+def save_rgb16(values: np.ndarray, path: Path) -> None:
+    path.write_bytes(png(np.repeat(values[:, :, None], 3, axis=2), 2))
 
 
 def save_tiff(values: np.ndarray, path: Path) -> None:
@@ -263,6 +263,36 @@ def test_images_of_8_bits_among_others_are_taken_as_they_are_and_told():
     assert "of uint16: values 0 to 4095" in line and "training images have 8 bits" in line
 
 
+def test_integers_among_floats_are_refused_without_a_typed_range():
+    root = store("float", "mixed")
+    store("12 bits", "mixed")
+    with pytest.raises(Refused, match=r"no common range \(float32, uint16\)") as caught:
+        built(root)
+    assert "data.value_range" in str(caught.value)
+    assert built(root, value_range=[0, 4095]).preprocessing.value_range == [0, 4095]
+
+
+def test_a_range_is_told_where_only_the_test_images_need_one():
+    store("8 bits", "photos/train")
+    store("12 bits", "photos/test")
+    data = built("photos")
+    (line,) = said_of(data)
+    assert "values 0 to 65535" in line and "36 of 36 training images have 8 bits" in line
+    assert data.preprocessing.value_range is None
+    data = built("photos", value_range=[0, 4095])
+    assert torch.equal(data.test[0], data.train[0]) or "values 0 to 4095" in said_of(data)[0]
+
+
+@pytest.mark.parametrize("kind, channels", [(4, 2), (6, 4)])
+def test_transparency_of_16_bits_becomes_white_and_no_bit_of_the_others_is_lost(kind, channels):
+    values = np.zeros((4, 5, channels), np.uint16)
+    values[..., :-1] = np.arange(20).reshape(4, 5, 1)
+    values[:, 1:, -1] = 65535
+    Path("a.png").write_bytes(png(values, kind))
+    found = decode(Path("a.png"), 1, [0, 255])[0]
+    assert (found[:, 0] == 255).all() and (found[:, 1:] == values[:, 1:, 0]).all()
+
+
 @pytest.mark.parametrize("value", [np.uint8(7), np.uint16(700), np.float32(0.1)])
 def test_images_that_are_all_alike_are_refused(value):
     for number in range(20):
@@ -286,14 +316,15 @@ def test_a_color_that_is_everywhere_the_same_is_no_reason_to_refuse():
     assert built("photos").preprocessing.std[2] == 1.0
 
 
-def test_sparse_images_keep_what_is_on_them():
+def test_sparse_images_keep_what_is_on_them_and_a_label_does_not_count():
     for number in range(20):
         values = np.zeros((20, 20), np.uint16)
-        values[3, 4 : 5 + number % 2] = 30_000
+        values[3, 4 : 5 + number % 2] = 3_000
+        values[:2] = 65_535 * (number == 7)
         path = Path("photos", "ab"[number % 2], f"{number}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
         save(values, path)
-    assert built("photos", on_duplicate="ignore").preprocessing.value_range == [0, 65535]
+    assert built("photos", on_duplicate="ignore").preprocessing.value_range == [0, 4095]
 
 
 def test_pixels_without_a_value_are_black_and_outside_of_the_range():

@@ -255,14 +255,21 @@ def _choose_value_range(
     Returns:
         The range. None if all images have 8 bits, or if the settings have no range and all training
         images have 8 bits.
+
+    Raises:
+        Refused: some images have integers and some have floats, and the settings have no range.
     """
-    kinds, levels = train.files.scans["kind"], train.files.scans[train.rows]
+    kinds = sorted(set(train.files.scans["kind"].tolist()) - {b""})
+    levels = train.files.scans[train.rows]
     levels = levels["levels"][levels["kind"] != b""]  # N, 4
-    found = ", ".join(sorted(kind.decode() for kind in set(kinds.tolist()) if kind))
-    if not found:
+    if not kinds:
         if cfg.value_range:
             findings.add("data.value_range is not used; all images have 8 bits")
         return None
+    found = b", ".join(kinds).decode()
+    if not cfg.value_range and len({kind.startswith(b"float") for kind in kinds}) == 2:
+        advice = "store all images alike, or say what is black and white in data.value_range"
+        raise Refused(f"data.root: integers and floats have no common range ({found}); {advice}")
     chosen = cfg.value_range or (_range_of_levels(levels) if len(levels) else None)
     low, high = chosen or (0, MAX_OF_16_BITS)
     line = f"images of {found}: values {low:g} to {high:g} become black to white (data.value_range)"
@@ -284,10 +291,13 @@ def _range_of_levels(levels: np.ndarray) -> list[float]:
         levels: the values of each image at the shares `cnn.datasets.scan.LEVELS` of the pixels,
             (N, 4).
     """
-    low = np.quantile(levels[:, 1], 0.05, method="higher").item()
-    high = np.quantile(levels[:, 2], 0.95, method="lower").item()
-    if low >= high:  # the images are nearly empty, or there are few of them
-        low, high = levels[:, 0].min().item(), levels[:, 3].max().item()
+    for darkest, brightest in ((1, 2), (0, 3)):  # all of the pixels if the images are nearly empty
+        low = np.quantile(levels[:, darkest], 0.05, method="higher").item()
+        high = np.quantile(levels[:, brightest], 0.95, method="lower").item()
+        if low < high:
+            break
+    else:  # a few images of one value each
+        low, high = levels.min().item(), levels.max().item()
     if low == high:
         return [low, low + abs(low) + 1]
     around = [full for full in FULL_RANGES if full[0] <= low and high <= full[1]]

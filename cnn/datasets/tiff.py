@@ -14,6 +14,7 @@ Tags = dict[int, Any]  # of one page of a file, by number
 # The numbers of some tags, in the specification TIFF 6.0.
 SUBFILE, WIDTH, HEIGHT, BITS, PHOTOMETRIC, ORIENTATION = 254, 256, 257, 258, 262, 274
 BANDS, PLANAR, EXTRA, SAMPLE_FORMAT = 277, 284, 338, 339
+TAGS = (SUBFILE, WIDTH, HEIGHT, BITS, PHOTOMETRIC, ORIENTATION, BANDS, PLANAR, EXTRA, SAMPLE_FORMAT)
 REDUCED_OR_MASK = 1 | 4  # bits of SUBFILE
 NUM_COLORS = {0: 1, 1: 1, 3: 1, 5: 4}  # by PHOTOMETRIC; 3 for all others, such as RGB
 KINDS = {1: "uint", 2: "int", 3: "float"}  # by SAMPLE_FORMAT
@@ -54,7 +55,7 @@ def _read_pages(path: str | os.PathLike | IO[bytes]) -> list[Tags]:
             place = tags.next
             file.seek(place)
             tags.load(file)
-            pages[place] = dict(tags)
+            pages[place] = {tag: tags[tag] for tag in TAGS if tag in tags}
     return list(pages.values())
 
 
