@@ -241,11 +241,14 @@ def test_a_range_that_is_none_is_refused(train, capfd, typed):
 
 
 def test_a_typed_range_is_used_where_images_have_more_than_8_bits():
-    data = built(store("12 bits"), value_range=[1000, 2000])
+    built(store("12 bits")).train.decoded(12, 1)
+    data = built("12 bits", value_range=[1000, 2000])
     assert data.preprocessing.value_range == [1000, 2000]
     raw = np.asarray(Image.open(data.train.name(0)))
     np.testing.assert_array_equal(data.train[0][0][raw <= 1000], 0)
     np.testing.assert_array_equal(data.train[0][0][raw >= 2000], 255)
+    in_memory = data.train.decoded(12, 1)[data.train.rows[0], :, :, 0]
+    assert torch.equal(in_memory, data.train[0][0])
     (line,) = said_of(data)
     assert "values 1000 to 2000 become black to white" in line
     data = built(store("8 bits"), value_range=[1000, 2000])
