@@ -17,6 +17,7 @@ BANDS, PLANAR, EXTRA, SAMPLE_FORMAT = 277, 284, 338, 339
 TAGS = (SUBFILE, WIDTH, HEIGHT, BITS, PHOTOMETRIC, ORIENTATION, BANDS, PLANAR, EXTRA, SAMPLE_FORMAT)
 REDUCED_OR_MASK = 1 | 4  # bits of SUBFILE
 NUM_COLORS = {0: 1, 1: 1, 3: 1, 5: 4}  # by PHOTOMETRIC; 3 for all others, such as RGB
+GRAY_OR_RGB = (0, 1, 2)  # by PHOTOMETRIC
 KINDS = {1: "uint", 2: "int", 3: "float"}  # by SAMPLE_FORMAT
 
 
@@ -99,7 +100,8 @@ def read_values(path: str | os.PathLike | IO[bytes], tags: Tags) -> np.ndarray:
             values, axes = page.asarray(), page.axes
     except Exception as error:  # noqa: BLE001  the package raises anything for broken files
         raise BadImage(f"{kind}: {error or type(error).__name__}") from None
-    is_upright = tags.get(ORIENTATION, 1) == 1
-    if axes not in ("YX", "YXS", "SYX") or values.dtype.kind not in "uif" or not is_upright:
+    is_plain = tags.get(ORIENTATION, 1) == 1 and tags.get(PHOTOMETRIC, 1) in GRAY_OR_RGB
+    if axes not in ("YX", "YXS", "SYX") or values.dtype.kind not in "uif" or not is_plain:
         raise BadImage(f"{kind}; expected the numbers of an upright image, gray or RGB")
-    return np.moveaxis(values, 0, -1) if axes == "SYX" else values
+    values = np.moveaxis(values, 0, -1) if axes == "SYX" else values
+    return values if tags.get(EXTRA, (1,))[0] else values[..., :3]  # 0: the fourth band is no alpha
