@@ -12,7 +12,6 @@ import numpy as np
 
 from cnn.config import DataConfig, is_import_path
 from cnn.datasets import digits, synthetic, torchvision_datasets
-from cnn.datasets.decode import MAX_OF_16_BITS
 from cnn.datasets.division import Splits, divide
 from cnn.datasets.findings import Findings
 from cnn.datasets.folders import list_folder
@@ -20,15 +19,12 @@ from cnn.datasets.images import FileImages, Images, UserImages
 from cnn.datasets.listing import Listing, read_listing
 from cnn.datasets.preprocessing import Preprocessing
 from cnn.datasets.tables import list_table
+from cnn.datasets.value_range import MAX_OF_16_BITS, range_of_levels
 from cnn.errors import Refused
 from cnn.utils.importing import import_object
 
 logger = logging.getLogger(__name__)
 
-# What the values of images with more than 8 bits can be made to fill: integers or floats of all
-# usual numbers of bits, from the smallest range to the largest.
-FULL_RANGES = [(0, 1), (-1, 1), *((0, 2**bits - 1) for bits in (8, 10, 12, 14, 16))]
-FULL_RANGES += [(-(2**15), 2**15 - 1), (0, 2**32 - 1)]
 MIN_STD = 1e-6  # of pixels in 0..1; less is only rounding
 DEFAULT_IMAGE_SIZE = 224  # pixels, for images of several sizes if the user sets no size
 
@@ -270,37 +266,10 @@ def _choose_value_range(
     if not cfg.value_range and len({kind.startswith(b"float") for kind in kinds}) == 2:
         advice = "store all images alike, or say what is black and white in data.value_range"
         raise Refused(f"data.root: integers and floats have no common range ({found}); {advice}")
-    chosen = cfg.value_range or (_range_of_levels(levels) if len(levels) else None)
+    chosen = cfg.value_range or (range_of_levels(levels) if len(levels) else None)
     low, high = chosen or (0, MAX_OF_16_BITS)
     line = f"images of {found}: values {low:g} to {high:g} become black to white (data.value_range)"
     number = len(train) - len(levels)
     others = f"; {number} of {len(train)} training images have 8 bits, and are taken as they are"
     findings.add(line + others * bool(number), level=logging.WARNING if number else logging.INFO)
     return chosen
-
-
-def _range_of_levels(levels: np.ndarray) -> list[float]:
-    """Returns the range that the values of images fill.
-
-    The range covers the middle 96 % of the pixels of an image, for all images but the 5 % with the
-    darkest and the brightest values. So a label burned into the images does not determine the
-    range. If a range fills a quarter of one of FULL_RANGES, the full range is returned instead. So
-    the same images give the same pixels, whatever the number of bits.
-
-    Args:
-        levels: the values of each image at the shares `cnn.datasets.scan.LEVELS` of the pixels,
-            (N, 4).
-    """
-    for darkest, brightest in ((1, 2), (0, 3)):  # all of the pixels if the images are nearly empty
-        low = np.quantile(levels[:, darkest], 0.05, method="higher").item()
-        high = np.quantile(levels[:, brightest], 0.95, method="lower").item()
-        if low < high:
-            break
-    else:  # a few images of one value each
-        low, high = levels.min().item(), levels.max().item()
-    if low == high:
-        return [low, low + abs(low) + 1]
-    around = [full for full in FULL_RANGES if full[0] <= low and high <= full[1]]
-    if around and high - low > (around[0][1] - around[0][0]) / 4:
-        low, high = around[0]
-    return [low, high]

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cnn.datasets.decode import DECODER, ValueRange, decode
+from cnn.datasets.decode import DECODER, decode
 from cnn.datasets.preprocessing import resize_and_crop
+from cnn.datasets.value_range import ValueRange
 from cnn.errors import BadImage, Refused
 from cnn.utils.cpus import usable_cpus
 from cnn.utils.files import write_atomically

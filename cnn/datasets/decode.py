@@ -10,19 +10,13 @@ import PIL
 from PIL import Image, ImageOps
 
 from cnn.datasets import tiff
+from cnn.datasets.value_range import PER_IMAGE, ValueRange, to_bytes
 from cnn.errors import ADVICE, SCARCITIES, BadImage, DataFailed
 
 VERSION = 3  # incremented when files decode to other pixels, so that old caches are not used
 DECODER = f"{VERSION}_{PIL.__version__}"  # what the pixels of a file depend on, besides its bytes
 GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
 MAX_PIXELS = 120_000_000  # per image: 360 MB as RGB; a larger image can be a decompression bomb
-MAX_OF_16_BITS = 2**16 - 1
-
-# How values of more than 8 bits become bytes: [low, high] for the values that become black and
-# white. None is for models that were trained on images of 8 bits: integers are those of 16 bits,
-# and floats are refused. PER_IMAGE is for the models of earlier versions.
-ValueRange = list[float] | str | None
-PER_IMAGE = "per image"
 
 WIDE = ("'RGB;16", "'RGBA;16", "'RGBX;16", "'LA;16")  # Pillow reads only 8 bits of these forms
 SIGNS_LOST = ("int8", "uint32")  # types of TIFF files that Pillow takes for uint8 and int32
@@ -208,48 +202,6 @@ def to_array(image: Image.Image, channels: int, value_range: ValueRange = PER_IM
         raise BadImage(str(error) or type(error).__name__) from None
     array = np.array(image)  # H, W[, 3]
     return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
-
-
-def to_bytes(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
-    """Converts values of more than 8 bits to bytes, 0 for black to 255 for white.
-
-    Args:
-        values: integers or floats, (H, W) or (H, W, C). If C is 2 or 4, the last channel is alpha,
-            which does not depend on the range.
-        value_range: the values that become black and white. NaN becomes black.
-
-    Returns:
-        Bytes, uint8 of the same shape.
-
-    Raises:
-        BadImage: the range is None, and the values are floats.
-    """
-    if values.ndim == 3 and values.shape[2] in (2, 4):
-        parts = (values[..., :-1], value_range), (values[..., -1:], PER_IMAGE)
-        return np.concatenate([to_bytes(*part) for part in parts], axis=2)
-    if value_range is None and values.dtype.kind == "f":
-        raise BadImage("float values, and the model was trained on images of 8 bits")
-    if not isinstance(value_range, list):
-        return _to_bytes_per_image(values)
-    low, high = value_range
-    shares = (values.astype(np.float64).clip(low, high) - low) / (high - low)
-    return np.rint(np.nan_to_num(shares) * 255).astype(np.uint8)
-
-
-def _to_bytes_per_image(values: np.ndarray) -> np.ndarray:
-    """Converts values to bytes without a range of the dataset.
-
-    Integers of more than 8 bits are clipped to 0..65535 and divided by 256. Floats are multiplied
-    by 255 if all floats of the image are in 0..1. Other floats are clipped to 0..255.
-    """
-    if values.dtype.itemsize == 1:
-        return values.view(np.uint8)
-    if values.dtype.kind != "f":
-        return (values.astype(np.int64).clip(0, MAX_OF_16_BITS) >> 8).astype(np.uint8)
-    values = np.nan_to_num(values, nan=0.0)
-    if values.min() >= 0 and values.max() <= 1:
-        values = values * 255
-    return np.round(values.clip(0, 255)).astype(np.uint8)
 
 
 def decode(

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from cnn.datasets.cache import decode_all
-from cnn.datasets.decode import PER_IMAGE, ValueRange, decode
+from cnn.datasets.decode import decode
 from cnn.datasets.scan import scan
+from cnn.datasets.value_range import PER_IMAGE, ValueRange
 from cnn.errors import BadImage, Refused, describe
 from cnn.utils import seeding
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cnn.config import is_value_range
-from cnn.datasets.decode import PER_IMAGE, ValueRange
+from cnn.datasets.value_range import PER_IMAGE, ValueRange
 from cnn.errors import Refused
 
 MAX_RESIZED = 20_000_000  # pixels of a resized image before its center is cropped

@@ -20,15 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from cnn.datasets.cache import cache_folder, content_hash
-from cnn.datasets.decode import (
-    DECODER,
-    GRAY_MODES,
-    PER_IMAGE,
-    ValueRange,
-    deep_values,
-    open_image,
-    to_array,
-)
+from cnn.datasets.decode import DECODER, GRAY_MODES, deep_values, open_image, to_array
+from cnn.datasets.value_range import PER_IMAGE, ValueRange, levels_of
 from cnn.errors import BadImage
 from cnn.utils.cpus import usable_cpus
 from cnn.utils.files import write_atomically
@@ -41,14 +34,12 @@ STATUS = ("bytes", "changed", "entry_changed", "inode")
 # bytes; the name of its format; the image's height and width, whether it is gray, the sums of the
 # pixel values 0..255 and of their squares, each for red, green, blue, and gray, and a CRC-32 of
 # these pixels. Of an image with more than 8 bits per value, there are also the type of the values,
-# such as "uint16", and the values at the shares LEVELS of the pixels; the CRC-32 is of the values.
+# such as "uint16", and `levels_of` the values; the CRC-32 is of the values.
 SCAN = np.dtype(
     [(name, "i8") for name in (*STATUS, "read", "height", "width")]
     + [("content", "u8"), ("format", "S12"), ("gray", "?"), ("sums", "f8", 4)]
     + [("squares", "f8", 4), ("crc", "u4"), ("kind", "S8"), ("levels", "f8", 4)]
 )
-HUGE = 1e30  # values beyond stand for pixels without a value, as do NaN and infinity
-LEVELS = (0, 0.02, 0.98, 1)
 
 # A file can change again without a new time of change, if that follows within the time that the
 # clock of the file system takes to advance: 2 s on FAT.
@@ -170,12 +161,7 @@ def _look_at(path: Path, value_range: ValueRange) -> np.ndarray:
     if values is not None:
         row["kind"], values = values.dtype.name, values.astype(np.float64) + 0.0  # no -0.0
         row["crc"] = zlib.crc32(np.ascontiguousarray(values))
-        has_alpha = values.ndim == 3 and values.shape[2] in (2, 4)
-        colors = values[..., :-1] if has_alpha else values
-        finite = colors[np.abs(colors) < HUGE]
-        if not len(finite):
-            raise BadImage("no pixel has a finite value")
-        row["levels"] = np.quantile(finite, LEVELS, method="nearest")
+        row["levels"] = levels_of(values)
     return row
 
 
