@@ -375,7 +375,7 @@ def sample_images(trained: TrainedModel) -> tuple[torch.Tensor, str]:
     """
     pre, number = trained.preprocessing, max(BATCH_SIZES)
     try:
-        val = build_data(replace(trained.cfg.data, download=False), trained.cfg.seed).val
+        val = build_data(replace(trained.cfg.data, download=False), trained.cfg.seed, pre).val
         set_decoding(trained, val)
         indices = range(min(number, len(val)))
         images = torch.stack([resize_and_crop(val[index], pre.image_size) for index in indices])
