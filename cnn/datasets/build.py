@@ -220,8 +220,10 @@ def _choose_preprocessing(cfg: DataConfig, train: Images, findings: Findings) ->
         value_range = _choose_value_range(cfg, train, findings)
         train.decode_as(cfg.channels, value_range)
         channels = train.files.channels
-    elif cfg.channels not in (None, channels):
+    if cfg.channels not in (None, channels):
         raise Refused(f"data.channels: {cfg.name} has {channels}, got {cfg.channels}")
+    if cfg.value_range and value_range is None:
+        findings.add("data.value_range is not used; no image file has more than 8 bits")
     image_size = cfg.image_size or (largest if smallest == largest else DEFAULT_IMAGE_SIZE)
     if cfg.image_size is None and smallest != largest:
         sides = f"images have sides of {smallest} to {largest} pixels"
@@ -234,7 +236,7 @@ def _choose_preprocessing(cfg: DataConfig, train: Images, findings: Findings) ->
     if std.max() < MIN_STD:
         where = "data.value_range" if cfg.value_range and value_range else f"data.name: {cfg.name}"
         raise Refused(f"{where}: all training images are alike; all their pixels have one value")
-    std = np.where(std > 0, std, 1.0)  # if one channel is constant, dividing by 1 keeps it finite
+    std = np.where(std < MIN_STD, 1.0, std)  # dividing by 1 keeps a constant channel finite
     return Preprocessing(image_size, channels, mean.tolist(), std.tolist(), value_range)
 
 
@@ -259,8 +261,6 @@ def _choose_value_range(
     levels = train.files.scans[train.rows]
     levels = levels["levels"][levels["kind"] != b""]  # N, 4
     if not kinds:
-        if cfg.value_range:
-            findings.add("data.value_range is not used; all images have 8 bits")
         return None
     found = b", ".join(kinds).decode()
     if not cfg.value_range and len({kind.startswith(b"float") for kind in kinds}) == 2:
