@@ -253,8 +253,8 @@ def test_a_typed_range_is_used_where_images_have_more_than_8_bits():
     assert "values 1000 to 2000 become black to white" in line
     data = built(store("8 bits"), value_range=[1000, 2000])
     assert data.preprocessing.value_range is None
-    for data in (data, build_data(DataConfig("digits", value_range=[0, 9]), 0)):
-        (line,) = said_of(data)
+    for built_data in (data, build_data(DataConfig("digits", value_range=[0, 9]), 0)):
+        (line,) = said_of(built_data)
         assert line == "data.value_range is not used; no image file has more than 8 bits"
 
 
@@ -317,8 +317,13 @@ def test_a_color_that_is_everywhere_the_same_is_no_reason_to_refuse():
     for number, pixels in enumerate(pictures()):
         path = Path("photos", "ab"[number % 2], f"{number}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        save(np.stack([pixels, pixels, 0 * pixels], axis=2), path)
-    assert built("photos").preprocessing.std[2] == 1.0
+        save(np.stack([pixels, np.full_like(pixels, 201), 0 * pixels], axis=2), path)
+    assert built("photos").preprocessing.std[1:] == [1.0, 1.0]
+
+
+def test_files_have_one_or_three_channels():
+    with pytest.raises(Refused, match="data.channels: folder has 1, got 2"):
+        built(store("8 bits"), channels=2)
 
 
 def test_sparse_images_keep_what_is_on_them_and_a_label_does_not_count():
