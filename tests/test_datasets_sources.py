@@ -616,7 +616,7 @@ def test_the_head_of_sorted_and_skewed_classes_has_the_rare_ones(photos):
 def test_few_decoded_images_wait_in_memory_for_a_slow_disk(tmp_path, monkeypatch):
     decoded = []
 
-    def decode(file, channels):
+    def decode(file, channels, value_range):
         decoded.append(file)
         return np.zeros((channels, 8, 8), np.uint8)
 
@@ -628,6 +628,6 @@ def test_few_decoded_images_wait_in_memory_for_a_slow_disk(tmp_path, monkeypatch
     for path in paths:
         path.write_bytes(b"")
     contents = np.full(20, decoding.content_hash(io.BytesIO()), np.uint64)
-    for number, _ in enumerate(decoding._decode(paths, contents, 8, 1)):
+    for number, _ in enumerate(decoding._decode(paths, contents, 8, 1, None)):
         assert len(decoded) <= 4 * (number // 4 + 1)
     assert len(decoded) == 20

@@ -177,8 +177,6 @@ GOOD: dict[str, tuple[Callable[[str], object], np.ndarray]] = {
     "gray16.pgm": (lambda name: Image.fromarray(GRAY.astype(np.uint16) * 257).save(name), GRAY),
     "rgb16.png": (lambda name: Path(name).write_bytes(png(16, 2, RGB.astype(int) * 257)), RGB),
     "gray32.tif": (lambda name: Image.fromarray(GRAY.astype(np.int32) * 257).save(name), GRAY),
-    "float.tif": (lambda name: Image.fromarray((GRAY / 255).astype(np.float32)).save(name), GRAY),
-    "float255.tif": (lambda name: Image.fromarray(GRAY.astype(np.float32)).save(name), GRAY),
     "cmyk.tif": (
         lambda name: Image.fromarray(RGB).convert("CMYK").save(name),
         np.asarray(Image.fromarray(RGB).convert("CMYK").convert("RGB")),
@@ -196,7 +194,6 @@ GOOD: dict[str, tuple[Callable[[str], object], np.ndarray]] = {
         lambda name: Image.fromarray(RGB).save(name, lossless=True, **frames(RGB[::-1])),
         RGB,
     ),
-    "pages.tif": (lambda name: Image.fromarray(RGB).save(name, **frames(RGB[::-1])), RGB),
     "wrong_extension.jpg": (lambda name: Image.fromarray(RGB).save(name, format="png"), RGB),
     "no_extension": (lambda name: Image.fromarray(RGB).save(name, format="png"), RGB),
     "one_pixel.png": (lambda name: Image.fromarray(RGB[:1, :1]).save(name), RGB[:1, :1]),
@@ -229,6 +226,14 @@ BAD: dict[str, tuple[Callable[[str], object], str]] = {
         "1000000 x 1000000 pixels",
     ),
     "drawing.png": (lambda name: Image.fromarray(RGB).save(name, format="eps"), "EPS"),
+    "float.tif": (
+        lambda name: Image.fromarray(GRAY.astype(np.float32)).save(name),
+        "float values, and the model was trained on images of 8 bits",
+    ),
+    "pages.tif": (
+        lambda name: Image.fromarray(RGB).save(name, **frames(RGB[::-1])),
+        "a TIFF of 2 pages",
+    ),
     "folder.jpg": (lambda name: Path(name).mkdir(), "a folder without images"),
     "pipe.jpg": (lambda name: os.mkfifo(name), "neither a file nor a folder"),
     "dangling.jpg": (lambda name: Path(name).symlink_to("nowhere"), "no such file or folder"),

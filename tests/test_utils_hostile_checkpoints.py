@@ -182,6 +182,7 @@ SCRIPTS: dict[str, Callable[[], int]] = {
     "predict.py": lambda: predict_script.main(["a.png", "--checkpoint", "mine.pth"]),
     "export.py": lambda: export_script.main(["--checkpoint", "mine.pth", "--format", "weights"]),
 }
+PREPROCESSING = {"image_size": 8, "channels": 1, "mean": [0.5], "std": [1.0]}
 USES = ("predict.py", "export.py")
 NO_MATTER = ("other data",)  # what a resume would train on is nothing to them
 
@@ -240,6 +241,12 @@ def test_metadata_of_a_pickle_that_numbers_its_values_from_two_billion_are_refus
         {"preprocessing": {"image_size": 8, "channels": 1, "mean": [0.5], "std": ["a"]}},
         {"preprocessing": {"image_size": -8, "channels": 1, "mean": [0.5], "std": [1.0]}},
         {"preprocessing": {"image_size": 8, "channels": 3, "mean": [0.5], "std": [1.0]}},
+        {"preprocessing": PREPROCESSING | {"value_range": [0, float("nan")]}},
+        {"preprocessing": PREPROCESSING | {"value_range": [0, float("inf")]}},
+        {"preprocessing": PREPROCESSING | {"value_range": [4095, 0]}},
+        {"preprocessing": PREPROCESSING | {"value_range": [0]}},
+        {"preprocessing": PREPROCESSING | {"value_range": "a"}},
+        {"preprocessing": PREPROCESSING | {"value_range": {}}},
         {"model_state_dict": {"a": torch.ones(3)}},
         {"model_state_dict": {}},
         {"classes": []},

@@ -1,5 +1,6 @@
 """The settings of a run: how they are defined, read, checked and written, without torch."""
 
+from cnn.config.checks import is_value_range
 from cnn.config.reader import load_config
 from cnn.config.settings import (
     Config,

@@ -1,5 +1,6 @@
 """Checks of a whole configuration, after the type and the limits of each value were checked."""
 
+import math
 import re
 from collections.abc import Callable, Iterator
 
@@ -38,8 +39,16 @@ def check_config(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
     is_typed = at("data.root").startswith("command line") and at("data.name") != "data.name"
     if is_typed and cfg.data.unused_root():
         yield f"{at('data.root')}: {cfg.data.unused_root()}"
+    if cfg.data.value_range is not None and not is_value_range(cfg.data.value_range):
+        expected = f"two numbers, the smaller one first, got {cfg.data.value_range}"
+        yield f"{at('data.value_range')}: expected {expected}"
     yield from _check_augment(cfg, at)
     yield from _check_patterns(cfg, at)
+
+
+def is_value_range(value: list[float]) -> bool:
+    """Returns whether a list consists of two numbers that rise, with a finite difference."""
+    return len(value) == 2 and value[0] < value[1] and math.isfinite(value[1] - value[0])
 
 
 def _check_run(run: str, where: str) -> Iterator[str]:

@@ -20,11 +20,13 @@ from cnn.datasets.images import ArrayImages, FileImages, Images, UserImages
 from cnn.datasets.listing import Listing, read_listing
 from cnn.datasets.preprocessing import Preprocessing
 from cnn.datasets.tables import list_table
+from cnn.datasets.value_range import MAX_OF_16_BITS, range_of_levels
 from cnn.errors import Refused
 from cnn.utils.importing import import_object
 
 logger = logging.getLogger(__name__)
 
+MIN_STD = 1e-6  # of pixels in 0..1; less is only rounding
 DEFAULT_IMAGE_SIZE = 224  # pixels, for images of several sizes if the user sets no size
 
 
@@ -161,7 +163,7 @@ def as_trained(cfg: DataConfig, fingerprint: dict[str, int]) -> DataConfig:
     return cfg if "content" in fingerprint else replace(cfg, on_duplicate="ignore")
 
 
-def build_data(cfg: DataConfig, seed: int) -> Data:
+def build_data(cfg: DataConfig, seed: int, preprocessing: Preprocessing | None = None) -> Data:
     """Reads training, validation and test images.
 
     If the dataset has no test images, a fraction of each class's training images becomes the test
@@ -172,10 +174,11 @@ def build_data(cfg: DataConfig, seed: int) -> Data:
         cfg: the section `data` of the settings.
         seed: determines which training images become test or validation images. If `cfg.limit` is
             set, the seed also determines which of the remaining training images are used.
+        preprocessing: the preprocessing of a run that resumes. If None, the preprocessing has the
+            mean and std of the training images.
 
     Returns:
-        The images, the class names and the preprocessing. The preprocessing has the mean and std of
-        the training images.
+        The images, the class names and the preprocessing.
 
     Raises:
         Refused: the data cannot be read or cannot be divided.
@@ -189,7 +192,10 @@ def build_data(cfg: DataConfig, seed: int) -> Data:
         absent = [name for number, name in enumerate(classes) if number not in present]
         if absent:
             logger.warning("%s has no image of: %s", split, ", ".join(absent[:20]))
-    preprocessing = _choose_preprocessing(cfg, splits["train"])
+    if preprocessing is None:
+        preprocessing = _choose_preprocessing(cfg, splits["train"], findings)
+    elif isinstance(splits["train"], FileImages):
+        splits["train"].decode_as(preprocessing.channels, preprocessing.value_range)
     return Data(splits["train"], splits["val"], splits["test"], classes, preprocessing, findings)
 
 
@@ -255,7 +261,7 @@ def _check_user_dataset(cfg: DataConfig, found: Any) -> tuple[Splits, list[str]]
     return splits, classes
 
 
-def _choose_preprocessing(cfg: DataConfig, train: Images) -> Preprocessing:
+def _choose_preprocessing(cfg: DataConfig, train: Images, findings: Findings) -> Preprocessing:
     """Chooses the image size, the channels and the normalization for a dataset.
 
     The image size and the number of channels come from the settings. If the setting of the number
@@ -263,22 +269,28 @@ def _choose_preprocessing(cfg: DataConfig, train: Images) -> Preprocessing:
     the images' own size is used. Without a setting, images that are not squares of one size get 224
     pixels.
 
-    If the settings have 1 or 3 channels, image files of all splits are set to be decoded to this
-    number.
+    Image files of all splits are set to be decoded to this number of channels, if the settings
+    have 1 or 3 channels, and with the range of values of the training images.
 
     Args:
         cfg: the section `data` of the settings.
         train: the training images, which determine the mean and std.
+        findings: gets the range of values of images with more than 8 bits.
 
     Raises:
         Refused: the images have another number of channels than the settings and cannot be
-            converted, or some images contain NaN.
+            converted, or some images contain NaN, or all images are alike.
     """
     channels, smallest, largest = train.sizes()
-    if cfg.channels in (1, 3) and isinstance(train, FileImages):
-        channels = train.files.channels = cfg.channels
-    elif cfg.channels not in (None, channels):
+    value_range = None
+    if isinstance(train, FileImages):
+        value_range = _choose_value_range(cfg, train, findings)
+        train.decode_as(cfg.channels, value_range)
+        channels = train.files.channels
+    if cfg.channels not in (None, channels):
         raise Refused(f"data.channels: {cfg.name} has {channels}, got {cfg.channels}")
+    if cfg.value_range and value_range is None:
+        findings.add("data.value_range is not used; no image file has more than 8 bits")
     image_size = cfg.image_size or (largest if smallest == largest else DEFAULT_IMAGE_SIZE)
     if cfg.image_size is None and smallest != largest:
         sides = f"images have sides of {smallest} to {largest} pixels"
@@ -288,5 +300,43 @@ def _choose_preprocessing(cfg: DataConfig, train: Images) -> Preprocessing:
     if not np.isfinite(mean).all():
         raise Refused(f"data.name: {cfg.name}: some images contain NaN")
     std = np.sqrt(np.maximum(squares[:channels] / number / 255**2 - mean**2, 0))
-    std = np.where(std > 0, std, 1.0)  # if all pixels are equal, dividing by 1 keeps them finite
-    return Preprocessing(image_size, channels, mean.tolist(), std.tolist())
+    if std.max() < MIN_STD:
+        where = "data.value_range" if cfg.value_range and value_range else f"data.name: {cfg.name}"
+        raise Refused(f"{where}: all training images are alike; all their pixels have one value")
+    std = np.where(std < MIN_STD, 1.0, std)  # dividing by 1 keeps a constant channel finite
+    return Preprocessing(image_size, channels, mean.tolist(), std.tolist(), value_range)
+
+
+def _choose_value_range(
+    cfg: DataConfig, train: FileImages, findings: Findings
+) -> list[float] | None:
+    """Chooses the values of images with more than 8 bits that become black and white.
+
+    Args:
+        cfg: the section `data` of the settings.
+        train: the training images.
+        findings: gets the range.
+
+    Returns:
+        The range. None if all images have 8 bits, or if the settings have no range and all training
+        images have 8 bits.
+
+    Raises:
+        Refused: some images have integers and some have floats, and the settings have no range.
+    """
+    kinds = sorted(set(train.files.scans["kind"].tolist()) - {b""})
+    levels = train.files.scans[train.rows]
+    levels = levels["levels"][levels["kind"] != b""]  # N, 4
+    if not kinds:
+        return None
+    found = b", ".join(kinds).decode()
+    if not cfg.value_range and len({kind.startswith(b"float") for kind in kinds}) == 2:
+        advice = "store all images alike, or say what is black and white in data.value_range"
+        raise Refused(f"data.root: integers and floats have no common range ({found}); {advice}")
+    chosen = cfg.value_range or (range_of_levels(levels) if len(levels) else None)
+    low, high = chosen or (0, MAX_OF_16_BITS)
+    line = f"images of {found}: values {low:g} to {high:g} become black to white (data.value_range)"
+    number = len(train) - len(levels)
+    others = f"; {number} of {len(train)} training images have 8 bits, and are taken as they are"
+    findings.add(line + others * bool(number), level=logging.WARNING if number else logging.INFO)
+    return chosen

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from cnn.datasets.decode import DECODER, decode
 from cnn.datasets.preprocessing import resize_and_crop
+from cnn.datasets.value_range import ValueRange
 from cnn.errors import BadImage, Refused
 from cnn.utils.cpus import usable_cpus
 from cnn.utils.files import write_atomically
@@ -55,7 +56,9 @@ def content_hash(file: IO[bytes]) -> int:
     return int.from_bytes(hashlib.file_digest(file, "sha256").digest()[:8])
 
 
-def decode_all(paths: list[Path], scans: np.ndarray, size: int, channels: int) -> torch.Tensor:
+def decode_all(
+    paths: list[Path], scans: np.ndarray, size: int, channels: int, value_range: ValueRange
+) -> torch.Tensor:
     """Returns the pixels of image files, resized and cropped to one size.
 
     The pixels are kept in a file in the user's cache folder. If the cache does not contain the
@@ -68,6 +71,7 @@ def decode_all(paths: list[Path], scans: np.ndarray, size: int, channels: int) -
             content of one file.
         size: height and width of the returned images in pixels.
         channels: 1 for gray, 3 for RGB.
+        value_range: how values of more than 8 bits become bytes.
 
     Returns:
         Pixels, uint8 (N, size, size, channels).
@@ -76,9 +80,10 @@ def decode_all(paths: list[Path], scans: np.ndarray, size: int, channels: int) -
         Refused: a file can no longer be decoded, or was changed since the scan.
     """
     shape, contents = (len(paths), size, size, channels), np.ascontiguousarray(scans["content"])
-    digest = hashlib.sha256(repr((DECODER, *shape)).encode() + contents.tobytes())
+    used = value_range if (scans["kind"] != b"").any() else None  # others do not depend on it
+    digest = hashlib.sha256(repr((DECODER, *shape, used)).encode() + contents.tobytes())
     file = cache_folder() / f"pixels_{digest.hexdigest()[:32]}.bin"
-    decoded = partial(_decode, paths, contents, size, channels)
+    decoded = partial(_decode, paths, contents, size, channels, value_range)
     try:
         store = _open(file, shape)
         if store is None:
@@ -133,7 +138,7 @@ def _checksums(pixels: np.ndarray) -> bytes:
 
 
 def _decode(
-    paths: list[Path], contents: np.ndarray, size: int, channels: int
+    paths: list[Path], contents: np.ndarray, size: int, channels: int, value_range: ValueRange
 ) -> Iterator[np.ndarray]:
     """Decodes, resizes and crops image files in several threads.
 
@@ -142,6 +147,7 @@ def _decode(
         contents: the hash of the content of each file (N).
         size: height and width of the resulting images in pixels.
         channels: 1 for gray, 3 for RGB.
+        value_range: how values of more than 8 bits become bytes.
 
     Yields:
         The pixels of one file, uint8 (size, size, channels), in the order of `paths`.
@@ -155,7 +161,7 @@ def _decode(
             file = io.BytesIO(path.read_bytes())
             if content_hash(file) != content:
                 raise Refused(f"data.root: {path}: changed while the run started; start it again")
-            image = torch.from_numpy(decode(file, channels))
+            image = torch.from_numpy(decode(file, channels, value_range))
         except (BadImage, OSError) as error:
             reason = f"read a moment ago, and now: {error}"
             raise Refused(f"data.root: {path}: {reason}") from None

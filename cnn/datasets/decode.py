@@ -3,20 +3,24 @@
 import os
 import warnings
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import PIL
 from PIL import Image, ImageOps
 
+from cnn.datasets import tiff
 from cnn.datasets.image_files import add_heif
+from cnn.datasets.value_range import PER_IMAGE, ValueRange, to_bytes
 from cnn.errors import ADVICE, SCARCITIES, BadImage, DataFailed
 
-VERSION = 2  # incremented when files decode to other pixels, so that old caches are not used
+VERSION = 3  # incremented when files decode to other pixels, so that old caches are not used
 DECODER = f"{VERSION}_{PIL.__version__}"  # what the pixels of a file depend on, besides its bytes
 GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
 MAX_PIXELS = 120_000_000  # per image: 360 MB as RGB; a larger image can be a decompression bomb
-MAX_OF_16_BITS = 2**16 - 1
+
+WIDE = ("'RGB;16", "'RGBA;16", "'RGBX;16", "'LA;16")  # Pillow reads only 8 bits of these forms
+SIGNS_LOST = ("int8", "uint32")  # types of TIFF files that Pillow takes for uint8 and int32
 
 # The errors of Pillow's decoders on broken files.
 DATA_ERRORS = (SyntaxError, ValueError, TypeError, LookupError, ArithmeticError)
@@ -43,28 +47,103 @@ def open_image(path: str | os.PathLike | IO[bytes]) -> Image.Image:
         path: the image file, or a file that is open for reading in binary mode.
 
     Returns:
-        The whole image in memory, in the mode of the file, such as "RGB" or "L".
+        The whole image in memory, in the mode of the file, such as "RGB" or "L". The function
+        `deep_values` returns the values of an image with more than 8 bits.
 
     Raises:
         BadImage: the file is missing, broken or an EPS drawing, or the image has more than 120
-            million pixels.
+            million pixels. Or the file is a TIFF with several images or unknown bands.
         DataFailed: the memory or the file descriptors of the process are exhausted.
     """
     add_heif()
     try:
-        with Image.open(path) as image:
+        try:
+            image = Image.open(path)
+        except (PIL.UnidentifiedImageError, ValueError):
+            tags = tiff.read_tags(path)
+            if tags is None:
+                raise
+            return _open_with_tifffile(path, tags)
+        with image:
             if image.format == "EPS":  # EPS is a program, which Pillow would run with Ghostscript
                 raise BadImage("an EPS drawing, no photograph")
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImage(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+            _check_size(image.width, image.height)
+            tags = tiff.read_tags(path) if image.format == "TIFF" else None
+            if tags and not tiff.is_for_pillow(tags):
+                return _open_with_tifffile(path, tags)
+            is_wide = any(form in str(image.tile[:1]) for form in WIDE)
             image.load()  # decodes all of it; verify() would miss a truncated JPEG
-            return upright(image)
+            turned = upright(image)
+        if is_wide:
+            turned.values = _wide_values(path, turned)
+        elif tags and tiff.dtype_name(tags) in SIGNS_LOST:
+            turned.values = np.asarray(turned).view(tiff.dtype_name(tags))
+        return turned
     except FileNotFoundError:
         raise BadImage("the file is gone") from None
     except BROKEN as error:
         if getattr(error, "errno", None) in SCARCITIES:
             raise DataFailed(f"{path}: {_reason(path, error)}; {ADVICE}") from None
         raise BadImage(_reason(path, error)) from None
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
+
+
+def _open_with_tifffile(path: str | os.PathLike | IO[bytes], tags: tiff.Tags) -> Image.Image:
+    _check_size(tags.get(tiff.WIDTH, 0), tags.get(tiff.HEIGHT, 0))
+    values = tiff.read_values(path, tags)
+    image = Image.fromarray(to_bytes(values, PER_IMAGE))
+    image.format = "TIFF"
+    if values.dtype != np.uint8:
+        image.values = values
+    return image
+
+
+def _wide_values(path: str | os.PathLike | IO[bytes], image: Image.Image) -> np.ndarray:
+    """Reads the values of an image with 16 bits per color, of which Pillow reads the upper 8.
+
+    The file is decoded a second time, as if the two bytes of a value were in the other order. Then
+    Pillow reads the lower 8 bits. Pairs of gray and alpha are decoded as four bytes instead.
+
+    Args:
+        path: the image file, or a file that is open for reading in binary mode.
+        image: the upright image, as Pillow reads it.
+
+    Returns:
+        The values, uint16 (H, W, 3), (H, W, 4) with alpha, or (H, W, 2) for gray with alpha.
+    """
+    with Image.open(path) as again:
+        is_pair = "LA;16" in str(again.tile)
+        again.tile = [tile._replace(args=_in_other_order(tile.args)) for tile in again.tile]
+        again.load()
+        other = np.asarray(upright(again))
+    return other.view(">u2") if is_pair else np.asarray(image).astype(np.uint16) * 256 + other
+
+
+def _in_other_order(args: str | tuple[Any, ...]) -> str | tuple[Any, ...]:
+    """Returns the arguments of a decoder of Pillow, such as "RGB;16B", for the other byte order."""
+    if isinstance(args, tuple):
+        return _in_other_order(args[0]), *args[1:]
+    return "RGBA" if args == "LA;16B" else args[:-1] + ("L" if args[-1] == "B" else "B")
+
+
+def deep_values(image: Image.Image) -> np.ndarray | None:
+    """Returns the values of an image with more than 8 bits per value, or None for other images.
+
+    Args:
+        image: an image that `open_image` returned, or any other PIL image.
+
+    Returns:
+        Integers of any type or floats, (H, W) for gray, or (H, W, C). C is 3 for RGB, 4 for RGB
+        with alpha, or 2 for gray with alpha.
+    """
+    if hasattr(image, "values"):
+        return image.values
+    is_deep = image.mode in ("I", "F") or image.mode.startswith("I;16")
+    return np.asarray(image) if is_deep else None
 
 
 def _reason(path: str | os.PathLike | IO[bytes], error: Exception) -> str:
@@ -94,30 +173,28 @@ def upright(image: Image.Image) -> Image.Image:
     return turned
 
 
-def to_array(image: Image.Image, channels: int) -> np.ndarray:
+def to_array(image: Image.Image, channels: int, value_range: ValueRange = PER_IMAGE) -> np.ndarray:
     """Converts a PIL image to an array of bytes, gray or RGB.
 
-    Transparent pixels become white. Integers of 16 bits are divided by 256. Integers of 32 bits are
-    clipped to 0..65535 and divided by 256. Floats are multiplied by 255 if all floats of the image
-    are in 0..1. Other floats are clipped to 0..255.
+    Transparent pixels become white.
 
     Args:
         image: an image of any mode.
         channels: 1 to convert to gray, any other number to convert to RGB.
+        value_range: how values of more than 8 bits become bytes.
 
     Returns:
         Pixels, uint8 (1, H, W) for gray or (3, H, W) for RGB.
 
     Raises:
-        BadImage: Pillow cannot convert the image to gray or RGB.
+        BadImage: Pillow cannot convert the image to gray or RGB. Or the values of the image are
+            floats, and the model was trained on images of 8 bits.
     """
     try:
-        if image.mode.startswith("I;16") or image.mode == "I":
-            values = np.asarray(image).astype(np.int64).clip(0, MAX_OF_16_BITS)
-            image = Image.fromarray((values >> 8).astype(np.uint8))
-        elif image.mode == "F":
-            image = Image.fromarray(_bytes_of_floats(np.asarray(image)))
-        elif image.has_transparency_data:
+        values = deep_values(image)
+        if values is not None:
+            image = Image.fromarray(to_bytes(values, value_range))
+        if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         if image.mode == "LAB":  # Pillow cannot convert it to gray directly
@@ -129,19 +206,15 @@ def to_array(image: Image.Image, channels: int) -> np.ndarray:
     return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
-def _bytes_of_floats(values: np.ndarray) -> np.ndarray:
-    values = np.nan_to_num(values, nan=0.0)
-    if values.min() >= 0 and values.max() <= 1:
-        values = values * 255
-    return np.round(values.clip(0, 255)).astype(np.uint8)
-
-
-def decode(path: Path | IO[bytes], channels: int) -> np.ndarray:
+def decode(
+    path: Path | IO[bytes], channels: int, value_range: ValueRange = PER_IMAGE
+) -> np.ndarray:
     """Reads an image file and returns the pixels of the image.
 
     Args:
         path: the image file, or a file that is open for reading in binary mode.
         channels: 1 to decode to gray, 3 to decode to RGB.
+        value_range: how values of more than 8 bits become bytes.
 
     Returns:
         Pixels, uint8 (channels, H, W).
@@ -151,4 +224,4 @@ def decode(path: Path | IO[bytes], channels: int) -> np.ndarray:
             be converted.
         DataFailed: the memory or the file descriptors of the process are exhausted.
     """
-    return to_array(open_image(path), channels)
+    return to_array(open_image(path), channels, value_range)

@@ -18,7 +18,8 @@ import torch
 
 from cnn.datasets.cache import decode_all
 from cnn.datasets.decode import decode
-from cnn.datasets.scan import identities
+from cnn.datasets.scan import identities, scan
+from cnn.datasets.value_range import PER_IMAGE, ValueRange
 from cnn.errors import BadImage, Refused, describe
 from cnn.utils import seeding
 
@@ -196,6 +197,7 @@ class Files:
         channels: number of channels to which the files are decoded, 1 (gray) or 3 (RGB).
         skip: whether a file that cannot be read during the run is left out of the batch. If false,
             the run ends with an error.
+        value_range: how values of more than 8 bits become bytes.
     """
 
     root: Path
@@ -203,6 +205,7 @@ class Files:
     scans: np.ndarray
     channels: int
     skip: bool = False
+    value_range: ValueRange = PER_IMAGE
 
 
 class FileImages(Images):
@@ -225,7 +228,7 @@ class FileImages(Images):
     def __getitem__(self, index: int) -> torch.Tensor:
         path = self.files.paths[self.rows[index]]
         try:
-            return torch.from_numpy(decode(path, self.files.channels))
+            return torch.from_numpy(decode(path, self.files.channels, self.files.value_range))
         except BadImage as bad:
             raise BadImage(f"{path}: {bad}") from None
 
@@ -245,6 +248,17 @@ class FileImages(Images):
         paths = [self.files.paths[row] for row in self.rows]
         files = replace(self.files, paths=paths, scans=self.files.scans[self.rows])
         return FileImages(files, self.labels)
+
+    def decode_as(self, channels: int, value_range: ValueRange) -> None:
+        """Sets how the files of the whole dataset are decoded from now on.
+
+        Args:
+            channels: 1 for gray, 3 for RGB. Other numbers change nothing.
+            value_range: how values of more than 8 bits become bytes.
+        """
+        self.files.value_range = value_range
+        if channels in (1, 3):
+            self.files.channels = channels
 
     def sizes(self) -> tuple[int, int, int]:
         """Returns the number of channels and the sides of the images.
@@ -266,8 +280,17 @@ class FileImages(Images):
             together. The second value is the sum of each channel's pixel values (0 to 255), shape
             (C). The third value is the sum of the squares of the pixel values of each channel,
             shape (C). C is 1 or 3, the number of channels to which the files are decoded.
+
+        Raises:
+            Refused: a file with more than 8 bits can no longer be decoded.
         """
-        scans = self.files.scans[self.rows]
+        scans, files = self.files.scans[self.rows], self.files
+        deep = np.flatnonzero(scans["kind"] != b"")
+        if len(deep) and isinstance(files.value_range, list):
+            paths = [files.paths[row] for row in self.rows[deep]]
+            scans[deep], bad = scan(files.root, paths, value_range=files.value_range)
+            for path, reason in bad.items():
+                raise Refused(f"data.root: {path}: read a moment ago, and now: {reason}")
         number = float((scans["height"] * scans["width"]).sum())
         channels = [3] if self.files.channels == 1 else [0, 1, 2]
         return number, scans["sums"].sum(axis=0)[channels], scans["squares"].sum(axis=0)[channels]
@@ -304,7 +327,8 @@ class FileImages(Images):
             Refused: a file can no longer be decoded.
         """
         self.files.channels = channels
-        return decode_all(self.files.paths, self.files.scans, size, channels)
+        files = self.files
+        return decode_all(files.paths, files.scans, size, channels, files.value_range)
 
 
 class UserImages(Images):

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from cnn.config import is_value_range
+from cnn.datasets.value_range import PER_IMAGE, ValueRange
 from cnn.errors import Refused
 
 MAX_RESIZED = 20_000_000  # pixels of a resized image before its center is cropped
@@ -21,12 +23,16 @@ class Preprocessing:
         mean: the mean of each channel in the training images, with pixel values in 0..1.
         std: the standard deviation of each channel in the training images, with pixel values in
             0..1.
+        value_range: how values of more than 8 bits become pixel values: [low, high] for the values
+            that become 0 and 1. None if all training images had 8 bits per value. "per image" in
+            the checkpoints of versions that had no range.
     """
 
     image_size: int
     channels: int
     mean: list[float]
     std: list[float]
+    value_range: ValueRange = PER_IMAGE
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -40,15 +46,19 @@ class Preprocessing:
         Args:
             path: the path of the checkpoint, for the message of an error.
             saved: the values in the checkpoint, under "image_size", "channels", "mean" and "std".
+                The value under "value_range" is missing in old checkpoints.
 
         Raises:
             Refused: the number of means or stds is not the number of channels. Or the image size or
-                a std is 0.
+                a std is 0. Or the range is not one.
         """
         pre = cls(**saved)
         if not pre.channels == len(pre.mean) == len(pre.std) or 0 in (pre.image_size, *pre.std):
             expected = "an image_size, and per channel a mean and a std above 0"
             raise Refused(f"{path}: preprocessing: expected {expected}, got {str(saved)[:200]}")
+        if pre.value_range not in (None, PER_IMAGE) and not is_value_range(pre.value_range):
+            expected = f"two numbers that rise, got {str(pre.value_range)[:200]}"
+            raise Refused(f"{path}: preprocessing.value_range: expected {expected}")
         return pre
 
 

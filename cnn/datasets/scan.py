@@ -20,7 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from cnn.datasets.cache import cache_folder, content_hash
-from cnn.datasets.decode import DECODER, GRAY_MODES, open_image, to_array
+from cnn.datasets.decode import DECODER, GRAY_MODES, deep_values, open_image, to_array
+from cnn.datasets.value_range import PER_IMAGE, ValueRange, levels_of
 from cnn.errors import BadImage
 from cnn.utils.cpus import usable_cpus
 from cnn.utils.files import write_atomically
@@ -32,11 +33,12 @@ STATUS = ("bytes", "changed", "entry_changed", "inode")
 # What a scan stores of one file: its status and the time in ns at which it was read; a hash of its
 # bytes; the name of its format; the image's height and width, whether it is gray, the sums of the
 # pixel values 0..255 and of their squares, each for red, green, blue, and gray, and a CRC-32 of
-# these pixels.
+# these pixels. Of an image with more than 8 bits per value, there are also the type of the values,
+# such as "uint16", and `levels_of` the values; the CRC-32 is of the values.
 SCAN = np.dtype(
     [(name, "i8") for name in (*STATUS, "read", "height", "width")]
     + [("content", "u8"), ("format", "S12"), ("gray", "?"), ("sums", "f8", 4)]
-    + [("squares", "f8", 4), ("crc", "u4")]
+    + [("squares", "f8", 4), ("crc", "u4"), ("kind", "S8"), ("levels", "f8", 4)]
 )
 
 # A file can change again without a new time of change, if that follows within the time that the
@@ -45,7 +47,7 @@ CLOCK = 2 * 10**9  # ns
 
 
 def scan(
-    root: Path, paths: list[Path], *, verify: bool = False
+    root: Path, paths: list[Path], *, verify: bool = False, value_range: ValueRange = PER_IMAGE
 ) -> tuple[np.ndarray, dict[Path, str]]:
     """Returns the sizes and pixel sums of image files, and finds broken files.
 
@@ -56,6 +58,7 @@ def scan(
         root: the folder or CSV file of the dataset. Each dataset has a cache of its own.
         paths: the N image files.
         verify: whether to read all files again.
+        value_range: how values of more than 8 bits become bytes for the sums.
 
     Returns:
         Two values. The first value is an array (N) with one row per path, of the dtype `SCAN` of
@@ -63,6 +66,8 @@ def scan(
         In the array, the row of a file that does not decode is all zeros.
     """
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
+    if value_range != PER_IMAGE:
+        name += "_{}_{}".format(*value_range)
     cache = cache_folder() / f"scan_{DECODER}_{name}.npz"
     names = [os.path.abspath(path) for path in paths]
     known, at = _load(cache)
@@ -74,7 +79,7 @@ def scan(
     todo = np.flatnonzero(~is_valid).tolist()
     bad: dict[Path, str] = {}
     if todo:
-        read = partial(_scan_file, {row["content"].item(): row for row in known})
+        read = partial(_scan_file, {row["content"].item(): row for row in known}, value_range)
         with ThreadPoolExecutor(usable_cpus()) as pool:
             results = pool.map(read, (paths[number] for number in todo))
             bar = tqdm(results, "looking at the images", len(todo), disable=None, leave=False)
@@ -127,12 +132,15 @@ def _status(path: Path) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
-def _scan_file(known: dict[int, np.ndarray], path: Path) -> np.ndarray | str:
+def _scan_file(
+    known: dict[int, np.ndarray], value_range: ValueRange, path: Path
+) -> np.ndarray | str:
     """Reads an image file and returns the size, the pixel sums and the content of the image.
 
     Args:
         known: a dict from the hash of a file to the row of an earlier scan. A file with the same
             bytes is not decoded again.
+        value_range: how values of more than 8 bits become bytes for the sums.
         path: the image file.
 
     Returns:
@@ -145,7 +153,7 @@ def _scan_file(known: dict[int, np.ndarray], path: Path) -> np.ndarray | str:
             return "not a regular file"
         with open(path, "rb") as file:
             content = content_hash(file)
-        row = known[content].copy() if content in known else _look_at(path)
+        row = known[content].copy() if content in known else _look_at(path, value_range)
     except OSError as error:
         return error.strerror or str(error)
     except BadImage as bad:
@@ -156,17 +164,22 @@ def _scan_file(known: dict[int, np.ndarray], path: Path) -> np.ndarray | str:
     return row
 
 
-def _look_at(path: Path) -> np.ndarray:
+def _look_at(path: Path, value_range: ValueRange) -> np.ndarray:
     """Decodes an image and returns a row of the dtype `SCAN` without the facts about the file."""
     image = open_image(path)
-    pixels = np.concatenate([to_array(image, 3), to_array(image, 1)])  # 4, H, W
+    pixels = np.concatenate([to_array(image, channels, value_range) for channels in (3, 1)])
     row = np.zeros((), SCAN)
-    row["height"], row["width"] = pixels.shape[1:]
+    row["height"], row["width"] = pixels.shape[1:]  # of 4, H, W
     row["gray"], row["format"] = image.mode in GRAY_MODES, image.format
     counts = np.stack([np.bincount(channel.ravel(), minlength=256) for channel in pixels])
     values = np.arange(256.0)
     row["sums"], row["squares"] = counts @ values, counts @ values**2
     row["crc"] = zlib.crc32(pixels)
+    values = deep_values(image)
+    if values is not None:
+        row["kind"], values = values.dtype.name, values.astype(np.float64) + 0.0  # no -0.0
+        row["crc"] = zlib.crc32(np.ascontiguousarray(values))
+        row["levels"] = levels_of(values)
     return row
 
 

@@ -74,7 +74,7 @@ def choose_images(trained: TrainedModel, split: str) -> EvaluationData:
         images, description = _choose_other_images(trained, splits, split, source)
         images, labels = _with_model_labels(images, classes, trained.classes), None
         description += ", other data than in training"
-    set_channels(trained, images)
+    set_decoding(trained, images)
     return EvaluationData(images, labels, description)
 
 
@@ -141,10 +141,10 @@ def _with_model_labels(images: Images, classes: list[str], model_classes: list[s
     return images
 
 
-def set_channels(trained: TrainedModel, images: Images) -> None:
-    """Ensures that images have the number of channels that a model takes.
+def set_decoding(trained: TrainedModel, images: Images) -> None:
+    """Ensures that images have the channels and the range of values that a model takes.
 
-    Image files are decoded with this number of channels from now on, if the number is 1 or 3.
+    Image files are decoded as in the training from now on.
 
     Args:
         trained: the model.
@@ -153,10 +153,12 @@ def set_channels(trained: TrainedModel, images: Images) -> None:
     Raises:
         Refused: the images have another number of channels and cannot be converted.
     """
-    channels = trained.preprocessing.channels
-    if isinstance(images, FileImages) and channels in (1, 3):
-        images.files.channels = channels
-    elif images.sizes()[0] != channels:
+    channels, value_range = trained.preprocessing.channels, trained.preprocessing.value_range
+    if isinstance(images, FileImages):
+        images.decode_as(channels, value_range)
+        if value_range is None and (images.files.scans["kind"] != b"").any():
+            logger.warning("trained on images of 8 bits; of others, 0 to 65535 is black to white")
+    if images.sizes()[0] != channels:
         raise Refused(f"data.name: expected {channels} channels, got {images.sizes()[0]}")
 
 

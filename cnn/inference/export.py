@@ -22,7 +22,7 @@ from cnn.config import ModelConfig
 from cnn.datasets.build import build_data
 from cnn.datasets.preprocessing import Normalize, Preprocessing, resize_and_crop
 from cnn.errors import Failed, Refused, first_line
-from cnn.inference.evaluation import set_channels
+from cnn.inference.evaluation import set_decoding
 from cnn.inference.trained_model import TrainedModel
 from cnn.models.build import build_model
 from cnn.utils.checked_zip import write_archive
@@ -371,8 +371,8 @@ def sample_images(trained: TrainedModel) -> tuple[torch.Tensor, str]:
     """
     pre, number = trained.preprocessing, max(BATCH_SIZES)
     try:
-        val = build_data(replace(trained.cfg.data, download=False), trained.cfg.seed).val
-        set_channels(trained, val)
+        val = build_data(replace(trained.cfg.data, download=False), trained.cfg.seed, pre).val
+        set_decoding(trained, val)
         indices = range(min(number, len(val)))
         images = torch.stack([resize_and_crop(val[index], pre.image_size) for index in indices])
         return images[torch.arange(number) % len(images)], f"{len(images)} validation images"

@@ -182,7 +182,7 @@ class Predictor:
             returned and not raised.
         """
         try:
-            pixels = to_array(_to_image(picture), self._pre.channels)
+            pixels = to_array(_to_image(picture), self._pre.channels, self._pre.value_range)
         except (DataFailed, MemoryError):
             raise
         except Exception as error:  # noqa: BLE001  a file that is no file of Python raises anything

@@ -86,10 +86,10 @@ def _build_data(cfg: Config, group: Group, checkpoint: Checkpoint | None) -> Dat
     """Reads the data of a run. A run that resumes keeps the preprocessing of the checkpoint."""
     if checkpoint is None:
         return build_once_per_node(group, lambda: build_data(cfg.data, cfg.seed))
-    wanted = as_trained(cfg.data, checkpoint.content["data"])
-    data = build_once_per_node(group, lambda: build_data(wanted, cfg.seed))
-    saved = Preprocessing.from_checkpoint(checkpoint.path, checkpoint.content["preprocessing"])
-    return dataclasses.replace(data, preprocessing=saved)
+    path, content = checkpoint.path, checkpoint.content
+    wanted = as_trained(cfg.data, content["data"])
+    saved = Preprocessing.from_checkpoint(path, content["preprocessing"])
+    return build_once_per_node(group, lambda: build_data(wanted, cfg.seed, saved))
 
 
 def _metadata(

@@ -91,7 +91,12 @@ CHECKPOINT = {
     "started": TEXT,
     "config": {"*": PLAIN},
     "classes": [TEXT],
-    "preprocessing": {"image_size": WHOLE, "channels": WHOLE, "mean": [AMOUNT], "std": [AMOUNT]},
+    "preprocessing": {
+        **dict.fromkeys(("image_size", "channels"), WHOLE),
+        "mean": [AMOUNT],
+        "std": [AMOUNT],
+        "value_range?": (NULL, TEXT, [NUMBER]),
+    },
     "class_weights?": (NULL, [AMOUNT]),
     "data": dict.fromkeys(("train", "val", "test", "checksum", "content?"), WHOLE),
     "environment": {"precision": TEXT, "*": PLAIN},
