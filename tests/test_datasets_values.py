@@ -349,14 +349,14 @@ def test_pixels_without_a_value_are_black_and_outside_of_the_range():
 
 def test_images_that_differ_only_in_their_lower_bits_are_no_copies():
     data = built(store("12 bits", change=lambda values, number: None))
-    before = data.train.files.scans["crc"].copy()
+    before = data.train.files.scans["pixels"].copy()
     path = data.train.files.paths[0]
     values = np.asarray(Image.open(path)).copy()
     values[0, 0] ^= 1
     save(values, path)
-    after = built("12 bits").train.files.scans["crc"]
+    after = built("12 bits").train.files.scans["pixels"]
     assert before[0] != after[0] and (before[1:] == after[1:]).all()
-    assert (built(store("12 bits in int32")).train.files.scans["crc"][1:] == after[1:]).all()
+    assert (built(store("12 bits in int32")).train.files.scans["pixels"][1:] == after[1:]).all()
 
 
 # ---------------------------------------------------------------------------------------------

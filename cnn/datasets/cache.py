@@ -1,7 +1,7 @@
 """A cache of image files, decoded once to the model's image size and kept between runs.
 
 A cache is an array of bytes in the user's cache folder, never beside the images, followed by
-checksums. It is mapped into memory, so that processes share it. Its name contains a hash of the
+a checksum. It is mapped into memory, so that processes share it. Its name contains a hash of the
 contents of the image files, so that a changed dataset gets another cache, whatever the names and
 times of the files say. It is renamed to this name only once it is complete.
 """
@@ -36,8 +36,7 @@ logger = logging.getLogger(__name__)
 
 OLD = 24 * 3600  # seconds; no decoding takes a day
 CHUNK = 256  # images that are decoded together
-PIECE = 2**24  # bytes of pixels with one checksum
-CRC = np.dtype("<u4")
+NUM_CRC_BYTES = 4
 
 
 def cache_folder() -> Path:
@@ -54,6 +53,13 @@ def cache_folder() -> Path:
 def content_hash(file: IO[bytes]) -> int:
     """Returns a hash of 64 bits of a file that is open for reading in binary mode."""
     return int.from_bytes(hashlib.file_digest(file, "sha256").digest()[:8])
+
+
+def array_hash(array: np.ndarray) -> int:
+    """Returns a hash of 64 bits of the shape and the values of an array."""
+    digest = hashlib.sha256(repr(array.shape).encode())
+    digest.update(np.ascontiguousarray(array))
+    return int.from_bytes(digest.digest()[:8])
 
 
 def decode_all(
@@ -89,7 +95,7 @@ def decode_all(
         if store is None:
             file.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(file.parent.glob(".pixels_*.tmp"))
-            write_atomically(file, lambda out: _write(out, decoded()))
+            write_atomically(file, lambda out: out.writelines(_with_checksum(decoded())))
             store = np.memmap(file, np.uint8, mode="c", shape=shape)  # changes stay in memory
     except OSError:  # no room or no permission in the cache: the pixels are only in memory
         store = np.empty(shape, np.uint8)
@@ -105,36 +111,23 @@ def _open(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
         file: the file of the cache.
         shape: the shape of the pixels in the file.
     """
-    size = math.prod(shape)
-    if (
-        not file.is_file()
-        or file.stat().st_size != size + len(range(0, size, PIECE)) * CRC.itemsize
-    ):
+    if not file.is_file() or file.stat().st_size != math.prod(shape) + NUM_CRC_BYTES:
         return None
     whole = np.memmap(file, np.uint8, mode="c")
-    if _checksums(whole[:size]) != whole[size:].tobytes():
+    pixels, checksum = whole[:-NUM_CRC_BYTES], whole[-NUM_CRC_BYTES:]
+    if zlib.crc32(pixels) != int.from_bytes(checksum.tobytes()):
         logger.warning("%s: damaged; the images are decoded again", file)
         return None
-    return whole[:size].reshape(shape)
+    return pixels.reshape(shape)
 
 
-def _write(out: IO[bytes], decoded: Iterable[np.ndarray]) -> None:
-    """Writes pixels and their checksums to an open file.
-
-    Args:
-        out: the file, open for writing and reading in binary mode.
-        decoded: the pixels of each image.
-    """
-    out.writelines(decoded)
-    out.flush()
-    out.write(_checksums(np.memmap(out, np.uint8, mode="r")))
-
-
-def _checksums(pixels: np.ndarray) -> bytes:
-    """Returns the CRC-32 of each piece of `PIECE` bytes, 4 bytes each."""
-    pieces = [pixels[start : start + PIECE] for start in range(0, len(pixels), PIECE)]
-    with ThreadPoolExecutor(usable_cpus()) as pool:
-        return np.array(list(pool.map(zlib.crc32, pieces)), CRC).tobytes()
+def _with_checksum(decoded: Iterable[np.ndarray]) -> Iterator[np.ndarray | bytes]:
+    """Yields the pixels of each image, and at the end a CRC-32 of all of them."""
+    checksum = 0
+    for pixels in decoded:
+        checksum = zlib.crc32(pixels, checksum)
+        yield pixels
+    yield checksum.to_bytes(NUM_CRC_BYTES)
 
 
 def _decode(

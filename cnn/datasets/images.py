@@ -16,9 +16,9 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from cnn.datasets.cache import decode_all
+from cnn.datasets.cache import array_hash, decode_all
 from cnn.datasets.decode import decode
-from cnn.datasets.scan import identities, scan
+from cnn.datasets.scan import scan
 from cnn.datasets.value_range import PER_IMAGE, ValueRange
 from cnn.errors import BadImage, Refused, describe
 from cnn.utils import seeding
@@ -123,7 +123,7 @@ class ArrayImages(Images):
         pixels = torch.as_tensor(pixels)
         assert pixels.dtype == torch.uint8 and pixels.ndim == 4 and len(pixels) == len(labels)
         self.store = pixels.permute(0, 2, 3, 1).contiguous()  # M, H, W, C; shared by all subsets
-        self._identities = np.array([_hash(image) for image in self.store.numpy()])  # M
+        self._identities = np.array(list(map(array_hash, self.store.numpy())), np.uint64)  # M
         self.num_decoded = len(pixels)
         self.rows = np.arange(self.num_decoded)
         self.labels = np.asarray(labels, dtype=np.int64)
@@ -168,7 +168,7 @@ class ArrayImages(Images):
         return zlib.crc32(self.store.numpy())
 
     def identities(self) -> np.ndarray:
-        """Returns a number for each image, the same for images with the same pixels, int64 (N)."""
+        """Returns a number for each image, the same for images with the same pixels, uint64 (N)."""
         return self._identities[self.rows]
 
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
@@ -304,11 +304,11 @@ class FileImages(Images):
 
     def content(self) -> int:
         """Returns a CRC-32 of the contents of all files in the dataset, in their order."""
-        return zlib.crc32(identities(self.files.scans))
+        return zlib.crc32(np.ascontiguousarray(self.files.scans["pixels"]))
 
     def identities(self) -> np.ndarray:
         """Returns a number for each image, the same for images with the same pixels, uint64 (N)."""
-        return identities(self.files.scans[self.rows])
+        return self.files.scans["pixels"][self.rows]
 
     def decoded(self, size: int, channels: int) -> torch.Tensor | None:
         """Returns the pixels of the whole dataset, even if this object is a subset.
@@ -419,10 +419,6 @@ class UserImages(Images):
             sums = sums + values.sum(1).numpy()
             squares = squares + values.square().sum(1).numpy()
         return number, sums, squares
-
-
-def _hash(pixels: np.ndarray) -> int:
-    return zlib.crc32(pixels) << 31 ^ zlib.adler32(pixels)
 
 
 def _to_int64(labels: Any, name: str) -> np.ndarray:

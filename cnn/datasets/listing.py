@@ -11,7 +11,7 @@ from cnn.config.values import suggest
 from cnn.datasets.copies import check_copies
 from cnn.datasets.findings import Findings, listed
 from cnn.datasets.images import FileImages, Files
-from cnn.datasets.scan import identities, scan
+from cnn.datasets.scan import scan
 from cnn.errors import Refused
 
 MAX_NAMED = 20  # classes listed in a message
@@ -51,7 +51,7 @@ def read_listing(
         scans = scans[[path not in bad for path, *_ in items]]
         items = [item for item in items if item[0] not in bad]
     if cfg.on_duplicate != "ignore":
-        stays = check_copies(identities(scans), items, cfg.on_duplicate, findings)
+        stays = check_copies(scans["pixels"], items, cfg.on_duplicate, findings)
         scans, items = scans[stays], list(itertools.compress(items, stays))
     channels, paths = 1 if scans["gray"].all() else 3, [path for path, *_ in items]
     files = Files(Path(cfg.root), paths, scans, channels, skip=cfg.on_bad_image == "skip")

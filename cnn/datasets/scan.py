@@ -10,7 +10,6 @@ import hashlib
 import os
 import stat
 import time
-import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cnn.datasets.cache import cache_folder, content_hash
+from cnn.datasets.cache import array_hash, cache_folder, content_hash
 from cnn.datasets.decode import DECODER, GRAY_MODES, deep_values, open_image, to_array
 from cnn.datasets.value_range import PER_IMAGE, ValueRange, levels_of
 from cnn.errors import BadImage
@@ -32,13 +31,13 @@ STATUS = ("bytes", "changed", "entry_changed", "inode")
 
 # What a scan stores of one file: its status and the time in ns at which it was read; a hash of its
 # bytes; the name of its format; the image's height and width, whether it is gray, the sums of the
-# pixel values 0..255 and of their squares, each for red, green, blue, and gray, and a CRC-32 of
-# these pixels. Of an image with more than 8 bits per value, there are also the type of the values,
-# such as "uint16", and `levels_of` the values; the CRC-32 is of the values.
+# pixel values 0..255 and of their squares, each for red, green, blue, and gray, and a hash of these
+# pixels. Of an image with more than 8 bits per value, there are also the type of the values, such
+# as "uint16", and `levels_of` the values; the hash is of the values.
 SCAN = np.dtype(
     [(name, "i8") for name in (*STATUS, "read", "height", "width")]
     + [("content", "u8"), ("format", "S12"), ("gray", "?"), ("sums", "f8", 4)]
-    + [("squares", "f8", 4), ("crc", "u4"), ("kind", "S8"), ("levels", "f8", 4)]
+    + [("squares", "f8", 4), ("pixels", "u8"), ("kind", "S8"), ("levels", "f8", 4)]
 )
 
 # A file can change again without a new time of change, if that follows within the time that the
@@ -91,24 +90,6 @@ def scan(
         good = np.flatnonzero(is_valid).tolist()
         _store(cache, [names[number] for number in good], rows[good])
     return rows, bad
-
-
-def identities(scans: np.ndarray) -> np.ndarray:
-    """Returns a number for each image, which is the same for images with the same pixels.
-
-    Args:
-        scans: the rows of the images (N), of the dtype `SCAN`.
-
-    Returns:
-        The numbers, uint64 (N). They follow from the checksum, the size and the sums of the pixels.
-    """
-    facts = [scans["crc"].astype("u8"), scans["height"].view("u8"), scans["width"].view("u8")]
-    facts += [*scans["sums"].view("u8").T, *scans["squares"].view("u8").T]
-    numbers = np.zeros(len(scans), "u8")
-    for fact in facts:
-        numbers = (numbers ^ fact) * np.uint64(0x9E3779B97F4A7C15)  # odd: no information is lost
-        numbers ^= numbers >> np.uint64(32)
-    return numbers
 
 
 def _is_unchanged(rows: np.ndarray, paths: Iterable[Path]) -> np.ndarray:
@@ -174,12 +155,11 @@ def _look_at(path: Path, value_range: ValueRange) -> np.ndarray:
     counts = np.stack([np.bincount(channel.ravel(), minlength=256) for channel in pixels])
     values = np.arange(256.0)
     row["sums"], row["squares"] = counts @ values, counts @ values**2
-    row["crc"] = zlib.crc32(pixels)
     values = deep_values(image)
     if values is not None:
-        row["kind"], values = values.dtype.name, values.astype(np.float64) + 0.0  # no -0.0
-        row["crc"] = zlib.crc32(np.ascontiguousarray(values))
-        row["levels"] = levels_of(values)
+        row["kind"], pixels = values.dtype.name, values.astype(np.float64) + 0.0  # no -0.0
+        row["levels"] = levels_of(pixels)
+    row["pixels"] = array_hash(pixels)
     return row
 
 
