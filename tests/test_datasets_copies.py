@@ -88,7 +88,10 @@ def test_of_copies_in_several_splits_the_one_in_the_test_stays(way, photos, capl
     assert names(data.train) == {f"train/{c}/0{i}.png" for c in ("cat", "dog") for i in range(6)}
     assert len(data.val) == 8 and "validation/dog/x.png" not in names(data.val)
     assert len(data.test) == 10
-    assert "3 images in several splits; left out: 3 of train and 1 of val" in caplog.text
+    assert (
+        "3 images in several splits; data.on_duplicate=drop leaves out 3 of train, 1 of val"
+        in caplog.text
+    )
     (finding,) = [f for f in data.findings.found if "several splits" in f.line]
     assert [text.count("x.png") for text in finding.details].count(1) == 3
     kept = folder(photos, on_duplicate="keep")

@@ -36,24 +36,22 @@ def check_copies(
     numbers = number_groups(identities)
     for number in range(1, numbers.max(initial=0) + 1):
         group = np.flatnonzero(numbers == number)
-        copies = [items[index] for index in group]
-        text = " = ".join(f"{name} ({label}, {split})" for name, label, split in copies)
-        if len({label for _, label, _ in copies}) > 1:
+        names, labels, splits = zip(*(items[index] for index in group))
+        text = " = ".join(map("{} ({}, {})".format, names, labels, splits))
+        if len(set(labels)) > 1:
             several_classes.append(text)
-        if len(set(rank[group])) < len(group):
+        if len(set(splits)) < len(group):
             within.append(text)
-        if len(set(rank[group])) > 1:
+        if len(set(splits)) > 1:
             across.append(text)
             stays[group] = rank[group] == rank[group].max()
-    left_out = [f"{np.sum(~stays[rank == r])} of {split}" for r, split in enumerate(SPLITS[:2])]
-    drops, advice = on_duplicate == "drop", "data.on_duplicate=drop keeps one"
-    if drops:
-        advice = f"left out: {' and '.join(left_out)}"
     findings.add_all("image", within, "with copies in the same split, each of which counts", INFO)
     several = "under several classes; remove what is wrong, or go on with data.on_duplicate=keep"
     findings.add_all("image", several_classes, several, refuse=on_duplicate != "keep")
-    findings.add_all("image", across, f"in several splits; {advice}", refuse=on_duplicate == "stop")
-    return stays if drops else np.ones(len(items), bool)
+    num_train, num_val, _ = np.bincount(rank[~stays], minlength=3)
+    drop = f"data.on_duplicate=drop leaves out {num_train} of train, {num_val} of val"
+    findings.add_all("image", across, f"in several splits; {drop}", refuse=on_duplicate == "stop")
+    return stays | (on_duplicate != "drop")
 
 
 def number_groups(identities: np.ndarray) -> np.ndarray:

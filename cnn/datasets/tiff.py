@@ -14,7 +14,6 @@ Tags = dict[int, Any]  # of one page of a file, by number
 # The numbers of some tags, in the specification TIFF 6.0.
 SUBFILE, WIDTH, HEIGHT, BITS, PHOTOMETRIC, ORIENTATION = 254, 256, 257, 258, 262, 274
 BANDS, PLANAR, EXTRA, SAMPLE_FORMAT = 277, 284, 338, 339
-TAGS = (SUBFILE, WIDTH, HEIGHT, BITS, PHOTOMETRIC, ORIENTATION, BANDS, PLANAR, EXTRA, SAMPLE_FORMAT)
 REDUCED_OR_MASK = 1 | 4  # bits of SUBFILE
 NUM_COLORS = {0: 1, 1: 1, 3: 1, 5: 4}  # by PHOTOMETRIC; 3 for all others, such as RGB
 GRAY_OR_RGB = (0, 1, 2)  # by PHOTOMETRIC
@@ -56,7 +55,7 @@ def _read_pages(path: str | os.PathLike | IO[bytes]) -> list[Tags]:
             place = tags.next
             file.seek(place)
             tags.load(file)
-            pages[place] = {tag: tags[tag] for tag in TAGS if tag in tags}
+            pages[place] = dict(tags)
     return list(pages.values())
 
 
