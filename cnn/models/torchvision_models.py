@@ -53,7 +53,6 @@ def _fetch(weights: Any, name: str) -> dict[str, torch.Tensor]:
         return weights.get_state_dict(progress=True, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
         file = weights.url.rsplit("/", 1)[-1]
-        raise Refused(
-            f"model.pretrained: cannot fetch the weights of {name} ({error}); without internet,"
-            f" fetch {weights.url} elsewhere, copy the file here, and set model.weights={file}"
-        ) from None
+        fault = f"cannot fetch the weights of {name} ({error}); without internet, fetch"
+        advice = f"{weights.url} elsewhere, copy the file here, and set model.weights={file}"
+        raise Refused(f"model.pretrained: {fault} {advice}") from None
