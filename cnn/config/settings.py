@@ -61,7 +61,7 @@ SAMPLERS = ("shuffle", "balanced")
 DUPLICATES = ("drop", "keep", "stop", "ignore")
 AUGMENTATIONS = ("crop", "flip", "rotate", "color", "resized_crop", "erase")
 MODEL_NAMES = ("simple_cnn", "lenet5", "resnet9", "resnet20")  # besides torchvision's
-MODEL_FORMS = f"{', '.join(MODEL_NAMES)}, a torchvision model, or package.module:Class"
+MODEL_FORMS = f"{', '.join(MODEL_NAMES)}, torchvision's such as resnet18, or package.module:Class"
 OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "radam", "rmsprop", "adagrad", "adamax")
 LOSSES = ("cross_entropy",)
 SCHEDULES = ("constant", "step", "multistep", "cosine", "onecycle", "plateau")
@@ -132,9 +132,7 @@ class ModelConfig:
     name: str = setting("simple_cnn", MODEL_FORMS, FIXED, names_code=True)
     args: dict[str, Any] = setting({}, "keyword arguments of the model", FIXED)
     pretrained: bool = setting(False, "download torchvision's weights", FREE, experiment=True)
-    weights: str | None = setting(
-        None, "file of weights to start from, instead of a download", FREE, experiment=True
-    )
+    weights: str | None = setting(None, "file of weights to start from", FREE, experiment=True)
 
 
 @dataclass(frozen=True)
@@ -229,9 +227,7 @@ class CheckpointConfig:
 class LogConfig:
     """The settings of the progress lines, the HTML report and the TensorBoard files."""
 
-    every_seconds: float = setting(
-        30.0, "without a terminal: seconds between progress lines", FREE, above=0
-    )
+    every_seconds: float = setting(30.0, "seconds between progress lines in a log", FREE, above=0)
     report: bool = setting(True, "report.html and figures; needs matplotlib", FREE, scratch=False)
     tensorboard: bool = setting(False, "logs/tensorboard; needs tensorboard", FREE, scratch=False)
 

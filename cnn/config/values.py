@@ -17,6 +17,8 @@ import yaml
 from cnn.config.settings import is_import_path, required_keys
 from cnn.errors import InvalidValue
 
+Metadata = Mapping[str, Any]  # of a dataclass field that the function `setting` made
+
 # For each limit of a number: the comparison, the words for a message, the keyword of JSON Schema.
 LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str, str]] = {
     "least": (operator.ge, "of at least", "minimum"),
@@ -29,7 +31,7 @@ QUOTES = ("'", '"')
 EXPECTED = {types.NoneType: "null", bool: "true or false", dict: "a mapping {key: value}"}
 
 
-def read_value(node: yaml.Node, kind: Any, meta: Mapping[str, Any], place: str = "") -> Any:
+def read_value(node: yaml.Node, kind: Any, meta: Metadata, place: str = "") -> Any:
     """Reads the value of a setting from a YAML node, and checks the value.
 
     Args:
@@ -50,14 +52,11 @@ def read_value(node: yaml.Node, kind: Any, meta: Mapping[str, Any], place: str =
         with contextlib.suppress(ValueError):
             return _read_as(node, each, meta, place)
     near = suggest(node.value.lower(), meta["choices"]) if isinstance(node, yaml.ScalarNode) else ""
-    raise InvalidValue(
-        f"{place}: expected {_expected(kind, meta)}, got {describe_node(node)}{near}"
-    )
+    got = f"{describe_node(node)}{near}"
+    raise InvalidValue(f"{place}: expected {_expected(kind, meta)}, got {got}")
 
 
-def read_list(
-    node: yaml.SequenceNode, kind: Any, meta: Mapping[str, Any], place: str = ""
-) -> list[Any]:
+def read_list(node: yaml.SequenceNode, kind: Any, meta: Metadata, place: str = "") -> list[Any]:
     """Reads every item of a YAML list as a value of the same type.
 
     Args:
@@ -149,7 +148,7 @@ def plain_value(node: yaml.Node, place: str = "") -> Any:
     raise InvalidValue(f"{place}: expected plain values, got {describe_node(node)}")
 
 
-def _read_as(node: yaml.Node, kind: Any, meta: Mapping[str, Any], place: str) -> Any:
+def _read_as(node: yaml.Node, kind: Any, meta: Metadata, place: str) -> Any:
     """Reads the value of a setting as a value of one type.
 
     If the type is a list or dict, null is read as an empty list or dict.
@@ -220,7 +219,7 @@ def is_null(node: yaml.Node) -> bool:
     return is_unquoted and node.value.lower() in ("", "null", "~")
 
 
-def _is_allowed(value: Any, meta: Mapping[str, Any]) -> bool:
+def _is_allowed(value: Any, meta: Metadata) -> bool:
     if isinstance(value, str):
         if meta["choices"] and value not in meta["choices"]:
             return meta["names_code"] and is_import_path(value)
@@ -242,11 +241,11 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
     return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
 
-def _expected(kind: Any, meta: Mapping[str, Any]) -> str:
+def _expected(kind: Any, meta: Metadata) -> str:
     return " or ".join(_expected_as(each, meta) for each in alternatives(kind))
 
 
-def _expected_as(kind: Any, meta: Mapping[str, Any]) -> str:
+def _expected_as(kind: Any, meta: Metadata) -> str:
     """Describes the values that a setting may have, such as "a number above 0".
 
     Args:
@@ -291,7 +290,7 @@ def describe_node(node: yaml.Node) -> str:
     return repr(text) if node.style in QUOTES or not text.isprintable() else text
 
 
-def choices_of(meta: Mapping[str, Any]) -> list[str]:
+def choices_of(meta: Metadata) -> list[str]:
     """Returns the words that a setting accepts, such as ["sgd", "adam"].
 
     If the setting may name code of the user, the last word is "package.module:name".
