@@ -74,10 +74,8 @@ VECTOR = Leaf("a tensor (N) of real numbers", lambda value: is_real(value, 1))
 WEIGHTS = {"*_extra_state": ANY, "*": TENSOR}
 PREDICTIONS = {"prediction": VECTOR, "probability": VECTOR}
 SUMS = {"loss": SCALAR, "correct": SCALAR, "weight?": (AMOUNT, SCALAR), "count": WHOLE}
-SCALING = {
-    **dict.fromkeys(("scale", "growth_factor", "backoff_factor"), AMOUNT),
-    **dict.fromkeys(("growth_interval", "_growth_tracker"), WHOLE),
-}
+SCALING = dict.fromkeys(("scale", "growth_factor", "backoff_factor"), AMOUNT)
+SCALING |= dict.fromkeys(("growth_interval", "_growth_tracker"), WHOLE)
 PLATEAU = {"best": NUMBER, "num_bad_epochs": WHOLE, "cooldown_counter": WHOLE, "last_epoch": WHOLE}
 RATES = dict.fromkeys(("lr", "images_per_second", "seconds"), AMOUNT)
 EPOCH = {"epoch": WHOLE, "step": WHOLE, "train_loss": NUMBER, "val_loss": NUMBER, **RATES}
