@@ -160,11 +160,9 @@ def _log_error(error: BaseException, task: Task, stop: "StopSignals") -> int:
         # The message of torch is longer, and names no setting.
         reason = f"{kernel[1]}, which this model uses, has no repeatable implementation here"
         logger.error("train.deterministic: %s; take another model, or say false", reason)
-        return FAILED
     else:
         logger.error("failed", exc_info=error)
-        return FAILED
-    return error.status
+    return error.status if isinstance(error, (Refused, RunError, Stopped)) else FAILED
 
 
 # -- command lines -------------------------------------------------------------------------------

@@ -8,10 +8,10 @@ checks each key on its own; `train.py --print-config` finds mistakes that involv
 
 import dataclasses
 import json
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from cnn.config.reader import RECORDS
@@ -25,11 +25,7 @@ NULL = {"type": "null"}
 TEXT: dict[str, Any] = {"type": ["string", "number", "boolean"]}
 # This pattern accepts more than the loader does, since \w has only ASCII letters in JSON Schema.
 IMPORT_PATH = {"type": "string", "pattern": "^[^:/]+:[^:/]+$"}
-SIMPLE_TYPES = {
-    types.NoneType: [NULL],
-    bool: [{"type": "boolean"}],
-    dict: [{"type": "object"}, NULL],
-}
+SIMPLE_TYPES = {NoneType: [NULL], bool: [{"type": "boolean"}], dict: [{"type": "object"}, NULL]}
 NO_SETTINGS: dict[str, Any] = {
     "base": {"type": "string", "description": "a file beside this one, whose settings come first"},
     **{name: {"description": "of an earlier run; skipped"} for name in RECORDS},
@@ -38,7 +34,7 @@ NO_SETTINGS: dict[str, Any] = {
 
 def schema() -> dict[str, Any]:
     """Returns the JSON Schema of a configuration file, as a dict."""
-    top = _section(Config)
+    top = _mapping(Config)
     top["properties"] |= NO_SETTINGS
     head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "settings of train.py"}
     return head | top
@@ -52,23 +48,21 @@ def text() -> str:
     return json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
 
 
-def _section(cls: type) -> dict[str, Any]:
+def _mapping(cls: type, kind: Any = "object", **more: Any) -> dict[str, Any]:
     """Returns the JSON Schema of a dataclass of settings.
 
-    The schema of a section accepts null, because YAML reads a section without keys as null.
-
     Args:
-        cls: the dataclass: Config, or the dataclass of a section such as OptimConfig.
+        cls: the dataclass: Config, or the dataclass of a section or of a list item.
+        kind: the types that the schema accepts.
+        more: further keywords of the schema.
     """
-    properties = {
-        field.name: _section(field.type) if dataclasses.is_dataclass(field.type) else _key(field)
-        for field in dataclasses.fields(cls)
-    }
-    kind = "object" if cls is Config else ["object", "null"]
-    return {"type": kind, "additionalProperties": False, "properties": properties}
+    properties = {field.name: _key(field) for field in dataclasses.fields(cls)}
+    return {"type": kind, "additionalProperties": False, **more, "properties": properties}
 
 
 def _key(field: dataclasses.Field) -> dict[str, Any]:
+    if dataclasses.is_dataclass(field.type):  # YAML reads a section without keys as null
+        return _mapping(field.type, ["object", "null"])
     meta = field.metadata
     rule = f" (on a resume: {meta['resume']})" if meta["resume"] != FREE else ""
     result = {"description": meta["description"] + rule} | _any_of(_forms(field.type, meta))
@@ -98,7 +92,7 @@ def _forms_of_one(kind: Any, meta: Mapping[str, Any]) -> list[dict[str, Any]]:
         return SIMPLE_TYPES[origin]
     if origin is list:
         (item,) = typing.get_args(kind)
-        forms = _mapping(item) if dataclasses.is_dataclass(item) else _forms(item, meta)
+        forms = _item_forms(item) if dataclasses.is_dataclass(item) else _forms(item, meta)
         return [{"type": "array", "items": _any_of(forms)}, NULL]
     if kind is str:
         return _words(meta)
@@ -115,7 +109,7 @@ def _words(meta: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [enum, IMPORT_PATH] if meta["names_code"] else [enum]
 
 
-def _mapping(cls: type) -> list[dict[str, Any]]:
+def _item_forms(cls: type) -> list[dict[str, Any]]:
     """Returns a JSON Schema for each form that a list item may have.
 
     One form is a mapping, such as `{name: flip}`. If only the first field of the dataclass lacks a
@@ -126,8 +120,7 @@ def _mapping(cls: type) -> list[dict[str, Any]]:
     """
     fields, required = dataclasses.fields(cls), required_keys(cls)
     short = _forms(fields[0].type, fields[0].metadata) if required == [fields[0].name] else []
-    head = {"type": "object", "additionalProperties": False, "required": required}
-    return [*short, head | {"properties": {field.name: _key(field) for field in fields}}]
+    return [*short, _mapping(cls, required=required)]
 
 
 if __name__ == "__main__":

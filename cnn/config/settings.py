@@ -58,8 +58,12 @@ PATHS = ("data.root", "model.weights")  # "~" at the beginning is the user's hom
 
 KNOWN_DATASETS = ("mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "svhn")
 DATA_NAMES = ("digits", "synthetic", *KNOWN_DATASETS, "folder", "csv")
+LAYOUTS = ("auto", "classes", "splits")
+SAMPLERS = ("shuffle", "balanced")
+DUPLICATES = ("drop", "keep", "stop", "ignore")
 AUGMENTATIONS = ("crop", "flip", "rotate", "color", "resized_crop", "erase")
 MODEL_NAMES = ("simple_cnn", "lenet5", "resnet9", "resnet20")  # besides torchvision's
+MODEL_FORMS = f"{', '.join(MODEL_NAMES)}, torchvision's such as resnet18, or package.module:Class"
 OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "radam", "rmsprop", "adagrad", "adamax")
 LOSSES = ("cross_entropy",)
 SCHEDULES = ("constant", "step", "multistep", "cosine", "onecycle", "plateau")
@@ -67,6 +71,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 # f1 and auc are means over the classes. With two classes, auc belongs to class 1, the positive one.
 METRICS = ("acc", "loss", "balanced_acc", "f1", "auc", "log_loss", "ece")
 BINARY_METRICS = ("sensitivity", "specificity")  # with two classes only
+SHARE = {"above": 0, "below": 1}  # the limits of a share that is neither nothing nor all
 MONITORED = tuple(f"val_{name}" for name in METRICS + BINARY_METRICS)
 
 
@@ -90,28 +95,16 @@ class DataConfig:
 
     name: str = setting("digits", "dataset", FIXED, choices=DATA_NAMES, names_code=True)
     root: str = setting("data", "folder of the files; for csv, the file", FREE, experiment=True)
-    layout: str = setting(
-        "auto",
-        "what the folders in root are: classes, or splits that contain classes",
-        FIXED,
-        choices=("auto", "classes", "splits"),
-    )
+    layout: str = setting("auto", "what the folders in root are", FIXED, choices=LAYOUTS)
     download: bool = setting(False, "download missing files of a known dataset", FREE)
     args: dict[str, Any] = setting({}, "keyword arguments of synthetic or your own dataset", FIXED)
     batch_size: int = setting(64, "images per batch, over all processes", FIXED, least=1)
     num_workers: int = setting(0, "loader processes, 0 for none", FREE, least=0, most=1024)
-    val_fraction: float = setting(
-        0.1, "share of train held out where there is no val", FIXED, above=0, below=1
-    )
-    test_fraction: float = setting(
-        0.2, "share held out where there is no test", FIXED, above=0, below=1
-    )
+    val_fraction: float = setting(0.1, "share of train held out if there is no val", FIXED, **SHARE)
+    test_fraction: float = setting(0.2, "share held out if there is no test", FIXED, **SHARE)
     limit: int | None = setting(None, "use only this many training images", FIXED, least=1)
     sampler: str = setting(
-        "shuffle",
-        "every image once per epoch, or drawn with each class equally often",
-        FIXED,
-        choices=("shuffle", "balanced"),
+        "shuffle", "each image once, or each class equally often", FIXED, choices=SAMPLERS
     )
     image_size: int | None = setting(
         None, "side in pixels to resize and crop to; null: the data's own", FIXED, least=1
@@ -128,10 +121,7 @@ class DataConfig:
     )
     on_bad_image: str = setting("stop", "if an image is broken", FIXED, choices=("stop", "skip"))
     on_duplicate: str = setting(
-        "drop",
-        "copies in several splits: drop all but one, keep, or stop; ignore: do not look for copies",
-        FIXED,
-        choices=("drop", "keep", "stop", "ignore"),
+        "drop", "copies in several splits; ignore: do not look for them", FIXED, choices=DUPLICATES
     )
     verify: bool = setting(False, "read every file at the start, though it seems unchanged", FREE)
     tag: str | None = setting(None, "name of the data, for file names", FREE, experiment=True)
@@ -151,17 +141,10 @@ class DataConfig:
 class ModelConfig:
     """The settings of the network and of its initial weights."""
 
-    name: str = setting(
-        "simple_cnn",
-        f"{', '.join(MODEL_NAMES)}, a torchvision model, or package.module:Class",
-        FIXED,
-        names_code=True,
-    )
+    name: str = setting("simple_cnn", MODEL_FORMS, FIXED, names_code=True)
     args: dict[str, Any] = setting({}, "keyword arguments of the model", FIXED)
     pretrained: bool = setting(False, "download torchvision's weights", FREE, experiment=True)
-    weights: str | None = setting(
-        None, "file of weights to start from, instead of a download", FREE, experiment=True
-    )
+    weights: str | None = setting(None, "file of weights to start from", FREE, experiment=True)
 
 
 @dataclass(frozen=True)
@@ -173,11 +156,7 @@ class LossConfig:
         0.0, "share of the target spread over all classes", ASKED, least=0, below=1
     )
     class_weights: str | list[float] | None = setting(
-        None,
-        "balanced (by training counts), or one number per class",
-        ASKED,
-        choices=("balanced",),
-        above=0,
+        None, "balanced (by counts), or a number per class", ASKED, choices=("balanced",), above=0
     )
     args: dict[str, Any] = setting({}, "keyword arguments of your own loss", ASKED)
 
@@ -215,7 +194,7 @@ class ScheduleConfig:
     warmup_epochs: float = setting(
         0.0, "linear rise from 0 first, per step; not for onecycle", ASKED, least=0, most=10**6
     )
-    gamma: float = setting(0.1, "factor of step, multistep and plateau", ASKED, above=0, below=1)
+    gamma: float = setting(0.1, "factor of step, multistep and plateau", ASKED, **SHARE)
     step_epochs: int = setting(30, "step: epochs between two drops", ASKED, least=1)
     milestones: list[int] = setting([], "multistep: epochs of the drops", ASKED, least=1)
     patience: int = setting(5, "plateau: epochs without improvement before a drop", ASKED, least=0)
@@ -230,13 +209,11 @@ class TrainConfig:
     precision: str = setting("auto", "number format", ASKED, choices=PRECISIONS)
     compile: bool = setting(False, "torch.compile the model", ASKED, experiment=False)
     deterministic: bool = setting(False, "CUDA: repeatable kernels only", ASKED)
-    sync_batchnorm: bool = setting(
-        False, "several GPUs: BatchNorm over the whole batch, not each GPU's share", ASKED
-    )
+    sync_batchnorm: bool = setting(False, "BatchNorm over the whole batch of all GPUs", ASKED)
     clip_grad_norm: float | None = setting(None, "largest norm of the gradient", ASKED, above=0)
     accumulate: int = setting(1, "batches per optimizer step", FIXED, least=1)
     ema_decay: float | None = setting(
-        None, "average the weights: share kept per step, such as 0.999", ASKED, above=0, below=1
+        None, "average the weights: share kept per step, such as 0.999", ASKED, **SHARE
     )
     early_stop_patience: int | None = setting(
         None, "stop after epochs without improvement", FREE, least=1, experiment=True, scratch=None
@@ -254,27 +231,17 @@ class CheckpointConfig:
     every_epochs: int | None = setting(
         None, "keep epoch_005.pth and so on every this many epochs", FREE, least=1, scratch=None
     )
-    every_minutes: float | None = setting(
-        5.0, "save last.pth within an epoch this often", FREE, above=0
-    )
-    every_steps: int | None = setting(
-        None, "save last.pth within an epoch every this many steps", FREE, least=1
-    )
+    every_minutes: float | None = setting(5.0, "minutes between saves of last.pth", FREE, above=0)
+    every_steps: int | None = setting(None, "steps between saves of last.pth", FREE, least=1)
 
 
 @dataclass(frozen=True)
 class LogConfig:
     """The settings of the progress lines, the HTML report and the TensorBoard files."""
 
-    every_seconds: float = setting(
-        30.0, "without a terminal: seconds between progress lines", FREE, above=0
-    )
-    report: bool = setting(
-        True, "logs/report.html and figures; needs matplotlib", FREE, scratch=False
-    )
-    tensorboard: bool = setting(
-        False, "event files in logs/tensorboard; needs tensorboard", FREE, scratch=False
-    )
+    every_seconds: float = setting(30.0, "seconds between progress lines in a log", FREE, above=0)
+    report: bool = setting(True, "report.html and figures; needs matplotlib", FREE, scratch=False)
+    tensorboard: bool = setting(False, "logs/tensorboard; needs tensorboard", FREE, scratch=False)
 
 
 @dataclass(frozen=True)

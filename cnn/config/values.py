@@ -17,6 +17,8 @@ import yaml
 from cnn.config.settings import is_import_path, required_keys
 from cnn.errors import InvalidValue
 
+Metadata = Mapping[str, Any]  # of a dataclass field that the function `setting` made
+
 # For each limit of a number: the comparison, the words for a message, the keyword of JSON Schema.
 LIMITS: dict[str, tuple[Callable[[Any, Any], bool], str, str]] = {
     "least": (operator.ge, "of at least", "minimum"),
@@ -29,7 +31,7 @@ QUOTES = ("'", '"')
 EXPECTED = {types.NoneType: "null", bool: "true or false", dict: "a mapping {key: value}"}
 
 
-def read_value(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
+def read_value(node: yaml.Node, kind: Any, meta: Metadata, place: str = "") -> Any:
     """Reads the value of a setting from a YAML node, and checks the value.
 
     Args:
@@ -37,42 +39,41 @@ def read_value(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
         kind: the type of the setting: bool, int, float, str, list[...], dict[str, Any], a dataclass
             such as GroupConfig, or a union of these types and None.
         meta: the metadata of the setting, with its choices and limits.
+        place: the place of the node within the setting, such as "[1].scale".
 
     Raises:
         InvalidValue: the value has another type, is not one of the choices, or is beyond a limit.
+            The message begins with the place.
     """
     kinds = alternatives(kind)
     if is_null(node) and types.NoneType in kinds:
         return None
     for each in kinds:
         with contextlib.suppress(ValueError):
-            return _read_as(node, each, meta)
+            return _read_as(node, each, meta, place)
     near = suggest(node.value.lower(), meta["choices"]) if isinstance(node, yaml.ScalarNode) else ""
-    raise InvalidValue(f": expected {_expected(kind, meta)}, got {describe_node(node)}{near}")
+    got = f"{describe_node(node)}{near}"
+    raise InvalidValue(f"{place}: expected {_expected(kind, meta)}, got {got}")
 
 
-def read_list(node: yaml.SequenceNode, kind: Any, meta: Mapping[str, Any]) -> list[Any]:
+def read_list(node: yaml.SequenceNode, kind: Any, meta: Metadata, place: str = "") -> list[Any]:
     """Reads every item of a YAML list as a value of the same type.
 
     Args:
         node: the list.
         kind: the type of the items, such as float or GroupConfig.
         meta: the metadata of the setting, with the choices and limits of the items.
+        place: the place of the list within the setting, as for `read_value`.
 
     Raises:
-        InvalidValue: an item is wrong. The message begins with the index of the item, such as
+        InvalidValue: an item is wrong. The message begins with the place of the item, such as
             "[1]".
     """
-    values = []
-    for number, item in enumerate(node.value):
-        try:
-            values.append(read_value(item, kind, meta))
-        except InvalidValue as mistake:
-            raise InvalidValue(f"[{number}]{mistake}") from None
-    return values
+    items = enumerate(node.value)
+    return [read_value(item, kind, meta, f"{place}[{number}]") for number, item in items]
 
 
-def _read_mapping(node: yaml.Node, cls: type) -> Any:
+def _read_mapping(node: yaml.Node, cls: type, place: str) -> Any:
     """Reads an item of a YAML list as a dataclass.
 
     The item is a mapping, such as `{name: flip}`. If only the first field of the dataclass lacks a
@@ -81,6 +82,7 @@ def _read_mapping(node: yaml.Node, cls: type) -> Any:
     Args:
         node: the item.
         cls: the dataclass, such as AugmentationConfig.
+        place: the place of the item within the setting, as for `read_value`.
 
     Raises:
         InvalidValue: the item has another form, a key is unknown, repeated or missing, or a value
@@ -90,55 +92,63 @@ def _read_mapping(node: yaml.Node, cls: type) -> Any:
     required = required_keys(cls)
     first = next(iter(fields.values()))
     if isinstance(node, yaml.ScalarNode) and required == [first.name]:
-        return cls(read_value(node, first.type, first.metadata))
+        return cls(read_value(node, first.type, first.metadata, place))
     if not isinstance(node, yaml.MappingNode):
-        raise InvalidValue(f": expected {_expected(cls, {})}, got {describe_node(node)}")
+        raise InvalidValue(f"{place}: expected {_expected(cls, {})}, got {describe_node(node)}")
     values = {}
-    for key_node, item in node.value:
-        key = key_node.value
+    for key, item in _items(node, place).items():
         if key not in fields:
-            raise InvalidValue(f".{key}: no such key{suggest(key, fields)}")
-        if key in values:
-            raise InvalidValue(f".{key}: given twice")
-        try:
-            values[key] = read_value(item, fields[key].type, fields[key].metadata)
-        except InvalidValue as mistake:
-            raise InvalidValue(f".{key}{mistake}") from None
+            raise InvalidValue(f"{place}.{key}: no such key{suggest(key, fields)}")
+        values[key] = read_value(item, fields[key].type, fields[key].metadata, f"{place}.{key}")
     for key in required:
         if key not in values:
-            raise InvalidValue(f".{key}: missing; expected {_expected(cls, {})}")
+            raise InvalidValue(f"{place}.{key}: missing; expected {_expected(cls, {})}")
     return cls(**values)
 
 
-def plain_value(node: yaml.Node) -> Any:
+def _items(node: yaml.MappingNode, place: str) -> dict[str, yaml.Node]:
+    """Returns the values of a YAML mapping by key.
+
+    Args:
+        node: the mapping.
+        place: the place of the mapping within the setting, as for `read_value`.
+
+    Raises:
+        InvalidValue: a key is given twice.
+    """
+    items: dict[str, yaml.Node] = {}
+    for key, item in node.value:
+        if key.value in items:
+            raise InvalidValue(f"{place}.{key.value}: given twice")
+        items[key.value] = item
+    return items
+
+
+def plain_value(node: yaml.Node, place: str = "") -> Any:
     """Reads a plain value of any type from a YAML node.
 
     A plain value is None, a bool, int, float or text, or a list or dict of plain values.
 
     Args:
         node: the node.
+        place: the place of the value within the setting, as for `read_value`.
 
     Raises:
         InvalidValue: a key is given twice, or a text contains control characters.
     """
     if isinstance(node, yaml.SequenceNode):
-        return [plain_value(item) for item in node.value]
+        return [plain_value(item, place) for item in node.value]
     if isinstance(node, yaml.MappingNode):
-        values = {}
-        for key, item in node.value:
-            if key.value in values:
-                raise InvalidValue(f".{key.value}: given twice")
-            values[key.value] = plain_value(item)
-        return values
+        return {key: plain_value(item, place) for key, item in _items(node, place).items()}
     if is_null(node):
         return None
     for kind in (bool, int, float, str):
         with contextlib.suppress(ValueError):
             return _read_scalar(node, kind)
-    raise InvalidValue(f": expected plain values, got {describe_node(node)}")
+    raise InvalidValue(f"{place}: expected plain values, got {describe_node(node)}")
 
 
-def _read_as(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
+def _read_as(node: yaml.Node, kind: Any, meta: Metadata, place: str) -> Any:
     """Reads the value of a setting as a value of one type.
 
     If the type is a list or dict, null is read as an empty list or dict.
@@ -147,20 +157,21 @@ def _read_as(node: yaml.Node, kind: Any, meta: Mapping[str, Any]) -> Any:
         node: the YAML node of the value.
         kind: the type, such as int, list[str] or GroupConfig, but not a union.
         meta: the metadata of the setting, with its choices and limits.
+        place: the place of the node within the setting, as for `read_value`.
 
     Raises:
         ValueError: the value has another type, is not one of the choices, or is beyond a limit.
         InvalidValue: the value is a list or a mapping with a wrong item.
     """
     if dataclasses.is_dataclass(kind):
-        return _read_mapping(node, kind)
+        return _read_mapping(node, kind, place)
     origin = typing.get_origin(kind)
     if origin is not None and is_null(node):
         return origin()  # an empty list or dict
     if origin is list and isinstance(node, yaml.SequenceNode):
-        return read_list(node, typing.get_args(kind)[0], meta)
+        return read_list(node, typing.get_args(kind)[0], meta, place)
     if origin is dict and isinstance(node, yaml.MappingNode):
-        return plain_value(node)
+        return plain_value(node, place)
     value = _read_scalar(node, kind)
     if not _is_allowed(value, meta):
         raise ValueError
@@ -204,14 +215,11 @@ def is_null(node: yaml.Node) -> bool:
     Args:
         node: the node.
     """
-    return (
-        isinstance(node, yaml.ScalarNode)
-        and node.style not in QUOTES
-        and node.value.lower() in ("", "null", "~")
-    )
+    is_unquoted = isinstance(node, yaml.ScalarNode) and node.style not in QUOTES
+    return is_unquoted and node.value.lower() in ("", "null", "~")
 
 
-def _is_allowed(value: Any, meta: Mapping[str, Any]) -> bool:
+def _is_allowed(value: Any, meta: Metadata) -> bool:
     if isinstance(value, str):
         if meta["choices"] and value not in meta["choices"]:
             return meta["names_code"] and is_import_path(value)
@@ -233,11 +241,11 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
     return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
 
 
-def _expected(kind: Any, meta: Mapping[str, Any]) -> str:
+def _expected(kind: Any, meta: Metadata) -> str:
     return " or ".join(_expected_as(each, meta) for each in alternatives(kind))
 
 
-def _expected_as(kind: Any, meta: Mapping[str, Any]) -> str:
+def _expected_as(kind: Any, meta: Metadata) -> str:
     """Describes the values that a setting may have, such as "a number above 0".
 
     Args:
@@ -279,12 +287,10 @@ def describe_node(node: yaml.Node) -> str:
     if is_null(node):
         return "null" if node.value else "nothing"
     text = node.value if len(node.value) <= 60 else node.value[:57] + "..."
-    if not text.isprintable():
-        return ascii(text)
-    return repr(text) if node.style in QUOTES else text
+    return repr(text) if node.style in QUOTES or not text.isprintable() else text
 
 
-def choices_of(meta: Mapping[str, Any]) -> list[str]:
+def choices_of(meta: Metadata) -> list[str]:
     """Returns the words that a setting accepts, such as ["sgd", "adam"].
 
     If the setting may name code of the user, the last word is "package.module:name".

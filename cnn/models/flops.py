@@ -77,11 +77,6 @@ def _count_attention(args: tuple, _out: Any) -> int:
 
 
 PRODUCTS = (aten.mm, aten.bmm, aten.addmm, aten.baddbmm)
-ATTENTION = (
-    aten._scaled_dot_product_flash_attention,
-    aten._scaled_dot_product_flash_attention_for_cpu,
-    aten._scaled_dot_product_efficient_attention,
-    aten._scaled_dot_product_cudnn_attention,
-)
-COUNTS = dict.fromkeys(PRODUCTS, _count_product) | dict.fromkeys(ATTENTION, _count_attention)
-COUNTS[aten.convolution] = _count_convolution
+ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+COUNTS = {aten.convolution: _count_convolution} | dict.fromkeys(PRODUCTS, _count_product)
+COUNTS |= {getattr(aten, f"_scaled_dot_product_{kind}"): _count_attention for kind in ATTENTION}

@@ -78,17 +78,10 @@ class ResNet20(nn.Module):
     def __init__(self, num_classes: int, in_channels: int, blocks: int = 3, width: int = 16):
         super().__init__()
         self.stem = conv_bn_relu(in_channels, width)
-        stages = []
-        channels = width
-        for stage in range(3):
-            for number in range(blocks):
-                out_channels = width * 2**stage
-                stride = 2 if stage > 0 and number == 0 else 1
-                stages.append(BasicBlock(channels, out_channels, stride))
-                channels = out_channels
-        self.stages = nn.Sequential(*stages)
+        widths = [width * 2**stage for stage in range(3) for _ in range(blocks)]
+        self.stages = nn.Sequential(*map(BasicBlock, [width, *widths], widths))
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(channels, num_classes)
+        self.classifier = nn.Linear(4 * width, num_classes)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)  # He et al. (2015), as in the paper
@@ -102,20 +95,20 @@ class ResNet20(nn.Module):
 class BasicBlock(nn.Module):
     """A residual block that adds the input to the output of two convolutions.
 
-    ReLU is applied to the sum. With a stride above 1, only every `stride`-th row and column of the
-    input is added. If the output has more channels than the input, channels of zeros are appended
-    to the input (option A of He et al., 2016).
+    ReLU is applied to the sum. If the output has more channels than the input, the output has half
+    the height and width. Every second row and column of the input is then added, and channels of
+    zeros are appended to the input (option A of He et al., 2016).
 
     Args:
         in_channels: number of channels of the input.
         out_channels: number of channels of the output, at least `in_channels`.
-        stride: stride of the first convolution.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.stride, self.added_channels = stride, out_channels - in_channels
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.added_channels = out_channels - in_channels
+        self.stride = 2 if self.added_channels else 1
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, self.stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)

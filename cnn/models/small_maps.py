@@ -20,25 +20,21 @@ MAX_ROW = 64  # width of the images laid side by side
 
 
 def use_small_maps(model: nn.Module) -> None:
-    """Replaces convolutions of a model by convolutions that train faster.
+    """Makes convolutions of a model train faster.
 
-    The new convolutions are faster only on a CPU with AMX, in bf16 autocast. The feature maps must
+    The convolutions are faster only on a CPU with AMX, in bf16 autocast. The feature maps must
     be at most 8 pixels wide.
 
-    A convolution is replaced if the height and width of the input stay the same. The kernel must be
-    square and larger than 1. Convolutions with bias, groups or dilation are not replaced. The
-    parameters, hooks and names of the convolutions stay the same.
+    A convolution gets the class `Conv2d` of this module if the height and width of the input stay
+    the same. The kernel must be square and larger than 1. Convolutions with bias, groups or
+    dilation stay unchanged. The parameters, hooks and names of the convolutions stay the same.
 
     Args:
-        model: the model, whose convolutions are replaced in place. A model that is itself a
-            convolution stays unchanged.
+        model: the model, whose convolutions are changed in place.
     """
-    for parent in model.modules():
-        for name, module in parent.named_children():
-            if type(module) is nn.Conv2d and _keeps_size(module):
-                replacement = Conv2d.__new__(Conv2d)
-                replacement.__dict__ = module.__dict__
-                setattr(parent, name, replacement)
+    for module in model.modules():
+        if type(module) is nn.Conv2d and _keeps_size(module):
+            module.__class__ = Conv2d
 
 
 class Conv2d(nn.Conv2d):
@@ -57,7 +53,7 @@ class Conv2d(nn.Conv2d):
 
 
 def _keeps_size(module: nn.Conv2d) -> bool:
-    """Returns whether a convolution can be replaced by this module's class `Conv2d`.
+    """Returns whether a convolution can get this module's class `Conv2d`.
 
     The kernel must be square, odd and larger than 1. The stride must be 1. Zero padding must keep
     the height and width of the input. The convolution must have no dilation, groups or bias.

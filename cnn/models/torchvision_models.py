@@ -5,7 +5,7 @@ from urllib.error import URLError
 
 import torch
 
-from cnn.config.settings import MODEL_NAMES
+from cnn.config.settings import MODEL_FORMS, MODEL_NAMES
 from cnn.config.values import suggest
 from cnn.errors import Refused
 from cnn.models.weights import adapt_first_convolution, load_matching
@@ -33,8 +33,7 @@ def build(name: str, num_classes: int, in_channels: int, pretrained: bool, args:
     known = models.list_models(module=models)
     if name not in known:
         hint = suggest(name, [*MODEL_NAMES, *known])
-        others = "a torchvision classification model such as resnet18, or package.module:Class"
-        raise Refused(f"model.name: expected {', '.join(MODEL_NAMES)}, {others}; got {name}{hint}")
+        raise Refused(f"model.name: expected {MODEL_FORMS}; got {name}{hint}")
     if name in AUXILIARY_HEADS:
         args = {"aux_logits": False, "init_weights": True} | args
     try:
@@ -53,7 +52,6 @@ def _fetch(weights: Any, name: str) -> dict[str, torch.Tensor]:
         return weights.get_state_dict(progress=True, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
         file = weights.url.rsplit("/", 1)[-1]
-        raise Refused(
-            f"model.pretrained: cannot fetch the weights of {name} ({error}); without internet,"
-            f" fetch {weights.url} elsewhere, copy the file here, and set model.weights={file}"
-        ) from None
+        fault = f"cannot fetch the weights of {name} ({error}); without internet, fetch"
+        advice = f"{weights.url} elsewhere, copy the file here, and set model.weights={file}"
+        raise Refused(f"model.pretrained: {fault} {advice}") from None

@@ -158,19 +158,14 @@ def adapt_first_convolution(model: nn.Module, in_channels: int) -> None:
     has the same features as before. A model without convolution stays unchanged.
 
     Args:
-        model: the model. The first convolution of the model is replaced in place.
+        model: the model. The first convolution of the model is changed in place.
         in_channels: the new number of image channels.
     """
-    name, old = _first_convolution(model)
-    if old is None:
-        return
-    shape = (old.kernel_size, old.stride, old.padding)
-    new = nn.Conv2d(in_channels, old.out_channels, *shape, bias=old.bias is not None)
-    with torch.no_grad():
-        new.weight.copy_(_adapt_channels(old.weight, in_channels))
-        if old.bias is not None:
-            new.bias.copy_(old.bias)
-    model.set_submodule(name, new)
+    _, convolution = _first_convolution(model)
+    if convolution is not None:
+        weight = _adapt_channels(convolution.weight.detach(), in_channels)
+        convolution.weight = nn.Parameter(weight.contiguous())
+        convolution.in_channels = in_channels
 
 
 def _first_convolution(model: nn.Module) -> tuple[str, nn.Conv2d | None]:

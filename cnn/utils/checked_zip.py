@@ -66,7 +66,7 @@ def write_archive(content: Any, file: IO[bytes]) -> None:
             raise error.__context__ from None
         raise
     with zipfile.ZipFile(file) as archive:
-        comment = MARK + _frame_checksum(file, archive, file.seek(0, 2))
+        comment = MARK + _checksum(file, archive.infolist(), file.seek(0, 2))
     file.seek(-2, 2)
     file.write(len(comment).to_bytes(2, "little") + comment)
 
@@ -193,56 +193,36 @@ def _check_frame(path: Path, file: IO[bytes], archive: zipfile.ZipFile) -> None:
     end = file.read(END_BYTES)
     if not end.startswith(END_MARK) or end[-2:] != len(comment).to_bytes(2, "little"):
         raise zipfile.BadZipFile("the end record does not fit the end of the file")
-    if comment.startswith(FIRST_MARK):
-        expected = FIRST_MARK + _checksum(file, [(0, size - 2)])
-    else:
-        expected = MARK + _frame_checksum(file, archive, size)
-    if comment not in (b"", expected):
+    is_first = comment.startswith(FIRST_MARK)
+    mark, left_out = (FIRST_MARK, []) if is_first else (MARK, archive.infolist())
+    if comment not in (b"", mark + _checksum(file, left_out, size)):
         raise Refused(f"{path}: damaged: the checksum over the file does not hold")
 
 
-def _frame_checksum(file: IO[bytes], archive: zipfile.ZipFile, size: int) -> bytes:
-    """Computes the SHA-256 of a zip file without the data of the members.
+def _checksum(file: IO[bytes], left_out: list[zipfile.ZipInfo], size: int) -> bytes:
+    """Computes the SHA-256 of a zip file without the data of some members.
 
-    The comment at the end of the file is left out, because the comment contains the checksum.
+    The comment at the end of the file is left out, because the comment contains the checksum. Two
+    zero bytes stand for the length of an empty comment.
 
     Args:
         file: the open file.
-        archive: the zip archive in the file.
+        left_out: the members whose data are left out.
         size: the size of the file without the comment, in bytes.
 
     Returns:
         The checksum in hexadecimal digits.
     """
-    spans, position = [], 0
-    for member in sorted(archive.infolist(), key=lambda member: member.header_offset):
+    sha256, position = hashlib.sha256(), 0
+    for member in sorted(left_out, key=lambda member: member.header_offset):
         file.seek(member.header_offset)
         lengths = struct.unpack("<HH", file.read(LOCAL_HEADER_BYTES)[-4:])
         start = member.header_offset + LOCAL_HEADER_BYTES + sum(lengths)
-        spans.append((position, start))
+        file.seek(position)
+        sha256.update(file.read(max(start - position, 0)))
         position = start + member.compress_size
-    return _checksum(file, [*spans, (position, size - 2)])
-
-
-def _checksum(file: IO[bytes], spans: list[tuple[int, int]]) -> bytes:
-    """Computes one SHA-256 of several spans of a file and two zero bytes.
-
-    The zero bytes follow the last span. The zero bytes stand for the length of an empty comment at
-    the end of a zip file.
-
-    Args:
-        file: the open file.
-        spans: the start and the end of each span, as byte offsets. The byte at the end is not part
-            of the span.
-
-    Returns:
-        The checksum in hexadecimal digits.
-    """
-    sha256 = hashlib.sha256()
-    for start, end in spans:
-        file.seek(start)
-        sha256.update(file.read(max(end - start, 0)))
-    sha256.update(b"\0\0")
+    file.seek(position)
+    sha256.update(file.read(max(size - 2 - position, 0)) + b"\0\0")
     return sha256.hexdigest().encode()
 
 

@@ -102,8 +102,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """
     content = read_plain_values(path)
     _check_kind(path, content)
-    states = {key for key in content if isinstance(key, str) and key.endswith("_dict")}
-    values = {key: value for key, value in content.items() if key not in states}
+    values = {key: value for key, value in content.items() if not str(key).endswith("_dict")}
     try:
         structure.check_values(values)
         structure.check(values, structure.METADATA)

@@ -45,11 +45,6 @@ def is_real(value: Any, ndim: int) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim == ndim and not value.is_complex()
 
 
-def is_amount(value: Any) -> bool:
-    """Returns whether a value is a finite int or float of at least 0."""
-    return type(value) in (int, float) and 0 <= value < math.inf
-
-
 def is_plain(value: Any) -> bool:
     """Returns whether a value contains no tensors and no dict keys except texts.
 
@@ -68,7 +63,7 @@ NULL = Leaf("null", lambda value: value is None)
 TEXT = Leaf("text", lambda value: type(value) is str)
 WHOLE = Leaf("a whole number of at least 0", lambda v: type(v) is int and 0 <= v < MAX_INT)
 NUMBER = Leaf("a number", lambda v: type(v) in (int, float) and v >= -math.inf)  # but not NaN
-AMOUNT = Leaf("a finite number of at least 0", is_amount)
+AMOUNT = Leaf("a finite number of at least 0", lambda v: NUMBER.matches(v) and 0 <= v < math.inf)
 METRIC = Leaf("a number or null", lambda value: type(value) in (int, float, NoneType))
 TENSOR = Leaf("a tensor", lambda value: isinstance(value, torch.Tensor))
 SCALAR = Leaf("a tensor () of real numbers", lambda value: is_real(value, 0))
@@ -79,10 +74,8 @@ VECTOR = Leaf("a tensor (N) of real numbers", lambda value: is_real(value, 1))
 WEIGHTS = {"*_extra_state": ANY, "*": TENSOR}
 PREDICTIONS = {"prediction": VECTOR, "probability": VECTOR}
 SUMS = {"loss": SCALAR, "correct": SCALAR, "weight?": (AMOUNT, SCALAR), "count": WHOLE}
-SCALING = {
-    **dict.fromkeys(("scale", "growth_factor", "backoff_factor"), AMOUNT),
-    **dict.fromkeys(("growth_interval", "_growth_tracker"), WHOLE),
-}
+SCALING = dict.fromkeys(("scale", "growth_factor", "backoff_factor"), AMOUNT)
+SCALING |= dict.fromkeys(("growth_interval", "_growth_tracker"), WHOLE)
 PLATEAU = {"best": NUMBER, "num_bad_epochs": WHOLE, "cooldown_counter": WHOLE, "last_epoch": WHOLE}
 RATES = dict.fromkeys(("lr", "images_per_second", "seconds"), AMOUNT)
 EPOCH = {"epoch": WHOLE, "step": WHOLE, "train_loss": NUMBER, "val_loss": NUMBER, **RATES}

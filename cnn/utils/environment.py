@@ -172,9 +172,8 @@ def environment_changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     Returns:
         A text for each change, such as "threads 2 → 4".
     """
-    return [
-        f"{key} {then.get(key)} → {now[key]}" for key in BITS_DEPEND_ON if then.get(key) != now[key]
-    ]
+    changed = [key for key in BITS_DEPEND_ON if then.get(key) != now[key]]
+    return [f"{key} {then.get(key)} → {now[key]}" for key in changed]
 
 
 def make_deterministic() -> None:

@@ -50,8 +50,7 @@ class _File(logging.FileHandler):
 
     def __init__(self, path: Path, prefix: str):
         # Ranks other than 0 have a prefix. They create the file only when they have a message.
-        delay = bool(prefix)
-        super().__init__(path, mode="a", encoding="utf-8", delay=delay, errors="backslashreplace")
+        super().__init__(path, encoding="utf-8", delay=bool(prefix), errors="backslashreplace")
         self.setFormatter(_Formatter(f"%(asctime)s %(levelname)s {prefix}%(message)s"))
         self._has_warned = False
 

@@ -36,10 +36,9 @@ def state_preserved(*modules: nn.Module) -> Iterator[None]:
             try:
                 load_state(module, state, strict=False)
             except RuntimeError as error:
-                raise Refused(
-                    f"{type(module).__name__}: what its forward pass changes can neither be put"
-                    f" back nor be resumed: {str(error).splitlines()[-1].strip()}"
-                ) from None
+                fault = "what its forward pass changes can neither be put back nor be resumed"
+                reason = str(error).splitlines()[-1].strip()
+                raise Refused(f"{type(module).__name__}: {fault}: {reason}") from None
 
 
 def load_state(module: nn.Module, state: dict[str, Any], *, strict: bool = True) -> None:

@@ -149,7 +149,7 @@ class RunFolder:
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
-                self._lock.acquire(timeout=0)
+                self._lock.acquire(timeout=0.05)
                 return
             except NotImplementedError:
                 logger.warning("%s: no file locks here; let no other run write", self.checkpoints)
@@ -159,11 +159,9 @@ class RunFolder:
                 if owner or time.monotonic() > deadline:
                     form = "process {process} on {machine} ({command}, since {since})"
                     named = form.format_map(owner) if owner else "another process"
-                    raise Refused(
-                        f"{self.checkpoints}: {named} is training there; wait for it, or give this"
-                        f" run a folder of its own with run=NAME"
-                    ) from None
-                time.sleep(0.05)
+                    advice = "wait for it, or give this run a folder of its own with run=NAME"
+                    fault = f"{named} is training there; {advice}"
+                    raise Refused(f"{self.checkpoints}: {fault}") from None
 
     def unlock(self) -> None:
         """Releases the lock, and removes empty folders that this process has created."""

@@ -69,13 +69,11 @@ def align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> l
         rows: the cells of each row. All rows have the same number of cells.
         right: the indices of the columns to align to the right, from 0.
     """
-    widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = enumerate(zip(row, widths, strict=True))
-        padded = [pad(cell, columns, right=number in right) for number, (cell, columns) in cells]
-        lines.append("  ".join(padded).rstrip())
-    return lines
+    columns = []
+    for number, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(display_width, column))
+        columns.append([pad(cell, width, right=number in right) for cell in column])
+    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
 
 
 def escape_unprintable(text: str, keep: str = "") -> str:
