@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,7 @@ class Data:
             The numbers of images under "train", "val" and "test", and a CRC-32 under "checksum".
             The CRC-32 covers the labels and names of all images. Of a path, only the file name
             counts. Except for a user's own dataset class, the CRC-32 depends on the pixels, too.
-            For image files, "content" has another CRC-32, which depends on every single pixel.
+            Another CRC-32, under "content", depends on every single pixel.
         """
         splits, checksum = self.splits, self.train.checksum()
         for images in splits.values():
@@ -118,8 +119,9 @@ class Data:
                 images.name(i).replace("\\", "/").rsplit("/", 1)[-1] for i in range(len(images))
             )
             checksum = zlib.crc32(os.fsencode(names), zlib.crc32(images.labels.tobytes(), checksum))
+        identities = np.concatenate([images.identities() for images in splits.values()])
         numbers = {split: len(images) for split, images in splits.items()}
-        return numbers | {"checksum": checksum, "content": self.train.content()}
+        return numbers | {"checksum": checksum, "content": zlib.crc32(identities)}
 
     def is_of(self, fingerprint: dict[str, int]) -> bool:
         """Returns whether a fingerprint belongs to this data.
@@ -135,20 +137,16 @@ def _some_of_each(labels: np.ndarray, number: int) -> np.ndarray:
 
     Args:
         labels: the label of each image (N).
-        number: the number of indices to return. If there are more classes than that, the returned
-            images are of classes at equal distances.
+        number: the number of indices to return. If there are more classes than that, the images
+            are of some of the classes, at equal distances.
 
     Returns:
         The indices in ascending order.
     """
-    turn = np.empty(len(labels), np.int64)
-    present = np.unique(labels)
-    for label in present:
-        turn[labels == label] = np.arange(np.count_nonzero(labels == label))
-    order = np.lexsort((labels, turn))
-    if number < len(present):
-        order = order[np.linspace(0, len(present) - 1, number).astype(int)]
-    return np.sort(order[:number])
+    by_class = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    some = by_class[:: -(-len(by_class) // number)]
+    in_turn = [index for turn in zip_longest(*some) for index in turn if index is not None]
+    return np.sort(in_turn[:number])
 
 
 def as_trained(cfg: DataConfig, fingerprint: dict[str, int]) -> DataConfig:

@@ -34,10 +34,11 @@ def divide(splits: Splits, cfg: DataConfig, seed: int) -> Splits:
     splits = dict(splits)
     for split, fraction in (("test", cfg.test_fraction), ("val", cfg.val_fraction)):
         if split not in splits:
-            copies = splits["train"].identities() if cfg.on_duplicate != "ignore" else None
-            held = _choose(splits["train"], fraction, seed, split, copies)
-            splits[split] = splits["train"].subset(np.flatnonzero(held))
-            splits["train"] = splits["train"].subset(np.flatnonzero(~held))
+            train = splits["train"]
+            groups = np.arange(len(train)) if cfg.on_duplicate == "ignore" else train.identities()
+            held = _choose(train, fraction, seed, split, groups)
+            splits[split] = train.subset(np.flatnonzero(held))
+            splits["train"] = train.subset(np.flatnonzero(~held))
     train = splits["train"]
     if cfg.limit is not None and cfg.limit < len(train):
         chosen = _permutation(len(train), seed, "limit")[: cfg.limit]
@@ -50,9 +51,7 @@ def _permutation(number: int, seed: int, use: str) -> np.ndarray:
     return np.random.default_rng(key).permutation(number)
 
 
-def _choose(
-    images: Images, fraction: float, seed: int, use: str, copies: np.ndarray | None
-) -> np.ndarray:
+def _choose(images: Images, fraction: float, seed: int, use: str, groups: np.ndarray) -> np.ndarray:
     """Chooses at random the images that are held out for another split.
 
     A fraction of each class is held out. A class of two or more images loses at least one image.
@@ -63,7 +62,7 @@ def _choose(
         fraction: the part of each class to hold out, between 0 and 1.
         seed: the seed of the run. The random choice depends on `seed` and `use`.
         use: the name of the split that gets the images, "val" or "test".
-        copies: a number per image (N), equal for copies of an image. None if no images are copies.
+        groups: a number per image (N), equal for copies of an image.
 
     Returns:
         Whether each image is held out, bool (N).
@@ -71,7 +70,6 @@ def _choose(
     Raises:
         Refused: no class has two images.
     """
-    groups = np.arange(len(images)) if copies is None else copies
     order = _permutation(len(images), seed, use)
     order = order[np.sort(np.unique(groups[order], return_index=True)[1])]  # one of all copies
     held = np.zeros(len(images), bool)

@@ -7,6 +7,7 @@ follow.
 """
 
 import copy
+import io
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from cnn.datasets.cache import array_hash, decode_all
+from cnn.datasets.cache import array_hash, content_hash, decode_all
 from cnn.datasets.decode import decode
 from cnn.datasets.scan import scan
 from cnn.datasets.value_range import PER_IMAGE, ValueRange
@@ -81,17 +82,14 @@ class Images:
         """
         return 0
 
-    def content(self) -> int:
-        """Returns a checksum of the image files of the dataset, or 0 if it has no files."""
-        return 0
+    def identities(self) -> np.ndarray:
+        """Returns a number for each image, uint64 (N).
 
-    def identities(self) -> np.ndarray | None:
-        """Returns a number for each image, or None if copies cannot be told.
-
-        Images with equal pixels have equal numbers, in all subsets of a dataset. This base class
-        always returns None.
+        Images with equal pixels have equal numbers, in all subsets of a dataset. This base class,
+        which does not know the pixels, returns other numbers for all names.
         """
-        return None
+        names = (self.name(index).encode() for index in range(len(self)))
+        return np.array([content_hash(io.BytesIO(name)) for name in names], np.uint64)
 
     def decoded(self, _size: int, _channels: int) -> torch.Tensor | None:
         """Returns the pixels of the whole dataset, or None if they cannot be kept in memory.
@@ -301,10 +299,6 @@ class FileImages(Images):
         The whole dataset is covered even if this object is a subset. No file is decoded.
         """
         return zlib.crc32(np.ascontiguousarray(self.files.scans["sums"]))
-
-    def content(self) -> int:
-        """Returns a CRC-32 of the contents of all files in the dataset, in their order."""
-        return zlib.crc32(np.ascontiguousarray(self.files.scans["pixels"]))
 
     def identities(self) -> np.ndarray:
         """Returns a number for each image, the same for images with the same pixels, uint64 (N)."""

@@ -70,10 +70,7 @@ def division(run: Run) -> str:
     Copies of an image are a group, which has a number. An image without copies has no group.
     """
     parts = run.data.splits
-    groups = [""] * sum(map(len, parts.values()))
-    identities = [images.identities() for images in parts.values()]
-    if all(numbers is not None for numbers in identities):
-        groups = [number or "" for number in number_groups(np.concatenate(identities)).tolist()]
+    identities = np.concatenate([images.identities() for images in parts.values()])
     images = (
         (part.name(index), run.data.classes[label], split)
         for split, part in parts.items()
@@ -82,5 +79,6 @@ def division(run: Run) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["image", "label", "split", "group"])
-    writer.writerows((*image, group) for image, group in zip(images, groups, strict=True))
+    groups = number_groups(identities).tolist()
+    writer.writerows((*image, group or "") for image, group in zip(images, groups, strict=True))
     return text.getvalue()
