@@ -1,13 +1,12 @@
 """What the data of a run are: logs/data.txt, and who was where: logs/division.csv."""
 
-import csv
-import io
 from collections import Counter
 
 import numpy as np
 
 from cnn.datasets.copies import number_groups
 from cnn.datasets.images import FileImages
+from cnn.records.history import csv_text
 from cnn.training.run import Run
 from cnn.utils.screen import align_columns, escape_unprintable
 
@@ -79,8 +78,5 @@ def division(run: Run) -> str:
         for split, part in parts.items()
         for index, label in enumerate(part.labels)
     )
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "label", "split", "group"])
-    writer.writerows((*image, group) for image, group in zip(images, groups, strict=True))
-    return text.getvalue()
+    rows = ((*image, group) for image, group in zip(images, groups, strict=True))
+    return csv_text(["image", "label", "split", "group"], rows)

@@ -5,9 +5,7 @@ write a file does not stop the training. The failure is logged, and the file is 
 the next epoch.
 """
 
-import csv
 import importlib.util
-import io
 import json
 import logging
 import time
@@ -17,7 +15,7 @@ from typing import Self
 
 from cnn.config import Config
 from cnn.records import best_hparams, figures
-from cnn.records.history import write_history
+from cnn.records.history import csv_text, write_history
 from cnn.training.run import Run
 from cnn.utils.files import warn_unwritten, write_text
 
@@ -117,14 +115,12 @@ class Records:
         saved = self.state.predictions["val"]
         if len(saved["prediction"]) != len(images):  # the order would differ
             raise ValueError("some images were left out of the validation (data.on_bad_image=skip)")
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["image", "label", "prediction", "probability"])
         columns = images.labels, saved["prediction"].tolist(), saved["probability"].tolist()
-        for number, (label, prediction, probability) in enumerate(zip(*columns, strict=True)):
-            names = [images.name(number), classes[label], classes[prediction]]
-            writer.writerow([*names, f"{probability:.6g}"])
-        return text.getvalue()
+        rows = (
+            (images.name(number), classes[label], classes[prediction], f"{probability:.6g}")
+            for number, (label, prediction, probability) in enumerate(zip(*columns, strict=True))
+        )
+        return csv_text(["image", "label", "prediction", "probability"], rows)
 
     def _write_result(self) -> None:
         """Writes the file result.json.
