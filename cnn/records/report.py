@@ -113,10 +113,6 @@ class Report:
         """Returns the value of each variable in the template report.jinja."""
         cfg, history, data = self.run.cfg, self.state.history, self.run.data
         columns = list(history[-1])
-        counts = [[*data.classes, "all"]]  # a list per column
-        for images in data.splits.values():
-            numbers = np.bincount(images.labels, minlength=len(data.classes))
-            counts.append([*numbers, numbers.sum()])
         training = first_training_images(self.run)
         return self._headline() | {
             "title": f"{cfg.run + ': ' if cfg.run else ''}{cfg.model.name} on {cfg.data.name}",
@@ -127,8 +123,7 @@ class Report:
             "mistakes": self._mistakes() if "val" in self.state.predictions else None,
             "training": [(thumbnail(image), name) for image, name in training],
             "augmentations": as_text(cfg.data.augment)[1:-1] or "none",
-            "splits": list(data.splits),
-            "counts": list(zip(*counts, strict=True)),
+            "counts": data_sheet.class_table(data),
             "facts": list(data_sheet.facts(self.run).items()),
             "findings": data.findings.found,
             "columns": columns,
