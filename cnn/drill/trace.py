@@ -74,8 +74,7 @@ class Trace:
                 "images": digest(images),
                 "model": digest(state.model.state_dict()),
                 "optimizer": digest(state.optimizer.state_dict()),
-                "loss_sum": metrics.loss.item(),
-                "correct": metrics.correct.item(),
+                "metrics": [metrics.loss.item(), metrics.correct.item()],
             }
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
