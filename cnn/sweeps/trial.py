@@ -88,7 +88,7 @@ def _train(trial: TakenTrial, stop: StopSignals) -> tuple[int, bool]:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            pass_fds=[trial.lock.descriptor, read_end],
+            pass_fds=[trial.lock.fileno(), read_end],
             env={**os.environ, PARENT: str(read_end)},
         )
     os.close(read_end)
