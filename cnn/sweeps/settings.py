@@ -235,10 +235,7 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
     space = _read_space(entries.get("space"), mistakes)
     name = cfg.name or path.stem
     mistakes += _check_sweep(cfg, name, changes, space, places)
-    if mistakes:
-        reader.build(Config, common, mistakes)
-    else:
-        mistakes += _check_combinations(common, space)
+    mistakes += _check_combinations(common, space)
     if mistakes:
         raise Refused("\n".join(dict.fromkeys(mistakes)))
     typed_words = [word for word in words if word.partition("=")[0] in for_trials]
