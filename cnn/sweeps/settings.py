@@ -230,9 +230,9 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
     entries |= {key: item for key, item in typed.items() if key not in for_trials}
     cfg = reader.build(SweepConfig, entries, mistakes)
     places = {key: entries[key].where if key in entries else str(path) for key in sweep_keys}
-    changes = _read_settings(entries.get("settings"), mistakes) | for_trials
+    changes = reader.read_entries(*_mapping(entries, "settings"), mistakes) | for_trials
     common = _read_config(path.parent / cfg.config, places["config"], mistakes) | changes
-    space = _read_space(entries.get("space"), mistakes)
+    space = _read_space(*_mapping(entries, "space"), mistakes)
     name = cfg.name or path.stem
     mistakes += _check_sweep(cfg, name, changes, space, places)
     mistakes += _check_combinations(common, space)
@@ -263,31 +263,27 @@ def _read_config(file: Path, where: str, mistakes: list[str]) -> dict[str, Entry
     return {}
 
 
-def _read_settings(entry: Entry | None, mistakes: list[str]) -> dict[str, Entry]:
-    """Reads the value of the key `settings` in a sweep's YAML file.
-
-    The value consists of settings of train.py for all trials.
+def _mapping(entries: dict[str, Entry], key: str) -> tuple[yaml.MappingNode, str]:
+    """Returns the value of a sweep's key that is a mapping, and the file that contains the value.
 
     Args:
-        entry: the value, such as `{train.epochs: 3}` or `{train: {epochs: 3}}`; None if the file
-            does not have the key.
-        mistakes: the list that gets a message for each mistake.
+        entries: the entries of the sweep by key.
+        key: "settings" or "space".
 
     Returns:
-        The entries by dotted key, such as "train.epochs"; {} if `entry` is None or is not a
-        mapping.
+        The YAML node, which is empty if the key is missing or the value is not a mapping. The path
+        of the file is "command line" for a typed value.
     """
+    entry = entries.get(key)
     if entry is None or not isinstance(entry.node, yaml.MappingNode):
-        return {}
-    return reader.read_entries(entry.node, _file_of(entry), mistakes)
+        return yaml.MappingNode("tag:yaml.org,2002:map", []), ""
+    return entry.node, entry.where.rpartition(":")[0] or entry.where
 
 
-def _read_space(entry: Entry | None, mistakes: list[str]) -> Space:
+def _read_space(root: yaml.MappingNode, file: str, mistakes: list[str]) -> Space:
     space: Space = {}
-    if entry is None or not isinstance(entry.node, yaml.MappingNode):
-        return space
-    for key_node, node in entry.node.value:
-        key, where = str(key_node.value), reader.place_of(_file_of(entry), key_node)
+    for key_node, node in root.value:
+        key, where = str(key_node.value), reader.place_of(file, key_node)
         try:
             space[key] = _read_dimension(key, node, where)
         except InvalidValue as mistake:
@@ -336,18 +332,6 @@ def _read_range(
     if form == "log" and values[0] <= 0:
         raise InvalidValue(f".{form}: expected low above 0, got {values[0]}")
     return Range(*values, form == "log", [Entry(bound, where) for bound in bounds.value])
-
-
-def _file_of(entry: Entry) -> str:
-    """Returns the path of the file that contains a value.
-
-    Args:
-        entry: the value, with its place.
-
-    Returns:
-        The path, such as "configs/a.yaml"; "command line" for a typed value.
-    """
-    return entry.where.rpartition(":")[0] or entry.where
 
 
 # -- checking -----------------------------------------------------------------------------------
