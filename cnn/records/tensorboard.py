@@ -28,7 +28,6 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import hparams, scalar
 
 from cnn import config
-from cnn.metrics import scores
 from cnn.metrics.scores import Metrics
 from cnn.records import figures, report
 from cnn.training.run import Run
@@ -132,18 +131,14 @@ class TensorBoard:
             A list with the event. The list is empty if the event files already contain the picture,
             or if there is no best epoch. The list is also empty if matplotlib is not installed.
         """
-        best, predictions = self.state.best, self.state.predictions.get("val")
-        if not figures.is_available() or best is None or predictions is None:
+        best = self.state.best
+        if not figures.is_available() or best is None or "val" not in self.state.predictions:
             return []
         step = self.state.history[best["epoch"] - 1]["step"]
         if step in self._matrix_steps:
             return []
         self._matrix_steps.add(step)
-        classes, labels = self.run.data.classes, self.run.data.val.labels
-        matrix = scores.confusion(labels, predictions["prediction"].numpy(), len(classes))
-        title = f"validation, epoch {best['epoch']}"
-        png = figures.png(figures.draw_confusion, matrix, classes, title)
-        return [image("confusion", png, step)]
+        return [image("confusion", report.confusion_png(self.run, "val"), step)]
 
     def _initial_events(self) -> list[Event]:
         """Makes the event with the model's graph and an event with a picture.
