@@ -19,6 +19,7 @@ import contextlib
 import logging
 import math
 import random
+import sys
 import time
 import uuid
 import warnings
@@ -74,7 +75,7 @@ class TrialResult:
     reason: str = ""
 
 
-class TakenTrial:
+class TakenTrial(contextlib.AbstractContextManager):
     """A trial that this process trains.
 
     As a context manager, the object releases both locks at the end of the `with` block.
@@ -94,19 +95,14 @@ class TakenTrial:
             called.
     """
 
-    def __init__(
-        self, study: "Study", number: int, trial: optuna.Trial, lock: IO[bytes], owner: IO[bytes]
-    ):
-        self.study, self.number, self.trial = study, number, trial
+    def __init__(self, study: "Study", trial: optuna.Trial, lock: IO[bytes], owner: IO[bytes]):
+        self.study, self.number, self.trial = study, trial.number, trial
         self.lock, self.owner = lock, owner
-        self.run, self.monitor = study.sweep.run_name(number), study.sweep.monitor
-        self.output = study.lock_file(number).with_suffix(".txt")
+        self.run, self.monitor = study.sweep.run_name(trial.number), study.sweep.monitor
+        self.output = study.lock_file(trial.number).with_suffix(".txt")
         self.is_resumed = False
         self.values: dict[str, Any] = {}
         self._reported: set[int] = set()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.lock.close()
@@ -232,16 +228,14 @@ class Study:
         self.storage.engine.dispose()
 
     def _open(self) -> None:
-        after, pruner = self.sweep.cfg.prune_after_epochs, optuna.pruners.NopPruner()
-        if after is not None:
-            pruner = optuna.pruners.MedianPruner(MIN_TO_PRUNE, n_warmup_steps=after)
+        after = self.sweep.cfg.prune_after_epochs or sys.maxsize  # null: never
         try:
             self.storage = self._open_database()
             self.study = optuna.create_study(
                 storage=self.storage,
                 study_name=self.sweep.name,
                 direction={"min": "minimize", "max": "maximize"}[mode(self.sweep.monitor)],
-                pruner=pruner,
+                pruner=optuna.pruners.MedianPruner(MIN_TO_PRUNE, n_warmup_steps=after),
                 load_if_exists=True,
             )
             stored = self.study.user_attrs.get("sweep")
@@ -422,7 +416,7 @@ class Study:
             self.retry(lambda: self.storage.set_trial_state_values(trial._trial_id, running))
         self.study.sampler = self._sampler(number)
         taken = self.retry(lambda: optuna.Trial(self.study, trial._trial_id))
-        return TakenTrial(self, number, taken, lock, owner)
+        return TakenTrial(self, taken, lock, owner)
 
     def lock_file(self, number: int) -> Path:
         """Returns the path of a trial's lock file.
