@@ -1,5 +1,6 @@
 """Trains one trial of a sweep in a process of train.py, and reports the epochs of that process."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -92,21 +93,18 @@ def _train(trial: TakenTrial, stop: StopSignals) -> tuple[int, bool]:
             env={**os.environ, PARENT: str(read_end)},
         )
     os.close(read_end)
-    history, stamp = RunFolder(trial.run).logs.history, None
+    history = RunFolder(trial.run).logs.history
     passed_on, is_pruned = None, False
     try:
         while True:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 return process.wait(PAUSE), is_pruned
-            except subprocess.TimeoutExpired:
-                modified = history.stat().st_mtime_ns if history.exists() else None
             if stop.received != passed_on:
                 passed_on = stop.received
                 process.send_signal(passed_on)
-            elif not is_pruned and modified != stamp:
-                stamp = modified
-                if is_pruned := any(report_epochs(trial, read_history(history))):
-                    process.terminate()
+            elif not is_pruned and any(report_epochs(trial, read_history(history))):
+                is_pruned = True
+                process.terminate()
     except BaseException:
         process.terminate()
         process.wait()
@@ -188,10 +186,8 @@ def _last_message(output: Path, start: int) -> str:
     """
     with open(output, "rb") as file:
         file.seek(start)
-        lines = file.read().decode("utf-8", "replace").strip().splitlines()
-    errors = [index for index, line in enumerate(lines) if line.startswith("error: ")]
-    if errors:
-        lines = lines[errors[-1] :]
+        text = file.read().decode("utf-8", "replace").strip()
+    lines = f"\n{text}".rpartition("\nerror: ")[2].strip().splitlines()  # all if there is none
     if any(line.startswith("Traceback ") for line in lines):
         lines = lines[-1:]
-    return "\n".join(lines[-10:]).removeprefix("error: ")
+    return "\n".join(lines[-10:])
