@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from cnn.config import Config
+from cnn.errors import first_line
 from cnn.records import best_hparams, figures
 from cnn.records.history import csv_text, write_history
 from cnn.training.run import Run
@@ -55,15 +56,7 @@ class Records:
     def __enter__(self) -> Self:
         self._write_result()
         self._write_tables()
-        if self.run.cfg.log.tensorboard and has_tensorboard():
-            self._attempt("logs/tensorboard", self._open_tensorboard)
         return self
-
-    def _open_tensorboard(self) -> None:
-        from cnn.records.tensorboard import TensorBoard
-
-        self._tensorboard = TensorBoard(self.run)
-        self._tensorboard.rewrite()
 
     def write(self) -> None:
         """Updates the files of the run after an epoch.
@@ -72,8 +65,6 @@ class Records:
         kept.
         """
         self._write_tables()
-        if self._tensorboard is not None:
-            self._attempt("logs/tensorboard", self._tensorboard.append)
         if time.monotonic() >= self._next_report:
             self._write_report()
 
@@ -101,6 +92,14 @@ class Records:
         elif epoch != self._epoch_of_predictions:
             written = self._attempt(path, lambda: write_text(path, self._predictions()))
             self._epoch_of_predictions = epoch if written else None
+        if self.run.cfg.log.tensorboard and has_tensorboard():
+            self._attempt("logs/tensorboard", self._write_tensorboard)
+
+    def _write_tensorboard(self) -> None:
+        from cnn.records.tensorboard import TensorBoard
+
+        self._tensorboard = self._tensorboard or TensorBoard(self.run)
+        self._tensorboard.append()
 
     def _predictions(self) -> str:
         """Returns the text of predictions_val.csv, which has a row per validation image.
@@ -177,8 +176,8 @@ class Records:
             self._reasons.pop(record, None)
             return True
         except Exception as error:  # noqa: BLE001  no record shall stop a training
-            message = str(error).strip().splitlines() or [""]
-            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {message[0]}"
+            message = f"{type(error).__name__}: {first_line(error)}"
+            reason = getattr(error, "strerror", None) or message
             if self._reasons.get(record) != reason:
                 warn_unwritten(record, reason)
             self._reasons[record] = reason
@@ -197,9 +196,8 @@ def log_left_out(cfg: Config) -> None:
         cfg: the settings of the run, which say what files are wanted.
     """
     left_out = {}
-    if (cfg.log.report or cfg.log.tensorboard) and not figures.is_available():
-        report = "report.html, curves.png, confusion_matrix.png"
-        left_out["matplotlib"] = report if cfg.log.report else "TensorBoard's pictures"
+    if cfg.log.report and not figures.is_available():
+        left_out["matplotlib"] = "report.html, curves.png, confusion_matrix.png"
     if cfg.log.tensorboard and not has_tensorboard():
         left_out["tensorboard"] = "logs/tensorboard"
     if left_out:
