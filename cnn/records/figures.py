@@ -182,11 +182,9 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
     for number, x in enumerate(panel.marks):
         label = panel.mark_label if number == 0 else None
         axes.axvline(x, color="#8a8a8a", linestyle=":", linewidth=1, label=label)
-    axes.set_title(panel.title)
+    axes.set(title=panel.title, xlabel=panel.xlabel, xscale=panel.xscale)
     axes.grid(True)
-    axes.set_xlabel(panel.xlabel)
     if panel.xscale == "log":
-        axes.set_xscale("log")
         # The default labels, powers of ten, are math text, which figures.mplstyle turns off.
         axes.xaxis.set_major_formatter("{x:g}")
     else:
@@ -235,9 +233,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str = "") 
         axes.set_xticks(range(number), names, rotation=90, fontsize=size)
         axes.set_yticks(range(number), names, fontsize=size)
     axes.tick_params(length=0)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("labelled")
-    axes.set_title(title)
+    axes.set(xlabel="predicted", ylabel="labelled", title=title)
     return axes.figure
 
 
