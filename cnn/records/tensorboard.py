@@ -47,14 +47,13 @@ class TensorBoard:
         self.folder, self.run, self.state = run.folder.logs.tensorboard, run, run.state
         self._files: dict[str, Path] = {}  # the file of each part; {} if they have to be rewritten
 
-    def rewrite(self) -> None:
+    def _rewrite(self) -> None:
         """Replaces the event files by new files with the run's whole history.
 
         Events up to the present step with a picture or the model's graph are copied from the old
         files. All other events are made from the state of the run. Without old files, the graph and
         a picture of training images are made.
         """
-        self._files = {}
         kept = {part: self._read_images(part) for part in PARTS}
         if not kept["train"]:
             kept["train"] = self._initial_events()
@@ -69,7 +68,7 @@ class TensorBoard:
         All event files are written anew if the last write failed or if nothing was written before.
         """
         if not self._files:  # the last write failed, or there was none
-            self.rewrite()
+            self._rewrite()
             return
         files, self._files = self._files, {}
         for part, events in self._new_events().items():
