@@ -44,7 +44,8 @@ def run_trial(trial: TakenTrial, stop: StopSignals) -> TrialResult:
         Refused: train.py refused the settings.
         Stopped: this process received a signal. The training process has saved and exited.
     """
-    if trial.should_prune() and not _is_finished(trial.run):  # its pruning was interrupted
+    # If true, the pruning of the trial was interrupted.
+    if trial.should_prune() and read_run(f"logs/{trial.run}").status != "finished":
         return TrialResult(TrialState.PRUNED, epoch=trial.epoch)
     for _ in range(MAX_KILLED):
         start = trial.output.stat().st_size if trial.output.exists() else 0
@@ -148,13 +149,6 @@ def _read_result(trial: TakenTrial) -> TrialResult:
     if not best:
         return TrialResult(TrialState.FAIL, reason=f"{trial.monitor} is undefined in every epoch")
     return TrialResult(TrialState.COMPLETE, best[trial.monitor], int(best["epoch"]))
-
-
-def _is_finished(run: str) -> bool:
-    try:
-        return read_run(f"logs/{run}").status == "finished"
-    except Refused:  # there is no such run yet
-        return False
 
 
 def signal_name(status: int) -> str:
