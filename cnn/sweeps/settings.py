@@ -235,7 +235,7 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
     space = _read_space(*_mapping(entries, "space"), mistakes)
     name = cfg.name or path.stem
     mistakes += _check_sweep(cfg, name, changes, space, places)
-    mistakes += _check_combinations(common, space)
+    _check_combinations(common, space, mistakes)
     if mistakes:
         raise Refused("\n".join(dict.fromkeys(mistakes)))
     typed_words = [word for word in words if word.partition("=")[0] in for_trials]
@@ -379,7 +379,7 @@ def _check_sweep(
     return mistakes
 
 
-def _check_combinations(common: dict[str, Entry], space: Space) -> list[str]:
+def _check_combinations(common: dict[str, Entry], space: Space, mistakes: list[str]) -> None:
     """Checks the settings of train.py with the combinations of values to try.
 
     Only the two bounds of a range are tried. If there are more than 2,000 combinations, a random
@@ -388,16 +388,12 @@ def _check_combinations(common: dict[str, Entry], space: Space) -> list[str]:
     Args:
         common: the settings that all trials share, by dotted key.
         space: the values to try, by dotted key.
-
-    Returns:
-        A message for each mistake.
+        mistakes: the list that gets a message for each mistake.
     """
     options = {key: dimension.written for key, dimension in space.items()}
     size, generator = num_combinations(space), random.Random(0)
     indices = range(size)
     if size > MAX_CHECKED:
         indices = [generator.randrange(size) for _ in range(MAX_CHECKED)]
-    mistakes: list[str] = []
     for index in indices:
         reader.build(Config, common | combination(options, index), mistakes)
-    return mistakes
