@@ -45,13 +45,9 @@ class Records:
         self.folder, self.run, self.state = run.folder, run, run.state
         self._epoch_of_predictions: int | None = None  # the epoch in predictions_val.csv
         self._next_report = time.monotonic() + REPORT_PAUSE * FIRST_REPORT
-        self._report = self._tensorboard = None
+        self._tensorboard = None
         self._reasons: dict[Path | str, str] = {}  # why the last write of a record failed
         log_left_out(run.cfg)
-        if run.cfg.log.report and figures.is_available():
-            from cnn.records.report import Report
-
-            self._report = Report(run)
 
     def __enter__(self) -> Self:
         self._write_result()
@@ -139,12 +135,14 @@ class Records:
         self._attempt(path, lambda: write_text(path, text))
 
     def _write_report(self, *, last: bool = False) -> None:
-        if self._report is None:
+        if not self.run.cfg.log.report or not figures.is_available():
             return
-        start = time.monotonic()
-        self._attempt(self.folder.logs.report, self._report.write)
+        from cnn.records.report import Report
+
+        start, report = time.monotonic(), Report(self.run)
+        self._attempt(self.folder.logs.report, report.write)
         if last:
-            self._attempt("curves.png and confusion_matrix.png", self._report.write_pictures)
+            self._attempt("curves.png and confusion_matrix.png", report.write_pictures)
         now = time.monotonic()
         self._next_report = now + REPORT_PAUSE * (now - start)
 
