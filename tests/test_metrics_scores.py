@@ -162,4 +162,5 @@ def test_only_what_is_asked_for_is_kept():
     )
     evaluation_metrics.add(torch.tensor(1.0), torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
     assert list(evaluation_metrics.compute()) == ["loss", "acc", "balanced_acc", "f1"]
-    assert not evaluation_metrics._probabilities
+    (batch,) = evaluation_metrics._batches
+    assert "probabilities" not in batch and "is_in_top" not in batch

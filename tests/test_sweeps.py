@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import optuna
 import pytest
@@ -302,14 +303,13 @@ def test_a_trial_that_cannot_be_brought_to_an_end_may_be_skipped(capfd):
     write(f"trials: 2\n{LR}")
     sweep = load_sweep(Path("small.yaml"))
     with Study(sweep) as study:
-        taken = study.take(StopSignals())
-        with pytest.raises(Refused, match="trial 0 is being trained"):
+        with study.take(StopSignals()), pytest.raises(Refused, match="trial 0 is being trained"):
             study.skip(0)
-        taken.lock.release()
         study.skip(0)
         with pytest.raises(Refused, match="expected a trial that is not finished, got 0"):
             study.skip(0)
-        assert study.take(StopSignals()).number == 1
+        with study.take(StopSignals()) as taken:
+            assert taken.number == 1
     skipped = trials_of()[0]
     assert skipped.state == TrialState.FAIL
     assert skipped.user_attrs["reason"] == "left out by --skip"
@@ -381,9 +381,9 @@ def test_a_database_that_is_none_is_refused(capfd):
 # -- one trial ----------------------------------------------------------------------------------
 
 
-def own_lock() -> locks.SharedLock | None:
+def own_lock() -> IO[bytes] | None:
     Path("logs").mkdir(exist_ok=True)
-    return locks.SharedLock.acquire(Path("logs/a.lock"))
+    return locks.acquire(Path("logs/a.lock"))
 
 
 class StandaloneTrial:
@@ -391,7 +391,7 @@ class StandaloneTrial:
 
     run, monitor, output = "a", "val_loss", Path("logs/a.txt")
 
-    def __init__(self, words: list[str], report: Callable, lock: locks.SharedLock):
+    def __init__(self, words: list[str], report: Callable, lock: IO[bytes]):
         self.words, self.lock, self._report, self.epoch = words, lock, report, 0
 
     def arguments(self) -> list[str]:
@@ -413,7 +413,7 @@ def training(words: list[str], report=lambda epoch, value: False, lock=None) -> 
     try:
         return run_trial(trial, StopSignals(deferred=True))
     finally:
-        trial.lock.release()
+        trial.lock.close()
 
 
 def test_a_trial_that_is_worse_than_the_median_is_stopped_and_saved():
@@ -422,12 +422,12 @@ def test_a_trial_that_is_worse_than_the_median_is_stopped_and_saved():
     def report(epoch: int, value: float) -> bool:
         reported.append((epoch, value))
         if epoch == 3:
-            lock.release()  # as if we were killed
+            lock.close()  # as if we were killed
             assert own_lock() is None, "the training has it still"
         return epoch >= 3
 
     assert training(["train.epochs=100000"], report, lock).state == TrialState.PRUNED
-    assert own_lock() is not None
+    own_lock().close()
     assert [epoch for epoch, _ in reported] == [1, 2, 3]
     assert [f"{value:g}" for _, value in reported] == [
         f"{float(row['val_loss']):g}" for row in rows_of("a")[:3]

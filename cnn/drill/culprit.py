@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
-# What is compared, by the fields of a record.
-STATE = {"model": ["model"], "optimizer": ["optimizer"], "metrics": ["loss_sum", "correct"]}
-FIELDS = {"labels": ["labels"], "images": ["images"], **STATE}
+# The fields of a record that are compared.
+STATE = ("model", "optimizer", "metrics")
+FIELDS = ("labels", "images", *STATE)
 
 KEYED = (
     "draw from the global generators of torch, numpy or random, which are keyed by (seed, epoch,"
@@ -68,23 +68,21 @@ class DrillRun:
 def log_table(unbroken: DrillRun, runs: dict[str, DrillRun]) -> None:
     """Logs a table that compares runs with an unbroken run.
 
-    Each row is a run. The columns are the number of batches, the images, the model, the optimizer,
-    the metrics, and the checkpoint files. A cell contains "identical" or the first batch that
-    differs, such as "epoch 1 batch 4". The cell of a checkpoint file contains "identical" or
+    Each row is a run. The columns are the number of batches, the labels, the images, the model, the
+    optimizer, the metrics, and the checkpoint files. A cell contains "identical" or the first batch
+    that differs, such as "epoch 1 batch 4". The cell of a checkpoint file contains "identical" or
     "differs".
 
     Args:
         unbroken: the run that no signal stopped.
         runs: the runs to compare with `unbroken`, by name such as "stopped".
     """
-    columns = ["images", *STATE, *unbroken.checkpoints]
+    columns = [*FIELDS, *unbroken.checkpoints]
     rows = [["", "batches", *columns]]
     for name, run in runs.items():
         cells = dict.fromkeys(columns, "identical")
         for record, parts in reversed(_compare_records(unbroken, run)):  # the first one is set last
-            for part in parts:
-                column = "images" if part == "labels" else part
-                cells[column] = f"epoch {record['epoch']} batch {record['batch']}"
+            cells |= dict.fromkeys(parts, f"epoch {record['epoch']} batch {record['batch']}")
         for file, content in unbroken.checkpoints.items():
             if any(differences(content, run.checkpoints[file])):
                 cells[file] = "differs"
@@ -110,8 +108,7 @@ def _compare_records(unbroken: DrillRun, run: DrillRun) -> list[tuple[Record, li
     compared = []
     for record in run.records:
         other = expected.get((record["epoch"], record["batch"]), {})
-        parts = [p for p, names in FIELDS.items() if any(record[n] != other.get(n) for n in names)]
-        compared.append((record, parts))
+        compared.append((record, [name for name in FIELDS if record[name] != other.get(name)]))
     return compared
 
 

@@ -1,5 +1,6 @@
 """The differences between two checkpoints, bit by bit."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,9 @@ from cnn.drill.trace import digest
 
 # Keys that say when and where a run ran; nothing else may differ between equal runs.
 IGNORED = ("environment", "started", "seconds", "images_per_second")
+
+# A value of a type of its own, in the place of a value that only one of two trees has.
+MISSING = type("missing", (), {})()
 
 
 def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
@@ -31,15 +35,10 @@ def differences(first: Any, second: Any, path: str = "") -> Iterator[str]:
     elif isinstance(first, dict):
         for key in first | second:
             inner = f"{path}.{key}" if path else str(key)
-            if key not in first or key not in second:
-                yield f"{inner}: only in one of the two"
-            else:
-                yield from differences(first[key], second[key], inner)
+            yield from differences(first.get(key, MISSING), second.get(key, MISSING), inner)
     elif isinstance(first, (list, tuple)):
-        if len(first) != len(second):
-            yield f"{path}: {len(first)} and {len(second)} items"
-        for number, (one, other) in enumerate(zip(first, second)):
-            yield from differences(one, other, f"{path}[{number}]")
+        for number, pair in enumerate(itertools.zip_longest(first, second, fillvalue=MISSING)):
+            yield from differences(*pair, f"{path}[{number}]")
     elif isinstance(first, torch.Tensor):
         if first.shape != second.shape or first.dtype != second.dtype:
             kinds = [f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (first, second)]

@@ -40,7 +40,8 @@ class Trace:
     """
 
     def __init__(self, path: Path, stop: Stop | None = None):
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  open as long as the process
+        # Written line by line, and open as long as the process.
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         self._stop = stop
 
     def record(
@@ -74,11 +75,9 @@ class Trace:
                 "images": digest(images),
                 "model": digest(state.model.state_dict()),
                 "optimizer": digest(state.optimizer.state_dict()),
-                "loss_sum": metrics.loss.item(),
-                "correct": metrics.correct.item(),
+                "metrics": [metrics.loss.item(), metrics.correct.item()],
             }
             self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
             if self._stop is not None and (state.epoch + 1, number) >= self._stop.at:
                 os.killpg(0, self._stop.signal)
             yield batch

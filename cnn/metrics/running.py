@@ -137,21 +137,10 @@ class EvaluationMetrics(RunningMetrics):
             classes are stored only if a chosen metric needs them.
     """
 
-    PER_BATCH = ("_losses", "_labels", "_predictions", "_confidences", "_probabilities")
-    COUNTS = ("correct", "matrix", "in_top", "count")
-
     def __init__(self, device: torch.device, num_classes: int, names: Sequence[str]):
         super().__init__(device)
         self.num_classes, self.names = num_classes, tuple(names)
-        # Rows are labels, columns are predictions; flat, since index_add_ needs one dimension.
-        self.matrix = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
-        self.in_top = torch.zeros((), dtype=torch.int64, device=device)
-        self._needs_probabilities = bool(set(names) & set(scores.FROM_PROBABILITIES))
-        self._losses: list[tuple[Tensor, float | Tensor]] = []  # loss * weight, weight
-        self._labels: list[Tensor] = []
-        self._predictions: list[Tensor] = []
-        self._confidences: list[Tensor] = []  # probabilities of the predicted classes
-        self._probabilities: list[Tensor] = []
+        self._batches: list[dict[str, Any]] = []
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor, weight: Weight = None) -> None:
         """Adds a batch of N images to the sums, and stores their predictions.
@@ -165,21 +154,23 @@ class EvaluationMetrics(RunningMetrics):
         """
         super().add(loss, logits, labels, weight)
         weight = len(labels) if weight is None else weight
-        self._losses.append((loss.detach() * weight, weight))
-        predictions = logits.argmax(1)
         probabilities = logits.float().softmax(1)  # N, classes
-        cells = labels * self.num_classes + predictions
-        self.matrix.index_add_(0, cells, torch.ones_like(cells))
+        predictions = logits.argmax(1)
+        batch = {
+            "loss": loss.detach() * weight,
+            "weight": weight,
+            # The index of a cell of the confusion matrix contains the label and the prediction.
+            "cells": labels * self.num_classes + predictions,
+            "confidences": probabilities.gather(1, predictions[:, None])[:, 0],
+        }
         if scores.TOP_K_ACC in self.names:
             top = logits.topk(scores.TOP_K).indices  # N, 5
-            self.in_top += (top == labels[:, None]).sum()
-        self._predictions.append(predictions)
-        self._confidences.append(probabilities.gather(1, predictions[:, None])[:, 0])
-        if self._needs_probabilities:
-            self._labels.append(labels)
-            self._probabilities.append(probabilities)
+            batch["is_in_top"] = (top == labels[:, None]).any(1)
+        if set(self.names) & set(scores.FROM_PROBABILITIES):
+            batch["probabilities"] = probabilities
+        self._batches.append(batch)
 
-    def gather(self, all_gather: Callable[[dict], list[dict]]) -> None:
+    def gather(self, all_gather: Callable[[list], list[list]]) -> None:
         """Merges the batches of all processes into the object of every process.
 
         Every process has to call this method. Of n processes, the process with rank r must have
@@ -191,17 +182,18 @@ class EvaluationMetrics(RunningMetrics):
                 value of this process. The function returns a list of the values of all processes,
                 ordered by rank.
         """
-        names = self.PER_BATCH + self.COUNTS
-        parts = all_gather({name: _on_cpu(getattr(self, name)) for name in names})
-        for name in self.PER_BATCH:
-            turns = itertools.zip_longest(*(part[name] for part in parts))
-            setattr(self, name, [batch for turn in turns for batch in turn if batch is not None])
-        for name in self.COUNTS:
-            setattr(self, name, sum(part[name] for part in parts))
+        own = [
+            {name: torch.as_tensor(value).cpu() for name, value in batch.items()}
+            for batch in self._batches
+        ]
+        turns = itertools.zip_longest(*all_gather(own))
+        self._batches = [batch for turn in turns for batch in turn if batch is not None]
+        matrix = self.confusion()
+        self.correct, self.count = matrix.trace(), matrix.sum()
         self.loss, self.weight = torch.zeros_like(self.loss, device="cpu"), 0
-        for loss, weight in self._losses:
-            self.loss += loss
-            self.weight = self.weight + weight
+        for batch in self._batches:
+            self.loss += batch["loss"]
+            self.weight = self.weight + batch["weight"]
 
     def compute(self) -> Metrics:
         """Returns the values of the metrics that the constructor received.
@@ -210,19 +202,24 @@ class EvaluationMetrics(RunningMetrics):
             A dict such as {"acc": 0.98, "auc": None}. None means that the metric is undefined.
         """
         values = super().compute() | scores.from_confusion_matrix(self.confusion().numpy())
-        values[scores.TOP_K_ACC] = self.in_top.item() / max(self.count, 1)
-        if self._probabilities:
-            labels = torch.cat(self._labels).cpu().numpy()
-            probabilities = torch.cat(self._probabilities).cpu().numpy()
-            values |= scores.from_probabilities(labels, probabilities)
+        if "is_in_top" in self._batches[0]:
+            values[scores.TOP_K_ACC] = self._per_image("is_in_top").numpy().mean().item()
+        if "probabilities" in self._batches[0]:
+            labels = self._per_image("cells") // self.num_classes
+            probabilities = self._per_image("probabilities")
+            values |= scores.from_probabilities(labels.numpy(), probabilities.numpy())
         return {name: values.get(name) for name in self.names}
+
+    def _per_image(self, name: str) -> Tensor:
+        return torch.cat([batch[name] for batch in self._batches]).cpu()
 
     def confusion(self) -> Tensor:
         """Returns the confusion matrix, an int64 tensor (classes, classes) on the CPU.
 
         Rows are labels, columns are predictions.
         """
-        return self.matrix.view(self.num_classes, self.num_classes).cpu()
+        number = self.num_classes
+        return self._per_image("cells").bincount(minlength=number**2).view(number, number)
 
     def predictions(self) -> dict[str, Tensor]:
         """Returns the predicted class of each image, and the probability of the predicted class.
@@ -233,8 +230,8 @@ class EvaluationMetrics(RunningMetrics):
             number of all images. The images are in the order of the batches.
         """
         return {
-            "prediction": torch.cat(self._predictions).to("cpu", torch.int32),
-            "probability": torch.cat(self._confidences).to("cpu", torch.float32),
+            "prediction": (self._per_image("cells") % self.num_classes).to(torch.int32),
+            "probability": self._per_image("confidences"),
         }
 
 
@@ -271,17 +268,3 @@ def weight_of(function: nn.Module, labels: Tensor) -> int | Tensor:
         return len(labels)
     exact = torch.float32 if weights.device.type == "mps" else torch.float64
     return weights.to(exact)[labels].sum()
-
-
-def _on_cpu(value: object) -> object:
-    """Copies all tensors in a value to the CPU.
-
-    Args:
-        value: a tensor, or a list or tuple that contains tensors, lists and tuples.
-
-    Returns:
-        A value of the same structure. A value without tensors is returned unchanged.
-    """
-    if isinstance(value, (list, tuple)):
-        return type(value)(_on_cpu(part) for part in value)
-    return value.cpu() if isinstance(value, Tensor) else value

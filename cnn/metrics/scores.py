@@ -13,7 +13,6 @@ Metrics = dict[str, float | None]  # by name; None where undefined
 TOP_K = 5
 MIN_CLASSES_FOR_TOP_K = 4 * TOP_K  # with fewer classes, guessing is right too often
 ECE_BINS = 15  # as in Guo et al. (ICML 2017)
-SPLITS = ("train_", "val_", "test_")
 Z_95 = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 TOP_K_ACC = f"top{TOP_K}_acc"
@@ -64,8 +63,7 @@ def mode(metric: str) -> str:
         metric: the name of the metric, such as "loss". The name of a split may precede the name of
             the metric, as in "val_loss".
     """
-    name = metric.split("_", 1)[1] if metric.startswith(SPLITS) else metric
-    return "min" if name in LOWER else "max"
+    return "min" if metric.endswith(LOWER) else "max"
 
 
 def improves(metric: str, value: float | None, best: float | None) -> bool:

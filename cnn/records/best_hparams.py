@@ -35,10 +35,9 @@ def file_of(cfg: Config, folder: Path) -> Path:
         cfg: the settings of a run.
         folder: the folder of the file, configs/best_hparams.
     """
-    names = [cfg.model.name, cfg.data.name, cfg.data.tag or ""]
-    if cfg.data.tag and cfg.data.name in ("folder", "csv"):
-        names.remove(cfg.data.name)
-    words = [re.sub(r"[^\w.\-]+", "-", name) for name in names if name]
+    source = None if cfg.data.tag and cfg.data.name in ("folder", "csv") else cfg.data.name
+    names = filter(None, [cfg.model.name, source, cfg.data.tag])
+    words = [re.sub(r"[^\w.\-]+", "-", name) for name in names]
     return folder / f"{'_'.join(words)}.yaml"
 
 

@@ -1,13 +1,13 @@
 """What the data of a run are: logs/data.txt, and who was where: logs/division.csv."""
 
-import csv
-import io
 from collections import Counter
 
 import numpy as np
 
+from cnn.datasets.build import Data
 from cnn.datasets.copies import number_groups
 from cnn.datasets.images import FileImages
+from cnn.records.history import csv_text
 from cnn.training.run import Run
 from cnn.utils.screen import align_columns, escape_unprintable
 
@@ -46,20 +46,28 @@ def _facts_of_files(scans: np.ndarray) -> dict[str, str]:
     }
 
 
+def class_table(data: Data) -> list[list[str]]:
+    """Returns a table with the number of images per class and split.
+
+    The first row has the names of the columns. The second row has the numbers for all classes. A
+    row per class follows.
+    """
+    parts, number = data.splits.values(), len(data.classes)
+    counts = [np.bincount(images.labels, minlength=number) for images in parts]
+    rows = [("class", *data.splits, "all"), ("all", *map(sum, counts), np.sum(counts))]
+    rows += [(name, *row, sum(row)) for name, *row in zip(data.classes, *counts, strict=True)]
+    return [[str(cell) for cell in row] for row in rows]
+
+
 def sheet(run: Run) -> str:
     """Returns the text of data.txt.
 
     The text contains the facts about the images, the number of images per class and split, and
     everything that was found while the data were read.
     """
-    data = run.data
-    parts, number = data.splits.values(), len(data.classes)
-    counts = [np.bincount(images.labels, minlength=number) for images in parts]
-    rows = [("class", *data.splits, "all"), ("all", *map(sum, counts), np.sum(counts))]
-    rows += [(name, *row, sum(row)) for name, *row in zip(data.classes, *counts, strict=True)]
-    table = align_columns([[str(cell) for cell in row] for row in rows], right=(1, 2, 3, 4))
+    table = align_columns(class_table(run.data), right=(1, 2, 3, 4))
     lines = [*align_columns(list(facts(run).items())), "", *table]
-    for finding in data.findings.found:
+    for finding in run.data.findings.found:
         lines += ["", finding.line, *(f"  {detail}" for detail in finding.details)]
     return "\n".join(escape_unprintable(line, keep="\n") for line in lines) + "\n"
 
@@ -76,9 +84,6 @@ def division(run: Run) -> str:
         for split, part in parts.items()
         for index, label in enumerate(part.labels)
     )
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["image", "label", "split", "group"])
     groups = number_groups(identities).tolist()
-    writer.writerows((*image, group or "") for image, group in zip(images, groups, strict=True))
-    return text.getvalue()
+    rows = ((*image, group or "") for image, group in zip(images, groups, strict=True))
+    return csv_text(["image", "label", "split", "group"], rows)

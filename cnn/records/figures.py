@@ -98,8 +98,7 @@ def svg(draw: Callable[..., "Figure"], *args, **kwargs) -> str:
     """
     with _style(SVG_INK, SVG_GRID):
         figure, file = draw(*args, **kwargs), io.StringIO()
-        metadata = {"Date": None, "Creator": None}
-        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+        figure.savefig(file, format="svg", transparent=True)
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = text.replace(SVG_INK, "currentColor").replace(SVG_GRID, "var(--line)")
@@ -118,19 +117,18 @@ def panel_svgs(panels: Sequence[Panel]) -> list[str]:
     return [svg(draw_panels, [panel], width=4.8, height=3.0) for panel in panels]
 
 
-def png(draw: Callable[..., "Figure"], *args, mark: str = "", **kwargs) -> bytes:
+def png(draw: Callable[..., "Figure"], *args, mark: str | None = None, **kwargs) -> bytes:
     """Draws a figure and returns the bytes of a PNG file.
 
     Args:
         draw: a function that returns a figure, such as `draw_panels`.
         args: the positional arguments of `draw`.
-        mark: a title that is stored in the file and not drawn; empty for none.
+        mark: a title that is stored in the file and not drawn; None for none.
         kwargs: the keyword arguments of `draw`.
     """
     with _style(PNG_INK, PNG_GRID):
         figure, file = draw(*args, **kwargs), io.BytesIO()
-        titles = {"Title": mark or None}
-        figure.savefig(file, format="png", dpi=110, facecolor="white", metadata=titles)
+        figure.savefig(file, format="png", dpi=110, facecolor="white", metadata={"Title": mark})
     return file.getvalue()
 
 
@@ -177,20 +175,16 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
             ys,
             "--" if curve.dashed else "-",
             color=curve.colour,
-            linewidth=1.6,
             marker="o" if np.isfinite(ys).sum() <= 1 else None,  # a line needs two points
-            markersize=4,
             label=re.sub("^_", " _", curve.label or ""),  # matplotlib hides names that begin with _
             gid=f"{panel.title} {curve.label}".replace(" ", "-"),
         )
     for number, x in enumerate(panel.marks):
         label = panel.mark_label if number == 0 else None
         axes.axvline(x, color="#8a8a8a", linestyle=":", linewidth=1, label=label)
-    axes.set_title(panel.title)
+    axes.set(title=panel.title, xlabel=panel.xlabel, xscale=panel.xscale)
     axes.grid(True)
-    axes.set_xlabel(panel.xlabel)
     if panel.xscale == "log":
-        axes.set_xscale("log")
         # The default labels, powers of ten, are math text, which figures.mplstyle turns off.
         axes.xaxis.set_major_formatter("{x:g}")
     else:
@@ -198,7 +192,7 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
         longest = max((curve.xs[-1] for curve in panel.curves if len(curve.xs)), default=1)
         axes.set_xlim(1 - 0.03 * longest, max(longest * 1.03, 1.5))
     if len(panel.curves) > 1 or panel.marks:
-        axes.legend(fontsize=8)
+        axes.legend()
 
 
 def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str = "") -> "Figure":
@@ -239,9 +233,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], title: str = "") 
         axes.set_xticks(range(number), names, rotation=90, fontsize=size)
         axes.set_yticks(range(number), names, fontsize=size)
     axes.tick_params(length=0)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("labelled")
-    axes.set_title(title)
+    axes.set(xlabel="predicted", ylabel="labelled", title=title)
     return axes.figure
 
 

@@ -63,6 +63,8 @@ def range_test(cfg: Config) -> None:
 def train_with_rising_lr(run: Run) -> tuple[list[float], list[float]]:
     """Trains with a learning rate that rises geometrically from 1e-5 to 10.
 
+    The ratios between the learning rates of the parameter groups stay as at the start of the run.
+
     The training takes 150 steps. The training ends earlier if the smoothed loss is not finite. The
     training also ends if the smoothed loss exceeds 4 times the lowest value so far.
 
@@ -75,16 +77,18 @@ def train_with_rising_lr(run: Run) -> tuple[list[float], list[float]]:
         so far. The bias of the mean is corrected as in Adam (Kingma and Ba, ICLR 2015).
     """
     lrs, losses, state, steps = [], [], run.state, endless_steps(run)
-    mean = 0.0
-    for number in range(STEPS):
-        set_lr(run, number)
+    mean, groups = 0.0, state.optimizer.param_groups
+    highest = max(group["initial_lr"] for group in groups)
+    for number, lr in enumerate(np.geomspace(FIRST_LR, LAST_LR, STEPS).tolist()):
+        for group in groups:
+            group["lr"] = lr * group["initial_lr"] / highest
         next(steps)
         mean = SMOOTHING * mean + (1 - SMOOTHING) * state.running_metrics.compute()["loss"]
         state.running_metrics = RunningMetrics(state.device)  # for the next step
         smoothed = mean / (1 - SMOOTHING ** (number + 1))
         if not math.isfinite(smoothed) or smoothed > EXPLOSION * min(losses, default=math.inf):
             break
-        lrs.append(state.lr)
+        lrs.append(lr)
         losses.append(smoothed)
     return lrs, losses
 
@@ -102,20 +106,3 @@ def endless_steps(run: Run) -> Iterator[int]:
     while True:
         yield from train_one_epoch(run, run.train_loader.train_batches(state.epoch + 1))
         state.batch, state.epoch = 0, state.epoch + 1
-
-
-def set_lr(run: Run, step: int) -> None:
-    """Sets the learning rate of each parameter group in the range test.
-
-    The highest learning rate of the groups is 1e-5 in the first step and 10 in the last. The ratios
-    between the groups stay as at the start of the run.
-
-    Args:
-        run: the run whose optimizer is changed.
-        step: the index of the step, from 0 to 149.
-    """
-    groups = run.state.optimizer.param_groups
-    highest = max(group["initial_lr"] for group in groups)
-    lr = FIRST_LR * (LAST_LR / FIRST_LR) ** (step / (STEPS - 1))
-    for group in groups:
-        group["lr"] = lr * group["initial_lr"] / highest

@@ -1,8 +1,11 @@
-"""Reading and writing of history.csv, which has one row per epoch."""
+"""Reading and writing of history.csv, which has one row per epoch, and the text of CSV files."""
 
 import csv
 import io
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from cnn.metrics.scores import Metrics
 from cnn.utils.files import write_text
@@ -35,19 +38,25 @@ def write_history(path: Path, history: list[Metrics]) -> None:
 
     Args:
         path: the path of history.csv.
-        history: a dict of metrics per epoch. A metric that is None becomes an empty cell. The last
-            two entries of each dict must be the speed and the duration of the epoch. The speed and
-            the duration become the last two columns.
+        history: a dict of metrics per epoch. A metric that is None becomes an empty cell. The
+            columns are in the order in which their names occur.
 
     Raises:
         OSError: the file cannot be written.
     """
+    # Rows have different metrics if a resume has changed the monitored metric.
+    columns = list(dict.fromkeys(name for row in history for name in row))
+    rows = ([row.get(name) for name in columns] for row in history)
+    write_text(path, csv_text(columns, rows) if history else "")
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Returns the text of a CSV file.
+
+    Args:
+        columns: the names of the columns, which become the first line.
+        rows: the cells of each row. None becomes an empty cell.
+    """
     text = io.StringIO()
-    if history:
-        # Rows have different metrics if a resume has changed the monitored metric.
-        columns = dict.fromkeys(name for row in history for name in list(row)[:-2])
-        columns |= dict.fromkeys(list(history[-1])[-2:])
-        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-    write_text(path, text.getvalue())
+    csv.writer(text, lineterminator="\n").writerows(itertools.chain([columns], rows))
+    return text.getvalue()

@@ -5,9 +5,7 @@ write a file does not stop the training. The failure is logged, and the file is 
 the next epoch.
 """
 
-import csv
 import importlib.util
-import io
 import json
 import logging
 import time
@@ -16,8 +14,9 @@ from pathlib import Path
 from typing import Self
 
 from cnn.config import Config
+from cnn.errors import first_line
 from cnn.records import best_hparams, figures
-from cnn.records.history import write_history
+from cnn.records.history import csv_text, write_history
 from cnn.training.run import Run
 from cnn.utils.files import warn_unwritten, write_text
 
@@ -46,26 +45,14 @@ class Records:
         self.folder, self.run, self.state = run.folder, run, run.state
         self._epoch_of_predictions: int | None = None  # the epoch in predictions_val.csv
         self._next_report = time.monotonic() + REPORT_PAUSE * FIRST_REPORT
-        self._report = self._tensorboard = None
+        self._tensorboard = None
         self._reasons: dict[Path | str, str] = {}  # why the last write of a record failed
         log_left_out(run.cfg)
-        if run.cfg.log.report and figures.is_available():
-            from cnn.records.report import Report
-
-            self._report = Report(run)
 
     def __enter__(self) -> Self:
         self._write_result()
         self._write_tables()
-        if self.run.cfg.log.tensorboard and has_tensorboard():
-            self._attempt("logs/tensorboard", self._open_tensorboard)
         return self
-
-    def _open_tensorboard(self) -> None:
-        from cnn.records.tensorboard import TensorBoard
-
-        self._tensorboard = TensorBoard(self.run)
-        self._tensorboard.rewrite()
 
     def write(self) -> None:
         """Updates the files of the run after an epoch.
@@ -74,8 +61,6 @@ class Records:
         kept.
         """
         self._write_tables()
-        if self._tensorboard is not None:
-            self._attempt("logs/tensorboard", self._tensorboard.append)
         if time.monotonic() >= self._next_report:
             self._write_report()
 
@@ -103,6 +88,14 @@ class Records:
         elif epoch != self._epoch_of_predictions:
             written = self._attempt(path, lambda: write_text(path, self._predictions()))
             self._epoch_of_predictions = epoch if written else None
+        if self.run.cfg.log.tensorboard and has_tensorboard():
+            self._attempt("logs/tensorboard", self._write_tensorboard)
+
+    def _write_tensorboard(self) -> None:
+        from cnn.records.tensorboard import TensorBoard
+
+        self._tensorboard = self._tensorboard or TensorBoard(self.run)
+        self._tensorboard.append()
 
     def _predictions(self) -> str:
         """Returns the text of predictions_val.csv, which has a row per validation image.
@@ -117,14 +110,12 @@ class Records:
         saved = self.state.predictions["val"]
         if len(saved["prediction"]) != len(images):  # the order would differ
             raise ValueError("some images were left out of the validation (data.on_bad_image=skip)")
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["image", "label", "prediction", "probability"])
         columns = images.labels, saved["prediction"].tolist(), saved["probability"].tolist()
-        for number, (label, prediction, probability) in enumerate(zip(*columns, strict=True)):
-            names = [images.name(number), classes[label], classes[prediction]]
-            writer.writerow([*names, f"{probability:.6g}"])
-        return text.getvalue()
+        rows = (
+            (images.name(number), classes[label], classes[prediction], f"{probability:.6g}")
+            for number, (label, prediction, probability) in enumerate(zip(*columns, strict=True))
+        )
+        return csv_text(["image", "label", "prediction", "probability"], rows)
 
     def _write_result(self) -> None:
         """Writes the file result.json.
@@ -144,12 +135,14 @@ class Records:
         self._attempt(path, lambda: write_text(path, text))
 
     def _write_report(self, *, last: bool = False) -> None:
-        if self._report is None:
+        if not self.run.cfg.log.report or not figures.is_available():
             return
-        start = time.monotonic()
-        self._attempt(self.folder.logs.report, self._report.write)
+        from cnn.records.report import Report
+
+        start, report = time.monotonic(), Report(self.run)
+        self._attempt(self.folder.logs.report, report.write)
         if last:
-            self._attempt("curves.png and confusion_matrix.png", self._report.write_pictures)
+            self._attempt("curves.png and confusion_matrix.png", report.write_pictures)
         now = time.monotonic()
         self._next_report = now + REPORT_PAUSE * (now - start)
 
@@ -181,8 +174,8 @@ class Records:
             self._reasons.pop(record, None)
             return True
         except Exception as error:  # noqa: BLE001  no record shall stop a training
-            message = str(error).strip().splitlines() or [""]
-            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {message[0]}"
+            message = f"{type(error).__name__}: {first_line(error)}"
+            reason = getattr(error, "strerror", None) or message
             if self._reasons.get(record) != reason:
                 warn_unwritten(record, reason)
             self._reasons[record] = reason
@@ -201,9 +194,8 @@ def log_left_out(cfg: Config) -> None:
         cfg: the settings of the run, which say what files are wanted.
     """
     left_out = {}
-    if (cfg.log.report or cfg.log.tensorboard) and not figures.is_available():
-        report = "report.html, curves.png, confusion_matrix.png"
-        left_out["matplotlib"] = report if cfg.log.report else "TensorBoard's pictures"
+    if cfg.log.report and not figures.is_available():
+        left_out["matplotlib"] = "report.html, curves.png, confusion_matrix.png"
     if cfg.log.tensorboard and not has_tensorboard():
         left_out["tensorboard"] = "logs/tensorboard"
     if left_out:

@@ -61,19 +61,9 @@ class Report:
         write_output(self.logs.curves, figures.png(figures.draw_panels, self._panels()))
         split = "test" if "test" in self.state.predictions else "val"
         if split in self.state.predictions:
-            title = "test" if split == "test" else f"validation, epoch {self.state.best['epoch']}"
-            matrix, classes = self._confusion(split), self.run.data.classes
-            picture = figures.png(figures.draw_confusion, matrix, classes, title)
-            write_output(self.logs.confusion_matrix, picture)
+            write_output(self.logs.confusion_matrix, confusion_png(self.run, split))
 
     # -- from the state -------------------------------------------------------------------------
-
-    def _labels(self, split: str) -> np.ndarray:
-        return self.run.data.splits[split].labels
-
-    def _confusion(self, split: str) -> np.ndarray:
-        predictions = self.state.predictions[split]["prediction"].numpy()
-        return scores.confusion(self._labels(split), predictions, len(self.run.data.classes))
 
     def _panels(self) -> list[Panel]:
         history = self.state.history
@@ -113,10 +103,6 @@ class Report:
         """Returns the value of each variable in the template report.jinja."""
         cfg, history, data = self.run.cfg, self.state.history, self.run.data
         columns = list(history[-1])
-        counts = [[*data.classes, "all"]]  # a list per column
-        for images in data.splits.values():
-            numbers = np.bincount(images.labels, minlength=len(data.classes))
-            counts.append([*numbers, numbers.sum()])
         training = first_training_images(self.run)
         return self._headline() | {
             "title": f"{cfg.run + ': ' if cfg.run else ''}{cfg.model.name} on {cfg.data.name}",
@@ -127,8 +113,7 @@ class Report:
             "mistakes": self._mistakes() if "val" in self.state.predictions else None,
             "training": [(thumbnail(image), name) for image, name in training],
             "augmentations": as_text(cfg.data.augment)[1:-1] or "none",
-            "splits": list(data.splits),
-            "counts": list(zip(*counts, strict=True)),
+            "counts": data_sheet.class_table(data),
             "facts": list(data_sheet.facts(self.run).items()),
             "findings": data.findings.found,
             "columns": columns,
@@ -148,7 +133,7 @@ class Report:
         """
         state, data = self.state, self.run.data
         split = "val" if state.test is None else "test"
-        labels = self._labels(split)
+        labels = data.splits[split].labels
         majority = int(np.bincount(data.train.labels, minlength=len(data.classes)).argmax())
         val_acc = state.best and state.history[state.best["epoch"] - 1]["val_acc"]
         test_acc = state.test and state.test["test_acc"]
@@ -176,7 +161,7 @@ class Report:
         Returns:
             A dict from the names in the template report.jinja to the values.
         """
-        matrix, classes = self._confusion(split), self.run.data.classes
+        matrix, classes = confusion(self.run, split), self.run.data.classes
         rows, means = class_rows(matrix, classes)
         names = [shorten_name(name) for name in classes]
         return {
@@ -222,6 +207,28 @@ class Report:
                 for number in worst
             ],
         }
+
+
+def confusion(run: Run, split: str) -> np.ndarray:
+    """Returns the confusion matrix of an evaluation, an int64 array (classes, classes).
+
+    Args:
+        run: the run, whose state has the predictions of the evaluation.
+        split: "val" for the validation of the best epoch, or "test" for the final test.
+    """
+    predictions = run.state.predictions[split]["prediction"].numpy()
+    return scores.confusion(run.data.splits[split].labels, predictions, len(run.data.classes))
+
+
+def confusion_png(run: Run, split: str) -> bytes:
+    """Draws the confusion matrix of an evaluation, and returns the bytes of a PNG file.
+
+    Args:
+        run: the run, whose state has the predictions of the evaluation.
+        split: "val" for the validation of the best epoch, or "test" for the final test.
+    """
+    title = "test" if split == "test" else f"validation, epoch {run.state.best['epoch']}"
+    return figures.png(figures.draw_confusion, confusion(run, split), run.data.classes, title)
 
 
 def first_training_images(run: Run) -> list[tuple[torch.Tensor, str]]:

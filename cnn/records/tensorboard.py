@@ -28,7 +28,6 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import hparams, scalar
 
 from cnn import config
-from cnn.metrics import scores
 from cnn.metrics.scores import Metrics
 from cnn.records import figures, report
 from cnn.training.run import Run
@@ -48,14 +47,13 @@ class TensorBoard:
         self.folder, self.run, self.state = run.folder.logs.tensorboard, run, run.state
         self._files: dict[str, Path] = {}  # the file of each part; {} if they have to be rewritten
 
-    def rewrite(self) -> None:
+    def _rewrite(self) -> None:
         """Replaces the event files by new files with the run's whole history.
 
         Events up to the present step with a picture or the model's graph are copied from the old
         files. All other events are made from the state of the run. Without old files, the graph and
         a picture of training images are made.
         """
-        self._files = {}
         kept = {part: self._read_images(part) for part in PARTS}
         if not kept["train"]:
             kept["train"] = self._initial_events()
@@ -70,7 +68,7 @@ class TensorBoard:
         All event files are written anew if the last write failed or if nothing was written before.
         """
         if not self._files:  # the last write failed, or there was none
-            self.rewrite()
+            self._rewrite()
             return
         files, self._files = self._files, {}
         for part, events in self._new_events().items():
@@ -132,18 +130,14 @@ class TensorBoard:
             A list with the event. The list is empty if the event files already contain the picture,
             or if there is no best epoch. The list is also empty if matplotlib is not installed.
         """
-        best, predictions = self.state.best, self.state.predictions.get("val")
-        if not figures.is_available() or best is None or predictions is None:
+        best = self.state.best
+        if not figures.is_available() or best is None or "val" not in self.state.predictions:
             return []
         step = self.state.history[best["epoch"] - 1]["step"]
         if step in self._matrix_steps:
             return []
         self._matrix_steps.add(step)
-        classes, labels = self.run.data.classes, self.run.data.val.labels
-        matrix = scores.confusion(labels, predictions["prediction"].numpy(), len(classes))
-        title = f"validation, epoch {best['epoch']}"
-        png = figures.png(figures.draw_confusion, matrix, classes, title)
-        return [image("confusion", png, step)]
+        return [image("confusion", report.confusion_png(self.run, "val"), step)]
 
     def _initial_events(self) -> list[Event]:
         """Makes the event with the model's graph and an event with a picture.

@@ -1,65 +1,39 @@
 """A file lock that a process shares with the processes that it starts."""
 
+import contextlib
 import fcntl
-import os
 from pathlib import Path
-from typing import Self
+from typing import IO
 
 from cnn.errors import Refused
 
 
-class SharedLock:
-    """An exclusive lock on a file, which a process can share with child processes.
+def acquire(path: Path) -> IO[bytes] | None:
+    """Locks a file if no other process has locked the file.
 
-    A process holds the lock while the process has the file descriptor open. The lock ends when the
-    last of these processes has closed the descriptor or has died, even by `kill -9`. If a parent
-    process is killed, the file stays locked while a child process holds the lock. The file is never
-    removed, since another process can be about to lock the file.
+    The function never waits for another process. The lock is exclusive. A process holds the lock
+    while the process has the returned file open, and can share the lock with a child process by
+    passing on the file descriptor. The lock ends when the last of these processes has closed the
+    file or has died, even by `kill -9`. If a parent process is killed, the file stays locked while
+    a child process holds the lock. The file is never removed, since another process can be about
+    to lock the file.
 
     Args:
-        descriptor: the number of the open file descriptor of a locked file; -1 for none. To lock a
-            file by its path, call the method `acquire`.
+        path: the path of the file. A missing file is created.
 
-    Attributes:
-        descriptor: the number of the file descriptor; -1 after a call of `release`.
+    Returns:
+        The open file; None if the file is locked already.
+
+    Raises:
+        Refused: the file cannot be opened for writing, or its file system does not support locks.
     """
-
-    def __init__(self, descriptor: int):
-        self.descriptor = descriptor
-
-    @classmethod
-    def acquire(cls, path: Path) -> Self | None:
-        """Locks a file if no other process has locked the file.
-
-        The method never waits for another process.
-
-        Args:
-            path: the path of the file. A missing file is created.
-
-        Returns:
-            The lock; None if the file is locked already.
-
-        Raises:
-            Refused: the file cannot be opened for writing, or its file system does not support
-                locks.
-        """
-        lock = cls(-1)
+    with contextlib.ExitStack() as stack:
         try:
-            lock.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            fcntl.flock(lock.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = stack.enter_context(open(path, "ab"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
         except OSError as error:
-            lock.release()
-            if isinstance(error, BlockingIOError):
-                return None
             raise Refused(f"{path}: expected a file to lock, got: {error.strerror}") from None
-        return lock
-
-    def release(self) -> None:
-        """Closes the file descriptor in this process.
-
-        The file stays locked while a child process has the descriptor open. A second call does
-        nothing.
-        """
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        stack.pop_all()  # the locked file stays open
+        return file

@@ -230,15 +230,12 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
     entries |= {key: item for key, item in typed.items() if key not in for_trials}
     cfg = reader.build(SweepConfig, entries, mistakes)
     places = {key: entries[key].where if key in entries else str(path) for key in sweep_keys}
-    changes = _read_settings(entries.get("settings"), mistakes) | for_trials
+    changes = reader.read_entries(*_mapping(entries, "settings"), mistakes) | for_trials
     common = _read_config(path.parent / cfg.config, places["config"], mistakes) | changes
-    space = _read_space(entries.get("space"), mistakes)
+    space = _read_space(*_mapping(entries, "space"), mistakes)
     name = cfg.name or path.stem
     mistakes += _check_sweep(cfg, name, changes, space, places)
-    if mistakes:
-        reader.build(Config, common, mistakes)
-    else:
-        mistakes += _check_combinations(common, space)
+    _check_combinations(common, space, mistakes)
     if mistakes:
         raise Refused("\n".join(dict.fromkeys(mistakes)))
     typed_words = [word for word in words if word.partition("=")[0] in for_trials]
@@ -266,31 +263,27 @@ def _read_config(file: Path, where: str, mistakes: list[str]) -> dict[str, Entry
     return {}
 
 
-def _read_settings(entry: Entry | None, mistakes: list[str]) -> dict[str, Entry]:
-    """Reads the value of the key `settings` in a sweep's YAML file.
-
-    The value consists of settings of train.py for all trials.
+def _mapping(entries: dict[str, Entry], key: str) -> tuple[yaml.MappingNode, str]:
+    """Returns the value of a sweep's key that is a mapping, and the file that contains the value.
 
     Args:
-        entry: the value, such as `{train.epochs: 3}` or `{train: {epochs: 3}}`; None if the file
-            does not have the key.
-        mistakes: the list that gets a message for each mistake.
+        entries: the entries of the sweep by key.
+        key: "settings" or "space".
 
     Returns:
-        The entries by dotted key, such as "train.epochs"; {} if `entry` is None or is not a
-        mapping.
+        The YAML node, which is empty if the key is missing or the value is not a mapping. The path
+        of the file is "command line" for a typed value.
     """
+    entry = entries.get(key)
     if entry is None or not isinstance(entry.node, yaml.MappingNode):
-        return {}
-    return reader.read_entries(entry.node, _file_of(entry), mistakes)
+        return yaml.MappingNode("tag:yaml.org,2002:map", []), ""
+    return entry.node, entry.where.rpartition(":")[0] or entry.where
 
 
-def _read_space(entry: Entry | None, mistakes: list[str]) -> Space:
+def _read_space(root: yaml.MappingNode, file: str, mistakes: list[str]) -> Space:
     space: Space = {}
-    if entry is None or not isinstance(entry.node, yaml.MappingNode):
-        return space
-    for key_node, node in entry.node.value:
-        key, where = str(key_node.value), reader.place_of(_file_of(entry), key_node)
+    for key_node, node in root.value:
+        key, where = str(key_node.value), reader.place_of(file, key_node)
         try:
             space[key] = _read_dimension(key, node, where)
         except InvalidValue as mistake:
@@ -341,18 +334,6 @@ def _read_range(
     return Range(*values, form == "log", [Entry(bound, where) for bound in bounds.value])
 
 
-def _file_of(entry: Entry) -> str:
-    """Returns the path of the file that contains a value.
-
-    Args:
-        entry: the value, with its place.
-
-    Returns:
-        The path, such as "configs/a.yaml"; "command line" for a typed value.
-    """
-    return entry.where.rpartition(":")[0] or entry.where
-
-
 # -- checking -----------------------------------------------------------------------------------
 
 
@@ -398,7 +379,7 @@ def _check_sweep(
     return mistakes
 
 
-def _check_combinations(common: dict[str, Entry], space: Space) -> list[str]:
+def _check_combinations(common: dict[str, Entry], space: Space, mistakes: list[str]) -> None:
     """Checks the settings of train.py with the combinations of values to try.
 
     Only the two bounds of a range are tried. If there are more than 2,000 combinations, a random
@@ -407,16 +388,12 @@ def _check_combinations(common: dict[str, Entry], space: Space) -> list[str]:
     Args:
         common: the settings that all trials share, by dotted key.
         space: the values to try, by dotted key.
-
-    Returns:
-        A message for each mistake.
+        mistakes: the list that gets a message for each mistake.
     """
     options = {key: dimension.written for key, dimension in space.items()}
     size, generator = num_combinations(space), random.Random(0)
     indices = range(size)
     if size > MAX_CHECKED:
         indices = [generator.randrange(size) for _ in range(MAX_CHECKED)]
-    mistakes: list[str] = []
     for index in indices:
         reader.build(Config, common | combination(options, index), mistakes)
-    return mistakes

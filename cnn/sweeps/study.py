@@ -19,13 +19,14 @@ import contextlib
 import logging
 import math
 import random
+import sys
 import time
 import uuid
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import IO, Any, Self, TypeVar
 
 import numpy as np
 import optuna
@@ -38,7 +39,7 @@ from cnn import config
 from cnn.config import Config, as_text
 from cnn.errors import Failed, Refused, first_line
 from cnn.metrics.scores import mode
-from cnn.sweeps.locks import SharedLock
+from cnn.sweeps import locks
 from cnn.sweeps.settings import Choice, Range, Sweep
 from cnn.utils.files import make_folder, write_text
 from cnn.utils.run_folder import RunFolder
@@ -74,7 +75,7 @@ class TrialResult:
     reason: str = ""
 
 
-class TakenTrial:
+class TakenTrial(contextlib.AbstractContextManager):
     """A trial that this process trains.
 
     As a context manager, the object releases both locks at the end of the `with` block.
@@ -83,8 +84,8 @@ class TakenTrial:
         study: the open database of the sweep.
         number: the index of the trial in the sweep, from 0.
         trial: the trial as an object of Optuna.
-        lock: the lock that this process shares with the training process.
-        owner: the lock that only this process holds.
+        lock: the locked file whose lock this process shares with the training process.
+        owner: the locked file whose lock only this process holds.
         run: the name of the trial's run.
         monitor: the name of the metric by which trials are compared, such as "val_acc".
         output: the path of the file to which the output of train.py is appended.
@@ -94,23 +95,18 @@ class TakenTrial:
             called.
     """
 
-    def __init__(
-        self, study: "Study", number: int, trial: optuna.Trial, lock: SharedLock, owner: SharedLock
-    ):
-        self.study, self.number, self.trial = study, number, trial
+    def __init__(self, study: "Study", trial: optuna.Trial, lock: IO[bytes], owner: IO[bytes]):
+        self.study, self.number, self.trial = study, trial.number, trial
         self.lock, self.owner = lock, owner
-        self.run, self.monitor = study.sweep.run_name(number), study.sweep.monitor
-        self.output = study.lock_file(number).with_suffix(".txt")
+        self.run, self.monitor = study.sweep.run_name(trial.number), study.sweep.monitor
+        self.output = study.lock_file(trial.number).with_suffix(".txt")
         self.is_resumed = False
         self.values: dict[str, Any] = {}
         self._reported: set[int] = set()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
-        self.lock.release()
-        self.owner.release()
+        self.lock.close()
+        self.owner.close()
 
     def start(self) -> None:
         """Sets the hyperparameter values of the trial, and whether its run is resumed.
@@ -232,16 +228,14 @@ class Study:
         self.storage.engine.dispose()
 
     def _open(self) -> None:
-        after, pruner = self.sweep.cfg.prune_after_epochs, optuna.pruners.NopPruner()
-        if after is not None:
-            pruner = optuna.pruners.MedianPruner(MIN_TO_PRUNE, n_warmup_steps=after)
+        after = self.sweep.cfg.prune_after_epochs or sys.maxsize  # null: never
         try:
             self.storage = self._open_database()
             self.study = optuna.create_study(
                 storage=self.storage,
                 study_name=self.sweep.name,
                 direction={"min": "minimize", "max": "maximize"}[mode(self.sweep.monitor)],
-                pruner=pruner,
+                pruner=optuna.pruners.MedianPruner(MIN_TO_PRUNE, n_warmup_steps=after),
                 load_if_exists=True,
             )
             stored = self.study.user_attrs.get("sweep")
@@ -403,26 +397,26 @@ class Study:
         # Trials of earlier versions may wait, or lack the id, until a process has taken them.
         if taken_by not in ids and (taken_by or not (is_waiting or file.is_file())):
             return None
-        owner = SharedLock.acquire(file.with_suffix(".owner"))
+        owner = locks.acquire(file.with_suffix(".owner"))
         if owner is None:
             return None
-        lock = SharedLock.acquire(file)
+        lock = locks.acquire(file)
         if lock is None:
             logger.info("waiting for the run of trial %d, interrupted, to save", number)
         while lock is None:
             stop.check()
             time.sleep(PAUSE)
-            lock = SharedLock.acquire(file)
+            lock = locks.acquire(file)
         if self.frozen(number).state.is_finished():
-            lock.release()
-            owner.release()
+            lock.close()
+            owner.close()
             return None
         if is_waiting:
             running = TrialState.RUNNING
             self.retry(lambda: self.storage.set_trial_state_values(trial._trial_id, running))
         self.study.sampler = self._sampler(number)
         taken = self.retry(lambda: optuna.Trial(self.study, trial._trial_id))
-        return TakenTrial(self, number, taken, lock, owner)
+        return TakenTrial(self, taken, lock, owner)
 
     def lock_file(self, number: int) -> Path:
         """Returns the path of a trial's lock file.
@@ -468,11 +462,11 @@ class Study:
         trial = next((trial for trial in self.trials() if trial.number == number), None)
         if trial is None or trial.state.is_finished():
             raise Refused(f"--skip: expected a trial that is not finished, got {number}")
-        lock = SharedLock.acquire(self.lock_file(number))
+        lock = locks.acquire(self.lock_file(number))
         if lock is None:
             raise Refused(f"--skip: trial {number} is being trained; stop that process first")
         self.end(number, TrialResult(TrialState.FAIL, reason="left out by --skip"))
-        lock.release()
+        lock.close()
 
     def end(self, number: int, result: TrialResult) -> None:
         """Stores the result of a trial in the database.

@@ -1,5 +1,6 @@
 """Trains one trial of a sweep in a process of train.py, and reports the epochs of that process."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -43,7 +44,8 @@ def run_trial(trial: TakenTrial, stop: StopSignals) -> TrialResult:
         Refused: train.py refused the settings.
         Stopped: this process received a signal. The training process has saved and exited.
     """
-    if trial.should_prune() and not _is_finished(trial.run):  # its pruning was interrupted
+    # If true, the pruning of the trial was interrupted.
+    if trial.should_prune() and read_run(f"logs/{trial.run}").status != "finished":
         return TrialResult(TrialState.PRUNED, epoch=trial.epoch)
     for _ in range(MAX_KILLED):
         start = trial.output.stat().st_size if trial.output.exists() else 0
@@ -88,25 +90,22 @@ def _train(trial: TakenTrial, stop: StopSignals) -> tuple[int, bool]:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            pass_fds=[trial.lock.descriptor, read_end],
+            pass_fds=[trial.lock.fileno(), read_end],
             env={**os.environ, PARENT: str(read_end)},
         )
     os.close(read_end)
-    history, stamp = RunFolder(trial.run).logs.history, None
+    history = RunFolder(trial.run).logs.history
     passed_on, is_pruned = None, False
     try:
         while True:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 return process.wait(PAUSE), is_pruned
-            except subprocess.TimeoutExpired:
-                modified = history.stat().st_mtime_ns if history.exists() else None
             if stop.received != passed_on:
                 passed_on = stop.received
                 process.send_signal(passed_on)
-            elif not is_pruned and modified != stamp:
-                stamp = modified
-                if is_pruned := any(report_epochs(trial, read_history(history))):
-                    process.terminate()
+            elif not is_pruned and any(report_epochs(trial, read_history(history))):
+                is_pruned = True
+                process.terminate()
     except BaseException:
         process.terminate()
         process.wait()
@@ -152,13 +151,6 @@ def _read_result(trial: TakenTrial) -> TrialResult:
     return TrialResult(TrialState.COMPLETE, best[trial.monitor], int(best["epoch"]))
 
 
-def _is_finished(run: str) -> bool:
-    try:
-        return read_run(f"logs/{run}").status == "finished"
-    except Refused:  # there is no such run yet
-        return False
-
-
 def signal_name(status: int) -> str:
     """Returns the name of the signal that ended a process, such as "SIGTERM".
 
@@ -188,10 +180,8 @@ def _last_message(output: Path, start: int) -> str:
     """
     with open(output, "rb") as file:
         file.seek(start)
-        lines = file.read().decode("utf-8", "replace").strip().splitlines()
-    errors = [index for index, line in enumerate(lines) if line.startswith("error: ")]
-    if errors:
-        lines = lines[errors[-1] :]
+        text = file.read().decode("utf-8", "replace").strip()
+    lines = f"\n{text}".rpartition("\nerror: ")[2].strip().splitlines()  # all if there is none
     if any(line.startswith("Traceback ") for line in lines):
         lines = lines[-1:]
-    return "\n".join(lines[-10:]).removeprefix("error: ")
+    return "\n".join(lines[-10:])
