@@ -38,14 +38,16 @@ def write_history(path: Path, history: list[Metrics]) -> None:
 
     Args:
         path: the path of history.csv.
-        history: a dict of metrics per epoch. A metric that is None becomes an empty cell. The
-            columns are in the order in which their names occur.
+        history: a dict of metrics per epoch. A metric that is None becomes an empty cell. The last
+            two entries of each dict must be the speed and the duration of the epoch. The speed and
+            the duration become the last two columns.
 
     Raises:
         OSError: the file cannot be written.
     """
     # Rows have different metrics if a resume has changed the monitored metric.
-    columns = list(dict.fromkeys(name for row in history for name in row))
+    names = [name for row in history for name in list(row)[:-2]]
+    columns = list(dict.fromkeys([*names, *list(history[-1])[-2:]])) if history else []
     rows = ([row.get(name) for name in columns] for row in history)
     write_text(path, csv_text(columns, rows) if history else "")
 
