@@ -92,8 +92,8 @@ def test_of_copies_in_several_splits_the_one_in_the_test_stays(way, photos, capl
         "3 images in several splits; data.on_duplicate=drop leaves out 3 of train, 1 of val"
         in caplog.text
     )
-    (finding,) = [f for f in data.findings.found if "several splits" in f.line]
-    assert [text.count("x.png") for text in finding.details].count(1) == 3
+    (details,) = [d for line, d in data.findings.found.items() if "several splits" in line]
+    assert [text.count("x.png") for text in details].count(1) == 3
     kept = folder(photos, on_duplicate="keep")
     assert [len(part) for part in (kept.train, kept.val, kept.test)] == [15, 9, 10]
     with pytest.raises(Refused, match="3 images in several splits"):

@@ -336,9 +336,9 @@ def test_what_is_left_out_is_counted_in_one_line_with_all_paths(caplog):
     )
     findings = Findings()
     listed(findings=findings)
-    (found,) = findings.found
+    ((line, details),) = findings.found.items()
     expected = "4 files with other endings (.xyz 2, .txt 2), 2 images beside the class folders"
-    assert found.line == f"left out: {expected}"
+    assert line == f"left out: {expected}"
     names = [
         "d.xyz",
         "top.jpg",
@@ -347,7 +347,7 @@ def test_what_is_left_out_is_counted_in_one_line_with_all_paths(caplog):
         "train/dog/c.xyz",
         "train/loose.png",
     ]
-    assert sorted(found.details) == names
+    assert sorted(details) == names
 
 
 def test_a_folder_that_is_left_out_is_named_with_what_to_do(caplog):
@@ -370,7 +370,7 @@ def test_heic_images_without_their_package_are_told(monkeypatch):
     plant("2*photos/cat", "2*photos/dog", "photos/cat/a.HEIC")
     findings = Findings()
     listed(findings=findings)
-    assert "pip install pillow-heif" in findings.found[0].line
+    assert "pip install pillow-heif" in next(iter(findings.found))
     plant("photos/cow/a.heic")
     assert "photos/cow has no images" in refusal() and "pip install pillow-heif" in refusal()
     ((_, reason),) = find_images(["photos/cow"])

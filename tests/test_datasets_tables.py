@@ -42,7 +42,7 @@ def read(top, text, encoding="utf-8", **settings):
         )
         for split, part in splits.items()
     }
-    return images, [found.line.removeprefix(f"{top}/") for found in findings.found]
+    return images, [line.removeprefix(f"{top}/") for line in findings.found]
 
 
 def refusal(top, text, encoding="utf-8", **settings):

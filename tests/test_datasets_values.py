@@ -108,7 +108,7 @@ def built(root: str, **settings: object) -> Data:
 
 
 def said_of(data: Data) -> list[str]:
-    return [finding.line for finding in data.findings.found]
+    return list(data.findings.found)
 
 
 def losses(name: str = "") -> list[float]:

@@ -11,28 +11,16 @@ logger = logging.getLogger(__name__)
 MAX_LISTED = 20  # lines of a list in a message
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One fact about a dataset that its user has to know.
-
-    Attributes:
-        line: the fact, in one line.
-        details: further lines, such as the paths of all files that are meant.
-    """
-
-    line: str
-    details: tuple[str, ...] = ()
-
-
 @dataclass
 class Findings:
     """The facts about a dataset that its user has to know, such as which files are left out.
 
     Attributes:
-        found: the facts, in the order in which they were found.
+        found: the facts, in the order in which they were found. Each is a line, under which there
+            are further lines, such as the paths of all files that are meant.
     """
 
-    found: list[Finding] = field(default_factory=list)
+    found: dict[str, Sequence[str]] = field(default_factory=dict)
 
     def add(self, line: str, details: Sequence[str] = (), level: int = logging.INFO) -> None:
         """Logs a fact in one line, and keeps it with its details for the data sheet.
@@ -44,7 +32,7 @@ class Findings:
             level: the level of the line in the log. A fact that can be a mistake of the user is a
                 warning.
         """
-        self.found.append(Finding(line, tuple(details)))
+        self.found[line] = details
         logger.log(level, "%s", line)
 
     def add_all(

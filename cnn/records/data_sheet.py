@@ -67,8 +67,8 @@ def sheet(run: Run) -> str:
     """
     table = align_columns(class_table(run.data), right=(1, 2, 3, 4))
     lines = [*align_columns(list(facts(run).items())), "", *table]
-    for finding in run.data.findings.found:
-        lines += ["", finding.line, *(f"  {detail}" for detail in finding.details)]
+    for line, details in run.data.findings.found.items():
+        lines += ["", line, *(f"  {detail}" for detail in details)]
     return "\n".join(escape_unprintable(line, keep="\n") for line in lines) + "\n"
 
 

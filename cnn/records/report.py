@@ -115,7 +115,7 @@ class Report:
             "augmentations": as_text(cfg.data.augment)[1:-1] or "none",
             "counts": data_sheet.class_table(data),
             "facts": list(data_sheet.facts(self.run).items()),
-            "findings": data.findings.found,
+            "findings": data.findings.found.items(),
             "columns": columns,
             "epochs": [[format_metric(row.get(name)) for name in columns] for row in history],
             "environment": list(self.run.environment.items()),
