@@ -57,13 +57,20 @@ def open_image(path: str | os.PathLike | IO[bytes]) -> Image.Image:
     """
     add_heif()
     try:
-        tags = tiff.read_tags(path)
-        if tags and not tiff.is_for_pillow(tags):
+        try:
+            image = Image.open(path)
+        except (PIL.UnidentifiedImageError, ValueError):
+            tags = tiff.read_tags(path)
+            if tags is None:
+                raise
             return _open_with_tifffile(path, tags)
-        with Image.open(path) as image:
+        with image:
             if image.format == "EPS":  # EPS is a program, which Pillow would run with Ghostscript
                 raise BadImage("an EPS drawing, no photograph")
             _check_size(image.width, image.height)
+            tags = tiff.read_tags(path) if image.format == "TIFF" else None
+            if tags and not tiff.is_for_pillow(tags):
+                return _open_with_tifffile(path, tags)
             is_wide = any(form in str(image.tile[:1]) for form in WIDE)
             image.load()  # decodes all of it; verify() would miss a truncated JPEG
             turned = upright(image)
@@ -90,7 +97,8 @@ def _open_with_tifffile(path: str | os.PathLike | IO[bytes], tags: tiff.Tags) ->
     values = tiff.read_values(path, tags)
     image = Image.fromarray(to_bytes(values, PER_IMAGE))
     image.format = "TIFF"
-    image.values = values
+    if values.dtype != np.uint8:
+        image.values = values
     return image
 
 

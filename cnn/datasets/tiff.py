@@ -17,7 +17,6 @@ BANDS, PLANAR, EXTRA, SAMPLE_FORMAT = 277, 284, 338, 339
 REDUCED_OR_MASK = 1 | 4  # bits of SUBFILE
 NUM_COLORS = {0: 1, 1: 1, 3: 1, 5: 4}  # by PHOTOMETRIC; 3 for all others, such as RGB
 GRAY_OR_RGB = (0, 1, 2)  # by PHOTOMETRIC
-FOR_PILLOW = ("uint16", "uint12", "int16", "uint32", "int32", "float32")
 KINDS = {1: "uint", 2: "int", 3: "float"}  # by SAMPLE_FORMAT
 
 
@@ -70,10 +69,8 @@ def dtype_name(tags: Tags) -> str:
 
 
 def is_for_pillow(tags: Tags) -> bool:
-    """Returns whether Pillow reads an image as it is."""
-    kind, is_whole = dtype_name(tags), tags.get(PLANAR, 1) == 1
-    is_known = kind in (FOR_PILLOW if tags.get(BANDS, 1) == 1 else FOR_PILLOW[:1]) and is_whole
-    return is_known or tags.get(BITS, (1,))[0] <= 8
+    """Returns whether Pillow reads an image as it is, if Pillow reads the image at all."""
+    return tags.get(BANDS, 1) == 1 or tags.get(PLANAR, 1) == 1 or tags.get(BITS, (1,))[0] <= 8
 
 
 def read_values(path: str | os.PathLike | IO[bytes], tags: Tags) -> np.ndarray:
