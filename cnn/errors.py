@@ -106,6 +106,11 @@ OURS = os.path.join(os.path.dirname(__file__), "")
 ADVICE = "fewer data.num_workers need less (ulimit -n, ulimit -u, df /dev/shm, a short TMPDIR)"
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an exception's message; the exception's type if there is none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def describe(error: Exception) -> str:
     """Describes an exception of the user's own code in one line.
 

@@ -40,7 +40,7 @@ def start_server(*more: str) -> None:
     Args:
         more: modules that it imports besides, where it does not run yet.
     """
-    ours = ["cnn.training.setup", "cnn.records.records", "train", "processes"]
+    ours = ["cnn.training.setup", "cnn.records.records", "train", "processes", "sweeping"]
     CONTEXT.set_forkserver_preload(["pytest", "torchvision.transforms.v2", *ours, *more])
     before = os.environ.get("PYTHONPATH")
     root = Path(train.__file__).parent
@@ -58,6 +58,7 @@ class Process:
         trap: a place in the run (TRAPS), how often it is passed before, and the signal that the
             process group gets there; or several, of which the first that is reached stops it.
         room: bytes that a file may have, as on a disk that is full then.
+        open_files: that it may have at once, of which three are its streams.
         rank: of several processes that train together, what torchrun tells this one in the
             environment; it then also records what it trains on in `trained_RANK.jsonl`.
     """
@@ -68,6 +69,7 @@ class Process:
         *words: str,
         trap: "Trap | list[Trap] | None" = None,
         room: int | None = None,
+        open_files: int | None = None,
         output: str = "output.txt",
         rank: dict[str, str] | None = None,
     ):
@@ -76,7 +78,7 @@ class Process:
         self.output = folder / output
         self.output.unlink(missing_ok=True)
         self.process = CONTEXT.Process(
-            target=_run, args=(folder, words, trap, room, self.output, rank)
+            target=_run, args=(folder, words, trap, room, open_files, self.output, rank)
         )
         self.process.start()
 
@@ -109,9 +111,10 @@ def run(
     *words: str,
     trap: tuple[str, int, int] | None = None,
     room: int | None = None,
+    open_files: int | None = None,
 ) -> tuple[int, str]:
     """A run to its end: exit status and all it said."""
-    process = Process(folder, *words, trap=trap, room=room)
+    process = Process(folder, *words, trap=trap, room=room, open_files=open_files)
     return process.wait(), process.output.read_text()
 
 
@@ -144,6 +147,7 @@ def _run(
     words: tuple[str, ...],
     trap: "Trap | list[Trap] | None",
     room: int | None,
+    open_files: int | None,
     output: Path,
     rank: dict[str, str] | None,
 ):
@@ -159,6 +163,10 @@ def _run(
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    os.close(descriptor)
+    if open_files is not None:  # of a process of its own: without those of the server
+        open_files += len(os.listdir("/proc/self/fd")) - 1 - 3
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
     torch.set_num_threads(1)
     sys.argv = ["train.py", *words]
     for each in trap if isinstance(trap, list) else [trap] if trap else []:

@@ -1,6 +1,7 @@
 """The command line: what it refuses, what it says, and how a run that is not yet one ends."""
 
 import importlib
+import os
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, finish
 from PIL import Image
+from processes import CONTEXT, start_server
 
 import train as script
 from cnn import cli
@@ -284,24 +286,35 @@ def test_in_another_thread_than_the_main_one_it_is_refused(train, capfd):
 # -- streams that are not there -----------------------------------------------------------------
 
 
-def shell(line: str, **options) -> int:
-    """The exit status of a command line, for a shell."""
-    words = f"exec {sys.executable} {ROOT}/{line}"
-    return subprocess.run(["bash", "-c", words], check=False, **options).returncode
+def run_closed(folder: Path, line: str, closed: set[int]) -> None:
+    """Runs a script in a process that has just begun, without these of its streams."""
+    os.chdir(folder)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        os.close(number)
+        if number in closed:
+            setattr(sys, name, None)  # as Python begins then
+        else:
+            os.open(os.devnull, os.O_RDWR)
+    sys.argv = line.split()
+    os._exit(importlib.import_module(sys.argv[0]).main(None))
 
 
 def test_with_its_streams_closed_every_script_does_its_work():
-    tiny = f"--config {ROOT}/tests/tiny.yaml train.epochs=1"
-    assert shell(f"train.py {tiny} <&- >&- 2>&-") == 0
+    words = f"exec {sys.executable} {ROOT}/train.py {' '.join(TINY)} train.epochs=1 <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", words], check=False).returncode == 0
     assert load_checkpoint(Path("checkpoints/last.pth"))["epoch"] == 1
     Image.new("L", (8, 8)).save("a.png")
-    for line, file in [
-        ("evaluate.py --json a.json 2>&-", "a.json"),
-        ("predict.py a.png --csv a.csv 2>&- >&-", "a.csv"),
-        ("export.py --format weights >&- 2>&-", "checkpoints/best_weights.pt"),
-        ("compare.py logs >&-", "logs/compare.html"),
+    start_server()
+    for line, closed, file in [
+        ("evaluate --json a.json", {2}, "a.json"),
+        ("predict a.png --csv a.csv", {1, 2}, "a.csv"),
+        ("export --format weights", {1, 2}, "checkpoints/best_weights.pt"),
+        ("compare logs", {1}, "logs/compare.html"),
     ]:
-        assert shell(line, stdout=subprocess.DEVNULL) == 0, line
+        process = CONTEXT.Process(target=run_closed, args=(Path.cwd(), line, closed))
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0, line
         assert Path(file).stat().st_size > 0
     assert b"warning" not in Path("a.csv").read_bytes()
 

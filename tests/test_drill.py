@@ -174,6 +174,8 @@ CULPRITS = {
 }
 
 
+FEW_STOPS = ((1, 0.7, signal.SIGKILL), (2, 0.7, signal.SIGKILL))
+
 # Each takes seconds: those that are caught by the same means as another one are left to the soak.
 SOON = [
     pytest.param(*case, id=name, marks=[] if name in AT_ONCE else [pytest.mark.soak])
@@ -182,7 +184,12 @@ SOON = [
 
 
 @pytest.mark.parametrize("settings, expected", SOON)
-def test_the_drill_names(train, capfd, settings, expected):
+def test_the_drill_names(train, capfd, request, monkeypatch, settings, expected):
+    if (
+        request.node.callspec.id in AT_ONCE
+    ):  # a stop is enough, and so are forks; all is tried above
+        monkeypatch.setattr(drill, "STOPS", FEW_STOPS)
+        monkeypatch.setattr(drill, "FRESH", drill.CONTEXT)
     assert train("--drill", *settings) == 1
     assert expected in capfd.readouterr().err
 

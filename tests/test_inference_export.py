@@ -41,6 +41,18 @@ def runs(tmp_path_factory) -> Path:
         return Path.cwd() / "checkpoints"
 
 
+@pytest.fixture(scope="module")
+def exported(runs) -> Path:
+    """A folder with the first of them in each format."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(runs / "simple_cnn")
+        for form, name in FILES.items():
+            assert (
+                script.main(["--checkpoint", "best.pth", "--format", form, "--output", name]) == 0
+            )
+        return Path.cwd()
+
+
 @pytest.fixture
 def best(runs, folder_of_its_own) -> Path:
     """The checkpoint of the first of them, in the test's own folder."""
@@ -142,31 +154,29 @@ def ours(train, monkeypatch) -> Path:
     return Path("checkpoints/best.pth")
 
 
-def test_an_exported_file_names_no_file_and_no_folder(ours, runs):
-    for checkpoint in (ours, runs / "simple_cnn/best.pth"):
-        for form, name in FILES.items():
-            words = ["--checkpoint", str(checkpoint), "--format", form, "--output", name]
-            assert script.main(words) == 0
-            content = Path(name).read_bytes()
+def test_an_exported_file_names_no_file_and_no_folder(ours, exported):
+    for form, name in FILES.items():
+        assert script.main(["--format", form, "--output", name]) == 0
+        for folder in (ours.parent.parent, exported):
+            content = (folder / name).read_bytes()
             for origin in (ROOT, Path.cwd(), Path.home(), Path(sys.prefix)):
                 assert bytes(origin) not in content, f"{name}: {origin}"
             for word in (b"site-packages", b".py", b"stack_trace", b"torch.nn", b"Branches("):
                 assert word not in content, f"{name}: {word}"
 
 
-def test_the_modules_of_a_model_can_still_be_told_apart_in_a_file_for_torch(best):
-    assert script.main([]) == 0
-    program, images = torch.export.load("checkpoints/best.pt2"), torch.rand(3, 1, 8, 8)
+def test_the_modules_of_a_model_can_still_be_told_apart_in_a_file_for_torch(exported):
+    program, images = torch.export.load(exported / "best.pt2"), torch.rand(3, 1, 8, 8)
     modules = torch.export.unflatten(program)
     assert torch.equal(modules(images), program.module()(images))
     assert modules.get_submodule("model.features.0.0").weight.shape[0] == 4
 
 
-def test_a_checkpoint_is_exported_to_the_same_bytes_anywhere(best, capfd):
+def test_a_checkpoint_is_exported_to_the_same_bytes_anywhere(exported):
     """From another folder, by another copy of the project, as another user, without the data."""
     shutil.copytree(ROOT / "cnn", "elsewhere/cnn")
     shutil.copy(ROOT / "export.py", "elsewhere")
-    shutil.copy(best, "elsewhere/other name.pth")
+    shutil.copy(exported / "best.pth", "elsewhere/other name.pth")
     export_all = (
         "import sys, export\n"
         "for name in sys.argv[1:]:\n"
@@ -180,9 +190,8 @@ def test_a_checkpoint_is_exported_to_the_same_bytes_anywhere(best, capfd):
         env={**os.environ, **other, "PYTHONPATH": "."},
         check=True,
     )
-    for form, name in FILES.items():
-        assert script.main(["--format", form, "--output", name]) == 0
-        assert Path(name).read_bytes() == Path("elsewhere", name).read_bytes(), name
+    for name in FILES.values():
+        assert (exported / name).read_bytes() == Path("elsewhere", name).read_bytes(), name
 
 
 @pytest.mark.parametrize("opset, ir_version", [(14, 7), (21, 10)])

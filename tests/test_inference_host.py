@@ -134,7 +134,7 @@ def test_a_model_that_draws_says_the_same_in_every_thread(drawing):
 # The settings of the process
 
 STATE = """
-import gc, os, signal, sys, warnings
+import gc, os, signal, sys, threading, warnings
 import PIL.Image, PIL.ImageFile
 import numpy as np
 import torch
@@ -157,6 +157,10 @@ assert state() == before, "the import"
 assert "torchvision" not in sys.modules, "a second of every script's start"
 more = lambda: [*state(), warnings.filters[:]]
 before = more()
+threads = [threading.Thread(target=load, args=(sys.argv[1],)) for _ in range(3)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert more() == before, "the first loads, in several threads at once"
 predict = load(sys.argv[1])
 assert more() == before, "load"
 predict([sys.argv[2]] * 3), predict(sys.argv[2]), list(predict.predict_each([None, "no.png"]))
@@ -177,7 +181,7 @@ def run_program(code: str, *words: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_settings_of_the_process_stay(best):
+def test_the_settings_of_the_process_stay_also_when_several_threads_load_at_first(best):
     Image.fromarray(RGB).save("a.png")
     run_program(STATE, str(best), "a.png")
 
@@ -250,21 +254,6 @@ def test_a_model_that_loads_another_one_is_loaded(drawing, monkeypatch):
     thread.join(60)
     assert loaded, "it waits for itself"
     assert loaded[0](RGB[:8, :8, 0]) == loaded[0](RGB[:8, :8, 0])
-
-
-FIRST_LOADS = """
-import sys, threading, warnings
-from cnn.inference import load
-before = warnings.filters[:]
-threads = [threading.Thread(target=load, args=(sys.argv[1],)) for _ in range(3)]
-for thread in threads: thread.start()
-for thread in threads: thread.join()
-assert warnings.filters == before
-"""
-
-
-def test_the_filters_of_warnings_stay_when_several_threads_load_at_first(best):
-    run_program(FIRST_LOADS, str(best))
 
 
 def test_files_that_the_process_cannot_open_are_no_bad_pictures(best, monkeypatch):

@@ -169,6 +169,10 @@ class Linear(nn.Module):
 class Two(Linear):
     def forward(self, images):
         return super().forward(images), None
+
+class Strict(Linear):
+    def forward(self, images):
+        assert images.shape[1] == 3
 """
 
 
@@ -182,6 +186,8 @@ def test_a_model_of_the_users_own_is_tried_out_before_it_is_taken(tmp_path, monk
     )
     assert "got tuple" in refusal("my_net:Two")
     assert "cannot take images of 1x9x9" in refusal("my_net:Linear", size=9)
+    said = refusal("my_net:Strict")
+    assert "cannot take images of 1x8x8 (AssertionError); a larger" in said, "it gave no message"
 
 
 def test_trying_out_leaves_the_model_in_training_and_its_statistics_alone():

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -82,10 +83,9 @@ def test_a_run_killed_in_any_phase_ends_the_same(unbroken, tmp_path, place, pass
 @pytest.mark.parametrize(
     "name, place, passes",
     [
-        *itertools.product(["SIGINT", "SIGTERM", "SIGUSR1"], ["training"], [2]),
-        *itertools.product(["SIGINT", "SIGTERM", "SIGUSR1"], ["validation"], [4]),
-        *itertools.product(["SIGINT", "SIGTERM", "SIGUSR1"], ["writing"], [1]),
-        ("SIGHUP", "training", 2),
+        *itertools.product(["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"], ["training"], [2]),
+        ("SIGTERM", "validation", 4),
+        ("SIGINT", "writing", 1),
     ],
 )
 def test_a_signal_to_the_group_saves_and_says_how_to_go_on(
@@ -186,8 +186,8 @@ def test_what_is_saved_is_the_state_at_the_call_and_not_later(tmp_path, monkeypa
 
 
 def test_every_position_resumes_to_the_same_end(train, monkeypatch):
-    """A run of 40 steps, stopped after each; then resumed from each of the 40 files."""
-    words = ["train.epochs=8", "data.args={num_images: 80, image_size: 8}", "optim.lr=0.02"]
+    """A run of 20 steps, stopped after each; then resumed from each of the 20 files."""
+    words = ["train.epochs=4", "data.args={num_images: 80, image_size: 8}", "optim.lr=0.02"]
     words = [*words, "train.ema_decay=0.9", "schedule.name=plateau", "schedule.patience=0"]
     assert train(*words) == 0
     for folder in ("logs", "checkpoints"):
@@ -205,9 +205,9 @@ def test_every_position_resumes_to_the_same_end(train, monkeypatch):
             number += 1
             shutil.copytree("checkpoints", f"at/{number}/checkpoints")
             status = train("--resume")
-    assert number == 40
+    assert number == 20
     assert_same_run("whole", ".")
-    for number in range(1, 41):
+    for number in range(1, 21):
         monkeypatch.chdir(Path("at", str(number)))
         assert train("--resume") == 0
         monkeypatch.chdir("../..")
@@ -353,40 +353,45 @@ SOAKS = {
 }
 
 
-def soak(tmp_path: Path, name: str, settings: list[str], seed: int, longest: float) -> int:
-    """One run under random kills against the unbroken one; returns the number of kills."""
+def unbroken_soak(tmp_path: Path, name: str) -> list[str]:
+    """The words of a run, which has been there unbroken then."""
+    settings = SOAKS[name]
     if name.startswith("folder"):
         if not (tmp_path / "photos").exists():
             write_folder(tmp_path / "photos", {"cat": 30, "dog": 30, "bird": 30})
         settings = [*settings, f"data.root={tmp_path / 'photos'}"]
     words = [*TINY, "train.epochs=6", "checkpoint.every_steps=2", *settings]
-    reference = tmp_path / "reference"
-    if not reference.exists():
-        status, output = run(reference, *words)
-        assert status == 0, output
+    run_whole(tmp_path / "reference", *words)
+    return words
+
+
+def soak(tmp_path: Path, words: list[str], seed: int, longest: float) -> int:
+    """One run under random kills against the unbroken one; returns the number of kills."""
     folder = tmp_path / f"killed_{seed}"
     signals = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]
     kills, status = run_through_kills(folder, *words, seed=seed, longest=longest, signals=signals)
     assert status == 0, (folder / "output.txt").read_text()
-    assert_same_run(reference, folder)
+    assert_same_run(tmp_path / "reference", folder)
     shutil.rmtree(folder)
     return kills
 
 
 def test_random_kills_change_nothing(tmp_path):
-    """The short form: at least 12 kills over three kinds of run."""
+    """The short form: at least 6 kills over three kinds of run."""
     kills = 0
     for number, name in enumerate(list(SOAKS)[:3]):
-        folder, seed = tmp_path / str(number), 0
-        while kills < 4 * (number + 1):
-            kills += soak(folder, name, SOAKS[name], seed := seed + 1, longest=1.0)
+        folder, seed, began = tmp_path / str(number), 0, time.monotonic()
+        words = unbroken_soak(folder, name)
+        longest = time.monotonic() - began  # on a busy machine, a run needs more to get further
+        while kills < 2 * (number + 1):
+            kills += soak(folder, words, seed := seed + 1, longest)
     print(f"{kills} kills")
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", SOAKS)
 def test_many_random_kills_change_nothing(tmp_path, name):
-    kills, seed = 0, 1000
+    kills, seed, words = 0, 1000, unbroken_soak(tmp_path, name)
     while kills < 35:
-        kills += soak(tmp_path, name, SOAKS[name], seed := seed + 1, longest=0.8)
+        kills += soak(tmp_path, words, seed := seed + 1, longest=0.8)
         print(f"{name}: seed {seed}, {kills} kills")

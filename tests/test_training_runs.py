@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY, assert_same_run, finish, history
 from PIL import Image
+from processes import run
 
 from cnn.utils.checkpoint import load_checkpoint
 from cnn.utils.run_folder import is_running
@@ -306,7 +307,7 @@ def test_two_processes_never_write_one_run(train):
     from cnn.utils.run_folder import RunFolder
 
     with RunFolder(None):
-        status, output = finish(*TINY)
+        status, output = run(Path.cwd(), *TINY)
     assert status == 2
     assert "checkpoints: process" in output and "Traceback" not in output
     assert train() == 0
@@ -319,7 +320,7 @@ def test_an_error_while_running_is_in_the_log_with_its_traceback():
         "    def forward(self, logits, labels):\n"
         "        assert not self.training, 'the first batch'\n"
     )
-    status, output = finish(*TINY, "loss.name=mine:Fails")
+    status, output = run(Path.cwd(), *TINY, "loss.name=mine:Fails")
     assert status == 1, output
     log = Path("logs/train.log").read_text()
     assert "Traceback" in log and "the first batch" in log
@@ -334,8 +335,9 @@ def test_an_operation_that_cannot_be_repeated_is_named_where_that_was_asked_for(
         "        torch.zeros(4).put_(torch.tensor([0]), torch.ones(1))\n"  # refused on CPUs too
         "        return super().forward(logits, labels)\n"
     )
-    assert finish(*TINY, "loss.name=mine:Puts", "train.epochs=1")[0] == 0
-    status, said = finish(*TINY, "loss.name=mine:Puts", "train.deterministic=true")
+    words = [*TINY, "loss.name=mine:Puts"]
+    assert run(Path.cwd(), *words, "train.epochs=1")[0] == 0
+    status, said = run(Path.cwd(), *words, "train.deterministic=true")
     assert status == 1 and "Traceback" not in said, said
     assert "train.deterministic: put_, which this model uses, has no repeatable" in said
 
@@ -411,25 +413,19 @@ def test_pictures_with_chinese_names_are_drawn_in_any_locale():
     assert Path("logs/confusion_matrix.png").exists() and Path("logs/curves.png").exists()
 
 
-def with_open_files(number: int, *words: str) -> tuple[int, str]:
-    """train.py with so few open files allowed."""
-    limits = (number, number)
+def test_few_open_files_are_enough_and_too_few_for_loader_processes_are_told():
+    words = [*TINY, "train.epochs=1"]
     process = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *TINY, "train.epochs=1", *words],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, limits),
-        capture_output=True,
-        text=True,
+        [sys.executable, str(ROOT / "train.py"), *words],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (10, 10)),
         check=False,
         timeout=100,
     )
-    return process.returncode, process.stderr
-
-
-def test_few_open_files_are_enough_and_too_few_for_loader_processes_are_told():
-    assert with_open_files(10)[0] == 0
+    assert process.returncode == 0
+    words += ["data.num_workers=3", "data.in_memory=false"]
     for number in (14, 24, 32):
-        status, said = with_open_files(number, "data.num_workers=3", "data.in_memory=false")
+        status, said = run(Path.cwd(), *words, open_files=number)
         assert status == 1, said
         assert said.count("error: ") == 1 and "Traceback" not in said
         assert "fewer data.num_workers need less (ulimit -n" in said
-    assert with_open_files(80, "data.num_workers=3", "data.in_memory=false")[0] == 0
+    assert run(Path.cwd(), *words, open_files=80)[0] == 0

@@ -21,7 +21,7 @@ from torch import nn
 from cnn.config import ModelConfig
 from cnn.datasets.build import build_data
 from cnn.datasets.preprocessing import Normalize, Preprocessing, resize_and_crop
-from cnn.errors import Failed, Refused
+from cnn.errors import Failed, Refused, first_line
 from cnn.inference.evaluation import set_channels
 from cnn.inference.trained_model import TrainedModel
 from cnn.models.build import build_model
@@ -319,12 +319,8 @@ def _refusing(fault: str, advice: str) -> Iterator[None]:
     except Exception as error:
         while error.__cause__ is not None:  # torch wraps the reason in advice to its developers
             error = error.__cause__
-        reason = _first_line(error).rpartition("Assertion `false` failed: ")[2]  # of onnx, in C++
+        reason = first_line(error).rpartition("Assertion `false` failed: ")[2]  # of onnx, in C++
         raise Refused(f"{fault}: {reason}; {advice}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # -- metadata and check ------------------------------------------------------------------------
@@ -381,7 +377,7 @@ def sample_images(trained: TrainedModel) -> tuple[torch.Tensor, str]:
         images = torch.stack([resize_and_crop(val[index], pre.image_size) for index in indices])
         return images[torch.arange(number) % len(images)], f"{len(images)} validation images"
     except Exception as error:  # noqa: BLE001  the user's own dataset may raise anything
-        logger.info("the images of the training are not available here (%s)", _first_line(error))
+        logger.info("the images of the training are not available here (%s)", first_line(error))
     generator, shape = torch.Generator().manual_seed(0), (number, *pre.shape)
     images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     return images, "random images"

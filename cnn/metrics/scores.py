@@ -99,13 +99,12 @@ def wilson(correct: float, count: int) -> tuple[float, float] | None:
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def with_interval(accuracy: float | None, count: int, digits: int = 4) -> str:
+def with_interval(accuracy: float | None, count: int) -> str:
     """Returns an accuracy and its 95 % confidence interval as text.
 
     Args:
         accuracy: the fraction of correct images. None means that the accuracy is unknown.
         count: the number of images.
-        digits: the number of decimal places.
 
     Returns:
         A text such as "0.9833 (95 %: 0.9726 to 0.9899)". The text is "n/a" if the accuracy is None
@@ -114,7 +113,7 @@ def with_interval(accuracy: float | None, count: int, digits: int = 4) -> str:
     if accuracy is None or count == 0:
         return "n/a"
     low, high = wilson(accuracy * count, count)
-    return f"{accuracy:.{digits}f} (95 %: {low:.{digits}f} to {high:.{digits}f})"
+    return f"{accuracy:.4f} (95 %: {low:.4f} to {high:.4f})"
 
 
 # -- from a confusion matrix: a row per labelled class, a column per predicted class ------------

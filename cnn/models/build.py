@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cnn.config import ModelConfig, is_import_path
-from cnn.errors import Refused
+from cnn.errors import Refused, first_line
 from cnn.models import torchvision_models
 from cnn.models.lenet5 import LeNet5
 from cnn.models.resnet import ResNet9, ResNet20
@@ -107,7 +107,7 @@ def _try_out(model: nn.Module, name: str, num_classes: int, shape: tuple[int, ..
         try:
             logits = model(torch.zeros(2, *shape))
         except (RuntimeError, ValueError, AssertionError) as error:
-            size, reason = "x".join(map(str, shape)), str(error).splitlines()[0]
+            size, reason = "x".join(map(str, shape)), first_line(error)
             advice = f"({reason}); a larger data.image_size may help"
             raise Refused(f"model.name: {name} cannot take images of {size} {advice}") from error
     model.train(training)

@@ -47,8 +47,6 @@ class TensorBoard:
     def __init__(self, run: Run):
         self.folder, self.run, self.state = run.folder.logs.tensorboard, run, run.state
         self._files: dict[str, Path] = {}  # the file of each part; {} if they have to be rewritten
-        self._num_epochs, self._has_test = 0, False  # what the files contain
-        self._matrix_steps: set[int] = set()  # the steps of the confusion matrices in the files
 
     def rewrite(self) -> None:
         """Replaces the event files by new files with the run's whole history.
@@ -61,8 +59,8 @@ class TensorBoard:
         kept = {part: self._read_images(part) for part in PARTS}
         if not kept["train"]:
             kept["train"] = self._initial_events()
-        self._num_epochs, self._has_test = 0, False
-        self._matrix_steps = {event.step for event in kept["val"]}
+        self._num_epochs, self._has_test = 0, False  # what the new files contain
+        self._matrix_steps = {event.step for event in kept["val"]}  # of the confusion matrices
         new = self._new_events()
         self._files = {part: self._replace(part, kept[part] + new[part]) for part in PARTS}
 

@@ -357,11 +357,7 @@ def _file_of(entry: Entry) -> str:
 
 
 def _check_sweep(
-    cfg: SweepConfig,
-    name: str,
-    changes: dict[str, Entry],
-    space: Space,
-    places: dict[str, str],
+    cfg: SweepConfig, name: str, changes: dict[str, Entry], space: Space, places: dict[str, str]
 ) -> list[str]:
     """Checks the name of a sweep and whether the settings of the sweep fit together.
 

@@ -36,7 +36,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from cnn import config
 from cnn.config import Config, as_text
-from cnn.errors import DatabaseFailed, Refused
+from cnn.errors import DatabaseFailed, Refused, first_line
 from cnn.metrics.scores import mode
 from cnn.sweeps.locks import SharedLock
 from cnn.sweeps.settings import Choice, Range, Sweep
@@ -246,7 +246,7 @@ class Study:
             )
             stored = self.study.user_attrs.get("sweep")
         except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, RuntimeError) as error:
-            reason = _first_line(error)
+            reason = first_line(error.__cause__ or error)
             raise Refused(f"storage: the database cannot be opened: {reason}") from None
         current = comparable_settings(self.sweep)
         if stored is None:
@@ -301,7 +301,7 @@ class Study:
                 return function()
             except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
                 if time.monotonic() > deadline:
-                    reason = _first_line(error)
+                    reason = first_line(error.__cause__ or error)
                     raise DatabaseFailed(f"the database does not answer: {reason}") from None
                 time.sleep(random.uniform(0.05, 0.5))  # so that processes differ in their times
 
@@ -526,7 +526,3 @@ def _as_plain(value: Any) -> Any:
     A list or a mapping becomes YAML text, such as "[1, 2]". Any other value is returned unchanged.
     """
     return value if value is None or isinstance(value, (bool, int, float, str)) else as_text(value)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error.__cause__ or error).strip().splitlines()[0]

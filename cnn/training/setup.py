@@ -63,7 +63,7 @@ def build_run(
     check_monitor(cfg.checkpoint.monitor, data)
     if max_batches is not None:
         data = data.head(max_batches * cfg.data.batch_size)
-    model = _build_model(cfg, data, device, precision, group, from_scratch=checkpoint is None)
+    model = _build_model(cfg, data, device, precision, group, is_new=checkpoint is None)
     loss = build_loss(cfg.loss, data.train.labels, data.classes).to(device)
     loaders = _build_loaders(cfg, data, device, group)
     state = _build_state(cfg, model, loss, len(loaders[0]), precision)
@@ -109,13 +109,7 @@ def _metadata(
 
 
 def _build_model(
-    cfg: Config,
-    data: Data,
-    device: torch.device,
-    precision: str,
-    group: Group,
-    *,
-    from_scratch: bool,
+    cfg: Config, data: Data, device: torch.device, precision: str, group: Group, *, is_new: bool
 ) -> nn.Module:
     """Builds the model on the device of this process.
 
@@ -128,11 +122,11 @@ def _build_model(
         device: the device of this process.
         precision: the precision of a forward pass: "fp32", "bf16" or "fp16".
         group: the processes that train together.
-        from_scratch: whether the run is new. Pretrained weights are read only for a new run. In a
+        is_new: whether the run is new. Pretrained weights are read only for a new run. In a
             resumed run, the checkpoint replaces all weights.
     """
     wanted = cfg.model
-    if not from_scratch:
+    if not is_new:
         wanted = dataclasses.replace(cfg.model, weights=None, pretrained=False)
     pre = data.preprocessing
     model = build_model(wanted, data.classes, pre.channels, pre.image_size, cfg.seed)

@@ -25,7 +25,7 @@ from typing import IO, Any
 
 import torch
 
-from cnn.errors import Refused
+from cnn.errors import Refused, first_line
 
 MARK = b"sha256 of all that has no CRC: "
 # The mark of the first format, whose checksum covers the data of the members too.
@@ -169,7 +169,7 @@ def _open(path: Path) -> Iterator[tuple[IO[bytes], zipfile.ZipFile]]:
     except pickle.UnpicklingError:  # torch's message advises to load it anyway
         raise Refused(f"{path}: not opened: it does not read as tensors and plain values") from None
     except Exception as error:  # noqa: BLE001  zipfile and torch raise many kinds for a strange file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise Refused(f"{path}: damaged, or not a file of torch.save: {reason}") from None
 
 
