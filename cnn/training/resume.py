@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import logging
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -382,7 +381,8 @@ def _set_others_aside(
         existing: the plain values, such as the step, of every checkpoint in the folder. None stands
             for a damaged checkpoint.
     """
-    resumes_last = _is_same_file(folder.last, checkpoint.path)
+    exist = folder.last.exists() and checkpoint.path.exists()
+    resumes_last = exist and folder.last.samefile(checkpoint.path)
     aside = {}
     for path, metadata in existing.items():
         if metadata is not None and not _is_same_run(metadata, checkpoint):
@@ -403,13 +403,8 @@ def _set_others_aside(
         _copy(checkpoint.path, folder.last)
 
 
-def _is_same_file(one: Path, other: Path) -> bool:
-    return one.exists() and other.exists() and one.samefile(other)
-
-
 def _copy(source: Path, target: Path) -> None:
-    with open(source, "rb") as file:
-        write_atomically(target, lambda new: shutil.copyfileobj(file, new))
+    write_atomically(target, lambda file: file.write(source.read_bytes()))
 
 
 def _copy_best(folder: RunFolder, checkpoint: Checkpoint) -> None:
