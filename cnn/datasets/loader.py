@@ -123,6 +123,7 @@ class Samples:
             return workers.data_failure(error, name)
 
 
+@dataclass(eq=False)
 class Loader:
     """A base class of loaders, which load batches of one split onto the device.
 
@@ -152,24 +153,20 @@ class Loader:
         starts: first position of each batch in the epoch, and at the end the number of images.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        preprocessing: Preprocessing,
-        batch_size: int,
-        device: torch.device,
-        seed: int,
-        sampler: str = "shuffle",
-        rank: int = 0,
-        num_ranks: int = 1,
-    ):
-        self.rank, self.num_ranks = rank, num_ranks
-        self.images, self.device, self.seed = images, device, seed
-        self.balanced = sampler == "balanced"
-        self.size = preprocessing.image_size
-        self.sizes = split_epoch(len(images), batch_size)
+    images: Images
+    preprocessing: Preprocessing
+    batch_size: int
+    device: torch.device
+    seed: int
+    sampler: str
+    rank: int
+    num_ranks: int
+
+    def __post_init__(self):
+        self.balanced = self.sampler == "balanced"
+        self.sizes = split_epoch(len(self.images), self.batch_size)
         self.starts = np.cumsum([0, *self.sizes]).tolist()
-        self._normalize = Normalize(preprocessing, device)
+        self._normalize = Normalize(self.preprocessing, self.device)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -277,22 +274,22 @@ class StreamLoader(Loader):
         *args: the positional arguments of the base class `Loader`, such as the images.
         augment: name and settings of each augmentation, applied in training.
         num_workers: number of worker processes. If 0, this process reads the images.
-        **keywords: the keyword arguments of `Loader`.
     """
 
-    def __init__(self, *args, augment: list[AugmentationConfig], num_workers: int, **keywords):
-        super().__init__(*args, **keywords)
+    def __init__(self, *args, augment: list[AugmentationConfig], num_workers: int):
+        super().__init__(*args)
         # A GPU normalizes, which quarters the bytes copied to it; for a CPU the workers do it.
         on_cpu = self.device.type == "cpu"
         collate = self._normalize.stacked if on_cpu else torch.stack
-        augmentation = Augmentation(augment, self.size, self.seed)
-        self._samples = Samples(self.images, self.size, augmentation, self.seed, collate)
-        self.raw, self.image = self._samples.raw, self._samples.image
+        size = self.preprocessing.image_size
+        augmentation = Augmentation(augment, size, self.seed)
+        samples = Samples(self.images, size, augmentation, self.seed, collate)
+        self.raw, self.image = samples.raw, samples.image
         self._finish = (lambda images: images) if on_cpu else self._normalize
         self._plan = _Plan()
         Finalize(None, workers.kill_workers, exitpriority=0)  # runs when this process ends
         self._loader = DataLoader(
-            self._samples,
+            samples,
             batch_sampler=self._plan,
             collate_fn=workers.pickle_batch if num_workers else lambda batch: batch,
             num_workers=num_workers,
@@ -326,11 +323,10 @@ class MemoryLoader(Loader):
         pixels: the M images of the whole dataset, uint8 (M, size, size, C).
         augment: name and settings of each augmentation, applied in training. Only "crop", "flip"
             and "erase" are possible.
-        **keywords: the keyword arguments of `Loader`.
     """
 
-    def __init__(self, *args, pixels: torch.Tensor, augment: list[AugmentationConfig], **keywords):
-        super().__init__(*args, **keywords)
+    def __init__(self, *args, pixels: torch.Tensor, augment: list[AugmentationConfig]):
+        super().__init__(*args)
         self._gather = BatchAugmentation(pixels.to(self.device), [cfg.name for cfg in augment])
         self._rows = torch.from_numpy(self.images.rows).to(self.device)
         self._labels = torch.from_numpy(self.images.labels).to(self.device)
