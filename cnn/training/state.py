@@ -204,14 +204,12 @@ class TrainingState:
         Args:
             saved: the saved state of each parameter, by the index of the parameter.
         """
-        parameters = self.parameters()
-        for index in [
-            i for i, state in saved.items() if type(i) is int and isinstance(state, dict)
-        ]:
-            loaded = self.optimizer.state[parameters[index]]
-            for name, value in saved[index].items():
+        for index, parameter in enumerate(self.parameters()):
+            state = saved.get(index)
+            for name, value in state.items() if isinstance(state, dict) else ():
+                loaded = self.optimizer.state[parameter]
                 if getattr(loaded.get(name), "dtype", None) != getattr(value, "dtype", "none"):
-                    loaded[name] = clone_tree(value, parameters[index].device)
+                    loaded[name] = clone_tree(value, parameter.device)
 
     def parameters(self) -> list[nn.Parameter]:
         """Returns the optimizer's parameters, in the order of the optimizer's state dict."""
@@ -352,9 +350,7 @@ def check_like(tensor: Any, expected: torch.Tensor, name: str) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")  # noqa: TRY004
     if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
-        wanted, got = (
-            f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (expected, tensor)
-        )
+        wanted, got = (f"{t.dtype} {tuple(t.shape)}" for t in (expected, tensor))
         raise ValueError(f"{name}: expected {wanted}, got {got}")
 
 
