@@ -238,8 +238,11 @@ class TrainingState:
             metrics: the sums over the images of these batches in all processes.
         """
         self.running_metrics.merge(metrics)
-        self.lr = max(group["lr"] for group in self.optimizer.param_groups)
-        self.group_lrs = own_lrs(self.optimizer)
+        groups = self.optimizer.param_groups
+        self.lr = max(group["lr"] for group in groups)
+        highest = max(group["initial_lr"] for group in groups)
+        lower = [group for group in groups if group["initial_lr"] != highest]
+        self.group_lrs = {f"lr_x{g['initial_lr'] / highest:g}": g["lr"] for g in lower}
         self.schedule.step()
         self.step += 1
         self.batch += num_batches
@@ -352,22 +355,3 @@ def check_like(tensor: Any, expected: torch.Tensor, name: str) -> None:
     if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
         wanted, got = (f"{t.dtype} {tuple(t.shape)}" for t in (expected, tensor))
         raise ValueError(f"{name}: expected {wanted}, got {got}")
-
-
-def own_lrs(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Returns the learning rates of groups whose initial learning rate is not the highest.
-
-    Args:
-        optimizer: an optimizer with the entry "initial_lr" in every group. Schedulers of torch set
-            the entry.
-
-    Returns:
-        The present learning rates by name. For example, {"lr_x0.1": 0.005} belongs to a group that
-        starts at 0.1 times the highest rate.
-    """
-    highest = max(group["initial_lr"] for group in optimizer.param_groups)
-    return {
-        f"lr_x{group['initial_lr'] / highest:g}": group["lr"]
-        for group in optimizer.param_groups
-        if group["initial_lr"] != highest
-    }
