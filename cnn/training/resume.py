@@ -329,9 +329,8 @@ def prepare_folder(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
         Refused: a file cannot be moved or copied.
     """
     try:
-        existing = {}
-        if checkpoint is not None:
-            existing = {path: _metadata(path, checkpoint) for path in folder.saved()}
+        paths = folder.saved() if checkpoint is not None else []
+        existing = {path: _metadata(path, checkpoint) for path in paths}
         if not any(_is_same_run(metadata, checkpoint) for metadata in existing.values()):
             existing, archive = {}, folder.archive()
             if archive is not None:
