@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from cnn.config import DataConfig
-from cnn.datasets import synthetic, torchvision_datasets
+from cnn.datasets import torchvision_datasets
 from cnn.datasets.build import Data, build_data
 from cnn.datasets.decode import decode
 from cnn.datasets.loader import build_loader
@@ -114,15 +114,6 @@ def test_synthetic_images_are_the_same_each_time_and_take_keywords():
     assert (pixels(first.train) != pixels(other.train)).any()
     assert pixels(first.test).shape == (9, 2, 6, 6) and len(first.classes) == 3
     assert "data.args: synthetic" in refusal(DataConfig("synthetic", args={"sizes": 3}))
-
-
-def test_synthetic_images_are_the_same_however_many_are_made_at_once(monkeypatch):
-    def made():
-        return synthetic.load(num_images=30, num_test=9, channels=3)[0]["train"].store
-
-    whole = made()
-    monkeypatch.setattr(synthetic, "CHUNK", 7)
-    np.testing.assert_array_equal(made(), whole)
 
 
 # ---------------------------------------------------------------------------------------------

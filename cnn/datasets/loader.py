@@ -9,12 +9,12 @@ this one, and the batches are the same for any number of workers.
 import functools
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from multiprocessing.util import Finalize
-from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from cnn.config import DataConfig
 from cnn.config.settings import AugmentationConfig
@@ -41,13 +41,14 @@ EVALUATION_BATCHES = 2  # training batches in an evaluation batch; 4 are slower 
 LARGEST_EVALUATION_BATCH = 512
 
 
-class Samples(Dataset):
+@dataclass
+class Samples:
     """A dataset that turns a list of keys into a batch of images and labels, for a DataLoader.
 
     A key is (epoch, index of the image in the split). If an image can occur twice in an epoch, the
     key is (epoch, index, position in the epoch). Epoch 0 means evaluation, without augmentation.
 
-    Args:
+    Attributes:
         images: the images of one split.
         size: height and width of the returned images in pixels.
         augment: a function that augments an image, for training.
@@ -55,17 +56,11 @@ class Samples(Dataset):
         collate: a function that stacks a list of images (C, size, size) into a batch.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        size: int,
-        augment: Augmentation,
-        seed: int,
-        collate: Callable[[list[torch.Tensor]], torch.Tensor] = torch.stack,
-    ):
-        self.images, self.size, self.augment, self.seed = images, size, augment, seed
-        self.collate = collate
-        self.labels = torch.from_numpy(images.labels)
+    images: Images
+    size: int
+    augment: Augmentation
+    seed: int
+    collate: Callable[[list[torch.Tensor]], torch.Tensor] = torch.stack
 
     def raw(self, key: Key) -> torch.Tensor:
         """Returns an image before resizing and augmentation, (C, H, W).
@@ -86,9 +81,8 @@ class Samples(Dataset):
             key: (epoch, index of the image), or (epoch, index, position in the epoch).
         """
         image = self.raw(key)
-        return (
-            resize_and_crop(image, self.size) if key[0] == EVALUATION else self.augment(image, key)
-        )
+        is_evaluation = key[0] == EVALUATION
+        return resize_and_crop(image, self.size) if is_evaluation else self.augment(image, key)
 
     def __getitems__(self, keys: list[Key]) -> tuple[tuple, list[str]] | DataFailed:
         """Returns a batch, or the error that prevents the batch.
@@ -105,8 +99,7 @@ class Samples(Dataset):
             ((images, labels), messages), with one message for each image that was left out. If the
             batch cannot be made, the error.
         """
-        images, kept, left_out = [], [], []
-        name = "the next batch"
+        images, kept, left_out, name = [], [], [], "the next batch"
         try:
             for key in keys:
                 name = self.images.name(key[1])
@@ -121,7 +114,7 @@ class Samples(Dataset):
             if left_out and len(kept) < (1 if keys[0][0] == EVALUATION else 2):
                 raise BadImage(f"{left_out[0]}, and so nearly all of its batch of {len(keys)}")
             name = "the next batch"
-            return (self.collate(images), self.labels[kept]), left_out
+            return (self.collate(images), torch.from_numpy(self.images.labels[kept])), left_out
         except BadImage as bad:
             return DataFailed(f"{bad}; put the image back, and the run resumes at this batch")
         except (DataFailed, Refused) as error:
@@ -130,6 +123,7 @@ class Samples(Dataset):
             return workers.data_failure(error, name)
 
 
+@dataclass(eq=False)
 class Loader:
     """A base class of loaders, which load batches of one split onto the device.
 
@@ -159,24 +153,20 @@ class Loader:
         starts: first position of each batch in the epoch, and at the end the number of images.
     """
 
-    def __init__(
-        self,
-        images: Images,
-        preprocessing: Preprocessing,
-        batch_size: int,
-        device: torch.device,
-        seed: int,
-        sampler: str = "shuffle",
-        rank: int = 0,
-        num_ranks: int = 1,
-    ):
-        self.rank, self.num_ranks = rank, num_ranks
-        self.images, self.device, self.seed = images, device, seed
-        self.balanced = sampler == "balanced"
-        self.size = preprocessing.image_size
-        self.sizes = split_epoch(len(images), batch_size)
+    images: Images
+    preprocessing: Preprocessing
+    batch_size: int
+    device: torch.device
+    seed: int
+    sampler: str
+    rank: int
+    num_ranks: int
+
+    def __post_init__(self):
+        self.balanced = self.sampler == "balanced"
+        self.sizes = split_epoch(len(self.images), self.batch_size)
         self.starts = np.cumsum([0, *self.sizes]).tolist()
-        self._normalize = Normalize(preprocessing, device)
+        self._normalize = Normalize(self.preprocessing, self.device)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -284,24 +274,24 @@ class StreamLoader(Loader):
         *args: the positional arguments of the base class `Loader`, such as the images.
         augment: name and settings of each augmentation, applied in training.
         num_workers: number of worker processes. If 0, this process reads the images.
-        **keywords: the keyword arguments of `Loader`.
     """
 
-    def __init__(self, *args, augment: list[AugmentationConfig], num_workers: int, **keywords):
-        super().__init__(*args, **keywords)
+    def __init__(self, *args, augment: list[AugmentationConfig], num_workers: int):
+        super().__init__(*args)
         # A GPU normalizes, which quarters the bytes copied to it; for a CPU the workers do it.
         on_cpu = self.device.type == "cpu"
         collate = self._normalize.stacked if on_cpu else torch.stack
-        augmentation = Augmentation(augment, self.size, self.seed)
-        self._samples = Samples(self.images, self.size, augmentation, self.seed, collate)
-        self.raw, self.image = self._samples.raw, self._samples.image
-        self._finish = _identity if on_cpu else self._normalize
+        size = self.preprocessing.image_size
+        augmentation = Augmentation(augment, size, self.seed)
+        samples = Samples(self.images, size, augmentation, self.seed, collate)
+        self.raw, self.image = samples.raw, samples.image
+        self._finish = (lambda images: images) if on_cpu else self._normalize
         self._plan = _Plan()
         Finalize(None, workers.kill_workers, exitpriority=0)  # runs when this process ends
         self._loader = DataLoader(
-            self._samples,
+            samples,
             batch_sampler=self._plan,
-            collate_fn=workers.pickle_batch if num_workers else _identity,
+            collate_fn=workers.pickle_batch if num_workers else lambda batch: batch,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             worker_init_fn=workers.init_worker,
@@ -333,11 +323,10 @@ class MemoryLoader(Loader):
         pixels: the M images of the whole dataset, uint8 (M, size, size, C).
         augment: name and settings of each augmentation, applied in training. Only "crop", "flip"
             and "erase" are possible.
-        **keywords: the keyword arguments of `Loader`.
     """
 
-    def __init__(self, *args, pixels: torch.Tensor, augment: list[AugmentationConfig], **keywords):
-        super().__init__(*args, **keywords)
+    def __init__(self, *args, pixels: torch.Tensor, augment: list[AugmentationConfig]):
+        super().__init__(*args)
         self._gather = BatchAugmentation(pixels.to(self.device), [cfg.name for cfg in augment])
         self._rows = torch.from_numpy(self.images.rows).to(self.device)
         self._labels = torch.from_numpy(self.images.labels).to(self.device)
@@ -437,7 +426,3 @@ def build_loader(
             reason = f"data.augment: {', '.join(slow)}" if slow else "your own or resized images"
             raise Refused(f"data.in_memory: true cannot go with {reason}; say auto")
     return StreamLoader(*common, augment=augment, num_workers=cfg.num_workers)
-
-
-def _identity(value: Any) -> Any:
-    return value

@@ -55,8 +55,8 @@ def load(name: str, root: str, download: bool) -> tuple[dict[str, ArrayImages], 
     # torchvision downloads only missing files, with a progress bar, and verifies them.
     read = getattr(torchvision.datasets, class_name)
     splits = SPLITS if name == "svhn" else (True, False)
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    if missing:
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # of this process, since torchvision sets none
     try:
         datasets = [read(root, split, download=bool(missing)) for split in splits]
     except ImportError as error:
@@ -67,8 +67,6 @@ def load(name: str, root: str, download: bool) -> tuple[dict[str, ArrayImages], 
             f"data.root: {name}: cannot {action} {', '.join(files)} in {where}:"
             f" {type(error).__name__}: {error}; remove broken files. {advice}"
         ) from None
-    finally:
-        socket.setdefaulttimeout(timeout)
     classes = getattr(datasets[0], "classes", [str(digit) for digit in range(10)])
     images = [_to_images(data, f"{name} {split}") for split, data in zip(SPLITS, datasets)]
     return dict(zip(SPLITS, images)), list(classes)

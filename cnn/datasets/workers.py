@@ -127,13 +127,18 @@ def _start_workers(loader: DataLoader) -> Iterator[Any]:
     If workers are forked, signals are handled only after the workers have been started. Otherwise,
     a forked worker would run the signal handlers of this process. If workers are spawned, signals
     are handled at once.
+
+    torch's handler of the signal SIGCHLD is removed. The handler raises an error in the middle of a
+    step when a worker dies. A DataLoader that waits for a batch notices a dead worker without the
+    handler, within 5 seconds. Outside the main thread, the handler stays.
     """
     forked = multiprocessing.get_start_method() == "fork"
     with signals.signals_blocked() if forked else contextlib.nullcontext():
         try:
             return iter(loader)
         finally:
-            restore_sigchld()
+            if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def data_failure(
@@ -169,17 +174,6 @@ def kill_workers() -> None:
     for worker in multiprocessing.active_children():
         if worker.daemon:
             worker.kill()
-
-
-def restore_sigchld() -> None:
-    """Removes torch's handler of the signal SIGCHLD.
-
-    The handler raises an error in the middle of a step when a worker dies. A DataLoader that waits
-    for a batch notices a dead worker without the handler, within 5 seconds. Outside the main
-    thread, this function does nothing.
-    """
-    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def init_worker(worker: int) -> None:  # noqa: ARG001  torch passes it

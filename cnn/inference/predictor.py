@@ -258,10 +258,11 @@ def _to_image(picture: object) -> Image.Image:
     Raises:
         BadImage: the picture cannot be read or is of another type.
     """
-    if isinstance(picture, str | os.PathLike):
-        return open_image(picture)
     if isinstance(picture, Encoded):
-        return open_image(io.BytesIO(picture))
+        picture = io.BytesIO(picture)
+    is_file = hasattr(picture, "read") and not isinstance(picture, io.TextIOBase)
+    if is_file or isinstance(picture, str | os.PathLike):
+        return open_image(picture)
     if isinstance(picture, np.ndarray):
         got = f"{picture.dtype} {picture.shape}"
         is_image = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (1, 3, 4))
@@ -272,8 +273,6 @@ def _to_image(picture: object) -> Image.Image:
         if 0 not in picture.size:
             picture.load()
             return upright(picture)
-    elif hasattr(picture, "read") and not isinstance(picture, io.TextIOBase):
-        return open_image(picture)
     else:
         got = type(picture).__name__
     raise BadImage(f"got {got}")

@@ -8,7 +8,7 @@ import contextlib
 import datetime
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -23,9 +23,6 @@ from cnn.utils.module_state import load_state
 from cnn.utils.signals import StopSignals
 
 T = TypeVar("T")
-
-# A batch or the error in its place, and the tensor and the handle of an all-reduce under way.
-Pending = tuple[Any, DataFailed | None, torch.Tensor, "dist.Work"]
 
 # How long a process waits for the others before it gives up: within a step, and while the first
 # process of a machine decodes a large set of images.
@@ -270,7 +267,7 @@ class Group:
             return
         following = self._begin_agreement(batches) if number else None
         for left in reversed(range(number)):
-            batch = self._end_agreement(*following)
+            batch = following()
             following = self._begin_agreement(batches) if left else None
             if batch is not None:
                 yield batch
@@ -285,17 +282,13 @@ class Group:
         """
         return self.stop.interruptible(lambda: next(batches, None))
 
-    def _begin_agreement(self, batches: Iterator[T]) -> Pending:
+    def _begin_agreement(self, batches: Iterator[T]) -> Callable[[], T | None]:
         """Loads the next batch, and begins to tell the other processes the outcome.
 
         Returns:
-            A tuple (batch, failure, state, work). The batch is None after the last batch, or if no
-            batch was loaded. The failure is the error that prevented the loading, or None.
-
-            The state is an int64 tensor of two numbers. The first number is the signal that this
-            process received, or 0. The second number is 0 without a failure, else the rank plus 1.
-            The work is the handle of an all-reduce. The all-reduce replaces each number by the
-            maximum over all processes.
+            A function that waits until all processes have sent their outcome. The function returns
+            the batch, or None if this process has no more batches. The function raises DataFailed
+            if a process could not load its batch, and Stopped if a process received a signal.
         """
         batch = failure = None
         try:
@@ -304,30 +297,21 @@ class Group:
             failure = error
         except Stopped:
             pass  # the all-reduce tells the others, and all stop before this batch
+        # The signal that this process received, or 0; and 0 without a failure, else the rank plus
+        # 1. The all-reduce replaces each number by the maximum over all processes.
         state = torch.tensor([self._signal(), self.rank + 1 if failure else 0])
         work = dist.all_reduce(state, dist.ReduceOp.MAX, async_op=True)
-        return batch, failure, state, work
 
-    def _end_agreement(self, batch: T | None, failure: Any, state: Any, work: Any) -> T | None:
-        """Returns the batch of this process when all processes have sent their outcome.
+        def end() -> T | None:
+            work.wait()
+            signalled, failed = state.tolist()
+            if failed:
+                raise failure or DataFailed(f"rank {failed - 1} cannot load its images")
+            if signalled:
+                raise Stopped(signalled)
+            return batch
 
-        Args:
-            batch, failure, state, work: the four values that `_begin_agreement` returned.
-
-        Returns:
-            The batch. None if this process has no more batches.
-
-        Raises:
-            DataFailed: a process could not load its batch.
-            Stopped: a process received a signal.
-        """
-        work.wait()
-        signalled, failed = state.tolist()
-        if failed:
-            raise failure or DataFailed(f"rank {failed - 1} cannot load its images")
-        if signalled:
-            raise Stopped(signalled)
-        return batch
+        return end
 
     def _signal(self) -> int:
         """Returns the number of the signal that this process received, or 0.

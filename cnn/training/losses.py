@@ -58,28 +58,15 @@ def class_weights(loss: nn.Module) -> list[float] | None:
     return None if weights is None else weights.tolist()
 
 
-class _FunctionLoss(nn.Module):
-    """A loss module that calls a plain Python function.
-
-    Args:
-        function: takes logits (N, classes) and labels (N), and returns the mean loss ().
-    """
-
-    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
-        super().__init__()
-        self.function = function
-
-    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self.function(logits, labels)
-
-
 def _build_user_loss(cfg: LossConfig) -> nn.Module:
     found = import_object(cfg.name, "loss.name")
     try:
         loss = found(**cfg.args) if isinstance(found, type) else found
     except TypeError as error:
         raise Refused(f"loss.args: {cfg.name}: {error}") from error
-    loss = loss if isinstance(loss, nn.Module) else _FunctionLoss(loss)
+    if not isinstance(loss, nn.Module):
+        function, loss = loss, nn.Module()
+        loss.forward = function
     if any(parameter.requires_grad for parameter in loss.parameters()):
         advice = "only the model's are trained; make them part of the model, or buffers"
         raise Refused(f"loss.name: {cfg.name} has parameters, and {advice}")

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import logging
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from cnn import config
 from cnn.cli import Command
 from cnn.config import Config, as_text
-from cnn.config.settings import ASKED, FIXED, FREE
+from cnn.config.settings import ASKED, FREE
 from cnn.datasets.augment import DRAWS
 from cnn.datasets.build import Data
 from cnn.datasets.loader import Loader
@@ -227,12 +226,10 @@ def check_settings(
     now = config.flat(config.to_dict(cfg))
     rules = config.resume_rules()
     texts = {k: (as_text(then[k]), as_text(now[k])) for k in rules if then[k] != now[k]}
-    verdicts = {key: FREE for key in texts}
-    for key, (_, after) in texts.items():
-        if rules[key] == FIXED:
-            verdicts[key] = FIXED
-        elif rules[key] == ASKED and key not in typed:
-            verdicts[key] = f"type {key}={after} on the command line to change it"
+    verdicts = {key: rules[key] for key in texts}
+    for key in [key for key in texts if rules[key] == ASKED]:
+        advice = f"type {key}={texts[key][1]} on the command line to change it"
+        verdicts[key] = FREE if key in typed else advice
     refused = [key for key, verdict in verdicts.items() if verdict != FREE]
     if not refused:
         return [f"{key} {before} → {after}" for key, (before, after) in texts.items()]
@@ -278,12 +275,12 @@ def restore(state: TrainingState, checkpoint: Checkpoint, data: Data, loader: Lo
         raise Refused(f"{path}: expected the classes of its training, {then}; got {now}")
     then, now = content["data"], data.fingerprint()
     if not data.is_of(then):
-        sizes = [f"{part} {then[part]} → {now[part]}" for part in ("train", "val", "test")]
-        if all(then[part] == now[part] for part in ("train", "val", "test")):
-            sizes = ["as many images, but other files, labels, pixels or another order"]
+        parts = [part for part in ("train", "val", "test") if then[part] != now[part]]
+        sizes = ", ".join(f"{part} {then[part]} → {now[part]}" for part in parts)
+        change = sizes or "as many images, but other files, labels, pixels or another order"
         raise Refused(
-            f"{path}: the data has changed since ({', '.join(sizes)}), so that the run could not go"
-            f" on as it was. To begin a new run from its weights: model.weights={path}"
+            f"{path}: the data has changed since ({change}), so that the run could not go on as it"
+            f" was. To begin a new run from its weights: model.weights={path}"
         )
     _check_position(checkpoint, loader)
     try:
@@ -332,9 +329,8 @@ def prepare_folder(folder: RunFolder, checkpoint: Checkpoint | None) -> None:
         Refused: a file cannot be moved or copied.
     """
     try:
-        existing = {}
-        if checkpoint is not None:
-            existing = {path: _metadata(path, checkpoint) for path in folder.saved()}
+        paths = folder.saved() if checkpoint is not None else []
+        existing = {path: _metadata(path, checkpoint) for path in paths}
         if not any(_is_same_run(metadata, checkpoint) for metadata in existing.values()):
             existing, archive = {}, folder.archive()
             if archive is not None:
@@ -384,19 +380,20 @@ def _set_others_aside(
         existing: the plain values, such as the step, of every checkpoint in the folder. None stands
             for a damaged checkpoint.
     """
-    resumes_last = _is_same_file(folder.last, checkpoint.path)
-    reasons = {}
+    exist = folder.last.exists() and checkpoint.path.exists()
+    resumes_last = exist and folder.last.samefile(checkpoint.path)
+    aside = {}
     for path, metadata in existing.items():
-        # If the run resumes from last.pth, a file with more steps was written just before the run
-        # was killed. The run will write it again.
-        if metadata is None:
-            reasons[path] = None if resumes_last else "damaged"
-        elif not _is_same_run(metadata, checkpoint):
-            reasons[path] = "of another run"
-        elif metadata["step"] > checkpoint.content["step"] and not resumes_last:
-            is_this = _is_same_file(path, checkpoint.path)
-            reasons[path] = None if is_this else f"further than {checkpoint.path}"
-    aside = {path: reason for path, reason in reasons.items() if reason}
+        if metadata is not None and not _is_same_run(metadata, checkpoint):
+            aside[path] = "of another run"
+        elif resumes_last:
+            # A file with more steps was written just before the run was killed. The run will write
+            # it again.
+            continue
+        elif metadata is None:
+            aside[path] = "damaged"
+        elif metadata["step"] > checkpoint.content["step"]:
+            aside[path] = f"further than {checkpoint.path}"
     if aside:
         target = folder.set_aside(list(aside))
         for path, reason in aside.items():
@@ -405,13 +402,8 @@ def _set_others_aside(
         _copy(checkpoint.path, folder.last)
 
 
-def _is_same_file(one: Path, other: Path) -> bool:
-    return one.exists() and other.exists() and one.samefile(other)
-
-
 def _copy(source: Path, target: Path) -> None:
-    with open(source, "rb") as file:
-        write_atomically(target, lambda new: shutil.copyfileobj(file, new))
+    write_atomically(target, lambda file: file.write(source.read_bytes()))
 
 
 def _copy_best(folder: RunFolder, checkpoint: Checkpoint) -> None:
@@ -429,8 +421,7 @@ def _copy_best(folder: RunFolder, checkpoint: Checkpoint) -> None:
     best, started = checkpoint.content["best"], checkpoint.content["started"]
     if best is None:
         return
-    parent = checkpoint.path.parent
-    paths = [folder.best, parent / folder.best.name, *checkpoints_in(parent), *folder.saved()]
+    paths = [folder.best, *checkpoints_in(checkpoint.path.parent), *folder.saved()]
     for path in dict.fromkeys([*paths, checkpoint.path]):
         metadata = _metadata(path, checkpoint)
         if metadata is None or not is_end_of_epoch(metadata, started, best["epoch"]):

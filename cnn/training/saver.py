@@ -46,22 +46,21 @@ class Saver:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        group, folder = self.run.group, self.folder
         self.stop.deferred = True  # again: a signal may have come just as a wait for a batch ended
         is_whole = isinstance(error, (Stopped, DataFailed))  # else the state may be half changed
         if is_whole:
             self.save()
         self.writer.wait()
         if is_whole:
-            self.run.group.barrier()  # torchrun kills the other processes as soon as one has ended
+            group.barrier()  # torchrun kills the other processes as soon as one has ended
         if self.writer.failure is not None:
             before = f"{error}; and " if isinstance(error, (Failed, DataFailed)) else ""
             what = f"{before}the latest state could not be saved: {self.writer.failure}"
             raise Failed(f"{what}. {self._newest_readable()}") from error
-        can_resume = (
-            self.folder.last.exists() and not self.folder.scratch and self.run.group.is_rank0
-        )
+        can_resume = folder.last.exists() and not folder.scratch and group.is_rank0
         if error is not None and not isinstance(error, Failed) and can_resume:
-            words = launch.command(sys.argv[0], "--resume", self.folder.last.as_posix())
+            words = launch.command(sys.argv[0], "--resume", folder.last.as_posix())
             logger.warning("go on with: %s", shlex.join(words))
 
     def _newest_readable(self) -> str:

@@ -147,11 +147,10 @@ def _build_loaders(cfg: Config, data: Data, device: torch.device, group: Group) 
     """
     common = (data.preprocessing, device, cfg.seed)
     share = {"rank": group.rank, "num_ranks": group.size}
-    splits = ((data.train, True), (data.val, False), (data.test, False))
     with group.local_rank0_first():
         return [
-            build_loader(cfg.data, images, *common, training=training, **share)
-            for images, training in splits
+            build_loader(cfg.data, images, *common, training=images is data.train, **share)
+            for images in (data.train, data.val, data.test)
         ]
 
 

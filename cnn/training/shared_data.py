@@ -44,8 +44,7 @@ def build_once_per_node(group: "Group", build: Callable[[], Data]) -> Data:
     silence_pillow()
     if group.size == 1:
         return build()
-    leads = group.launch.local_rank == 0
-    file = None
+    leads, file = group.launch.local_rank == 0, None
     with group.agreement():
         data = build() if leads else None
     try:

@@ -204,14 +204,12 @@ class TrainingState:
         Args:
             saved: the saved state of each parameter, by the index of the parameter.
         """
-        parameters = self.parameters()
-        for index in [
-            i for i, state in saved.items() if type(i) is int and isinstance(state, dict)
-        ]:
-            loaded = self.optimizer.state[parameters[index]]
-            for name, value in saved[index].items():
+        for index, parameter in enumerate(self.parameters()):
+            state = saved.get(index)
+            for name, value in state.items() if isinstance(state, dict) else ():
+                loaded = self.optimizer.state[parameter]
                 if getattr(loaded.get(name), "dtype", None) != getattr(value, "dtype", "none"):
-                    loaded[name] = clone_tree(value, parameters[index].device)
+                    loaded[name] = clone_tree(value, parameter.device)
 
     def parameters(self) -> list[nn.Parameter]:
         """Returns the optimizer's parameters, in the order of the optimizer's state dict."""
@@ -240,8 +238,11 @@ class TrainingState:
             metrics: the sums over the images of these batches in all processes.
         """
         self.running_metrics.merge(metrics)
-        self.lr = max(group["lr"] for group in self.optimizer.param_groups)
-        self.group_lrs = own_lrs(self.optimizer)
+        groups = self.optimizer.param_groups
+        self.lr = max(group["lr"] for group in groups)
+        highest = max(group["initial_lr"] for group in groups)
+        lower = [group for group in groups if group["initial_lr"] != highest]
+        self.group_lrs = {f"lr_x{g['initial_lr'] / highest:g}": g["lr"] for g in lower}
         self.schedule.step()
         self.step += 1
         self.batch += num_batches
@@ -352,26 +353,5 @@ def check_like(tensor: Any, expected: torch.Tensor, name: str) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(tensor).__name__}")  # noqa: TRY004
     if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
-        wanted, got = (
-            f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in (expected, tensor)
-        )
+        wanted, got = (f"{t.dtype} {tuple(t.shape)}" for t in (expected, tensor))
         raise ValueError(f"{name}: expected {wanted}, got {got}")
-
-
-def own_lrs(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Returns the learning rates of groups whose initial learning rate is not the highest.
-
-    Args:
-        optimizer: an optimizer with the entry "initial_lr" in every group. Schedulers of torch set
-            the entry.
-
-    Returns:
-        The present learning rates by name. For example, {"lr_x0.1": 0.005} belongs to a group that
-        starts at 0.1 times the highest rate.
-    """
-    highest = max(group["initial_lr"] for group in optimizer.param_groups)
-    return {
-        f"lr_x{group['initial_lr'] / highest:g}": group["lr"]
-        for group in optimizer.param_groups
-        if group["initial_lr"] != highest
-    }
