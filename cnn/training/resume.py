@@ -275,12 +275,12 @@ def restore(state: TrainingState, checkpoint: Checkpoint, data: Data, loader: Lo
         raise Refused(f"{path}: expected the classes of its training, {then}; got {now}")
     then, now = content["data"], data.fingerprint()
     if not data.is_of(then):
-        parts = [part for part in ("train", "val", "test") if then[part] != now[part]]
-        sizes = ", ".join(f"{part} {then[part]} → {now[part]}" for part in parts)
-        change = sizes or "as many images, but other files, labels, pixels or another order"
+        sizes = [f"{part} {then[part]} → {now[part]}" for part in ("train", "val", "test")]
+        if all(then[part] == now[part] for part in ("train", "val", "test")):
+            sizes = ["as many images, but other files, labels, pixels or another order"]
         raise Refused(
-            f"{path}: the data has changed since ({change}), so that the run could not go on as it"
-            f" was. To begin a new run from its weights: model.weights={path}"
+            f"{path}: the data has changed since ({', '.join(sizes)}), so that the run could not go"
+            f" on as it was. To begin a new run from its weights: model.weights={path}"
         )
     _check_position(checkpoint, loader)
     try:
