@@ -146,6 +146,13 @@ def test_losses_do_not_depend_on_the_bits_and_hardly_on_a_label_that_is_burned_i
         assert found[root] == pytest.approx(found["8 bits"], abs=0.01)
 
 
+def test_a_label_in_every_picture_does_not_count_unless_it_is_a_tenth_of_them():
+    def burn(values: np.ndarray, number: int) -> None:
+        values[:2, :6] = 65535
+
+    assert built(store("12 bits", "labels", burn)).preprocessing.value_range == [0, 4095]
+
+
 def ct(monkeypatch: pytest.MonkeyPatch) -> str:
     def as_ct(pixels: np.ndarray) -> np.ndarray:
         return scaled(12)(pixels).astype(np.int32) - 1024

@@ -324,7 +324,7 @@ def _choose_value_range(
     """
     kinds = sorted(set(train.files.scans["kind"].tolist()) - {b""})
     levels = train.files.scans[train.rows]
-    levels = levels["levels"][levels["kind"] != b""]  # N, 4
+    levels = levels["levels"][levels["kind"] != b""]  # N, 5
     if not kinds:
         return None
     found = b", ".join(kinds).decode()

@@ -37,7 +37,7 @@ STATUS = ("bytes", "changed", "entry_changed", "inode")
 SCAN = np.dtype(
     [(name, "i8") for name in (*STATUS, "read", "height", "width")]
     + [("content", "u8"), ("format", "S12"), ("gray", "?"), ("sums", "f8", 4)]
-    + [("squares", "f8", 4), ("pixels", "u8"), ("kind", "S8"), ("levels", "f8", 4)]
+    + [("squares", "f8", 4), ("pixels", "u8"), ("kind", "S8"), ("levels", "f8", 5)]
 )
 
 # A file can change again without a new time of change, if that follows within the time that the

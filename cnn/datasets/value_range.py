@@ -16,12 +16,12 @@ MAX_OF_16_BITS = 2**16 - 1
 FULL_RANGES = [(0, 1), (-1, 1), *((0, 2**bits - 1) for bits in (8, 10, 12, 14, 16))]
 FULL_RANGES += [(-(2**15), 2**15 - 1), (0, 2**32 - 1)]
 
-LEVELS = (0, 0.02, 0.98, 1)  # shares of the pixels of an image
+LEVELS = (0, 0.02, 0.9, 0.98, 1)  # shares of the pixels of an image
 HUGE = 1e30  # values beyond stand for pixels without a value, as do NaN and infinity
 
 
 def levels_of(values: np.ndarray) -> np.ndarray:
-    """Returns the values of an image at the shares `LEVELS` of the sorted pixels, (4).
+    """Returns the values of an image at the shares `LEVELS` of the sorted pixels, (5).
 
     Args:
         values: the values, float64 (H, W) or (H, W, C). If C is 2 or 4, the last channel is alpha,
@@ -41,17 +41,20 @@ def range_of_levels(levels: np.ndarray) -> list[float]:
     """Returns the range that the values of images fill.
 
     The range covers the middle 96 % of the pixels of an image, for all images but the 5 % with the
-    darkest and the brightest values. So a label burned into the images does not determine the
+    darkest and the brightest values. Where the brightest 2 % of the pixels have one value, the
+    brightest 10 % do not count either. So a label burned into the images does not determine the
     range. If a range fills a quarter of one of FULL_RANGES, the full range is returned instead. So
     the same images give the same pixels, whatever the number of bits.
 
     Args:
-        levels: the values of each image at the shares `LEVELS` of the pixels, (N, 4).
+        levels: the values of each image at the shares `LEVELS` of the pixels, (N, 5).
     """
     # All pixels count if the images are nearly empty, and all images if there are only a few.
-    for darkest, brightest, share in ((1, 2, 0.05), (0, 3, 0.05), (0, 3, 0)):
-        low = np.quantile(levels[:, darkest], share, method="higher").item()
-        high = np.quantile(levels[:, brightest], 1 - share, method="lower").item()
+    lowest, dark, light, bright, highest = levels.T
+    bright = np.where(bright == highest, light, bright)
+    for lows, highs, share in ((dark, bright, 0.05), (lowest, highest, 0.05), (lowest, highest, 0)):
+        low = np.quantile(lows, share, method="higher").item()
+        high = np.quantile(highs, 1 - share, method="lower").item()
         if low < high:
             break
     if low == high:
