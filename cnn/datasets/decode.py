@@ -60,17 +60,18 @@ def open_image(path: str | os.PathLike | IO[bytes]) -> Image.Image:
         try:
             image = Image.open(path)
         except (PIL.UnidentifiedImageError, ValueError):
-            tags = tiff.read_tags(path)
-            if tags is None:
-                raise
-            return _open_with_tifffile(path, tags)
+            if tags := tiff.read_tags(path):
+                kind = (
+                    f"a TIFF of {tiff.dtype_name(tags)} values in {tags.get(tiff.BANDS, 1)} bands"
+                )
+                raise BadImage(f"{kind}; save it as 8 or 16 bits, or as gray float32") from None
+            raise
         with image:
             if image.format == "EPS":  # EPS is a program, which Pillow would run with Ghostscript
                 raise BadImage("an EPS drawing, no photograph")
-            _check_size(image.width, image.height)
+            if image.width * image.height > MAX_PIXELS:
+                raise BadImage(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
             tags = tiff.read_tags(path) if image.format == "TIFF" else None
-            if tags and not tiff.is_for_pillow(tags):
-                return _open_with_tifffile(path, tags)
             is_wide = any(form in str(image.tile[:1]) for form in WIDE)
             image.load()  # decodes all of it; verify() would miss a truncated JPEG
             turned = upright(image)
@@ -85,21 +86,6 @@ def open_image(path: str | os.PathLike | IO[bytes]) -> Image.Image:
         if getattr(error, "errno", None) in SCARCITIES:
             raise DataFailed(f"{path}: {_reason(path, error)}; {ADVICE}") from None
         raise BadImage(_reason(path, error)) from None
-
-
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise BadImage(f"{width} x {height} pixels, more than {MAX_PIXELS:,}")
-
-
-def _open_with_tifffile(path: str | os.PathLike | IO[bytes], tags: tiff.Tags) -> Image.Image:
-    _check_size(tags.get(tiff.WIDTH, 0), tags.get(tiff.HEIGHT, 0))
-    values = tiff.read_values(path, tags)
-    image = Image.fromarray(to_bytes(values, PER_IMAGE))
-    image.format = "TIFF"
-    if values.dtype != np.uint8:
-        image.values = values
-    return image
 
 
 def _wide_values(path: str | os.PathLike | IO[bytes], image: Image.Image) -> np.ndarray:
