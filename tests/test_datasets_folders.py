@@ -261,9 +261,12 @@ REFUSED = {
     ),
     "flat": (
         ["cat_0.jpg", "dog_0.jpg"],
-        ["2 images", "into class folders", "data.name=csv", "cat_0.jpg,cat"],
+        ["2 images", "into class folders", "data.name=csv", "path,label", "cat_1.jpg,cat"],
     ),
-    "flat without classes in the names": (["IMG_0.jpg", "IMG_1.jpg"], ["IMG_0.jpg,CLASS"]),
+    "flat without classes in the names": (
+        ["IMG_0.jpg", "IMG_1.jpg"],
+        ["2 images", "data.name=csv"],
+    ),
     "folds": (["1*fold1/cat", "1*fold2/cat"], ["folds (fold1, fold2)", "data.name=csv", READINGS]),
     "folds and test": (
         ["1*Fold_1/cat", "1*Fold_2/cat", "1*test/cat"],
@@ -275,10 +278,10 @@ REFUSED = {
         ["in folds (fold1, fold2)"],
     ),
     "empty": ([], ["expected class folders", "photos has none, and 0 images"]),
-    "an empty class": (["1*cat", "dog/"], ["class folders without images: photos/dog (.jpg"]),
+    "an empty class": (["1*cat", "dog/"], ["the class folder has no images: photos/dog (.jpg"]),
     "many empty classes": (
         ["1*cat", *(f"c{i}/" for i in range(9))],
-        ["without images: photos/c0, photos/c1", "and 4 more"],
+        ["has no images: photos/c0, photos/c1", "and 4 more"],
     ),
     "only system folders": (["1*__MACOSX/cat", "1*.git"], ["photos has none, and 0 images"]),
 }
@@ -379,7 +382,7 @@ def test_heic_images_without_their_package_are_told(monkeypatch):
     listed(findings=findings)
     assert "pip install pillow-heif" in findings.found[0].line
     plant("photos/cow/a.heic")
-    assert "without images: photos/cow" in refusal() and "pip install pillow-heif" in refusal()
+    assert "has no images: photos/cow" in refusal() and "pip install pillow-heif" in refusal()
     ((_, reason),) = find_images(["photos/cow"])
     assert "pip install pillow-heif" in reason
 

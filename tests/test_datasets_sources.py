@@ -172,7 +172,7 @@ def test_a_folder_beside_train_that_is_used_for_nothing_is_named(photos, caplog)
     caplog.clear()
     (photos / "tset").rename(photos / "test")
     folder(photos)
-    assert "used for nothing" not in caplog.text
+    assert "left out" not in caplog.text
 
 
 def test_what_lacks_is_held_out_of_train(photos):
@@ -215,7 +215,7 @@ def test_a_class_folder_without_images_is_refused(photos):
     fill(photos)
     (photos / "empty").mkdir()
     message = refusal(DataConfig("folder", str(photos)))
-    assert f"class folders without images: {photos}/empty" in message
+    assert f"the class folder has no images: {photos}/empty" in message
 
 
 def test_a_class_of_val_that_train_has_not_is_refused(photos):

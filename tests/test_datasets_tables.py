@@ -125,9 +125,9 @@ def test_what_may_not_be_meant_is_taken_and_said_in_one_line(text, expected, sai
         ("path|label\na.png|x\n", "got 'path|label'"),
         ('[{"path": "a.png"}]', "a CSV file in UTF-8 with the columns"),
         ("path,cat,dog\na.png,1,0\nb.png,0,1\n", "got 'path,cat,dog'; name them so"),
-        ("path,label,Path\na.png,x,b.png\n", "csv:1: several columns with one meaning: path, Path;"),
-        ("file,path,label\n1,b.png,x\n", "several columns with one meaning: file, path; rename all but"),
-        ("path,label,class\na.png,x,y\n", "several columns with one meaning: label, class; rename"),
+        ("path,label,Path\na.png,x,b.png\n", "csv:1: several columns for path, got 'path,label,Path';"),
+        ("file,path,label\n1,b.png,x\n", "several columns for path, got 'file,path,label'; rename all"),
+        ("path,label,class\na.png,x,y\n", "several columns for label, got 'path,label,class'; rename"),
         ("path,label\n", "no line below the columns"),
         ("path,label,split\na.png,x,test\nb.png,y,val\n", "no line below the columns is for train"),
         ("path,label,split\na.png,x\nb.png,y,val\nc.png\n",
@@ -168,28 +168,11 @@ def test_a_table_that_is_not_understood_is_refused_with_its_lines(text, part, to
     assert part in refusal(top, text)
 
 
-@pytest.mark.parametrize(
-    "path, advice",
-    [
-        ("no.png", "copy or download the images, or set data.on_bad_image=skip"),
-        ("cats", "copy or download the images, or"),
-        ("http://example.org/z.png", "copy or download the images, or"),
-        ("file:///z.png", "copy or download the images, or"),
-        ("g", "is it g.jpg?"),
-        ("a.jpeg", "is it a.png?"),
-        ("e", "is it cats/e.png?"),
-        ("set/a.png", "is it a.png?"),
-        ("k.png", "is it ../images/k.JPG?"),
-        ("/home/other/data/cats/e.png", "is it cats/e.png?"),
-        ("C:\\Users\\me\\k.png", "is it ../images/k.JPG?"),
-    ],
-)
-def test_a_path_that_leads_to_no_file_is_refused_with_where_the_file_is(path, advice, top):
-    (top.parent / "images").mkdir()
-    (top.parent / "images" / "k.JPG").write_bytes(b"")
+@pytest.mark.parametrize("path", ["no.png", "cats", "g", "http://example.org/z.png", "C:\\k.png"])
+def test_a_path_that_leads_to_no_file_is_refused_with_where_paths_begin(path, top):
     message = refusal(top, f"path,label\na.png,x\n{path},y\nnor.png,y\n")
     assert f"line 3 ({path}), line 4 (nor.png)" in message and "used: 2 with" in message
-    assert f"paths begin at {top}; {advice}" in message
+    assert f"paths begin at {top}; copy or download it, or set data.on_bad_image=skip" in message
 
 
 def test_missing_files_are_left_out_where_that_is_asked_for(top):

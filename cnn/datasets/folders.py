@@ -20,7 +20,9 @@ from cnn.errors import Refused
 from cnn.utils.screen import list_some
 
 LAYOUT = "ROOT/CLASS/*.jpg, or ROOT/train/CLASS/*.jpg with val/ and test/ beside train/"
-TABLE = "list the files in a table (data.name=csv)"
+TABLE = (
+    "list the files in a table (data.name=csv) with the line path,label and then cat_1.jpg,cat etc."
+)
 AS_CLASSES = "if they are classes, say data.layout=classes"
 
 DATE = re.compile(r"(19|20)\d\d(\D.*|\d{4})?")  # 2019, 2019-03 or 20190301 is never a class
@@ -134,17 +136,16 @@ def _check_class_folders(part: Folder, top: Folder) -> None:
     where = f"data.root: expected class folders, {LAYOUT}"
     if not part.folders:
         fault = f"{part.path} has none, and {len(part.images)} images ({ENDINGS})"
-        advice = f"move the images into class folders or {TABLE}{_table_line(top, part.images)}"
+        advice = f"move the images into class folders or {TABLE}"
         also = "" if part is top else f"; {AS_CLASSES}"
         raise Refused(f"{where}; {fault}; {advice}{also}")
     shown = [os.fsencode(each.name).decode("utf-8", "backslashreplace") for each in part.folders]
     if unreadable := [name for name in shown if name not in _names(part.folders)]:
         names = f"{list_some(unreadable)} in {part.path}"
         raise Refused(f"{where}; names whose bytes are no UTF-8: {names}; rename them")
-    empty = [folder.path for folder in part.folders if not folder.num_images()]
-    if empty:
-        fault = f"class folders without images: {list_some(empty)}"
-        raise Refused(f"{where}; {fault} ({ENDINGS}); put some there or remove the folders")
+    if empty := [folder.path for folder in part.folders if not folder.num_images()]:
+        fault = f"the class folder has no images: {list_some(empty)} ({ENDINGS})"
+        raise Refused(f"data.root: {fault}; put some there or remove the folder")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -236,21 +237,6 @@ def _counts(folders: Iterable[Folder]) -> str:
     return list_some([f"{name} ({count})" for name, count in counts.items()])
 
 
-def _table_line(top: Folder, images: list[str]) -> str:
-    """Returns which line of a table names the first of some images.
-
-    The letters at the beginning of the file name are the class if they differ between the images.
-
-    Args:
-        top: the folder of the dataset, to which the path in the line is relative.
-        images: the images. Without images, the text is empty.
-    """
-    starts = [re.match(r"[^\W\d_]*", os.path.basename(image)).group() for image in images]
-    label = (len(set(starts)) > 1 and starts[0]) or "CLASS"
-    lines = [f" with lines such as {os.path.relpath(image, top.path)},{label}" for image in images]
-    return "".join(lines[:1])
-
-
 def _report_left_out(top: Folder, parts: list[Folder], findings: Findings) -> None:
     """Reports the folders and files of a dataset that are not used, in one line.
 
@@ -259,13 +245,13 @@ def _report_left_out(top: Folder, parts: list[Folder], findings: Findings) -> No
         parts: the folders that contain class folders, which are `top` or the folders of the splits.
         findings: gets what is left out.
     """
-    above = parts if top in parts else [top, *parts]
-    unused = [folder for folder in top.folders if top not in parts and folder not in parts]
-    inside = [inner for part in parts for inner in part.all_folders() if inner is not part]
+    above = {folder.path: folder for folder in (top, *parts)}.values()
+    inside = [inner for part in parts for inner in part.all_folders()[1:]]
+    unused = [] if top in parts else [folder for folder in top.folders if folder not in parts]
     left_out = {f"{folder.name}/": folder.all_images() for folder in unused}
     beside = [image for folder in above for image in folder.images]
     left_out["images beside the class folders"] = beside
-    for file in (file for folder in above + inside for file in folder.others):
+    for file in (file for folder in (*above, *inside) for file in folder.others):
         left_out.setdefault(f"*{ending_of(file)}", []).append(file)
     counts = [f"{kind} ({len(paths)})" for kind, paths in left_out.items() if paths]
     if counts:

@@ -1,7 +1,6 @@
 """Datasets of the user's files: a CSV file with the paths and labels of images."""
 
 import csv
-import glob
 import io
 import os
 import re
@@ -24,6 +23,7 @@ COLUMNS = {
     "split": r"splits?|(sub|data)?set|partition|数据集|划分|子集|集合",
 }
 NO_LABEL = ("", "nan", "<na>", "#n/a", "#ref!", "#value!")  # how programs write a missing value
+SKIP = "set data.on_bad_image=skip"
 CHINESE = re.compile("[\u2010-\u2026\u3000-\u303f\u3400-\u9fff\uff00-\uffef·×]+")
 
 Rows = Iterator[tuple[int, list[str]]]  # line number and cells
@@ -66,7 +66,8 @@ def _read_images(file: Path, cfg: DataConfig, findings: Findings) -> Listing:
     seen: dict[str, tuple[int, str]] = {}  # path: line, and label and split
     first_lines: dict[str, str] = {}  # label: the first line that has it
     mistakes: dict[str, list[str]] = defaultdict(list)  # what is wrong: lines
-    no_file = ""  # what is wrong where a path leads to no file
+    where = f"paths begin at {file.parent.resolve()}"
+    no_file = f"a path that leads to no file ({where}; copy or download it, or {SKIP})"
     for line, cells in rows:
         row = dict(zip(columns, map(str.strip, cells)))
         if mistake := _mistake(row, len(cells) - len(columns)):
@@ -78,7 +79,6 @@ def _read_images(file: Path, cfg: DataConfig, findings: Findings) -> Listing:
         if not os.path.isfile(image):
             image = os.path.join(file.parent, path.replace("\\", "/"))
             if not os.path.isfile(image) and cfg.on_bad_image == "stop":
-                no_file = no_file or f"a path that leads to no file ({_advise(file.parent, path)})"
                 mistakes[no_file].append(f"line {line} ({path})")
         place = f"{label} in {split}"
         earlier, before = seen.setdefault(os.path.normpath(image), (line, place))
@@ -113,23 +113,6 @@ def _mistake(row: dict[str, str], surplus: int) -> str | None:
     return next((what for what, is_so in mistakes.items() if is_so), None)
 
 
-def _advise(top: Path, path: str) -> str:
-    """Returns what to do about a path that leads to no file.
-
-    A file of the same name with any extension is looked for in the folders inside and beside the
-    CSV file's folder.
-
-    Args:
-        top: the folder of the CSV file.
-        path: the path. Only the file name counts.
-    """
-    stem = os.path.splitext(re.split(r"[\\/]", path)[-1])[0]
-    patterns = [f"{folder}{glob.escape(stem)}.*" for folder in ("", "*/", "*/*/", "../", "../*/")]
-    found = [file for each in patterns for file in sorted(glob.glob(each, root_dir=top))]
-    advice = "copy or download the images, or set data.on_bad_image=skip"
-    return f"paths begin at {top.resolve()}; {f'is it {found[0]}?' if found else advice}"
-
-
 def _read_table(file: Path, findings: Findings) -> tuple[list[str], Rows]:
     """Reads a CSV file and recognizes the separator and the columns by the names in the header.
 
@@ -159,11 +142,9 @@ def _read_table(file: Path, findings: Findings) -> tuple[list[str], Rows]:
     else:
         expected = "expected a CSV file in UTF-8 with the columns path,label[,split]"
         raise Refused(f"{file}:1: {expected}, got {header.strip()[:100]!r}; name them so")
-    used = [column for column in columns if column in COLUMNS]
-    if len(set(used)) < len(used):
-        same = [name for name, column in zip(names, columns) if used.count(column) > 1]
-        several = f"several columns with one meaning: {list_some(same)}"
-        raise Refused(f"{file}:1: {several}; rename all but one")
+    if twice := [meaning for meaning in COLUMNS if columns.count(meaning) > 1]:
+        fault = f"several columns for {list_some(twice)}, got {header.strip()[:100]!r}"
+        raise Refused(f"{file}:1: {fault}; rename all but one")
     unused = [column or "(no name)" for column in columns if column not in COLUMNS]
     if unused:
         findings.add(f"{file}: columns not used: {list_some(unused)}", unused)
