@@ -306,7 +306,7 @@ def test_a_class_folder_whose_name_is_no_text_is_refused_and_shown():
 
 @pytest.mark.parametrize(
     "name, advice",
-    [("a.zip", "unpack an archive"), ("a.tar.gz", "unpack an archive"), ("a.csv", "data.name=csv")],
+    [("a.zip", "unpack archives"), ("a.tar.gz", "unpack archives"), ("a.csv", "data.name=csv")],
 )
 def test_a_file_instead_of_a_folder_is_refused_with_what_to_do(name, advice):
     plant(name)

@@ -172,7 +172,7 @@ def test_a_table_that_is_not_understood_is_refused_with_its_lines(text, part, to
 def test_a_path_that_leads_to_no_file_is_refused_with_where_paths_begin(path, top):
     message = refusal(top, f"path,label\na.png,x\n{path},y\nnor.png,y\n")
     assert f"line 3 ({path}), line 4 (nor.png)" in message and "used: 2 with" in message
-    assert f"paths begin at {top}; copy or download it, or set data.on_bad_image=skip" in message
+    assert f"paths begin at {top}; data.on_bad_image=skip leaves such lines out" in message
 
 
 def test_missing_files_are_left_out_where_that_is_asked_for(top):

@@ -20,9 +20,7 @@ from cnn.errors import Refused
 from cnn.utils.screen import list_some
 
 LAYOUT = "ROOT/CLASS/*.jpg, or ROOT/train/CLASS/*.jpg with val/ and test/ beside train/"
-TABLE = (
-    "list the files in a table (data.name=csv) with the line path,label and then cat_1.jpg,cat etc."
-)
+TABLE = "list the files in a table (data.name=csv): path,label, then lines such as cat_1.jpg,cat"
 AS_CLASSES = "if they are classes, say data.layout=classes"
 
 DATE = re.compile(r"(19|20)\d\d(\D.*|\d{4})?")  # 2019, 2019-03 or 20190301 is never a class
@@ -73,9 +71,8 @@ def list_folder(cfg: DataConfig, findings: Findings, *, needs_train: bool = True
 
 def _read_root(root: Path) -> Folder:
     if not root.is_dir():
-        fault = f"there is none at {root.resolve()}"
-        advice = "unpack an archive, and for a table say data.name=csv"
-        raise Refused(f"data.root: expected a folder, {LAYOUT}; {fault}; {advice}")
+        fault = f"there is none at {root.resolve()}; unpack archives; for a table say data.name=csv"
+        raise Refused(f"data.root: expected a folder, {LAYOUT}; {fault}")
     top = read_folder(root, deep=False)
     # Each folder is read alone, since a link can give two splits the same images.
     top.folders = [read_folder(folder.path) for folder in top.folders]
@@ -179,9 +176,8 @@ def _refuse_finer_classes(part: Folder, top: Folder) -> None:
     names = _names(inner)
     if 2 * len(bare) <= len(filled) or len(names) < 2 or any(map(DATE.fullmatch, names)):
         return
-    is_numbered = any(re.search(r"\d", name) for name in names)
-    is_finer = bare == filled and len(names) > len(filled) and not is_numbered
-    if len(names) == len(inner) and not is_finer:
+    is_finer = bare == filled and len(names) > len(filled)
+    if len(names) == len(inner) and (not is_finer or re.search(r"\d", "".join(names))):
         return
     _refuse_folds(part, inner)
     way, chosen = ("ROOT", "classes") if part is top else (f"ROOT/{part.name}", "splits")
@@ -231,9 +227,7 @@ def _counts(folders: Iterable[Folder]) -> str:
 
     The images of folders with the same name are counted together.
     """
-    counts: Counter[str] = Counter()
-    for folder in folders:
-        counts[folder.name] += folder.num_images()
+    counts = Counter(folder.name for folder in folders for _ in folder.all_images())
     return list_some([f"{name} ({count})" for name, count in counts.items()])
 
 

@@ -23,7 +23,6 @@ COLUMNS = {
     "split": r"splits?|(sub|data)?set|partition|数据集|划分|子集|集合",
 }
 NO_LABEL = ("", "nan", "<na>", "#n/a", "#ref!", "#value!")  # how programs write a missing value
-SKIP = "set data.on_bad_image=skip"
 CHINESE = re.compile("[\u2010-\u2026\u3000-\u303f\u3400-\u9fff\uff00-\uffef·×]+")
 
 Rows = Iterator[tuple[int, list[str]]]  # line number and cells
@@ -66,8 +65,7 @@ def _read_images(file: Path, cfg: DataConfig, findings: Findings) -> Listing:
     seen: dict[str, tuple[int, str]] = {}  # path: line, and label and split
     first_lines: dict[str, str] = {}  # label: the first line that has it
     mistakes: dict[str, list[str]] = defaultdict(list)  # what is wrong: lines
-    where = f"paths begin at {file.parent.resolve()}"
-    no_file = f"a path that leads to no file ({where}; copy or download it, or {SKIP})"
+    advice = f"paths begin at {file.parent.resolve()}; data.on_bad_image=skip leaves such lines out"
     for line, cells in rows:
         row = dict(zip(columns, map(str.strip, cells)))
         if mistake := _mistake(row, len(cells) - len(columns)):
@@ -79,7 +77,8 @@ def _read_images(file: Path, cfg: DataConfig, findings: Findings) -> Listing:
         if not os.path.isfile(image):
             image = os.path.join(file.parent, path.replace("\\", "/"))
             if not os.path.isfile(image) and cfg.on_bad_image == "stop":
-                mistakes[no_file].append(f"line {line} ({path})")
+                missing = f"a path that leads to no file ({advice})"
+                mistakes[missing].append(f"line {line} ({path})")
         place = f"{label} in {split}"
         earlier, before = seen.setdefault(os.path.normpath(image), (line, place))
         if before != place:
