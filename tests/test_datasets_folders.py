@@ -193,35 +193,36 @@ REFUSED = {
         ["3*cat/train", "1*cat/val", "3*dog/train", "1*dog/val"],
         [
             "ROOT/CLASS/SPLIT",
-            "cat (4 images)",
-            "train (6 images)",
-            "cat/train/0.jpg,cat,train",
+            "cat (4)",
+            "train (6)",
+            "move the images to ROOT/SPLIT/CLASS",
+            "data.name=csv",
             READINGS,
         ],
     ),
     "sites": (
         ["2*siteA/cat", "1*siteA/dog", "2*siteB/cat", "1*siteB/dog"],
-        ["siteA (3 images)", "cat (4 images), dog (2 images)", READINGS, "siteA/cat/0.jpg,cat"],
+        ["siteA (3)", "cat (4), dog (2)", READINGS, "data.name=csv"],
     ),
     "sites with strays": (
         ["20*a/cat", "20*a/dog", "1*a", "20*b/cat", "20*b/dog"],
-        ["a (41 images)", "cat (40 images)", READINGS],
+        ["a (41)", "cat (40)", READINGS],
     ),
     "sites and a flat folder": (
         ["1*a/cat", "1*a/dog", "1*b/cat", "1*b/dog", "1*extra"],
-        ["a (2 images)", "cat (2 images)", READINGS],
+        ["a (2)", "cat (2)", READINGS],
     ),
     "finer classes": (
         ["1*animals/cat", "1*animals/dog", "1*plants/rose", "1*plants/oak"],
-        ["animals (2 images)", "rose (1 image)", READINGS],
+        ["animals (2)", "rose (1)", READINGS],
     ),
     "sites in splits": (
         ["1*train/a/cat", "1*train/a/dog", "1*train/b/cat", "1*train/b/dog"],
-        ["ROOT/train/CLASS", "a (2 images)", "cat (2 images)", "data.layout=splits"],
+        ["ROOT/train/CLASS", "a (2)", "cat (2)", "data.layout=splits"],
     ),
     "a train of trains": (
         ["2*train/steam", "1*train/diesel", "3*bus", "4*plane"],
-        ["steam (2 images)", "bus (3 images)", "data.layout=splits", READINGS],
+        ["steam (2)", "bus (3)", "data.layout=splits", READINGS],
     ),
     "test without class folders": (
         ["2*train/cat", "2*train/dog", "3*test"],
@@ -231,17 +232,23 @@ REFUSED = {
         ["train/cat_0.jpg", "train/dog_0.jpg", "test/1.jpg"],
         ["train", "class folders", "data.name=csv", READINGS],
     ),
-    "test beside classes": (["2*cat", "2*dog", "3*test"], ["test without class folders", READINGS]),
-    "an empty split beside classes": (["2*cat", "2*dog", "val/"], ["val without class folders"]),
+    "test beside classes": (
+        ["2*cat", "2*dog", "3*test"],
+        ["has cat, dog, test, no train", READINGS],
+    ),
+    "an empty split beside classes": (["2*cat", "2*dog", "val/"], ["has cat, dog, val, no train"]),
     "splits beside classes": (
         ["2*cat", "2*dog", "2*test/cat"],
-        ["has test, but no train", READINGS],
+        ["has cat, dog, test, no train", READINGS],
     ),
     "two for one split": (
         ["1*train/cat", "1*val/cat", "1*valid/cat"],
-        ["two folders for val", READINGS],
+        ["several folders for one split: train, val, valid", READINGS],
     ),
-    "train twice": (["1*train/cat", "1*train2/cat"], ["two folders for train, train and train2"]),
+    "train twice": (
+        ["1*train/cat", "1*train2/cat"],
+        ["several folders for one split: train, train2"],
+    ),
     "a level too high": (["2*photos/cat", "2*photos/dog"], ["name it: data.root=photos/photos"]),
     "two levels too high": (["2*a/b/cat", "2*a/b/dog", "a/notes.txt"], ["data.root=photos/a/b"]),
     "splits a level too high": (
@@ -250,13 +257,16 @@ REFUSED = {
     ),
     "a level too high in a split": (
         ["1*seg_train/seg_train/cat", "1*seg_train/seg_train/dog"],
-        ["only photos/seg_train/seg_train", "cat (1 image)", "move its folders up"],
+        ["only photos/seg_train/seg_train", "cat (1)", "move its folders up"],
     ),
     "flat": (
         ["cat_0.jpg", "dog_0.jpg"],
-        ["2 images", "name the folder above", "data.name=csv", "cat_0.jpg,cat"],
+        ["2 images", "into class folders", "data.name=csv", "path,label", "cat_1.jpg,cat"],
     ),
-    "flat without classes in the names": (["IMG_0.jpg", "IMG_1.jpg"], ["IMG_0.jpg,CLASS"]),
+    "flat without classes in the names": (
+        ["IMG_0.jpg", "IMG_1.jpg"],
+        ["2 images", "data.name=csv"],
+    ),
     "folds": (["1*fold1/cat", "1*fold2/cat"], ["folds (fold1, fold2)", "data.name=csv", READINGS]),
     "folds and test": (
         ["1*Fold_1/cat", "1*Fold_2/cat", "1*test/cat"],
@@ -265,15 +275,15 @@ REFUSED = {
     "folds of images": (["1*第1折", "1*第2折"], ["folds (第1折, 第2折)"]),
     "folds in classes": (
         ["1*cat/f/fold1", "1*cat/fold1", "1*cat/fold2", "1*dog/fold1"],
-        ["has folds"],
+        ["in folds (fold1, fold2)"],
     ),
-    "empty": ([], ["expected class folders", "there are none in photos"]),
-    "an empty class": (["1*cat", "dog/"], ["class folder photos/dog has no images"]),
+    "empty": ([], ["expected class folders", "photos has none, and 0 images"]),
+    "an empty class": (["1*cat", "dog/"], ["the class folder has no images: photos/dog (.jpg"]),
     "many empty classes": (
         ["1*cat", *(f"c{i}/" for i in range(9))],
-        ["photos/c0", "and 4 more have no images"],
+        ["has no images: photos/c0, photos/c1", "and 4 more"],
     ),
-    "only system folders": (["1*__MACOSX/cat", "1*.git"], ["there are none in photos"]),
+    "only system folders": (["1*__MACOSX/cat", "1*.git"], ["photos has none, and 0 images"]),
 }
 
 
@@ -290,17 +300,17 @@ def test_a_class_folder_whose_name_is_no_text_is_refused_and_shown():
     os.makedirs(b"photos/\xd6\xd0")
     Path(os.fsdecode(b"photos/\xd6\xd0/0.jpg")).touch()
     message = refusal()
-    assert r"\xd6\xd0 in photos" in message and "rename it" in message
+    assert r"\xd6\xd0 in photos" in message and "rename them" in message
     message.encode()
 
 
 @pytest.mark.parametrize(
     "name, advice",
-    [("a.zip", "unpack an archive"), ("a.tar.gz", "unpack an archive"), ("a.csv", "data.name=csv")],
+    [("a.zip", "unpack archives"), ("a.tar.gz", "unpack archives"), ("a.csv", "data.name=csv")],
 )
 def test_a_file_instead_of_a_folder_is_refused_with_what_to_do(name, advice):
     plant(name)
-    assert f"{name} is a file: " in refusal(name) and advice in refusal(name)
+    assert f"/{name}; " in refusal(name) and advice in refusal(name)
 
 
 def test_a_layout_of_splits_without_a_split_is_refused():
@@ -337,8 +347,8 @@ def test_what_is_left_out_is_counted_in_one_line_with_all_paths(caplog):
     findings = Findings()
     listed(findings=findings)
     ((line, details),) = findings.found.items()
-    expected = "4 files with other endings (.xyz 2, .txt 2), 2 images beside the class folders"
-    assert line == f"left out: {expected}"
+    expected = "images beside the class folders (2), *.xyz (2), *.txt (2); used are"
+    assert line.startswith(f"photos: left out: {expected}")
     names = [
         "d.xyz",
         "top.jpg",
@@ -353,7 +363,7 @@ def test_what_is_left_out_is_counted_in_one_line_with_all_paths(caplog):
 def test_a_folder_that_is_left_out_is_named_with_what_to_do(caplog):
     plant("2*photos/train/cat", "1*photos/val/cat", "1*photos/tset/cat")
     listed()
-    assert "used for nothing: tset; to use a folder, name it" in caplog.text
+    assert "photos: left out: tset/ (1); used are train/, val/ and test/" in caplog.text
 
 
 def test_a_class_with_the_name_of_a_split_is_told(caplog):
@@ -372,7 +382,7 @@ def test_heic_images_without_their_package_are_told(monkeypatch):
     listed(findings=findings)
     assert "pip install pillow-heif" in next(iter(findings.found))
     plant("photos/cow/a.heic")
-    assert "photos/cow has no images" in refusal() and "pip install pillow-heif" in refusal()
+    assert "has no images: photos/cow" in refusal() and "pip install pillow-heif" in refusal()
     ((_, reason),) = find_images(["photos/cow"])
     assert "pip install pillow-heif" in reason
 
@@ -493,13 +503,10 @@ def test_a_prediction_searches_no_system_folders_unless_they_are_typed():
     assert found_by("photos/._a.jpg") == ["photos/._a.jpg"]
 
 
-def test_a_folder_is_not_searched_by_a_dataset_without_files(train, capfd, caplog):
-    assert train("data.name=digits", "data.root=photos", "data.args={}") == 2
-    (said,) = capfd.readouterr().err.splitlines()
-    assert "command line: data.root: is not used by data.name=digits; data.name=folder" in said
-    cfg = DataConfig("digits", "photos")
-    build_data(cfg, 0)
-    assert "data.root: photos is not used by data.name=digits" in caplog.text
+def test_a_folder_is_not_searched_by_a_dataset_without_files(caplog):
+    build_data(DataConfig("digits", "photos"), 0)
+    said = "data.root: photos is not used by data.name=digits; data.name=folder reads a folder"
+    assert said in caplog.text
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch):

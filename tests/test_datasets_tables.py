@@ -69,8 +69,6 @@ THREE = {"train": "a.png:x b.png:y", "test": "c.png:x"}
         ("label,path\nx,a.png\ny,b.png\n", TWO),
         ("path;label;split\na.png;x;train\nb.png;y;train\nc.png;x;test\n", THREE),
         ("path\tlabel\tsplit\na.png\tx\ttrain\nb.png\ty\t\nc.png\tx\ttest\n", THREE),
-        ("sep=;\npath;label\na.png;x\nb.png;y\n", TWO),
-        ("# photos of May, with labels\n\n ,\npath,label\na.png,x\nb.png,y\n", TWO),
         ("\ufeffpath,label\r\na.png,x\r\n\r\nb.png,y\r\n,\r\n  , \r\n\r\n", TWO),
         ("path,label\ra.png,x\rb.png,y\r", TWO),
         ('path, label\n"a.png", "x"\n b.png , y \n', TWO),
@@ -109,11 +107,6 @@ def test_a_table_that_is_understood_is_taken_without_a_word(text, expected, top)
             {"train": "a.png:cat b.png:Cat c.png:dog d.png:cat"},
             ["differ only in case, taken as different classes: cat (line 2) and Cat (line 3)"],
         ),
-        (
-            "path,label\na.png,cat\nb.png,dog\nc.png,cat;dog\nd.png,cat | dog\n",
-            {"train": "a.png:cat b.png:dog c.png:cat;dog d.png:cat | dog"},
-            ["labels that consist of others, taken as classes of their own: cat;dog (line 4), cat | dog (line 5)"],
-        ),
     ],
 )  # fmt: skip
 def test_what_may_not_be_meant_is_taken_and_said_in_one_line(text, expected, said, top):
@@ -126,16 +119,17 @@ def test_what_may_not_be_meant_is_taken_and_said_in_one_line(text, expected, sai
     "text, part",
     [
         ("", "table.csv:1: expected a CSV file in UTF-8 with the columns path,label[,split], got ''; name them so"),
-        ("\n\n", "table.csv:3: expected a CSV file in UTF-8 with the columns path,label[,split], got ''; name them so"),
+        ("sep=;\npath;label\na.png;x\nb.png;y\n", "got 'sep=;'; name them so"),
+        ("\n\n", "table.csv:1: expected a CSV file in UTF-8 with the columns path,label[,split], got ''; name them so"),
         ("a.png,x\nb.png,y\n", "table.csv:1: expected a CSV file in UTF-8 with the columns path,label[,split], got 'a.png,x'"),
         ("path|label\na.png|x\n", "got 'path|label'"),
         ('[{"path": "a.png"}]', "a CSV file in UTF-8 with the columns"),
-        ("path,cat,dog\na.png,1,0\nb.png,0,1\n", "got 'path,cat,dog'; make one column label of a column per class"),
-        ("path,label,Path\na.png,x,b.png\n", "csv:1: several columns for the path: path, Path;"),
-        ("file,path,label\n1,b.png,x\n", "several columns for the path: file, path; rename all but"),
-        ("path,label,class\na.png,x,y\n", "several columns for the label: label, class; rename"),
+        ("path,cat,dog\na.png,1,0\nb.png,0,1\n", "got 'path,cat,dog'; name them so"),
+        ("path,label,Path\na.png,x,b.png\n", "csv:1: several columns for path, got 'path,label,Path';"),
+        ("file,path,label\n1,b.png,x\n", "several columns for path, got 'file,path,label'; rename all"),
+        ("path,label,class\na.png,x,y\n", "several columns for label, got 'path,label,class'; rename"),
         ("path,label\n", "no line below the columns"),
-        ("path,label,split\na.png,x,test\nb.png,y,val\n", "no line is for train"),
+        ("path,label,split\na.png,x,test\nb.png,y,val\n", "no line below the columns is for train"),
         ("path,label,split\na.png,x\nb.png,y,val\nc.png\n",
          "table.csv: rows that cannot be used: 2 with fewer cells than the header: line 2 ('a.png,x'), line 4 ('c.png')"),
         ("path,label\na.png,x\ncats,e.png,y\n",
@@ -151,7 +145,7 @@ def test_what_may_not_be_meant_is_taken_and_said_in_one_line(text, expected, sai
          "3 with a split other than train, val and test: line 2 ('a.png,x,tarin'), line 4"),
         ('path,label\na.png,x\n"b.png,y\nc.png,x\nd.png,y\n', "csv:3: quotes that do not match"),
         ('path,label\na.png,"x\nb.png,y\nc.png,"x"\n', "csv:2: quotes that do not match"),
-        ('path,label\na.png,"x\nb.png,y"\n', "a line break or a zero byte in path or label (a quote that is not closed?)"),
+        ('path,label\na.png,"x\nb.png,y"\n', "a line break or a zero byte (a quote that is not closed?)"),
         ("path,label\na.png,1\nb.png,2\nc.png,1.0\n", "a character or number: 1 (line 2) and 1.0 (line 4); write each label"),
         ("path,label\na.png,1\nb.png,2\nc.png,01\n", "1 (line 2) and 01 (line 4)"),
         ("path,label\na.png,red cat\nb.png,red  cat\n", "red cat (line 2) and red  cat (line 3)"),
@@ -164,8 +158,8 @@ def test_what_may_not_be_meant_is_taken_and_said_in_one_line(text, expected, sai
          "for the same image: line 4 (.\\a.png is x in test, but line 2 says x in train)"),
         ("path,label\na.png,x\nb.png,x\n", "at least two classes"),
         ("path,label,split\na.png,x,train\nb.png,y,train\nc.png,z,val\n", "train has not: z"),
-        ("path,label\na.png,x\nb\0.png,y\n", "a zero byte in path or label (a quote that is not closed?): line 3 ("),
-        ("path,label\na.png,x\nb.png,y\0\n", "a zero byte in path or label (a quote that is not closed?): line 3 ("),
+        ("path,label\na.png,x\nb\0.png,y\n", "a zero byte (a quote that is not closed?): line 3 ("),
+        ("path,label\na.png,x\nb.png,y\0\n", "a zero byte (a quote that is not closed?): line 3 ("),
         ("path,label\n" + "a.png,\n" * 12, "line 6 ('a.png,') and 7 more"),
         ("path,label\na.png,1e3\nb.png,1000.0\n", "1e3 (line 2) and 1000.0 (line 3)"),
     ],
@@ -174,28 +168,11 @@ def test_a_table_that_is_not_understood_is_refused_with_its_lines(text, part, to
     assert part in refusal(top, text)
 
 
-@pytest.mark.parametrize(
-    "path, advice",
-    [
-        ("no.png", "copy or download the images, or set data.on_bad_image=skip"),
-        ("cats", "copy or download the images, or"),
-        ("http://example.org/z.png", "copy or download the images, or"),
-        ("file:///z.png", "copy or download the images, or"),
-        ("g", "is it g.jpg?"),
-        ("a.jpeg", "is it a.png?"),
-        ("e", "is it cats/e.png?"),
-        ("set/a.png", "is it ../set/a.png?"),
-        ("k.png", "is it ../images/k.JPG?"),
-        ("/home/other/data/cats/e.png", "is it cats/e.png?"),
-        ("C:\\Users\\me\\k.png", "is it ../images/k.JPG?"),
-    ],
-)
-def test_a_path_that_leads_to_no_file_is_refused_with_where_the_file_is(path, advice, top):
-    (top.parent / "images").mkdir()
-    (top.parent / "images" / "k.JPG").write_bytes(b"")
+@pytest.mark.parametrize("path", ["no.png", "cats", "g", "http://example.org/z.png", "C:\\k.png"])
+def test_a_path_that_leads_to_no_file_is_refused_with_where_paths_begin(path, top):
     message = refusal(top, f"path,label\na.png,x\n{path},y\nnor.png,y\n")
     assert f"line 3 ({path}), line 4 (nor.png)" in message and "used: 2 with" in message
-    assert f"paths begin at {top}; {advice}" in message
+    assert f"paths begin at {top}; data.on_bad_image=skip leaves such lines out" in message
 
 
 def test_missing_files_are_left_out_where_that_is_asked_for(top):

@@ -257,7 +257,7 @@ MISTAKES = {
     "unknown data": (lambda: ["data.name=minst"], "did you mean 'mnist'?"),
     "missing data": (lambda: ["data.name=mnist", "data.root=here"], "missing train-images-idx3-ubyte"),
     "missing resume file": (lambda: ["--resume", "checkpoints/bets.pth"], "bets.pth: no such file"),
-    "empty class": (folder_with_empty_class, "photos/dog has no images"),
+    "empty class": (folder_with_empty_class, "has no images: photos/dog"),
     "truncated jpeg": (folder_with_truncated_jpeg, "photos/dog/1.jpg: "),
     "no such folder": (lambda: ["data.name=folder", "data.root=nowhere"], "there is none at"),
     "too small images": (lambda: ["model.name=alexnet", "model.args={}"], "cannot take images of 1x8x8"),

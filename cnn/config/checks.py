@@ -36,9 +36,6 @@ def check_config(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
     if cfg.data.sampler == "balanced" and cfg.loss.class_weights == "balanced":
         where = at("loss.class_weights")  # with both, a rare class would be weighted twice
         yield f"{where}: balanced cannot go with data.sampler: balanced; choose one"
-    is_typed = at("data.root").startswith("command line") and at("data.name") != "data.name"
-    if is_typed and cfg.data.unused_root():
-        yield f"{at('data.root')}: {cfg.data.unused_root()}"
     if cfg.data.value_range is not None and not is_value_range(cfg.data.value_range):
         expected = f"two numbers, the smaller one first, got {cfg.data.value_range}"
         yield f"{at('data.value_range')}: expected {expected}"

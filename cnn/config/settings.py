@@ -126,16 +126,6 @@ class DataConfig:
     verify: bool = setting(False, "read every file at the start, though it seems unchanged", FREE)
     tag: str | None = setting(None, "name of the data, for file names", FREE, experiment=True)
 
-    def unused_root(self) -> str:
-        """Returns what to do about a folder that a dataset without files does not read.
-
-        The text is the end of a message that begins with the folder. Without such a folder, the
-        text is "".
-        """
-        if self.root == DataConfig.root or self.name not in ("digits", "synthetic"):
-            return ""
-        return f"is not used by data.name={self.name}; data.name=folder reads a folder, csv a table"
-
 
 @dataclass(frozen=True)
 class ModelConfig:

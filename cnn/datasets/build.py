@@ -232,8 +232,9 @@ def read_splits(
     Raises:
         Refused: the data cannot be read, or the dataset does not accept a keyword in `cfg.args`.
     """
-    if cfg.unused_root():
-        findings.add(f"data.root: {cfg.root} {cfg.unused_root()}", level=logging.WARNING)
+    if cfg.name in ("digits", "synthetic") and cfg.root != DataConfig.root:
+        line = f"data.root: {cfg.root} is not used by data.name={cfg.name}"
+        findings.add(f"{line}; data.name=folder reads a folder, csv a table", level=logging.WARNING)
     try:
         if not is_import_path(cfg.name):
             return DATASETS[cfg.name](cfg, model_classes, findings)

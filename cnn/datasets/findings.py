@@ -1,12 +1,12 @@
 """What is noteworthy about a dataset: a line for the log, and the details for logs/data.txt."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from logging import INFO, WARNING, getLogger
 
 from cnn.errors import Refused
 
-logger = logging.getLogger(__name__)
+logger = getLogger(__name__)
 
 MAX_LISTED = 20  # lines of a list in a message
 
@@ -22,7 +22,7 @@ class Findings:
 
     found: dict[str, Sequence[str]] = field(default_factory=dict)
 
-    def add(self, line: str, details: Sequence[str] = (), level: int = logging.INFO) -> None:
+    def add(self, line: str, details: Sequence[str] = (), level: int = INFO) -> None:
         """Logs a fact in one line, and keeps it with its details for the data sheet.
 
         Args:
@@ -36,31 +36,25 @@ class Findings:
         logger.log(level, "%s", line)
 
     def add_all(
-        self,
-        noun: str,
-        members: Sequence[str],
-        line: str,
-        level: int = logging.WARNING,
-        *,
-        refuse: bool = False,
+        self, noun: str, items: Sequence[str], line: str, level: int = WARNING, refuse: bool = False
     ) -> None:
         """Adds the fact that there are so many things of a kind, if there are any.
 
         Args:
             noun: what the things are, in the singular, such as "image".
-            members: a text for each thing, such as its path.
+            items: a text for each thing, such as its path.
             line: the rest of the line, after the number of things and the noun.
             level: the level of the line in the log.
-            refuse: whether to raise Refused with the line and the first members instead.
+            refuse: whether to raise Refused with the line and the first items instead.
 
         Raises:
-            Refused: `refuse` is set, and `members` is not empty.
+            Refused: `refuse` is set, and `items` is not empty.
         """
-        line = f"{len(members)} {noun}{'s' if len(members) > 1 else ''} {line}"
-        if members and refuse:
-            raise Refused(f"data.root: {line}:\n{listed(members)}")
-        if members:
-            self.add(line, members, level)
+        line = f"{len(items)} {noun}{'s' if len(items) > 1 else ''} {line}"
+        if items and refuse:
+            raise Refused(f"data.root: {line}:\n{listed(items)}")
+        if items:
+            self.add(line, items, level)
 
 
 def listed(lines: Sequence[str]) -> str:

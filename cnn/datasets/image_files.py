@@ -19,9 +19,8 @@ HIDDEN = (".", "__")
 
 # Formats that Pillow lists, but that are programs, drawings or films, or that Pillow cannot decode.
 NO_IMAGES = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
-HEIF_ENDINGS = (".heic", ".heif", ".hif")
-NEEDS_HEIF = "pip install pillow-heif"
-ENDINGS = ".jpg, .png, .tif and all others that Pillow reads"  # for messages
+# For messages.
+ENDINGS = ".jpg, .png, .tif and all others that Pillow reads; HEIC after pip install pillow-heif"
 WILDCARDS = "*?["
 
 
@@ -103,16 +102,6 @@ class Folder:
         return sorted(paths, key=lambda path: path.split(os.sep))
 
 
-def heif_hint(folders: Iterable[Folder]) -> str:
-    """Returns how to read the HEIC images directly in some folders.
-
-    The text is empty if there are none, or if Pillow reads them.
-    """
-    others = [path for folder in folders for path in folder.others]
-    count = sum(ending_of(path) in HEIF_ENDINGS for path in others)
-    return f"; to read {count} HEIC files: {NEEDS_HEIF}" if count else ""
-
-
 def read_folder(path: str | Path, *, deep: bool = True) -> Folder:
     """Reads the names in a folder and in all folders inside, to any depth.
 
@@ -186,11 +175,10 @@ def _matching(pattern: str) -> list[str]:
 
 def _files_at(path: Path) -> Iterator[tuple[Path, str | None]]:
     if path.is_dir():
-        folder = read_folder(path)
-        files = folder.all_images()
+        files = read_folder(path).all_images()
         yield from ((Path(file), None) for file in files)
         if not files:
-            yield path, f"a folder without images ({ENDINGS}){heif_hint(folder.all_folders())}"
+            yield path, f"a folder without images ({ENDINGS})"
     elif path.is_file():
         yield path, None
     else:  # a pipe or a device, which might never end, or a link to nothing

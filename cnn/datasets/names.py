@@ -20,7 +20,6 @@ BESIDE = (
     r"(?:data|sets?|images?|imgs?|photos?|pictures?|pics?|samples?|splits?|subsets?|parts?"
     r"|folders?|files?|seg|数据|資料|集|样本|樣本|图片|图像|圖片|照片|用|[\W\d_])*"
 )
-BETWEEN_LABELS = re.compile(r"[;|,/+&、，；\s]+")
 NUMBER = re.compile(r"[-+]?\d{1,15}(\.\d*)?(e[-+]?\d\d?)?", re.IGNORECASE)
 
 
@@ -47,7 +46,7 @@ def check_labels(where: str, labels: dict[str, str], findings: Findings) -> None
     Args:
         where: the CSV file or the folder with the labels, for messages.
         labels: a dict from each label to the text that names the label, such as "cat (line 3)".
-        findings: gets the labels that differ only in case or that consist of other labels.
+        findings: gets the labels that differ only in case.
 
     Raises:
         Refused: labels look the same, such as two forms of "é", or are the same number.
@@ -58,14 +57,6 @@ def check_labels(where: str, labels: dict[str, str], findings: Findings) -> None
         raise Refused(f"{alike} {forms}: {same}; write each label in one way")
     if same := _groups(labels, lambda label: _appearance(label).casefold()):
         findings.add(f"{alike} case, taken as different classes: {same}", level=WARNING)
-    several = []
-    for label, text in labels.items():
-        parts = {*BETWEEN_LABELS.split(label)} - {""}
-        if len(parts) > 1 and parts <= labels.keys():
-            several.append(text)
-    if several:
-        what = "labels that consist of others, taken as classes of their own"
-        findings.add(f"{where}: {what}: {list_some(several)}", level=WARNING)
 
 
 def _groups(labels: dict[str, str], key: Callable[[str], str]) -> str:

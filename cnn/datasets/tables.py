@@ -1,13 +1,11 @@
 """Datasets of the user's files: a CSV file with the paths and labels of images."""
 
 import csv
-import glob
 import io
 import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import product
 from logging import WARNING
 from pathlib import Path
 
@@ -24,7 +22,6 @@ COLUMNS = {
     "label": r"labels?|(class|category)(name)?|标签|类别|分类",
     "split": r"splits?|(sub|data)?set|partition|数据集|划分|子集|集合",
 }
-ABOVE_HEADER = re.compile(r"((#[^\r\n]*|sep=.|[\s,;]*)[\r\n])*")  # comments, Excel's "sep=;"
 NO_LABEL = ("", "nan", "<na>", "#n/a", "#ref!", "#value!")  # how programs write a missing value
 CHINESE = re.compile("[\u2010-\u2026\u3000-\u303f\u3400-\u9fff\uff00-\uffef·×]+")
 
@@ -52,10 +49,8 @@ def list_table(cfg: DataConfig, findings: Findings, *, needs_train: bool = True)
     """
     file = Path(cfg.root)
     listing = _read_images(file, cfg, findings)
-    if not listing:
-        raise Refused(f"{file}: no line below the columns")
-    if "train" not in listing and needs_train:
-        raise Refused(f"{file}: no line is for train")
+    if "train" not in listing and (needs_train or not listing):
+        raise Refused(f"{file}: no line below the columns is for train")
     return listing
 
 
@@ -70,7 +65,7 @@ def _read_images(file: Path, cfg: DataConfig, findings: Findings) -> Listing:
     seen: dict[str, tuple[int, str]] = {}  # path: line, and label and split
     first_lines: dict[str, str] = {}  # label: the first line that has it
     mistakes: dict[str, list[str]] = defaultdict(list)  # what is wrong: lines
-    missing: list[tuple[int, str]] = []  # line, path
+    advice = f"paths begin at {file.parent.resolve()}; data.on_bad_image=skip leaves such lines out"
     for line, cells in rows:
         row = dict(zip(columns, map(str.strip, cells)))
         if mistake := _mistake(row, len(cells) - len(columns)):
@@ -81,8 +76,9 @@ def _read_images(file: Path, cfg: DataConfig, findings: Findings) -> Listing:
         image = os.path.join(file.parent, path)
         if not os.path.isfile(image):
             image = os.path.join(file.parent, path.replace("\\", "/"))
-            if not os.path.isfile(image):
-                missing.append((line, path))
+            if not os.path.isfile(image) and cfg.on_bad_image == "stop":
+                missing = f"a path that leads to no file ({advice})"
+                mistakes[missing].append(f"line {line} ({path})")
         place = f"{label} in {split}"
         earlier, before = seen.setdefault(os.path.normpath(image), (line, place))
         if before != place:
@@ -90,9 +86,6 @@ def _read_images(file: Path, cfg: DataConfig, findings: Findings) -> Listing:
             mistakes["another label or split for the same image"].append(twice)
         first_lines.setdefault(label, f"{label} (line {line})")
         listing.setdefault(split, []).append((Path(image), label))
-    if missing and cfg.on_bad_image == "stop":
-        what = f"a path that leads to no file ({_advise(file.parent.resolve(), missing[0][1])})"
-        mistakes[what] = [f"line {line} ({path})" for line, path in missing]
     if mistakes:
         kinds = [f"{len(at):,} with {what}: {list_some(at)}" for what, at in mistakes.items()]
         raise Refused(f"{file}: rows that cannot be used: {'; '.join(kinds)}")
@@ -107,43 +100,22 @@ def _mistake(row: dict[str, str], surplus: int) -> str | None:
         row: a dict from column to text.
         surplus: how many cells more than columns there are. The number is negative if cells lack.
     """
-    if surplus > 0:
-        return "more cells than the header (a comma in a path without quotes?)"
-    if surplus < 0:
-        return "fewer cells than the header"
-    if not row["path"]:
-        return "no path"
-    if row["label"].strip("?\ufffd").lower() in NO_LABEL:
-        return "no label"
-    if set(row["path"] + row["label"]) & set("\n\r\0"):
-        return "a line break or a zero byte in path or label (a quote that is not closed?)"
-    if split_of(row.get("split") or "train") is None:
-        return "a split other than train, val and test"
-    return None
-
-
-def _advise(top: Path, path: str) -> str:
-    """Returns what to do about a path that leads to no file.
-
-    A file of the same name with any extension is looked for in the folders inside and beside the
-    CSV file's folder.
-
-    Args:
-        top: the folder of the CSV file.
-        path: the path. Of a path from another computer, only the file name can be right.
-    """
-    stem = os.path.splitext(path.replace("\\", "/").lstrip("/"))[0]
-    folders = ("", "*/", "*/*/", "../", "../*/")
-    for name, folder in product((stem, os.path.basename(stem)), folders):
-        if found := sorted(glob.glob(f"{folder}{glob.escape(name)}.*", root_dir=top)):
-            return f"paths begin at {top}; is it {found[0]}?"
-    return f"paths begin at {top}; copy or download the images, or set data.on_bad_image=skip"
+    path, label = row.get("path", ""), row.get("label", "")
+    mistakes = {
+        "more cells than the header (a comma in a path without quotes?)": surplus > 0,
+        "fewer cells than the header": surplus < 0,
+        "no path": not path,
+        "no label": label.strip("?\ufffd").lower() in NO_LABEL,
+        "a line break or a zero byte (a quote that is not closed?)": {*path, *label} & {*"\n\r\0"},
+        "a split other than train, val and test": not split_of(row.get("split") or "train"),
+    }
+    return next((what for what, is_so in mistakes.items() if is_so), None)
 
 
 def _read_table(file: Path, findings: Findings) -> tuple[list[str], Rows]:
     """Reads a CSV file and recognizes the separator and the columns by the names in the header.
 
-    The header is the first line that is neither blank nor a comment.
+    The header is the first line.
 
     Args:
         file: the CSV file.
@@ -159,10 +131,8 @@ def _read_table(file: Path, findings: Findings) -> tuple[list[str], Rows]:
         Refused: the file cannot be read, is no CSV file or is in an unknown encoding. The header
             has no column for the path or for the label, or several columns for one of them.
     """
-    text = _read_text(file, findings)
-    above = ABOVE_HEADER.match(text).group()
-    lines = io.StringIO(text[len(above) :], newline="")
-    header, number = next(lines, ""), len(above.splitlines()) + 1
+    lines = io.StringIO(_read_text(file, findings), newline="")
+    header = next(lines, "")
     for separator in "\t;,":
         names = next(csv.reader([header], delimiter=separator, skipinitialspace=True))
         columns = [_meaning(name) for name in names]
@@ -170,18 +140,14 @@ def _read_table(file: Path, findings: Findings) -> tuple[list[str], Rows]:
             break
     else:
         expected = "expected a CSV file in UTF-8 with the columns path,label[,split]"
-        of_classes = "path" in columns and len(columns) > 2
-        advice = "make one column label of a column per class" if of_classes else "name them so"
-        raise Refused(f"{file}:{number}: {expected}, got {header.strip()[:100]!r}; {advice}")
-    for meaning in COLUMNS:
-        same = [name for name, column in zip(names, columns) if column == meaning]
-        if len(same) > 1:
-            several = f"several columns for the {meaning}: {', '.join(same)}"
-            raise Refused(f"{file}:{number}: {several}; rename all but one")
+        raise Refused(f"{file}:1: {expected}, got {header.strip()[:100]!r}; name them so")
+    if twice := [meaning for meaning in COLUMNS if columns.count(meaning) > 1]:
+        fault = f"several columns for {list_some(twice)}, got {header.strip()[:100]!r}"
+        raise Refused(f"{file}:1: {fault}; rename all but one")
     unused = [column or "(no name)" for column in columns if column not in COLUMNS]
     if unused:
         findings.add(f"{file}: columns not used: {list_some(unused)}", unused)
-    return columns, _read_rows(file, lines, separator, number)
+    return columns, _read_rows(file, lines, separator)
 
 
 def _meaning(name: str) -> str:
@@ -191,14 +157,14 @@ def _meaning(name: str) -> str:
     return next(found, name.strip())
 
 
-def _read_rows(file: Path, lines: Iterator[str], separator: str, header: int) -> Rows:
+def _read_rows(file: Path, lines: Iterator[str], separator: str) -> Rows:
     reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
-    line = header + 1  # where the row begins
+    line = 2  # where the row begins
     try:
         for cells in reader:
             if any(map(str.strip, cells)):
                 yield line, cells
-            line = header + reader.line_num + 1
+            line = reader.line_num + 2
     except csv.Error as error:
         advice = 'close every quote, and write "" for a quote inside a cell'
         raise Refused(f"{file}:{line}: quotes that do not match ({error}); {advice}") from None
