@@ -246,7 +246,9 @@ def test_a_file_that_does_not_decode_is_refused_by_its_path(photos):
     path = truncated_jpeg(photos)
     (photos / "dog" / "text.png").write_text("no image")
     message = refusal(DataConfig("folder", str(photos)))
-    assert "2 image files do not decode" in message and "data.on_bad_image=skip" in message
+    assert (
+        "2 image files cannot be decoded; repair" in message and "data.on_bad_image=skip" in message
+    )
     assert f"  {path}: " in message and "truncated" in message
     assert message.count(str(path)) == 1 and f"  {photos}/dog/text.png: " in message
 
@@ -254,7 +256,7 @@ def test_a_file_that_does_not_decode_is_refused_by_its_path(photos):
 def test_a_file_that_does_not_decode_is_left_out_where_that_is_asked_for(photos, caplog):
     path = truncated_jpeg(photos)
     whole = splits_of(folder(photos, on_bad_image="skip"))
-    assert "1 image file does not decode, left out" in caplog.text and str(path) in caplog.text
+    assert "1 image file cannot be decoded; left out: " in caplog.text and str(path) in caplog.text
     path.unlink()
     assert splits_of(folder(photos)) == whole
 

@@ -178,7 +178,7 @@ def test_a_path_that_leads_to_no_file_is_refused_with_where_paths_begin(path, to
 def test_missing_files_are_left_out_where_that_is_asked_for(top):
     text = "path,label\na.png,x\nno.png,y\nb.png,y\n"
     images, lines = read(top, text, on_bad_image="skip")
-    assert images == TWO and "1 image file does not decode, left out" in lines[0]
+    assert images == TWO and "1 image file cannot be decoded; left out" in lines[0]
 
 
 @pytest.mark.parametrize("labels", ["猫 狗", "鹦鹉 鸳鸯 麻雀", "“好”猫 ——狗，花"])

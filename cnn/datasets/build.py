@@ -291,9 +291,6 @@ def _choose_preprocessing(cfg: DataConfig, train: Images, findings: Findings) ->
     if cfg.value_range and value_range is None:
         findings.add("data.value_range is not used; no image file has more than 8 bits")
     image_size = cfg.image_size or (largest if smallest == largest else DEFAULT_IMAGE_SIZE)
-    if cfg.image_size is None and smallest != largest:
-        sides = f"images have sides of {smallest} to {largest} pixels"
-        logger.info(f"{sides}; resized and cropped to {image_size} (data.image_size)")
     number, sums, squares = train.pixel_sums()
     mean = sums[:channels] / number / 255
     if not np.isfinite(mean).all():
@@ -317,8 +314,7 @@ def _choose_value_range(
         findings: gets the range.
 
     Returns:
-        The range. None if all images have 8 bits, or if the settings have no range and all training
-        images have 8 bits.
+        The range. None if all images have 8 bits.
 
     Raises:
         Refused: some images have integers and some have floats, and the settings have no range.
@@ -332,10 +328,10 @@ def _choose_value_range(
     if not cfg.value_range and len({kind.startswith(b"float") for kind in kinds}) == 2:
         advice = "store all images alike, or say what is black and white in data.value_range"
         raise Refused(f"data.root: integers and floats have no common range ({found}); {advice}")
-    chosen = cfg.value_range or (range_of_levels(levels) if len(levels) else None)
-    low, high = chosen or (0, MAX_OF_16_BITS)
-    line = f"images of {found}: values {low:g} to {high:g} become black to white (data.value_range)"
+    chosen = cfg.value_range or (range_of_levels(levels) if len(levels) else [0, MAX_OF_16_BITS])
+    values = "values {:g} to {:g} become black to white (data.value_range)".format(*chosen)
     number = len(train) - len(levels)
     others = f"; {number} of {len(train)} training images have 8 bits, and are taken as they are"
-    findings.add(line + others * bool(number), level=logging.WARNING if number else logging.INFO)
+    level = logging.WARNING if number else logging.INFO
+    findings.add(f"images of {found}: {values}{others * bool(number)}", level=level)
     return chosen

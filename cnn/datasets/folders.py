@@ -173,6 +173,8 @@ def _refuse_finer_classes(part: Folder, top: Folder) -> None:
     filled = _filled(part.folders)
     bare = [folder for folder in filled if not _has_own_images(folder)]
     inner = _inside(bare)
+    while len(_names(inner)) == 1 and not any(map(_has_own_images, inner)):
+        inner = _inside(inner)  # as in part1/photos/CLASS beside part2/photos/CLASS
     names = _names(inner)
     if 2 * len(bare) <= len(filled) or len(names) < 2 or any(map(DATE.fullmatch, names)):
         return

@@ -21,6 +21,7 @@ HIDDEN = (".", "__")
 NO_IMAGES = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
 # For messages.
 ENDINGS = ".jpg, .png, .tif and all others that Pillow reads; HEIC after pip install pillow-heif"
+HEIF = (".heic", ".heif")  # among the other files where Pillow does not read them
 WILDCARDS = "*?["
 
 
@@ -45,7 +46,7 @@ def image_endings() -> frozenset[str]:
     return frozenset(ending for ending, kind in endings if kind in readable)
 
 
-def ending_of(name: str) -> str:
+def ending_of(name: str | Path) -> str:
     """Returns the ending of a file name in lower case, such as ".jpg", or ""."""
     return os.path.splitext(name)[1].lower()
 
@@ -125,7 +126,8 @@ def read_folder(path: str | Path, *, deep: bool = True) -> Folder:
         for name in sorted(names):
             real = os.path.realpath(inner := os.path.join(where, name))
             if not is_system(name) and real not in seen:
-                seen.add(real)
+                if deep:
+                    seen.add(real)
                 folder.folders.append(folders.setdefault(inner, Folder(inner)))
         names[:] = [inner.name for inner in folder.folders if deep]  # those that are read next
     return top
@@ -175,8 +177,11 @@ def _matching(pattern: str) -> list[str]:
 
 def _files_at(path: Path) -> Iterator[tuple[Path, str | None]]:
     if path.is_dir():
-        files = read_folder(path).all_images()
-        yield from ((Path(file), None) for file in files)
+        folder = read_folder(path)
+        files = [(Path(file), None) for file in folder.all_images()]
+        others = [Path(file) for inner in folder.all_folders() for file in inner.others]
+        files += [(file, "needs pip install pillow-heif") for file in others if ending_of(file) in HEIF]
+        yield from files
         if not files:
             yield path, f"a folder without images ({ENDINGS})"
     elif path.is_file():

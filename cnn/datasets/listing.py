@@ -1,7 +1,7 @@
 """The step from listed image files with their class names to the images of each split."""
 
 import itertools
-import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +9,14 @@ import numpy as np
 from cnn.config import DataConfig
 from cnn.config.values import suggest
 from cnn.datasets.copies import check_copies
-from cnn.datasets.findings import Findings, listed
+from cnn.datasets.findings import Findings
 from cnn.datasets.images import FileImages, Files
 from cnn.datasets.scan import scan
 from cnn.errors import Refused
+from cnn.utils.screen import list_some
 
+# Files of the masks of a segmentation, such as masks/1.png and 1_mask.png.
+MASKS = re.compile(r"/(masks|annotations|segmentation\w*)/[^/]*$|_(mask|seg|gt)\.\w+$", re.IGNORECASE)
 MAX_NAMED = 20  # classes listed in a message
 
 Listing = dict[str, list[tuple[Path, str]]]  # by split, (file, class name) for every image
@@ -42,19 +45,26 @@ def read_listing(
             left out. An image has a class that is not in `model_classes`. If `model_classes` is
             None, an image has a class without training images.
     """
+    skips = cfg.on_bad_image == "skip"
     classes = model_classes or sorted({label for _, label in listing["train"]})
     _check_classes(cfg.root, listing, classes, of_model=model_classes is not None)
     items = [(path, label, split) for split, part in listing.items() for path, label in part]
+    masks = [path.name for path, *_ in items if MASKS.search(path.as_posix())]
+    findings.add_all("image", masks, "named like masks; a mask is no picture of a class")
     scans, bad = scan(Path(cfg.root), [path for path, *_ in items], verify=cfg.verify)
     if bad:
-        _report_bad(bad, cfg.on_bad_image, findings)
+        reasons = [f"{path}: {why}" for path, why in bad.items()]
+        advice = "repair or remove them, or leave them out with data.on_bad_image=skip"
+        if skips:
+            advice = f"left out: {list_some(reasons)}"
+        findings.add_all("image file", reasons, f"cannot be decoded; {advice}", refuse=not skips)
         scans = scans[[path not in bad for path, *_ in items]]
         items = [item for item in items if item[0] not in bad]
     if cfg.on_duplicate != "ignore":
         stays = check_copies(scans["pixels"], items, cfg.on_duplicate, findings)
         scans, items = scans[stays], list(itertools.compress(items, stays))
     channels, paths = 1 if scans["gray"].all() else 3, [path for path, *_ in items]
-    files = Files(Path(cfg.root), paths, scans, channels, skip=cfg.on_bad_image == "skip")
+    files = Files(Path(cfg.root), paths, scans, channels, skip=skips)
     labels = np.array([classes.index(label) for _, label, _ in items])
     splits = {}
     for split in listing:
@@ -67,47 +77,22 @@ def read_listing(
 
 def _check_classes(root: str, listing: Listing, classes: list[str], *, of_model: bool) -> None:
     for split, items in listing.items():
-        unknown = sorted({label for _, label in items} - set(classes))
-        if unknown and of_model:
-            raise Refused(unknown_classes("data.root", unknown, classes))
-        if unknown:
-            names = _suggest_known(unknown, classes)
-            raise Refused(f"data.root: {split} has classes that train has not: {names}")
+        if unknown := sorted({label for _, label in items} - set(classes)):
+            owner = "the model" if of_model else "train"
+            raise Refused(unknown_classes(f"data.root: {split}", unknown, owner, classes))
     if len(classes) < 2:
         raise Refused(f"data.root: expected at least two classes in {root}, got {classes}")
 
 
-def _suggest_known(unknown: list[str], known: list[str]) -> str:
-    return ", ".join(name + suggest(name, known) for name in unknown[:MAX_NAMED])
-
-
-def unknown_classes(key: str, unknown: list[str], known: list[str]) -> str:
-    """Returns an error message about classes that a model does not know.
+def unknown_classes(where: str, unknown: list[str], owner: str, known: list[str]) -> str:
+    """Returns an error message about unknown classes.
 
     Args:
-        key: the name of the setting that gives the data, such as "data.root".
-        unknown: the class names in the data that the model does not know.
-        known: the class names that the model knows.
+        where: the setting that gives the data and the split, such as "data.root: val".
+        unknown: the class names that are not known.
+        owner: what knows only other classes, such as "the model".
+        known: the class names that are known.
     """
-    got, more = _suggest_known(unknown, known), ", ..." if len(known) > MAX_NAMED else ""
-    expected = f"classes that the model knows, got {got}; it knows {', '.join(known[:MAX_NAMED])}"
-    return f"{key}: expected {expected}{more}"
-
-
-def _report_bad(bad: dict[Path, str], on_bad_image: str, findings: Findings) -> None:
-    """Reports the files that do not decode, by an error or a warning.
-
-    Args:
-        bad: a dict from each file that does not decode to the reason.
-        on_bad_image: "stop" to raise an error, "skip" to log a warning that the files are left out.
-        findings: gets the files that are left out.
-
-    Raises:
-        Refused: `on_bad_image` is "stop".
-    """
-    lines = [f"{path}: {reason}" for path, reason in bad.items()]
-    files = f"{len(bad)} image file{'s do' if len(bad) > 1 else ' does'} not decode"
-    if on_bad_image == "stop":
-        advice = "repair or remove them, or leave them out with data.on_bad_image=skip"
-        raise Refused(f"data.root: {files}; {advice}:\n{listed(lines)}")
-    findings.add(f"{files}, left out:\n{listed(lines)}", lines, logging.WARNING)
+    names = [name + suggest(name, known) for name in unknown]
+    shown = f"{list_some(names, MAX_NAMED)}; {owner} has {list_some(known, MAX_NAMED)}"
+    return f"{where} has classes that {owner} has not: {shown}"

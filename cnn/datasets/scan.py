@@ -132,6 +132,8 @@ def _scan_file(
         read, status = time.time_ns(), _status(path)
         if not stat.S_ISREG(os.stat(path).st_mode):
             return "not a regular file"
+        if not status[0]:
+            return "an empty file"
         with open(path, "rb") as file:
             content = content_hash(file)
         row = known[content].copy() if content in known else _look_at(path, value_range)

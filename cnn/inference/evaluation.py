@@ -135,7 +135,9 @@ def _with_model_labels(images: Images, classes: list[str], model_classes: list[s
     label_of = {name: label for label, name in enumerate(model_classes)}
     unknown = [classes[i] for i in np.unique(images.labels) if classes[i] not in label_of]
     if unknown:
-        raise Refused(unknown_classes("data.name", unknown, model_classes))
+        raise Refused(
+            unknown_classes("data.name: the dataset", unknown, "the model", model_classes)
+        )
     images = copy.copy(images)
     images.labels = np.array([label_of.get(name, -1) for name in classes])[images.labels]
     return images
@@ -156,8 +158,6 @@ def set_decoding(trained: TrainedModel, images: Images) -> None:
     channels, value_range = trained.preprocessing.channels, trained.preprocessing.value_range
     if isinstance(images, FileImages):
         images.decode_as(channels, value_range)
-        if value_range is None and (images.files.scans["kind"] != b"").any():
-            logger.warning("trained on images of 8 bits; of others, 0 to 65535 is black to white")
     if images.sizes()[0] != channels:
         raise Refused(f"data.name: expected {channels} channels, got {images.sizes()[0]}")
 

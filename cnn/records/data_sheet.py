@@ -12,7 +12,7 @@ from cnn.training.run import Run
 from cnn.utils.screen import align_columns, escape_unprintable
 
 # The facts that are logged at the start of a run.
-IN_LOG = ("formats", "width x height", "cut away")
+IN_LOG = ("formats", "width x height", "resized to", "cut away")
 
 
 def facts(run: Run) -> dict[str, str]:
@@ -21,19 +21,16 @@ def facts(run: Run) -> dict[str, str]:
     is_files = isinstance(data.train, FileImages)
     return {
         "source": f"{cfg.name} {cfg.root}" if is_files else cfg.name,
-        **(_facts_of_files(data.train.files.scans) if is_files else {}),
-        "resized to": f"{pre.image_size} x {pre.image_size} pixels, {pre.channels} channels",
+        **(_facts_of_files(data) if is_files else {}),
+        "resized to": f"{pre.image_size} x {pre.image_size} pixels; channels: {pre.channels}",
         "mean": ", ".join(f"{value:.4f}" for value in pre.mean),
         "standard deviation": ", ".join(f"{value:.4f}" for value in pre.std),
     }
 
 
-def _facts_of_files(scans: np.ndarray) -> dict[str, str]:
-    """Returns the facts about image files.
-
-    Args:
-        scans: the rows of the files, of the dtype `cnn.datasets.scan.SCAN`.
-    """
+def _facts_of_files(data: Data) -> dict[str, str]:
+    """Returns the facts about the image files of all splits."""
+    scans = np.concatenate([part.files.scans[part.rows] for part in data.splits.values()])
     area, width, height = scans["width"] * scans["height"], scans["width"], scans["height"]
     cut = 1 - np.minimum(width, height) / np.maximum(width, height)
     small, middle, large = np.argsort(area, kind="stable")[[0, len(area) // 2, -1]]
