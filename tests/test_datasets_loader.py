@@ -23,6 +23,7 @@ from cnn.datasets.augment import (
     Augmentation,
     BatchAugmentation,
     crop,
+    erased_pixels,
     flip,
 )
 from cnn.datasets.build import build_data
@@ -214,15 +215,24 @@ def test_crop_and_flip_are_torchvisions_with_the_same_draws():
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("names", [*([name] for name in BATCH_DRAWS), ALL_BATCH])
-def test_a_cpu_copies_the_pixels_that_a_gpu_gathers(names, channels):
-    store = torch.randint(0, 256, (20, 8, 8, channels), dtype=torch.uint8)
+def test_a_whole_batch_is_shifted_turned_and_erased_as_its_draws_say(names, channels):
+    store = torch.randint(1, 256, (20, 8, 8, channels), dtype=torch.uint8)
     batch = BatchAugmentation(store, names)
     rows, draws = torch.arange(200) % 20, batch.draws(200, 0, 1)
-    copied = batch(rows, draws)
-    assert not copied.equal(batch(rows, None)), "it does something"
-    batch._copy = batch._gather
-    assert batch(rows, draws).equal(copied)
-    assert copied.is_contiguous(memory_format=torch.channels_last)
+    images = batch(rows, draws)
+    parts = dict(zip(names, draws.split([BATCH_DRAWS[name] for name in names], dim=1)))
+    expected = torch.nn.functional.pad(store[rows].permute(0, 3, 1, 2), (1, 1, 1, 1))
+    tops, lefts = (parts.get("crop", torch.full((200, 2), 0.5)).T * 3).long()
+    moved = zip(expected, tops, lefts)
+    expected = torch.stack([image[:, y : y + 8, x : x + 8] for image, y, x in moved])
+    if "flip" in names:
+        turned = parts["flip"][:, 0] < 0.5
+        expected[turned] = expected[turned].flip(3)
+    if "erase" in names:
+        expected = expected * ~erased_pixels(parts["erase"], 8, 8)[:, None]
+    assert not images.equal(batch(rows, None)), "it does something"
+    assert images.equal(expected)
+    assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 @BOTH

@@ -8,7 +8,7 @@ imported only when a configured augmentation needs it.
 import functools
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,6 @@ from cnn.utils import seeding
 from cnn.utils.importing import import_object
 
 Transform = Callable[[Tensor], Tensor]  # from an image (C, H, W) to another, mostly uint8
-ArrayOrTensor = TypeVar("ArrayOrTensor", np.ndarray, Tensor)
 
 DRAWS = 2  # version of the random draws; a resumed run logs it if its checkpoint has another
 RESIZED_CROP_SCALE = (0.35, 1.0)  # as in Wightman et al. (2021); Inception crops down to 0.08
@@ -121,38 +120,17 @@ def crop(image: Tensor, size: int) -> Tensor:
         The cropped image, (C, size, size).
     """
     # torchvision's RandomCrop with padding draws the same numbers and returns the same pixels. This
-    # function is faster: 85 instead of 226 microseconds for 32 x 32 pixels, 114 instead of 211 for
-    # 224 x 224.
+    # function is faster, and needs no torchvision.
     padding = max_shift(size)
-    top, left = (_randint(side + 2 * padding - size) - padding for side in image.shape[-2:])
-    if image.shape[-2:] == (size, size) and top == left == 0:
-        return image
-    shifted = image.new_zeros(*image.shape[:-2], size, size)
-    _copy_shifted(shifted, image, top, left)
-    return shifted
+    height, width = image.shape[-2:]
+    top, left = (_randint(side + 2 * padding - size) - padding for side in (height, width))
+    # A negative padding crops.
+    sides = (-left, left + size - width, -top, top + size - height)
+    return torch.nn.functional.pad(image, sides)
 
 
 def _randint(most: int) -> int:
     return int(torch.randint(0, most + 1, ())) if most > 0 else 0
-
-
-def _copy_shifted(target: ArrayOrTensor, source: ArrayOrTensor, top: int, left: int) -> None:
-    """Copies a square part of a source image into a target image.
-
-    The target image has the size of the square. Where the square reaches beyond the source image,
-    the target image keeps its values.
-
-    Args:
-        target: the target image, (..., S, S), changed in place.
-        source: the source image, (..., H, W).
-        top: the row of the source image where the square begins. A negative row is above the image.
-        left: the column of the source image where the square begins. A negative column is left of
-            the image.
-    """
-    size = target.shape[-1]
-    part = source[..., max(top, 0) : top + size, max(left, 0) : left + size]
-    y, x = max(-top, 0), max(-left, 0)
-    target[..., y : y + part.shape[-2], x : x + part.shape[-1]] = part
 
 
 def max_shift(size: int) -> int:
@@ -283,8 +261,7 @@ class BatchAugmentation:
         if "crop" in by_name:
             padding = max_shift(self.size)
             shifts = (by_name["crop"] * (2 * padding + 1)).long() - padding
-        shift = self._copy if self._store.device.type == "cpu" else self._gather
-        images = shift(rows, is_flipped, shifts)
+        images = self._gather(rows, is_flipped, shifts)
         if "erase" in by_name:
             images *= ~erased_pixels(by_name["erase"], self.size, self.size).unsqueeze(3)
         return images.permute(0, 3, 1, 2)
@@ -312,27 +289,3 @@ class BatchAugmentation:
         if "crop" in self.names:
             images *= ((y == near_y)[:, :, None] & (x == near_x)[:, None, :]).unsqueeze(3)
         return images
-
-    def _copy(self, rows: Tensor, is_flipped: Tensor, shifts: Tensor) -> Tensor:
-        """Takes shifted and flipped images from the store, copying one image after another.
-
-        The store must be on the CPU.
-
-        Args:
-            rows: the index of each image in the store, int64 (N).
-            is_flipped: whether to flip each image left to right after the shift, bool (N).
-            shifts: the pixels by which to shift each image up and to the left, int64 (N, 2).
-                Negative numbers shift an image down and to the right.
-
-        Returns:
-            N images of S x S pixels, uint8 (N, S, S, C). Pixels from outside the original image are
-            black.
-        """
-        # On one CPU thread, this is 1.8 times as fast as _gather for images of 32 x 32 x 3, and 2.7
-        # times as fast for 28 x 28 x 1.
-        store = self._store.numpy().transpose(0, 3, 1, 2)  # M, C, S, S
-        images = np.zeros((len(rows), self.size, self.size, self.channels), np.uint8)
-        draws = zip(rows.tolist(), is_flipped.tolist(), shifts.tolist())
-        for image, (row, flipped, (top, left)) in zip(images.transpose(0, 3, 1, 2), draws):
-            _copy_shifted(image[..., ::-1] if flipped else image, store[row], top, left)
-        return torch.from_numpy(images)
