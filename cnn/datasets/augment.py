@@ -253,39 +253,20 @@ class BatchAugmentation:
         if draws is None or not self.names:
             return self._store.index_select(0, rows).permute(0, 3, 1, 2)
         splits = draws.split([BATCH_DRAWS[name] for name in self.names], dim=1)
-        by_name = dict(zip(self.names, splits))
-        is_flipped = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
-        shifts = torch.zeros((len(rows), 2), dtype=torch.int64, device=rows.device)  # N, 2: y, x
+        by_name, size = dict(zip(self.names, splits)), self.size
+        y = x = self._sides.expand(len(rows), size)  # N, S; coordinates in the source
         if "flip" in by_name:
-            is_flipped = by_name["flip"][:, 0] < 0.5
+            x = torch.where(by_name["flip"] < 0.5, size - 1 - x, x)
         if "crop" in by_name:
-            padding = max_shift(self.size)
-            shifts = (by_name["crop"] * (2 * padding + 1)).long() - padding
-        images = self._gather(rows, is_flipped, shifts)
-        if "erase" in by_name:
-            images *= ~erased_pixels(by_name["erase"], self.size, self.size).unsqueeze(3)
-        return images.permute(0, 3, 1, 2)
-
-    def _gather(self, rows: Tensor, is_flipped: Tensor, shifts: Tensor) -> Tensor:
-        """Takes shifted and flipped images from the store, indexing all pixels at once.
-
-        Args:
-            rows: the index of each image in the store, int64 (N).
-            is_flipped: whether to flip each image left to right after the shift, bool (N).
-            shifts: the pixels by which to shift each image up and to the left, int64 (N, 2).
-                Negative numbers shift an image down and to the right.
-
-        Returns:
-            N images of S x S pixels, uint8 (N, S, S, C). Pixels from outside the original image are
-            black.
-        """
-        size = self.size
-        x = torch.where(is_flipped[:, None], size - 1 - self._sides, self._sides)
-        y, x = self._sides + shifts[:, :1], x + shifts[:, 1:]  # N, S; coordinates in the source
+            padding = max_shift(size)
+            shifts = (by_name["crop"] * (2 * padding + 1)).long() - padding  # N, 2: up, left
+            y, x = y + shifts[:, :1], x + shifts[:, 1:]
         near_y, near_x = y.clamp(0, size - 1), x.clamp(0, size - 1)
         pixels = (rows[:, None] * size + near_y)[:, :, None] * size + near_x[:, None, :]  # N, S, S
         images = self._store.view(-1, self.channels).index_select(0, pixels.view(-1))
         images = images.view(len(rows), size, size, self.channels)
-        if "crop" in self.names:
+        if "crop" in by_name:  # pixels from outside the original image are black
             images *= ((y == near_y)[:, :, None] & (x == near_x)[:, None, :]).unsqueeze(3)
-        return images
+        if "erase" in by_name:
+            images *= ~erased_pixels(by_name["erase"], size, size).unsqueeze(3)
+        return images.permute(0, 3, 1, 2)
