@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cnn.config import DataConfig, load_config
+from cnn.config import DataConfig
 from cnn.datasets import image_files
 from cnn.datasets.build import build_data
 from cnn.datasets.findings import Findings
@@ -507,11 +507,3 @@ def test_a_folder_is_not_searched_by_a_dataset_without_files(caplog):
     build_data(DataConfig("digits", "photos"), 0)
     said = "data.root: photos is not used by data.name=digits; data.name=folder reads a folder"
     assert said in caplog.text
-
-
-def test_a_tilde_is_the_home_folder(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/ada")
-    words = ["data.name=folder", "data.root=~/photos", "model.weights=~/w.pth"]
-    cfg, _ = load_config(None, words)
-    assert (cfg.data.root, cfg.model.weights) == ("/home/ada/photos", "/home/ada/w.pth")
-    assert load_config(None, ["data.name=folder", "data.root=a/~b"])[0].data.root == "a/~b"

@@ -89,9 +89,9 @@ def test_a_table_that_is_understood_is_taken_without_a_word(text, expected, top)
         (
             "path,label,age,sex,fold\na.png,x,1,f,0\nb.png,y,2,m,1\n",
             TWO,
-            ["table.csv: columns not used: age, sex, fold"],
+            ["3 columns not used: age, sex, fold"],
         ),
-        (",path,label\n0,a.png,x\n1,b.png,y\n", TWO, ["columns not used: (no name)"]),
+        (",path,label\n0,a.png,x\n1,b.png,y\n", TWO, ["1 column not used: (no name)"]),
         (
             "path,label\n./a.png,x\nb.png,y\na.png,x\n",
             {"train": "a.png:x b.png:y a.png:x"},
@@ -100,7 +100,7 @@ def test_a_table_that_is_understood_is_taken_without_a_word(text, expected, top)
         (
             "path,label,notes\na.png,x,\"two\nlines; and 'more'\"\nb.png,y,\n",
             TWO,
-            ["columns not used: notes"],
+            ["1 column not used: notes"],
         ),
         (
             "path,label\na.png,cat\nb.png,Cat\nc.png,dog\nd.png,cat\n",

@@ -224,9 +224,9 @@ def refusal(capfd, *words: str) -> str:
 
 def test_classes_that_the_model_does_not_know_are_refused(trained, capfd):
     fill("others", "abd", 2)
-    expected = "data.root: test has classes that the model has not: d; the model has a, b, c"
+    expected = "data.root: train has classes that the model has not: d; the model has a, b, c"
     assert expected in refusal(capfd, "data.root=others")
-    expected = "data.name: the dataset has classes that the model has not: 0, 1, 2"
+    expected = "data.name: it has classes that the model has not: 0, 1, 2"
     assert expected in refusal(capfd, "data.name=digits")
 
 

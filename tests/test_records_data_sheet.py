@@ -41,7 +41,7 @@ def test_the_data_sheet_says_what_a_careful_colleague_would_ask_for(train):
         "formats PNG 46, BMP 6",
         "width x height 9 x 9 to 12 x 9 pixels, median 9 x 9",
         "cut away 3% of the pixels for squares, at most 25% of one",
-        "resized to 8 x 8 pixels, 3 channels",
+        "resized to 8 x 8 pixels; channels: 3",
         "class train val test all",
         "猫 13 1 3 17",
         "dog 13 2 3 18",

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from cnn.config.checks import check_config
-from cnn.config.settings import PATHS, SECTIONS, Config, keys_of, nested, with_values
+from cnn.config.settings import SECTIONS, Config, keys_of, nested, with_values
 from cnn.config.values import describe_node, is_null, read_value, suggest
 from cnn.config.writer import dump
 from cnn.errors import InvalidValue, Refused
@@ -106,8 +106,6 @@ def build(cls: type, entries: dict[str, Entry], mistakes: list[str]) -> Any:
             continue
         try:
             values[key] = read_value(entry.node, known[key].type, known[key].metadata)
-            if key in PATHS and values[key]:  # no shell expands "~" after "="
-                values[key] = os.path.expanduser(values[key])
         except InvalidValue as mistake:
             found.append(f"{entry.where}: {key}{mistake}")
     cfg = with_values(cls(), **nested(values))

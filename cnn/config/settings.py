@@ -50,8 +50,6 @@ def setting(default: Any, description: str, resume: str, **more: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-PATHS = ("data.root", "model.weights")  # "~" at the beginning is the user's home folder
-
 # ---------------------------------------------------------------------------------------------
 # The keys. The package that implements a choice has its name and function in a table. A test
 # compares the tables with these names.

@@ -297,8 +297,7 @@ def _choose_preprocessing(cfg: DataConfig, train: Images, findings: Findings) ->
         raise Refused(f"data.name: {cfg.name}: some images contain NaN")
     std = np.sqrt(np.maximum(squares[:channels] / number / 255**2 - mean**2, 0))
     if std.max() < MIN_STD:
-        where = "data.value_range" if cfg.value_range and value_range else f"data.name: {cfg.name}"
-        raise Refused(f"{where}: all training images are alike; all their pixels have one value")
+        raise Refused("data: all training images are alike: one value, or outside data.value_range")
     std = np.where(std < MIN_STD, 1.0, std)  # dividing by 1 keeps a constant channel finite
     return Preprocessing(image_size, channels, mean.tolist(), std.tolist(), value_range)
 
@@ -314,7 +313,8 @@ def _choose_value_range(
         findings: gets the range.
 
     Returns:
-        The range. None if all images have 8 bits.
+        The range. None if all images have 8 bits, or if the settings have no range and all training
+        images have 8 bits.
 
     Raises:
         Refused: some images have integers and some have floats, and the settings have no range.
@@ -328,8 +328,9 @@ def _choose_value_range(
     if not cfg.value_range and len({kind.startswith(b"float") for kind in kinds}) == 2:
         advice = "store all images alike, or say what is black and white in data.value_range"
         raise Refused(f"data.root: integers and floats have no common range ({found}); {advice}")
-    chosen = cfg.value_range or (range_of_levels(levels) if len(levels) else [0, MAX_OF_16_BITS])
-    values = "values {:g} to {:g} become black to white (data.value_range)".format(*chosen)
+    chosen = cfg.value_range or (range_of_levels(levels) if len(levels) else None)
+    values = "values {:g} to {:g} become black to white (data.value_range)"
+    values = values.format(*(chosen or (0, MAX_OF_16_BITS)))
     number = len(train) - len(levels)
     others = f"; {number} of {len(train)} training images have 8 bits, and are taken as they are"
     level = logging.WARNING if number else logging.INFO

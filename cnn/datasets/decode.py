@@ -173,8 +173,8 @@ def to_array(image: Image.Image, channels: int, value_range: ValueRange = PER_IM
         Pixels, uint8 (1, H, W) for gray or (3, H, W) for RGB.
 
     Raises:
-        BadImage: Pillow cannot convert the image to gray or RGB. Or the image has more than 8
-            bits, and the model was trained on images of 8 bits.
+        BadImage: Pillow cannot convert the image to gray or RGB. Or the values of the image are
+            floats, and the model was trained on images of 8 bits.
     """
     try:
         values = deep_values(image)

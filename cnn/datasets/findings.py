@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from logging import INFO, WARNING, getLogger
 
 from cnn.errors import Refused
+from cnn.utils.screen import list_some
 
 logger = getLogger(__name__)
 
@@ -52,12 +53,7 @@ class Findings:
         """
         line = f"{len(items)} {noun}{'s' if len(items) > 1 else ''} {line}"
         if items and refuse:
-            raise Refused(f"data.root: {line}:\n{listed(items)}")
+            lines = list_some(items, MAX_LISTED, "\n  ")
+            raise Refused(f"data.root: {line}:\n  {lines}")
         if items:
             self.add(line, items, level)
-
-
-def listed(lines: Sequence[str]) -> str:
-    """Returns a list for a message: the first lines, and how many there are more."""
-    more = [f"and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
-    return "\n".join(f"  {line}" for line in [*lines[:MAX_LISTED], *more])

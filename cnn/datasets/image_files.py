@@ -9,13 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # Folders that file managers, network drives and operating systems make, in lower case. Besides,
-# every folder whose name begins with one of HIDDEN is left out, such as .Trash-1000 and __MACOSX.
+# every folder whose name begins with HIDDEN is left out, such as .Trash-1000.
 SYSTEM_FOLDERS = {
-    *("$recycle.bin", "recycler", "system volume information", "lost+found"),
+    *(
+        "__macosx",
+        "__pycache__",
+        "$recycle.bin",
+        "recycler",
+        "system volume information",
+        "lost+found",
+    ),
     *("@eadir", "@recycle", "@tmp", "#recycle", "#snapshot"),
 }
 SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
-HIDDEN = (".", "__")
+HIDDEN = "."
 
 # Formats that Pillow lists, but that are programs, drawings or films, or that Pillow cannot decode.
 NO_IMAGES = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"}
@@ -46,7 +53,7 @@ def image_endings() -> frozenset[str]:
     return frozenset(ending for ending, kind in endings if kind in readable)
 
 
-def ending_of(name: str | Path) -> str:
+def ending_of(name: str) -> str:
     """Returns the ending of a file name in lower case, such as ".jpg", or ""."""
     return os.path.splitext(name)[1].lower()
 
@@ -180,7 +187,8 @@ def _files_at(path: Path) -> Iterator[tuple[Path, str | None]]:
         folder = read_folder(path)
         files = [(Path(file), None) for file in folder.all_images()]
         others = [Path(file) for inner in folder.all_folders() for file in inner.others]
-        files += [(file, "needs pip install pillow-heif") for file in others if ending_of(file) in HEIF]
+        hint = "needs pip install pillow-heif"
+        files += [(file, hint) for file in others if ending_of(file) in HEIF]
         yield from files
         if not files:
             yield path, f"a folder without images ({ENDINGS})"

@@ -70,10 +70,7 @@ def scan(
     cache = cache_folder() / f"scan_{DECODER}_{name}.npz"
     names = [os.path.abspath(path) for path in paths]
     known, at = _load(cache)
-    rows = np.zeros(len(paths), SCAN)
-    if len(known):
-        places = np.array([at.get(name, -1) for name in names])
-        rows[places >= 0] = known[places[places >= 0]]
+    rows = np.append(known, np.zeros(1, SCAN))[[at.get(name, -1) for name in names]]
     is_valid = _is_unchanged(rows, paths) & (not verify)
     todo = np.flatnonzero(~is_valid).tolist()
     bad: dict[Path, str] = {}
@@ -132,8 +129,6 @@ def _scan_file(
         read, status = time.time_ns(), _status(path)
         if not stat.S_ISREG(os.stat(path).st_mode):
             return "not a regular file"
-        if not status[0]:
-            return "an empty file"
         with open(path, "rb") as file:
             content = content_hash(file)
         row = known[content].copy() if content in known else _look_at(path, value_range)

@@ -155,8 +155,7 @@ def _read_table(file: Path, findings: Findings) -> tuple[list[str], Rows]:
         fault = f"several columns for {list_some(twice)}, got {header.strip()[:100]!r}"
         raise Refused(f"{file}:1: {fault}; rename all but one")
     unused = [column or "(no name)" for column in columns if column not in COLUMNS]
-    if unused:
-        findings.add(f"{file}: columns not used: {list_some(unused)}", unused)
+    findings.add_all("column", unused, f"not used: {list_some(unused)} ({file})")
     return columns, _read_rows(file, lines, separator)
 
 

@@ -5,8 +5,8 @@ import numpy as np
 from cnn.errors import BadImage
 
 # How values of more than 8 bits become bytes: [low, high] for the values that become black and
-# white. None is for models that were trained on images of 8 bits: values of more are refused.
-# PER_IMAGE is for the models of earlier versions.
+# white. None is for models that were trained on images of 8 bits: integers are those of 16 bits,
+# and floats are refused. PER_IMAGE is for the models of earlier versions.
 ValueRange = list[float] | str | None
 PER_IMAGE = "per image"
 MAX_OF_16_BITS = 2**16 - 1
@@ -77,13 +77,13 @@ def to_bytes(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
         Bytes, uint8 of the same shape.
 
     Raises:
-        BadImage: the range is None.
+        BadImage: the range is None, and the values are floats.
     """
     if _has_alpha(values):
         parts = (values[..., :-1], value_range), (values[..., -1:], PER_IMAGE)
         return np.concatenate([to_bytes(*part) for part in parts], axis=2)
-    if value_range is None:
-        raise BadImage(f"values of {values.dtype}, and the model was trained on images of 8 bits")
+    if value_range is None and values.dtype.kind == "f":
+        raise BadImage("float values, and the model was trained on images of 8 bits")
     if not isinstance(value_range, list):
         return _to_bytes_per_image(values)
     low, high = value_range

@@ -135,9 +135,7 @@ def _with_model_labels(images: Images, classes: list[str], model_classes: list[s
     label_of = {name: label for label, name in enumerate(model_classes)}
     unknown = [classes[i] for i in np.unique(images.labels) if classes[i] not in label_of]
     if unknown:
-        raise Refused(
-            unknown_classes("data.name: the dataset", unknown, "the model", model_classes)
-        )
+        raise Refused(unknown_classes("data.name: it", unknown, "the model", model_classes))
     images = copy.copy(images)
     images.labels = np.array([label_of.get(name, -1) for name in classes])[images.labels]
     return images

@@ -23,8 +23,6 @@ def facts(run: Run) -> dict[str, str]:
         "source": f"{cfg.name} {cfg.root}" if is_files else cfg.name,
         **(_facts_of_files(data) if is_files else {}),
         "resized to": f"{pre.image_size} x {pre.image_size} pixels; channels: {pre.channels}",
-        "mean": ", ".join(f"{value:.4f}" for value in pre.mean),
-        "standard deviation": ", ".join(f"{value:.4f}" for value in pre.std),
     }
 
 

@@ -37,15 +37,16 @@ def shorten_name(name: str) -> str:
     return name + "…"
 
 
-def list_some(items: Sequence[str], most: int = 5) -> str:
-    """Returns the first items with commas between them, and how many more there are.
+def list_some(items: Sequence[str], most: int = 5, between: str = ", ") -> str:
+    """Returns the first items of a list, and how many more there are.
 
     Args:
         items: the items, such as names.
         most: the most items to list.
+        between: the text between two items.
     """
     more = f" and {len(items) - most:,} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
+    return between.join(items[:most]) + more
 
 
 def pad(text: str, columns: int, *, right: bool = False) -> str:
