@@ -507,3 +507,28 @@ def test_a_folder_is_not_searched_by_a_dataset_without_files(caplog):
     build_data(DataConfig("digits", "photos"), 0)
     said = "data.root: photos is not used by data.name=digits; data.name=folder reads a folder"
     assert said in caplog.text
+
+
+def test_masks_of_a_segmentation_are_told(caplog):
+    for folder in ("photos/cat", "photos/dog"):
+        real(folder)
+    for path in list(Path("photos/cat").iterdir())[:2]:
+        mask = Image.open(path).rotate(90).convert("L").point(lambda value: value // 2)
+        mask.save(path.with_name(f"{path.stem}_mask.png"))
+    build()
+    assert "2 images named like masks; a mask is no picture of a class" in caplog.text
+
+
+def test_parts_of_a_download_with_a_folder_between_are_no_classes():
+    for part, names in (("part1", ["cat", "dog"]), ("part2", ["cow", "hen"])):
+        for name in names:
+            real(f"photos/{part}/photos/{name}")
+    with pytest.raises(Refused, match=r"can be read as ROOT/CLASS with .*part1.*, or as .*cat"):
+        build()
+
+
+def test_a_class_that_is_a_link_to_another_class_is_refused_for_its_copies():
+    real("photos/cat", "photos/dog")
+    Path("photos/feline").symlink_to("cat", target_is_directory=True)
+    with pytest.raises(Refused, match="under several classes"):
+        build_data(DataConfig("folder", "photos"), 0)

@@ -61,10 +61,8 @@ def open_image(path: str | os.PathLike | IO[bytes]) -> Image.Image:
             image = Image.open(path)
         except (PIL.UnidentifiedImageError, ValueError):
             if tags := tiff.read_tags(path):
-                kind = (
-                    f"a TIFF of {tiff.dtype_name(tags)} values in {tags.get(tiff.BANDS, 1)} bands"
-                )
-                raise BadImage(f"{kind}; save it as 8 or 16 bits, or as gray float32") from None
+                kind = f"{tiff.dtype_name(tags)} values in {tags.get(tiff.BANDS, 1)} bands"
+                raise BadImage(f"a TIFF of {kind}; save it as 8 or 16 bits") from None
             raise
         with image:
             if image.format == "EPS":  # EPS is a program, which Pillow would run with Ghostscript

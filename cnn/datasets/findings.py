@@ -9,8 +9,6 @@ from cnn.utils.screen import list_some
 
 logger = getLogger(__name__)
 
-MAX_LISTED = 20  # lines of a list in a message
-
 
 @dataclass
 class Findings:
@@ -53,7 +51,7 @@ class Findings:
         """
         line = f"{len(items)} {noun}{'s' if len(items) > 1 else ''} {line}"
         if items and refuse:
-            lines = list_some(items, MAX_LISTED, "\n  ")
+            lines = list_some(items, 20, "\n  ")
             raise Refused(f"data.root: {line}:\n  {lines}")
         if items:
             self.add(line, items, level)

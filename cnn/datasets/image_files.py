@@ -11,15 +11,8 @@ from pathlib import Path
 # Folders that file managers, network drives and operating systems make, in lower case. Besides,
 # every folder whose name begins with HIDDEN is left out, such as .Trash-1000.
 SYSTEM_FOLDERS = {
-    *(
-        "__macosx",
-        "__pycache__",
-        "$recycle.bin",
-        "recycler",
-        "system volume information",
-        "lost+found",
-    ),
-    *("@eadir", "@recycle", "@tmp", "#recycle", "#snapshot"),
+    *("__macosx", "__pycache__", "$recycle.bin", "recycler", "system volume information"),
+    *("lost+found", "@eadir", "@recycle", "@tmp", "#recycle", "#snapshot"),
 }
 SYSTEM_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 HIDDEN = "."

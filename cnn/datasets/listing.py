@@ -16,9 +16,7 @@ from cnn.errors import Refused
 from cnn.utils.screen import list_some
 
 # Files of the masks of a segmentation, such as masks/1.png and 1_mask.png.
-MASKS = re.compile(
-    r"/(masks|annotations|segmentation\w*)/[^/]*$|_(mask|seg|gt)\.\w+$", re.IGNORECASE
-)
+MASKS = re.compile(r"/(masks|annotations)/[^/]*$|_(mask|seg|gt)\.\w+$", re.IGNORECASE)
 MAX_NAMED = 20  # classes listed in a message
 
 Listing = dict[str, list[tuple[Path, str]]]  # by split, (file, class name) for every image

@@ -53,12 +53,11 @@ class Preprocessing:
                 a std is 0. Or the range is not one.
         """
         pre = cls(**saved)
-        if not pre.channels == len(pre.mean) == len(pre.std) or 0 in (pre.image_size, *pre.std):
-            expected = "an image_size, and per channel a mean and a std above 0"
+        fits = pre.channels == len(pre.mean) == len(pre.std) and all((pre.image_size, *pre.std))
+        is_range = pre.value_range in (None, PER_IMAGE) or is_value_range(pre.value_range)
+        if not fits or not is_range:
+            expected = "an image_size, a value_range, and per channel a mean and a std above 0"
             raise Refused(f"{path}: preprocessing: expected {expected}, got {str(saved)[:200]}")
-        if pre.value_range not in (None, PER_IMAGE) and not is_value_range(pre.value_range):
-            expected = f"two numbers that rise, got {str(pre.value_range)[:200]}"
-            raise Refused(f"{path}: preprocessing.value_range: expected {expected}")
         return pre
 
 

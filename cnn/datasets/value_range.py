@@ -57,8 +57,6 @@ def range_of_levels(levels: np.ndarray) -> list[float]:
         high = np.quantile(highs, 1 - share, method="lower").item()
         if low < high:
             break
-    if low == high:
-        return [low, low + abs(low) + 1]
     around = [full for full in FULL_RANGES if full[0] <= low and high <= full[1]]
     if around and high - low > (around[0][1] - around[0][0]) / 4:
         low, high = around[0]
@@ -87,7 +85,7 @@ def to_bytes(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
     if not isinstance(value_range, list):
         return _to_bytes_per_image(values)
     low, high = value_range
-    shares = (values.astype(np.float64).clip(low, high) - low) / (high - low)
+    shares = (values.astype(np.float64).clip(low, high) - low) / ((high - low) or 1)
     return np.rint(np.nan_to_num(shares) * 255).astype(np.uint8)
 
 
