@@ -421,7 +421,8 @@ def _copy_best(folder: RunFolder, checkpoint: Checkpoint) -> None:
     best, started = checkpoint.content["best"], checkpoint.content["started"]
     if best is None:
         return
-    paths = [folder.best, *checkpoints_in(checkpoint.path.parent), *folder.saved()]
+    parent = checkpoint.path.parent
+    paths = [folder.best, parent / folder.best.name, *checkpoints_in(parent), *folder.saved()]
     for path in dict.fromkeys([*paths, checkpoint.path]):
         metadata = _metadata(path, checkpoint)
         if metadata is None or not is_end_of_epoch(metadata, started, best["epoch"]):
