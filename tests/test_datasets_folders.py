@@ -243,11 +243,11 @@ REFUSED = {
     ),
     "two for one split": (
         ["1*train/cat", "1*val/cat", "1*valid/cat"],
-        ["several folders for one split: train, val, valid", READINGS],
+        ["several folders for one split: train (train), val (val), valid (val)", READINGS],
     ),
     "train twice": (
         ["1*train/cat", "1*train2/cat"],
-        ["several folders for one split: train, train2"],
+        ["several folders for one split: train (train), train2 (train)"],
     ),
     "a level too high": (["2*photos/cat", "2*photos/dog"], ["name it: data.root=photos/photos"]),
     "two levels too high": (["2*a/b/cat", "2*a/b/dog", "a/notes.txt"], ["data.root=photos/a/b"]),

@@ -152,7 +152,10 @@ def test_two_folders_for_one_split_are_refused(photos):
     for part in ("train", "valid", "validation"):
         fill(photos / part, number=2)
     cfg = DataConfig("folder", str(photos))
-    assert "several folders for one split: train, valid, validation; keep one" in refusal(cfg)
+    assert (
+        "several folders for one split: train (train), valid (val), validation (val); keep one"
+        in refusal(cfg)
+    )
 
 
 def test_a_folder_beside_train_that_is_used_for_nothing_is_named(photos, caplog):

@@ -152,7 +152,7 @@ def test_a_range_that_is_none_of_a_number_of_bits_is_of_the_training_images(monk
     low, high = data.preprocessing.value_range
     assert -1024 <= low < -900 and 2900 < high <= 3071
     assert said_of(data) == [
-        f"images of int32: values {low:g} to {high:g} become black to white (data.value_range)"
+        f"images of int32: values {low:g} to {high:g} become black to white (data.value_range=[low, high])"
     ]
     raw = np.asarray(Image.open(data.train.name(3)), np.float64)
     shares = (raw.clip(low, high) - low) / (high - low)

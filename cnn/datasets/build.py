@@ -329,7 +329,7 @@ def _choose_value_range(
         advice = "store all images alike, or say what is black and white in data.value_range"
         raise Refused(f"data.root: integers and floats have no common range ({found}); {advice}")
     chosen = cfg.value_range or (range_of_levels(levels) if len(levels) else None)
-    values = "values {:g} to {:g} become black to white (data.value_range)"
+    values = "values {:g} to {:g} become black to white (data.value_range=[low, high])"
     values = values.format(*(chosen or (0, MAX_OF_16_BITS)))
     number = len(train) - len(levels)
     others = f"; {number} of {len(train)} training images have 8 bits, and are taken as they are"

@@ -40,7 +40,7 @@ def check_copies(
         text = " = ".join(map("{} ({}, {})".format, names, labels, splits))
         if len(set(labels)) > 1:
             several_classes.append(text)
-        if len(set(splits)) < len(group):
+        elif len(set(splits)) < len(group):
             within.append(text)
         if len(set(splits)) > 1:
             across.append(text)
@@ -49,8 +49,9 @@ def check_copies(
     several = "under several classes; remove what is wrong, or go on with data.on_duplicate=keep"
     findings.add_all("image", several_classes, several, refuse=on_duplicate != "keep")
     num_train, num_val, _ = np.bincount(rank[~stays], minlength=3)
-    drop = f"data.on_duplicate=drop leaves out {num_train} of train, {num_val} of val"
-    findings.add_all("image", across, f"in several splits; {drop}", refuse=on_duplicate == "stop")
+    drop = f"drop leaves out {num_train} of train and {num_val} of val, keep leaves out none"
+    line = f"in several splits; data.on_duplicate={on_duplicate} ({drop})"
+    findings.add_all("image", across, line, refuse=on_duplicate == "stop")
     return stays | (on_duplicate != "drop")
 
 

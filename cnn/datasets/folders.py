@@ -114,8 +114,9 @@ def _find_splits(top: Folder, layout: str, findings: Findings) -> dict[str, Fold
                 _refuse(top, readings, "choose data.layout=splits or data.layout=classes")
     splits = {split_of(folder.name): folder for folder in named}
     if len(splits) < len(named):
-        fault = f"several folders for one split: {list_some([folder.name for folder in named])}"
-        raise Refused(f"data.root: {top.path} has {fault}; keep one for each; {AS_CLASSES}")
+        fault = list_some([f"{each.name} ({split_of(each.name)})" for each in named])
+        several = f"several folders for one split: {fault}; keep one for each; {AS_CLASSES}"
+        raise Refused(f"data.root: {top.path} has {several}")
     return splits
 
 

@@ -180,8 +180,7 @@ def _files_at(path: Path) -> Iterator[tuple[Path, str | None]]:
         folder = read_folder(path)
         files = [(Path(file), None) for file in folder.all_images()]
         others = [Path(file) for inner in folder.all_folders() for file in inner.others]
-        hint = "needs pip install pillow-heif"
-        files += [(file, hint) for file in others if ending_of(file) in HEIF]
+        files += [(Path(f), "pip install pillow-heif") for f in others if ending_of(f) in HEIF]
         yield from files
         if not files:
             yield path, f"a folder without images ({ENDINGS})"

@@ -150,12 +150,12 @@ def _read_table(file: Path, findings: Findings) -> tuple[list[str], Rows]:
             break
     else:
         expected = "expected a CSV file in UTF-8 with the columns path,label[,split]"
-        raise Refused(f"{file}:1: {expected}, got {header.strip()[:100]!r}; name them so")
+        raise Refused(f"{file}:1: {expected}, got {header.strip()[:80]!r}; name them so first")
     if twice := [meaning for meaning in COLUMNS if columns.count(meaning) > 1]:
         fault = f"several columns for {list_some(twice)}, got {header.strip()[:100]!r}"
         raise Refused(f"{file}:1: {fault}; rename all but one")
     unused = [column or "(no name)" for column in columns if column not in COLUMNS]
-    findings.add_all("column", unused, f"not used: {list_some(unused)} ({file})")
+    findings.add_all("column", unused, f"not used: {list_some(unused)} (only path, label, split)")
     return columns, _read_rows(file, lines, separator)
 
 
