@@ -89,8 +89,7 @@ def test_of_copies_in_several_splits_the_one_in_the_test_stays(way, photos, capl
     assert len(data.val) == 8 and "validation/dog/x.png" not in names(data.val)
     assert len(data.test) == 10
     assert (
-        "3 images in several splits; data.on_duplicate=drop (drop leaves out 3 of train and 1 of val"
-        in caplog.text
+        "3 images in several splits; data.on_duplicate left out 3 of train, 1 of val" in caplog.text
     )
     (details,) = [d for line, d in data.findings.found.items() if "several splits" in line]
     assert [text.count("x.png") for text in details].count(1) == 3

@@ -46,7 +46,7 @@ def test_the_data_sheet_says_what_a_careful_colleague_would_ask_for(train):
         "猫 13 1 3 17",
         "dog 13 2 3 18",
         "all 39 4 9 52",
-        "1 image in several splits; data.on_duplicate=drop (drop leaves out 1 of train and 0 of val",
+        "1 image in several splits; data.on_duplicate left out 1 of train, 0 of val",
         "1 image with copies in the same split, each of which counts",
     ):
         assert any(line in found for found in lines), (line, sheet)

@@ -105,7 +105,8 @@ class Data:
     def fingerprint(self) -> dict[str, int]:
         """Returns the image counts and a checksum of the data.
 
-        A later run can compare the values to notice changed data.
+        A later run can compare the values to notice changed data. A checkpoint of an earlier
+        version lacks "content". So data are unchanged if they have all values of the checkpoint.
 
         Returns:
             The numbers of images under "train", "val" and "test", and a CRC-32 under "checksum".
@@ -122,14 +123,6 @@ class Data:
         identities = np.concatenate([images.identities() for images in splits.values()])
         numbers = {split: len(images) for split, images in splits.items()}
         return numbers | {"checksum": checksum, "content": zlib.crc32(identities)}
-
-    def is_of(self, fingerprint: dict[str, int]) -> bool:
-        """Returns whether a fingerprint belongs to this data.
-
-        Args:
-            fingerprint: the fingerprint in a checkpoint. One of an earlier version lacks "content".
-        """
-        return self.fingerprint() | fingerprint == self.fingerprint()
 
 
 def _some_of_each(labels: np.ndarray, number: int) -> np.ndarray:

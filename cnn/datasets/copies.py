@@ -28,14 +28,14 @@ def check_copies(
         Whether each image stays, bool (N).
 
     Raises:
-        Refused: copies have several classes, or are in several splits, and `on_duplicate` does not
-            permit that.
+        Refused: there are copies that `on_duplicate` does not permit.
     """
     stays, rank = np.ones(len(items), bool), np.array([SPLITS.index(item[2]) for item in items])
     within, several_classes, across = [], [], []
     numbers = number_groups(identities)
-    for number in range(1, numbers.max(initial=0) + 1):
-        group = np.flatnonzero(numbers == number)
+    copies = np.argsort(numbers, kind="stable")[np.sum(numbers == 0) :]
+    starts = np.flatnonzero(np.diff(numbers[copies], prepend=0))
+    for group in np.split(copies, starts)[1:]:
         names, labels, splits = zip(*(items[index] for index in group))
         text = " = ".join(map("{} ({}, {})".format, names, labels, splits))
         if len(set(labels)) > 1:
@@ -48,11 +48,11 @@ def check_copies(
     findings.add_all("image", within, "with copies in the same split, each of which counts", INFO)
     several = "under several classes; remove what is wrong, or go on with data.on_duplicate=keep"
     findings.add_all("image", several_classes, several, refuse=on_duplicate != "keep")
+    stays |= on_duplicate != "drop"
     num_train, num_val, _ = np.bincount(rank[~stays], minlength=3)
-    drop = f"drop leaves out {num_train} of train and {num_val} of val, keep leaves out none"
-    line = f"in several splits; data.on_duplicate={on_duplicate} ({drop})"
+    line = f"in several splits; data.on_duplicate left out {num_train} of train, {num_val} of val"
     findings.add_all("image", across, line, refuse=on_duplicate == "stop")
-    return stays | (on_duplicate != "drop")
+    return stays
 
 
 def number_groups(identities: np.ndarray) -> np.ndarray:

@@ -65,7 +65,8 @@ def read_listing(
         scans, items = scans[stays], list(itertools.compress(items, stays))
     channels, paths = 1 if scans["gray"].all() else 3, [path for path, *_ in items]
     files = Files(Path(cfg.root), paths, scans, channels, skip=skips)
-    labels = np.array([classes.index(label) for _, label, _ in items])
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = np.array([numbers[label] for _, label, _ in items])
     splits = {}
     for split in listing:
         rows = np.flatnonzero([item[2] == split for item in items])
