@@ -42,8 +42,7 @@ def read_listing(
 
     Raises:
         Refused: there are fewer than two classes, or files do not decode. All files of a split are
-            left out. An image has a class that is not in `model_classes`. If `model_classes` is
-            None, an image has a class without training images.
+            left out. An image has a class that is unknown to the model or to the training.
     """
     skips = cfg.on_bad_image == "skip"
     classes = model_classes or sorted({label for _, label in listing["train"]})
