@@ -262,7 +262,7 @@ def test_broken_images_raise_nothing_but_bad_image(suffix):
 
 
 def test_the_images_keep_their_policy_in_a_part():
-    files = Files(Path(), [Path("a"), Path("b")], np.zeros(2, SCAN), channels=1, skip=True)
+    files = Files(Path(), [Path("a"), Path("b")], np.zeros(2, SCAN), [], skip=True)
     assert FileImages(files, [0, 1]).subset(np.array([1])).skip
 
 

@@ -324,7 +324,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(photos, tmp_path, monkeypat
 def test_what_a_killed_process_left_in_the_cache_goes_after_a_day(photos, tmp_path):
     folder = tmp_path / "cache" / "cnn"
     folder.mkdir(parents=True, exist_ok=True)
-    old, young = folder / ".pixels_a.bin.1.tmp", folder / ".pixels_b.bin.2.tmp"
+    old, young = folder / ".pictures_a.bin.1.tmp", folder / ".pictures_b.bin.2.tmp"
     for path, hours in ((old, 25), (young, 23)):
         path.touch()
         os.utime(path, (time.time() - 3600 * hours,) * 2)

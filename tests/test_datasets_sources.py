@@ -1,6 +1,5 @@
 """Every kind of data: what is read, how it is divided, what is refused and in which words."""
 
-import io
 import itertools
 import logging
 import os
@@ -17,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from cnn.config import DataConfig
-from cnn.datasets import torchvision_datasets
+from cnn.datasets import scan, torchvision_datasets
 from cnn.datasets.build import Data, build_data
 from cnn.datasets.decode import decode
 from cnn.datasets.loader import build_loader
@@ -297,19 +296,17 @@ def not_allowed(*_, **__):
     raise PermissionError(13, "Permission denied")
 
 
-@pytest.mark.parametrize("owner, act", [(Path, "is_file"), (np, "load"), (np, "memmap")])
+@pytest.mark.parametrize(
+    "owner, act",
+    [(np, "load"), (np, "memmap"), (os, "utime"), (shutil, "disk_usage")],
+)
 def test_a_cache_that_is_another_users_hinders_nothing(owner, act, photos, monkeypatch):
     fill(photos)
-    expected = folder(photos).train.decoded(8, 3)
-    if owner is Path:  # what a folder says that may not be looked into
-        monkeypatch.setattr(Path, act, not_allowed_for("pixels", Path.is_file))
-    else:
-        monkeypatch.setattr(owner, act, not_allowed)
-    assert torch.equal(folder(photos).train.decoded(8, 3), expected)
-
-
-def not_allowed_for(word, original):
-    return lambda path: not_allowed() if word in path.name else original(path)
+    images = folder(photos).train
+    expected = images.pictures(images.files.form)
+    monkeypatch.setattr(owner, act, not_allowed)
+    images = folder(photos).train
+    assert all(map(torch.equal, images.pictures(images.files.form), expected))
 
 
 def test_without_a_home_nothing_is_remembered_and_nothing_else_happens(photos, monkeypatch):
@@ -319,7 +316,8 @@ def test_without_a_home_nothing_is_remembered_and_nothing_else_happens(photos, m
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
     before = sorted(Path().rglob("*"))
-    assert len(folder(photos).train.decoded(8, 3)) == 20
+    images = folder(photos).train
+    assert {tuple(one.shape) for one in images.pictures(images.files.form)} == {(3, 224, 224)}
     assert sorted(Path().rglob("*")) == before
 
 
@@ -364,7 +362,7 @@ def test_colour_pixels_of_a_known_set_are_kept_as_they_came_without_a_copy():
         SimpleNamespace(data=array, targets=[0, 1, 0, 1, 2]), "cifar10 train"
     )
     np.testing.assert_array_equal(images[3], array[3].transpose(2, 0, 1))
-    assert np.shares_memory(images.store.numpy(), array)
+    assert np.shares_memory(images.pixels.numpy(), array)
 
 
 def test_a_broken_file_of_a_known_set_is_refused(tmp_path):
@@ -531,7 +529,6 @@ def test_every_mode_decodes_to_as_many_bytes_as_asked(mode, channels, tmp_path):
     path = saved(tmp_path, Image.new(mode, (5, 4)), "a.tif")
     decoded = decode(path, channels)
     assert decoded.shape == (channels, 4, 5) and decoded.dtype == np.uint8
-    assert decoded.flags.c_contiguous
 
 
 @pytest.mark.parametrize("content", [b"", b"GIF89a", b"\xff\xd8\xff\xe0", b"text", None])
@@ -609,20 +606,11 @@ def test_the_head_of_sorted_and_skewed_classes_has_the_rare_ones(photos):
 
 
 def test_few_decoded_images_wait_in_memory_for_a_slow_disk(tmp_path, monkeypatch):
-    decoded = []
-
-    def decode(file, channels, value_range):
-        decoded.append(file)
-        return np.zeros((channels, 8, 8), np.uint8)
-
-    from cnn.datasets import cache as decoding
-
-    monkeypatch.setattr(decoding, "decode", decode)
-    monkeypatch.setattr(decoding, "CHUNK", 4)
+    read = []
+    reader = scan._Reader({}, None, [])
+    monkeypatch.setattr(reader, "read", lambda path, number: read.append(path) or (path, []))
+    monkeypatch.setattr(scan, "CHUNK", 4)
     paths = [tmp_path / f"{number}.png" for number in range(20)]
-    for path in paths:
-        path.write_bytes(b"")
-    contents = np.full(20, decoding.content_hash(io.BytesIO()), np.uint64)
-    for number, _ in enumerate(decoding._decode(paths, contents, 8, 1, None)):
-        assert len(decoded) <= 4 * (number // 4 + 1)
-    assert len(decoded) == 20
+    for number, (path, _) in enumerate(reader.read_all(paths, np.arange(20))):
+        assert path == paths[number] and len(read) <= 4 * (number // 4 + 1)
+    assert len(read) == 20

@@ -109,7 +109,8 @@ def test_the_same_pictures_are_the_same_bytes_however_many_bits_they_are_stored_
     expected, data = built(store("8 bits")), built(store(kind), channels=1)
     for images, others in ((expected.train, data.train), (expected.val, data.val)):
         assert all(torch.equal(images[i], others[i]) for i in range(len(images)))
-        assert torch.equal(images.decoded(12, 1), others.decoded(12, 1))
+        parts = [part.pictures(part.files.form) for part in (images, others)]
+        assert all(map(torch.equal, *parts))
     for key in ("mean", "std"):
         assert getattr(data.preprocessing, key) == getattr(expected.preprocessing, key)
 
@@ -157,9 +158,9 @@ def test_a_range_that_is_none_of_a_number_of_bits_is_of_the_training_images(monk
     raw = np.asarray(Image.open(data.train.name(3)), np.float64)
     shares = (raw.clip(low, high) - low) / (high - low)
     np.testing.assert_array_equal(data.train[3][0], np.rint(255 * shares))
-    store = data.train.decoded(12, 1)
+    picture = data.train.picture(3, data.preprocessing.form)
     pixels = np.stack([data.train[i][0].numpy() for i in range(len(data.train))]) / 255
-    assert torch.equal(store[data.train.rows[3], :, :, 0], data.train[3][0])
+    assert torch.equal(picture, data.train[3])
     assert data.preprocessing.mean == pytest.approx([pixels.mean()], rel=1e-12)
     assert data.preprocessing.std == pytest.approx([pixels.std()], rel=1e-12)
 
@@ -234,14 +235,13 @@ def test_a_range_that_is_none_is_refused(train, capfd, typed):
 
 
 def test_a_typed_range_is_used_where_images_have_more_than_8_bits():
-    built(store("12 bits")).train.decoded(12, 1)
+    built(store("12 bits"))
     data = built("12 bits", value_range=[1000, 2000])
     assert data.preprocessing.value_range == [1000, 2000]
     raw = np.asarray(Image.open(data.train.name(0)))
     np.testing.assert_array_equal(data.train[0][0][raw <= 1000], 0)
     np.testing.assert_array_equal(data.train[0][0][raw >= 2000], 255)
-    in_memory = data.train.decoded(12, 1)[data.train.rows[0], :, :, 0]
-    assert torch.equal(in_memory, data.train[0][0])
+    assert torch.equal(data.train.picture(0, data.preprocessing.form), data.train[0])
     (line,) = said_of(data)
     assert "values 1000 to 2000 become black to white" in line
     data = built(store("8 bits"), value_range=[1000, 2000])

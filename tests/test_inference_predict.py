@@ -16,11 +16,11 @@ import pytest
 import torch
 from conftest import TINY
 from PIL import Image
-from torchvision.transforms.v2 import functional
 
 import predict as script
 import train as train_script
-from cnn.datasets.preprocessing import resize_and_crop
+from cnn.datasets import preprocessing
+from cnn.datasets.preprocessing import fit_image
 from cnn.errors import BadImage
 from cnn.inference.predictor import Prediction, load
 from cnn.utils.checkpoint import load_checkpoint
@@ -275,14 +275,14 @@ def test_a_cmyk_jpeg_has_about_its_colours(colour):
 
 def test_the_middle_of_a_line_of_pixels_is_cut_out_before_it_is_resized(monkeypatch):
     image = torch.from_numpy(DRAW.integers(0, 256, (1, 4, 9_000), dtype=np.uint8))
-    whole = resize_and_crop(image, 64)
+    whole = fit_image(image, 64)
     longer = torch.cat([image[..., :1].expand(1, 4, 80_000), image], 2)
     longer = torch.cat([longer, image[..., -1:].expand(1, 4, 80_000)], 2)
-    resize, seen = functional.resize, []
+    resize, seen = preprocessing._resize, []
     monkeypatch.setattr(
-        functional, "resize", lambda image, *a, **k: seen.append(image) or resize(image, *a, **k)
+        preprocessing, "_resize", lambda image, *a: seen.append(image) or resize(image, *a)
     )
-    assert torch.equal(resize_and_crop(longer, 64), whole)
+    assert torch.equal(fit_image(longer, 64), whole)
     assert seen[0].shape == (1, 4, 64), "and not 169,000 pixels made 16 times as large"
 
 

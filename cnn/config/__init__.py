@@ -3,6 +3,7 @@
 from cnn.config.checks import is_value_range
 from cnn.config.reader import load_config
 from cnn.config.settings import (
+    FITS,
     Config,
     DataConfig,
     LossConfig,

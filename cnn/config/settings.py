@@ -57,6 +57,8 @@ def setting(default: Any, description: str, resume: str, **more: Any) -> Any:
 KNOWN_DATASETS = ("mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "svhn")
 DATA_NAMES = ("digits", "synthetic", *KNOWN_DATASETS, "folder", "csv")
 LAYOUTS = ("auto", "classes", "splits")
+DECODINGS = ("scaled", "full")
+FITS = ("crop", "pad", "stretch")
 SAMPLERS = ("shuffle", "balanced")
 DUPLICATES = ("drop", "keep", "stop", "ignore")
 AUGMENTATIONS = ("crop", "flip", "rotate", "color", "resized_crop", "erase")
@@ -107,12 +109,22 @@ class DataConfig:
     image_size: int | None = setting(
         None, "side in pixels to resize and crop to; null: the data's own", FIXED, least=1
     )
+    fit: str = setting("crop", "how a picture becomes a square", FIXED, choices=FITS)
     channels: int | None = setting(
         None, "1 gray, 3 colour; null: the data's own", FIXED, least=1, most=3
     )
     augment: list[AugmentationConfig] = setting([], "random changes to training images", ASKED)
     in_memory: bool | str = setting(
         "auto", "keep decoded images in memory; auto: if they fit", FIXED, choices=("auto",)
+    )
+    decode: str = setting(
+        "scaled", "JPEG files: no more pixels than needed, or full", FIXED, choices=DECODINGS
+    )
+    cache_gb: float | None = setting(
+        None,
+        "size limit of the cache of pictures; null: a quarter of the free space",
+        FREE,
+        least=0,
     )
     value_range: list[float] | None = setting(
         None, "values that become black and white; null: found where images have over 8 bits", FIXED

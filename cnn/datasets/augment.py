@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cnn.config.settings import AugmentationConfig
 from cnn.datasets.order import Key
-from cnn.datasets.preprocessing import resize_and_crop
+from cnn.datasets.preprocessing import fit_image as resize_and_crop
 from cnn.utils import seeding
 from cnn.utils.importing import import_object
 

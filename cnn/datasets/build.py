@@ -18,7 +18,7 @@ from cnn.datasets.division import Splits, divide
 from cnn.datasets.findings import Findings
 from cnn.datasets.folders import list_folder
 from cnn.datasets.images import ArrayImages, FileImages, Images, UserImages
-from cnn.datasets.listing import Listing, read_listing
+from cnn.datasets.listing import DEFAULT_IMAGE_SIZE, Listing, read_listing
 from cnn.datasets.preprocessing import Preprocessing
 from cnn.datasets.tables import list_table
 from cnn.datasets.value_range import MAX_OF_16_BITS, range_of_levels
@@ -28,7 +28,6 @@ from cnn.utils.importing import import_object
 logger = logging.getLogger(__name__)
 
 MIN_STD = 1e-6  # of pixels in 0..1; less is only rounding
-DEFAULT_IMAGE_SIZE = 224  # pixels, for images of several sizes if the user sets no size
 
 
 def _load_files(
@@ -142,16 +141,26 @@ def _some_of_each(labels: np.ndarray, number: int) -> np.ndarray:
     return np.sort(in_turn[:number])
 
 
-def as_trained(cfg: DataConfig, fingerprint: dict[str, int]) -> DataConfig:
+def as_trained(
+    cfg: DataConfig, fingerprint: dict[str, int], preprocessing: Preprocessing
+) -> DataConfig:
     """Returns the settings with which the data of a checkpoint are read again.
 
-    Earlier versions did not look for copies.
+    Earlier versions did not look for copies, and decoded all pixels of JPEG files.
 
     Args:
         cfg: the section `data` of the settings.
         fingerprint: the fingerprint of the data in the checkpoint.
+        preprocessing: the preprocessing in the checkpoint.
     """
-    return cfg if "content" in fingerprint else replace(cfg, on_duplicate="ignore")
+    return replace(
+        cfg,
+        image_size=preprocessing.image_size,
+        channels=preprocessing.channels,
+        fit=preprocessing.fit,
+        decode="scaled" if preprocessing.scaled else "full",
+        on_duplicate=cfg.on_duplicate if "content" in fingerprint else "ignore",
+    )
 
 
 def build_data(cfg: DataConfig, seed: int, preprocessing: Preprocessing | None = None) -> Data:
@@ -278,7 +287,7 @@ def _choose_preprocessing(cfg: DataConfig, train: Images, findings: Findings) ->
     if isinstance(train, FileImages):
         value_range = _choose_value_range(cfg, train, findings)
         train.decode_as(cfg.channels, value_range)
-        channels = train.files.channels
+        channels = train.files.form.channels
     if cfg.channels not in (None, channels):
         raise Refused(f"data.channels: {cfg.name} has {channels}, got {cfg.channels}")
     if cfg.value_range and value_range is None:
@@ -292,7 +301,15 @@ def _choose_preprocessing(cfg: DataConfig, train: Images, findings: Findings) ->
     if std.max() < MIN_STD:
         raise Refused("data: all training images are alike: one value, or outside data.value_range")
     std = np.where(std < MIN_STD, 1.0, std)  # dividing by 1 keeps a constant channel finite
-    return Preprocessing(image_size, channels, mean.tolist(), std.tolist(), value_range)
+    return Preprocessing(
+        image_size,
+        channels,
+        mean.tolist(),
+        std.tolist(),
+        value_range,
+        cfg.fit,
+        cfg.decode == "scaled",
+    )
 
 
 def _choose_value_range(

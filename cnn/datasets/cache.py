@@ -1,42 +1,24 @@
-"""A cache of image files, decoded once to the model's image size and kept between runs.
+"""The user's cache folder, which keeps facts about image files and decoded pictures between runs.
 
-A cache is an array of bytes in the user's cache folder, never beside the images, followed by
-a checksum. It is mapped into memory, so that processes share it. Its name contains a hash of the
-contents of the image files, so that a changed dataset gets another cache, whatever the names and
-times of the files say. It is renamed to this name only once it is complete.
+Everything in the folder can be deleted at any time, and is made again when it is needed. The folder
+is never beside the images.
 """
 
 import contextlib
 import hashlib
-import io
-import logging
-import math
 import os
 import shutil
 import time
-import zlib
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
-from cnn.datasets.decode import DECODER, decode
-from cnn.datasets.preprocessing import resize_and_crop
-from cnn.datasets.value_range import ValueRange
-from cnn.errors import BadImage, Refused
-from cnn.utils.cpus import usable_cpus
-from cnn.utils.files import write_atomically
-
-logger = logging.getLogger(__name__)
-
-OLD = 24 * 3600  # seconds; no decoding takes a day
-CHUNK = 256  # images that are decoded together
-NUM_CRC_BYTES = 4
+OLD = 24 * 3600  # seconds; no temporary file is written for a day
+FREE_SHARE = 4  # the cache takes a quarter of the space that is free without it
+RESERVE = 10**9  # bytes of the disk that stay free, for checkpoints and logs
+PACKS = "pictures_*.bin"
 
 
 def cache_folder() -> Path:
@@ -62,111 +44,46 @@ def array_hash(array: np.ndarray) -> int:
     return int.from_bytes(digest.digest()[:8])
 
 
-def decode_all(
-    paths: list[Path], scans: np.ndarray, size: int, channels: int, value_range: ValueRange
-) -> torch.Tensor:
-    """Returns the pixels of image files, resized and cropped to one size.
-
-    The pixels are kept in a file in the user's cache folder. If the cache does not contain the
-    pixels, or is damaged, the image files are decoded. If the cache cannot be read or written, the
-    pixels are only in memory.
+def size_limit(cache_gb: float | None) -> int:
+    """Returns how many bytes of pictures the cache folder may contain.
 
     Args:
-        paths: the N image files.
-        scans: an array (N) of the dtype `cnn.datasets.scan.SCAN`. Each row has a hash of the
-            content of one file.
-        size: height and width of the returned images in pixels.
-        channels: 1 for gray, 3 for RGB.
-        value_range: how values of more than 8 bits become bytes.
+        cache_gb: the limit in GB. None stands for a quarter of the space that is free, or would be
+            without the pictures.
+
+    Raises:
+        OSError: the cache folder cannot be used.
+    """
+    if cache_gb is not None:
+        return round(cache_gb * 1e9)
+    free = shutil.disk_usage(cache_folder()).free
+    return (free + sum(path.stat().st_size for path in cache_folder().glob(PACKS))) // FREE_SHARE
+
+
+def make_room(needed: int, limit: int, in_use: Collection[Path]) -> int:
+    """Removes the pictures that were not used for the longest time, until there is enough room.
+
+    Args:
+        needed: the bytes that will be written.
+        limit: how many bytes of pictures the cache folder may then contain.
+        in_use: files of pictures that must stay.
 
     Returns:
-        Pixels, uint8 (N, size, size, channels).
+        The bytes that can be written, which can be fewer or more than needed.
 
     Raises:
-        Refused: a file can no longer be decoded, or was changed since the scan.
+        OSError: the cache folder cannot be used.
     """
-    shape, contents = (len(paths), size, size, channels), np.ascontiguousarray(scans["content"])
-    used = value_range if (scans["kind"] != b"").any() else None  # others do not depend on it
-    digest = hashlib.sha256(repr((DECODER, *shape, used)).encode() + contents.tobytes())
-    file = cache_folder() / f"pixels_{digest.hexdigest()[:32]}.bin"
-    decoded = partial(_decode, paths, contents, size, channels, value_range)
-    try:
-        store = _open(file, shape)
-        if store is None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(file.parent.glob(".pixels_*.tmp"))
-            write_atomically(file, lambda out: out.writelines(_with_checksum(decoded())))
-            store = np.memmap(file, np.uint8, mode="c", shape=shape)  # changes stay in memory
-    except OSError:  # no room or no permission in the cache: the pixels are only in memory
-        store = np.empty(shape, np.uint8)
-        for number, pixels in enumerate(decoded()):
-            store[number] = pixels
-    return torch.from_numpy(store)
-
-
-def _open(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Maps a cache into memory, or returns None if there is none or the file is damaged.
-
-    Args:
-        file: the file of the cache.
-        shape: the shape of the pixels in the file.
-    """
-    if not file.is_file() or file.stat().st_size != math.prod(shape) + NUM_CRC_BYTES:
-        return None
-    whole = np.memmap(file, np.uint8, mode="c")
-    pixels, checksum = whole[:-NUM_CRC_BYTES], whole[-NUM_CRC_BYTES:]
-    if zlib.crc32(pixels) != int.from_bytes(checksum.tobytes()):
-        logger.warning("%s: damaged; the images are decoded again", file)
-        return None
-    return pixels.reshape(shape)
-
-
-def _with_checksum(decoded: Iterable[np.ndarray]) -> Iterator[np.ndarray | bytes]:
-    """Yields the pixels of each image, and at the end a CRC-32 of all of them."""
-    checksum = 0
-    for pixels in decoded:
-        checksum = zlib.crc32(pixels, checksum)
-        yield pixels
-    yield checksum.to_bytes(NUM_CRC_BYTES)
-
-
-def _decode(
-    paths: list[Path], contents: np.ndarray, size: int, channels: int, value_range: ValueRange
-) -> Iterator[np.ndarray]:
-    """Decodes, resizes and crops image files in several threads.
-
-    Args:
-        paths: the N image files.
-        contents: the hash of the content of each file (N).
-        size: height and width of the resulting images in pixels.
-        channels: 1 for gray, 3 for RGB.
-        value_range: how values of more than 8 bits become bytes.
-
-    Yields:
-        The pixels of one file, uint8 (size, size, channels), in the order of `paths`.
-
-    Raises:
-        Refused: a file can no longer be decoded, or was changed since the scan.
-    """
-
-    def decode_one(path: Path, content: int) -> np.ndarray:
-        try:
-            file = io.BytesIO(path.read_bytes())
-            if content_hash(file) != content:
-                raise Refused(f"data.root: {path}: changed while the run started; start it again")
-            image = torch.from_numpy(decode(file, channels, value_range))
-        except (BadImage, OSError) as error:
-            reason = f"read a moment ago, and now: {error}"
-            raise Refused(f"data.root: {path}: {reason}") from None
-        return resize_and_crop(image, size).permute(1, 2, 0).contiguous().numpy()
-
-    progress = tqdm(desc="decoding the images once", total=len(paths), disable=None, leave=False)
-    with progress, ThreadPoolExecutor(usable_cpus()) as pool:
-        for start in range(0, len(paths), CHUNK):  # CHUNK images at most wait in memory
-            chunk = slice(start, start + CHUNK)
-            for pixels in pool.map(decode_one, paths[chunk], contents[chunk]):
-                progress.update()
-                yield pixels
+    remove_leftovers(cache_folder().glob(f".{PACKS}*"))
+    files = {path: path.stat() for path in cache_folder().glob(PACKS)}
+    room = limit - sum(status.st_size for status in files.values())
+    for path in sorted(files.keys() - set(in_use), key=lambda path: files[path].st_mtime):
+        if room >= needed:
+            break
+        with contextlib.suppress(OSError):  # in use, on Windows
+            path.unlink()
+            room += files[path].st_size
+    return min(room, shutil.disk_usage(cache_folder()).free - RESERVE)
 
 
 def remove_leftovers(leftovers: Iterable[Path]) -> None:

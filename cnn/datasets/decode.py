@@ -7,7 +7,7 @@ from typing import IO, Any
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from cnn.datasets import tiff
 from cnn.datasets.image_files import add_heif
@@ -37,7 +37,7 @@ def silence_pillow() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
-def open_image(path: str | os.PathLike | IO[bytes]) -> Image.Image:
+def open_image(path: str | os.PathLike | IO[bytes], least_side: int | None = None) -> Image.Image:
     """Reads an image file and turns the image upright.
 
     The EXIF data of the file say which side is up. If the file has several frames, such as an
@@ -45,10 +45,13 @@ def open_image(path: str | os.PathLike | IO[bytes]) -> Image.Image:
 
     Args:
         path: the image file, or a file that is open for reading in binary mode.
+        least_side: the pixels that the shorter side needs at least. A JPEG file is decoded at 1/2,
+            1/4 or 1/8 of its size, if that is enough. None decodes all pixels.
 
     Returns:
         The whole image in memory, in the mode of the file, such as "RGB" or "L". The function
-        `deep_values` returns the values of an image with more than 8 bits.
+        `deep_values` returns the values of an image with more than 8 bits. The attribute
+        `full_size` has the width and height of the image in the file.
 
     Raises:
         BadImage: the file is missing, broken or an EPS drawing, or the image has more than 120
@@ -71,8 +74,7 @@ def open_image(path: str | os.PathLike | IO[bytes]) -> Image.Image:
                 raise BadImage(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
             tags = tiff.read_tags(path) if image.format == "TIFF" else None
             is_wide = any(form in str(image.tile[:1]) for form in WIDE)
-            image.load()  # decodes all of it; verify() would miss a truncated JPEG
-            turned = upright(image)
+            turned = _load(image, least_side)
         if is_wide:
             turned.values = _wide_values(path, turned)
         elif tags and tiff.dtype_name(tags) in SIGNS_LOST:
@@ -84,6 +86,47 @@ def open_image(path: str | os.PathLike | IO[bytes]) -> Image.Image:
         if getattr(error, "errno", None) in SCARCITIES:
             raise DataFailed(f"{path}: {_reason(path, error)}; {ADVICE}") from None
         raise BadImage(_reason(path, error)) from None
+
+
+def _load(image: Image.Image, least_side: int | None) -> Image.Image:
+    """Decodes an image, and returns it upright and with the attribute `full_size`.
+
+    Args:
+        image: an image of which Pillow has read the header.
+        least_side: the pixels that the shorter side needs at least, or None for all pixels.
+    """
+    full_size = image.size
+    if least_side is not None:  # the inverse DCT of a JPEG file then makes fewer pixels
+        scale = scale_of(min(full_size), least_side)
+        image.draft(None, (image.width // scale, image.height // scale))
+    image.load()  # decodes all of it; verify() would miss a truncated JPEG
+    turned = upright(image)
+    turned.full_size = full_size if turned.size == image.size else full_size[::-1]
+    return turned
+
+
+def scale_of(shorter: Any, least_side: int) -> Any:
+    """Returns the divisor by which the decoding of a JPEG file reduces the image: 1, 2, 4 or 8.
+
+    Args:
+        shorter: the pixels of the image's shorter side, as a number or an array.
+        least_side: the pixels that are needed at least.
+    """
+    return 1 + sum(half * (shorter // (2 * half) >= least_side) for half in (1, 2, 4))
+
+
+def read_header(path: Path) -> tuple[int, int, bool]:
+    """Reads the header of an image file.
+
+    Returns:
+        The height and the width in pixels, before the image is turned upright, and whether the
+        image is gray. (0, 0, False) for a file that cannot be opened.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width, image.mode in GRAY_MODES
+    except Exception:  # noqa: BLE001  the reason is told when the file is decoded
+        return 0, 0, False
 
 
 def _wide_values(path: str | os.PathLike | IO[bytes], image: Image.Image) -> np.ndarray:
@@ -147,9 +190,11 @@ def _reason(path: str | os.PathLike | IO[bytes], error: Exception) -> str:
 def upright(image: Image.Image) -> Image.Image:
     """Returns an image turned upright as the EXIF data of the image say.
 
-    If the EXIF data cannot be read, the image is returned unchanged.
+    If the image is upright or the EXIF data cannot be read, the same image is returned.
     """
     try:
+        if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            return image
         turned = ImageOps.exif_transpose(image)
     except Exception:  # noqa: BLE001  only the EXIF data are broken, not the picture
         return image
@@ -168,7 +213,7 @@ def to_array(image: Image.Image, channels: int, value_range: ValueRange = PER_IM
         value_range: how values of more than 8 bits become bytes.
 
     Returns:
-        Pixels, uint8 (1, H, W) for gray or (3, H, W) for RGB.
+        Pixels, uint8 (1, H, W) for gray or (3, H, W) for RGB, channels last in memory.
 
     Raises:
         BadImage: Pillow cannot convert the image to gray or RGB. Or the values of the image are
@@ -183,15 +228,19 @@ def to_array(image: Image.Image, channels: int, value_range: ValueRange = PER_IM
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         if image.mode == "LAB":  # Pillow cannot convert it to gray directly
             image = image.convert("RGB")
-        image = image.convert("L" if channels == 1 else "RGB")
+        mode = "L" if channels == 1 else "RGB"
+        image = image if image.mode == mode else image.convert(mode)
     except (*BROKEN, ImportError) as error:
         raise BadImage(str(error) or type(error).__name__) from None
     array = np.array(image)  # H, W[, 3]
-    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+    return array[None] if channels == 1 else array.transpose(2, 0, 1)
 
 
 def decode(
-    path: Path | IO[bytes], channels: int, value_range: ValueRange = PER_IMAGE
+    path: Path | IO[bytes],
+    channels: int,
+    value_range: ValueRange = PER_IMAGE,
+    least_side: int | None = None,
 ) -> np.ndarray:
     """Reads an image file and returns the pixels of the image.
 
@@ -199,6 +248,7 @@ def decode(
         path: the image file, or a file that is open for reading in binary mode.
         channels: 1 to decode to gray, 3 to decode to RGB.
         value_range: how values of more than 8 bits become bytes.
+        least_side: the pixels that the shorter side needs at least, or None for all pixels.
 
     Returns:
         Pixels, uint8 (channels, H, W).
@@ -208,4 +258,4 @@ def decode(
             be converted.
         DataFailed: the memory or the file descriptors of the process are exhausted.
     """
-    return to_array(open_image(path), channels, value_range)
+    return to_array(open_image(path, least_side), channels, value_range)

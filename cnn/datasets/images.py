@@ -10,19 +10,24 @@ import copy
 import io
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 
-from cnn.datasets.cache import array_hash, content_hash, decode_all
+from cnn.datasets.cache import array_hash, content_hash
 from cnn.datasets.decode import decode
+from cnn.datasets.pictures import Pictures
+from cnn.datasets.preprocessing import Form
 from cnn.datasets.scan import scan
 from cnn.datasets.value_range import PER_IMAGE, ValueRange
 from cnn.errors import BadImage, Refused, describe
 from cnn.utils import seeding
+from cnn.utils.cpus import usable_cpus
 
 MAX_IMAGES_FOR_STATISTICS = 2_000  # fewer than twice as many are read of a user's dataset
 
@@ -40,8 +45,7 @@ class Images:
         skip: whether an image that cannot be read during the run is left out of the batch. If
             false, the run ends with an error.
         may_draw: whether reading an image can draw from the global random generators.
-        num_decoded: the number of images that the method `decoded` keeps in memory, which are all
-            images of the whole dataset; 0 if `decoded` keeps none.
+        num_decoded: the number of images of the whole dataset; 0 if they cannot be kept in memory.
     """
 
     labels: np.ndarray
@@ -91,19 +95,39 @@ class Images:
         names = (self.name(index).encode() for index in range(len(self)))
         return np.array([content_hash(io.BytesIO(name)) for name in names], np.uint64)
 
-    def decoded(self, _size: int, _channels: int) -> torch.Tensor | None:
-        """Returns the pixels of the whole dataset, or None if they cannot be kept in memory.
-
-        This base class always returns None. The whole dataset can have more images than this
-        object. The attribute `rows` has the index of each of this object's images in the returned
-        tensor.
+    def picture(self, index: int, form: Form) -> torch.Tensor:
+        """Returns an image in the form in which it is augmented or evaluated, (C, H, W).
 
         Args:
-            _size: height and width of the pixels that a subclass returns.
-            _channels: number of channels of the pixels that a subclass returns.
+            index: index of the image in this object.
+            form: the form of the picture.
+        """
+        return form.apply(self[index])
+
+    def pictures(self, form: Form) -> list[torch.Tensor]:
+        """Returns all images of this object in a form, each (C, H, W).
+
+        Image files that are not in the cache are decoded in several threads.
+
+        Raises:
+            Refused: a file can no longer be decoded.
+        """
+        with ThreadPoolExecutor(usable_cpus()) as pool:
+            try:
+                return list(pool.map(partial(self.picture, form=form), range(len(self))))
+            except BadImage as bad:
+                raise Refused(f"data.root: {bad}; it was read a moment ago") from None
+
+    def store(self, _form: Form) -> tuple[torch.Tensor, np.ndarray] | None:
+        """Returns the pictures of this object in one tensor, if there is one.
+
+        Args:
+            _form: the form of the pictures, without a margin.
 
         Returns:
-            A uint8 tensor (M, size, size, channels) of all M images in the dataset, or None.
+            Two values. The first value is pictures, uint8 (M, size, size, C), which can be more
+            than those of this object. The second value is the index of each of this object's images
+            in the first value (N). None if the images are not kept in memory.
         """
         return None
 
@@ -120,15 +144,15 @@ class ArrayImages(Images):
     def __init__(self, pixels: np.ndarray | torch.Tensor, labels: Sequence[int], name: str):
         pixels = torch.as_tensor(pixels)
         assert pixels.dtype == torch.uint8 and pixels.ndim == 4 and len(pixels) == len(labels)
-        self.store = pixels.permute(0, 2, 3, 1).contiguous()  # M, H, W, C; shared by all subsets
-        self._identities = np.array(list(map(array_hash, self.store.numpy())), np.uint64)  # M
+        self.pixels = pixels.permute(0, 2, 3, 1).contiguous()  # M, H, W, C; shared by all subsets
+        self._identities = np.array(list(map(array_hash, self.pixels.numpy())), np.uint64)  # M
         self.num_decoded = len(pixels)
         self.rows = np.arange(self.num_decoded)
         self.labels = np.asarray(labels, dtype=np.int64)
         self._name = name
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.store[self.rows[index]].permute(2, 0, 1)
+        return self.pixels[self.rows[index]].permute(2, 0, 1)
 
     def sizes(self) -> tuple[int, int, int]:
         """Returns the number of channels and the sides of the images.
@@ -137,7 +161,7 @@ class ArrayImages(Images):
             Three values: the number of channels, the shorter side in pixels, and the longer side in
             pixels.
         """
-        _, height, width, channels = self.store.shape
+        _, height, width, channels = self.pixels.shape
         return channels, min(height, width), max(height, width)
 
     def pixel_sums(self) -> tuple[float, np.ndarray, np.ndarray]:
@@ -149,10 +173,10 @@ class ArrayImages(Images):
             (C). The third value is the sum of the squares of the pixel values of each channel,
             shape (C).
         """
-        height, width, channels = self.store.shape[1:]
+        height, width, channels = self.pixels.shape[1:]
         counts = np.zeros((channels, 256))
         for start in range(0, len(self), 4_096):
-            part = self.store[self.rows[start : start + 4_096]].numpy()
+            part = self.pixels[self.rows[start : start + 4_096]].numpy()
             for channel in range(channels):
                 counts[channel] += np.bincount(part[..., channel].ravel(), minlength=256)
         values = np.arange(256.0)
@@ -163,24 +187,20 @@ class ArrayImages(Images):
 
         The whole dataset is covered even if this object is a subset.
         """
-        return zlib.crc32(self.store.numpy())
+        return zlib.crc32(self.pixels.numpy())
 
     def identities(self) -> np.ndarray:
         """Returns a number for each image, the same for images with the same pixels, uint64 (N)."""
         return self._identities[self.rows]
 
-    def decoded(self, size: int, channels: int) -> torch.Tensor | None:
-        """Returns the pixels of the whole dataset, even if this object is a subset.
+    def store(self, form: Form) -> tuple[torch.Tensor, np.ndarray] | None:
+        """Returns the pictures of the whole dataset, if they have the size of the form.
 
         Args:
-            size: the height and width that the caller needs, in pixels.
-            channels: the number of channels that the caller needs.
-
-        Returns:
-            The M images of the whole dataset, uint8 (M, size, size, channels). If the images have
-            another size or number of channels, the result is None.
+            form: the form of the pictures, without a margin.
         """
-        return self.store if self.store.shape[1:] == (size, size, channels) else None
+        is_fit = self.pixels.shape[1:3] == (form.size, form.size)
+        return (self.pixels, self.rows) if is_fit else None
 
 
 @dataclass
@@ -192,18 +212,42 @@ class Files:
         paths: the image files of all splits.
         scans: one row per file, of the dtype `cnn.datasets.scan.SCAN`. A row has the image's size
             and pixel sums.
-        channels: number of channels to which the files are decoded, 1 (gray) or 3 (RGB).
+        pictures: for each form in which pictures are needed, those that are in the cache.
         skip: whether a file that cannot be read during the run is left out of the batch. If false,
             the run ends with an error.
         value_range: how values of more than 8 bits become bytes.
+        cache_gb: how many GB of pictures the cache may contain.
+        ranged: the rows as in `scans`, with sums that follow from `value_range`. None if no image
+            has more than 8 bits.
     """
 
     root: Path
     paths: list[Path]
     scans: np.ndarray
-    channels: int
+    pictures: list[Pictures]
     skip: bool = False
     value_range: ValueRange = PER_IMAGE
+    cache_gb: float | None = None
+    ranged: np.ndarray | None = None
+
+    @property
+    def form(self) -> Form:
+        """The form of the pictures for evaluation."""
+        return self.pictures[0].form
+
+    def subset(self, rows: np.ndarray) -> "Files":
+        """Returns some of the files.
+
+        Args:
+            rows: the indices of the files to return (N).
+        """
+        return replace(
+            self,
+            paths=[self.paths[row] for row in rows],
+            scans=self.scans[rows],
+            pictures=[pictures.subset(rows) for pictures in self.pictures],
+            ranged=self.ranged[rows] if self.ranged is not None else None,
+        )
 
 
 class FileImages(Images):
@@ -224,9 +268,14 @@ class FileImages(Images):
         self.labels = np.asarray(labels, dtype=np.int64)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        path = self.files.paths[self.rows[index]]
+        return self._decode(index)
+
+    def _decode(self, index: int, least_side: int | None = None) -> torch.Tensor:
+        path, files = self.files.paths[self.rows[index]], self.files
         try:
-            return torch.from_numpy(decode(path, self.files.channels, self.files.value_range))
+            return torch.from_numpy(
+                decode(path, files.form.channels, files.value_range, least_side)
+            )
         except BadImage as bad:
             raise BadImage(f"{path}: {bad}") from None
 
@@ -243,9 +292,7 @@ class FileImages(Images):
 
         The new dataset does not contain the other files of the old dataset.
         """
-        paths = [self.files.paths[row] for row in self.rows]
-        files = replace(self.files, paths=paths, scans=self.files.scans[self.rows])
-        return FileImages(files, self.labels)
+        return FileImages(self.files.subset(self.rows), self.labels)
 
     def decode_as(self, channels: int, value_range: ValueRange) -> None:
         """Sets how the files of the whole dataset are decoded from now on.
@@ -253,22 +300,36 @@ class FileImages(Images):
         Args:
             channels: 1 for gray, 3 for RGB. Other numbers change nothing.
             value_range: how values of more than 8 bits become bytes.
+
+        Raises:
+            Refused: a file with more than 8 bits can no longer be decoded.
         """
-        self.files.value_range = value_range
-        if channels in (1, 3):
-            self.files.channels = channels
+        files, is_deep = self.files, bool((self.files.scans["kind"] != b"").any())
+        own = {"value_range": value_range if is_deep else None}  # others do not depend on it
+        own |= {"channels": channels} if channels in (1, 3) else {}
+        wanted = [(replace(kept.form, **own), kept.is_wanted) for kept in files.pictures]
+        files.value_range = value_range
+        if any(form != kept.form for (form, _), kept in zip(wanted, files.pictures)):
+            ranged = value_range if isinstance(own["value_range"], list) else PER_IMAGE
+            files.ranged, bad, files.pictures = scan(
+                files.root,
+                files.paths,
+                lambda _: wanted,
+                value_range=ranged,
+                cache_gb=files.cache_gb,
+            )
+            for path, reason in bad.items():
+                raise Refused(f"data.root: {path}: read a moment ago, and now: {reason}")
 
     def sizes(self) -> tuple[int, int, int]:
-        """Returns the number of channels and the sides of the images.
+        """Returns the number of channels and the size of the pictures.
 
         Returns:
             Three values. The first value is the number of channels to which the files are decoded.
-            The second and third values are the shortest and the longest side of all images, in
-            pixels.
+            The second and third values are the height and width of the pictures for evaluation.
         """
-        scans = self.files.scans[self.rows]
-        sides = np.stack([scans["height"], scans["width"]])
-        return self.files.channels, int(sides.min()), int(sides.max())
+        form = self.files.form
+        return form.channels, form.size, form.size
 
     def pixel_sums(self) -> tuple[float, np.ndarray, np.ndarray]:
         """Returns the sums that give the mean and std of each channel.
@@ -278,19 +339,11 @@ class FileImages(Images):
             together. The second value is the sum of each channel's pixel values (0 to 255), shape
             (C). The third value is the sum of the squares of the pixel values of each channel,
             shape (C). C is 1 or 3, the number of channels to which the files are decoded.
-
-        Raises:
-            Refused: a file with more than 8 bits can no longer be decoded.
         """
-        scans, files = self.files.scans[self.rows], self.files
-        deep = np.flatnonzero(scans["kind"] != b"")
-        if len(deep) and isinstance(files.value_range, list):
-            paths = [files.paths[row] for row in self.rows[deep]]
-            scans[deep], bad = scan(files.root, paths, value_range=files.value_range)
-            for path, reason in bad.items():
-                raise Refused(f"data.root: {path}: read a moment ago, and now: {reason}")
-        number = float((scans["height"] * scans["width"]).sum())
-        channels = [3] if self.files.channels == 1 else [0, 1, 2]
+        files = self.files
+        scans = (files.scans if files.ranged is None else files.ranged)[self.rows]
+        number = float(scans["count"].sum())
+        channels = [3] if files.form.channels == 1 else [0, 1, 2]
         return number, scans["sums"].sum(axis=0)[channels], scans["squares"].sum(axis=0)[channels]
 
     def checksum(self) -> int:
@@ -304,25 +357,34 @@ class FileImages(Images):
         """Returns a number for each image, the same for images with the same pixels, uint64 (N)."""
         return self.files.scans["pixels"][self.rows]
 
-    def decoded(self, size: int, channels: int) -> torch.Tensor | None:
-        """Returns the pixels of the whole dataset, even if this object is a subset.
+    def picture(self, index: int, form: Form) -> torch.Tensor:
+        """Returns an image in the form in which it is augmented or evaluated, (C, H, W).
 
-        The pixels are kept in the user's cache folder, so that later calls and runs need not decode
-        the files. After the call, single images are read with the same number of channels.
+        The file is decoded only if the picture is not in the cache.
 
         Args:
-            size: height and width in pixels to which images are resized and cropped.
-            channels: 1 for gray, 3 for RGB.
-
-        Returns:
-            Pixels of all M files, uint8 (M, size, size, channels).
+            index: index of the image in this object.
+            form: the form of the picture.
 
         Raises:
-            Refused: a file can no longer be decoded.
+            BadImage: the file cannot be decoded.
         """
-        self.files.channels = channels
-        files = self.files
-        return decode_all(files.paths, files.scans, size, channels, files.value_range)
+        kept = self._kept(form)
+        picture = kept.get(self.rows[index]) if kept is not None else None
+        return form.apply(self._decode(index, form.least_side)) if picture is None else picture
+
+    def store(self, form: Form) -> tuple[torch.Tensor, np.ndarray] | None:
+        """Returns the pictures of a pack, if the pack contains all pictures of this object.
+
+        Args:
+            form: the form of the pictures, without a margin.
+        """
+        kept = self._kept(form)
+        return kept.subset(self.rows).store() if kept is not None else None
+
+    def _kept(self, form: Form) -> Pictures | None:
+        form = replace(form, value_range=self.files.form.value_range)
+        return next((kept for kept in self.files.pictures if kept.form == form), None)
 
 
 class UserImages(Images):

@@ -2,21 +2,25 @@
 
 import itertools
 import re
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from cnn.config import DataConfig
 from cnn.config.values import suggest
-from cnn.datasets.copies import check_copies
+from cnn.datasets.copies import Item, check_copies
 from cnn.datasets.findings import Findings
 from cnn.datasets.images import FileImages, Files
-from cnn.datasets.scan import scan
+from cnn.datasets.preprocessing import Form
+from cnn.datasets.scan import Wanted, match_scaled, scan
 from cnn.errors import Refused
 from cnn.utils.screen import list_some
 
 # Files of the masks of a segmentation, such as masks/1.png and 1_mask.png.
 MASKS = re.compile(r"/(masks|annotations)/[^/]*$|_(mask|seg|gt)\.\w+$", re.IGNORECASE)
+DEFAULT_IMAGE_SIZE = 224  # pixels, for images of several sizes if the user sets no size
 MAX_NAMED = 20  # classes listed in a message
 
 Listing = dict[str, list[tuple[Path, str]]]  # by split, (file, class name) for every image
@@ -44,26 +48,21 @@ def read_listing(
         Refused: there are fewer than two classes, or files do not decode. All files of a split are
             left out. An image has a class that is unknown to the model or to the training.
     """
-    skips = cfg.on_bad_image == "skip"
     classes = model_classes or sorted({label for _, label in listing["train"]})
     _check_classes(cfg.root, listing, classes, of_model=model_classes is not None)
     items = [(path, label, split) for split, part in listing.items() for path, label in part]
     masks = [path.name for path, *_ in items if MASKS.search(path.as_posix())]
     findings.add_all("image", masks, "named like masks; a mask is no picture of a class")
-    scans, bad = scan(Path(cfg.root), [path for path, *_ in items], verify=cfg.verify)
-    if bad:
-        reasons = [f"{path}: {why}" for path, why in bad.items()]
-        advice = "repair or remove them, or leave them out with data.on_bad_image=skip"
-        if skips:
-            advice = f"left out: {list_some(reasons)}"
-        findings.add_all("image file", reasons, f"cannot be decoded; {advice}", refuse=not skips)
-        scans = scans[[path not in bad for path, *_ in items]]
-        items = [item for item in items if item[0] not in bad]
+    paths, root = [path for path, *_ in items], Path(cfg.root)
+    plan = partial(_plan_forms, cfg, np.array([split for *_, split in items]))
+    scans, bad, pictures = scan(root, paths, plan, verify=cfg.verify, cache_gb=cfg.cache_gb)
+    _tell_bad(bad, cfg.on_bad_image == "skip", findings)
+    files = Files(root, paths, scans, pictures, cfg.on_bad_image == "skip", cache_gb=cfg.cache_gb)
+    files, items = _keep(files, items, np.array([path not in bad for path in paths]))
     if cfg.on_duplicate != "ignore":
-        stays = check_copies(scans["pixels"], items, cfg.on_duplicate, findings)
-        scans, items = scans[stays], list(itertools.compress(items, stays))
-    channels, paths = 1 if scans["gray"].all() else 3, [path for path, *_ in items]
-    files = Files(Path(cfg.root), paths, scans, channels, skip=skips)
+        match_scaled(files.scans, files.paths)
+        stays = check_copies(files.scans["pixels"], items, cfg.on_duplicate, findings)
+        files, items = _keep(files, items, stays)
     numbers = {name: number for number, name in enumerate(classes)}
     labels = np.array([numbers[label] for _, label, _ in items])
     splits = {}
@@ -73,6 +72,45 @@ def read_listing(
             raise Refused(f"data.root: no image of {split} is left")
         splits[split] = FileImages(files, labels[rows], rows)
     return splits, classes
+
+
+def _tell_bad(bad: dict[Path, str], skips: bool, findings: Findings) -> None:
+    reasons = [f"{path}: {why}" for path, why in bad.items()]
+    advice = "repair or remove them, or leave them out with data.on_bad_image=skip"
+    if skips:
+        advice = f"left out: {list_some(reasons)}"
+    findings.add_all("image file", reasons, f"cannot be decoded; {advice}", refuse=not skips)
+
+
+def _keep(files: Files, items: list[Item], stays: np.ndarray) -> tuple[Files, list[Item]]:
+    return files.subset(np.flatnonzero(stays)), list(itertools.compress(items, stays))
+
+
+def _plan_forms(cfg: DataConfig, splits: np.ndarray, headers: np.ndarray) -> Wanted:
+    """Chooses the forms in which the pictures of a dataset are decoded.
+
+    Without a setting, the image size is that of the training images if they are squares of one
+    size, and the images are gray if all files are.
+
+    Args:
+        cfg: the section `data` of the settings.
+        splits: the split of each file (N).
+        headers: the size of each file and whether it is gray, of the dtype `SCAN` (N).
+
+    Returns:
+        The forms, each with a mask (N) of the files of which the pictures are needed in this form.
+    """
+    is_train, is_known = splits == "train", headers["height"] > 0
+    sides = headers[is_train & is_known]
+    sides = np.unique([sides["height"], sides["width"]]).tolist()
+    size = cfg.image_size or (sides[0] if len(sides) == 1 else DEFAULT_IMAGE_SIZE)
+    channels = cfg.channels if cfg.channels in (1, 3) else 3 - 2 * headers["gray"][is_known].all()
+    form = Form(size, int(channels), cfg.fit, scaled=cfg.decode == "scaled", value_range=None)
+    if all(change.name != "resized_crop" for change in cfg.augment):
+        return [(form, np.ones(len(splits), bool))]
+    # Until the division, every training image can become one for validation or test.
+    is_evaluated = ~is_train | bool({"val", "test"} - set(splits))
+    return [(form, is_evaluated), (replace(form, margin=True), is_train)]
 
 
 def _check_classes(root: str, listing: Listing, classes: list[str], *, of_model: bool) -> None:

@@ -22,7 +22,8 @@ from cnn.datasets import workers
 from cnn.datasets.augment import BATCH_DRAWS, Augmentation, BatchAugmentation
 from cnn.datasets.images import Images
 from cnn.datasets.order import EVALUATION, Key, draw_balanced, keys_of, share_of, split_epoch
-from cnn.datasets.preprocessing import Normalize, Preprocessing, resize_and_crop
+from cnn.datasets.preprocessing import Normalize, Preprocessing
+from cnn.datasets.preprocessing import fit_image as resize_and_crop
 from cnn.errors import BadImage, DataFailed, Refused
 from cnn.utils import seeding
 
@@ -325,10 +326,10 @@ class MemoryLoader(Loader):
             and "erase" are possible.
     """
 
-    def __init__(self, *args, pixels: torch.Tensor, augment: list[AugmentationConfig]):
+    def __init__(self, *args, store: tuple, augment: list[AugmentationConfig]):
         super().__init__(*args)
-        self._gather = BatchAugmentation(pixels.to(self.device), [cfg.name for cfg in augment])
-        self._rows = torch.from_numpy(self.images.rows).to(self.device)
+        self._gather = BatchAugmentation(store[0].to(self.device), [cfg.name for cfg in augment])
+        self._rows = torch.from_numpy(store[1]).to(self.device)
         self._labels = torch.from_numpy(self.images.labels).to(self.device)
 
     def _draws(self, epoch: int) -> torch.Tensor | None:
@@ -415,14 +416,16 @@ def build_loader(
     if not training:  # not too large, so that every process has batches to evaluate
         batch_size = min(EVALUATION_BATCHES * batch_size, max(batch_size, LARGEST_EVALUATION_BATCH))
     common = (images, preprocessing, batch_size, device, seed, cfg.sampler, rank, num_ranks)
-    size, channels = preprocessing.image_size, preprocessing.channels
+    size, channels, form = preprocessing.image_size, preprocessing.channels, preprocessing.form
     slow = [change.name for change in cfg.augment if change.name not in BATCH_DRAWS]
     fits = images.num_decoded * size * size * channels <= MEMORY_LIMIT and not slow
-    if cfg.in_memory is True or (cfg.in_memory == "auto" and fits):
-        pixels = images.decoded(size, channels) if not slow else None
-        if pixels is not None:
-            return MemoryLoader(*common, pixels=pixels, augment=augment)
-        if cfg.in_memory is True:
-            reason = f"data.augment: {', '.join(slow)}" if slow else "your own or resized images"
-            raise Refused(f"data.in_memory: true cannot go with {reason}; say auto")
+    if cfg.in_memory is True or (cfg.in_memory == "auto" and fits and images.num_decoded):
+        if images.num_decoded and not slow:
+            store = images.store(form) or (
+                torch.stack(images.pictures(form)).permute(0, 2, 3, 1).contiguous(),
+                np.arange(len(images)),
+            )
+            return MemoryLoader(*common, store=store, augment=augment)
+        reason = f"data.augment: {', '.join(slow)}" if slow else "your own or resized images"
+        raise Refused(f"data.in_memory: true cannot go with {reason}; say auto")
     return StreamLoader(*common, augment=augment, num_workers=cfg.num_workers)

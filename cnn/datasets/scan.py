@@ -1,41 +1,60 @@
-"""A scan of every image file before training: whether it decodes, its size, brightness and content.
+"""The one pass over all image files before training, in which each file is read and decoded once.
 
-The results are kept in the user's cache folder, never beside the images. The result of a file is
-used again without opening the file as long as `STATUS` stays the same. It is used again without
-decoding the file as long as the bytes of the file stay the same, wherever the file is.
+The pass finds out whether the file decodes, its size, brightness and content, and decodes the
+pictures for training and evaluation. The results are kept in the user's cache folder, never beside
+the images. The result of a file is used again without opening the file as long as `STATUS` stays
+the same. It is used again without decoding the file as long as the bytes of the file stay the same,
+wherever the file is.
 """
 
 import contextlib
 import hashlib
+import io
 import os
 import stat
 import time
-from collections.abc import Iterable
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+import torch
+from PIL import Image
 
 from cnn.datasets.cache import array_hash, cache_folder, content_hash
-from cnn.datasets.decode import DECODER, GRAY_MODES, deep_values, open_image, to_array
+from cnn.datasets.decode import (
+    DECODER,
+    GRAY_MODES,
+    deep_values,
+    open_image,
+    read_header,
+    scale_of,
+    to_array,
+)
+from cnn.datasets.pictures import PackWriter, Pictures
+from cnn.datasets.preprocessing import Form
 from cnn.datasets.value_range import PER_IMAGE, ValueRange, levels_of
 from cnn.errors import BadImage
 from cnn.utils.cpus import usable_cpus
 from cnn.utils.files import write_atomically
+from cnn.utils.progress import show_progress
 
 # What tells that a file was changed or replaced: its size in bytes, the times in ns at which its
 # content and its entry were changed, and its number in the file system.
 STATUS = ("bytes", "changed", "entry_changed", "inode")
 
 # What a scan stores of one file: its status and the time in ns at which it was read; a hash of its
-# bytes; the name of its format; the image's height and width, whether it is gray, the sums of the
-# pixel values 0..255 and of their squares, each for red, green, blue, and gray, and a hash of these
-# pixels. Of an image with more than 8 bits per value, there are also the type of the values, such
-# as "uint16", and `levels_of` the values; the hash is of the values.
+# bytes; the name of its format; the image's height and width, whether it is gray, and by how much
+# its decoding was scaled, 0 if all pixels count; the number of pixels that count, the sums of their
+# values 0..255 and of the squares, each for red, green, blue, and gray, and a hash of the pixels.
+# Of an image with more than 8 bits per value, there are also the type of the values, such as
+# "uint16", and `levels_of` the values; the hash is of the values.
 SCAN = np.dtype(
-    [(name, "i8") for name in (*STATUS, "read", "height", "width")]
+    [(name, "i8") for name in (*STATUS, "read", "height", "width", "scale", "count")]
     + [("content", "u8"), ("format", "S12"), ("gray", "?"), ("sums", "f8", 4)]
     + [("squares", "f8", 4), ("pixels", "u8"), ("kind", "S8"), ("levels", "f8", 5)]
 )
@@ -43,26 +62,45 @@ SCAN = np.dtype(
 # A file can change again without a new time of change, if that follows within the time that the
 # clock of the file system takes to advance: 2 s on FAT.
 CLOCK = 2 * 10**9  # ns
+SAMPLED = 64  # pixels of the shorter side that count in the sums at least, if the decoding scales
+EMPTY = np.zeros((), SCAN)  # the row of a file that does not decode
+LABEL = "looking at the images"
+CHUNK = 256  # images that are decoded together
+SAVE_EVERY = 60  # seconds; a start that is killed loses no more
+
+# The forms of pictures that are wanted, each with a mask of the files (N) of which it is wanted.
+Wanted = list[tuple[Form, np.ndarray]]
 
 
 def scan(
-    root: Path, paths: list[Path], *, verify: bool = False, value_range: ValueRange = PER_IMAGE
-) -> tuple[np.ndarray, dict[Path, str]]:
-    """Returns the sizes and pixel sums of image files, and finds broken files.
+    root: Path,
+    paths: list[Path],
+    plan: Callable[[np.ndarray], Wanted],
+    *,
+    verify: bool = False,
+    value_range: ValueRange = PER_IMAGE,
+    cache_gb: float | None = None,
+) -> tuple[np.ndarray, dict[Path, str], list[Pictures]]:
+    """Finds broken files, returns the sizes and pixel sums of images, and decodes pictures.
 
     The results are kept in the user's cache folder. A file is read again only if its status differs
-    from the cache, or if it was changed less than 2 s before it was read.
+    from the cache, if it was changed less than 2 s before it was read, or if a picture lacks.
 
     Args:
         root: the folder or CSV file of the dataset. Each dataset has a cache of its own.
         paths: the N image files.
+        plan: a function that returns the forms of the pictures to decode, all of one size. The
+            argument is an array (N) of the dtype `SCAN`, of which only "height", "width" and "gray"
+            are known. They are 0 for a file that cannot be opened.
         verify: whether to read all files again.
         value_range: how values of more than 8 bits become bytes for the sums.
+        cache_gb: how many GB of pictures the cache may contain.
 
     Returns:
-        Two values. The first value is an array (N) with one row per path, of the dtype `SCAN` of
+        Three values. The first value is an array (N) with one row per path, of the dtype `SCAN` of
         this module. The second value is a dict from each file that does not decode to the reason.
-        In the array, the row of a file that does not decode is all zeros.
+        In the array, the row of a file that does not decode is all zeros. The third value is the
+        pictures (N) in each form, as far as they are in the cache.
     """
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
     if value_range != PER_IMAGE:
@@ -71,22 +109,49 @@ def scan(
     names = [os.path.abspath(path) for path in paths]
     known, at = _load(cache)
     rows = np.append(known, np.zeros(1, SCAN))[[at.get(name, -1) for name in names]]
-    is_valid = _is_unchanged(rows, paths) & (not verify)
-    todo = np.flatnonzero(~is_valid).tolist()
-    bad: dict[Path, str] = {}
-    if todo:
-        read = partial(_scan_file, {row["content"].item(): row for row in known}, value_range)
-        with ThreadPoolExecutor(usable_cpus()) as pool:
-            results = pool.map(read, (paths[number] for number in todo))
-            bar = tqdm(results, "looking at the images", len(todo), disable=None, leave=False)
-            for number, result in zip(todo, bar):
-                is_valid[number] = not isinstance(result, str)
-                if isinstance(result, str):
-                    bad[paths[number]], result = result, np.zeros((), SCAN)
-                rows[number] = result
-        good = np.flatnonzero(is_valid).tolist()
-        _store(cache, [names[number] for number in good], rows[good])
-    return rows, bad
+    rows[~_is_unchanged(rows, paths)] = EMPTY
+    wanted = plan(_with_headers(rows, paths))
+    least_side = wanted[0][0].least_side
+    known, rows = (
+        np.where(part["scale"] == _scales(part, least_side), part, EMPTY) for part in (known, rows)
+    )
+    writers = [PackWriter(form, rows["content"], mask, cache_gb) for form, mask in wanted]
+    reader = _Reader({row["content"].item(): row for row in known}, value_range, writers)
+    todo = np.flatnonzero((rows["read"] == 0) | verify | np.any([w.lacks for w in writers], axis=0))
+    bad = _read_files(reader, paths, todo, rows, partial(_store, cache, names, rows))
+    return rows, bad, [writer.finish(rows["content"]) for writer in writers]
+
+
+def _read_files(
+    reader: "_Reader", paths: list[Path], todo: np.ndarray, rows: np.ndarray, store: Callable
+) -> dict[Path, str]:
+    """Reads image files, and hands their pictures to the writers.
+
+    Args:
+        reader: reads the files.
+        paths: the N image files.
+        todo: the indices of the files to read.
+        rows: the rows (N), into which those of the files are written.
+        store: a function that keeps the rows for later starts.
+
+    Returns:
+        A dict from each file that does not decode to the reason.
+    """
+    bad, saved = {}, time.monotonic()
+    results = show_progress(reader.read_all(paths, todo), LABEL, len(todo), every_seconds=10)
+    for number, (row, pictures) in zip(todo.tolist(), results):
+        if isinstance(row, str):
+            bad[paths[number]] = row
+        rows[number] = EMPTY if isinstance(row, str) else row
+        for writer, picture in zip(reader.writers, pictures):
+            if picture is not None:
+                writer.add(row["content"].item(), picture)
+        if time.monotonic() > saved + SAVE_EVERY:
+            saved = time.monotonic()
+            store()
+    if len(todo):
+        store()
+    return bad
 
 
 def _is_unchanged(rows: np.ndarray, paths: Iterable[Path]) -> np.ndarray:
@@ -110,54 +175,168 @@ def _status(path: Path) -> tuple[int, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
-def _scan_file(
-    known: dict[int, np.ndarray], value_range: ValueRange, path: Path
-) -> np.ndarray | str:
-    """Reads an image file and returns the size, the pixel sums and the content of the image.
+@dataclass
+class _Reader:
+    """A function that reads image files.
+
+    Attributes:
+        known: the rows of an earlier scan, by the hash of the file. A file with the same bytes is
+            not decoded again, unless pictures lack.
+        value_range: how values of more than 8 bits become bytes for the sums.
+        writers: for each form of pictures, the writer, which knows what pictures lack.
+    """
+
+    known: dict[int, np.ndarray]
+    value_range: ValueRange
+    writers: list[PackWriter]
+
+    def read_all(self, paths: list[Path], todo: np.ndarray) -> Iterator[tuple]:
+        """Yields what `read` returns for some of the files, which are read in several threads.
+
+        Args:
+            paths: the N image files.
+            todo: the indices of the files to read.
+        """
+        with ThreadPoolExecutor(usable_cpus()) as pool:
+            for start in range(0, len(todo), CHUNK):  # pictures of CHUNK files wait in memory
+                numbers = todo[start : start + CHUNK].tolist()
+                yield from pool.map(self.read, (paths[number] for number in numbers), numbers)
+
+    def read(self, path: Path, number: int) -> tuple[np.ndarray | str, list[torch.Tensor | None]]:
+        """Reads an image file.
+
+        Args:
+            path: the image file.
+            number: the index of the file.
+
+        Returns:
+            Two values. The first value is a row of the dtype `SCAN` of this module. If the file
+            does not decode, the first value is a text with the reason. The second value is the
+            picture for each writer, uint8 (C, H, W), or None if the writer needs none.
+        """
+        nothing = [None] * len(self.writers)
+        try:
+            read, status = time.time_ns(), _status(path)
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                return "not a regular file", nothing
+            file = io.BytesIO(path.read_bytes())
+            content = content_hash(file)
+            row = self.known.get(content)
+            forms = [w.form if w.lacks[number] and content not in w else None for w in self.writers]
+            if row is None or any(forms):
+                image = open_image(file, self.writers[0].form.least_side)
+                rgb = to_array(image, 3, self.value_range)
+            if row is None:
+                row = _look_at(image, rgb, self.writers[0].form.least_side)
+            pictures = [form and _picture(image, rgb, form) for form in forms]
+        except OSError as error:
+            return error.strerror or str(error), nothing
+        except BadImage as bad:
+            return str(bad), nothing
+        row = row.copy()
+        for name, value in zip(STATUS, status):
+            row[name] = value
+        row["read"], row["content"] = read, content
+        return row, pictures
+
+
+def _picture(image: Image.Image, rgb: np.ndarray, form: Form) -> torch.Tensor | None:
+    """Returns the picture of an image in a form, or None if the range of values is not known yet.
 
     Args:
-        known: a dict from the hash of a file to the row of an earlier scan. A file with the same
-            bytes is not decoded again.
-        value_range: how values of more than 8 bits become bytes for the sums.
-        path: the image file.
-
-    Returns:
-        One row of the dtype `SCAN` of this module. If the file does not decode, a text with the
-        reason.
+        image: the image, as `open_image` returns it.
+        rgb: the pixels of the image, uint8 (3, H, W).
+        form: the form of the picture.
     """
-    try:
-        read, status = time.time_ns(), _status(path)
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return "not a regular file"
-        with open(path, "rb") as file:
-            content = content_hash(file)
-        row = known[content].copy() if content in known else _look_at(path, value_range)
-    except OSError as error:
-        return error.strerror or str(error)
-    except BadImage as bad:
-        return str(bad)
-    for name, value in zip(STATUS, status):
-        row[name] = value
-    row["read"], row["content"] = read, content
-    return row
+    is_deep = deep_values(image) is not None
+    if is_deep and form.value_range is None:
+        return None
+    if is_deep or form.channels == 1:
+        rgb = to_array(image, form.channels, form.value_range)
+    return form.apply(torch.from_numpy(rgb))
 
 
-def _look_at(path: Path, value_range: ValueRange) -> np.ndarray:
-    """Decodes an image and returns a row of the dtype `SCAN` without the facts about the file."""
-    image = open_image(path)
-    pixels = np.concatenate([to_array(image, channels, value_range) for channels in (3, 1)])
+def _look_at(image: Image.Image, rgb: np.ndarray, least_side: int | None) -> np.ndarray:
+    """Returns a row of the dtype `SCAN` without the facts about the file.
+
+    If JPEG files are decoded at a smaller scale, not all pixels of a large image count in the sums.
+
+    Args:
+        image: the image, as `open_image` returns it.
+        rgb: the pixels of the image, uint8 (3, H, W).
+        least_side: the pixels that the shorter side needs at least, or None for all pixels.
+    """
     row = np.zeros((), SCAN)
-    row["height"], row["width"] = pixels.shape[1:]  # of 4, H, W
+    row["width"], row["height"] = image.full_size
     row["gray"], row["format"] = image.mode in GRAY_MODES, image.format
-    counts = np.stack([np.bincount(channel.ravel(), minlength=256) for channel in pixels])
+    row["scale"] = _scales(row, least_side)
+    step = 1 if least_side is None else max(1, min(rgb.shape[1:]) // SAMPLED)
+    sample = np.ascontiguousarray(rgb[:, ::step, ::step])
+    gray = Image.fromarray(sample.transpose(1, 2, 0).copy()).convert("L")
+    sample = np.concatenate([sample, np.asarray(gray)[None]])
+    counts = np.stack([np.bincount(channel.ravel(), minlength=256) for channel in sample])
     values = np.arange(256.0)
-    row["sums"], row["squares"] = counts @ values, counts @ values**2
+    row["count"], row["sums"], row["squares"] = (
+        gray.width * gray.height,
+        counts @ values,
+        counts @ values**2,
+    )
     values = deep_values(image)
     if values is not None:
-        row["kind"], pixels = values.dtype.name, values.astype(np.float64) + 0.0  # no -0.0
-        row["levels"] = levels_of(pixels)
-    row["pixels"] = array_hash(pixels)
+        row["kind"], sample = values.dtype.name, values.astype(np.float64) + 0.0  # no -0.0
+        row["levels"] = levels_of(sample)
+    row["pixels"] = array_hash(sample)
+    if least_side is not None and values is None:  # faster than a hash of all pixels
+        row["pixels"] ^= np.uint64(zlib.crc32(np.ascontiguousarray(rgb.transpose(1, 2, 0))) << 32)
     return row
+
+
+def _scales(rows: np.ndarray, least_side: int | None) -> np.ndarray:
+    """Returns by how much the decoding of each image is scaled, 0 if all pixels count (N)."""
+    if least_side is None:
+        return np.zeros(rows.shape, np.int64)
+    scales = scale_of(np.minimum(rows["height"], rows["width"]), least_side)
+    return np.where(np.isin(rows["format"], (b"JPEG", b"MPO")), scales, 1)
+
+
+def _with_headers(rows: np.ndarray, paths: list[Path]) -> np.ndarray:
+    """Returns rows with the size and the mode of each image, as the header of the file says.
+
+    Args:
+        rows: the rows of the cache (N). The rows of unknown files, which are opened, are all zeros.
+        paths: the N files.
+    """
+    rows = rows.copy()
+    unknown = np.flatnonzero(rows["read"] == 0).tolist()
+    with ThreadPoolExecutor(usable_cpus()) as pool:
+        headers = pool.map(read_header, (paths[number] for number in unknown))
+        for number, header in zip(unknown, show_progress(headers, LABEL, len(unknown), 0, 10)):
+            rows["height"][number], rows["width"][number], rows["gray"][number] = header
+    return rows
+
+
+def match_scaled(rows: np.ndarray, paths: list[Path]) -> None:
+    """Gives images of equal pixels one hash, though not all were decoded at the same scale.
+
+    A JPEG file that was decoded at a smaller scale has other pixels than a lossless copy. So the
+    file is decoded in full if another image has the same size and nearly the same mean colors.
+
+    Args:
+        rows: the rows of the files, of the dtype `SCAN` (N), which are changed in place.
+        paths: the files (N).
+    """
+    means = rows["sums"] / rows["count"][:, None]
+    whole = defaultdict(list)
+    for number in np.flatnonzero(rows["scale"] == 1).tolist():
+        whole[rows[number][["height", "width"]].item()].append(number)
+    for number in np.flatnonzero(rows["scale"] > 1).tolist() if whole else ():
+        same = np.array(whole.get(rows[number][["height", "width"]].item(), []), int)
+        near = same[(np.abs(means[same] - means[number]) < 1).all(axis=1)]
+        if len(near):
+            image = open_image(paths[number])
+            pixels = _look_at(image, to_array(image, 3), least_side=1)["pixels"]
+            if pixels in rows["pixels"][near]:
+                rows["pixels"][number] = pixels
 
 
 def _load(cache: Path) -> tuple[np.ndarray, dict[str, int]]:
@@ -179,6 +358,8 @@ def _load(cache: Path) -> tuple[np.ndarray, dict[str, int]]:
 
 
 def _store(cache: Path, names: list[str], rows: np.ndarray) -> None:
+    known = np.flatnonzero(rows["read"]).tolist()
+    names, rows = [names[number] for number in known], rows[known]
     text = np.frombuffer(os.fsencode("\0".join(names)), np.uint8)
     with contextlib.suppress(OSError):  # without the cache, the next start only has to scan again
         cache.parent.mkdir(parents=True, exist_ok=True)

@@ -59,7 +59,7 @@ def choose_images(trained: TrainedModel, split: str) -> EvaluationData:
             does not have. Data that have changed since the training are refused, too, unless the
             command line names the data.
     """
-    cfg = as_trained(trained.cfg.data, trained.content["data"])
+    cfg = as_trained(trained.cfg.data, trained.content["data"], trained.preprocessing)
     splits, classes = read_splits(cfg, Findings(), trained.classes)
     source = cfg.name if cfg.name not in ("folder", "csv") else cfg.root
     parts = _divide_as_trained(trained, cfg, splits, classes)

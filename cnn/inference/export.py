@@ -20,7 +20,7 @@ from torch import nn
 
 from cnn.config import ModelConfig
 from cnn.datasets.build import build_data
-from cnn.datasets.preprocessing import Normalize, Preprocessing, resize_and_crop
+from cnn.datasets.preprocessing import Normalize, Preprocessing
 from cnn.errors import Failed, Refused, first_line
 from cnn.inference.evaluation import set_decoding
 from cnn.inference.trained_model import TrainedModel
@@ -374,7 +374,7 @@ def sample_images(trained: TrainedModel) -> tuple[torch.Tensor, str]:
         val = build_data(replace(trained.cfg.data, download=False), trained.cfg.seed, pre).val
         set_decoding(trained, val)
         indices = range(min(number, len(val)))
-        images = torch.stack([resize_and_crop(val[index], pre.image_size) for index in indices])
+        images = torch.stack([val.picture(index, pre.form) for index in indices])
         return images[torch.arange(number) % len(images)], f"{len(images)} validation images"
     except Exception as error:  # noqa: BLE001  the user's own dataset may raise anything
         logger.info("the images of the training are not available here (%s)", first_line(error))

@@ -6,7 +6,7 @@
     prediction = predictor("photo.jpg")  # a path, a PIL image or an array; or a list of them
     print(prediction.classes[0], prediction.probabilities[0])
 
-A picture is prepared as a validation image is: `decode`, `resize_and_crop`, `Normalize`.
+A picture is prepared as a validation image is: `decode`, `fit_image`, `Normalize`.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from PIL import Image
 from cnn.datasets.decode import open_image, to_array, upright
 from cnn.datasets.loader import EVALUATION_BATCHES
 from cnn.datasets.order import split_epoch
-from cnn.datasets.preprocessing import Normalize, resize_and_crop
+from cnn.datasets.preprocessing import Normalize
 from cnn.errors import BadImage, DataFailed, Refused
 from cnn.inference import host
 from cnn.inference.trained_model import TrainedModel, load_trained_model
@@ -72,7 +72,7 @@ class Predictor:
 
     def __init__(self, trained: TrainedModel):
         self.trained, self.model, self.classes = trained, trained.model, trained.classes
-        self._pre = trained.preprocessing
+        self._pre, self._form = trained.preprocessing, trained.preprocessing.form
         if self._pre.channels not in (1, 3):
             raise Refused(f"{trained.path}: expected 1 or 3 channels, got {self._pre.channels}")
         self._normalize = Normalize(self._pre, trained.device)
@@ -182,7 +182,8 @@ class Predictor:
             returned and not raised.
         """
         try:
-            pixels = to_array(_to_image(picture), self._pre.channels, self._pre.value_range)
+            image = _to_image(picture, self._form.least_side)
+            pixels = to_array(image, self._form.channels, self._form.value_range)
         except (DataFailed, MemoryError):
             raise
         except Exception as error:  # noqa: BLE001  a file that is no file of Python raises anything
@@ -190,7 +191,7 @@ class Predictor:
             if isinstance(picture, str | os.PathLike):
                 return BadImage(f"{os.fspath(picture)}: {reason}")
             return BadImage(f"picture: {reason}; {TAKEN}")
-        return resize_and_crop(torch.from_numpy(pixels), self._pre.image_size)
+        return self._form.apply(torch.from_numpy(pixels))
 
     @torch.no_grad()
     def _predict_batch(
@@ -249,11 +250,12 @@ def _is_single(pictures: object) -> bool:
     return is_picture or not isinstance(pictures, Iterable)
 
 
-def _to_image(picture: object) -> Image.Image:
+def _to_image(picture: object, least_side: int | None) -> Image.Image:
     """Returns a picture as an upright PIL image.
 
     Args:
         picture: a picture of one of the types that `Predictor.__call__` takes.
+        least_side: the pixels that the shorter side of a JPEG file needs at least, or None for all.
 
     Raises:
         BadImage: the picture cannot be read or is of another type.
@@ -262,7 +264,7 @@ def _to_image(picture: object) -> Image.Image:
         picture = io.BytesIO(picture)
     is_file = hasattr(picture, "read") and not isinstance(picture, io.TextIOBase)
     if is_file or isinstance(picture, str | os.PathLike):
-        return open_image(picture)
+        return open_image(picture, least_side)
     if isinstance(picture, np.ndarray):
         got = f"{picture.dtype} {picture.shape}"
         is_image = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (1, 3, 4))

@@ -87,8 +87,8 @@ def _build_data(cfg: Config, group: Group, checkpoint: Checkpoint | None) -> Dat
     if checkpoint is None:
         return build_once_per_node(group, lambda: build_data(cfg.data, cfg.seed))
     path, content = checkpoint.path, checkpoint.content
-    wanted = as_trained(cfg.data, content["data"])
     saved = Preprocessing.from_checkpoint(path, content["preprocessing"])
+    wanted = as_trained(cfg.data, content["data"], saved)
     return build_once_per_node(group, lambda: build_data(wanted, cfg.seed, saved))
 
 

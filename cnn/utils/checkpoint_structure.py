@@ -60,6 +60,7 @@ def is_plain(value: Any) -> bool:
 ANY = Leaf("plain values or tensors", lambda _: True)
 PLAIN = Leaf("plain values", is_plain)
 NULL = Leaf("null", lambda value: value is None)
+FLAG = Leaf("true or false", lambda value: type(value) is bool)
 TEXT = Leaf("text", lambda value: type(value) is str)
 WHOLE = Leaf("a whole number of at least 0", lambda v: type(v) is int and 0 <= v < MAX_INT)
 NUMBER = Leaf("a number", lambda v: type(v) in (int, float) and v >= -math.inf)  # but not NaN
@@ -89,6 +90,8 @@ CHECKPOINT = {
         "mean": [AMOUNT],
         "std": [AMOUNT],
         "value_range?": (NULL, TEXT, [NUMBER]),
+        "fit?": TEXT,
+        "scaled?": FLAG,
     },
     "class_weights?": (NULL, [AMOUNT]),
     "data": dict.fromkeys(("train", "val", "test", "checksum", "content?"), WHOLE),

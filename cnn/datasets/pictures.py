@@ -1,0 +1,256 @@
+"""Decoded pictures, kept between runs in packs, which are files in the user's cache folder.
+
+A pack contains the pixels of pictures in one form, one picture after the other, and a table of the
+pictures at the end. Packs are mapped into memory, so that all processes share them. A picture is
+found by a hash of the content of its image file, whatever the name and the times of the file say.
+Every picture has a checksum, which is compared when a process reads the picture first. A pack gets
+its name once it is complete. A picture that is not found, or is damaged, is decoded again.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import uuid
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cnn.datasets.cache import cache_folder, make_room, size_limit
+from cnn.datasets.decode import DECODER
+from cnn.datasets.preprocessing import Form
+from cnn.utils.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+PACK_BYTES = 2**27  # a pack is written once it is this large; a killed start loses no more
+
+# One picture: the hash of its file, its first byte in the pack, its size, and a CRC-32.
+ENTRY = np.dtype(
+    [("content", "u8"), ("start", "i8"), ("height", "i4"), ("width", "i4"), ("crc", "u4")]
+    + [("pack", "i4")]
+)
+END = np.dtype([("number", "i8"), ("crc", "i8")])  # the last bytes of a pack, about its table
+
+
+class Packs:
+    """All packs with pictures of one form.
+
+    Args:
+        form: the form of the pictures.
+
+    Attributes:
+        form: the form of the pictures.
+        paths: the packs.
+    """
+
+    def __init__(self, form: Form):
+        self.form, self.paths = form, sorted(cache_folder().glob(f"{_prefix(form)}*.bin"))
+        tables = [np.zeros(1, ENTRY), *map(_read_table, self.paths)]
+        for number, table in enumerate(tables):
+            table["pack"] = number - 1
+        table = np.concatenate(tables)
+        self._contents, first = np.unique(table["content"], return_index=True)
+        self._table = table[first]
+
+    def find(self, contents: np.ndarray, is_wanted: np.ndarray) -> "Pictures":
+        """Returns the pictures of image files.
+
+        Args:
+            contents: a hash of the content of each image file, uint64 (N).
+            is_wanted: whether the picture of each file is wanted, bool (N).
+        """
+        places = np.searchsorted(self._contents, contents).clip(max=len(self._contents) - 1)
+        is_found = (self._contents[places] == contents) & is_wanted
+        entries = np.where(is_found, self._table[places], np.zeros((), ENTRY))
+        return Pictures(self.form, self.paths, entries, is_wanted)
+
+
+class Pictures:
+    """The decoded pictures of image files, in one form, as far as they are in the cache.
+
+    Args:
+        form: the form of the pictures.
+        paths: the packs.
+        entries: the place of each picture in the packs, of the dtype ENTRY (N). The height is 0 if
+            the picture is not in the cache.
+        is_wanted: whether the picture of each file is wanted, bool (N).
+    """
+
+    def __init__(self, form: Form, paths: list[Path], entries: np.ndarray, is_wanted: np.ndarray):
+        self.form, self.paths, self.entries, self.is_wanted = form, paths, entries, is_wanted
+        self._is_checked = np.zeros(len(entries), bool)
+        self._mapped: dict[int, torch.Tensor] = {}
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_mapped": {}}  # another process maps the packs itself
+
+    @property
+    def is_kept(self) -> np.ndarray:
+        """Whether each picture is in the cache, bool (N)."""
+        return self.entries["height"] > 0
+
+    @property
+    def used_paths(self) -> set[Path]:
+        """The packs that contain pictures of these image files."""
+        return {self.paths[number] for number in np.unique(self.entries["pack"][self.is_kept])}
+
+    def subset(self, rows: np.ndarray) -> "Pictures":
+        """Returns the pictures of some of the image files.
+
+        Args:
+            rows: the indices of the image files, or whether each image file is returned.
+        """
+        return Pictures(self.form, self.paths, self.entries[rows], self.is_wanted[rows])
+
+    def get(self, row: int) -> torch.Tensor | None:
+        """Returns a picture, uint8 (C, H, W), or None if it is not in the cache or is damaged.
+
+        Args:
+            row: the index of the image file.
+        """
+        _, start, height, width, crc, pack = self.entries[row].item()
+        if not height:
+            return None
+        pixels = self._map(pack)[start : start + height * width * self.form.channels]
+        if not self._is_checked[row] and zlib.crc32(pixels.numpy()) != crc:
+            logger.warning("%s: damaged; its pictures are decoded again", self.paths[pack])
+            self.paths[pack].unlink(missing_ok=True)  # mapped pictures stay until the process ends
+            self.entries[row]["height"] = 0
+            return None
+        self._is_checked[row] = True
+        return pixels.view(height, width, self.form.channels).permute(2, 0, 1)
+
+    def store(self) -> tuple[torch.Tensor, np.ndarray] | None:
+        """Returns all pictures as one tensor, if they have one size and lie in one pack.
+
+        Returns:
+            Two values. The first value is the pictures of the pack, uint8 (M, H, W, C). The second
+            value is the index of each picture in the first value (N).
+        """
+        shapes = np.unique(self.entries[["height", "width", "pack"]])
+        if len(shapes) != 1 or any(self.get(row) is None for row in range(len(self.entries))):
+            return None
+        height, width, pack = shapes[0].item()
+        number_bytes = height * width * self.form.channels
+        mapped, starts = self._map(pack), self.entries["start"]
+        shape = (-1, height, width, self.form.channels)
+        return mapped[: starts.max() + number_bytes].view(shape), starts // number_bytes
+
+    def _map(self, pack: int) -> torch.Tensor:
+        """Returns the bytes of a pack, which are empty if the pack was removed, uint8 (bytes)."""
+        if pack not in self._mapped:
+            try:
+                mapped = np.memmap(self.paths[pack], np.uint8, mode="c")  # changes stay in memory
+            except OSError:
+                mapped = np.zeros(0, np.uint8)
+            self._mapped[pack] = torch.from_numpy(mapped)
+        return self._mapped[pack]
+
+
+class PackWriter:
+    """Writes pictures of one form into new packs, as long as there is room.
+
+    An error while writing ends the writing. The pictures that are not in the cache are then decoded
+    whenever they are needed.
+
+    Args:
+        form: the form of the pictures.
+        contents: a hash of the content of each image file, uint64 (N). 0 if unknown.
+        is_wanted: whether the picture of each file is wanted, bool (N).
+        cache_gb: how many GB of pictures the cache may contain. None stands for a quarter of the
+            free space.
+
+    Attributes:
+        form: the form of the pictures.
+        lacks: whether the picture of each file is wanted, is not in the cache, and has room, (N).
+    """
+
+    def __init__(
+        self, form: Form, contents: np.ndarray, is_wanted: np.ndarray, cache_gb: float | None
+    ):
+        self.form, self._cache_gb, self._packs = form, cache_gb, Packs(form)
+        kept, self._is_wanted = self._packs.find(contents, is_wanted), is_wanted
+        self._in_use, self._waiting, self._entries, self._size = kept.used_paths, [], [], 0
+        self.lacks = is_wanted & ~kept.is_kept
+        expected = int(self.lacks.sum()) * form.size**2 * form.channels
+        self._has_room = self._make_room(min(expected, PACK_BYTES))
+        self.lacks &= self._has_room
+
+    def __contains__(self, content: int) -> bool:
+        found = self._packs.find(np.array([content], np.uint64), np.ones(1, bool))
+        return bool(found.is_kept[0])
+
+    def add(self, content: int, picture: torch.Tensor) -> None:
+        """Adds a picture to the pack that is written next.
+
+        Args:
+            content: the hash of the content of the image file.
+            picture: the pixels, uint8 (C, H, W).
+        """
+        if self._has_room:
+            pixels = picture.permute(1, 2, 0).contiguous().numpy()
+            entry = (content, self._size, *pixels.shape[:2], zlib.crc32(pixels), 0)
+            self._entries.append(entry)
+            self._waiting.append(pixels)
+            self._size += pixels.nbytes
+            if self._size >= PACK_BYTES:
+                self._write()
+
+    def finish(self, contents: np.ndarray) -> Pictures:
+        """Writes the rest, and returns the pictures of image files.
+
+        Args:
+            contents: a hash of the content of each image file, uint64 (N).
+        """
+        if self._waiting:
+            self._write()
+        pictures = Packs(self.form).find(contents, self._is_wanted)
+        for path in pictures.used_paths:
+            with contextlib.suppress(OSError):  # removed by another process, or of another user
+                os.utime(path)  # the packs that were not used for the longest time are removed
+        return pictures
+
+    def _write(self) -> None:
+        """Writes the pictures that wait into a pack."""
+        path = cache_folder() / f"{_prefix(self.form)}{uuid.uuid4().hex[:16]}.bin"
+        table = np.array(self._entries, ENTRY)
+        end = np.array([(len(table), zlib.crc32(table))], END)
+        parts = [*self._waiting, table, end]
+        self._has_room = self._make_room(self._size)
+        try:
+            if self._has_room:
+                write_atomically(path, lambda file: file.writelines(parts))
+                self._in_use.add(path)
+        except OSError:
+            self._has_room = False
+        self._waiting, self._entries, self._size = [], [], 0
+
+    def _make_room(self, size: int) -> bool:
+        try:
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            return make_room(size, size_limit(self._cache_gb), self._in_use) >= max(size, 1)
+        except OSError:  # no permission, or no folder
+            return False
+
+
+def _prefix(form: Form) -> str:
+    digest = hashlib.sha256(repr((DECODER, form)).encode()).hexdigest()
+    return f"pictures_{digest[:16]}_"
+
+
+def _read_table(pack: Path) -> np.ndarray:
+    """Returns the table of a pack, of the dtype ENTRY, which is empty if the pack is damaged."""
+    try:
+        with open(pack, "rb") as file:
+            file.seek(-END.itemsize, os.SEEK_END)
+            number, crc = np.frombuffer(file.read(), END)[0].item()
+            file.seek(-END.itemsize - number * ENTRY.itemsize, os.SEEK_END)
+            table = file.read(number * ENTRY.itemsize)
+    except (OSError, ValueError, OverflowError):
+        return np.zeros(0, ENTRY)
+    if zlib.crc32(table) != crc:
+        return np.zeros(0, ENTRY)
+    return np.frombuffer(table, ENTRY).copy()
