@@ -167,6 +167,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    import torchvision.transforms.v2  # noqa: F401  slow, and most import it late: counts for none
+
     from cnn.utils.memory import keep_freed_memory
 
     keep_freed_memory()

@@ -45,8 +45,8 @@ from bench.photo_contestants import CONTESTANTS, SIDE, WORKERS
 
 SIZES = {"12": (4000, 3000), "2": (1632, 1224), "0.3": (640, 480)}
 # Pictures in whole batches, since timm drops another; fewer in training, whose steps take long.
-LOADED, TRAINED, BATCH = {"12": 64, "2": 128, "0.3": 640}, {"12": 64, "2": 128, "0.3": 192}, 32
-QUICK, QUICK_BATCH = {"12": 16, "2": 32, "0.3": 96}, 8
+LOADED, TRAINED, BATCH = {"12": 64, "2": 128, "0.3": 640}, {"12": 64, "2": 96, "0.3": 128}, 32
+QUICK, QUICK_BATCH = {"12": 16, "2": 32, "0.3": 48}, 8
 FIRST_STEP, QUICK_FIRST_STEP = 500, 40
 LEAST_BITS, QUALITY = 2.0, 90
 LOOK_EVERY = 0.25  # seconds between two looks at the memory
@@ -58,7 +58,8 @@ def main() -> None:
     parser.add_argument("--made", type=Path, help="folder to keep the mosaics in, for a next time")
     parser.add_argument("--only", help=f"megapixels, of {','.join(SIZES)}")
     parser.add_argument("--first-step", action="store_true", help="only the first step of train.py")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="of loading, and of --first-step")
+    parser.add_argument("--training-rounds", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     sizes = args.only.split(",") if args.only else ["12", "0.3"] if args.quick else [*SIZES]
@@ -70,7 +71,8 @@ def main() -> None:
     photos = sorted(args.photos.rglob("*.jpg"))
     if not photos:
         parser.error(f"--photos: expected files *.jpg in {args.photos}, found none")
-    rounds, figures = 1 if args.quick else args.rounds, {}
+    rounds, training_rounds = (1, 1) if args.quick else (args.rounds, args.training_rounds)
+    figures: dict = {}
     with tempfile.TemporaryDirectory() as scratch:
         made = (args.made or Path(scratch)).resolve()
         if args.first_step:
@@ -78,11 +80,13 @@ def main() -> None:
             root = make(made, photos, "12", number)
             figures["first_step"] = first_step(root, args.device, rounds)
         for size in sizes if not args.first_step else ():
-            figures[size] = {}
-            for act, numbers in (("load", LOADED), ("train", TRAINED)):
-                number, batch = (QUICK[size], QUICK_BATCH) if args.quick else (numbers[size], BATCH)
-                root = make(made, photos, size, number)
-                figures[size][act] = compare(root, act == "train", batch, rounds, args.device)
+            loaded, trained = (QUICK[size],) * 2 if args.quick else (LOADED[size], TRAINED[size])
+            roots = {number: make(made, photos, size, number) for number in {loaded, trained}}
+            how = (QUICK_BATCH if args.quick else BATCH, args.device)
+            figures[size] = {
+                "loading": compare(roots[loaded], "loading", rounds, *how),
+                "training": compare(roots[trained], "training", training_rounds, *how),
+            }
     versions = {name: version(name) for name in CONTESTANTS if find_spec(name)}
     finish({"device": args.device, "versions": versions} | figures, args.json)
 
@@ -111,7 +115,8 @@ def make(made: Path, photos: list[Path], size: str, number: int) -> Path:
     each = sum(path.stat().st_size for path, _ in wanted[:number]) / number
     bits = 8 * each / (width * height)
     print(
-        f"\n{number} pictures of {width} x {height}: {each / 1e6:.2f} MB each, {bits:.2f} bits a pixel"
+        f"{number} pictures of {width} x {height}: {each / 1e6:.2f} MB each, {bits:.2f} bits a pixel",
+        flush=True,
     )
     if bits < LEAST_BITS:
         raise SystemExit(f"--photos: too little detail, expected {LEAST_BITS} bits a pixel or more")
@@ -138,23 +143,19 @@ def mosaic(photos: list[Path], width: int, height: int, seed: int) -> Image.Imag
 # -- loading and training ---------------------------------------------------------------------------
 
 
-COLUMNS = {"first": "images/s, first epoch", "later": "later", "peak_megabytes": "peak MB"}
-TRAINING_COLUMNS = COLUMNS | {
-    "waiting_first": "waiting %, first epoch",
-    "waiting_later": "later",
-    "first_step": "s to first step",
-}
+LOADING = {"first": "images/s, first epoch", "later": "later", "peak_megabytes": "peak MB"}
+WAITING = {"waiting_first": "waiting %, first epoch", "waiting_later": "later"}
+COLUMNS = {"loading": LOADING, "training": LOADING | WAITING | {"first_step": "s to first step"}}
 
 
-def compare(root: Path, training: bool, batch: int, rounds: int, device: str) -> dict:
+def compare(root: Path, act: str, rounds: int, batch: int, device: str) -> dict:
     """All the contestants on one folder, round by round."""
     names = [name for name in CONTESTANTS if name == "ours" or find_spec(name)]
-    measures = {
-        name: lambda name=name: measure(name, root, training, batch, device) for name in names
-    }
+    measures = {name: lambda name=name: measure(name, root, act, batch, device) for name in names}
     runs = alternate(measures, rounds)
-    act, columns = ("training", TRAINING_COLUMNS) if training else ("loading", COLUMNS)
-    print(f"\n{act}, {root.name} megapixels; median (least to largest) of {rounds} rounds")
+    size, _, number = root.name.partition("x")
+    print(f"\n{act}: {number} pictures of {size} megapixels, batches of {batch}, {rounds} rounds")
+    columns = COLUMNS[act]
     rows = [
         [name, *(spread([run[key] for run in runs[name]]) for key in columns)] for name in names
     ]
@@ -175,19 +176,27 @@ def compare(root: Path, training: bool, batch: int, rounds: int, device: str) ->
 
 
 def spread(values: list[float]) -> str:
+    """Median, least and largest."""
     digits = 0 if min(values) >= 100 else 1
     middle, least, most = (f"{f(values):,.{digits}f}" for f in (statistics.median, min, max))
-    return f"{middle} ({least} to {most})"
+    return f"{middle} ({least} to {most})" if len(values) > 1 else middle
 
 
-def measure(name: str, root: Path, training: bool, batch: int, device: str) -> dict:
+def measure(name: str, root: Path, act: str, batch: int, device: str) -> dict:
     """One run, without a cache before it, and the most memory that was seen meanwhile."""
     with tempfile.TemporaryDirectory() as scratch:
         if name == "ultralytics":  # writes beside the pictures
             root = Path(shutil.copytree(root, f"{scratch}/photos"))
         command = [sys.executable, str(ROOT / "bench/photo_contestants.py"), name, str(root)]
-        command += ["--batch", str(batch), "--device", device, *["--train"][: int(training)]]
+        command += [
+            "--batch",
+            str(batch),
+            "--device",
+            device,
+            *([] if act == "loading" else ["--train"]),
+        ]
         env = without_cache(scratch)
+        os.sync()  # what earlier runs wrote is not this one's burden
         said, peak, began = Path(scratch, "said"), 0.0, time.time()
         with open(said, "w") as out:
             process = subprocess.Popen(command, cwd=scratch, env=env, stdout=out, stderr=out)
@@ -257,6 +266,7 @@ def seconds_to_first_step(root: Path, device: str) -> float:
         "log.every_seconds=1e-6",
     ]  # tells of the step at once
     with tempfile.TemporaryDirectory() as scratch:
+        os.sync()
         env, said, began = without_cache(scratch), [], time.perf_counter()
         process = subprocess.Popen(command, cwd=scratch, env=env, stderr=subprocess.PIPE, text=True)
         for line in process.stderr:
@@ -270,13 +280,15 @@ def seconds_to_first_step(root: Path, device: str) -> float:
 
 
 def seconds_to_decode(root: Path) -> float:
-    """The time in a process of its own, without its start."""
+    """In a process of its own, whose start does not count."""
     code = f"from bench.photos import decode_all; print(decode_all({str(root)!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)  # fmt: skip
     return float(done.stdout)
 
 
 def decode_all(root: str) -> float:
+    """Seconds for all the files below a folder."""
+
     def decode(path: Path) -> None:
         with Image.open(io.BytesIO(path.read_bytes())) as image:
             width, height = image.size
