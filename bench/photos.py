@@ -25,6 +25,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -219,8 +220,9 @@ def measure(name: str, root: Path, act: str, batch: int, device: str) -> dict:
 
 
 def without_cache(folder: str) -> dict[str, str]:
-    """The environment of a process that finds no cache, neither ours nor Ultralytics' settings."""
-    return os.environ | {"XDG_CACHE_HOME": f"{folder}/cache", "YOLO_CONFIG_DIR": folder, "YOLO_OFFLINE": "1"}  # fmt: skip
+    """The environment of a process that finds no cache, and leaves nothing outside the folder."""
+    cache = {"XDG_CACHE_HOME": f"{folder}/cache", "YOLO_CONFIG_DIR": folder, "YOLO_OFFLINE": "1"}
+    return os.environ | cache | {"TMPDIR": folder}
 
 
 def megabytes(process: int) -> float:
@@ -268,12 +270,14 @@ def seconds_to_first_step(root: Path, device: str) -> float:
     with tempfile.TemporaryDirectory() as scratch:
         os.sync()
         env, said, began = without_cache(scratch), [], time.perf_counter()
-        process = subprocess.Popen(command, cwd=scratch, env=env, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, cwd=scratch, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
         for line in process.stderr:
             said.append(line)
             if re.match(r"epoch 1/\d+  1/", line):
                 seconds = time.perf_counter() - began
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)  # its workers, too, which go on for a batch
                 process.communicate()
                 return seconds
     raise SystemExit("the run ended before a step:\n" + "".join(said[-20:]))
