@@ -1,8 +1,8 @@
 """Folders of photographs: images a second loaded and trained on, waiting, memory, the first step.
 
     pip install -r bench/requirements.txt
-    python bench/photos.py --photos clothing                  about 20 minutes
-    python bench/photos.py --photos clothing --quick          about 2: few pictures, one round
+    python bench/photos.py --photos clothing                  some 20 minutes
+    python bench/photos.py --photos clothing --quick          about 3: few pictures, one round
     python bench/photos.py --photos clothing --first-step     train.py on 500 x 12 megapixels
 
 --photos is a folder of real photographs, at any depth, of which mosaics are made: JPEGs of 12, 2 and
