@@ -17,12 +17,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from cnn.config import DataConfig
-from cnn.config.settings import AugmentationConfig
 from cnn.datasets import workers
-from cnn.datasets.augment import BATCH_DRAWS, Augmentation, BatchAugmentation
+from cnn.datasets.augment import Augmentation
 from cnn.datasets.images import Images
 from cnn.datasets.order import EVALUATION, Key, draw_balanced, keys_of, share_of, split_epoch
-from cnn.datasets.preprocessing import Normalize, Preprocessing, resize_and_crop
+from cnn.datasets.preprocessing import Normalize, Preprocessing
 from cnn.errors import BadImage, DataFailed, Refused
 from cnn.utils import seeding
 
@@ -50,17 +49,15 @@ class Samples:
 
     Attributes:
         images: the images of one split.
-        size: height and width of the returned images in pixels.
-        augment: a function that augments an image, for training.
+        augmentation: resizes images and makes batches, which are augmented in training.
         seed: the seed of the run.
-        collate: a function that stacks a list of images (C, size, size) into a batch.
+        normalize: normalizes the batches. If None, the batches stay as they are.
     """
 
     images: Images
-    size: int
-    augment: Augmentation
+    augmentation: Augmentation
     seed: int
-    collate: Callable[[list[torch.Tensor]], torch.Tensor] = torch.stack
+    normalize: Normalize | None = None
 
     def raw(self, key: Key) -> torch.Tensor:
         """Returns an image before resizing and augmentation, (C, H, W).
@@ -80,9 +77,8 @@ class Samples:
         Args:
             key: (epoch, index of the image), or (epoch, index, position in the epoch).
         """
-        image = self.raw(key)
-        is_evaluation = key[0] == EVALUATION
-        return resize_and_crop(image, self.size) if is_evaluation else self.augment(image, key)
+        resized = self.augmentation.resize(self.raw(key), key)
+        return self.augmentation.stack([resized], [key])[0]
 
     def __getitems__(self, keys: list[Key]) -> tuple[tuple, list[str]] | DataFailed:
         """Returns a batch, or the error that prevents the batch.
@@ -104,8 +100,8 @@ class Samples:
             for key in keys:
                 name = self.images.name(key[1])
                 try:
-                    images.append(self.image(key))
-                    kept.append(key[1])
+                    images.append(self.augmentation.resize(self.raw(key), key))
+                    kept.append(key)
                 except BadImage as bad:
                     if not self.images.skip:
                         raise
@@ -114,7 +110,9 @@ class Samples:
             if left_out and len(kept) < (1 if keys[0][0] == EVALUATION else 2):
                 raise BadImage(f"{left_out[0]}, and so nearly all of its batch of {len(keys)}")
             name = "the next batch"
-            return (self.collate(images), torch.from_numpy(self.images.labels[kept])), left_out
+            labels = torch.from_numpy(self.images.labels[[key[1] for key in kept]])
+            batch = self.augmentation.stack(images, kept)
+            return (self.normalize.stacked(batch) if self.normalize else batch, labels), left_out
         except BadImage as bad:
             return DataFailed(f"{bad}; put the image back, and the run resumes at this batch")
         except (DataFailed, Refused) as error:
@@ -145,6 +143,7 @@ class Loader:
         device: the device to load the batches onto.
         seed: the seed of the run.
         sampler: "shuffle", or "balanced" to draw all classes with equal probability.
+        augmentation: resizes the images, and augments the images in training.
         rank: the rank of this process, from 0 on.
         num_ranks: the number of processes.
 
@@ -159,6 +158,7 @@ class Loader:
     device: torch.device
     seed: int
     sampler: str
+    augmentation: Augmentation
     rank: int
     num_ranks: int
 
@@ -272,18 +272,15 @@ class StreamLoader(Loader):
 
     Args:
         *args: the positional arguments of the base class `Loader`, such as the images.
-        augment: name and settings of each augmentation, applied in training.
         num_workers: number of worker processes. If 0, this process reads the images.
     """
 
-    def __init__(self, *args, augment: list[AugmentationConfig], num_workers: int):
+    def __init__(self, *args, num_workers: int):
         super().__init__(*args)
         # A GPU normalizes, which quarters the bytes copied to it; for a CPU the workers do it.
         on_cpu = self.device.type == "cpu"
-        collate = self._normalize.stacked if on_cpu else torch.stack
-        size = self.preprocessing.image_size
-        augmentation = Augmentation(augment, size, self.seed)
-        samples = Samples(self.images, size, augmentation, self.seed, collate)
+        normalize = self._normalize if on_cpu else None
+        samples = Samples(self.images, self.augmentation, self.seed, normalize)
         self.raw, self.image = samples.raw, samples.image
         self._finish = (lambda images: images) if on_cpu else self._normalize
         self._plan = _Plan()
@@ -321,40 +318,21 @@ class MemoryLoader(Loader):
     Args:
         *args: the positional arguments of the base class `Loader`, such as the images.
         pixels: the M images of the whole dataset, uint8 (M, size, size, C).
-        augment: name and settings of each augmentation, applied in training. Only "crop", "flip"
-            and "erase" are possible.
     """
 
-    def __init__(self, *args, pixels: torch.Tensor, augment: list[AugmentationConfig]):
+    def __init__(self, *args, pixels: torch.Tensor):
         super().__init__(*args)
-        self._gather = BatchAugmentation(pixels.to(self.device), [cfg.name for cfg in augment])
+        self._store = pixels.to(self.device)
         self._rows = torch.from_numpy(self.images.rows).to(self.device)
         self._labels = torch.from_numpy(self.images.labels).to(self.device)
 
-    def _draws(self, epoch: int) -> torch.Tensor | None:
-        """Returns the random numbers for the augmentations of an epoch.
-
-        The numbers depend only on the seed of the run, the epoch and the augmentations.
-
-        Args:
-            epoch: the epoch. Epoch 0 means evaluation.
-
-        Returns:
-            A table on the device, with one row per image. The row number is the index of the image.
-            With the balanced sampler, the row number is the position of the image in the epoch. If
-            the epoch is 0 or there are no augmentations, the result is None.
-        """
-        if epoch == EVALUATION or not self._gather.names:
-            return None
-        return self._gather.draws(len(self.images), self.seed, epoch).to(self.device)
-
     def _batches(self, epoch: int, spans: list[Span], _start: int) -> Iterator[Batch]:
-        draws = self._draws(epoch)
-        order = torch.from_numpy(self.order(epoch)).to(self.device)
+        order = self.order(epoch)
+        on_device = torch.from_numpy(order).to(self.device)
         for begin, end, count in spans:
-            indices = order[begin:end]
-            rows = slice(begin, end) if self.balanced else indices
-            images = self._gather(self._rows[indices], draws[rows] if draws is not None else None)
+            indices, keys = on_device[begin:end], keys_of(epoch, order, self.balanced, begin, end)
+            at = slice(begin, end) if self.balanced else indices
+            images = self.augmentation.gather(self._store, self._rows[indices], at, keys)
             yield self._normalize(images), self._labels[indices], count
 
     def raw(self, key: Key) -> torch.Tensor:
@@ -373,9 +351,8 @@ class MemoryLoader(Loader):
         Args:
             key: (epoch, index of the image), or (epoch, index, position in the epoch).
         """
-        draws = self._draws(key[0])
-        row = draws[[key[-1]]] if draws is not None else None
-        return self._gather(self._rows[[key[1]]], row)[0]
+        at = slice(key[-1], key[-1] + 1)
+        return self.augmentation.gather(self._store, self._rows[[key[1]]], at, [key])[0]
 
 
 def build_loader(
@@ -407,22 +384,22 @@ def build_loader(
 
     Raises:
         Refused: an image file can no longer be decoded. Or `cfg.in_memory` is true, but the images
-            cannot be kept in memory or an augmentation works only image by image.
+            cannot be kept in memory or are to be cropped before resizing. Or an augmentation cannot
+            be built.
     """
-    # The machine has no part in the choice, since the two loaders draw different random numbers.
-    augment = cfg.augment if training else []
     batch_size = cfg.batch_size
     if not training:  # not too large, so that every process has batches to evaluate
         batch_size = min(EVALUATION_BATCHES * batch_size, max(batch_size, LARGEST_EVALUATION_BATCH))
-    common = (images, preprocessing, batch_size, device, seed, cfg.sampler, rank, num_ranks)
     size, channels = preprocessing.image_size, preprocessing.channels
-    slow = [change.name for change in cfg.augment if change.name not in BATCH_DRAWS]
-    fits = images.num_decoded * size * size * channels <= MEMORY_LIMIT and not slow
+    augmentation = Augmentation(cfg.augment if training else [], images, size, seed)
+    common = (images, preprocessing, batch_size, device, seed, cfg.sampler, augmentation)
+    is_cropped = "resized_crop" in [change.name for change in cfg.augment]
+    fits = images.num_decoded * size * size * channels <= MEMORY_LIMIT and not is_cropped
     if cfg.in_memory is True or (cfg.in_memory == "auto" and fits):
-        pixels = images.decoded(size, channels) if not slow else None
+        pixels = images.decoded(size, channels) if not is_cropped else None
         if pixels is not None:
-            return MemoryLoader(*common, pixels=pixels, augment=augment)
+            return MemoryLoader(*common, rank, num_ranks, pixels=pixels)
         if cfg.in_memory is True:
-            reason = f"data.augment: {', '.join(slow)}" if slow else "your own or resized images"
+            reason = "data.augment: resized_crop" if is_cropped else "your own or resized images"
             raise Refused(f"data.in_memory: true cannot go with {reason}; say auto")
-    return StreamLoader(*common, augment=augment, num_workers=cfg.num_workers)
+    return StreamLoader(*common, rank, num_ranks, num_workers=cfg.num_workers)
