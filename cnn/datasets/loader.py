@@ -394,7 +394,7 @@ def build_loader(
     augmentation = Augmentation(cfg.augment if training else [], images, size, seed)
     common = (images, preprocessing, batch_size, device, seed, cfg.sampler, augmentation)
     is_cropped = "resized_crop" in [change.name for change in cfg.augment]
-    fits = images.num_decoded * size * size * channels <= MEMORY_LIMIT and not is_cropped
+    fits = images.num_decoded * size * size * channels <= MEMORY_LIMIT
     if cfg.in_memory is True or (cfg.in_memory == "auto" and fits):
         pixels = images.decoded(size, channels) if not is_cropped else None
         if pixels is not None:
