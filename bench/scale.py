@@ -131,7 +131,7 @@ def parts(number: int) -> dict[str, float]:
     from itertools import chain
 
     from cnn.config import load_config
-    from cnn.datasets.augment import BATCH_DRAWS
+    from cnn.datasets.augment import AUGMENTATIONS
     from cnn.training.engine import evaluate, train_one_epoch
     from cnn.training.setup import build_run
 
@@ -148,7 +148,9 @@ def parts(number: int) -> dict[str, float]:
     validation = most_alive(
         lambda: evaluate(state.model, largest, run.loss, run.autocast, metrics, **key)
     )
-    of_image = SIDE**2 * CHANNELS + 3 * 8 + 4 * sum(BATCH_DRAWS[name] for name in ("crop", "flip"))
+    of_image = (
+        SIDE**2 * CHANNELS + 3 * 8 + 4 * sum(AUGMENTATIONS[name][1] for name in ("crop", "flip"))
+    )
     momentum = [value for of in state.optimizer.state.values() for value in of.values()]
     sizes = [(number + TEST) * of_image]
     for tensors in (chain(state.model.parameters(), state.model.buffers()), momentum):

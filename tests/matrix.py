@@ -18,7 +18,6 @@ from torch import nn
 
 from cnn.config import as_text
 from cnn.config.settings import AUGMENTATIONS, MONITORED, OPTIMIZERS, SCHEDULES
-from cnn.datasets.augment import BATCH_DRAWS
 from cnn.metrics.scores import OF_TWO_CLASSES
 
 Settings = dict[str, Any]
@@ -238,11 +237,8 @@ def marks_of(settings: Settings, size: int) -> tuple[str, ...]:
 
 def is_taken(settings: Settings) -> bool:
     """Whether the settings go together; else such a run is refused by design."""
-    slow = any(name not in BATCH_DRAWS for name in settings["data.augment"])
-    other_size = settings["data.name"] == "digits" and settings["data.image_size"] not in (None, 8)
-    in_memory = settings["data.in_memory"] is True and (slow or other_size)
     balanced = (settings["data.sampler"], settings.get("loss.class_weights"))
-    return not in_memory and balanced != ("balanced", "balanced")
+    return balanced != ("balanced", "balanced")
 
 
 def draw_settings(draw: random.Random) -> Settings:
@@ -306,8 +302,8 @@ def draw_data(draw: random.Random, side: int, monitor: str) -> Settings:
 
 
 def draw_augmentations(draw: random.Random) -> list[str]:
-    """Some of all, or of those that whole batches can have; in any order."""
-    names = [*AUGMENTATIONS, "own:jitter"] if draw.random() < 0.5 else [*BATCH_DRAWS]
+    """Some of all, in any order."""
+    names = [*AUGMENTATIONS, "own:jitter"]
     return draw.sample(names, draw.randint(0, min(4, len(names))))
 
 

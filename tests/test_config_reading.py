@@ -48,7 +48,7 @@ def test_what_print_config_prints_reads_back_the_same(path, tmp_path):
 def test_what_is_printed_tells_the_choices():
     printed = to_yaml(Config())
     assert "  # how lr changes: constant, step, multistep, cosine, onecycle, plateau\n" in printed
-    assert "crop, flip, rotate, color, resized_crop, erase, package.module:name\n" in printed
+    assert "erase, randaugment, trivialaugment, package.module:name\n" in printed
     for key, field in keys_of(Config):
         about = f"  # {field.metadata['description']}"
         (comment,) = (
@@ -108,7 +108,7 @@ MISTAKES = {
         "data:\n  augment: crop",
         "my.yaml:2: data.augment: expected a list",
         "one of crop, flip,",
-        "or {name, scale}, got crop",
+        "or {name, scale, ratio, padding, probability, side, degrees, brightness, contrast,",
     ),
     "scalar for a mapping": ("data:\n  args: 3", "my.yaml:2: data.args: expected a mapping"),
     "list for a scalar": ("seed: [1]", "my.yaml:1: seed: expected a whole number", "got a list"),
@@ -137,7 +137,7 @@ MISTAKES = {
     "range in a mapping": ("data: {augment: [{name: resized_crop, scale: [0, 1]}]}", "scale[0]"),
     "bounds the wrong way": (
         "data:\n  augment: [flip, {name: resized_crop, scale: [1, 0.5]}]",
-        "my.yaml:2: data.augment[1].scale: expected the smallest and the largest share",
+        "my.yaml:2: data.augment[1].scale: expected the smallest and the largest value",
     ),
     "scale of another": (
         "data: {augment: [{name: crop, scale: [0.5, 1]}]}",

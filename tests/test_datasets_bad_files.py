@@ -15,6 +15,7 @@ from test_training_runs import write_folder
 from cnn.datasets import decode
 from cnn.datasets.decode import open_image
 from cnn.datasets.images import FileImages, Files
+from cnn.datasets.preprocessing import Form
 from cnn.datasets.scan import SCAN
 from cnn.errors import BadImage
 from cnn.training import engine, setup
@@ -22,7 +23,7 @@ from cnn.utils.checkpoint import load_checkpoint
 
 FOLDER = [
     *("data.name=folder", "data.root=photos", "data.args={}", "data.image_size=8"),
-    "data.in_memory=false",  # read again and again, not decoded once
+    *("data.in_memory=false", "data.cache_gb=0"),  # read again and again, not decoded once
     *("data.batch_size=4", "checkpoint.every_steps=1", "train.epochs=3"),
 ]
 
@@ -99,16 +100,16 @@ def test_what_was_done_of_a_step_is_not_saved(monkeypatch, train):
     assert train(*FOLDER, "train.accumulate=3", "train.epochs=1") == 0
     for folder in ("logs", "checkpoints"):
         shutil.move(folder, Path("whole", folder))
-    original, calls = FileImages.__getitem__, []
+    original, calls = FileImages.picture, []
 
-    def fails(self, index: int):
+    def fails(self, index: int, form: Form):
         calls.append(index)
         if len(calls) == 4 * 3 + 10:  # image 10 of step 2: in its third batch
             raise BadImage(f"{self.name(index)}: torn")
-        return original(self, index)
+        return original(self, index, form)
 
     with monkeypatch.context() as patch:
-        patch.setattr(FileImages, "__getitem__", fails)
+        patch.setattr(FileImages, "picture", fails)
         words = [*FOLDER, "train.accumulate=3", "train.epochs=1", "checkpoint.every_steps=null"]
         assert train(*words) == 1
     saved = load_checkpoint(Path("checkpoints/last.pth"))
@@ -137,14 +138,14 @@ def test_skip_leaves_the_image_out_of_its_batch_with_a_warning(workers):
 
 def test_skip_is_the_same_every_time_and_for_any_number_of_workers(train, monkeypatch):
     photos()
-    original = FileImages.__getitem__
+    original = FileImages.picture
 
-    def fails(self, index: int):
+    def fails(self, index: int, form: Form):
         if self.name(index).endswith(("cat/3.jpg", "dog/1.jpg", "dog/2.jpg")):
             raise BadImage(f"{self.name(index)}: torn")
-        return original(self, index)
+        return original(self, index, form)
 
-    monkeypatch.setattr(FileImages, "__getitem__", fails)
+    monkeypatch.setattr(FileImages, "picture", fails)
     words = [*FOLDER, "data.on_bad_image=skip"]
     for number in (0, 1, 2):
         assert train(*words, f"run=w{number}", f"data.num_workers={number}") == 0
@@ -273,15 +274,15 @@ def test_predictions_are_not_written_beside_other_images_than_their_own(train, c
     def lose_one(model, batches, *args, **keywords):
         if not Path("gone").exists():  # the first that is read again
             Path("gone").touch()
-            decoded = FileImages.__getitem__
+            decoded = FileImages.picture
 
-            def gone(images, index):
+            def gone(images, index, form):
                 if index == 1 and images.name(index) == lost:
                     raise BadImage("the file is gone")
-                return decoded(images, index)
+                return decoded(images, index, form)
 
             lost = next(iter(validated)).name(1)
-            monkeypatch.setattr(FileImages, "__getitem__", gone)
+            monkeypatch.setattr(FileImages, "picture", gone)
         return original(model, batches, *args, **keywords)
 
     validated = []

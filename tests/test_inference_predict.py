@@ -278,9 +278,9 @@ def test_the_middle_of_a_line_of_pixels_is_cut_out_before_it_is_resized(monkeypa
     whole = fit_image(image, 64)
     longer = torch.cat([image[..., :1].expand(1, 4, 80_000), image], 2)
     longer = torch.cat([longer, image[..., -1:].expand(1, 4, 80_000)], 2)
-    resize, seen = preprocessing._resize, []
+    resize, seen = preprocessing.resize, []
     monkeypatch.setattr(
-        preprocessing, "_resize", lambda image, *a: seen.append(image) or resize(image, *a)
+        preprocessing, "resize", lambda image, *a: seen.append(image) or resize(image, *a)
     )
     assert torch.equal(fit_image(longer, 64), whole)
     assert seen[0].shape == (1, 4, 64), "and not 169,000 pixels made 16 times as large"

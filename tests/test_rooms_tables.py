@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import inspect
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import ROOT
 
 from cnn.config import code_keys, load_config, settings
 from cnn.config.settings import ASKED, FIXED, FREE, Config, LogConfig, for_scratch, keys_of
-from cnn.datasets.augment import AUGMENTATIONS, BATCH_DRAWS
+from cnn.datasets.augment import AUGMENTATIONS
 from cnn.datasets.build import DATASETS
 from cnn.datasets.torchvision_datasets import FILES
 from cnn.metrics import scores
@@ -20,7 +21,7 @@ from cnn.training.optim import OPTIMIZERS
 from cnn.training.schedule import SCHEDULES
 from cnn.training.setup import build_run
 from cnn.training.state import PLAIN_ATTRIBUTES
-from cnn.utils.importing import OURS
+from cnn.utils.importing import OURS, import_object
 
 TABLES = {
     "DATA_NAMES": DATASETS,
@@ -40,8 +41,14 @@ def test_the_names_in_the_settings_are_those_of_the_table(names):
     assert not table - named, f"in the table, and not in settings.{names}"
 
 
-def test_what_is_done_to_batches_is_done_to_images_too():
-    assert BATCH_DRAWS.keys() <= AUGMENTATIONS.keys()
+def test_every_argument_of_an_augmentation_is_a_setting_and_an_argument_of_its_function():
+    fields = {field.name for field in dataclasses.fields(settings.AugmentationConfig)}
+    taken = {name for names in settings.AUGMENTATIONS.values() for name in names}
+    assert taken | {"name", "args"} == fields
+    for name, arguments in settings.AUGMENTATIONS.items():
+        function = AUGMENTATIONS[name][0]
+        function = import_object(function, "") if isinstance(function, str) else function
+        assert set(arguments) <= inspect.signature(function).parameters.keys(), name
 
 
 def test_every_metric_has_a_better_side_and_what_can_be_monitored_is_measured():
@@ -121,9 +128,9 @@ def test_what_changes_during_a_run_is_saved():
     assert set(PLAIN_ATTRIBUTES) <= saved.keys()
 
 
-@pytest.mark.parametrize("name", BATCH_DRAWS)
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_every_augmentation_of_batches_changes_images_wherever_they_come_from(name, in_memory):
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+@pytest.mark.parametrize("in_memory", ["auto", False])
+def test_every_augmentation_changes_images_wherever_they_come_from(name, in_memory):
     run = build_run(load_config(None, [f"data.augment=[{name}]", f"data.in_memory={in_memory}"])[0])
     loader, images = run.train_loader, run.data.train
     changed = [not loader.image((1, index)).equal(images[index]) for index in range(60)]

@@ -131,9 +131,9 @@ def test_a_file_of_before_the_draws_had_a_number_resumes_and_says_so_once(train,
     assert "draws" not in before and before["epoch"] == 2
     assert train("--resume") == 0
     said = capfd.readouterr().err
-    assert said.count("drawn in a new way since this file was written (draws 1 → 2)") == 1
+    assert said.count("drawn in a new way since this file was written (draws 1 → 3)") == 1
     after = load_checkpoint(Path("checkpoints/last.pth"))
-    assert after["draws"] == 2 and after["epoch"] == 4
+    assert after["draws"] == 3 and after["epoch"] == 4
     assert after["history"][:2] == before["history"]
     assert train("--resume", "train.epochs=5") == 0
     assert "drawn in a new way" not in capfd.readouterr().err

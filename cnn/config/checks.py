@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 
-from cnn.config.settings import Config
+from cnn.config.settings import AUGMENTATIONS, Config
 
 # A run without a name writes into logs/ and checkpoints/, where each named run has a folder. So no
 # run may be named like a file or folder that cnn.utils.run_folder writes there. A test compares the
@@ -57,11 +57,15 @@ def _check_run(run: str, where: str) -> Iterator[str]:
 
 def _check_augment(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
     for index, change in enumerate(cfg.data.augment):
-        where, scale = f"{at('data.augment')}[{index}].scale", change.scale
-        if scale is not None and change.name != "resized_crop":
-            yield f"{where}: is for resized_crop, not for {change.name}"
-        elif scale is not None and (len(scale) != 2 or scale[0] > scale[1]):
-            yield f"{where}: expected the smallest and the largest share of the area, got {scale}"
+        where = f"{at('data.augment')}[{index}]"
+        for name, value in change.arguments().items():
+            if name not in AUGMENTATIONS.get(change.name, ("args",)):
+                takers = ", ".join(key for key, names in AUGMENTATIONS.items() if name in names)
+                yield f"{where}.{name}: is for {takers or 'your own'}, not for {change.name}"
+            elif isinstance(value, list) and (len(value) != 2 or value[0] > value[1]):
+                yield f"{where}.{name}: expected the smallest and the largest value, got {value}"
+        if change.name == "resized_crop" in [before.name for before in cfg.data.augment[:index]]:
+            yield f"{where}: resized_crop comes first and only once"
 
 
 def _check_patterns(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:

@@ -61,7 +61,18 @@ DECODINGS = ("scaled", "full")
 FITS = ("crop", "pad", "stretch")
 SAMPLERS = ("shuffle", "balanced")
 DUPLICATES = ("drop", "keep", "stop", "ignore")
-AUGMENTATIONS = ("crop", "flip", "rotate", "color", "resized_crop", "erase")
+# The arguments of each augmentation. An import path takes `args` instead.
+AUGMENTATIONS: dict[str, tuple[str, ...]] = {
+    "crop": ("padding",),
+    "flip": ("probability",),
+    "vflip": ("probability",),
+    "rotate": ("degrees",),
+    "color": ("brightness", "contrast", "saturation"),
+    "resized_crop": ("scale", "ratio"),
+    "erase": ("probability", "side"),
+    "randaugment": ("num_ops", "magnitude"),
+    "trivialaugment": (),
+}
 MODEL_NAMES = ("simple_cnn", "lenet5", "resnet9", "resnet20")  # besides torchvision's
 MODEL_FORMS = f"{', '.join(MODEL_NAMES)}, torchvision's such as resnet18, or package.module:Class"
 OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "radam", "rmsprop", "adagrad", "adamax")
@@ -84,9 +95,22 @@ class AugmentationConfig:
     """
 
     name: str = setting(MISSING, "which change", ASKED, choices=AUGMENTATIONS, names_code=True)
-    scale: list[float] | None = setting(
-        None, "resized_crop: smallest and largest share of the area", ASKED, above=0, most=1
-    )
+    scale: list[float] | None = setting(None, "shares of the area", ASKED, above=0, most=1)
+    ratio: list[float] | None = setting(None, "width by height", ASKED, least=0.01, most=100)
+    padding: int | None = setting(None, "black pixels on each side", ASKED, least=1, most=512)
+    probability: float | None = setting(None, "share of the images", ASKED, least=0, most=1)
+    side: float | None = setting(None, "square by the image's side", ASKED, above=0, most=1)
+    degrees: float | None = setting(None, "largest angle", ASKED, least=0, most=180)
+    brightness: float | None = setting(None, "change of the factor 1", ASKED, least=0, most=10)
+    contrast: float | None = setting(None, "as brightness", ASKED, least=0, most=10)
+    saturation: float | None = setting(None, "as brightness", ASKED, least=0, most=10)
+    num_ops: int | None = setting(None, "changes in a row", ASKED, least=1, most=100)
+    magnitude: int | None = setting(None, "strength of the changes", ASKED, least=0, most=30)
+    args: dict[str, Any] | None = setting(None, "keyword arguments of your own change", ASKED)
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments that were given, by name."""
+        return {name: value for name, value in list(vars(self).items())[1:] if value is not None}
 
 
 @dataclass(frozen=True)

@@ -1,272 +1,379 @@
-"""Random augmentation of training images, one by one or in whole batches on the device.
+"""Random augmentation of training images, in whole batches.
 
 The random numbers of an augmentation are a function of the seed, the epoch, the image and the name
-of the augmentation. So the numbers stay the same if another augmentation is added. torchvision is
-imported only when a configured augmentation needs it.
+of the augmentation. So the numbers stay the same if another augmentation is added. An augmented
+image depends on nothing else, such as the other images of the batch or the number of worker
+processes. torchvision is imported only when a configured augmentation needs it.
+
+A function of batches gets N images of S x S pixels, uint8 or float in 0..1, (N, S, S, C), and
+returns images of the same shape and dtype. The function also gets a table of random numbers,
+uniform in [0, 1), with one row per image, float32 (N, D). The given images stay unchanged.
 """
 
 import functools
+import inspect
+import math
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cnn.config.settings import AugmentationConfig
-from cnn.datasets.order import Key
-from cnn.datasets.preprocessing import fit_image as resize_and_crop
+from cnn.datasets import workers
+from cnn.datasets.images import Images
+from cnn.datasets.order import EVALUATION, Key
+from cnn.datasets.preprocessing import fit_image, resize
+from cnn.errors import DataFailed, Refused
 from cnn.utils import seeding
 from cnn.utils.importing import import_object
 
-Transform = Callable[[Tensor], Tensor]  # from an image (C, H, W) to another, mostly uint8
-
-DRAWS = 2  # version of the random draws; a resumed run logs it if its checkpoint has another
-RESIZED_CROP_SCALE = (0.35, 1.0)  # as in Wightman et al. (2021); Inception crops down to 0.08
+Pair = Sequence[float]  # the smallest and the largest value
+DRAWS = 3  # version of the random draws; a resumed run logs it if its checkpoint has another
 
 
-def _v2() -> Any:
-    from torchvision.transforms import v2
-
-    return v2
+# -- functions of batches -----------------------------------------------------------------------
 
 
-# Each entry builds a transform from its settings and the model's image size in pixels. The
-# transforms draw from torch's global generator.
-AUGMENTATIONS: dict[str, Callable[[AugmentationConfig, int], Transform]] = {
-    "crop": lambda _, size: functools.partial(crop, size=size),
-    "flip": lambda *_: flip,
-    "rotate": lambda *_: _v2().RandomRotation(10, _v2().InterpolationMode.BILINEAR),
-    "color": lambda *_: _v2().ColorJitter(0.2, 0.2, 0.2),
-    "resized_crop": lambda cfg, size: _v2().RandomResizedCrop(
-        size, tuple(cfg.scale or RESIZED_CROP_SCALE), antialias=True
-    ),
-    "erase": lambda *_: erase,
-}
-
-
-class Augmentation:
-    """A function that augments one training image at random.
-
-    First, the function resizes and crops the image to the model's image size. Then the function
-    applies the augmentations in the order of `augment`. However, the augmentation "resized_crop"
-    always comes first and replaces the resizing.
+def crop(images: Tensor, draws: Tensor, padding: int | None = None) -> Tensor:
+    """Pads images with black and crops a square of the old size at a random place.
 
     Args:
-        augment: name and settings of each augmentation.
-        size: height and width of the model's images in pixels.
-        seed: the seed of the run.
+        images: (N, S, S, C).
+        draws: random numbers (N, 2), for y and x.
+        padding: pixels on each side. If None, the padding is an eighth of S, but at least 1. For an
+            image of 32 pixels, an eighth is 4, as in He et al. (2016) for CIFAR.
     """
-
-    def __init__(self, augment: Sequence[AugmentationConfig], size: int, seed: int):
-        augment = sorted(augment, key=lambda cfg: cfg.name != "resized_crop")
-        names = [cfg.name for cfg in augment]
-        self.size, self.seed, self._resize_first = size, seed, "resized_crop" not in names
-        self._transforms = [
-            # An augmentation that is listed twice draws other numbers the second time.
-            (_build(cfg, size), cfg.name, (name_key(cfg.name), names[:number].count(cfg.name)))
-            for number, cfg in enumerate(augment)
-        ]
-
-    def __call__(self, image: Tensor, key: Key) -> Tensor:
-        """Augments one image.
-
-        The random numbers depend only on the seed of the run and on `key`.
-
-        Args:
-            image: (C, H, W), uint8 or float.
-            key: (epoch, index of the image in the split). If an image can occur twice in an epoch,
-                the key is (epoch, index, position in the epoch).
-
-        Returns:
-            The augmented image, (C, size, size).
-        """
-        if self._resize_first:
-            image = resize_and_crop(image, self.size)
-        for transform, name, words in self._transforms:
-            # A user's augmentation can draw from any global generator, ours draw only from torch's.
-            seed = seeding.seed_torch if name in AUGMENTATIONS else seeding.seed_sample
-            seed(self.seed, seeding.AUGMENT, *key, *words)
-            image = transform(image)
-        return resize_and_crop(image, self.size)
+    number, size, _, channels = images.shape
+    padding = max(1, size // 8) if padding is None else padding
+    top, left = (draws * (2 * padding + 1)).long().split(1, dim=1)  # N, 1
+    padded = torch.nn.functional.pad(images, (0, 0, *4 * [padding])).contiguous()
+    side = size + 2 * padding
+    # Row k consists of the `size` pixels from pixel k on. To gather rows is several times as fast
+    # as to gather pixels.
+    rows = padded.as_strided((number * side**2 - size + 1, size * channels), (channels, 1))
+    first, y = (torch.arange(n, device=images.device) for n in (number, size))
+    starts = ((first[:, None] * side + top + y) * side + left).flatten()  # N * S
+    return rows.index_select(0, starts).view(images.shape)
 
 
-def name_key(name: str) -> int:
-    """Returns the CRC-32 of an augmentation's name.
+def flip(images: Tensor, draws: Tensor, probability: float = 0.5, axis: int = 2) -> Tensor:
+    """Flips some images left to right.
 
-    The CRC-32 is part of the seed of the augmentation's random numbers.
+    Args:
+        images: (N, S, S, C).
+        draws: random numbers (N, 1). An image with a number below `probability` is flipped.
+        probability: the probability that an image is flipped.
+        axis: 2 to flip left to right, 1 to flip upside down.
     """
-    return zlib.crc32(name.encode())
+    both, number = torch.cat([images, images.flip(axis)]), len(images)
+    flipped = draws[:, 0] < probability
+    return both.index_select(0, torch.arange(number, device=images.device) + number * flipped)
 
 
-def _build(cfg: AugmentationConfig, size: int) -> Transform:
-    if cfg.name in AUGMENTATIONS:
-        return AUGMENTATIONS[cfg.name](cfg, size)
-    transform = import_object(cfg.name, "data.augment")
-    return transform() if isinstance(transform, type) else transform
+def rotate(images: Tensor, draws: Tensor, degrees: float = 10.0) -> Tensor:
+    """Rotates images about their centers by random angles, with bilinear sampling.
+
+    Pixels from outside the original image are black.
+
+    Args:
+        images: (N, S, S, C).
+        draws: random numbers (N, 1).
+        degrees: the largest angle. An angle is uniform between -degrees and degrees, and is counted
+            counterclockwise.
+    """
+    angles = (draws * 2 - 1)[:, :, None] * math.radians(degrees)  # N, 1, 1
+    size, cos, sin = images.shape[1], angles.cos(), angles.sin()
+    x = (torch.arange(size, device=images.device) * 2 + 1) / size - 1  # S; centers of pixels
+    y = x[:, None]
+    grid = torch.stack([cos * x - sin * y, sin * x + cos * y], dim=3)  # N, S, S, 2
+    planes = images.permute(0, 3, 1, 2).float()
+    rotated = torch.nn.functional.grid_sample(planes, grid, align_corners=False)
+    rotated = rotated if images.is_floating_point() else rotated.round_()
+    return rotated.permute(0, 2, 3, 1).to(images.dtype).contiguous()
 
 
-def crop(image: Tensor, size: int) -> Tensor:
-    """Pads an image and crops a square at a random place.
+def color(images: Tensor, draws: Tensor, brightness=0.2, contrast=0.2, saturation=0.2) -> Tensor:
+    """Changes the brightness, the contrast and the saturation of images, in this order.
 
-    The padding is black. The padding on each side is an eighth of `size`, but at least 1 pixel.
+    Each change is torchvision's `adjust_brightness`, `adjust_contrast` or `adjust_saturation` by a
+    random factor. The factor is uniform between 1 - x and 1 + x, but at least 0, where x is the
+    argument. The saturation changes only if there are 3 channels.
+
+    Args:
+        images: (N, S, S, C).
+        draws: random numbers (N, 3), one for each change.
+        brightness: the largest change of the factor 1 for the brightness.
+        contrast: the same for the contrast.
+        saturation: the same for the saturation.
+    """
+    size, channels = images.shape[2:]
+    white, levels = (1, 2**16) if images.is_floating_point() else (255, 1)
+    weights = (0.2989, 0.587, 0.114) if channels == 3 else [1 / channels] * channels  # ITU-R BT.601
+    pixels = images.to(torch.float32, copy=True)
+    changes = (brightness, contrast, saturation) if channels == 3 else (brightness, contrast)
+    for number, most in enumerate(changes):
+        low = max(0.0, 1 - most)
+        factor = (low + draws[:, number] * (1 + most - low))[:, None, None, None]
+        other = torch.zeros_like(factor)
+        if number > 0:
+            other = sum(each * weight for each, weight in zip(pixels.split(1, dim=3), weights))
+        if number == 1:  # a sum of whole numbers is exact in any order
+            other = (other * levels).int().sum((1, 2, 3), keepdim=True) / (levels * size**2)
+        pixels.mul_(factor).add_(other * (1 - factor)).clamp_(0, white)
+        pixels = pixels if images.is_floating_point() else pixels.floor_()
+    return pixels.to(images.dtype)
+
+
+def erase(images: Tensor, draws: Tensor, probability: float = 0.5, side: float = 0.5) -> Tensor:
+    """Makes a random square of some images black.
+
+    The method is cutout (DeVries and Taylor, 2017). The square can reach beyond the image's border.
+
+    Args:
+        images: (N, S, S, C).
+        draws: random numbers (N, 3). An image is erased if the first number is below `probability`.
+            The other numbers are the y and x of the square's center, as fractions of S.
+        probability: the probability that an image is erased.
+        side: the side of the square as a fraction of S.
+    """
+    size = images.shape[1]
+    pixels = torch.arange(size, device=images.device) + 0.5
+    y, x = ((pixels - draws[:, i, None] * size).abs() < side * size / 2 for i in (1, 2))  # N, S
+    erased = y[:, :, None] & x[:, None, :] & (draws[:, 0] < probability)[:, None, None]
+    return images * ~erased.unsqueeze(3)
+
+
+# -- functions of single images -----------------------------------------------------------------
+
+
+def resized_crop(
+    image: Tensor, draws: Tensor, size: int, scale: Pair = (0.35, 1.0), ratio: Pair = (0.75, 4 / 3)
+) -> Tensor:
+    """Crops a random box of an image and resizes the box.
+
+    The box has a random share of the image's area, uniform in `scale`, and a random width by
+    height, log-uniform in `ratio`. The default scale is from Wightman et al. (2021). A side that
+    would be longer than the image's side becomes as long as the image's side. In this case,
+    torchvision's RandomResizedCrop draws again, up to ten times, and at last crops the center. So
+    in images that are far from square, boxes are smaller here.
 
     Args:
         image: (C, H, W).
+        draws: random numbers (4), on the CPU: for the area, the width by height, y and x.
         size: height and width of the returned image in pixels.
+        scale: the smallest and the largest share of the area.
+        ratio: the smallest and the largest width by height.
 
     Returns:
-        The cropped image, (C, size, size).
+        The resized box, (C, size, size).
     """
-    # torchvision's RandomCrop with padding draws the same numbers and returns the same pixels. This
-    # function is faster, and needs no torchvision.
-    padding = max_shift(size)
-    height, width = image.shape[-2:]
-    top, left = (_randint(side + 2 * padding - size) - padding for side in (height, width))
-    # A negative padding crops.
-    sides = (-left, left + size - width, -top, top + size - height)
-    return torch.nn.functional.pad(image, sides)
+    for_area, for_shape, *for_place = draws.tolist()
+    area = (scale[0] + for_area * (scale[1] - scale[0])) * image.shape[1] * image.shape[2]
+    shape = ratio[0] * (ratio[1] / ratio[0]) ** for_shape
+    parts = [slice(None)]
+    for side, wanted, draw in zip(image.shape[1:], (area / shape, area * shape), for_place):
+        length = min(side, max(1, round(wanted**0.5)))
+        start = int(draw * (side - length + 1))
+        parts.append(slice(start, start + length))
+    # Bytes are resized twice as fast if the box lies in one piece, channels last.
+    box = image[tuple(parts)].permute(1, 2, 0).contiguous()
+    return resize(box.permute(2, 0, 1), size, size)
 
 
-def _randint(most: int) -> int:
-    return int(torch.randint(0, most + 1, ())) if most > 0 else 0
+# -- all of them --------------------------------------------------------------------------------
+
+# The function of each augmentation, and how many random numbers an image needs. The functions of
+# single images from torchvision draw from torch's global generator instead.
+AUGMENTATIONS: dict[str, tuple[Callable[..., Tensor] | str, int]] = {
+    "crop": (crop, 2),
+    "flip": (flip, 1),
+    "vflip": (functools.partial(flip, axis=1), 1),
+    "rotate": (rotate, 1),
+    "color": (color, 3),
+    "resized_crop": (resized_crop, 4),
+    "erase": (erase, 3),
+    "randaugment": ("torchvision.transforms.v2:RandAugment", 0),  # 2 changes of magnitude 9
+    "trivialaugment": ("torchvision.transforms.v2:TrivialAugmentWide", 0),
+}
 
 
-def max_shift(size: int) -> int:
-    """Returns the largest number of pixels by which a random shift moves an image.
+@dataclass(frozen=True)
+class _Step:
+    """One of the configured augmentations.
 
-    The number is an eighth of the image's size, but at least 1. For an image of 32 pixels, the
-    number is 4, as in He et al. (2016) for CIFAR.
+    Attributes:
+        name: the name of the augmentation.
+        words: part of the seed: the CRC-32 of the name, and how often the name was listed before.
+        function: the function, with the configured arguments.
+        num_draws: how many random numbers an image needs. 0 for a function of single images, which
+            draws from global generators.
+    """
+
+    name: str
+    words: tuple[int, int]
+    function: Callable[..., Tensor]
+    num_draws: int
+
+
+class Augmentation:
+    """The resizing of the images of a split, and the random augmentation in training.
+
+    The augmentation "resized_crop" comes first and replaces the resizing to the model's image size.
+    The others follow in the order of `augment`.
 
     Args:
-        size: height and width of the image in pixels.
-    """
-    return max(1, size // 8)
+        augment: name and settings of each augmentation.
+        images: the images of the split.
+        size: height and width of the model's images in pixels.
+        seed: the seed of the run.
 
-
-def flip(image: Tensor) -> Tensor:
-    """Flips an image (C, H, W) left to right with probability 1/2.
-
-    If the image is not flipped, the same tensor is returned. The random number is the same as in
-    torchvision's RandomHorizontalFlip.
-    """
-    return image if torch.rand(1) >= 0.5 else image.flip(-1)
-
-
-# -- cutout (DeVries and Taylor, 2017) ----------------------------------------------------------
-
-ERASED = 0.5  # side of the erased square as a fraction of the image's side
-ERASE_PROBABILITY = 0.5
-
-
-def erase(image: Tensor) -> Tensor:
-    """Makes a random square of an image (C, H, W) black with probability 1/2.
-
-    The method is cutout (DeVries and Taylor, 2017). The square is half as wide as the image. The
-    square can reach beyond the image's border. The given image stays unchanged, and a new image is
-    returned.
-    """
-    return image * ~erased_pixels(torch.rand(1, 3), *image.shape[-2:])
-
-
-def erased_pixels(draws: Tensor, height: int, width: int) -> Tensor:
-    """Computes which pixels of each image are to be erased.
-
-    The erased pixels of an image are a square, or none.
-
-    Args:
-        draws: random numbers between 0 and 1, (N, 3), three for each of N images. An image is
-            erased if the first of the three numbers is below 1/2. The second number is the y of the
-            square's center, as a fraction of the height. The third number is the x of the center,
-            as a fraction of the width.
-        height: height of the images in pixels.
-        width: width of the images in pixels.
-
-    Returns:
-        A mask, bool (N, height, width), true for the pixels to erase.
+    Raises:
+        Refused: a function or class of the user does not exist or does not take its arguments.
     """
 
-    def near(draw: Tensor, side: int) -> Tensor:  # N, side
-        pixels = torch.arange(side, device=draw.device) + 0.5
-        return (pixels - draw[:, None] * side).abs() < ERASED * side / 2
+    def __init__(self, augment: list[AugmentationConfig], images: Images, size: int, seed: int):
+        self._images, self._size, self._seed = images, size, seed
+        augment = sorted(augment, key=lambda cfg: cfg.name != "resized_crop")
+        names = [cfg.name for cfg in augment]
+        self._steps = [_step(cfg, names[:i].count(cfg.name)) for i, cfg in enumerate(augment)]
+        self._is_cropped = "resized_crop" in names
+        self._tables: dict[tuple[int, torch.device], list[Tensor]] = {}
 
-    square = near(draws[:, 1], height)[:, :, None] & near(draws[:, 2], width)[:, None, :]
-    return square & (draws[:, 0] < ERASE_PROBABILITY)[:, None, None]
-
-
-# -- whole batches ----------------------------------------------------------------------------
-
-BATCH_DRAWS = {"crop": 2, "flip": 1, "erase": 3}  # random numbers per image
-
-
-class BatchAugmentation:
-    """A function that takes images from a store and augments the images.
-
-    Args:
-        store: the M images of the whole dataset, uint8 (M, S, S, C). Batches are computed on the
-            device of the store.
-        names: the names of the augmentations to apply. Names other than "crop", "flip" and "erase"
-            are ignored. Crop is always applied first, then flip, then erase.
-    """
-
-    def __init__(self, store: Tensor, names: Sequence[str]):
-        self.names = [name for name in BATCH_DRAWS if name in names]
-        self.size, self.channels = store.shape[1], store.shape[3]
-        self._store = store
-        self._sides = torch.arange(self.size, device=store.device)
-
-    def draws(self, number: int, seed: int, epoch: int) -> Tensor:
-        """Draws the random numbers for all images of one epoch.
+    def _draws(self, epoch: int, device: torch.device) -> list[Tensor]:
+        """Returns the random numbers for all images of one epoch.
 
         The numbers depend only on the seed of the run, the epoch and the names of the
-        augmentations. There must be at least one augmentation.
+        augmentations. The numbers are kept until the numbers of another epoch are needed.
 
         Args:
-            number: how many images the epoch has.
-            seed: the seed of the run.
             epoch: the epoch, counted from 1.
+            device: the device of the returned tables.
 
         Returns:
-            A table with one row per image, float32 (number, D), on the CPU. The numbers are uniform
-            in [0, 1). D is the sum over the applied augmentations: 2 for crop, 1 for flip, 3 for
-            erase.
+            A table per augmentation, float32 (images of the epoch, D). The row number is the last
+            number of an image's key: the index of the image, or the position in the epoch.
         """
-        tables = []
-        for name in self.names:
-            key = seeding.mix(seed, seeding.AUGMENT, epoch, name_key(name))
-            rng = np.random.Generator(np.random.Philox(key=key))
-            tables.append(rng.random((number, BATCH_DRAWS[name]), dtype=np.float32))
-        return torch.from_numpy(np.concatenate(tables, axis=1))
+        if (epoch, device) not in self._tables:
+            self._tables = {key: self._tables[key] for key in self._tables if key[0] == epoch}
+            self._tables[epoch, device] = tables = []
+            for step in self._steps:
+                words = step.words if step.words[1] else step.words[:1]
+                key = seeding.mix(self._seed, seeding.AUGMENT, epoch, *words)
+                rng = np.random.Generator(np.random.Philox(key=key))
+                table = rng.random((len(self._images), step.num_draws), dtype=np.float32)
+                tables.append(torch.from_numpy(table).to(device))
+        return self._tables[epoch, device]
 
-    def __call__(self, rows: Tensor, draws: Tensor | None) -> Tensor:
-        """Takes a batch of images from the store and augments the images.
+    def resize(self, picture: Tensor, key: Key) -> Tensor:
+        """Crops a random box of a picture with a margin, and resizes the box.
 
         Args:
-            rows: the index of each image in the store, int64 (N).
-            draws: the random numbers, float32, one row per image. The rows come from the table that
-                the method `draws` returns. If `draws` is None, the images are not augmented.
+            picture: (C, H, W), uint8 or float in 0..1. If the box is not random, the picture must
+                be a square of the model's image size, and is returned unchanged.
+            key: (epoch, index of the image), or (epoch, index, position in the epoch). Epoch 0
+                means evaluation.
 
         Returns:
-            N images of S x S pixels, uint8 (N, C, S, S), channels last in memory.
+            The image, (C, size, size), as the method `stack` takes it.
         """
-        if draws is None or not self.names:
-            return self._store.index_select(0, rows).permute(0, 3, 1, 2)
-        splits = draws.split([BATCH_DRAWS[name] for name in self.names], dim=1)
-        by_name, size = dict(zip(self.names, splits)), self.size
-        y = x = self._sides.expand(len(rows), size)  # N, S; coordinates in the source
-        if "flip" in by_name:
-            x = torch.where(by_name["flip"] < 0.5, size - 1 - x, x)
-        if "crop" in by_name:
-            padding = max_shift(size)
-            shifts = (by_name["crop"] * (2 * padding + 1)).long() - padding  # N, 2: up, left
-            y, x = y + shifts[:, :1], x + shifts[:, 1:]
-        near_y, near_x = y.clamp(0, size - 1), x.clamp(0, size - 1)
-        pixels = (rows[:, None] * size + near_y)[:, :, None] * size + near_x[:, None, :]  # N, S, S
-        images = self._store.view(-1, self.channels).index_select(0, pixels.view(-1))
-        images = images.view(len(rows), size, size, self.channels)
-        if "crop" in by_name:  # pixels from outside the original image are black
-            images *= ((y == near_y)[:, :, None] & (x == near_x)[:, None, :]).unsqueeze(3)
-        if "erase" in by_name:
-            images *= ~erased_pixels(by_name["erase"], size, size).unsqueeze(3)
+        if not self.needs_margin(key[0]):
+            return picture
+        draws = self._draws(key[0], torch.device("cpu"))[0][key[-1]]
+        return self._steps[0].function(picture, draws, self._size)
+
+    def needs_margin(self, epoch: int) -> bool:
+        """Returns whether the pictures of an epoch have a margin, for random crops."""
+        return self._is_cropped and epoch != EVALUATION
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether an augmentation works image by image, and so takes long."""
+        return any(step.num_draws == 0 for step in self._steps)
+
+    def stack(self, images: list[Tensor], keys: list[Key]) -> Tensor:
+        """Stacks images into a batch, and augments the images unless the epoch is 0.
+
+        Args:
+            images: N images that the method `resize` returned, (C, size, size).
+            keys: the key of each image, as for the method `resize`.
+
+        Returns:
+            A batch, (N, C, size, size), channels last in memory.
+
+        Raises:
+            DataFailed: a function of the user fails, or images have different dtypes.
+        """
+        batch = _stacked(images)
+        return self._augmented(batch, torch.tensor([key[-1] for key in keys]), keys)
+
+    def gather(self, store: Tensor, rows: Tensor, at: Tensor | slice, keys: list[Key]) -> Tensor:
+        """Takes a batch of images from a store, and augments the images unless the epoch is 0.
+
+        Args:
+            store: M images, (M, size, size, C). The batch is computed on the device of the store.
+            rows: the index of each image in the store, int64 (N).
+            at: the last number of each key, N indices.
+            keys: the key of each image, as for the method `resize`.
+
+        Returns:
+            A batch, (N, C, size, size), channels last in memory.
+
+        Raises:
+            DataFailed: a function of the user fails.
+        """
+        return self._augmented(store.index_select(0, rows), at, keys)
+
+    def _augmented(self, images: Tensor, at: Tensor | slice, keys: list[Key]) -> Tensor:
+        """Augments images (N, S, S, C) unless the epoch is 0, and returns (N, C, S, S)."""
+        epoch = keys[0][0]
+        tables = self._draws(epoch, images.device) if epoch != EVALUATION else []
+        for step, table in list(zip(self._steps, tables))[self._is_cropped :]:
+            if step.num_draws > 0:
+                images = step.function(images, table[at])
+            else:
+                images = self._one_by_one(step, images, keys)
         return images.permute(0, 3, 1, 2)
+
+    def _one_by_one(self, step: _Step, images: Tensor, keys: list[Key]) -> Tensor:
+        # A user's function can draw from any global generator, torchvision draws only from torch's.
+        seed = seeding.seed_torch if step.name in AUGMENTATIONS else seeding.seed_sample
+        changed = []
+        for image, key in zip(images.cpu().permute(0, 3, 1, 2), keys):
+            seed(self._seed, seeding.AUGMENT, *key, *step.words)
+            try:
+                changed.append(fit_image(step.function(image), self._size))
+            except Exception as error:
+                raise workers.data_failure(error, self._images.name(key[1])) from error
+        return _stacked(changed).to(images.device)
+
+
+def _stacked(images: list[Tensor]) -> Tensor:
+    """Stacks images (C, S, S) of one dtype into a batch (N, S, S, C)."""
+    if len({image.dtype for image in images}) > 1:  # as floats, bytes would be 255 times as bright
+        raise DataFailed("data: expected images of one dtype, got uint8 and float; convert to one")
+    return torch.stack([image.permute(1, 2, 0) for image in images])
+
+
+def _step(cfg: AugmentationConfig, number_before: int) -> _Step:
+    """Builds an augmentation from its settings.
+
+    Args:
+        cfg: the name and settings of the augmentation.
+        number_before: how many augmentations of the same name come before.
+
+    Raises:
+        Refused: a function or class of the user does not exist or does not take its arguments.
+    """
+    found, num_draws = AUGMENTATIONS.get(cfg.name, (cfg.name, 0))
+    found = import_object(found, "data.augment") if isinstance(found, str) else found
+    args = cfg.arguments() if cfg.args is None else cfg.args
+    try:
+        if args:
+            inspect.signature(found).bind_partial(**args)
+        function = found(**args) if isinstance(found, type) else functools.partial(found, **args)
+    except (TypeError, ValueError) as error:
+        raise Refused(f"data.augment: {cfg.name}: {error}") from error
+    return _Step(cfg.name, (zlib.crc32(cfg.name.encode()), number_before), function, num_draws)

@@ -9,7 +9,8 @@ this one, and the batches are the same for any number of workers.
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from multiprocessing.util import Finalize
 
 import numpy as np
@@ -17,15 +18,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from cnn.config import DataConfig
-from cnn.config.settings import AugmentationConfig
 from cnn.datasets import workers
-from cnn.datasets.augment import BATCH_DRAWS, Augmentation, BatchAugmentation
+from cnn.datasets.augment import Augmentation
 from cnn.datasets.images import Images
 from cnn.datasets.order import EVALUATION, Key, draw_balanced, keys_of, share_of, split_epoch
-from cnn.datasets.preprocessing import Normalize, Preprocessing
-from cnn.datasets.preprocessing import fit_image as resize_and_crop
+from cnn.datasets.preprocessing import Form, Normalize, Preprocessing
 from cnn.errors import BadImage, DataFailed, Refused
 from cnn.utils import seeding
+from cnn.utils.cpus import usable_cpus
 
 logger = logging.getLogger(__name__)
 
@@ -51,17 +51,19 @@ class Samples:
 
     Attributes:
         images: the images of one split.
-        size: height and width of the returned images in pixels.
-        augment: a function that augments an image, for training.
+        form: the form of the pictures for evaluation.
+        augmentation: makes batches of the pictures, which are augmented in training.
         seed: the seed of the run.
-        collate: a function that stacks a list of images (C, size, size) into a batch.
+        normalize: normalizes the batches. If None, the batches stay as they are.
+        pool: threads that read the images of a batch. If None, one thread reads the images.
     """
 
     images: Images
-    size: int
-    augment: Augmentation
+    form: Form
+    augmentation: Augmentation
     seed: int
-    collate: Callable[[list[torch.Tensor]], torch.Tensor] = torch.stack
+    normalize: Normalize | None = None
+    pool: ThreadPoolExecutor | None = None
 
     def raw(self, key: Key) -> torch.Tensor:
         """Returns an image before resizing and augmentation, (C, H, W).
@@ -69,9 +71,27 @@ class Samples:
         Args:
             key: (epoch, index of the image), or (epoch, index, position in the epoch).
         """
+        self._seed(key)
+        return self.images[key[1]]
+
+    def _seed(self, key: Key) -> None:
         if self.images.may_draw:
             seeding.seed_sample(self.seed, seeding.SAMPLE, *key)
-        return self.images[key[1]]
+
+    def _resized(self, key: Key) -> torch.Tensor | BadImage:
+        """Returns an image in the model's size, or the reason why it is left out of its batch."""
+        self._seed(key)
+        form = replace(self.form, margin=self.augmentation.needs_margin(key[0]))
+        try:
+            return self.augmentation.resize(self.images.picture(key[1], form), key)
+        except BadImage as bad:
+            if not self.images.skip:
+                raise
+            return bad
+        except (DataFailed, Refused):
+            raise
+        except Exception as error:
+            raise workers.data_failure(error, self.images.name(key[1])) from error
 
     def image(self, key: Key) -> torch.Tensor:
         """Returns an image in the model's size, not normalized, (C, size, size).
@@ -81,9 +101,7 @@ class Samples:
         Args:
             key: (epoch, index of the image), or (epoch, index, position in the epoch).
         """
-        image = self.raw(key)
-        is_evaluation = key[0] == EVALUATION
-        return resize_and_crop(image, self.size) if is_evaluation else self.augment(image, key)
+        return self.augmentation.stack([self._resized(key)], [key])[0]
 
     def __getitems__(self, keys: list[Key]) -> tuple[tuple, list[str]] | DataFailed:
         """Returns a batch, or the error that prevents the batch.
@@ -100,28 +118,27 @@ class Samples:
             ((images, labels), messages), with one message for each image that was left out. If the
             batch cannot be made, the error.
         """
-        images, kept, left_out, name = [], [], [], "the next batch"
         try:
-            for key in keys:
-                name = self.images.name(key[1])
-                try:
-                    images.append(self.image(key))
-                    kept.append(key[1])
-                except BadImage as bad:
-                    if not self.images.skip:
-                        raise
-                    left_out.append(str(bad))
+            results = (self.pool.map if self.pool else map)(self._resized, keys)
+            images, kept, left_out = [], [], []
+            for key, image in zip(keys, results):
+                if isinstance(image, BadImage):
+                    left_out.append(str(image))
+                else:
+                    images.append(image)
+                    kept.append(key)
             # BatchNorm needs two images. Besides, a missing folder must not be left out bit by bit.
             if left_out and len(kept) < (1 if keys[0][0] == EVALUATION else 2):
                 raise BadImage(f"{left_out[0]}, and so nearly all of its batch of {len(keys)}")
-            name = "the next batch"
-            return (self.collate(images), torch.from_numpy(self.images.labels[kept])), left_out
+            labels = torch.from_numpy(self.images.labels[[key[1] for key in kept]])
+            batch = self.augmentation.stack(images, kept)
+            return (self.normalize(batch) if self.normalize else batch, labels), left_out
         except BadImage as bad:
             return DataFailed(f"{bad}; put the image back, and the run resumes at this batch")
         except (DataFailed, Refused) as error:
             return DataFailed(str(error))  # training has started, and it is too late to refuse
         except Exception as error:  # noqa: BLE001  an augmentation or dataset can raise anything
-            return workers.data_failure(error, name)
+            return workers.data_failure(error)
 
 
 @dataclass(eq=False)
@@ -146,6 +163,7 @@ class Loader:
         device: the device to load the batches onto.
         seed: the seed of the run.
         sampler: "shuffle", or "balanced" to draw all classes with equal probability.
+        augmentation: resizes the images, and augments the images in training.
         rank: the rank of this process, from 0 on.
         num_ranks: the number of processes.
 
@@ -160,6 +178,7 @@ class Loader:
     device: torch.device
     seed: int
     sampler: str
+    augmentation: Augmentation
     rank: int
     num_ranks: int
 
@@ -273,18 +292,17 @@ class StreamLoader(Loader):
 
     Args:
         *args: the positional arguments of the base class `Loader`, such as the images.
-        augment: name and settings of each augmentation, applied in training.
-        num_workers: number of worker processes. If 0, this process reads the images.
+        num_workers: number of worker processes. If 0, threads of this process read the images.
     """
 
-    def __init__(self, *args, augment: list[AugmentationConfig], num_workers: int):
+    def __init__(self, *args, num_workers: int):
         super().__init__(*args)
         # A GPU normalizes, which quarters the bytes copied to it; for a CPU the workers do it.
         on_cpu = self.device.type == "cpu"
-        collate = self._normalize.stacked if on_cpu else torch.stack
-        size = self.preprocessing.image_size
-        augmentation = Augmentation(augment, size, self.seed)
-        samples = Samples(self.images, size, augmentation, self.seed, collate)
+        normalize = self._normalize if on_cpu else None
+        pool = None if num_workers or self.images.may_draw else ThreadPoolExecutor(usable_cpus())
+        form = self.preprocessing.form
+        samples = Samples(self.images, form, self.augmentation, self.seed, normalize, pool)
         self.raw, self.image = samples.raw, samples.image
         self._finish = (lambda images: images) if on_cpu else self._normalize
         self._plan = _Plan()
@@ -321,41 +339,23 @@ class MemoryLoader(Loader):
 
     Args:
         *args: the positional arguments of the base class `Loader`, such as the images.
-        pixels: the M images of the whole dataset, uint8 (M, size, size, C).
-        augment: name and settings of each augmentation, applied in training. Only "crop", "flip"
-            and "erase" are possible.
+        store: M pictures, uint8 (M, size, size, C).
+        rows: the index of each image in `store`, int64 (N).
     """
 
-    def __init__(self, *args, store: tuple, augment: list[AugmentationConfig]):
+    def __init__(self, *args, store: torch.Tensor, rows: np.ndarray):
         super().__init__(*args)
-        self._gather = BatchAugmentation(store[0].to(self.device), [cfg.name for cfg in augment])
-        self._rows = torch.from_numpy(store[1]).to(self.device)
+        self._store = store.to(self.device)
+        self._rows = torch.from_numpy(rows).to(self.device)
         self._labels = torch.from_numpy(self.images.labels).to(self.device)
 
-    def _draws(self, epoch: int) -> torch.Tensor | None:
-        """Returns the random numbers for the augmentations of an epoch.
-
-        The numbers depend only on the seed of the run, the epoch and the augmentations.
-
-        Args:
-            epoch: the epoch. Epoch 0 means evaluation.
-
-        Returns:
-            A table on the device, with one row per image. The row number is the index of the image.
-            With the balanced sampler, the row number is the position of the image in the epoch. If
-            the epoch is 0 or there are no augmentations, the result is None.
-        """
-        if epoch == EVALUATION or not self._gather.names:
-            return None
-        return self._gather.draws(len(self.images), self.seed, epoch).to(self.device)
-
     def _batches(self, epoch: int, spans: list[Span], _start: int) -> Iterator[Batch]:
-        draws = self._draws(epoch)
-        order = torch.from_numpy(self.order(epoch)).to(self.device)
+        order = self.order(epoch)
+        on_device = torch.from_numpy(order).to(self.device)
         for begin, end, count in spans:
-            indices = order[begin:end]
-            rows = slice(begin, end) if self.balanced else indices
-            images = self._gather(self._rows[indices], draws[rows] if draws is not None else None)
+            indices, keys = on_device[begin:end], keys_of(epoch, order, self.balanced, begin, end)
+            at = slice(begin, end) if self.balanced else indices
+            images = self.augmentation.gather(self._store, self._rows[indices], at, keys)
             yield self._normalize(images), self._labels[indices], count
 
     def raw(self, key: Key) -> torch.Tensor:
@@ -374,9 +374,8 @@ class MemoryLoader(Loader):
         Args:
             key: (epoch, index of the image), or (epoch, index, position in the epoch).
         """
-        draws = self._draws(key[0])
-        row = draws[[key[-1]]] if draws is not None else None
-        return self._gather(self._rows[[key[1]]], row)[0]
+        at = slice(key[-1], key[-1] + 1)
+        return self.augmentation.gather(self._store, self._rows[[key[1]]], at, [key])[0]
 
 
 def build_loader(
@@ -408,24 +407,32 @@ def build_loader(
 
     Raises:
         Refused: an image file can no longer be decoded. Or `cfg.in_memory` is true, but the images
-            cannot be kept in memory or an augmentation works only image by image.
+            cannot be kept in memory. Or an augmentation cannot be built.
     """
-    # The machine has no part in the choice, since the two loaders draw different random numbers.
-    augment = cfg.augment if training else []
     batch_size = cfg.batch_size
     if not training:  # not too large, so that every process has batches to evaluate
         batch_size = min(EVALUATION_BATCHES * batch_size, max(batch_size, LARGEST_EVALUATION_BATCH))
-    common = (images, preprocessing, batch_size, device, seed, cfg.sampler, rank, num_ranks)
-    size, channels, form = preprocessing.image_size, preprocessing.channels, preprocessing.form
-    slow = [change.name for change in cfg.augment if change.name not in BATCH_DRAWS]
-    fits = images.num_decoded * size * size * channels <= MEMORY_LIMIT and not slow
-    if cfg.in_memory is True or (cfg.in_memory == "auto" and fits and images.num_decoded):
-        if images.num_decoded and not slow:
-            store = images.store(form) or (
-                torch.stack(images.pictures(form)).permute(0, 2, 3, 1).contiguous(),
-                np.arange(len(images)),
-            )
-            return MemoryLoader(*common, store=store, augment=augment)
-        reason = f"data.augment: {', '.join(slow)}" if slow else "your own or resized images"
-        raise Refused(f"data.in_memory: true cannot go with {reason}; say auto")
-    return StreamLoader(*common, augment=augment, num_workers=cfg.num_workers)
+    form = preprocessing.form
+    augmentation = Augmentation(cfg.augment if training else [], images, form.size, seed)
+    common = (images, preprocessing, batch_size, device, seed, cfg.sampler, augmentation)
+    common += (rank, num_ranks)
+    form = replace(form, margin=augmentation.needs_margin(int(training)))
+    if _is_in_memory(cfg, images, form, augmentation):
+        if form.margin:
+            images.hold(form)
+            return StreamLoader(*common, num_workers=0)
+        store, rows = images.store(form) or (
+            torch.stack([picture.permute(1, 2, 0) for picture in images.pictures(form)]),
+            np.arange(len(images)),
+        )
+        return MemoryLoader(*common, store=store, rows=rows)
+    return StreamLoader(*common, num_workers=cfg.num_workers)
+
+
+def _is_in_memory(cfg: DataConfig, images: Images, form: Form, augmentation: Augmentation) -> bool:
+    if cfg.in_memory is True and not images.num_decoded:
+        raise Refused("data.in_memory: true cannot go with a dataset of your own; say auto")
+    # Worker processes make the same batches; they are worth their start for slow augmentations.
+    fits = images.num_decoded * form.num_bytes <= MEMORY_LIMIT
+    fits = fits and not (augmentation.is_slow and cfg.num_workers)
+    return images.num_decoded > 0 and (cfg.in_memory is True or (cfg.in_memory == "auto" and fits))

@@ -46,6 +46,11 @@ class Form:
         """The shorter side in pixels to which JPEG files are decoded at least. None: in full."""
         return math.ceil(self.size * MARGIN * SHARP) if self.scaled else None
 
+    @property
+    def num_bytes(self) -> int:
+        """About how many bytes a picture has, which is 3 by 2 if it is not square."""
+        return self.channels * round(self.size**2 * (1.5 * MARGIN**2 if self.margin else 1))
+
     def apply(self, image: torch.Tensor) -> torch.Tensor:
         """Returns a picture in this form.
 
@@ -144,9 +149,9 @@ def fit_image(image: torch.Tensor, size: int, fit: str = "crop") -> torch.Tensor
         return image
     shorter, longer = min(height, width), max(height, width)
     if fit == "stretch":
-        return _resize(image, size, size)
+        return resize(image, size, size)
     if fit == "pad":
-        image = _resize(image, *(max(1, round(size * side / longer)) for side in (height, width)))
+        image = resize(image, *(max(1, round(size * side / longer)) for side in (height, width)))
         return _center_crop(image, size, size)
     if size**2 * longer > MAX_RESIZED * shorter:
         # A very long image would fill the memory once resized, though only its center is used.
@@ -158,13 +163,18 @@ def _resize_shorter(image: torch.Tensor, size: int) -> torch.Tensor:
     """Resizes an image (C, H, W) so that the shorter side has `size` pixels."""
     height, width = image.shape[-2:]
     shorter = min(height, width)
-    return _resize(image, size * height // shorter, size * width // shorter)
+    return resize(image, size * height // shorter, size * width // shorter)
 
 
-def _resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resizes an image (C, H, W) bilinearly with antialiasing.
+def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resizes an image bilinearly with antialiasing.
 
     The results are those of torchvision's transforms, whose import takes seconds.
+
+    Args:
+        image: (C, H, W), uint8 or float. An image that is channels last in memory is the fastest.
+        height: height of the returned image in pixels.
+        width: width of the returned image in pixels.
     """
     on_bytes = image.dtype == torch.uint8 and image.device.type == "cpu"
     is_native = on_bytes or image.dtype in (torch.float32, torch.float64)
@@ -219,24 +229,6 @@ class Normalize:
         images = images.permute(0, 2, 3, 1)  # N, H, W, C
         batch = torch.empty(images.shape, dtype=torch.float32, device=images.device)
         self._normalize_into(batch, images)
-        return batch.permute(0, 3, 1, 2)
-
-    def stacked(self, images: list[torch.Tensor]) -> torch.Tensor:
-        """Normalizes images one by one and stacks the images into a batch.
-
-        The images must be on the CPU.
-
-        Args:
-            images: N images (C, H, W), uint8 or float in 0..1.
-
-        Returns:
-            A batch, float32 (N, C, H, W), channels last in memory.
-        """
-        # Faster than normalizing a whole batch: each image is still in the CPU's cache.
-        channels, height, width = images[0].shape
-        batch = torch.empty(len(images), height, width, channels, dtype=torch.float32)
-        for target, image in zip(batch, images):
-            self._normalize_into(target, image.permute(1, 2, 0))
         return batch.permute(0, 3, 1, 2)
 
     def _normalize_into(self, target: torch.Tensor, images: torch.Tensor) -> None:
