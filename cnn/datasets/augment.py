@@ -257,14 +257,16 @@ class Augmentation:
             number of an image's key: the index of the image, or the position in the epoch.
         """
         if (epoch, device) not in self._tables:
-            self._tables = {key: self._tables[key] for key in self._tables if key[0] == epoch}
-            self._tables[epoch, device] = tables = []
+            tables = []
             for step in self._steps:
                 words = step.words if step.words[1] else step.words[:1]
                 key = seeding.mix(self._seed, seeding.AUGMENT, epoch, *words)
                 rng = np.random.Generator(np.random.Philox(key=key))
                 table = rng.random((len(self._images), step.num_draws), dtype=np.float32)
                 tables.append(torch.from_numpy(table).to(device))
+            kept = {key: self._tables[key] for key in self._tables if key[0] == epoch}
+            self._tables = kept | {(epoch, device): tables}  # whole, since threads share it
+            return tables
         return self._tables[epoch, device]
 
     def resize(self, picture: Tensor, key: Key) -> Tensor:
