@@ -351,12 +351,13 @@ def test_data_that_are_handed_on_are_the_same_memory(tmp_path, monkeypatch):
     data = build_data(cfg.data, 0)
     file = shared_data._save(data)
     one, other = shared_data._load(file), shared_data._load(file)
-    assert torch.equal(one.train.store, data.train.store)
+    assert torch.equal(one.train.pixels, data.train.pixels)
     assert one.fingerprint() == data.fingerprint()
     maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(file) in line]
     assert len({line.split()[4] for line in maps}) == 1 and len(maps) >= 2, "one file, mapped twice"
-    one.val.store[5] = 7
-    assert (one.train.store[5] == 7).all() and torch.equal(other.train.store, data.train.store)
+    one.val.pixels[5] = 7
+    assert (one.train.pixels[5] == 7).all()
+    assert torch.equal(other.train.pixels, data.train.pixels)
 
 
 # -- the launcher itself ------------------------------------------------------------------------

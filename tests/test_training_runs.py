@@ -132,7 +132,7 @@ def test_a_checkpoint_predicts_alone(train):
     assert train("train.ema_decay=0.5") == 0
     content = torch.load("checkpoints/best.pth", weights_only=True)
     assert content["classes"] == ["pattern 0", "pattern 1", "pattern 2"]
-    keys = {"image_size", "channels", "mean", "std", "value_range"}
+    keys = {"image_size", "channels", "mean", "std", "value_range", "fit", "scaled"}
     assert content["preprocessing"].keys() == keys
     for key in ("model_state_dict", "ema_state_dict"):
         assert not any(name.startswith(("module.", "_orig_mod.")) for name in content[key])

@@ -44,46 +44,36 @@ def array_hash(array: np.ndarray) -> int:
     return int.from_bytes(digest.digest()[:8])
 
 
-def size_limit(cache_gb: float | None) -> int:
-    """Returns how many bytes of pictures the cache folder may contain.
-
-    Args:
-        cache_gb: the limit in GB. None stands for a quarter of the space that is free, or would be
-            without the pictures.
-
-    Raises:
-        OSError: the cache folder cannot be used.
-    """
-    if cache_gb is not None:
-        return round(cache_gb * 1e9)
-    free = shutil.disk_usage(cache_folder()).free
-    return (free + sum(path.stat().st_size for path in cache_folder().glob(PACKS))) // FREE_SHARE
-
-
-def make_room(needed: int, limit: int, in_use: Collection[Path]) -> int:
+def make_room(needed: int, cache_gb: float | None, in_use: Collection[Path]) -> bool:
     """Removes the pictures that were not used for the longest time, until there is enough room.
 
     Args:
         needed: the bytes that will be written.
-        limit: how many bytes of pictures the cache folder may then contain.
+        cache_gb: how many GB of pictures the cache folder may then contain. None stands for a
+            quarter of the space that would be free without the pictures.
         in_use: files of pictures that must stay.
 
     Returns:
-        The bytes that can be written, which can be fewer or more than needed.
+        Whether there is enough room. If not, nothing is removed.
 
     Raises:
         OSError: the cache folder cannot be used.
     """
-    remove_leftovers(cache_folder().glob(f".{PACKS}*"))
-    files = {path: path.stat() for path in cache_folder().glob(PACKS)}
-    room = limit - sum(status.st_size for status in files.values())
-    for path in sorted(files.keys() - set(in_use), key=lambda path: files[path].st_mtime):
-        if room >= needed:
-            break
-        with contextlib.suppress(OSError):  # in use, on Windows
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder.glob(".pictures_*"))
+    sizes = {path: path.stat().st_size for path in folder.glob(PACKS)}
+    used, free = sum(sizes.values()), shutil.disk_usage(folder).free
+    limit = (free + used) // FREE_SHARE if cache_gb is None else cache_gb * 1e9
+    room = min(limit - used, free - RESERVE)
+    spare = sorted(sizes.keys() - set(in_use), key=lambda path: path.stat().st_mtime)
+    if room + sum(sizes[path] for path in spare) < needed:
+        return False
+    for path in spare:
+        if room < needed:
             path.unlink()
-            room += files[path].st_size
-    return min(room, shutil.disk_usage(cache_folder()).free - RESERVE)
+            room += sizes[path]
+    return True
 
 
 def remove_leftovers(leftovers: Iterable[Path]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cnn.datasets.cache import cache_folder, make_room, size_limit
+from cnn.datasets.cache import cache_folder, make_room
 from cnn.datasets.decode import DECODER
 from cnn.datasets.preprocessing import Form
 from cnn.utils.files import write_atomically
@@ -177,7 +177,7 @@ class PackWriter:
         self._in_use, self._waiting, self._entries, self._size = kept.used_paths, [], [], 0
         self.lacks = is_wanted & ~kept.is_kept
         expected = int(self.lacks.sum()) * form.size**2 * form.channels
-        self._has_room = self._make_room(min(expected, PACK_BYTES))
+        self._has_room, self._num_written = self._make_room(min(expected, PACK_BYTES)), 0
         self.lacks &= self._has_room
 
     def __contains__(self, content: int) -> bool:
@@ -209,6 +209,11 @@ class PackWriter:
         if self._waiting:
             self._write()
         pictures = Packs(self.form).find(contents, self._is_wanted)
+        where = f"{cache_folder()} (data.cache_gb)"
+        if self._num_written:
+            logger.info("%d decoded pictures are kept in %s", self._num_written, where)
+        elif not self._has_room and (missing := (self._is_wanted & ~pictures.is_kept).sum()):
+            logger.warning("%d decoded pictures have no room in %s", missing, where)
         for path in pictures.used_paths:
             with contextlib.suppress(OSError):  # removed by another process, or of another user
                 os.utime(path)  # the packs that were not used for the longest time are removed
@@ -225,14 +230,14 @@ class PackWriter:
             if self._has_room:
                 write_atomically(path, lambda file: file.writelines(parts))
                 self._in_use.add(path)
+                self._num_written += len(table)
         except OSError:
             self._has_room = False
         self._waiting, self._entries, self._size = [], [], 0
 
     def _make_room(self, size: int) -> bool:
         try:
-            cache_folder().mkdir(parents=True, exist_ok=True)
-            return make_room(size, size_limit(self._cache_gb), self._in_use) >= max(size, 1)
+            return make_room(size, self._cache_gb, self._in_use)
         except OSError:  # no permission, or no folder
             return False
 
