@@ -104,16 +104,6 @@ class Images:
         """
         return form.apply(self[index])
 
-    def hold(self, form: Form) -> None:
-        """Keeps all pictures of this object in memory that are neither there nor in the cache.
-
-        Args:
-            form: the form of the pictures.
-
-        Raises:
-            Refused: a file can no longer be decoded.
-        """
-
     def pictures(self, form: Form) -> list[torch.Tensor]:
         """Returns all images of this object in a form, each (C, H, W).
 
@@ -382,20 +372,6 @@ class FileImages(Images):
         kept = self._kept(form)
         picture = kept.get(self.rows[index]) if kept is not None else None
         return form.apply(self._decode(index, form.least_side)) if picture is None else picture
-
-    def hold(self, form: Form) -> None:
-        """Keeps all pictures of this object in memory that are not in the cache.
-
-        Args:
-            form: the form of the pictures.
-
-        Raises:
-            Refused: a file can no longer be decoded.
-        """
-        kept = self._kept(form)
-        if kept is not None:
-            lacking = self.subset(np.flatnonzero(~kept.is_kept[self.rows]))
-            kept.held |= dict(zip(lacking.rows.tolist(), lacking.pictures(form)))
 
     def store(self, form: Form) -> tuple[torch.Tensor, np.ndarray] | None:
         """Returns the pictures of a pack, if the pack contains all pictures of this object.

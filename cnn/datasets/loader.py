@@ -66,24 +66,20 @@ class Samples:
     pool: ThreadPoolExecutor | None = None
 
     def raw(self, key: Key) -> torch.Tensor:
-        """Returns an image before resizing and augmentation, (C, H, W).
+        """Returns an image before augmentation, (C, H, W), square unless a random box is cut.
 
         Args:
             key: (epoch, index of the image), or (epoch, index, position in the epoch).
         """
-        self._seed(key)
-        return self.images[key[1]]
-
-    def _seed(self, key: Key) -> None:
         if self.images.may_draw:
             seeding.seed_sample(self.seed, seeding.SAMPLE, *key)
+        form = replace(self.form, margin=self.augmentation.needs_margin(key[0]))
+        return self.images.picture(key[1], form)
 
     def _resized(self, key: Key) -> torch.Tensor | BadImage:
         """Returns an image in the model's size, or the reason why it is left out of its batch."""
-        self._seed(key)
-        form = replace(self.form, margin=self.augmentation.needs_margin(key[0]))
         try:
-            return self.augmentation.resize(self.images.picture(key[1], form), key)
+            return self.augmentation.resize(self.raw(key), key)
         except BadImage as bad:
             if not self.images.skip:
                 raise
@@ -419,7 +415,6 @@ def build_loader(
     form = replace(form, margin=augmentation.needs_margin(int(training)))
     if _is_in_memory(cfg, images, form, augmentation):
         if form.margin:
-            images.hold(form)
             return StreamLoader(*common, num_workers=0)
         store, rows = images.store(form) or (
             torch.stack([picture.permute(1, 2, 0) for picture in images.pictures(form)]),

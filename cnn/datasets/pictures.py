@@ -82,7 +82,6 @@ class Pictures:
     def __init__(self, form: Form, paths: list[Path], entries: np.ndarray, is_wanted: np.ndarray):
         self.form, self.paths, self.entries, self.is_wanted = form, paths, entries, is_wanted
         self._is_checked = np.zeros(len(entries), bool)
-        self.held: dict[int, torch.Tensor] = {}
         self._mapped: dict[int, torch.Tensor] = {}
 
     def __getstate__(self) -> dict:
@@ -107,14 +106,14 @@ class Pictures:
         return Pictures(self.form, self.paths, self.entries[rows], self.is_wanted[rows])
 
     def get(self, row: int) -> torch.Tensor | None:
-        """Returns a picture, uint8 (C, H, W), or None if it is nowhere or damaged.
+        """Returns a picture, uint8 (C, H, W), or None if it is not in the cache or is damaged.
 
         Args:
             row: the index of the image file.
         """
         _, start, height, width, crc, pack = self.entries[row].item()
         if not height:
-            return self.held.get(row)
+            return None
         pixels = self._map(pack)[start : start + height * width * self.form.channels]
         if not self._is_checked[row] and zlib.crc32(pixels.numpy()) != crc:
             logger.warning("%s: damaged; its pictures are decoded again", self.paths[pack])

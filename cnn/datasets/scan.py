@@ -112,12 +112,11 @@ def scan(
     rows[~_is_unchanged(rows, paths)] = EMPTY
     wanted = plan(_with_headers(rows, paths))
     least_side = wanted[0][0].least_side
-    known, rows = (
-        np.where(part["scale"] == _scales(part, least_side), part, EMPTY) for part in (known, rows)
-    )
+    rows = np.where(rows["scale"] == _scales(rows, least_side), rows, EMPTY)
     writers = [PackWriter(form, rows["content"], mask, cache_gb) for form, mask in wanted]
-    reader = _Reader({row["content"].item(): row for row in known}, value_range, writers)
     todo = np.flatnonzero((rows["read"] == 0) | verify | np.any([w.lacks for w in writers], axis=0))
+    known = known[known["scale"] == _scales(known, least_side)] if len(todo) else []
+    reader = _Reader({row["content"].item(): row for row in known}, value_range, writers)
     bad = _read_files(reader, paths, todo, rows, partial(_store, cache, names, rows))
     return rows, bad, [writer.finish(rows["content"]) for writer in writers]
 
@@ -141,8 +140,8 @@ def _read_files(
     results = show_progress(reader.read_all(paths, todo), LABEL, len(todo), every_seconds=10)
     for number, (row, pictures) in zip(todo.tolist(), results):
         if isinstance(row, str):
-            bad[paths[number]] = row
-        rows[number] = EMPTY if isinstance(row, str) else row
+            bad[paths[number]], row = row, EMPTY
+        rows[number] = row
         for writer, picture in zip(reader.writers, pictures):
             if picture is not None:
                 writer.add(row["content"].item(), picture)
@@ -212,13 +211,13 @@ class _Reader:
         Returns:
             Two values. The first value is a row of the dtype `SCAN` of this module. If the file
             does not decode, the first value is a text with the reason. The second value is the
-            picture for each writer, uint8 (C, H, W), or None if the writer needs none.
+            picture for each writer, uint8 (C, H, W), or None if the writer needs none. The list
+            is empty if the file does not decode.
         """
-        nothing = [None] * len(self.writers)
         try:
             read, status = time.time_ns(), _status(path)
             if not stat.S_ISREG(os.stat(path).st_mode):
-                return "not a regular file", nothing
+                return "not a regular file", []
             file = io.BytesIO(path.read_bytes())
             content = content_hash(file)
             row = self.known.get(content)
@@ -230,9 +229,9 @@ class _Reader:
                 row = _look_at(image, rgb, self.writers[0].form.least_side)
             pictures = [form and _picture(image, rgb, form) for form in forms]
         except OSError as error:
-            return error.strerror or str(error), nothing
+            return error.strerror or str(error), []
         except BadImage as bad:
-            return str(bad), nothing
+            return str(bad), []
         row = row.copy()
         for name, value in zip(STATUS, status):
             row[name] = value
@@ -276,11 +275,8 @@ def _look_at(image: Image.Image, rgb: np.ndarray, least_side: int | None) -> np.
     sample = np.concatenate([sample, np.asarray(gray)[None]])
     counts = np.stack([np.bincount(channel.ravel(), minlength=256) for channel in sample])
     values = np.arange(256.0)
-    row["count"], row["sums"], row["squares"] = (
-        gray.width * gray.height,
-        counts @ values,
-        counts @ values**2,
-    )
+    row["count"], row["sums"] = gray.width * gray.height, counts @ values
+    row["squares"] = counts @ values**2
     values = deep_values(image)
     if values is not None:
         row["kind"], sample = values.dtype.name, values.astype(np.float64) + 0.0  # no -0.0
