@@ -226,17 +226,8 @@ class Normalize:
         Returns:
             A new tensor, float32 (N, C, H, W), channels last in memory.
         """
-        images = images.permute(0, 2, 3, 1)  # N, H, W, C
-        batch = torch.empty(images.shape, dtype=torch.float32, device=images.device)
-        self._normalize_into(batch, images)
-        return batch.permute(0, 3, 1, 2)
-
-    def _normalize_into(self, target: torch.Tensor, images: torch.Tensor) -> None:
-        """Normalizes images and writes the result into another tensor.
-
-        Args:
-            target: the tensor to write into, float32 (..., H, W, C), contiguous.
-            images: the images to normalize, (..., H, W, C), uint8 or float in 0..1.
-        """
         scale = self._scale_bytes if images.dtype == torch.uint8 else self._scale_floats
-        target.copy_(images).flatten(-2).mul_(scale).add_(self._shift)
+        images = images.permute(0, 2, 3, 1)  # N, H, W, C
+        batch = torch.empty(images.shape, dtype=torch.float32, device=images.device).copy_(images)
+        batch.flatten(-2).mul_(scale).add_(self._shift)
+        return batch.permute(0, 3, 1, 2)
