@@ -34,7 +34,7 @@ TOLERANCE = 1e-4  # largest difference of a logit, relative to the largest logit
 NORMALIZED_INSIDE = "in 0..1; mean and std are applied inside"
 # For the metadata: the side that is resized, by `Preprocessing.fit`, and scaled decoding.
 SIDES = {"crop": "the shorter side", "pad": "the longer side", "stretch": "each side"}
-SCALED = "JPEG in full, or scaled to {} pixels and more; on average under 0.5 of 255 levels apart"
+SCALED = "JPEG in full, or at {} pixels or more (shorter side): photographs 0.4 of 255 levels apart"
 METADATA = "metadata.json"  # the name of the metadata within a .pt2 file
 SHAPES = {"images": {0: torch.export.Dim("batch", min=1)}}  # any batch size
 SEED = 2**62 + 1  # for initial weights that differ from those of the training
