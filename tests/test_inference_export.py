@@ -114,6 +114,22 @@ def check(checkpoint: Path, output: Path) -> None:
     assert about["input"].startswith(f"images: float32 (N, {pre['channels']}, ")
 
 
+@pytest.mark.parametrize(
+    "fit, resize",
+    {"crop": "the shorter side", "pad": "the longer side", "stretch": "each side"}.items(),
+)
+def test_an_exported_file_says_how_a_picture_is_prepared(train, fit, resize):
+    decode = "full" if fit == "pad" else "scaled"
+    assert train("train.epochs=1", f"data.fit={fit}", f"data.decode={decode}") == 0
+    assert script.main(["--format", "weights", "--output", "weights.pt"]) == 0
+    about = torch.load("weights.pt", weights_only=True)
+    assert about["resize"] == f"{resize} to 8 pixels, bilinear with antialiasing"
+    assert about["crop"] == "the middle 8 x 8 pixels; black outside the picture"
+    assert about["preprocessing"]["fit"] == fit
+    expected = "in full" if decode == "full" else "at 14 pixels or more (shorter side)"  # 8 * 1.725
+    assert expected in about["decoding"] and ("14" in about["decoding"]) == (decode == "scaled")
+
+
 @pytest.mark.parametrize("form", ["torch", "onnx"])
 def test_an_exported_file_answers_as_the_model_does_for_any_number_of_images(
     runs, exported, capfd, form

@@ -27,6 +27,7 @@ from cnn.utils.importing import import_object
 
 logger = logging.getLogger(__name__)
 
+MAX_CUT = 0.2  # share of the pixels that may be cut away without a warning
 MIN_STD = 1e-6  # of pixels in 0..1; less is only rounding
 
 
@@ -187,6 +188,7 @@ def build_data(cfg: DataConfig, seed: int, preprocessing: Preprocessing | None =
     splits, classes = read_splits(cfg, findings)
     _tell_copies(cfg, splits, classes, findings)
     splits = divide(splits, cfg, seed)
+    _tell_cut(cfg, splits, findings)
     for split, images in splits.items():
         present = set(images.labels.tolist())
         absent = [name for number, name in enumerate(classes) if number not in present]
@@ -213,6 +215,24 @@ def _tell_copies(cfg: DataConfig, splits: Splits, classes: list[str], findings: 
         ]
         numbers = np.concatenate([images.identities() for images in arrays.values()])
         check_copies(numbers, items, "keep", findings)
+
+
+def _tell_cut(cfg: DataConfig, splits: Splits, findings: Findings) -> None:
+    """Warns the user if more than a fifth of the pixels of image files are cut away for squares.
+
+    Only training and validation images count. The images of known datasets are squares.
+    """
+    parts = [splits[name] for name in ("train", "val")]
+    if cfg.fit != "crop" or not isinstance(parts[0], FileImages):
+        return
+    scans = np.concatenate([part.files.scans[part.rows] for part in parts])
+    shorter, longer = np.sort([scans["height"], scans["width"]], axis=0)
+    cut = 1 - (shorter**2).sum() / (shorter * longer).sum()
+    if cut > MAX_CUT:
+        line = f"data.fit=crop cuts away {cut:.0%} of the pixels of train and val"
+        if any(change.name == "resized_crop" for change in cfg.augment):
+            line += "; resized_crop trains on them, but val and test never show them"
+        findings.add(f"{line}; data.fit=pad or stretch keeps all", level=logging.WARNING)
 
 
 def read_splits(

@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 BATCH_SIZES = (1, 17)  # with which the exported model is checked
 TOLERANCE = 1e-4  # largest difference of a logit, relative to the largest logit if above 1
 NORMALIZED_INSIDE = "in 0..1; mean and std are applied inside"
+# For the metadata: the side that is resized, by `Preprocessing.fit`, and scaled decoding.
+SIDES = {"crop": "the shorter side", "pad": "the longer side", "stretch": "each side"}
+SCALED = "JPEG in full, or at {} pixels or more (shorter side): photographs 0.4 of 255 levels apart"
 METADATA = "metadata.json"  # the name of the metadata within a .pt2 file
 SHAPES = {"images": {0: torch.export.Dim("batch", min=1)}}  # any batch size
 SEED = 2**62 + 1  # for initial weights that differ from those of the training
@@ -345,8 +348,9 @@ def metadata(trained: TrainedModel, pixels: str = NORMALIZED_INSIDE) -> dict[str
         "classes": list(trained.classes),
         "preprocessing": asdict(pre),
         "colors": {1: "gray", 3: "RGB"}.get(pre.channels, "as the data have them"),
-        "resize": f"the shorter side to {pre.image_size} pixels, bilinear with antialiasing",
-        "crop": f"the middle {pre.image_size} x {pre.image_size} pixels",
+        "decoding": SCALED.format(pre.form.least_side) if pre.scaled else "in full",
+        "resize": f"{SIDES[pre.fit]} to {pre.image_size} pixels, bilinear with antialiasing",
+        "crop": f"the middle {pre.image_size} x {pre.image_size} pixels; black outside the picture",
         "model": trained.cfg.model.name,
         "model_args": dict(trained.cfg.model.args),
         "epoch": content["epoch"],

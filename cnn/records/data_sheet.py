@@ -23,6 +23,7 @@ def facts(run: Run) -> dict[str, str]:
         "source": f"{cfg.name} {cfg.root}" if is_files else cfg.name,
         **(_facts_of_files(data) if is_files else {}),
         "resized to": f"{pre.image_size} x {pre.image_size} pixels; channels: {pre.channels}",
+        "data.fit": pre.fit,
     }
 
 
@@ -30,14 +31,16 @@ def _facts_of_files(data: Data) -> dict[str, str]:
     """Returns the facts about the image files of all splits."""
     scans = np.concatenate([part.files.scans[part.rows] for part in data.splits.values()])
     area, width, height = scans["width"] * scans["height"], scans["width"], scans["height"]
-    cut = 1 - np.minimum(width, height) / np.maximum(width, height)
+    kept = np.minimum(width, height) ** 2 if data.preprocessing.fit == "crop" else area
+    cut, most = 1 - kept.sum() / area.sum(), 1 - (kept / area).min()
     small, middle, large = np.argsort(area, kind="stable")[[0, len(area) // 2, -1]]
     sizes = [f"{width[index]} x {height[index]}" for index in (small, middle, large)]
     formats = Counter(name.decode() for name in scans["format"].tolist())
     return {
         "formats": ", ".join(f"{name} {number}" for name, number in formats.most_common()),
         "width x height": f"{sizes[0]} to {sizes[2]} pixels, median {sizes[1]}",
-        "cut away": f"{cut.mean():.0%} of the pixels for squares, at most {cut.max():.0%} of one",
+        "cut away": f"{cut:.0%} of the pixels for squares, at most {most:.0%} of one",
+        "decoded": f"{(scans['scale'] > 1).sum()} JPEG files at 1/2, 1/4 or 1/8 of their size",
     }
 
 
