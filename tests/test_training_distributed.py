@@ -16,10 +16,7 @@ from conftest import ROOT, TINY, assert_same_run, history
 from processes import Ranks, free_port, run, run_ranks, trained_on, wait_for_listener
 from torch import nn
 
-from cnn.config import load_config
-from cnn.datasets.build import build_data
 from cnn.datasets.order import share_of
-from cnn.training import shared_data
 from cnn.utils.checkpoint import load_checkpoint
 
 # Batches of 11 images, which no number of processes divides; the last of the epoch has 4.
@@ -317,47 +314,6 @@ def test_what_cannot_be_done_is_refused_by_all_and_told_by_one(tmp_path, words, 
     assert ranks.wait() == [2, 2], ranks.output()
     assert ranks.output().count(message) == 1
     assert "Traceback" not in ranks.output()
-
-
-class Watching(Plain):
-    """Writes down what of the process's memory is the data shared on this machine."""
-
-    def __init__(self, **keywords):
-        super().__init__(**keywords)
-        maps = Path("/proc/self/maps").read_text().splitlines()
-        shared = [line.split()[0] for line in maps if "cnn_shared_" in line]
-        sizes = [int(end, 16) - int(start, 16) for start, end in (s.split("-") for s in shared)]
-        Path(f"shared_{os.environ['RANK']}").write_text(str(sum(sizes)))
-
-
-def test_pixels_are_in_memory_once_a_machine(tmp_path):
-    (tmp_path / "plain.py").write_text("from test_training_distributed import Watching\n")
-    data = "data.args={num_images: 30000, num_test: 20, num_classes: 3, image_size: 8}"
-    words = [*PLAIN, data, "model.name=plain:Watching", "train.epochs=1", "data.limit=100"]
-    before = set(shared_data.MEMORY.glob("cnn_shared_*"))  # of runs that were killed
-    run_ranks(2, tmp_path, *words)
-    for rank in range(2):
-        assert int((tmp_path / f"shared_{rank}").read_text()) >= 30_000 * 64
-    left, deadline = set(shared_data.MEMORY.glob("cnn_shared_*")) - before, time.monotonic() + 10
-    while any(file.exists() for file in left):  # those of tests at the same time go too
-        assert time.monotonic() < deadline, left
-        time.sleep(0.05)
-
-
-def test_data_that_are_handed_on_are_the_same_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(shared_data, "MEMORY", tmp_path / "none")  # as on a Mac
-    monkeypatch.setattr(shared_data.tempfile, "gettempdir", lambda: str(tmp_path))
-    cfg = load_config(None, ["data.name=synthetic", "data.args={num_images: 30000}"])[0]
-    data = build_data(cfg.data, 0)
-    file = shared_data._save(data)
-    one, other = shared_data._load(file), shared_data._load(file)
-    assert torch.equal(one.train.pixels, data.train.pixels)
-    assert one.fingerprint() == data.fingerprint()
-    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(file) in line]
-    assert len({line.split()[4] for line in maps}) == 1 and len(maps) >= 2, "one file, mapped twice"
-    one.val.pixels[5] = 7
-    assert (one.train.pixels[5] == 7).all()
-    assert torch.equal(other.train.pixels, data.train.pixels)
 
 
 # -- the launcher itself ------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from cnn.utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-PACK_BYTES = 2**27  # a pack is written once it is this large; a killed start loses no more
+PACK_BYTES = 2**28  # a pack is written once it is this large; a killed start loses no more
 
 # One picture: the hash of its file, its first byte in the pack, its size, and a CRC-32.
 ENTRY = np.dtype(

@@ -10,6 +10,7 @@ from torch import nn
 from cnn.config import Config, to_dict
 from cnn.datasets.augment import DRAWS
 from cnn.datasets.build import Data, as_trained, build_data
+from cnn.datasets.decode import silence_pillow
 from cnn.datasets.loader import Loader, build_loader
 from cnn.datasets.preprocessing import Preprocessing
 from cnn.errors import Refused
@@ -24,7 +25,6 @@ from cnn.training.optim import build_optimizer
 from cnn.training.resume import Checkpoint, restore
 from cnn.training.run import Run
 from cnn.training.schedule import Schedule
-from cnn.training.shared_data import build_once_per_node
 from cnn.training.state import TrainingState
 from cnn.utils import environment as env
 from cnn.utils.checkpoint import FORMAT, check_readable, clone_tree
@@ -83,13 +83,19 @@ def build_run(
 
 
 def _build_data(cfg: Config, group: Group, checkpoint: Checkpoint | None) -> Data:
-    """Reads the data of a run. A run that resumes keeps the preprocessing of the checkpoint."""
-    if checkpoint is None:
-        return build_once_per_node(group, lambda: build_data(cfg.data, cfg.seed))
-    path, content = checkpoint.path, checkpoint.content
-    saved = Preprocessing.from_checkpoint(path, content["preprocessing"])
-    wanted = as_trained(cfg.data, content["data"], saved)
-    return build_once_per_node(group, lambda: build_data(wanted, cfg.seed, saved))
+    """Reads the data of a run. A run that resumes keeps the preprocessing of the checkpoint.
+
+    One process of each machine reads the files first. The others find what was learnt of the files,
+    and the decoded pictures, in the cache.
+    """
+    wanted, saved = cfg.data, None
+    if checkpoint is not None:
+        content = checkpoint.content
+        saved = Preprocessing.from_checkpoint(checkpoint.path, content["preprocessing"])
+        wanted = as_trained(cfg.data, content["data"], saved)
+    silence_pillow()
+    with group.local_rank0_first():
+        return build_data(wanted, cfg.seed, saved)
 
 
 def _metadata(
