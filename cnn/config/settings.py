@@ -57,7 +57,6 @@ def setting(default: Any, description: str, resume: str, **more: Any) -> Any:
 KNOWN_DATASETS = ("mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "svhn")
 DATA_NAMES = ("digits", "synthetic", *KNOWN_DATASETS, "folder", "csv")
 LAYOUTS = ("auto", "classes", "splits")
-DECODINGS = ("scaled", "full")
 FITS = ("crop", "pad", "stretch")
 SAMPLERS = ("shuffle", "balanced")
 DUPLICATES = ("drop", "keep", "stop", "ignore")
@@ -142,7 +141,10 @@ class DataConfig:
         "auto", "keep decoded images in memory; auto: if they fit", FIXED, choices=("auto",)
     )
     decode: str = setting(
-        "scaled", "JPEG files: no more pixels than needed, or full", FIXED, choices=DECODINGS
+        "scaled",
+        "JPEG files: no more pixels than needed, or full",
+        FIXED,
+        choices=("scaled", "full"),
     )
     cache_gb: float | None = setting(
         None,

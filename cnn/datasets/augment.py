@@ -264,9 +264,7 @@ class Augmentation:
                 rng = np.random.Generator(np.random.Philox(key=key))
                 table = rng.random((len(self._images), step.num_draws), dtype=np.float32)
                 tables.append(torch.from_numpy(table).to(device))
-            kept = {key: self._tables[key] for key in self._tables if key[0] == epoch}
-            self._tables = kept | {(epoch, device): tables}  # whole, since threads share it
-            return tables
+            self._tables = {(epoch, device): tables}
         return self._tables[epoch, device]
 
     def resize(self, picture: Tensor, key: Key) -> Tensor:

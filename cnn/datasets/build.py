@@ -92,14 +92,11 @@ class Data:
     def head(self, number: int) -> "Data":
         """Returns the same data with only a few images of each split, of all classes in turn.
 
-        If the images are files, the returned data never decode the files of dropped images.
-
         Args:
             number: how many images of each split to keep. A smaller split is kept whole.
         """
         splits = self.splits.values()
         cut = [images.subset(_some_of_each(images.labels, number)) for images in splits]
-        cut = [images.detached() if isinstance(images, FileImages) else images for images in cut]
         return Data(*cut, self.classes, self.preprocessing, self.findings)
 
     def fingerprint(self) -> dict[str, int]:

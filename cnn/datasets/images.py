@@ -236,7 +236,7 @@ class Files:
         return self.pictures[0].form
 
     def subset(self, rows: np.ndarray) -> "Files":
-        """Returns some of the files.
+        """Returns some of the files, before it is said how they are decoded.
 
         Args:
             rows: the indices of the files to return (N).
@@ -246,7 +246,6 @@ class Files:
             paths=[self.paths[row] for row in rows],
             scans=self.scans[rows],
             pictures=[pictures.subset(rows) for pictures in self.pictures],
-            ranged=self.ranged[rows] if self.ranged is not None else None,
         )
 
 
@@ -286,13 +285,6 @@ class FileImages(Images):
             index: index of the image in this object, which can be a subset of the dataset.
         """
         return str(self.files.paths[self.rows[index]])
-
-    def detached(self) -> "FileImages":
-        """Returns the images of this object as a new dataset.
-
-        The new dataset does not contain the other files of the old dataset.
-        """
-        return FileImages(self.files.subset(self.rows), self.labels)
 
     def decode_as(self, channels: int, value_range: ValueRange) -> None:
         """Sets how the files of the whole dataset are decoded from now on.

@@ -9,7 +9,6 @@ this one, and the batches are the same for any number of workers.
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.util import Finalize
 
@@ -25,7 +24,6 @@ from cnn.datasets.order import EVALUATION, Key, draw_balanced, keys_of, share_of
 from cnn.datasets.preprocessing import Form, Normalize, Preprocessing
 from cnn.errors import BadImage, DataFailed, Refused
 from cnn.utils import seeding
-from cnn.utils.cpus import usable_cpus
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +53,6 @@ class Samples:
         augmentation: makes batches of the pictures, which are augmented in training.
         seed: the seed of the run.
         normalize: normalizes the batches. If None, the batches stay as they are.
-        pool: threads that read the images of a batch. If None, one thread reads the images.
     """
 
     images: Images
@@ -63,7 +60,6 @@ class Samples:
     augmentation: Augmentation
     seed: int
     normalize: Normalize | None = None
-    pool: ThreadPoolExecutor | None = None
 
     def raw(self, key: Key) -> torch.Tensor:
         """Returns an image before augmentation, (C, H, W), square unless a random box is cut.
@@ -76,19 +72,6 @@ class Samples:
         form = replace(self.form, margin=self.augmentation.needs_margin(key[0]))
         return self.images.picture(key[1], form)
 
-    def _resized(self, key: Key) -> torch.Tensor | BadImage:
-        """Returns an image in the model's size, or the reason why it is left out of its batch."""
-        try:
-            return self.augmentation.resize(self.raw(key), key)
-        except BadImage as bad:
-            if not self.images.skip:
-                raise
-            return bad
-        except (DataFailed, Refused):
-            raise
-        except Exception as error:
-            raise workers.data_failure(error, self.images.name(key[1])) from error
-
     def image(self, key: Key) -> torch.Tensor:
         """Returns an image in the model's size, not normalized, (C, size, size).
 
@@ -97,7 +80,8 @@ class Samples:
         Args:
             key: (epoch, index of the image), or (epoch, index, position in the epoch).
         """
-        return self.augmentation.stack([self._resized(key)], [key])[0]
+        resized = self.augmentation.resize(self.raw(key), key)
+        return self.augmentation.stack([resized], [key])[0]
 
     def __getitems__(self, keys: list[Key]) -> tuple[tuple, list[str]] | DataFailed:
         """Returns a batch, or the error that prevents the batch.
@@ -114,18 +98,21 @@ class Samples:
             ((images, labels), messages), with one message for each image that was left out. If the
             batch cannot be made, the error.
         """
+        images, kept, left_out, name = [], [], [], "the next batch"
         try:
-            results = (self.pool.map if self.pool else map)(self._resized, keys)
-            images, kept, left_out = [], [], []
-            for key, image in zip(keys, results):
-                if isinstance(image, BadImage):
-                    left_out.append(str(image))
-                else:
-                    images.append(image)
+            for key in keys:
+                name = self.images.name(key[1])
+                try:
+                    images.append(self.augmentation.resize(self.raw(key), key))
                     kept.append(key)
+                except BadImage as bad:
+                    if not self.images.skip:
+                        raise
+                    left_out.append(str(bad))
             # BatchNorm needs two images. Besides, a missing folder must not be left out bit by bit.
             if left_out and len(kept) < (1 if keys[0][0] == EVALUATION else 2):
                 raise BadImage(f"{left_out[0]}, and so nearly all of its batch of {len(keys)}")
+            name = "the next batch"
             labels = torch.from_numpy(self.images.labels[[key[1] for key in kept]])
             batch = self.augmentation.stack(images, kept)
             return (self.normalize(batch) if self.normalize else batch, labels), left_out
@@ -134,7 +121,7 @@ class Samples:
         except (DataFailed, Refused) as error:
             return DataFailed(str(error))  # training has started, and it is too late to refuse
         except Exception as error:  # noqa: BLE001  an augmentation or dataset can raise anything
-            return workers.data_failure(error)
+            return workers.data_failure(error, name)
 
 
 @dataclass(eq=False)
@@ -144,13 +131,10 @@ class Loader:
     In training, batches are shuffled and augmented. Each process loads a share of every training
     batch. In evaluation, each batch is loaded whole by one of the processes, in turn.
 
-    A subclass must define the methods `raw`, `image` and `_batches`. `raw(key)` returns an image of
-    the dataset, (C, H, W). `image(key)` returns an image in the model's size, (C, size, size), not
-    normalized. A key is (epoch, index of the image) or (epoch, index, position in the epoch). The
-    image is augmented unless the epoch is 0.
-
-    `_batches(epoch, spans, start)` yields one batch per span. A span is (first position, end
-    position, number of images that count). `start` is the index of the first batch to yield.
+    The methods `raw` and `image` are those of `Samples`. A subclass must define the method
+    `_batches`. `_batches(epoch, spans, start)` yields one batch per span. A span is (first
+    position, end position, number of images that count). `start` is the index of the first batch to
+    yield.
 
     Args:
         images: the images of the split.
@@ -183,6 +167,11 @@ class Loader:
         self.sizes = split_epoch(len(self.images), self.batch_size)
         self.starts = np.cumsum([0, *self.sizes]).tolist()
         self._normalize = Normalize(self.preprocessing, self.device)
+        # A GPU normalizes, which quarters the bytes copied to it; for a CPU the workers do it.
+        normalize = self._normalize if self.device.type == "cpu" else None
+        form = self.preprocessing.form
+        self._samples = Samples(self.images, form, self.augmentation, self.seed, normalize)
+        self.raw, self.image = self._samples.raw, self._samples.image
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -288,23 +277,16 @@ class StreamLoader(Loader):
 
     Args:
         *args: the positional arguments of the base class `Loader`, such as the images.
-        num_workers: number of worker processes. If 0, threads of this process read the images.
+        num_workers: number of worker processes. If 0, this process reads the images.
     """
 
     def __init__(self, *args, num_workers: int):
         super().__init__(*args)
-        # A GPU normalizes, which quarters the bytes copied to it; for a CPU the workers do it.
-        on_cpu = self.device.type == "cpu"
-        normalize = self._normalize if on_cpu else None
-        pool = None if num_workers or self.images.may_draw else ThreadPoolExecutor(usable_cpus())
-        form = self.preprocessing.form
-        samples = Samples(self.images, form, self.augmentation, self.seed, normalize, pool)
-        self.raw, self.image = samples.raw, samples.image
-        self._finish = (lambda images: images) if on_cpu else self._normalize
+        self._finish = self._normalize if self._samples.normalize is None else lambda batch: batch
         self._plan = _Plan()
         Finalize(None, workers.kill_workers, exitpriority=0)  # runs when this process ends
         self._loader = DataLoader(
-            samples,
+            self._samples,
             batch_sampler=self._plan,
             collate_fn=workers.pickle_batch if num_workers else lambda batch: batch,
             num_workers=num_workers,
@@ -353,25 +335,6 @@ class MemoryLoader(Loader):
             at = slice(begin, end) if self.balanced else indices
             images = self.augmentation.gather(self._store, self._rows[indices], at, keys)
             yield self._normalize(images), self._labels[indices], count
-
-    def raw(self, key: Key) -> torch.Tensor:
-        """Returns an image before resizing and augmentation, (C, H, W).
-
-        Args:
-            key: (epoch, index of the image), or (epoch, index, position in the epoch).
-        """
-        return self.images[key[1]]
-
-    def image(self, key: Key) -> torch.Tensor:
-        """Returns an image in the model's size, not normalized, uint8 (C, size, size).
-
-        The image is augmented unless the epoch is 0. Epoch 0 means evaluation.
-
-        Args:
-            key: (epoch, index of the image), or (epoch, index, position in the epoch).
-        """
-        at = slice(key[-1], key[-1] + 1)
-        return self.augmentation.gather(self._store, self._rows[[key[1]]], at, [key])[0]
 
 
 def build_loader(
@@ -428,6 +391,6 @@ def _is_in_memory(cfg: DataConfig, images: Images, form: Form, augmentation: Aug
     if cfg.in_memory is True and not images.num_decoded:
         raise Refused("data.in_memory: true cannot go with a dataset of your own; say auto")
     # Worker processes make the same batches; they are worth their start for slow augmentations.
-    fits = images.num_decoded * form.num_bytes <= MEMORY_LIMIT
-    fits = fits and not (augmentation.is_slow and cfg.num_workers)
+    num_bytes = images.num_decoded * form.size**2 * form.channels * (2 if form.margin else 1)
+    fits = num_bytes <= MEMORY_LIMIT and not (augmentation.is_slow and cfg.num_workers)
     return images.num_decoded > 0 and (cfg.in_memory is True or (cfg.in_memory == "auto" and fits))

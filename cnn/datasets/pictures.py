@@ -1,10 +1,10 @@
 """Decoded pictures, kept between runs in packs, which are files in the user's cache folder.
 
-A pack contains the pixels of pictures in one form, one picture after the other, and a table of the
-pictures at the end. Packs are mapped into memory, so that all processes share them. A picture is
-found by a hash of the content of its image file, whatever the name and the times of the file say.
-Every picture has a checksum, which is compared when a process reads the picture first. A pack gets
-its name once it is complete. A picture that is not found, or is damaged, is decoded again.
+A pack contains a table of pictures in one form, and then the pixels of one picture after the other.
+Packs are mapped into memory, so that all processes share them. A picture is found by a hash of the
+content of its image file, whatever the name and the times of the file say. Every picture has a
+checksum, which is compared when a process reads the picture first. A pack gets its name once it is
+complete. A picture that is not found, or is damaged, is decoded again.
 """
 
 import contextlib
@@ -27,45 +27,12 @@ logger = logging.getLogger(__name__)
 
 PACK_BYTES = 2**28  # a pack is written once it is this large; a killed start loses no more
 
-# One picture: the hash of its file, its first byte in the pack, its size, and a CRC-32.
+# One picture: the hash of its file, its first byte among the pixels, its size, and a CRC-32. In
+# memory, the first byte counts from the beginning of the pack, and the pack has a number.
 ENTRY = np.dtype(
     [("content", "u8"), ("start", "i8"), ("height", "i4"), ("width", "i4"), ("crc", "u4")]
     + [("pack", "i4")]
 )
-END = np.dtype([("number", "i8"), ("crc", "i8")])  # the last bytes of a pack, about its table
-
-
-class Packs:
-    """All packs with pictures of one form.
-
-    Args:
-        form: the form of the pictures.
-
-    Attributes:
-        form: the form of the pictures.
-        paths: the packs.
-    """
-
-    def __init__(self, form: Form):
-        self.form, self.paths = form, sorted(cache_folder().glob(f"{_prefix(form)}*.bin"))
-        tables = [np.zeros(1, ENTRY), *map(_read_table, self.paths)]
-        for number, table in enumerate(tables):
-            table["pack"] = number - 1
-        table = np.concatenate(tables)
-        self._contents, first = np.unique(table["content"], return_index=True)
-        self._table = table[first]
-
-    def find(self, contents: np.ndarray, is_wanted: np.ndarray) -> "Pictures":
-        """Returns the pictures of image files.
-
-        Args:
-            contents: a hash of the content of each image file, uint64 (N).
-            is_wanted: whether the picture of each file is wanted, bool (N).
-        """
-        places = np.searchsorted(self._contents, contents).clip(max=len(self._contents) - 1)
-        is_found = (self._contents[places] == contents) & is_wanted
-        entries = np.where(is_found, self._table[places], np.zeros((), ENTRY))
-        return Pictures(self.form, self.paths, entries, is_wanted)
 
 
 class Pictures:
@@ -134,10 +101,10 @@ class Pictures:
         if len(shapes) != 1 or any(self.get(row) is None for row in range(len(self.entries))):
             return None
         height, width, pack = shapes[0].item()
-        number_bytes = height * width * self.form.channels
-        mapped, starts = self._map(pack), self.entries["start"]
-        shape = (-1, height, width, self.form.channels)
-        return mapped[: starts.max() + number_bytes].view(shape), starts // number_bytes
+        starts, num_bytes = self.entries["start"], height * width * self.form.channels
+        pixels = self._map(pack)[starts.min() : starts.max() + num_bytes]
+        store = pixels.view(-1, height, width, self.form.channels)
+        return store, (starts - starts.min()) // num_bytes
 
     def _map(self, pack: int) -> torch.Tensor:
         """Returns the bytes of a pack, which are empty if the pack was removed, uint8 (bytes)."""
@@ -151,7 +118,7 @@ class Pictures:
 
 
 class PackWriter:
-    """Writes pictures of one form into new packs, as long as there is room.
+    """Finds the pictures of image files in one form, and writes those that lack into new packs.
 
     An error while writing ends the writing. The pictures that are not in the cache are then decoded
     whenever they are needed.
@@ -171,17 +138,42 @@ class PackWriter:
     def __init__(
         self, form: Form, contents: np.ndarray, is_wanted: np.ndarray, cache_gb: float | None
     ):
-        self.form, self._cache_gb, self._packs = form, cache_gb, Packs(form)
-        kept, self._is_wanted = self._packs.find(contents, is_wanted), is_wanted
+        self.form, self._is_wanted, self._cache_gb = form, is_wanted, cache_gb
+        digest = hashlib.sha256(repr((DECODER, form)).encode()).hexdigest()
+        self._prefix = f"pictures_{digest[:16]}_"
+        kept = self.find(contents)
         self._in_use, self._waiting, self._entries, self._size = kept.used_paths, [], [], 0
         self.lacks = is_wanted & ~kept.is_kept
         expected = int(self.lacks.sum()) * form.size**2 * form.channels
-        self._has_room, self._num_written = self._make_room(min(expected, PACK_BYTES)), 0
+        self._num_written, self._has_room = 0, self._make_room(min(expected, PACK_BYTES))
         self.lacks &= self._has_room
 
-    def __contains__(self, content: int) -> bool:
-        found = self._packs.find(np.array([content], np.uint64), np.ones(1, bool))
-        return bool(found.is_kept[0])
+    def find(self, contents: np.ndarray) -> Pictures:
+        """Returns the pictures of image files, as far as they are in the cache.
+
+        Args:
+            contents: a hash of the content of each image file, uint64 (N).
+        """
+        paths = sorted(cache_folder().glob(f"{self._prefix}*.bin"))
+        tables = [np.zeros(1, ENTRY), *map(_read_table, paths)]
+        for number, table in enumerate(tables):
+            table["pack"] = number - 1
+        table = np.concatenate(tables)
+        self._known, first = np.unique(table["content"], return_index=True)
+        places = np.searchsorted(self._known, contents).clip(max=len(first) - 1)
+        is_found = (self._known[places] == contents) & self._is_wanted
+        entries = np.where(is_found, table[first][places], np.zeros((), ENTRY))
+        return Pictures(self.form, paths, entries, self._is_wanted)
+
+    def needs(self, number: int, content: int) -> bool:
+        """Returns whether the picture of a file lacks.
+
+        Args:
+            number: the index of the file.
+            content: the hash of the content of the file, which was not known before.
+        """
+        place = np.searchsorted(self._known, np.uint64(content))
+        return bool(self.lacks[number]) and content not in self._known[place : place + 1]
 
     def add(self, content: int, picture: torch.Tensor) -> None:
         """Adds a picture to the pack that is written next.
@@ -207,8 +199,7 @@ class PackWriter:
         """
         if self._waiting:
             self._write()
-        pictures = Packs(self.form).find(contents, self._is_wanted)
-        where = f"{cache_folder()} (data.cache_gb)"
+        pictures, where = self.find(contents), f"{cache_folder()} (data.cache_gb)"
         if self._num_written:
             logger.info("%d decoded pictures are kept in %s", self._num_written, where)
         elif not self._has_room and (missing := (self._is_wanted & ~pictures.is_kept).sum()):
@@ -220,14 +211,12 @@ class PackWriter:
 
     def _write(self) -> None:
         """Writes the pictures that wait into a pack."""
-        path = cache_folder() / f"{_prefix(self.form)}{uuid.uuid4().hex[:16]}.bin"
-        table = np.array(self._entries, ENTRY)
-        end = np.array([(len(table), zlib.crc32(table))], END)
-        parts = [*self._waiting, table, end]
+        path = cache_folder() / f"{self._prefix}{uuid.uuid4().hex[:16]}.bin"
+        table, pixels = np.array(self._entries, ENTRY), self._waiting
         self._has_room = self._make_room(self._size)
         try:
             if self._has_room:
-                write_atomically(path, lambda file: file.writelines(parts))
+                write_atomically(path, lambda file: (np.save(file, table), file.writelines(pixels)))
                 self._in_use.add(path)
                 self._num_written += len(table)
         except OSError:
@@ -241,21 +230,14 @@ class PackWriter:
             return False
 
 
-def _prefix(form: Form) -> str:
-    digest = hashlib.sha256(repr((DECODER, form)).encode()).hexdigest()
-    return f"pictures_{digest[:16]}_"
-
-
 def _read_table(pack: Path) -> np.ndarray:
     """Returns the table of a pack, of the dtype ENTRY, which is empty if the pack is damaged."""
     try:
         with open(pack, "rb") as file:
-            file.seek(-END.itemsize, os.SEEK_END)
-            number, crc = np.frombuffer(file.read(), END)[0].item()
-            file.seek(-END.itemsize - number * ENTRY.itemsize, os.SEEK_END)
-            table = file.read(number * ENTRY.itemsize)
-    except (OSError, ValueError, OverflowError):
-        return np.zeros(0, ENTRY)
-    if zlib.crc32(table) != crc:
-        return np.zeros(0, ENTRY)
-    return np.frombuffer(table, ENTRY).copy()
+            table = np.load(file, allow_pickle=False)
+            if table.dtype == ENTRY:
+                table["start"] += file.tell()  # the pixels follow
+                return table
+    except (OSError, ValueError, EOFError):
+        pass
+    return np.zeros(0, ENTRY)

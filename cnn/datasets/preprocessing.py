@@ -18,7 +18,6 @@ MAX_RESIZED = 20_000_000  # pixels of a resized image before its center is cropp
 # more: against a full decoding, pixels then differ by 0.4 of 255 levels (mean), 1 in 100 by over 2.
 MARGIN = 1.15
 SHARP = 1.5
-MAX_ASPECT = 4  # longer side over shorter side of a picture with a margin
 
 
 @dataclass(frozen=True)
@@ -46,16 +45,11 @@ class Form:
         """The shorter side in pixels to which JPEG files are decoded at least. None: in full."""
         return math.ceil(self.size * MARGIN * SHARP) if self.scaled else None
 
-    @property
-    def num_bytes(self) -> int:
-        """About how many bytes a picture has, which is 3 by 2 if it is not square."""
-        return self.channels * round(self.size**2 * (1.5 * MARGIN**2 if self.margin else 1))
-
     def apply(self, image: torch.Tensor) -> torch.Tensor:
         """Returns a picture in this form.
 
-        A picture with a margin is not enlarged. If the picture is not fitted by cropping, it is
-        square. Otherwise, the picture keeps its shape, but for the ends of a very long one.
+        A picture with a margin is not enlarged. If the picture is fitted by cropping, it keeps its
+        shape. Otherwise, the picture is square.
 
         Args:
             image: (C, H, W), uint8 or float.
@@ -66,8 +60,6 @@ class Form:
         side = min(shorter, math.ceil(self.size * MARGIN))
         if self.fit != "crop":
             return fit_image(image, side, self.fit)
-        longest = [min(there, MAX_ASPECT * shorter) for there in image.shape[-2:]]
-        image = _center_crop(image, *longest)
         return image if side == shorter else _resize_shorter(image, side)
 
 

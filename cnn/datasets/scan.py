@@ -14,7 +14,6 @@ import os
 import stat
 import time
 import zlib
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -221,7 +220,7 @@ class _Reader:
             file = io.BytesIO(path.read_bytes())
             content = content_hash(file)
             row = self.known.get(content)
-            forms = [w.form if w.lacks[number] and content not in w else None for w in self.writers]
+            forms = [w.form if w.needs(number, content) else None for w in self.writers]
             if row is None or any(forms):
                 image = open_image(file, self.writers[0].form.least_side)
                 rgb = to_array(image, 3, self.value_range)
@@ -321,17 +320,15 @@ def match_scaled(rows: np.ndarray, paths: list[Path]) -> None:
         rows: the rows of the files, of the dtype `SCAN` (N), which are changed in place.
         paths: the files (N).
     """
-    means = rows["sums"] / rows["count"][:, None]
-    whole = defaultdict(list)
-    for number in np.flatnonzero(rows["scale"] == 1).tolist():
-        whole[rows[number][["height", "width"]].item()].append(number)
-    for number in np.flatnonzero(rows["scale"] > 1).tolist() if whole else ():
-        same = np.array(whole.get(rows[number][["height", "width"]].item(), []), int)
-        near = same[(np.abs(means[same] - means[number]) < 1).all(axis=1)]
+    means, sizes = rows["sums"] / rows["count"][:, None], rows["height"] << 32 | rows["width"]
+    is_whole = rows["scale"] == 1
+    for number in np.flatnonzero((rows["scale"] > 1) & np.isin(sizes, sizes[is_whole])).tolist():
+        is_near = (np.abs(means - means[number]) < 1).all(axis=1)
+        near = rows["pixels"][is_whole & is_near & (sizes == sizes[number])]
         if len(near):
             image = open_image(paths[number])
             pixels = _look_at(image, to_array(image, 3), least_side=1)["pixels"]
-            if pixels in rows["pixels"][near]:
+            if pixels in near:
                 rows["pixels"][number] = pixels
 
 
