@@ -52,7 +52,7 @@ def start_server(*more: str) -> None:
 
 
 class Process:
-    """A run of train.py in a folder.
+    """A run of train.py in a folder, with the cache of the test that starts it.
 
     Args:
         trap: a place in the run (TRAPS), how often it is passed before, and the signal that the
@@ -77,8 +77,10 @@ class Process:
         folder.mkdir(parents=True, exist_ok=True)
         self.output = folder / output
         self.output.unlink(missing_ok=True)
+        environment = {"XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"]} | (rank or {})
         self.process = CONTEXT.Process(
-            target=_run, args=(folder, words, trap, room, open_files, self.output, rank)
+            target=_run,
+            args=(folder, words, trap, room, open_files, self.output, environment),
         )
         self.process.start()
 
@@ -149,7 +151,7 @@ def _run(
     room: int | None,
     open_files: int | None,
     output: Path,
-    rank: dict[str, str] | None,
+    environment: dict[str, str],
 ):
     os.setsid()
     # A drill that has begun in this process before has started the server deaf to signals.
@@ -171,9 +173,9 @@ def _run(
     sys.argv = ["train.py", *words]
     for each in trap if isinstance(trap, list) else [trap] if trap else []:
         set_trap(*each)
-    if rank is not None:
-        os.environ.update(rank)
-        record_training(folder / f"trained_{rank['RANK']}.jsonl")
+    os.environ.update(environment)
+    if "RANK" in environment:
+        record_training(folder / f"trained_{environment['RANK']}.jsonl")
     status = train.main(list(words))
     sys.stderr.flush()
     os._exit(status)

@@ -14,8 +14,10 @@ import pytest
 import torch
 from conftest import ROOT, TINY, assert_same_run, history
 from processes import Ranks, free_port, run, run_ranks, trained_on, wait_for_listener
+from test_datasets_pictures import assert_same_figures, write_photographs
 from torch import nn
 
+from cnn.datasets.cache import cache_folder
 from cnn.datasets.order import share_of
 from cnn.utils.checkpoint import load_checkpoint
 
@@ -458,8 +460,35 @@ def test_two_nodes_go_on_when_one_launcher_is_lost_and_started_again(tmp_path):
     assert_same_run(tmp_path / "unbroken", broken)
 
 
+PHOTOGRAPHS = [
+    *RICH,
+    *("data.name=folder", "data.root=../photos", "data.args={}", "data.image_size=24"),
+    "loss.class_weights=balanced",
+    "data.augment=[resized_crop, flip, vflip, rotate, color, crop, erase]",
+]
+
+
+def test_two_processes_on_photographs_go_on_bit_for_bit_without_the_cache(tmp_path):
+    write_photographs(tmp_path / "photos", 28)
+    whole, broken, other = (tmp_path / name for name in ("whole", "broken", "other"))
+    run_ranks(2, whole, *PHOTOGRAPHS)
+    Ranks(2, broken, *PHOTOGRAPHS, traps={1: ("training", 3, signal.SIGKILL)}).wait()
+    shutil.rmtree(cache_folder())
+    run_ranks(2, broken, "--resume")
+    assert_same_run(whole, broken)
+    words = [*PHOTOGRAPHS, "data.in_memory=false", "data.num_workers=1", "data.cache_gb=0"]
+    shutil.rmtree(cache_folder())
+    run_ranks(2, other, *words)
+    assert_same_figures(whole, other)
+
+
 KINDS = {
     "rich": RICH,
+    "photographs": PHOTOGRAPHS,
+    "photographs, image by image": [
+        *PHOTOGRAPHS,
+        *("data.in_memory=false", "data.num_workers=2", "data.cache_gb=0"),
+    ],
     "two workers": [*RICH, "data.in_memory=false", "data.num_workers=2"],
     "fp16": [*UNEVEN, "train.precision=fp16", "train.epochs=3", "schedule.name=plateau"],
 }
@@ -468,6 +497,7 @@ KINDS = {
 @pytest.mark.soak
 @pytest.mark.parametrize("words", KINDS.values(), ids=KINDS)
 def test_a_soak_of_kills(tmp_path, words):
+    write_photographs(tmp_path / "photos", 28)
     run_ranks(2, tmp_path / "unbroken", *words)
     draw = random.Random(len(words))
     kills, runs, seconds = 0, 0, 0.0

@@ -16,6 +16,7 @@ from cnn.errors import ADVICE, SCARCITIES, BadImage, DataFailed
 
 VERSION = 3  # incremented when files decode to other pixels, so that old caches are not used
 DECODER = f"{VERSION}_{PIL.__version__}"  # what the pixels of a file depend on, besides its bytes
+LYING = (5, 6, 7, 8)  # values of EXIF's Orientation for which width and height are exchanged
 GRAY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "F")
 MAX_PIXELS = 120_000_000  # per image: 360 MB as RGB; a larger image can be a decompression bomb
 
@@ -101,7 +102,8 @@ def _load(image: Image.Image, least_side: int | None) -> Image.Image:
         image.draft(None, (image.width // scale, image.height // scale))
     image.load()  # decodes all of it; verify() would miss a truncated JPEG
     turned = upright(image)
-    turned.full_size = full_size if turned.size == image.size else full_size[::-1]
+    lies = turned is not image and image.getexif()[ExifTags.Base.Orientation] in LYING
+    turned.full_size = full_size[::-1] if lies else full_size
     return turned
 
 

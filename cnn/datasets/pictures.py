@@ -8,6 +8,7 @@ complete. A picture that is not found, or is damaged, is decoded again.
 """
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -52,7 +53,8 @@ class Pictures:
         self._mapped: dict[int, torch.Tensor] = {}
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_mapped": {}}  # another process maps the packs itself
+        unchecked = {"_mapped": {}, "_is_checked": np.zeros(len(self.entries), bool)}
+        return self.__dict__ | unchecked  # another process maps the packs itself
 
     @property
     def is_kept(self) -> np.ndarray:
@@ -83,8 +85,7 @@ class Pictures:
             return None
         pixels = self._map(pack)[start : start + height * width * self.form.channels]
         if not self._is_checked[row] and zlib.crc32(pixels.numpy()) != crc:
-            logger.warning("%s: damaged; its pictures are decoded again", self.paths[pack])
-            self.paths[pack].unlink(missing_ok=True)  # mapped pictures stay until the process ends
+            _remove_damaged(self.paths[pack])
             self.entries[row]["height"] = 0
             return None
         self._is_checked[row] = True
@@ -111,7 +112,7 @@ class Pictures:
         if pack not in self._mapped:
             try:
                 mapped = np.memmap(self.paths[pack], np.uint8, mode="c")  # changes stay in memory
-            except OSError:
+            except (OSError, ValueError):
                 mapped = np.zeros(0, np.uint8)
             self._mapped[pack] = torch.from_numpy(mapped)
         return self._mapped[pack]
@@ -129,24 +130,34 @@ class PackWriter:
         is_wanted: whether the picture of each file is wanted, bool (N).
         cache_gb: how many GB of pictures the cache may contain. None stands for a quarter of the
             free space.
+        in_use: the packs that must stay, to which the packs of this form are added.
 
     Attributes:
         form: the form of the pictures.
-        lacks: whether the picture of each file is wanted, is not in the cache, and has room, (N).
     """
 
     def __init__(
-        self, form: Form, contents: np.ndarray, is_wanted: np.ndarray, cache_gb: float | None
+        self,
+        form: Form,
+        contents: np.ndarray,
+        is_wanted: np.ndarray,
+        cache_gb: float | None,
+        in_use: set[Path],
     ):
         self.form, self._is_wanted, self._cache_gb = form, is_wanted, cache_gb
         digest = hashlib.sha256(repr((DECODER, form)).encode()).hexdigest()
         self._prefix = f"pictures_{digest[:16]}_"
-        kept = self.find(contents)
-        self._in_use, self._waiting, self._entries, self._size = kept.used_paths, [], [], 0
-        self.lacks = is_wanted & ~kept.is_kept
-        expected = int(self.lacks.sum()) * form.size**2 * form.channels
-        self._num_written, self._has_room = 0, self._make_room(min(expected, PACK_BYTES))
-        self.lacks &= self._has_room
+        self._kept, self._in_use, self._num_written = self.find(contents), in_use, 0
+        self._waiting, self._entries, self._size = [], [], 0
+        in_use |= self._kept.used_paths
+
+    @functools.cached_property
+    def lacks(self) -> np.ndarray:
+        """Whether the picture of each file is wanted, not in the cache, and has room, bool (N)."""
+        lacks = self._is_wanted & ~self._kept.is_kept
+        expected = int(lacks.sum()) * self.form.size**2 * self.form.channels
+        self._has_room = self._make_room(min(expected, PACK_BYTES))
+        return lacks & self._has_room
 
     def find(self, contents: np.ndarray) -> Pictures:
         """Returns the pictures of image files, as far as they are in the cache.
@@ -202,7 +213,7 @@ class PackWriter:
         pictures, where = self.find(contents), f"{cache_folder()} (data.cache_gb)"
         if self._num_written:
             logger.info("%d decoded pictures are kept in %s", self._num_written, where)
-        elif not self._has_room and (missing := (self._is_wanted & ~pictures.is_kept).sum()):
+        if not self._has_room and (missing := (self._is_wanted & ~pictures.is_kept).sum()):
             logger.warning("%d decoded pictures have no room in %s", missing, where)
         for path in pictures.used_paths:
             with contextlib.suppress(OSError):  # removed by another process, or of another user
@@ -234,10 +245,16 @@ def _read_table(pack: Path) -> np.ndarray:
     """Returns the table of a pack, of the dtype ENTRY, which is empty if the pack is damaged."""
     try:
         with open(pack, "rb") as file:
-            table = np.load(file, allow_pickle=False)
-            if table.dtype == ENTRY:
-                table["start"] += file.tell()  # the pixels follow
-                return table
-    except (OSError, ValueError, EOFError):
-        pass
-    return np.zeros(0, ENTRY)
+            table = np.load(file, allow_pickle=False).astype(ENTRY, casting="no")
+            table["start"] += file.tell()  # the pixels follow
+            return table
+    except (OSError, ValueError, TypeError, EOFError):
+        _remove_damaged(pack)
+        return np.zeros(0, ENTRY)
+
+
+def _remove_damaged(pack: Path) -> None:
+    """Removes a damaged pack, and tells the user. Nothing happens if the pack cannot be removed."""
+    with contextlib.suppress(OSError):  # removed by another process, or of another user
+        pack.unlink()  # mapped pictures stay until the process ends
+        logger.warning("%s: damaged; its pictures are decoded again", pack)

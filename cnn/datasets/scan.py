@@ -61,6 +61,7 @@ SCAN = np.dtype(
 # A file can change again without a new time of change, if that follows within the time that the
 # clock of the file system takes to advance: 2 s on FAT.
 CLOCK = 2 * 10**9  # ns
+NEAR = 3  # levels of 255; more than between the means of a sample of noise and of all its pixels
 SAMPLED = 64  # pixels of the shorter side that count in the sums at least, if the decoding scales
 EMPTY = np.zeros((), SCAN)  # the row of a file that does not decode
 LABEL = "looking at the images"
@@ -112,7 +113,8 @@ def scan(
     wanted = plan(_with_headers(rows, paths))
     least_side = wanted[0][0].least_side
     rows = np.where(rows["scale"] == _scales(rows, least_side), rows, EMPTY)
-    writers = [PackWriter(form, rows["content"], mask, cache_gb) for form, mask in wanted]
+    common = (cache_gb, set())  # none removes a pack that another one needs
+    writers = [PackWriter(form, rows["content"], mask, *common) for form, mask in wanted]
     todo = np.flatnonzero((rows["read"] == 0) | verify | np.any([w.lacks for w in writers], axis=0))
     known = known[known["scale"] == _scales(known, least_side)] if len(todo) else []
     reader = _Reader({row["content"].item(): row for row in known}, value_range, writers)
@@ -323,7 +325,7 @@ def match_scaled(rows: np.ndarray, paths: list[Path]) -> None:
     means, sizes = rows["sums"] / rows["count"][:, None], rows["height"] << 32 | rows["width"]
     is_whole = rows["scale"] == 1
     for number in np.flatnonzero((rows["scale"] > 1) & np.isin(sizes, sizes[is_whole])).tolist():
-        is_near = (np.abs(means - means[number]) < 1).all(axis=1)
+        is_near = (np.abs(means - means[number]) < NEAR).all(axis=1)
         near = rows["pixels"][is_whole & is_near & (sizes == sizes[number])]
         if len(near):
             image = open_image(paths[number])
