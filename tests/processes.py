@@ -77,7 +77,8 @@ class Process:
         folder.mkdir(parents=True, exist_ok=True)
         self.output = folder / output
         self.output.unlink(missing_ok=True)
-        environment = {"XDG_CACHE_HOME": os.environ["XDG_CACHE_HOME"]} | (rank or {})
+        cache = os.environ.get("XDG_CACHE_HOME", str(folder.resolve() / "cache"))
+        environment = {"XDG_CACHE_HOME": cache} | (rank or {})
         self.process = CONTEXT.Process(
             target=_run,
             args=(folder, words, trap, room, open_files, self.output, environment),
