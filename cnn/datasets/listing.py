@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -86,7 +87,9 @@ def _keep(files: Files, items: list[Item], stays: np.ndarray) -> tuple[Files, li
     return files.subset(np.flatnonzero(stays)), list(itertools.compress(items, stays))
 
 
-def _plan_forms(cfg: DataConfig, splits: np.ndarray, headers: np.ndarray) -> Wanted:
+def _plan_forms(
+    cfg: DataConfig, splits: np.ndarray, headers: Iterable[tuple[int, int, bool]]
+) -> Wanted:
     """Chooses the forms in which the pictures of a dataset are decoded.
 
     Without a setting, the image size is that of the training images if they are squares of one
@@ -95,20 +98,26 @@ def _plan_forms(cfg: DataConfig, splits: np.ndarray, headers: np.ndarray) -> Wan
     Args:
         cfg: the section `data` of the settings.
         splits: the split of each file (N).
-        headers: the size of each file and whether it is gray, of the dtype `SCAN` (N).
+        headers: the height and width of each image (N), and whether the image is gray. No more
+            are taken than needed.
 
     Returns:
         The forms, each with a mask (N) of the files of which the pictures are needed in this form.
     """
-    is_train, is_known = splits == "train", headers["height"] > 0
-    sides = headers[is_train & is_known]
-    sides = np.unique([sides["height"], sides["width"]]).tolist()
-    size = cfg.image_size or (sides[0] if len(sides) == 1 else DEFAULT_IMAGE_SIZE)
-    channels = cfg.channels if cfg.channels in (1, 3) else 3 - 2 * headers["gray"][is_known].all()
-    form = Form(size, int(channels), cfg.fit, scaled=cfg.decode == "scaled", value_range=None)
+    sides, channels = set(), 1
+    for split, (height, width, is_gray) in zip(splits, headers):
+        if height:
+            sides |= {height, width} if split == "train" else set()
+            channels = channels if is_gray else 3
+        if (cfg.image_size or len(sides) > 1) and (cfg.channels or channels == 3):
+            break
+    size = cfg.image_size or (sides.pop() if len(sides) == 1 else DEFAULT_IMAGE_SIZE)
+    channels = cfg.channels if cfg.channels in (1, 3) else channels
+    form = Form(size, channels, cfg.fit, scaled=cfg.decode == "scaled", value_range=None)
     if all(change.name != "resized_crop" for change in cfg.augment):
         return [(form, np.ones(len(splits), bool))]
     # Until the division, every training image can become one for validation or test.
+    is_train = splits == "train"
     is_evaluated = ~is_train | bool({"val", "test"} - set(splits))
     return [(form, is_evaluated), (replace(form, margin=True), is_train)]
 

@@ -75,7 +75,7 @@ Wanted = list[tuple[Form, np.ndarray]]
 def scan(
     root: Path,
     paths: list[Path],
-    plan: Callable[[np.ndarray], Wanted],
+    plan: Callable[[Iterator[tuple[int, int, bool]]], Wanted],
     *,
     verify: bool = False,
     value_range: ValueRange = PER_IMAGE,
@@ -90,8 +90,8 @@ def scan(
         root: the folder or CSV file of the dataset. Each dataset has a cache of its own.
         paths: the N image files.
         plan: a function that returns the forms of the pictures to decode, all of one size. The
-            argument is an array (N) of the dtype `SCAN`, of which only "height", "width" and "gray"
-            are known. They are 0 for a file that cannot be opened.
+            argument yields the height and the width of each image, and whether the image is gray:
+            (0, 0, False) for a file that cannot be opened.
         verify: whether to read all files again.
         value_range: how values of more than 8 bits become bytes for the sums.
         cache_gb: how many GB of pictures the cache may contain.
@@ -110,7 +110,7 @@ def scan(
     known, at = _load(cache)
     rows = np.append(known, np.zeros(1, SCAN))[[at.get(name, -1) for name in names]]
     rows[~_is_unchanged(rows, paths)] = EMPTY
-    wanted = plan(_with_headers(rows, paths))
+    wanted = plan(_headers(rows, paths))
     least_side = wanted[0][0].least_side
     rows = np.where(rows["scale"] == _scales(rows, least_side), rows, EMPTY)
     common = (cache_gb, set())  # none removes a pack that another one needs
@@ -296,20 +296,15 @@ def _scales(rows: np.ndarray, least_side: int | None) -> np.ndarray:
     return np.where(np.isin(rows["format"], (b"JPEG", b"MPO")), scales, 1)
 
 
-def _with_headers(rows: np.ndarray, paths: list[Path]) -> np.ndarray:
-    """Returns rows with the size and the mode of each image, as the header of the file says.
+def _headers(rows: np.ndarray, paths: list[Path]) -> Iterator[tuple[int, int, bool]]:
+    """Yields the height and the width of each image, and whether the image is gray.
 
     Args:
         rows: the rows of the cache (N). The rows of unknown files, which are opened, are all zeros.
         paths: the N files.
     """
-    rows = rows.copy()
-    unknown = np.flatnonzero(rows["read"] == 0).tolist()
-    with ThreadPoolExecutor(usable_cpus()) as pool:
-        headers = pool.map(read_header, (paths[number] for number in unknown))
-        for number, header in zip(unknown, show_progress(headers, LABEL, len(unknown), 0, 10)):
-            rows["height"][number], rows["width"][number], rows["gray"][number] = header
-    return rows
+    for row, path in zip(rows[["height", "width", "gray", "read"]].tolist(), paths):
+        yield row[:3] if row[3] else read_header(path)
 
 
 def match_scaled(rows: np.ndarray, paths: list[Path]) -> None:
