@@ -543,7 +543,7 @@ def of_train(cfg: DataConfig) -> dict[str, np.ndarray]:
     return {
         Path(images.name(index)).name: picture.numpy().astype(int)
         for images in data.splits.values()
-        for index, picture in enumerate(images.pictures(form))
+        for index, picture in enumerate(images.store(form)[0])
     }
 
 

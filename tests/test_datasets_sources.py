@@ -303,10 +303,10 @@ def not_allowed(*_, **__):
 def test_a_cache_that_is_another_users_hinders_nothing(owner, act, photos, monkeypatch):
     fill(photos)
     images = folder(photos).train
-    expected = images.pictures(images.files.form)
+    expected = images.store(images.files.form)[0]
     monkeypatch.setattr(owner, act, not_allowed)
     images = folder(photos).train
-    assert all(map(torch.equal, images.pictures(images.files.form), expected))
+    assert all(map(torch.equal, images.store(images.files.form)[0], expected))
 
 
 def test_without_a_home_nothing_is_remembered_and_nothing_else_happens(photos, monkeypatch):
@@ -317,7 +317,7 @@ def test_without_a_home_nothing_is_remembered_and_nothing_else_happens(photos, m
     monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
     before = sorted(Path().rglob("*"))
     images = folder(photos).train
-    assert {tuple(one.shape) for one in images.pictures(images.files.form)} == {(3, 224, 224)}
+    assert {tuple(one.shape) for one in images.store(images.files.form)[0]} == {(224, 224, 3)}
     assert sorted(Path().rglob("*")) == before
 
 

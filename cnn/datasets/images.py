@@ -10,9 +10,7 @@ import copy
 import io
 import zlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +25,6 @@ from cnn.datasets.scan import scan
 from cnn.datasets.value_range import PER_IMAGE, ValueRange
 from cnn.errors import BadImage, Refused, describe
 from cnn.utils import seeding
-from cnn.utils.cpus import usable_cpus
 
 MAX_IMAGES_FOR_STATISTICS = 2_000  # fewer than twice as many are read of a user's dataset
 
@@ -104,32 +101,25 @@ class Images:
         """
         return form.apply(self[index])
 
-    def pictures(self, form: Form) -> list[torch.Tensor]:
-        """Returns all images of this object in a form, each (C, H, W).
-
-        Image files that are not in the cache are decoded in several threads.
-
-        Raises:
-            Refused: a file can no longer be decoded.
-        """
-        with ThreadPoolExecutor(usable_cpus()) as pool:
-            try:
-                return list(pool.map(partial(self.picture, form=form), range(len(self))))
-            except BadImage as bad:
-                raise Refused(f"data.root: {bad}; it was read a moment ago") from None
-
-    def store(self, _form: Form) -> tuple[torch.Tensor, np.ndarray] | None:
-        """Returns the pictures of this object in one tensor, if there is one.
+    def store(self, form: Form) -> tuple[torch.Tensor, np.ndarray]:
+        """Returns the pictures of this object in one tensor, in memory.
 
         Args:
-            _form: the form of the pictures, without a margin.
+            form: the form of the pictures, without a margin.
 
         Returns:
             Two values. The first value is pictures, uint8 (M, size, size, C), which can be more
             than those of this object. The second value is the index of each of this object's images
-            in the first value (N). None if the images are not kept in memory.
+            in the first value (N).
+
+        Raises:
+            Refused: a file can no longer be decoded.
         """
-        return None
+        try:
+            pictures = [self.picture(i, form).permute(1, 2, 0) for i in range(len(self))]
+        except BadImage as bad:
+            raise Refused(f"data.root: {bad}; it was read a moment ago") from None
+        return torch.stack(pictures), np.arange(len(self))
 
 
 class ArrayImages(Images):
@@ -193,14 +183,14 @@ class ArrayImages(Images):
         """Returns a number for each image, the same for images with the same pixels, uint64 (N)."""
         return self._identities[self.rows]
 
-    def store(self, form: Form) -> tuple[torch.Tensor, np.ndarray] | None:
+    def store(self, form: Form) -> tuple[torch.Tensor, np.ndarray]:
         """Returns the pictures of the whole dataset, if they have the size of the form.
 
         Args:
             form: the form of the pictures, without a margin.
         """
         is_fit = self.pixels.shape[1:3] == (form.size, form.size)
-        return (self.pixels, self.rows) if is_fit else None
+        return (self.pixels, self.rows) if is_fit else super().store(form)
 
 
 @dataclass
@@ -303,13 +293,9 @@ class FileImages(Images):
         files.value_range = value_range
         if any(form != kept.form for (form, _), kept in zip(wanted, files.pictures)):
             ranged = value_range if isinstance(own["value_range"], list) else PER_IMAGE
-            files.ranged, bad, files.pictures = scan(
-                files.root,
-                files.paths,
-                lambda _: wanted,
-                value_range=ranged,
-                cache_gb=files.cache_gb,
-            )
+            common = (files.root, files.paths, lambda _: wanted)
+            found = scan(*common, value_range=ranged, cache_gb=files.cache_gb)
+            files.ranged, bad, files.pictures = found
             for path, reason in bad.items():
                 raise Refused(f"data.root: {path}: read a moment ago, and now: {reason}")
 
@@ -364,15 +350,6 @@ class FileImages(Images):
         kept = self._kept(form)
         picture = kept.get(self.rows[index]) if kept is not None else None
         return form.apply(self._decode(index, form.least_side)) if picture is None else picture
-
-    def store(self, form: Form) -> tuple[torch.Tensor, np.ndarray] | None:
-        """Returns the pictures of a pack, if the pack contains all pictures of this object.
-
-        Args:
-            form: the form of the pictures, without a margin.
-        """
-        kept = self._kept(form)
-        return kept.subset(self.rows).store() if kept is not None else None
 
     def _kept(self, form: Form) -> Pictures | None:
         form = replace(form, value_range=self.files.form.value_range)

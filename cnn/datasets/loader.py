@@ -379,10 +379,7 @@ def build_loader(
     if _is_in_memory(cfg, images, form, augmentation):
         if form.margin:
             return StreamLoader(*common, num_workers=0)
-        store, rows = images.store(form) or (
-            torch.stack([picture.permute(1, 2, 0) for picture in images.pictures(form)]),
-            np.arange(len(images)),
-        )
+        store, rows = images.store(form)
         return MemoryLoader(*common, store=store, rows=rows)
     return StreamLoader(*common, num_workers=cfg.num_workers)
 

@@ -91,22 +91,6 @@ class Pictures:
         self._is_checked[row] = True
         return pixels.view(height, width, self.form.channels).permute(2, 0, 1)
 
-    def store(self) -> tuple[torch.Tensor, np.ndarray] | None:
-        """Returns all pictures as one tensor, if they have one size and lie in one pack.
-
-        Returns:
-            Two values. The first value is the pictures of the pack, uint8 (M, H, W, C). The second
-            value is the index of each picture in the first value (N).
-        """
-        shapes = np.unique(self.entries[["height", "width", "pack"]])
-        if len(shapes) != 1 or any(self.get(row) is None for row in range(len(self.entries))):
-            return None
-        height, width, pack = shapes[0].item()
-        starts, num_bytes = self.entries["start"], height * width * self.form.channels
-        pixels = self._map(pack)[starts.min() : starts.max() + num_bytes]
-        store = pixels.view(-1, height, width, self.form.channels)
-        return store, (starts - starts.min()) // num_bytes
-
     def _map(self, pack: int) -> torch.Tensor:
         """Returns the bytes of a pack, which are empty if the pack was removed, uint8 (bytes)."""
         if pack not in self._mapped:

@@ -164,19 +164,17 @@ def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     The results are those of torchvision's transforms, whose import takes seconds.
 
     Args:
-        image: (C, H, W), uint8 or float. An image that is channels last in memory is the fastest.
+        image: (C, H, W), uint8 on the CPU, or float. An image that is channels last in memory is
+            the fastest.
         height: height of the returned image in pixels.
         width: width of the returned image in pixels.
     """
-    on_bytes = image.dtype == torch.uint8 and image.device.type == "cpu"
-    is_native = on_bytes or image.dtype in (torch.float32, torch.float64)
+    is_native = image.dtype in (torch.uint8, torch.float32, torch.float64)
     rows = (image if is_native else image.float()).permute(1, 2, 0)[None]
     batch = rows.permute(0, 3, 1, 2)  # channels last in memory, and as such fast, if `image` is
     resized = torch.nn.functional.interpolate(
         batch, (height, width), mode="bilinear", antialias=True
     )[0]
-    if image.dtype == torch.uint8 and not on_bytes:
-        resized = resized.round()
     return resized.to(image.dtype)
 
 

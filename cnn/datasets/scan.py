@@ -110,7 +110,8 @@ def scan(
     known, at = _load(cache)
     rows = np.append(known, np.zeros(1, SCAN))[[at.get(name, -1) for name in names]]
     rows[~_is_unchanged(rows, paths)] = EMPTY
-    wanted = plan(_headers(rows, paths))
+    headers = _headers(rows, paths)
+    wanted = plan(show_progress(headers, LABEL, len(paths), every_seconds=10))
     least_side = wanted[0][0].least_side
     rows = np.where(rows["scale"] == _scales(rows, least_side), rows, EMPTY)
     common = (cache_gb, set())  # none removes a pack that another one needs
