@@ -131,4 +131,4 @@ def test_images_are_decoded_on_the_cpus_that_the_process_may_use(monkeypatch, tr
         load("checkpoints/last.pth")(["photos/x/d.png", "photos/x/e.png"])
     finally:
         os.sched_setaffinity(0, before)
-    assert asked == [1, 1, 1], "threads that look at the images, fill the cache, and predict"
+    assert asked == [1, 1], "threads that read the images and predict"
