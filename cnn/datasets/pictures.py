@@ -26,7 +26,7 @@ from cnn.utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-PACK_BYTES = 2**28  # a pack is written once it is this large; a killed start loses no more
+PACK_BYTES = 2**26  # a pack is written once it is this large; a killed start loses no more
 
 # One picture: the hash of its file, its first byte among the pixels, its size, and a CRC-32. In
 # memory, the first byte counts from the beginning of the pack, and the pack has a number.
