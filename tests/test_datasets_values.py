@@ -16,6 +16,7 @@ from PIL import Image
 import evaluate as evaluate_script
 import export as export_script
 from cnn.config import DataConfig
+from cnn.datasets import images as image_module
 from cnn.datasets.build import Data, build_data
 from cnn.datasets.decode import decode
 from cnn.errors import BadImage, Refused
@@ -409,3 +410,15 @@ def test_numbers_that_pillow_takes_for_others_are_read_as_they_are():
     np.testing.assert_array_equal(decode(Path("a.tif"), 1, [-2, 0]), 128)
     Path("a.tif").write_bytes(tiff([{258: 16, 339: 2}], b"\0\x80" * 16))
     np.testing.assert_array_equal(decode(Path("a.tif"), 1, [-(2**15), 2**15 - 1]), 0)
+
+
+def test_a_picture_that_changes_between_the_two_passes_is_refused(monkeypatch):
+    folder, original = store("12 bits"), image_module.scan
+
+    def change(root, paths, *args, **keywords):
+        paths[0].write_bytes(paths[1].read_bytes())
+        return original(root, paths, *args, **keywords)
+
+    monkeypatch.setattr(image_module, "scan", change)
+    with pytest.raises(Refused, match="changed while the run started"):
+        built(folder)

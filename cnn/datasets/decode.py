@@ -124,6 +124,7 @@ def read_header(path: Path) -> tuple[int, int, bool]:
         The height and the width in pixels, before the image is turned upright, and whether the
         image is gray. (0, 0, False) for a file that cannot be opened.
     """
+    add_heif()
     try:
         with Image.open(path) as image:
             return image.height, image.width, image.mode in GRAY_MODES

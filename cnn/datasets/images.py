@@ -298,6 +298,8 @@ class FileImages(Images):
             files.ranged, bad, files.pictures = found
             for path, reason in bad.items():
                 raise Refused(f"data.root: {path}: read a moment ago, and now: {reason}")
+            if (files.ranged["content"] != files.scans["content"]).any():
+                raise Refused("data.root: a file changed while the run started; start it again")
 
     def sizes(self) -> tuple[int, int, int]:
         """Returns the number of channels and the size of the pictures.

@@ -323,7 +323,9 @@ def match_scaled(rows: np.ndarray, paths: list[Path]) -> None:
     for number in np.flatnonzero((rows["scale"] > 1) & np.isin(sizes, sizes[is_whole])).tolist():
         is_near = (np.abs(means - means[number]) < NEAR).all(axis=1)
         near = rows["pixels"][is_whole & is_near & (sizes == sizes[number])]
-        if len(near):
+        if not len(near):
+            continue
+        with contextlib.suppress(BadImage):  # gone a moment ago, which is told when it is needed
             image = open_image(paths[number])
             pixels = _look_at(image, to_array(image, 3), least_side=1)["pixels"]
             if pixels in near:
