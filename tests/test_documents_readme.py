@@ -337,7 +337,7 @@ exec {sys.executable} {ROOT}/"$script" "$@" {" ".join(SMALL)} train.epochs=$(cat
     # The time is up when an epoch is done, once.
     "srun": """"$@" &
 if [ ! -e warned ]; then
-    until [ -e logs/cnn/history.csv ] || ! kill -0 $!; do sleep 0.01; done
+    until [ -s logs/cnn/history.csv ] || ! kill -0 $!; do sleep 0.01; done
     touch warned; kill -USR1 $!
 fi
 wait $!""",
