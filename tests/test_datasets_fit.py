@@ -14,7 +14,7 @@ from torch import nn
 
 import evaluate
 import predict
-from cnn.datasets.decode import decode
+from cnn.datasets.decode import open_image, to_array
 from cnn.datasets.preprocessing import Form, Normalize
 from cnn.inference.predictor import load
 
@@ -150,7 +150,7 @@ def test_checkpoints_that_name_no_fit_and_no_scale_decode_in_full_and_crop():
     for scaled in (False, True):
         form = Form(8, 1, scaled=scaled)
         paths = sorted(Path("photos").rglob("*.jpg"))
-        images = [form.apply(torch.from_numpy(decode(path, 1, least_side=form.least_side)))
+        images = [form.apply(torch.from_numpy(to_array(open_image(path, form.least_side), 1)))
                   for path in paths]  # fmt: skip
         with torch.no_grad():
             logits = predictor.model(normalize(torch.stack(images)))

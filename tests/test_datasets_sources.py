@@ -18,7 +18,7 @@ from sklearn.datasets import load_digits
 from cnn.config import DataConfig
 from cnn.datasets import scan, torchvision_datasets
 from cnn.datasets.build import Data, build_data
-from cnn.datasets.decode import decode
+from cnn.datasets.decode import open_image, to_array
 from cnn.datasets.loader import build_loader
 from cnn.errors import BadImage, Refused
 
@@ -183,7 +183,10 @@ def test_mean_and_std_are_those_of_the_training_pixels(mode, channels, photos):
     data = folder(photos, channels=channels)
     preprocessing = data.preprocessing
     assert preprocessing.channels == (channels or {"L": 1, "RGB": 3}[mode])
-    values = np.stack([decode(path, preprocessing.channels) for path in names(data.train)]) / 255
+    values = (
+        np.stack([to_array(open_image(path), preprocessing.channels) for path in names(data.train)])
+        / 255
+    )
     np.testing.assert_allclose(preprocessing.mean, values.mean((0, 2, 3)), rtol=1e-9)
     np.testing.assert_allclose(preprocessing.std, values.std((0, 2, 3)), rtol=1e-9)
 
@@ -487,14 +490,14 @@ def test_an_image_is_turned_as_its_exif_data_says(tmp_path):
     exif = Image.Exif()
     exif[0x112] = 6  # the camera was held upright: to be turned clockwise
     path = saved(tmp_path, Image.fromarray(QUADRANTS), exif=exif)
-    np.testing.assert_array_equal(decode(path, 1)[0], np.rot90(QUADRANTS, -1))
+    np.testing.assert_array_equal(to_array(open_image(path), 1)[0], np.rot90(QUADRANTS, -1))
 
 
 def test_of_16_bits_the_upper_8_are_kept(tmp_path):
     values = np.array([[0, 255, 256], [32768, 65279, 65535]], np.uint16)
     path = saved(tmp_path, Image.fromarray(values))
-    np.testing.assert_array_equal(decode(path, 1)[0], [[0, 0, 1], [128, 254, 255]])
-    np.testing.assert_array_equal(decode(path, 3)[2], [[0, 0, 1], [128, 254, 255]])
+    np.testing.assert_array_equal(to_array(open_image(path), 1)[0], [[0, 0, 1], [128, 254, 255]])
+    np.testing.assert_array_equal(to_array(open_image(path), 3)[2], [[0, 0, 1], [128, 254, 255]])
 
 
 @pytest.mark.parametrize("mode, channels", [("RGBA", 3), ("RGBA", 1), ("LA", 1), ("LA", 3)])
@@ -502,7 +505,7 @@ def test_what_is_transparent_becomes_white(mode, channels, tmp_path):
     alpha = np.array([[0, 128], [255, 255]], np.uint8)
     bands = [Image.fromarray(np.zeros((2, 2), np.uint8))] * (len(mode) - 1)
     path = saved(tmp_path, Image.merge(mode, [*bands, Image.fromarray(alpha)]))
-    for channel in decode(path, channels):
+    for channel in to_array(open_image(path), channels):
         np.testing.assert_array_equal(channel, [[255, 127], [0, 0]])
 
 
@@ -510,14 +513,14 @@ def test_a_palette_becomes_its_colours_and_what_is_transparent_white(tmp_path):
     image = Image.fromarray(np.array([[0, 1, 2]], np.uint8)).convert("P")
     image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
     path = saved(tmp_path, image)
-    np.testing.assert_array_equal(decode(path, 3)[:, 0].T, np.eye(3) * 255)
+    np.testing.assert_array_equal(to_array(open_image(path), 3)[:, 0].T, np.eye(3) * 255)
     path = saved(tmp_path, image, transparency=1)
-    np.testing.assert_array_equal(decode(path, 3)[:, 0, 1], [255, 255, 255])
+    np.testing.assert_array_equal(to_array(open_image(path), 3)[:, 0, 1], [255, 255, 255])
 
 
 def test_cmyk_becomes_rgb(tmp_path):
     path = saved(tmp_path, Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "a.jpg", quality=100)
-    red, green, blue = decode(path, 3)[:, 0, 0].tolist()
+    red, green, blue = to_array(open_image(path), 3)[:, 0, 0].tolist()
     assert red > 250 and green < 5 and blue < 5
 
 
@@ -527,7 +530,7 @@ def test_cmyk_becomes_rgb(tmp_path):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_mode_decodes_to_as_many_bytes_as_asked(mode, channels, tmp_path):
     path = saved(tmp_path, Image.new(mode, (5, 4)), "a.tif")
-    decoded = decode(path, channels)
+    decoded = to_array(open_image(path), channels)
     assert decoded.shape == (channels, 4, 5) and decoded.dtype == np.uint8
 
 
@@ -536,7 +539,7 @@ def test_what_is_no_image_is_told_as_such(content, tmp_path):
     if content is not None:
         (tmp_path / "a.png").write_bytes(content)
     with pytest.raises(BadImage) as caught:
-        decode(tmp_path / "a.png", 3)
+        to_array(open_image(tmp_path / "a.png"), 3)
     assert str(tmp_path) not in str(caught.value) and str(caught.value)
 
 

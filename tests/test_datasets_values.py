@@ -18,7 +18,7 @@ import export as export_script
 from cnn.config import DataConfig
 from cnn.datasets import images as image_module
 from cnn.datasets.build import Data, build_data
-from cnn.datasets.decode import decode
+from cnn.datasets.decode import open_image, to_array
 from cnn.errors import BadImage, Refused
 from cnn.inference import load
 from cnn.utils.checkpoint import load_checkpoint, save_checkpoint
@@ -288,7 +288,7 @@ def test_transparency_of_16_bits_becomes_white_and_no_bit_of_the_others_is_lost(
     values[..., :-1] = np.arange(20).reshape(4, 5, 1)
     values[:, 1:, -1] = 65535
     Path("a.png").write_bytes(png(values, kind))
-    found = decode(Path("a.png"), 1, [0, 255])[0]
+    found = to_array(open_image(Path("a.png")), 1, [0, 255])[0]
     assert (found[:, 0] == 255).all() and (found[:, 1:] == values[:, 1:, 0]).all()
 
 
@@ -391,7 +391,7 @@ def test_a_tiff_that_is_not_one_picture_is_named_for_what_it_is(pages, expected)
     Path("a.tif").write_bytes(tiff(pages))
     for file in (Path("a.tif"), io.BytesIO(tiff(pages))):
         with pytest.raises(BadImage, match=expected) as caught:
-            decode(file, 1)
+            to_array(open_image(file), 1)
         assert "values" not in expected or "save it as 8 or 16 bits" in str(caught.value)
 
 
@@ -400,16 +400,16 @@ def test_a_tiff_that_is_not_one_picture_is_named_for_what_it_is(pages, expected)
 )
 def test_previews_masks_and_transparency_are_no_further_pictures(pages):
     Path("a.tif").write_bytes(tiff(pages))
-    assert decode(Path("a.tif"), 1).shape == (1, 4, 4)
+    assert to_array(open_image(Path("a.tif")), 1).shape == (1, 4, 4)
 
 
 def test_numbers_that_pillow_takes_for_others_are_read_as_they_are():
     Path("a.tif").write_bytes(tiff([{258: 32, 339: 1}], b"\xf0" * 64))
-    np.testing.assert_array_equal(decode(Path("a.tif"), 1, [0, 2**32 - 1]), 240)
+    np.testing.assert_array_equal(to_array(open_image(Path("a.tif")), 1, [0, 2**32 - 1]), 240)
     Path("a.tif").write_bytes(tiff([{258: 8, 339: 2}], b"\xff" * 16))
-    np.testing.assert_array_equal(decode(Path("a.tif"), 1, [-2, 0]), 128)
+    np.testing.assert_array_equal(to_array(open_image(Path("a.tif")), 1, [-2, 0]), 128)
     Path("a.tif").write_bytes(tiff([{258: 16, 339: 2}], b"\0\x80" * 16))
-    np.testing.assert_array_equal(decode(Path("a.tif"), 1, [-(2**15), 2**15 - 1]), 0)
+    np.testing.assert_array_equal(to_array(open_image(Path("a.tif")), 1, [-(2**15), 2**15 - 1]), 0)
 
 
 def test_a_picture_that_changes_between_the_two_passes_is_refused(monkeypatch):

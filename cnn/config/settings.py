@@ -58,6 +58,7 @@ KNOWN_DATASETS = ("mnist", "fashion_mnist", "kmnist", "cifar10", "cifar100", "sv
 DATA_NAMES = ("digits", "synthetic", *KNOWN_DATASETS, "folder", "csv")
 LAYOUTS = ("auto", "classes", "splits")
 FITS = ("crop", "pad", "stretch")
+DECODINGS = ("scaled", "full")
 SAMPLERS = ("shuffle", "balanced")
 DUPLICATES = ("drop", "keep", "stop", "ignore")
 # The arguments of each augmentation. An import path takes `args` instead.
@@ -141,16 +142,10 @@ class DataConfig:
         "auto", "keep decoded images in memory; auto: if they fit", FIXED, choices=("auto",)
     )
     decode: str = setting(
-        "scaled",
-        "JPEG files: no more pixels than needed, or full",
-        FIXED,
-        choices=("scaled", "full"),
+        "scaled", "JPEG files: in full, or only to the pixels needed", FIXED, choices=DECODINGS
     )
     cache_gb: float | None = setting(
-        None,
-        "size limit of the cache of pictures; null: a quarter of the free space",
-        FREE,
-        least=0,
+        None, "limit of the cache of pictures; null: a quarter of the free space", FREE, least=0
     )
     value_range: list[float] | None = setting(
         None, "values that become black and white; null: found where images have over 8 bits", FIXED

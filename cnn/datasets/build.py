@@ -32,12 +32,9 @@ MIN_STD = 1e-6  # of pixels in 0..1; less is only rounding
 
 
 def _load_files(
-    list_files: Callable[..., Listing],
-    cfg: DataConfig,
-    classes: list[str] | None,
-    findings: Findings,
+    find: Callable[..., Listing], cfg: DataConfig, classes: list[str] | None, findings: Findings
 ) -> tuple[Splits, list[str]]:
-    listing = list_files(cfg, findings, needs_train=classes is None)
+    listing = find(cfg, findings, needs_train=classes is None)
     return read_listing(listing, cfg, findings, classes)
 
 
@@ -316,15 +313,8 @@ def _choose_preprocessing(cfg: DataConfig, train: Images, findings: Findings) ->
     if std.max() < MIN_STD:
         raise Refused("data: all training images are alike: one value, or outside data.value_range")
     std = np.where(std < MIN_STD, 1.0, std)  # dividing by 1 keeps a constant channel finite
-    return Preprocessing(
-        image_size,
-        channels,
-        mean.tolist(),
-        std.tolist(),
-        value_range,
-        cfg.fit,
-        cfg.decode == "scaled",
-    )
+    of_files = (value_range, cfg.fit, cfg.decode == "scaled")
+    return Preprocessing(image_size, channels, mean.tolist(), std.tolist(), *of_files)
 
 
 def _choose_value_range(

@@ -237,28 +237,3 @@ def to_array(image: Image.Image, channels: int, value_range: ValueRange = PER_IM
         raise BadImage(str(error) or type(error).__name__) from None
     array = np.array(image)  # H, W[, 3]
     return array[None] if channels == 1 else array.transpose(2, 0, 1)
-
-
-def decode(
-    path: Path | IO[bytes],
-    channels: int,
-    value_range: ValueRange = PER_IMAGE,
-    least_side: int | None = None,
-) -> np.ndarray:
-    """Reads an image file and returns the pixels of the image.
-
-    Args:
-        path: the image file, or a file that is open for reading in binary mode.
-        channels: 1 to decode to gray, 3 to decode to RGB.
-        value_range: how values of more than 8 bits become bytes.
-        least_side: the pixels that the shorter side needs at least, or None for all pixels.
-
-    Returns:
-        Pixels, uint8 (channels, H, W).
-
-    Raises:
-        BadImage: the file is missing, broken or an EPS drawing, or the image is too large or cannot
-            be converted.
-        DataFailed: the memory or the file descriptors of the process are exhausted.
-    """
-    return to_array(open_image(path, least_side), channels, value_range)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from cnn.datasets.cache import array_hash, content_hash
-from cnn.datasets.decode import decode
+from cnn.datasets.decode import open_image, to_array
 from cnn.datasets.pictures import Pictures
 from cnn.datasets.preprocessing import Form
 from cnn.datasets.scan import scan
@@ -262,11 +262,11 @@ class FileImages(Images):
     def _decode(self, index: int, least_side: int | None = None) -> torch.Tensor:
         path, files = self.files.paths[self.rows[index]], self.files
         try:
-            return torch.from_numpy(
-                decode(path, files.form.channels, files.value_range, least_side)
-            )
+            image = open_image(path, least_side)
+            pixels = to_array(image, files.form.channels, files.value_range)
         except BadImage as bad:
             raise BadImage(f"{path}: {bad}") from None
+        return torch.from_numpy(pixels)
 
     def name(self, index: int) -> str:
         """Returns the path of an image.
@@ -376,9 +376,7 @@ class UserImages(Images):
         self.dataset = dataset
         self._name = name
         self.rows = np.arange(len(dataset))
-        labels = getattr(dataset, "targets", None)
-        if labels is None:
-            labels = getattr(dataset, "labels", None)
+        labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
         if labels is None:
             labels = [self._item(index)[1] for index in range(len(dataset))]
         self.labels = _to_int64(labels, name)

@@ -6,7 +6,7 @@
     prediction = predictor("photo.jpg")  # a path, a PIL image or an array; or a list of them
     print(prediction.classes[0], prediction.probabilities[0])
 
-A picture is prepared as a validation image is: `decode`, `fit_image`, `Normalize`.
+A picture is prepared as a validation image is: `open_image`, `to_array`, `Form.apply`, `Normalize`.
 """
 
 import contextlib

@@ -112,12 +112,7 @@ def _class_counts(labels: np.ndarray, classes: list[str]) -> str:
 
 
 def _format_flops(flops: int | None) -> str:
-    if flops is None:
-        return "unknown FLOP"
-    for limit, unit in ((1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP")):
-        if flops >= limit:
-            return f"{flops / limit:.3g} {unit}"
-    return f"{flops} FLOP"
+    return "unknown FLOP" if flops is None else f"{flops / 1e6:,.2f} MFLOP"
 
 
 def log_epoch(run: Run) -> None:
