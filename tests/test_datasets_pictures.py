@@ -345,7 +345,7 @@ NO_DISK = {
     "full": (pictures, "write_atomically", is_full),
     "not ours to write": (pictures, "write_atomically", is_forbidden),
     "not ours to make": (Path, "mkdir", is_forbidden),
-    "not ours to read": (np, "memmap", is_forbidden),
+    "not ours to read": (torch, "from_file", is_forbidden),
     "not ours to remove": (Path, "unlink", is_forbidden),
 }
 
@@ -354,12 +354,12 @@ NO_DISK = {
 def test_a_disk_that_takes_no_pictures_changes_no_pixel(owner, act, instead, photos, monkeypatch):
     cfg = settings(photos, *EACH)
     expected = batches(cfg)
-    if owner is not np:
+    if owner is not torch:
         shutil.rmtree(cache.cache_folder())
     monkeypatch.setattr(owner, act, instead)
     for _ in range(2):
         assert_same(expected, batches(cfg))
-    assert bool(packs()) == (act == "unlink")
+    assert bool(packs()) == (act in ("unlink", "from_file"))
 
 
 def test_a_full_disk_gives_the_same_run(photos, train, monkeypatch, capfd):
@@ -399,6 +399,32 @@ def test_processes_that_start_at_once_share_the_cache(cache_gb, photos, tmp_path
     expected = batches(cfg)
     for name in ("one.pt", "other.pt"):
         assert_same(expected, torch.load(tmp_path / name))
+
+
+def test_more_packs_than_files_may_be_open_are_read_and_stay(photos, monkeypatch, decoded):
+    limits = pytest.importorskip("resource")
+    monkeypatch.setattr(pictures, "PACK_BYTES", 1)
+    cfg = settings(photos, *EACH)
+    expected, written = batches(cfg), packs()
+    assert len(written) == 56
+    decoded.clear()
+    before = limits.getrlimit(limits.RLIMIT_NOFILE)
+    few = len(os.listdir("/dev/fd")) + 20
+    limits.setrlimit(limits.RLIMIT_NOFILE, (few, before[1]))
+    try:
+        found = batches(cfg)
+    finally:
+        limits.setrlimit(limits.RLIMIT_NOFILE, before)
+    assert_same(expected, found)
+    assert not decoded and packs() == written
+
+
+def test_packs_that_only_another_user_may_read_stay(photos, monkeypatch, caplog):
+    cfg = settings(photos, *EACH)
+    expected, written = batches(cfg), packs()
+    monkeypatch.setattr(pictures, "open", is_forbidden, raising=False)
+    assert_same(expected, batches(replace(cfg, cache_gb=0.0)))
+    assert packs() == written and "damaged" not in caplog.text
 
 
 # -- damage -----------------------------------------------------------------------------------------

@@ -301,7 +301,7 @@ def not_allowed(*_, **__):
 
 @pytest.mark.parametrize(
     "owner, act",
-    [(np, "load"), (np, "memmap"), (os, "utime"), (shutil, "disk_usage")],
+    [(np, "load"), (torch, "from_file"), (os, "utime"), (shutil, "disk_usage")],
 )
 def test_a_cache_that_is_another_users_hinders_nothing(owner, act, photos, monkeypatch):
     fill(photos)

@@ -53,8 +53,8 @@ class Pictures:
         self._mapped: dict[int, torch.Tensor] = {}
 
     def __getstate__(self) -> dict:
-        unchecked = {"_mapped": {}, "_is_checked": np.zeros(len(self.entries), bool)}
-        return self.__dict__ | unchecked  # another process maps the packs itself
+        # Another process maps the packs itself.
+        return self.__dict__ | {"_mapped": {}, "_is_checked": np.zeros(len(self.entries), bool)}
 
     @property
     def is_kept(self) -> np.ndarray:
@@ -85,20 +85,24 @@ class Pictures:
             return None
         pixels = self._map(pack)[start : start + height * width * self.form.channels]
         if not self._is_checked[row] and zlib.crc32(pixels.numpy()) != crc:
-            _remove_damaged(self.paths[pack])
+            if len(self._map(pack)):
+                _remove_damaged(self.paths[pack])
             self.entries[row]["height"] = 0
             return None
         self._is_checked[row] = True
         return pixels.view(height, width, self.form.channels).permute(2, 0, 1)
 
     def _map(self, pack: int) -> torch.Tensor:
-        """Returns the bytes of a pack, which are empty if the pack was removed, uint8 (bytes)."""
+        """Returns the bytes of a pack, which are empty if it cannot be read, uint8 (bytes).
+
+        Changes of the bytes stay in memory. Unlike a memmap of NumPy, a mapped pack keeps no file
+        open, of which a process may have as few as 256.
+        """
         if pack not in self._mapped:
-            try:
-                mapped = np.memmap(self.paths[pack], np.uint8, mode="c")  # changes stay in memory
-            except (OSError, ValueError):
-                mapped = np.zeros(0, np.uint8)
-            self._mapped[pack] = torch.from_numpy(mapped)
+            path, mapped = self.paths[pack], torch.empty(0, dtype=torch.uint8)
+            with contextlib.suppress(OSError, RuntimeError, ValueError):  # removed, or not ours
+                mapped = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+            self._mapped[pack] = mapped
         return self._mapped[pack]
 
 
@@ -179,8 +183,7 @@ class PackWriter:
         """
         if self._has_room:
             pixels = picture.permute(1, 2, 0).contiguous().numpy()
-            entry = (content, self._size, *pixels.shape[:2], zlib.crc32(pixels), 0)
-            self._entries.append(entry)
+            self._entries.append((content, self._size, *pixels.shape[:2], zlib.crc32(pixels), 0))
             self._waiting.append(pixels)
             self._size += pixels.nbytes
             if self._size >= PACK_BYTES:
@@ -219,21 +222,21 @@ class PackWriter:
         self._waiting, self._entries, self._size = [], [], 0
 
     def _make_room(self, size: int) -> bool:
-        try:
+        with contextlib.suppress(OSError):  # no permission, or no folder
             return make_room(size, self._cache_gb, self._in_use)
-        except OSError:  # no permission, or no folder
-            return False
+        return False
 
 
 def _read_table(pack: Path) -> np.ndarray:
-    """Returns the table of a pack, of the dtype ENTRY, which is empty if the pack is damaged."""
+    """Returns the table of a pack, of the dtype ENTRY, which is empty if it cannot be read."""
     try:
         with open(pack, "rb") as file:
             table = np.load(file, allow_pickle=False).astype(ENTRY, casting="no")
             table["start"] += file.tell()  # the pixels follow
             return table
-    except (OSError, ValueError, TypeError, EOFError):
-        _remove_damaged(pack)
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        if not isinstance(error, OSError):  # removed by another process, or of another user
+            _remove_damaged(pack)
         return np.zeros(0, ENTRY)
 
 
