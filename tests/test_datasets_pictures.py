@@ -427,6 +427,32 @@ def test_packs_that_only_another_user_may_read_stay(photos, monkeypatch, caplog)
     assert packs() == written and "damaged" not in caplog.text
 
 
+def test_a_pack_that_another_process_removes_meanwhile_takes_no_room(photos, monkeypatch):
+    """Or one that cannot be removed, since another process maps it, on Windows."""
+    original = Path.unlink
+
+    def unlink(path, **options):
+        if "mapped" in path.name:
+            is_forbidden()
+        return original(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    folder = cache.cache_folder()
+    folder.mkdir(parents=True)
+    (folder / "pictures_gone.bin").symlink_to("nowhere")
+    for at, name in enumerate(("mapped", "old")):
+        (folder / f"pictures_{name}.bin").write_bytes(bytes(20_000))
+        os.utime(folder / f"pictures_{name}.bin", (at, at))
+    assert cache.make_room(20_000, 6e-5, set())
+    assert sorted(path.stem for path in folder.glob("*d.bin")) == [
+        "pictures_mapped",
+        "pictures_old",
+    ]
+    assert cache.make_room(20_000, 4e-5, set())
+    assert [path.stem for path in folder.glob("*d.bin")] == ["pictures_mapped"]
+    assert not cache.make_room(40_000, 4e-5, set())
+
+
 # -- damage -----------------------------------------------------------------------------------------
 
 

@@ -54,7 +54,7 @@ def make_room(needed: int, cache_gb: float | None, in_use: Collection[Path]) -> 
         in_use: files of pictures that must stay.
 
     Returns:
-        Whether there is enough room. If not, nothing is removed.
+        Whether there is enough room. If even all spare pictures would not do, nothing is removed.
 
     Raises:
         OSError: the cache folder cannot be used.
@@ -62,18 +62,23 @@ def make_room(needed: int, cache_gb: float | None, in_use: Collection[Path]) -> 
     folder = cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder.glob(".pictures_*"))
-    sizes = {path: path.stat().st_size for path in folder.glob(PACKS)}
-    used, free = sum(sizes.values()), shutil.disk_usage(folder).free
+    packs = {}
+    for path in folder.glob(PACKS):
+        with contextlib.suppress(FileNotFoundError):  # removed by another process
+            packs[path] = path.stat()
+    used, free = sum(pack.st_size for pack in packs.values()), shutil.disk_usage(folder).free
     limit = (free + used) // FREE_SHARE if cache_gb is None else cache_gb * 1e9
     room = min(limit - used, free - RESERVE)
-    spare = sorted(sizes.keys() - set(in_use), key=lambda path: path.stat().st_mtime)
-    if room + sum(sizes[path] for path in spare) < needed:
+    spare = sorted(packs.keys() - set(in_use), key=lambda path: packs[path].st_mtime)
+    if room + sum(packs[path].st_size for path in spare) < needed:
         return False
     for path in spare:
-        if room < needed:
-            path.unlink()
-            room += sizes[path]
-    return True
+        # A pack of another user stays, and on Windows one that another process maps.
+        with contextlib.suppress(PermissionError):
+            if room < needed:
+                path.unlink(missing_ok=True)
+                room += packs[path].st_size
+    return room >= needed
 
 
 def remove_leftovers(leftovers: Iterable[Path]) -> None:
