@@ -279,6 +279,21 @@ def test_a_long_pass_says_every_ten_seconds_how_far_it_is(photos, monkeypatch, c
     assert len(said) >= 28 * 4 // 12 - 1
 
 
+def test_a_file_whose_number_has_64_bits_is_read(photos, monkeypatch, decoded):
+    """As network file systems number files."""
+    original = os.stat
+
+    def stat(path, **options):
+        found = original(path, **options)
+        facts = {name: getattr(found, name) for name in dir(found) if name.startswith("st_")}
+        return SimpleNamespace(**facts | {"st_ino": 2**64 - 1})
+
+    monkeypatch.setattr(scan.os, "stat", stat)
+    for _ in range(2):
+        batches(settings(photos))
+    assert len(decoded) == 28
+
+
 # -- the limit --------------------------------------------------------------------------------------
 
 

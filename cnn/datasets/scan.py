@@ -173,7 +173,8 @@ def _status(path: Path) -> tuple[int, ...]:
         status = os.stat(path)
     except (OSError, ValueError):
         return (-1,) * len(STATUS)
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+    # Network file systems have numbers of files that are too large for an i8.
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino % 2**63
 
 
 @dataclass
