@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -598,6 +599,17 @@ def test_a_photograph_of_the_same_size_and_nearly_the_same_colors_is_no_copy(suf
     photos = divide_photographs(tmp_path / "photos")
     source = photos / "train/cat/4.jpg"
     assert not in_test(photos, source, lambda *paths: mirrored(*paths, suffix), "x.jpg")
+
+
+def test_copies_among_many_photographs_of_one_size_are_looked_for_fast():
+    rows = np.zeros(30_000, scan.SCAN)
+    rows["height"], rows["width"], rows["scale"], rows["count"] = 1080, 1920, 4, 1
+    rows["sums"] = np.random.default_rng(0).uniform(0, 250, (30_000, 1))
+    rows["scale"][0], rows["sums"][0], rows["pixels"] = 1, 255, np.arange(30_000)
+    began = time.process_time()
+    scan.match_scaled(rows, [Path("none.jpg")] * 30_000)
+    assert time.process_time() - began < 2
+    assert (rows["pixels"] == np.arange(30_000)).all()
 
 
 # -- decoding at a smaller scale ----------------------------------------------------------------------

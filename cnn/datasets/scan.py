@@ -164,8 +164,7 @@ def _is_unchanged(rows: np.ndarray, paths: Iterable[Path]) -> np.ndarray:
     """
     now = np.array([_status(path) for path in paths], "i8").reshape(-1, len(STATUS))
     same = np.all([rows[name] == now[:, at] for at, name in enumerate(STATUS)], axis=0)
-    latest = np.maximum(rows["changed"], rows["entry_changed"])
-    return same & (rows["read"] - latest > CLOCK)
+    return same & (rows["read"] - np.maximum(rows["changed"], rows["entry_changed"]) > CLOCK)
 
 
 def _status(path: Path) -> tuple[int, ...]:
@@ -320,17 +319,20 @@ def match_scaled(rows: np.ndarray, paths: list[Path]) -> None:
         paths: the files (N).
     """
     means, sizes = rows["sums"] / rows["count"][:, None], rows["height"] << 32 | rows["width"]
-    is_whole = rows["scale"] == 1
-    for number in np.flatnonzero((rows["scale"] > 1) & np.isin(sizes, sizes[is_whole])).tolist():
-        is_near = (np.abs(means - means[number]) < NEAR).all(axis=1)
-        near = rows["pixels"][is_whole & is_near & (sizes == sizes[number])]
-        if not len(near):
-            continue
+    # In order of size and gray, so that only neighbors are compared.
+    key = np.unique(sizes, return_inverse=True)[1] * 1000 + means[:, 3]
+    whole = np.flatnonzero(rows["scale"] == 1)
+    whole = whole[np.argsort(key[whole])]
+    first, end = (np.searchsorted(key[whole], key + by) for by in (-NEAR, NEAR))
+    for number in np.flatnonzero((rows["scale"] > 1) & (first < end)).tolist():
+        some = whole[first[number] : end[number]]
+        near = some[(np.abs(means[some] - means[number]) < NEAR).all(axis=1)]
         with contextlib.suppress(BadImage):  # gone a moment ago, which is told when it is needed
-            image = open_image(paths[number])
-            pixels = _look_at(image, to_array(image, 3), least_side=1)["pixels"]
-            if pixels in near:
-                rows["pixels"][number] = pixels
+            if len(near):
+                image = open_image(paths[number])
+                pixels = _look_at(image, to_array(image, 3), least_side=1)["pixels"]
+                if pixels in rows["pixels"][near]:
+                    rows["pixels"][number] = pixels
 
 
 def _load(cache: Path) -> tuple[np.ndarray, dict[str, int]]:
@@ -340,15 +342,12 @@ def _load(cache: Path) -> tuple[np.ndarray, dict[str, int]]:
         Two values. The first value is an array of the dtype `SCAN`. The second value is a dict from
         the absolute path of each file to the index of its row.
     """
-    try:
-        with np.load(cache, allow_pickle=False) as file:
-            names = os.fsdecode(file["names"].tobytes()).split("\0")
-            rows = file["rows"]
-    except Exception:  # noqa: BLE001  no cache, or a broken one: scan again
-        return np.zeros(0, SCAN), {}
-    if rows.dtype != SCAN or len(names) != len(rows):
-        return np.zeros(0, SCAN), {}
-    return rows, {name: index for index, name in enumerate(names)}
+    # No cache, or a broken one: scan again.
+    with contextlib.suppress(Exception), np.load(cache, allow_pickle=False) as file:
+        names, rows = os.fsdecode(file["names"].tobytes()).split("\0"), file["rows"]
+        if rows.dtype == SCAN and len(names) == len(rows):
+            return rows, {name: index for index, name in enumerate(names)}
+    return np.zeros(0, SCAN), {}
 
 
 def _store(cache: Path, names: list[str], rows: np.ndarray) -> None:
