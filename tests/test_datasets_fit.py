@@ -82,6 +82,16 @@ def test_what_lies_at_the_end_is_learnt_where_nothing_is_cut_away(panoramas, tra
     assert len(validated) == 12 and validated.items() <= predicted.items()
 
 
+@pytest.mark.parametrize("fit", ["pad", "stretch"])
+def test_a_picture_for_random_crops_is_as_sharp_as_one_for_evaluation(fit):
+    stripes = 255 * (torch.arange(1000) // 10 % 2).to(torch.uint8).expand(3, 60, 1000)
+    for_evaluation, for_crops = (Form(224, 3, fit, margin=m).apply(stripes) for m in (False, True))
+    contrasts = [
+        image[:, image.shape[1] // 2].float().std() for image in (for_evaluation, for_crops)
+    ]
+    assert contrasts[1] >= contrasts[0] > 50
+
+
 def test_what_is_cut_away_is_told_with_random_crops_too(panoramas, train):
     words = ["data.augment=[resized_crop, flip]", "data.limit=20", "train.epochs=1"]
     assert train(*LEARN, *words) == 0

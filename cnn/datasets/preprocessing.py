@@ -49,18 +49,18 @@ class Form:
         """Returns a picture in this form.
 
         A picture with a margin is not enlarged. If the picture is fitted by cropping, it keeps its
-        shape. Otherwise, the picture is square.
+        shape. Otherwise, the picture is square, and no larger than the longer side was.
 
         Args:
             image: (C, H, W), uint8 or float.
         """
         if not self.margin:
             return fit_image(image, self.size, self.fit)
-        shorter = min(image.shape[-2:])
-        side = min(shorter, math.ceil(self.size * MARGIN))
+        shorter, longer = sorted(image.shape[-2:])
+        side = math.ceil(self.size * MARGIN)
         if self.fit != "crop":
-            return fit_image(image, side, self.fit)
-        return image if side == shorter else _resize_shorter(image, side)
+            return fit_image(image, min(longer, side), self.fit)
+        return image if side >= shorter else _resize_shorter(image, side)
 
 
 @dataclass(frozen=True)
