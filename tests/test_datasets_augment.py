@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -395,7 +396,10 @@ REFUSED = {
     ),
     "bounds": ("{name: resized_crop, ratio: [2, 1]}", "[0].ratio: expected the smallest and"),
     "one bound": ("{name: resized_crop, ratio: [2]}", "[0].ratio: expected the smallest and"),
-    "twice": ("resized_crop, {name: resized_crop, scale: [0.1, 1]}", "[1]: resized_crop comes"),
+    "twice": (
+        "resized_crop, {name: resized_crop, scale: [0.1, 1]}",
+        "[1]: resized_crop is done first",
+    ),
     "beyond": ("{name: rotate, degrees: 181}", "[0].degrees: expected a number of at least 0 and"),
     "share": ("{name: flip, probability: 50}", "[0].probability: expected a number of at least 0"),
     "nothing": ("{name: erase, side: 0}", "[0].side: expected a number above 0 and at most 1"),
@@ -416,3 +420,11 @@ def test_only_arguments_that_were_given_are_handed_on():
     assert AugmentationConfig("flip").arguments() == {}
     changes = AugmentationConfig("color", brightness=0.4, saturation=0)
     assert changes.arguments() == {"brightness": 0.4, "saturation": 0}
+
+
+def test_a_change_of_ones_own_that_cannot_be_is_told_before_a_file_is_read(train, capfd):
+    (Path("photos") / "a").mkdir(parents=True)  # without an image, which would be told, too
+    words = ["data.name=folder", "data.root=photos", "data.augment=[nowhere:change]"]
+    assert train(*words) == 2
+    said = capfd.readouterr().err
+    assert "data.augment" in said and "nowhere" in said and "image" not in said

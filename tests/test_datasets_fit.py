@@ -59,7 +59,7 @@ def test_what_is_cut_away_cannot_be_learnt_and_that_is_said(panoramas, train):
     assert 0.3 < figures()["test_acc"] < 0.7
     expected = "cuts away 67% of the pixels; data.fit=pad or stretch keeps all"
     assert log().count(expected) == 1 and expected in Path("logs/data.txt").read_text()
-    assert "67% of the pixels for squares" in Path("logs/data.txt").read_text()
+    assert "67% of the pixels" in Path("logs/data.txt").read_text()
 
 
 @pytest.mark.parametrize("fit", ["pad", "stretch"])
@@ -69,7 +69,7 @@ def test_what_lies_at_the_end_is_learnt_where_nothing_is_cut_away(panoramas, tra
     assert "cuts away" not in log()
     lines = [" ".join(line.split()) for line in Path("logs/data.txt").read_text().splitlines()]
     assert f"data.fit {fit}" in lines
-    assert "cut away 0% of the pixels for squares, at most 0% of one" in lines
+    assert not any("cut away" in line for line in lines)
     assert evaluate.main(["--json", "evaluated.json"]) == 0
     metrics = json.loads(Path("evaluated.json").read_text())["metrics"]
     assert metrics == figures()
@@ -103,7 +103,7 @@ def test_a_little_may_be_cut_away_without_a_word(train):
         for index in range(6):
             noise(f"photos/{name}/{index}.jpg", 49, 40, ord(name) + 1000 * index)  # 18 %
     assert train(*FOLDER, "train.epochs=1") == 0
-    assert "cuts away" not in log() and "18% of the pixels for squares" in log()
+    assert "cuts away" not in log() and "18% of the pixels" in log()
 
 
 SEEN = """

@@ -30,7 +30,7 @@ from cnn.datasets import cache, pictures, scan
 from cnn.datasets.build import build_data
 from cnn.datasets.loader import build_loader
 from cnn.drill.differences import differences
-from cnn.errors import Refused
+from cnn.errors import Refused, Stopped
 from cnn.utils import progress
 from cnn.utils.checkpoint import load_checkpoint
 
@@ -295,6 +295,36 @@ def test_a_file_whose_number_has_64_bits_is_read(photos, monkeypatch, decoded):
     assert len(decoded) == 28
 
 
+def test_a_start_that_is_stopped_keeps_what_it_has_read(photos, monkeypatch, decoded, caplog):
+    caplog.set_level(logging.INFO)
+    cfg, original = settings(photos, "flip"), scan._Reader.read
+
+    def stopped_at_20(self, path, number):
+        if len(decoded) >= 20:
+            raise Stopped(signal.SIGINT)
+        return original(self, path, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scan, "usable_cpus", lambda: 1)
+        patch.setattr(scan._Reader, "read", stopped_at_20)
+        with pytest.raises(Stopped):
+            batches(cfg)
+    assert "20 decoded pictures of 24 x 24 are kept in" in caplog.text
+    decoded.clear()
+    batches(cfg)
+    assert len(decoded) == 28 - 20
+
+
+def test_workers_decode_what_cannot_be_kept(photos):
+    for cache_gb, expected in ((0, 2), (None, 0)):
+        cfg = settings(photos, "resized_crop", cache_gb=cache_gb, num_workers=2)
+        data = build_data(cfg, 0)
+        loader = build_loader(
+            cfg, data.train, data.preprocessing, torch.device("cpu"), 0, training=True
+        )
+        assert loader._loader.num_workers == expected
+
+
 # -- the limit --------------------------------------------------------------------------------------
 
 
@@ -305,7 +335,7 @@ def test_pictures_without_room_are_told_and_decoded_again(photos, decoded, caplo
     for _ in range(2):
         caplog.clear()
         assert_same(expected, batches(settings(photos, *EACH, cache_gb=2e-5)))
-        assert "decoded pictures have no room in" in caplog.text and "data.cache_gb" in caplog.text
+        assert "cannot be kept in" in caplog.text and "no room (data.cache_gb)" in caplog.text
     assert not packs()
 
 
@@ -314,7 +344,7 @@ def test_pictures_of_which_only_some_have_room_are_told(photos, caplog, monkeypa
     monkeypatch.setattr(cache, "FREE_SHARE", 1)
     batches(settings(photos, "flip", cache_gb=2e-5))
     assert 0 < sum(path.stat().st_size for path in packs()) <= 20_000
-    assert "decoded pictures have no room in" in caplog.text
+    assert "no room (data.cache_gb)" in caplog.text
 
 
 def test_the_pictures_that_were_not_used_for_the_longest_time_go_first(photos, tmp_path, decoded):
@@ -387,7 +417,8 @@ def test_a_full_disk_gives_the_same_run(photos, train, monkeypatch, capfd):
     assert train(*words) == 0
     assert_same_run(whole, ".")
     said = capfd.readouterr().err
-    assert "decoded pictures have no room in" in said and "Traceback" not in said
+    assert f": {os.strerror(errno.ENOSPC)}" in said and "Traceback" not in said
+    assert "data.cache_gb" not in said, "no setting helps"
 
 
 def start_with_others(cfg: DataConfig, folder: str, output: str, begin) -> None:

@@ -40,7 +40,7 @@ def test_the_data_sheet_says_what_a_careful_colleague_would_ask_for(train):
         "source folder photos",
         "formats PNG 46, BMP 6",
         "width x height 9 x 9 to 12 x 9 pixels, median 9 x 9",
-        "cut away 4% of the pixels for squares, at most 25% of one",
+        "cut away 4% of the pixels, at most 25% of one",
         "resized to 8 x 8 pixels; channels: 3",
         "data.fit crop",
         "decoded 0 JPEG files at 1/2, 1/4 or 1/8 of their size",

@@ -65,7 +65,7 @@ def _check_augment(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
             elif isinstance(value, list) and (len(value) != 2 or value[0] > value[1]):
                 yield f"{where}.{name}: expected the smallest and the largest value, got {value}"
         if change.name == "resized_crop" in [before.name for before in cfg.data.augment[:index]]:
-            yield f"{where}: resized_crop comes first and only once"
+            yield f"{where}: resized_crop is done first, and only once"
 
 
 def _check_patterns(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:

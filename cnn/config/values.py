@@ -98,7 +98,8 @@ def _read_mapping(node: yaml.Node, cls: type, place: str) -> Any:
     values = {}
     for key, item in _items(node, place).items():
         if key not in fields:
-            raise InvalidValue(f"{place}.{key}: no such key{suggest(key, fields)}")
+            near = suggest(key, fields) or f"; there are {', '.join(fields)}"
+            raise InvalidValue(f"{place}.{key}: no such key{near}")
         values[key] = read_value(item, fields[key].type, fields[key].metadata, f"{place}.{key}")
     for key in required:
         if key not in values:

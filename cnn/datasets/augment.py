@@ -99,8 +99,9 @@ def color(images: Tensor, draws: Tensor, brightness=0.2, contrast=0.2, saturatio
     """Changes the brightness, the contrast and the saturation of images, in this order.
 
     Each change is torchvision's `adjust_brightness`, `adjust_contrast` or `adjust_saturation` by a
-    random factor. The factor is uniform between 1 - x and 1 + x, but at least 0, where x is the
-    argument. The saturation changes only if there are 3 channels.
+    random factor, the saturation of bytes within one level. The factor is uniform between 1 - x and
+    1 + x, but at least 0, where x is the argument. The saturation changes only if there are 3
+    channels.
 
     Args:
         images: (N, S, S, C).
@@ -238,7 +239,7 @@ class Augmentation:
         self._images, self._size, self._seed = images, size, seed
         augment = sorted(augment, key=lambda cfg: cfg.name != "resized_crop")
         names = [cfg.name for cfg in augment]
-        self._steps = [_step(cfg, names[:i].count(cfg.name)) for i, cfg in enumerate(augment)]
+        self._steps = [build_step(cfg, names[:i].count(cfg.name)) for i, cfg in enumerate(augment)]
         self._is_cropped = "resized_crop" in names
         self._tables: dict[tuple[int, torch.device], list[Tensor]] = {}
 
@@ -357,7 +358,7 @@ def _stacked(images: list[Tensor]) -> Tensor:
     return torch.stack([image.permute(1, 2, 0) for image in images])
 
 
-def _step(cfg: AugmentationConfig, number_before: int) -> _Step:
+def build_step(cfg: AugmentationConfig, number_before: int = 0) -> _Step:
     """Builds an augmentation from its settings.
 
     Args:

@@ -87,7 +87,7 @@ class Images:
         """Returns a number for each image, uint64 (N).
 
         Images with equal pixels have equal numbers, in all subsets of a dataset. This base class,
-        which does not know the pixels, returns other numbers for all names.
+        which does not know the pixels, returns a different number for each name.
         """
         names = (self.name(index).encode() for index in range(len(self)))
         return np.array([content_hash(io.BytesIO(name)) for name in names], np.uint64)
@@ -100,6 +100,10 @@ class Images:
             form: the form of the picture.
         """
         return form.apply(self[index])
+
+    def is_kept(self, _: Form) -> bool:
+        """Returns whether the pictures in a form are in memory or in the cache, all of them."""
+        return True
 
     def store(self, form: Form) -> tuple[torch.Tensor, np.ndarray]:
         """Returns the pictures of this object in one tensor, in memory.
@@ -231,12 +235,9 @@ class Files:
         Args:
             rows: the indices of the files to return (N).
         """
-        return replace(
-            self,
-            paths=[self.paths[row] for row in rows],
-            scans=self.scans[rows],
-            pictures=[pictures.subset(rows) for pictures in self.pictures],
-        )
+        paths = [self.paths[row] for row in rows]
+        pictures = [pictures.subset(rows) for pictures in self.pictures]
+        return replace(self, paths=paths, scans=self.scans[rows], pictures=pictures)
 
 
 class FileImages(Images):
@@ -352,6 +353,11 @@ class FileImages(Images):
         kept = self._kept(form)
         picture = kept.get(self.rows[index]) if kept is not None else None
         return form.apply(self._decode(index, form.least_side)) if picture is None else picture
+
+    def is_kept(self, form: Form) -> bool:
+        """Returns whether the pictures in a form are in the cache, all of them."""
+        kept = self._kept(form)
+        return kept is not None and bool(kept.is_kept[self.rows].all())
 
     def _kept(self, form: Form) -> Pictures | None:
         form = replace(form, value_range=self.files.form.value_range)

@@ -378,7 +378,7 @@ def build_loader(
     form = replace(form, margin=augmentation.needs_margin(int(training)))
     if _is_in_memory(cfg, images, form, augmentation):
         if form.margin:
-            return StreamLoader(*common, num_workers=0)
+            return StreamLoader(*common, num_workers=0 if images.is_kept(form) else cfg.num_workers)
         store, rows = images.store(form)
         return MemoryLoader(*common, store=store, rows=rows)
     return StreamLoader(*common, num_workers=cfg.num_workers)

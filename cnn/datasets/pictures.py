@@ -137,6 +137,7 @@ class PackWriter:
         self._prefix = f"pictures_{digest[:16]}_"
         self._kept, self._in_use, self._num_written = self.find(contents), in_use, 0
         self._waiting, self._entries, self._size = [], [], 0
+        self._reason = "no room (data.cache_gb)"
         in_use |= self._kept.used_paths
 
     @functools.cached_property
@@ -197,11 +198,13 @@ class PackWriter:
         """
         if self._waiting:
             self._write()
-        pictures, where = self.find(contents), f"{cache_folder()} (data.cache_gb)"
+        pictures, where = self.find(contents), cache_folder()
+        use = "for random crops" if self.form.margin else f"of {self.form.size} x {self.form.size}"
         if self._num_written:
-            logger.info("%d decoded pictures are kept in %s", self._num_written, where)
+            logger.info("%d decoded pictures %s are kept in %s", self._num_written, use, where)
         if not self._has_room and (missing := (self._is_wanted & ~pictures.is_kept).sum()):
-            logger.warning("%d decoded pictures have no room in %s", missing, where)
+            reason = f"cannot be kept in {where}: {self._reason}"
+            logger.warning("%d decoded pictures %s %s", missing, use, reason)
         for path in pictures.used_paths:
             with contextlib.suppress(OSError):  # removed by another process, or of another user
                 os.utime(path)  # the packs that were not used for the longest time are removed
@@ -217,14 +220,16 @@ class PackWriter:
                 write_atomically(path, lambda file: (np.save(file, table), file.writelines(pixels)))
                 self._in_use.add(path)
                 self._num_written += len(table)
-        except OSError:
-            self._has_room = False
+        except OSError as error:
+            self._has_room, self._reason = False, error.strerror
         self._waiting, self._entries, self._size = [], [], 0
 
     def _make_room(self, size: int) -> bool:
-        with contextlib.suppress(OSError):  # no permission, or no folder
+        try:
             return make_room(size, self._cache_gb, self._in_use)
-        return False
+        except OSError as error:  # no permission, or no folder
+            self._reason = error.strerror
+            return False
 
 
 def _read_table(pack: Path) -> np.ndarray:

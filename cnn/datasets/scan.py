@@ -24,16 +24,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cnn.datasets import decode
 from cnn.datasets.cache import array_hash, cache_folder, content_hash
-from cnn.datasets.decode import (
-    DECODER,
-    GRAY_MODES,
-    deep_values,
-    open_image,
-    read_header,
-    scale_of,
-    to_array,
-)
 from cnn.datasets.pictures import PackWriter, Pictures
 from cnn.datasets.preprocessing import Form
 from cnn.datasets.value_range import PER_IMAGE, ValueRange, levels_of
@@ -105,7 +97,7 @@ def scan(
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
     if value_range != PER_IMAGE:
         name += "_{}_{}".format(*value_range)
-    cache = cache_folder() / f"scan_{DECODER}_{name}.npz"
+    cache = cache_folder() / f"scan_{decode.DECODER}_{name}.npz"
     names = [os.path.abspath(path) for path in paths]
     known, at = _load(cache)
     rows = np.append(known, np.zeros(1, SCAN))[[at.get(name, -1) for name in names]]
@@ -119,8 +111,11 @@ def scan(
     todo = np.flatnonzero((rows["read"] == 0) | verify | np.any([w.lacks for w in writers], axis=0))
     known = known[known["scale"] == _scales(known, least_side)] if len(todo) else []
     reader = _Reader({row["content"].item(): row for row in known}, value_range, writers)
-    bad = _read_files(reader, paths, todo, rows, partial(_store, cache, names, rows))
-    return rows, bad, [writer.finish(rows["content"]) for writer in writers]
+    try:
+        bad = _read_files(reader, paths, todo, rows, partial(_store, cache, names, rows))
+    finally:
+        pictures = [writer.finish(rows["content"]) for writer in writers]
+    return rows, bad, pictures
 
 
 def _read_files(
@@ -140,19 +135,21 @@ def _read_files(
     """
     bad, saved = {}, time.monotonic()
     results = show_progress(reader.read_all(paths, todo), LABEL, len(todo), every_seconds=10)
-    for number, (row, pictures) in zip(todo.tolist(), results):
-        if isinstance(row, str):
-            bad[paths[number]], row = row, EMPTY
-        rows[number] = row
-        for writer, picture in zip(reader.writers, pictures):
-            if picture is not None:
-                writer.add(row["content"].item(), picture)
-        if time.monotonic() > saved + SAVE_EVERY:
-            saved = time.monotonic()
+    try:
+        for number, (row, pictures) in zip(todo.tolist(), results):
+            if isinstance(row, str):
+                bad[paths[number]], row = row, EMPTY
+            rows[number] = row
+            for writer, picture in zip(reader.writers, pictures):
+                if picture is not None:
+                    writer.add(row["content"].item(), picture)
+            if time.monotonic() > saved + SAVE_EVERY:
+                saved = time.monotonic()
+                store()
+        return bad
+    finally:  # a start that is stopped by a signal loses nothing
+        if len(todo):
             store()
-    if len(todo):
-        store()
-    return bad
 
 
 def _is_unchanged(rows: np.ndarray, paths: Iterable[Path]) -> np.ndarray:
@@ -225,8 +222,8 @@ class _Reader:
             row = self.known.get(content)
             forms = [w.form if w.needs(number, content) else None for w in self.writers]
             if row is None or any(forms):
-                image = open_image(file, self.writers[0].form.least_side)
-                rgb = to_array(image, 3, self.value_range)
+                image = decode.open_image(file, self.writers[0].form.least_side)
+                rgb = decode.to_array(image, 3, self.value_range)
             if row is None:
                 row = _look_at(image, rgb, self.writers[0].form.least_side)
             pictures = [form and _picture(image, rgb, form) for form in forms]
@@ -249,11 +246,11 @@ def _picture(image: Image.Image, rgb: np.ndarray, form: Form) -> torch.Tensor | 
         rgb: the pixels of the image, uint8 (3, H, W).
         form: the form of the picture.
     """
-    is_deep = deep_values(image) is not None
+    is_deep = decode.deep_values(image) is not None
     if is_deep and form.value_range is None:
         return None
     if is_deep or form.channels == 1:
-        rgb = to_array(image, form.channels, form.value_range)
+        rgb = decode.to_array(image, form.channels, form.value_range)
     return form.apply(torch.from_numpy(rgb))
 
 
@@ -269,17 +266,18 @@ def _look_at(image: Image.Image, rgb: np.ndarray, least_side: int | None) -> np.
     """
     row = np.zeros((), SCAN)
     row["width"], row["height"] = image.full_size
-    row["gray"], row["format"] = image.mode in GRAY_MODES, image.format
+    row["gray"], row["format"] = image.mode in decode.GRAY_MODES, image.format
     row["scale"] = _scales(row, least_side)
     step = 1 if least_side is None else max(1, min(rgb.shape[1:]) // SAMPLED)
     sample = np.ascontiguousarray(rgb[:, ::step, ::step])
-    gray = Image.fromarray(sample.transpose(1, 2, 0).copy()).convert("L")
+    colors = Image.fromarray(sample.transpose(1, 2, 0).copy())
+    gray = colors.convert("L")
     sample = np.concatenate([sample, np.asarray(gray)[None]])
-    counts = np.stack([np.bincount(channel.ravel(), minlength=256) for channel in sample])
+    counts = np.reshape(colors.histogram() + gray.histogram(), (4, 256))
     values = np.arange(256.0)
     row["count"], row["sums"] = gray.width * gray.height, counts @ values
     row["squares"] = counts @ values**2
-    values = deep_values(image)
+    values = decode.deep_values(image)
     if values is not None:
         row["kind"], sample = values.dtype.name, values.astype(np.float64) + 0.0  # no -0.0
         row["levels"] = levels_of(sample)
@@ -293,7 +291,7 @@ def _scales(rows: np.ndarray, least_side: int | None) -> np.ndarray:
     """Returns by how much the decoding of each image is scaled, 0 if all pixels count (N)."""
     if least_side is None:
         return np.zeros(rows.shape, np.int64)
-    scales = scale_of(np.minimum(rows["height"], rows["width"]), least_side)
+    scales = decode.scale_of(np.minimum(rows["height"], rows["width"]), least_side)
     return np.where(np.isin(rows["format"], (b"JPEG", b"MPO")), scales, 1)
 
 
@@ -305,7 +303,7 @@ def _headers(rows: np.ndarray, paths: list[Path]) -> Iterator[tuple[int, int, bo
         paths: the N files.
     """
     for row, path in zip(rows[["height", "width", "gray", "read"]].tolist(), paths):
-        yield row[:3] if row[3] else read_header(path)
+        yield row[:3] if row[3] else decode.read_header(path)
 
 
 def match_scaled(rows: np.ndarray, paths: list[Path]) -> None:
@@ -329,8 +327,8 @@ def match_scaled(rows: np.ndarray, paths: list[Path]) -> None:
         near = some[(np.abs(means[some] - means[number]) < NEAR).all(axis=1)]
         with contextlib.suppress(BadImage):  # gone a moment ago, which is told when it is needed
             if len(near):
-                image = open_image(paths[number])
-                pixels = _look_at(image, to_array(image, 3), least_side=1)["pixels"]
+                image = decode.open_image(paths[number])
+                pixels = _look_at(image, decode.to_array(image, 3), least_side=1)["pixels"]
                 if pixels in rows["pixels"][near]:
                     rows["pixels"][number] = pixels
 

@@ -22,17 +22,8 @@ COLUMNS = {
     "label": r"labels?|(class|category)(name)?|target|diagnosis|dx|标签|类别|分类",
     "split": r"splits?|(sub|data)?set|partition|数据集|划分|子集|集合",
 }
-NO_LABEL = (
-    "",
-    "nan",
-    "na",
-    "n/a",
-    "<na>",
-    "null",
-    "#n/a",
-    "#ref!",
-    "#value!",
-)  # how programs write a missing value
+# How programs write a missing value.
+NO_LABEL = ("", "nan", "na", "n/a", "<na>", "null", "#n/a", "#ref!", "#value!")
 CHINESE = re.compile("[\u2010-\u2026\u3000-\u303f\u3400-\u9fff\uff00-\uffef·×]+")
 
 Rows = Iterator[tuple[int, list[str]]]  # line number and cells

@@ -39,7 +39,7 @@ def _facts_of_files(data: Data) -> dict[str, str]:
     return {
         "formats": ", ".join(f"{name} {number}" for name, number in formats.most_common()),
         "width x height": f"{sizes[0]} to {sizes[2]} pixels, median {sizes[1]}",
-        "cut away": f"{cut:.0%} of the pixels for squares, at most {most:.0%} of one",
+        **({"cut away": f"{cut:.0%} of the pixels, at most {most:.0%} of one"} if cut else {}),
         "decoded": f"{(scans['scale'] > 1).sum()} JPEG files at 1/2, 1/4 or 1/8 of their size",
     }
 

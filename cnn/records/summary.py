@@ -94,7 +94,10 @@ def log_start(run: Run, flops: int | None) -> None:
         counts = _class_counts(images.labels, data.classes)
         logger.info("  %-5s %6d  %s", split, len(images), counts)
     if "formats" in facts:  # images in memory have none
-        logger.info("  %s", "; ".join(f"{name} {facts[name]}" for name in data_sheet.IN_LOG))
+        logger.info(
+            "  %s",
+            "; ".join(f"{name} {facts[name]}" for name in data_sheet.IN_LOG if name in facts),
+        )
     size = f"{sum(p.numel() for p in state.model.parameters()):,} parameters"
     logger.info("model %s: %s, %s per image", cfg.model.name, size, _format_flops(flops))
     frozen = max(group.get(FREEZE, 0) for group in state.optimizer.param_groups)

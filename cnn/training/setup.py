@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cnn.config import Config, to_dict
-from cnn.datasets.augment import DRAWS
+from cnn.datasets.augment import DRAWS, build_step
 from cnn.datasets.build import Data, as_trained, build_data
 from cnn.datasets.decode import silence_pillow
 from cnn.datasets.loader import Loader, build_loader
@@ -94,6 +94,8 @@ def _build_data(cfg: Config, group: Group, checkpoint: Checkpoint | None) -> Dat
         saved = Preprocessing.from_checkpoint(checkpoint.path, content["preprocessing"])
         wanted = as_trained(cfg.data, content["data"], saved)
     silence_pillow()
+    for change in cfg.data.augment:  # a mistake is told before the files are read
+        build_step(change)
     with group.local_rank0_first():
         return build_data(wanted, cfg.seed, saved)
 
