@@ -81,18 +81,16 @@ def scan(
     Args:
         root: the folder or CSV file of the dataset. Each dataset has a cache of its own.
         paths: the N image files.
-        plan: a function that returns the forms of the pictures to decode, all of one size. The
-            argument yields the height and the width of each image, and whether the image is gray:
-            (0, 0, False) for a file that cannot be opened.
+        plan: returns the forms of the pictures to decode, all of one size. The argument yields the
+            height, the width and whether it is gray of each image, 0, 0 and False if not known.
         verify: whether to read all files again.
         value_range: how values of more than 8 bits become bytes for the sums.
         cache_gb: how many GB of pictures the cache may contain.
 
     Returns:
-        Three values. The first value is an array (N) with one row per path, of the dtype `SCAN` of
-        this module. The second value is a dict from each file that does not decode to the reason.
-        In the array, the row of a file that does not decode is all zeros. The third value is the
-        pictures (N) in each form, as far as they are in the cache.
+        Three values: an array (N) of the dtype `SCAN`, with a row per path, of zeros for a file
+        that does not decode; a dict from each such file to the reason; and the pictures (N) in each
+        form, as far as they are in the cache.
     """
     name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()
     if value_range != PER_IMAGE:
