@@ -531,8 +531,9 @@ def test_two_processes_one_killed_and_one_stopped_bring_every_trial_to_its_end_o
     assert "warning: stopped by SIGTERM; the same command resumes" in stopped.wait()
     said = last.wait()
     assert last.process.returncode == 0
-    for number in (first, second):
-        assert f"trial {number} resumes: " in said
+    assert f"trial {second} resumes: " in said
+    # On a busy machine, the training that lived on has ended by itself before the others looked.
+    assert f"trial {first} resumes: " in said or "1 done before" in said
     ranking = check_that_each_was_run_once("small", 3)
     assert len(ranking) == 3
     check_best_settings("small", ranking[0])
