@@ -186,6 +186,7 @@ def train(
 
 def train_epoch(run: "Run", saver: "Saver") -> None:
     """Trains the rest of the current epoch, validates the model, and saves a checkpoint."""
+    from cnn.records.summary import log_pace
     from cnn.training.engine import evaluate, train_one_epoch
     from cnn.utils.progress import show_progress
 
@@ -193,6 +194,8 @@ def train_epoch(run: "Run", saver: "Saver") -> None:
     label, every_seconds = f"epoch {state.epoch + 1}/{cfg.train.epochs}", cfg.log.every_seconds
 
     steps = train_one_epoch(run, run.train_batches())
+    if state.epoch == 0:
+        steps = log_pace(run, steps)
     done, steps_per_epoch = state.batch // cfg.train.accumulate, state.schedule.steps_per_epoch
     for _ in show_progress(steps, label, steps_per_epoch, done, every_seconds):
         saver.between_steps()

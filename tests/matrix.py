@@ -259,6 +259,8 @@ def draw_settings(draw: random.Random) -> Settings:
         "train.accumulate": draw.choice((1, 1, 2, 3)),
         "train.ema_decay": draw.choice((None, 0.7, 0.95)),
         "train.clip_grad_norm": draw.choice((None, 0.5, 3.0)),
+        "train.mixup": draw.choice((0, 0, 0.3)),
+        "train.cutmix": draw.choice((0, 0, 1)),
         "train.early_stop_patience": draw.choice((None, None, None, 2, 3)),
         "checkpoint.monitor": monitor,
         "checkpoint.every_steps": draw.choice((None, 1, 2, 3)),
@@ -323,7 +325,9 @@ def draw_loss(draw: random.Random, settings: Settings) -> Settings:
 def draw_optimizer(draw: random.Random, model: Model) -> Settings:
     name = draw.choice(list(OPTIONS))
     lr, args = OPTIONS[name]
-    groups = draw.choice(([], [{"match": model.last, "lr_scale": draw.choice((0.1, 0.5, 0))}]))
+    scale = draw.choice((0.1, 0.5, 0))
+    which = draw.choice(({"match": model.last}, {"part": "head"}, {"part": "backbone"}))
+    groups = draw.choice(([], [which | {"lr_scale": scale}]))
     freezes = draw.random() < 0.35
     return {
         "optim.name": name,

@@ -119,7 +119,7 @@ MISTAKES = {
     "given twice": ("seed: 1\n\nseed: 2", "my.yaml:3: seed: given twice, first at", "my.yaml:1"),
     "twice in a section": ("optim:\n  lr: 1\n  lr: 1", "my.yaml:3: optim.lr: given twice"),
     "section twice": ("data: {}\ndata: {}", "my.yaml:2: data: given twice"),
-    "group without match": ("optim:\n  groups: [{lr_scale: 1}]", "optim.groups[0].match: missing"),
+    "group without match": ("optim:\n  groups: [{lr_scale: 1}]", "optim.groups[0]: expected part"),
     "group without scale": ("optim: {groups: [{match: a}]}", "my.yaml:1: optim.groups[0].lr_scale"),
     "unknown in a group": ("optim: {groups: [{mach: a}]}", "groups[0].mach", "mean 'match'?"),
     "twice in a group": ("optim: {groups: [{match: a, match: b}]}", "groups[0].match: given twice"),
@@ -143,7 +143,7 @@ MISTAKES = {
         "data: {augment: [{name: crop, scale: [0.5, 1]}]}",
         "my.yaml:1: data.augment[0].scale: is for resized_crop, not for crop",
     ),
-    "group no mapping": ("optim: {groups: [fc]}", "my.yaml:1: optim.groups[0]: expected {match"),
+    "group no mapping": ("optim: {groups: [fc]}", "my.yaml:1: optim.groups[0]: expected {part"),
     "group frozen below 0": ("optim: {groups: [{match: a, lr_scale: -1}]}", "groups[0].lr_scale"),
     "bad pattern": (
         "optim:\n  groups: [{match: (, lr_scale: 1}]",

@@ -64,7 +64,7 @@ def model_of(checkpoint: Path) -> tuple[torch.nn.Module, dict]:
     """The model that takes pixels in 0..1, put together by hand; and what its file holds."""
     saved = torch.load(checkpoint, weights_only=True)
     cfg, pre = saved["config"]["model"], saved["preprocessing"]
-    model = build_model(
+    model, _ = build_model(
         *(ModelConfig(cfg["name"], cfg["args"]), saved["classes"]),
         *(pre["channels"], pre["image_size"], 5),
     )
@@ -326,7 +326,7 @@ def test_exported_weights_begin_another_run(best, train, capfd):
     assert script.main(["--output", "mine.pt"]) == 0
     words = ["model.weights=mine.pt", *RUNS["simple_cnn"], "train.epochs=1"]
     assert train(*words) == 0
-    assert "weights from mine.pt; new: nothing" in capfd.readouterr().err
+    assert "tensors; new: nothing" in capfd.readouterr().err
 
 
 def test_a_new_run_moves_what_was_exported_along(best, train):

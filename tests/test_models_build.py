@@ -15,12 +15,13 @@ from cnn.models.simple_cnn import pool_relu
 from cnn.models.weights import adapt_first_convolution
 
 NATURAL = {"simple_cnn": (8, 28), "lenet5": (28, 32), "resnet9": (16, 32), "resnet20": (28, 32)}
+NATURAL |= {"efficientnet_lite0": (32, 33)}
 
 
 def build(name="simple_cnn", classes=4, channels=1, size=8, seed=0, **settings):
     """A model of so many classes, or of the classes of these names."""
     names = list(map(str, range(classes))) if isinstance(classes, int) else list(classes)
-    return build_model(ModelConfig(name, **settings), names, channels, size, seed)
+    return build_model(ModelConfig(name, **settings), names, channels, size, seed)[0]
 
 
 def refusal(name="simple_cnn", **settings):
@@ -57,6 +58,7 @@ def test_every_model_of_ours_gives_a_number_a_class(name, channels):
         ("resnet9", {}, 3, 6_573_120),  # Page (2018): 6.57 M
         ("lenet5", {}, 1, 61_706),  # LeCun et al. (1998) have 60,000: C3 is not fully connected
         ("simple_cnn", {"width": 8}, 1, 6_274),
+        ("efficientnet_lite0", {}, 3, 3_383_818),  # 4.65 M with 1000 classes; its repository
     ],
 )
 def test_a_model_has_as_many_parameters_as_its_source(name, args, channels, expected):
@@ -145,7 +147,7 @@ def test_the_first_weights_are_a_function_of_the_seed():
         ("lenet5", {"size": 4}, ["cannot take images of 1x4x4", "data.image_size"]),
         ("resnet9", {"size": 7}, ["cannot take images of 1x7x7", "data.image_size"]),
         ("alexnet", {"size": 32}, ["cannot take images of 1x32x32", "data.image_size"]),
-        ("torch.nn:Conv3d", {}, ["model.args: torch.nn:Conv3d", "'num_classes'"]),
+        ("torch.nn:Conv3d", {}, ["model.name: torch.nn:Conv3d takes none of num_classes"]),
         ("no_such_module:Net", {}, ["model.name: expected package.module:name", "no module"]),
         ("torch.nn:Netz", {}, ["model.name: the module torch.nn", "has no 'Netz'"]),
     ],
@@ -221,7 +223,7 @@ def test_weights_of_the_same_model_are_taken_whole(tmp_path, caplog):
     torch.save(source.state_dict(), tmp_path / "a.pth")
     with caplog.at_level(logging.INFO):
         assert same_weights(build(seed=2, weights=str(tmp_path / "a.pth")), source)
-    assert caplog.messages[-1].endswith("a.pth; new: nothing")
+    assert caplog.messages[-1].endswith("a.pth: 20 of 20 tensors; new: nothing")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import copy
 import math
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from archives import content, saved
 from conftest import assert_same_run
 from torch import nn
 from torch.optim import lr_scheduler
+from torchvision import models
 
-from cnn.config import OptimConfig, ScheduleConfig
+from cnn.config import OptimConfig, ScheduleConfig, load_config
 from cnn.config.settings import GroupConfig
 from cnn.errors import Refused
 from cnn.training.optim import OPTIMIZERS, build_optimizer, freeze
@@ -49,7 +51,7 @@ def test_biases_and_norms_have_no_weight_decay():
 
 def test_groups_have_their_own_lr_and_the_last_that_matches_counts():
     net = model()
-    groups = [GroupConfig("^[01]", 0.5), GroupConfig(r"^1\.", 0.25)]
+    groups = [GroupConfig(lr_scale=0.5, match="^[01]"), GroupConfig(lr_scale=0.25, match=r"^1\.")]
     optimizer = build_optimizer(OptimConfig(lr=0.1, weight_decay=0.01, groups=groups), net)
     lrs = {name: lr for names, lr, _ in groups_of(optimizer, net) for name in names}
     assert lrs == pytest.approx(
@@ -61,7 +63,7 @@ def test_groups_have_their_own_lr_and_the_last_that_matches_counts():
 def test_an_lr_scale_of_0_freezes():
     net = model()
     before = [parameter.clone() for parameter in net.parameters()]
-    optimizer = build_optimizer(OptimConfig(groups=[GroupConfig("^[01]", 0)]), net)
+    optimizer = build_optimizer(OptimConfig(groups=[GroupConfig(lr_scale=0, match="^[01]")]), net)
     net(torch.randn(6, 1, 3, 3)).square().sum().backward()
     optimizer.step()
     changed = [not old.equal(new) for old, new in zip(before, net.parameters())]
@@ -73,10 +75,13 @@ def test_an_lr_scale_of_0_freezes():
     "settings, part",
     [
         (
-            {"groups": [GroupConfig("^3", 1), GroupConfig("fc", 1)]},
+            {"groups": [GroupConfig(lr_scale=1, match="^3"), GroupConfig(lr_scale=1, match="fc")]},
             r"optim.groups\[1\].match: .*'fc'",
         ),
-        ({"groups": [GroupConfig("", 0)]}, "optim.groups: every parameter is frozen"),
+        (
+            {"groups": [GroupConfig(lr_scale=0, match="")]},
+            "optim.groups: every parameter is frozen",
+        ),
         ({"args": {"nestrov": True}}, "optim.args: sgd: .*'nestrov'"),
         ({"args": {"nesterov": True}, "momentum": 0.0}, "optim.args: sgd: Nesterov"),
         ({"args": {"lr": 1}}, "optim.args: lr has a setting of its own: optim.lr"),
@@ -420,3 +425,86 @@ def test_a_pattern_of_a_file_cannot_hang_a_resume(train, capfd, monkeypatch):
     monkeypatch.setattr("cnn.training.optim.MATCH_TIMEOUT", 0.5)
     assert train("--resume", "mine.pth") == 2
     assert "takes more than 0.5 s" in capfd.readouterr().err
+
+
+# -- the head, the backbone, and layers -----------------------------------------------------------
+
+
+def lr_of(cfg: OptimConfig, net: nn.Module, new: Sequence[str] = ()) -> dict[str, float]:
+    return {
+        name: lr
+        for names, lr, _ in groups_of(build_optimizer(cfg, net, new), net)
+        for name in names
+    }
+
+
+@pytest.mark.parametrize("part, slow", [("backbone", "0 1"), ("body", "0 1"), ("head", "3")])
+def test_a_part_is_named_and_not_matched(part, slow):
+    rates = lr_of(OptimConfig(lr=0.1, groups=[GroupConfig(lr_scale=0.1, part=part)]), model())
+    assert {name[0] for name, lr in rates.items() if lr < 0.1} == set(slow.split())
+
+
+def test_what_is_new_is_the_head(caplog):
+    cfg = OptimConfig(lr=0.1, groups=[GroupConfig(lr_scale=0.1, part="backbone")])
+    new = ["1.weight", "1.bias", "3.weight", "3.bias"]
+    rates = lr_of(cfg, model(), new)
+    assert rates["0.weight"] == pytest.approx(0.01) and all(rates[name] == 0.1 for name in new)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    "settings, said",
+    [
+        ({"groups": [GroupConfig(lr_scale=0.1, match="[03]")]}, "3.weight, 3.bias; part: backbone"),
+        ({"freeze": "[13]", "freeze_epochs": 1}, "3.weight, 3.bias; part: backbone"),
+        ({"groups": [GroupConfig(lr_scale=0.5, match=".")]}, "is every parameter"),
+    ],
+    ids=["slow", "frozen", "everything"],
+)
+def test_a_group_that_holds_the_new_head_back_is_told(settings, said, caplog):
+    build_optimizer(OptimConfig(**settings), model(), ["3.weight", "3.bias"])
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize("part", ["backbone", "body"])
+def test_the_backbone_can_be_frozen_by_its_name(part):
+    net = model()
+    optimizer = build_optimizer(OptimConfig(freeze=part, freeze_epochs=1), net)
+    freeze(optimizer, 0)
+    trained = [name for name, parameter in net.named_parameters() if parameter.requires_grad]
+    assert trained == ["3.weight", "3.bias"]
+
+
+def layers_of(net: nn.Module, decay: float = 0.5) -> dict[str, int]:
+    """How often the rate of each parameter is decayed."""
+    rates = lr_of(OptimConfig(lr=1.0, layer_decay=decay), net)
+    return {name: round(math.log(lr, decay)) for name, lr in rates.items()}
+
+
+def test_the_rate_falls_from_the_head_down():
+    layers = layers_of(models.resnet18())
+    assert layers["fc.weight"] == 0 and layers["layer4.1.bn2.weight"] == 1
+    assert layers["layer4.0.downsample.0.weight"] == 2 and layers["layer1.0.conv1.weight"] == 8
+    assert layers["conv1.weight"] == layers["bn1.weight"] == 9
+
+
+def test_the_layers_of_a_transformer_are_its_blocks():
+    layers = layers_of(models.vit_b_16(), 0.9)
+    assert layers["heads.head.weight"] == 0 and layers["encoder.ln.weight"] == 1
+    for block in range(12):
+        prefix = f"encoder.layers.encoder_layer_{block}"
+        assert layers[f"{prefix}.ln_1.weight"] == layers[f"{prefix}.mlp.3.weight"] == 12 - block
+    assert {
+        layers[name] for name in ("class_token", "conv_proj.weight", "encoder.pos_embedding")
+    } == {13}
+
+
+def test_layers_without_numbers_are_refused():
+    with pytest.raises(Refused, match="optim.layer_decay: expected numbered blocks"):
+        build_optimizer(OptimConfig(layer_decay=0.5), models.densenet121())
+
+
+def test_a_group_needs_one_way_to_say_what_it_is():
+    for group in ("{lr_scale: 0.1}", "{lr_scale: 0.1, part: head, match: fc}"):
+        with pytest.raises(Refused, match=r"optim.groups\[0\]: expected part"):
+            load_config(None, [f"optim.groups=[{group}]"])

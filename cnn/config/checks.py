@@ -70,7 +70,10 @@ def _check_augment(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
 
 def _check_patterns(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
     groups, freeze = at("optim.groups"), at("optim.freeze")
-    patterns = {f"{groups}[{n}].match": group.match for n, group in enumerate(cfg.optim.groups)}
+    for number, group in enumerate(cfg.optim.groups):
+        if (group.part is None) == (group.match is None):
+            yield f"{groups}[{number}]: expected part (head or backbone) or match, one of the two"
+    patterns = {f"{groups}[{n}].match": g.match or "" for n, g in enumerate(cfg.optim.groups)}
     for where, pattern in (patterns | {freeze: cfg.optim.freeze or ""}).items():
         if len(pattern) > MAX_PATTERN:
             yield f"{where}: expected at most {MAX_PATTERN} characters, got {len(pattern)}"

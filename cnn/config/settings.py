@@ -73,8 +73,11 @@ AUGMENTATIONS: dict[str, tuple[str, ...]] = {
     "randaugment": ("num_ops", "magnitude"),
     "trivialaugment": (),
 }
-MODEL_NAMES = ("simple_cnn", "lenet5", "resnet9", "resnet20")  # besides torchvision's
-MODEL_FORMS = f"{', '.join(MODEL_NAMES)}, torchvision's such as resnet18, or package.module:Class"
+MODEL_NAMES = ("simple_cnn", "lenet5", "resnet9", "resnet20", "efficientnet_lite0")
+MODEL_FORMS = (
+    f"{', '.join(MODEL_NAMES)}, torchvision's such as resnet18, timm:NAME, or module:Class"
+)
+PARTS = ("head", "backbone", "body")  # body is another word for backbone
 OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "radam", "rmsprop", "adagrad", "adamax")
 LOSSES = ("cross_entropy",)
 SCHEDULES = ("constant", "step", "multistep", "cosine", "onecycle", "plateau")
@@ -164,8 +167,9 @@ class ModelConfig:
 
     name: str = setting("simple_cnn", MODEL_FORMS, FIXED, names_code=True)
     args: dict[str, Any] = setting({}, "keyword arguments of the model", FIXED)
-    pretrained: bool = setting(False, "download torchvision's weights", FREE, experiment=True)
+    pretrained: bool = setting(False, "weights for ImageNet", FREE, experiment=True)
     weights: str | None = setting(None, "file of weights to start from", FREE, experiment=True)
+    partial_weights: bool = setting(False, "go on though weights fit in part", FREE)
 
 
 @dataclass(frozen=True)
@@ -182,14 +186,16 @@ class LossConfig:
     args: dict[str, Any] = setting({}, "keyword arguments of your own loss", ASKED)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GroupConfig:
     """A factor on the learning rate of some parameters.
 
-    The factor applies to all parameters whose names match a regular expression.
+    The factor applies to the parameters of a part of the model, or to all parameters whose names
+    match a regular expression.
     """
 
-    match: str = setting(MISSING, "regular expression", ASKED)
+    part: str | None = setting(None, "head, or the rest, the backbone", ASKED, choices=PARTS)
+    match: str | None = setting(None, "regular expression for names", ASKED)
     lr_scale: float = setting(MISSING, "factor on optim.lr; 0 freezes", ASKED, least=0)
 
 
@@ -201,8 +207,13 @@ class OptimConfig:
     lr: float = setting(0.05, "highest learning rate", ASKED, above=0)
     momentum: float = setting(0.9, "for sgd and rmsprop", ASKED, least=0, below=1)
     weight_decay: float = setting(5e-4, "on weights; biases and norms have none", ASKED, least=0)
-    groups: list[GroupConfig] = setting([], "learning rates by parameter name", FIXED)
-    freeze: str | None = setting(None, "regular expression: parameters to freeze at first", FIXED)
+    groups: list[GroupConfig] = setting([], "learning rates of parts of the model", FIXED)
+    layer_decay: float = setting(
+        1.0, "factor on the learning rate per layer, from the head down", FIXED, above=0, most=1
+    )
+    freeze: str | None = setting(
+        None, "parameters to freeze at first: backbone, head, or a regular expression", FIXED
+    )
     freeze_epochs: int = setting(0, "epochs to freeze them for", ASKED, least=0)
     args: dict[str, Any] = setting({}, "keyword arguments of the optimizer", ASKED)
 
@@ -233,6 +244,8 @@ class TrainConfig:
     sync_batchnorm: bool = setting(False, "BatchNorm over the whole batch of all GPUs", ASKED)
     clip_grad_norm: float | None = setting(None, "largest norm of the gradient", ASKED, above=0)
     accumulate: int = setting(1, "batches per optimizer step", FIXED, least=1)
+    mixup: float = setting(0.0, "strength of mixup, such as 0.2; 0 none", ASKED, least=0, most=100)
+    cutmix: float = setting(0.0, "strength of CutMix, such as 1", ASKED, least=0, most=100)
     ema_decay: float | None = setting(
         None, "average the weights: share kept per step, such as 0.999", ASKED, **SHARE
     )
@@ -378,8 +391,8 @@ def import_paths(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def is_import_path(text: str) -> bool:
-    """Returns whether a text has the form package.module:name."""
-    return IMPORT_PATH.fullmatch(text) is not None
+    """Returns whether a text has the form package.module:name, and is no model of timm."""
+    return IMPORT_PATH.fullmatch(text) is not None and not text.startswith("timm:")
 
 
 def to_dict(cfg: Any) -> dict[str, Any]:

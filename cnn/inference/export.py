@@ -226,7 +226,7 @@ def from_weights(content: bytes) -> Inference:
     saved = torch.load(io.BytesIO(content), weights_only=True)
     cfg = ModelConfig(saved["model"], saved["model_args"])
     pre = Preprocessing(**saved["preprocessing"])
-    model = build_model(cfg, saved["classes"], pre.channels, pre.image_size, SEED)
+    model, _ = build_model(cfg, saved["classes"], pre.channels, pre.image_size, SEED)
     model.load_state_dict(saved["model_state_dict"])
     return Deployed(model.eval(), pre)
 

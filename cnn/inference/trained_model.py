@@ -131,7 +131,7 @@ def _build_model(
     shape, seed = (pre.channels, pre.image_size), cfg.seed if is_own else None
     try:
         with generators_borrowed() if is_own else OwnGenerator():
-            model = build_model(model_cfg, content["classes"], *shape, seed)
+            model, _ = build_model(model_cfg, content["classes"], *shape, seed)
     except Refused as refusal:
         raise Refused(f"{path}: {refusal}") from None
     if torch.get_default_dtype() != torch.float32:  # another program may have changed it

@@ -3,30 +3,27 @@
 from typing import Any
 from urllib.error import URLError
 
-import torch
+from torch import nn
 
 from cnn.config.settings import MODEL_FORMS, MODEL_NAMES
 from cnn.config.values import suggest
 from cnn.errors import Refused
-from cnn.models.weights import adapt_first_convolution, load_matching
+from cnn.models.weights import Tensors, adapt_first_convolution
 
 AUXILIARY_HEADS = ("googlenet", "inception_v3")  # these return several outputs by default
 
 
-def build(name: str, num_classes: int, in_channels: int, pretrained: bool, args: dict[str, Any]):
+def build(name: str, num_classes: int, in_channels: int, args: dict[str, Any]) -> nn.Module:
     """Builds a classification model of torchvision on the CPU.
 
     Args:
         name: torchvision's name of the model, such as "resnet18".
         num_classes: number of logits per image.
         in_channels: number of image channels.
-        pretrained: whether to load torchvision's best weights. Weights that do not fit the model's
-            shapes are not loaded. An example is the last layer for another number of classes.
         args: further keyword arguments for torchvision's model.
 
     Raises:
-        Refused: there is no such model, the model does not take the arguments in `args`, or the
-            weights cannot be downloaded.
+        Refused: there is no such model, or the model does not take the arguments in `args`.
     """
     from torchvision import models
 
@@ -40,14 +37,25 @@ def build(name: str, num_classes: int, in_channels: int, pretrained: bool, args:
         model = models.get_model(name, weights=None, num_classes=num_classes, **args)
     except (TypeError, ValueError) as error:
         raise Refused(f"model.args: {name}: {error}") from None
-    if pretrained:
-        load_matching(model, _fetch(models.get_model_weights(name).DEFAULT, name))
     if in_channels != 3:
         adapt_first_convolution(model, in_channels)
     return model
 
 
-def _fetch(weights: Any, name: str) -> dict[str, torch.Tensor]:
+def fetch(name: str) -> Tensors:
+    """Returns torchvision's best weights of a model, which are downloaded once.
+
+    Args:
+        name: torchvision's name of the model, such as "resnet18".
+
+    Raises:
+        Refused: there is no such model, or the weights cannot be downloaded.
+    """
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        return {}  # `build` says that there is no such model
+    weights = models.get_model_weights(name).DEFAULT
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:

@@ -1,7 +1,11 @@
-"""Initial weights from a file, adapted to the number of classes and of image channels."""
+"""Initial weights from a file of this or another program, adapted to a model."""
 
+import difflib
 import logging
+import re
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 from zipfile import is_zipfile
 
 import torch
@@ -16,12 +20,25 @@ logger = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]  # by name, as in a state dict
 Shapes = dict[str, torch.Size]  # of a model's tensors, by name
 
+# The entries of a file in which programs save the weights, averaged ones (EMA) first. An entry can
+# contain further ones.
+ENTRIES = (
+    *("ema_state_dict", "state_dict_ema", "model_ema"),
+    *("model_state_dict", "state_dict", "model_dict", "model", "net", "module"),
+)
+# What wrappers such as DataParallel, torch.compile and Lightning put before the names.
+PREFIXES = re.compile(r"^(?:(?:module|_orig_mod|model|backbone|net|encoder)\.)+")
+DENSE_LAYERS = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)")  # in torchvision's files
+COUNTER = "num_batches_tracked"  # of batch norm; some files lack it, and nothing depends on it
+MIN_SHARE = 0.9  # of the parameters of the model's backbone, that a file has to fit
+NUM_PAIRS = 3  # names of the model and of the file side by side in a message
+
 
 def read_weights(path: Path) -> tuple[Tensors, list[str]]:
-    """Reads the weights in a checkpoint of this project or in a state dict that torch.save wrote.
+    """Reads the weights in a checkpoint or state dict of this or another program.
 
     Args:
-        path: the path of the file.
+        path: a file that torch.save wrote, or a file of safetensors.
 
     Returns:
         Two values. The first is a dict from names to tensors. If a checkpoint has averaged weights
@@ -29,13 +46,10 @@ def read_weights(path: Path) -> tuple[Tensors, list[str]]:
         order of the logits. The list is empty if the file does not name every class once.
 
     Raises:
-        Refused: the file is missing or damaged, or contains NaN.
+        Refused: the file is missing or damaged, contains a whole module, or contains NaN.
     """
     try:
-        if not path.is_file() or is_zipfile(path):
-            content = read_archive(path)
-        else:  # the format before torch 1.6, which has no checksums
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _read_file(path)
     except Exception as error:  # noqa: BLE001  whatever torch raises on a foreign file
         foreign = f"{path}: not a file of torch.save, or a damaged one ({type(error).__name__})"
         reason = error if isinstance(error, Refused) else foreign
@@ -43,15 +57,59 @@ def read_weights(path: Path) -> tuple[Tensors, list[str]]:
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise Refused(f"model.weights: {path}: expected weights by name, got {kind}")
-    parts = (content.get("ema_state_dict"), content.get("model_state_dict"))
-    state = next((part for part in parts if isinstance(part, dict) and part), content)
-    state = {str(k).removeprefix("module."): v for k, v in state.items() if torch.is_tensor(v)}
+    state = _find_weights(content)
     invalid = [k for k, v in state.items() if v.is_floating_point() and v.isnan().any()]
     if invalid:
         raise Refused(f"model.weights: {path}: {invalid[0]} contains NaN")
     names = content.get("classes")
     is_known = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return state, names if is_known and len(set(names)) == len(names) else []
+
+
+def _read_file(path: Path) -> Any:
+    if path.suffix == ".safetensors" and path.is_file():
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise Refused(f"{path}: needs a package: pip install safetensors") from None
+        return load_file(path)
+    if not path.is_file() or is_zipfile(path):
+        return read_archive(path)
+    # The format before torch 1.6, which has no checksums.
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _find_weights(content: dict[Any, Any]) -> Tensors:
+    """Returns the weights in a checkpoint of any program, which are empty if there are none."""
+    parts = [content[entry] for entry in ENTRIES if isinstance(content.get(entry), dict)]
+    found = next(filter(None, map(_find_weights, parts)), None)
+    return found or {str(k): v for k, v in content.items() if torch.is_tensor(v)}
+
+
+def use_names(state: Tensors, names: Collection[str]) -> Tensors:
+    """Returns the weights of a file by the names that a model uses.
+
+    Wrappers put prefixes such as "module." or "model." before names. A tensor of the file belongs
+    to the tensor of the model that has the same name, or the same name without such prefixes. A
+    tensor that belongs to none keeps its name, without the prefixes.
+
+    Args:
+        state: the weights in the file by name.
+        names: the names of the model's tensors.
+
+    Raises:
+        Refused: two tensors of the file belong to the same tensor of the model.
+    """
+    ours = {PREFIXES.sub("", name): name for name in names}
+    found, origins = {}, {}
+    for key, tensor in state.items():
+        plain = DENSE_LAYERS.sub(r"\1\2", PREFIXES.sub("", key))
+        name = key if key in names else ours.get(plain, plain)
+        if name in found:
+            both = f"{origins[name]} and {key} could both be {name}"
+            raise Refused(f"model.weights: {both}; save only one of the models in the file")
+        found[name], origins[name] = tensor, key
+    return found
 
 
 def arrange_head(
@@ -107,48 +165,98 @@ def _listed(names: list[str]) -> str:
     return list_some([shorten_name(name) for name in names]) or "none"
 
 
-def load_weights(model: nn.Module, path: Path, state: Tensors, note: str) -> None:
+def load_weights(
+    model: nn.Module, source: str, state: Tensors, note: str, *, partial: bool
+) -> list[str]:
     """Loads the fitting weights of a file into a model.
 
-    A weight fits if the model has a weight of the same name and shape. The model's other weights
-    stay unchanged, and a log message lists the names.
+    A weight fits if the model has a weight of the same name and shape. The weights of the first
+    convolution are distributed evenly over the model's channels. The model's other weights stay
+    unchanged. A log message says what was loaded, what is new, and what of the file is left over.
 
     Args:
         model: the model, changed in place.
-        path: the path of the file, for messages.
-        state: the weights in the file by name.
+        source: where the weights come from, for messages.
+        state: the weights by name.
         note: the end of the log message.
-
-    Raises:
-        Refused: no weights fit.
-    """
-    missing = load_matching(model, state)
-    if len(missing) == len([*model.parameters()]):
-        raise Refused(f"model.weights: no tensor in {path} fits the model")
-    logger.info("weights from %s; new: %s%s", path, ", ".join(missing) or "nothing", note)
-
-
-def load_matching(model: nn.Module, state: Tensors) -> list[str]:
-    """Loads the tensors of a state dict that fit a model.
-
-    A tensor fits if the model has a tensor of the same name and shape. The first convolution is
-    loaded even if the number of image channels differs. The weights of the first convolution are
-    then distributed evenly over the model's channels.
-
-    Args:
-        model: the model, changed in place.
-        state: a dict from names to tensors.
+        partial: whether to go on though the file seems to be of another model.
 
     Returns:
         The names of the model's parameters that were not loaded.
+
+    Raises:
+        Refused: no weights fit. Or `partial` is false, and less than 90 % of the parameters outside
+            of the head fit, or the file has further blocks.
     """
     expected = model.state_dict()
     first = f"{_first_convolution(model)[0]}.weight"
     if first in state and first in expected and state[first].ndim == expected[first].ndim == 4:
         state = {**state, first: _adapt_channels(state[first], expected[first].shape[1])}
     fitting = {k: v for k, v in state.items() if k in expected and expected[k].shape == v.shape}
+    new = [name for name, _ in model.named_parameters() if name not in fitting]
+    if len(new) == len([*model.parameters()]):
+        raise Refused(f"model.weights: no tensor in {source} fits the model")
+    left = [k for k in state if k not in fitting and not k.endswith(COUNTER)]
+    if not partial:
+        _check_fit(model, source, state, new, left)
     model.load_state_dict(fitting, strict=False)
-    return [name for name, _ in model.named_parameters() if name not in fitting]
+    fresh = [k for k in expected if k not in fitting and not k.endswith(COUNTER)]
+    fit = (
+        f"{len(fitting)} of {len(state)} tensors{f', left over: {list_some(left)}' if left else ''}"
+    )
+    logger.info("weights from %s: %s; new: %s%s", source, fit, list_some(fresh) or "nothing", note)
+    return new
+
+
+def _check_fit(
+    model: nn.Module, source: str, state: Tensors, new: list[str], left: list[str]
+) -> None:
+    """Raises Refused if weights seem to be of another model.
+
+    Args:
+        model: the model.
+        source: where the weights come from, for messages.
+        state: the weights by name.
+        new: the names of the model's parameters that do not fit.
+        left: the names in `state` that do not fit.
+    """
+    parameters, head = dict(model.named_parameters()), last_linear(model)
+    sizes = {name: p.numel() for name, p in parameters.items() if name not in head}
+    share = 1 - sum(sizes.get(name, 0) for name in new) / max(1, sum(sizes.values()))
+    # A network of the same family with more layers has all tensors of this one, and others.
+    parts = {name.partition(".")[0] for name in sizes.keys() - set(new)}
+    layers = dict(model.named_modules())
+    further = [name for name in left if name.rpartition(".")[0] not in layers]
+    blocks = [name for name in further if name.partition(".")[0] in parts]
+    if share >= MIN_SHARE and not blocks:
+        return
+    pairs = []
+    for name in [name for name in new if name in sizes][:NUM_PAIRS]:
+        near = difflib.get_close_matches(name, left, 1, cutoff=0)
+        theirs = f"{near[0]} ({_shape(state[near[0]])})" if near else "nothing"
+        pairs.append(f"{name} ({_shape(parameters[name])}) here, {theirs} there")
+    pairs += [f"{name} there, nothing here" for name in blocks[:NUM_PAIRS]]
+    raise Refused(
+        f"model.weights: {source} seems to be of another model: {share:.0%} of the parameters of"
+        f" the backbone fit: {'; '.join(pairs)}; to take what fits: model.partial_weights=true"
+    )
+
+
+def last_linear(model: nn.Module) -> list[str]:
+    """Returns the names of the parameters of the last linear layer, or of the last layer at all."""
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if any(p.ndim > 1 for p in module.parameters(recurse=False))
+    }
+    linear = [name for name, module in layers.items() if isinstance(module, nn.Linear)]
+    name = (linear or list(layers) or [""])[-1]
+    own = model.get_submodule(name).named_parameters(name, recurse=False)
+    return [name for name, _ in own]
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return " x ".join(map(str, tensor.shape))
 
 
 def adapt_first_convolution(model: nn.Module, in_channels: int) -> None:

@@ -4,6 +4,9 @@ import logging
 import math
 import shlex
 import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,6 +26,10 @@ from cnn.utils.progress import format_duration
 from cnn.utils.screen import escape_unprintable
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PACE_AFTER = 5  # seconds of training
 
 MAX_LISTED = 140  # the most characters of the line with the number of images per class
 # A run diverges if its loss is this many times the loss of guessing. For a model that learns
@@ -106,6 +113,29 @@ def log_start(run: Run, flops: int | None) -> None:
     images = f"{len(data.train)} images in batches of {cfg.data.batch_size * cfg.train.accumulate}"
     schedule = f"{cfg.schedule.name}, {cfg.train.epochs} epochs of {images}"
     logger.info("%s lr %g, %s", cfg.optim.name, cfg.optim.lr, schedule)
+    if cfg.train.mixup or cfg.train.cutmix:
+        logger.info("of two mixed images, train_acc counts the label with the larger share")
+
+
+def log_pace(run: Run, steps: Iterable[T]) -> Iterator[T]:
+    """Yields the steps of the first epoch, and logs once how long the run will take.
+
+    The line comes after `PACE_AFTER` seconds, if the epoch is not over by then.
+
+    Args:
+        run: the run.
+        steps: the steps of the epoch, the first of which is not typical.
+    """
+    start, is_told = None, False
+    for number, step in enumerate(steps):
+        yield step
+        start = start or time.monotonic()
+        seconds = time.monotonic() - start
+        if number and seconds > PACE_AFTER and not is_told:
+            is_told, epochs = True, run.cfg.train.epochs
+            epoch = seconds / number * run.state.schedule.steps_per_epoch
+            whole = f"train.epochs={epochs} about {format_duration(epoch * epochs)}"
+            logger.info("an epoch takes about %s, %s", format_duration(epoch), whole)
 
 
 def _class_counts(labels: np.ndarray, classes: list[str]) -> str:

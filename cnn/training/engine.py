@@ -10,6 +10,7 @@ from cnn.datasets.loader import Batch
 from cnn.metrics.running import RunningMetrics, compute_loss, weight_of
 from cnn.metrics.scores import Metrics
 from cnn.training.distributed import ALONE, Group
+from cnn.training.mixing import mix_batch, mixed_loss, weight_of_targets
 from cnn.training.optim import freeze
 from cnn.training.run import Run
 from cnn.utils import seeding
@@ -34,18 +35,21 @@ def train_one_epoch(run: Run, batches: Iterable[Batch]) -> Iterator[int]:
     freeze(state.optimizer, state.epoch)
     set_training_mode(state.model)
     for step in in_chunks(batches, cfg.accumulate):
-        weights = [weight_of(run.loss, labels[:count]) for _, labels, count in step]
+        for number, batch in enumerate(step):
+            words = (run.cfg.seed, seeding.MIX, state.step, number)
+            step[number] = mix_batch(cfg, batch, group, *words)
+        weights = [weight_of_targets(run.loss, targets, count) for _, targets, count in step]
         total_weight = group.sum(sum(weights), state.device)
         group.broadcast_module(state.loss)
         metrics = RunningMetrics(state.device)
-        for number, (images, labels, count) in enumerate(step):
+        for number, (images, targets, count) in enumerate(step):
             # Keyed by the step and not by what was drawn before, so that a resumed run draws alike.
             key = (seeding.STEP, state.step, number, *group.key)
             seeding.seed_step(state.device, run.cfg.seed, *key)
             with group.no_sync(run.train_model, number + 1 < len(step)), run.autocast():
                 logits = run.train_model(images)
-            loss = compute_loss(run.loss, logits, labels)
-            metrics.add(loss, logits[:count], labels[:count], weights[number])
+            loss = mixed_loss(run.loss, logits, targets)
+            metrics.add(loss, logits[:count], targets[0][1][:count], weights[number])
             # Multiplied by group.size, the average of gradients over the processes is their sum.
             state.scaler.scale(loss * (weights[number] / total_weight * group.size)).backward()
         if cfg.clip_grad_norm is not None:
@@ -58,7 +62,7 @@ def train_one_epoch(run: Run, batches: Iterable[Batch]) -> Iterator[int]:
             state.ema.update_parameters(state.model)
         state.end_step(len(step), group.sum_metrics(metrics))
         yield len(step)
-        del step, images, labels  # frees their memory before the next batches are loaded
+        del step, batch, images, targets  # frees their memory before the next batches are loaded
 
 
 @torch.no_grad()

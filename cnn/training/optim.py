@@ -4,7 +4,7 @@ import functools
 import inspect
 import logging
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -13,8 +13,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from cnn.config import OptimConfig
+from cnn.config.settings import PARTS
 from cnn.errors import Refused
+from cnn.models.weights import last_linear
 from cnn.utils.importing import import_object
+from cnn.utils.screen import list_some
 from cnn.utils.signals import time_limit
 
 logger = logging.getLogger(__name__)
@@ -31,13 +34,24 @@ OPTIMIZERS = {
 }
 PER_GROUP = {"lr", "weight_decay"}  # keyword arguments whose values differ from group to group
 FREEZE = "freeze_epochs"  # key of the optimizer's groups that are frozen during the first epochs
-NO_KEYWORDS = {"name", "groups", "freeze", FREEZE, "args"}  # settings that are no keyword arguments
+NO_KEYWORDS = {
+    "name",
+    "groups",
+    "layer_decay",
+    "freeze",
+    FREEZE,
+    "args",
+}  # settings that are no keyword arguments
 MATCH_TIMEOUT = 10  # seconds; some regular expressions would take longer than any run
 
+# A block of a network, such as layer1.0 or encoder_layer_3: the name up to the first numbers.
+BLOCK = re.compile(r"((?:.*?[._-])?\d+(?:\.\d+)*)\.")
+
 Groups = list[dict[str, Any]]  # as torch's optimizers take them
+Parameters = dict[str, nn.Parameter]  # by name
 
 
-def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
+def build_optimizer(cfg: OptimConfig, model: nn.Module, new: Sequence[str] = ()) -> Optimizer:
     """Builds the optimizer, with parameters grouped by learning rate and weight decay.
 
     Parameters with `lr_scale: 0` in the setting `optim.groups` get `requires_grad=False`.
@@ -45,6 +59,8 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
     Args:
         cfg: the settings of the optimizer.
         model: the model whose parameters are trained.
+        new: the names of the parameters that do not come from weights. These parameters are the
+            head. Without weights, the head is the last linear layer.
 
     Raises:
         Refused: a pattern matches no parameter, or takes too long to match. All parameters are
@@ -53,7 +69,7 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module) -> Optimizer:
     """
     too_slow = f"a pattern takes more than {MATCH_TIMEOUT} s to match; simplify it"
     with time_limit(MATCH_TIMEOUT, Refused(f"optim.groups or optim.freeze: {too_slow}")):
-        groups = _group_parameters(cfg, model)
+        groups = _group_parameters(cfg, model, new)
     known = OPTIMIZERS.get(cfg.name)
     kind = _without_compiler(known) if known else import_object(cfg.name, "optim.name")
     try:
@@ -119,7 +135,7 @@ def _check_optimizer(cfg: OptimConfig, optimizer: Any) -> None:
         logger.warning("optim.weight_decay: %s takes none, so that none is applied", cfg.name)
 
 
-def _group_parameters(cfg: OptimConfig, model: nn.Module) -> Groups:
+def _group_parameters(cfg: OptimConfig, model: nn.Module, new: Sequence[str]) -> Groups:
     """Returns the parameter groups for a torch optimizer.
 
     All parameters of a group have the same learning rate and the same weight decay. Parameters with
@@ -132,34 +148,88 @@ def _group_parameters(cfg: OptimConfig, model: nn.Module) -> Groups:
     Args:
         cfg: the settings of the optimizer.
         model: the model whose parameters are grouped.
+        new: the names of the parameters that do not come from weights.
 
     Raises:
         Refused: a pattern matches no parameter, or all parameters are frozen.
     """
-    parameters = dict(model.named_parameters())
-    lr_scales = dict.fromkeys(parameters, 1.0)
-    for index, group in enumerate(cfg.groups):
-        matching = _match(f"optim.groups[{index}].match", group.match, parameters)
-        lr_scales |= dict.fromkeys(matching, group.lr_scale)
+    parameters, head = dict(model.named_parameters()), new or last_linear(model)
+    lr_scales = _choose_scales(cfg, parameters, head)
     for name, parameter in parameters.items():
         if lr_scales[name] == 0:
             parameter.requires_grad_(False)
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
     if not trained:
         raise Refused("optim.groups: every parameter is frozen; leave something to train")
-    frozen_first = _match_frozen_first(cfg, trained)
+    frozen_first = _match_frozen_first(cfg, trained, head)
+    slow = [
+        name for name in new if lr_scales[name] < 1 or (name in frozen_first and cfg.freeze_epochs)
+    ]
+    if slow:
+        which = "parameters without weights train slowly, or are frozen at first"
+        logger.warning("optim: %s: %s; part: backbone leaves them out", which, list_some(slow))
+    decays = _layer_decays(parameters, head, cfg.layer_decay)
     groups: dict[tuple[float, bool, bool], dict[str, Any]] = {}
     for name, parameter in trained.items():
-        key = (lr_scales[name], parameter.ndim > 1, name in frozen_first)
+        scale = lr_scales[name] * decays.get(name, 1.0)
+        key = (scale, parameter.ndim > 1, name in frozen_first)
         if key not in groups:
             weight_decay = cfg.weight_decay if parameter.ndim > 1 else 0.0
-            group = {"params": [], "lr": cfg.lr * lr_scales[name], "weight_decay": weight_decay}
+            group = {"params": [], "lr": cfg.lr * scale, "weight_decay": weight_decay}
             groups[key] = group | ({FREEZE: cfg.freeze_epochs} if name in frozen_first else {})
         groups[key]["params"].append(parameter)
     return list(groups.values())
 
 
-def _match_frozen_first(cfg: OptimConfig, trained: Collection[str]) -> Collection[str]:
+def _choose_scales(
+    cfg: OptimConfig, parameters: Parameters, head: Collection[str]
+) -> dict[str, float]:
+    """Returns the factor on the learning rate of each parameter that `optim.groups` gives.
+
+    Raises:
+        Refused: a pattern matches no parameter.
+    """
+    scales = dict.fromkeys(parameters, 1.0)
+    for index, group in enumerate(cfg.groups):
+        key, pattern = f"optim.groups[{index}]", group.part or group.match
+        names = _match(f"{key}.{'part' if group.part else 'match'}", pattern, parameters, head)
+        if len(names) == len(parameters):
+            logger.warning("%s: %s is every parameter; optim.lr says the same", key, pattern)
+        scales |= dict.fromkeys(names, group.lr_scale)
+    return scales
+
+
+def _layer_decays(parameters: Parameters, head: Collection[str], decay: float) -> dict[str, float]:
+    """Returns the factor on the learning rate of each parameter outside of the head by its layer.
+
+    The layer before the head has the factor `decay`, the one before `decay` squared, and so on, as
+    in BEiT (Bao et al., 2022). A layer is a numbered block of the network. Parameters without a
+    number, and blocks without matrices, such as norms, belong to the layer before.
+
+    Raises:
+        Refused: `decay` is not 1, and the names have no numbered blocks.
+    """
+    blocks: dict[str, list[str]] = {}
+    block = ""
+    for name in (name for name in parameters if name not in head):
+        found = BLOCK.match(name)
+        block = found[1] if found else block
+        blocks.setdefault(block, []).append(name)
+    layers: list[list[str]] = []
+    for names in blocks.values():
+        if not layers or any(parameters[name].ndim > 1 for name in names):
+            layers.append([])
+        layers[-1] += names
+    if decay < 1 and len(layers) < 2:
+        some = list_some(list(parameters))
+        raise Refused(f"optim.layer_decay: expected numbered blocks such as layer1.0, got {some}")
+    numbers = range(len(layers), 0, -1)
+    return {name: decay**number for number, names in zip(numbers, layers) for name in names}
+
+
+def _match_frozen_first(
+    cfg: OptimConfig, trained: Collection[str], head: Collection[str]
+) -> Collection[str]:
     """Returns the names of the parameters that match `optim.freeze`.
 
     The matching parameters are frozen during the first `optim.freeze_epochs` epochs.
@@ -167,6 +237,7 @@ def _match_frozen_first(cfg: OptimConfig, trained: Collection[str]) -> Collectio
     Args:
         cfg: the settings of the optimizer.
         trained: the names of the trainable parameters.
+        head: the names of the parameters of the head.
 
     Returns:
         The names. The result is empty if neither `optim.freeze` nor `optim.freeze_epochs` is set.
@@ -176,28 +247,40 @@ def _match_frozen_first(cfg: OptimConfig, trained: Collection[str]) -> Collectio
             parameter, or matches all parameters.
     """
     if cfg.freeze is None and cfg.freeze_epochs:
-        raise Refused("optim.freeze_epochs: expected optim.freeze, such as '^(?!fc)', got none")
+        raise Refused("optim.freeze_epochs: expected optim.freeze, such as backbone, got none")
     if not cfg.freeze_epochs:
-        return {name for name in trained if cfg.freeze is not None and re.search(cfg.freeze, name)}
-    matching = _match("optim.freeze", cfg.freeze, trained)
+        return [] if cfg.freeze is None else _find(cfg.freeze, trained, head)
+    matching = _match("optim.freeze", cfg.freeze, trained, head)
     if len(matching) == len(trained):
         raise Refused("optim.freeze: matches every parameter; leave something to train")
     return matching
 
 
-def _match(key: str, pattern: str, names: Collection[str]) -> list[str]:
-    """Returns the names in which a regular expression is found.
+def _find(pattern: str, names: Collection[str], head: Collection[str]) -> list[str]:
+    """Returns the names of a part of the model, or those in which a regular expression is found.
+
+    Args:
+        pattern: "head", "backbone", "body", or the regular expression.
+        names: the names of parameters, such as "fc.weight".
+        head: the names of the parameters of the head.
+    """
+    if pattern in PARTS:
+        return [name for name in names if (name in head) == (pattern == "head")]
+    return [name for name in names if re.search(pattern, name)]
+
+
+def _match(key: str, pattern: str, names: Collection[str], head: Collection[str]) -> list[str]:
+    """Returns what `_find` returns.
 
     Args:
         key: the setting that contains the pattern, such as "optim.groups[0].match". The error
             message begins with the key.
-        pattern: the regular expression.
-        names: the names of parameters, such as "fc.weight".
+        pattern, names, head: as for `_find`.
 
     Raises:
-        Refused: the pattern is found in none of the names.
+        Refused: there are no such names.
     """
-    matching = [name for name in names if re.search(pattern, name)]
+    matching = _find(pattern, names, head)
     if not matching:
         some = ", ".join(list(names)[-4:])
         raise Refused(f"{key}: no parameter's name matches {pattern!r}; names are such as {some}")

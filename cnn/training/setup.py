@@ -16,7 +16,7 @@ from cnn.datasets.preprocessing import Preprocessing
 from cnn.errors import Refused
 from cnn.metrics.running import EvaluationMetrics
 from cnn.metrics.scores import OF_TWO_CLASSES, mode
-from cnn.models import small_maps
+from cnn.models import depthwise, small_maps
 from cnn.models.build import build_model
 from cnn.training.distributed import ALONE, Group
 from cnn.training.engine import set_training_mode
@@ -63,15 +63,16 @@ def build_run(
     check_monitor(cfg.checkpoint.monitor, data)
     if max_batches is not None:
         data = data.head(max_batches * cfg.data.batch_size)
-    model = _build_model(cfg, data, device, precision, group, is_new=checkpoint is None)
+    model, new = _build_model(cfg, data, device, precision, group, checkpoint)
     loss = build_loss(cfg.loss, data.train.labels, data.classes).to(device)
     loaders = _build_loaders(cfg, data, device, group)
-    state = _build_state(cfg, model, loss, len(loaders[0]), precision)
+    state = _build_state(cfg, model, new, loss, len(loaders[0]), precision)
     train_model = group.wrap(torch.compile(model) if cfg.train.compile else model)
     if 1 in loaders[0].sizes:
         check_one_image(model, data.preprocessing.shape)
     started = checkpoint.content["started"] if checkpoint else env.timestamp()
     metadata = _metadata(cfg, data, loss, started, env.describe(device, precision, group.size))
+    metadata["new_parameters"] = new
     check_readable(clone_tree(state.state_dict()) | metadata)
     if checkpoint is not None:
         restore(state, checkpoint, data, loaders[0])
@@ -117,8 +118,13 @@ def _metadata(
 
 
 def _build_model(
-    cfg: Config, data: Data, device: torch.device, precision: str, group: Group, *, is_new: bool
-) -> nn.Module:
+    cfg: Config,
+    data: Data,
+    device: torch.device,
+    precision: str,
+    group: Group,
+    checkpoint: Checkpoint | None,
+) -> tuple[nn.Module, list[str]]:
     """Builds the model on the device of this process.
 
     With several processes, the setting `train.sync_batchnorm` replaces BatchNorm by SyncBatchNorm.
@@ -130,21 +136,27 @@ def _build_model(
         device: the device of this process.
         precision: the precision of a forward pass: "fp32", "bf16" or "fp16".
         group: the processes that train together.
-        is_new: whether the run is new. Pretrained weights are read only for a new run. In a
-            resumed run, the checkpoint replaces all weights.
+        checkpoint: the checkpoint from which the run resumes, which replaces all weights. Initial
+            weights are read only for a new run.
+
+    Returns:
+        The model, and the names of the parameters that are new, if the others came from weights.
     """
     wanted = cfg.model
-    if not is_new:
+    if checkpoint is not None:
         wanted = dataclasses.replace(cfg.model, weights=None, pretrained=False)
     pre = data.preprocessing
-    model = build_model(wanted, data.classes, pre.channels, pre.image_size, cfg.seed)
+    model, new = build_model(wanted, data.classes, pre.channels, pre.image_size, cfg.seed)
+    if checkpoint is not None:
+        new = checkpoint.content.get("new_parameters", [])  # older files lack it
     if cfg.train.sync_batchnorm and group.size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(device, memory_format=torch.channels_last)
     on_amx = precision == "bf16" and device.type == "cpu" and env.cpu_has("amx_bf16")
     if on_amx and not cfg.train.compile:
         small_maps.use_small_maps(model)
-    return model
+        depthwise.use_depthwise(model)
+    return model, new
 
 
 def _build_loaders(cfg: Config, data: Data, device: torch.device, group: Group) -> list[Loader]:
@@ -163,9 +175,14 @@ def _build_loaders(cfg: Config, data: Data, device: torch.device, group: Group) 
 
 
 def _build_state(
-    cfg: Config, model: nn.Module, loss: nn.Module, num_batches: int, precision: str
+    cfg: Config,
+    model: nn.Module,
+    new: list[str],
+    loss: nn.Module,
+    num_batches: int,
+    precision: str,
 ) -> TrainingState:
-    device, optimizer = next(model.parameters()).device, build_optimizer(cfg.optim, model)
+    device, optimizer = next(model.parameters()).device, build_optimizer(cfg.optim, model, new)
     steps, better = -(-num_batches // cfg.train.accumulate), mode(cfg.checkpoint.monitor)
     return TrainingState(
         model,

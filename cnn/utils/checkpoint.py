@@ -212,7 +212,10 @@ def _check_kind(path: Path, content: Any) -> None:
     missing = [key for key in structure.KEYS if key not in content]
     if missing:
         named = ", ".join(missing[:5])
-        raise Refused(f"{path}: not a checkpoint of train.py, or not all of one: {named} missing")
+        weights = f"; to begin a new run from its weights, say model.weights={path}"
+        advice = "" if {"format", "config"} & content.keys() else weights  # another program's
+        reason = f"not a checkpoint of train.py, or not all of one: {named} missing"
+        raise Refused(f"{path}: {reason}{advice}")
 
 
 def clone_tree(tree: Any, device: torch.device | str | None = "cpu") -> Any:

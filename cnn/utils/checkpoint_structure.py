@@ -85,6 +85,7 @@ CHECKPOINT = {
     "started": TEXT,
     "config": {"*": PLAIN},
     "classes": [TEXT],
+    "new_parameters?": [TEXT],
     "preprocessing": {
         **dict.fromkeys(("image_size", "channels"), WHOLE),
         "mean": [AMOUNT],

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 # The purpose of a draw is hashed too, so that step 3's dropout and epoch 3's order differ.
-INIT, ORDER, SAMPLE, STEP, SPLIT, EVALUATE, AUGMENT = range(1, 8)
+INIT, ORDER, SAMPLE, STEP, SPLIT, EVALUATE, AUGMENT, MIX = range(1, 9)
 
 _MASK = 2**64 - 1
 
