@@ -25,7 +25,7 @@ import train
 from cnn.drill.trace import digest
 from cnn.records import records
 from cnn.training import distributed, engine, saver
-from cnn.utils import checkpoint, files, signals
+from cnn.utils import checkpoint, files, seeding, signals
 
 os.environ.setdefault(
     "TORCH_CPP_LOG_LEVEL", "ERROR"
@@ -189,7 +189,7 @@ Trap = tuple[str, int, int]  # the place, how often it is passed before, the sig
 TRAPS = {
     "training": (saver.Saver, "between_steps"),
     "before validation": (engine, "evaluate"),
-    "validation": (engine, "compute_loss"),  # called for every batch, also of training
+    "validation": (seeding, "seed_step"),  # called for every batch, also of training
     "after the epoch": (saver.Saver, "end_epoch"),
     "copying": (checkpoint, "clone_tree"),
     "writing": (torch, "save"),
