@@ -243,6 +243,26 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_its_base(tmp_path
     assert "data.root" not in places, "what was given nowhere has no place"
 
 
+@pytest.mark.parametrize(
+    "typed, args",
+    [
+        ([], {"width": 16}),
+        (["model.name=resnet9"], {"width": 16}),  # the same name
+        (["model.name=resnet18"], {}),
+        (["model.name=resnet20", "model.args={blocks: 1}"], {"blocks": 1}),
+        (["model.args={blocks: 1}", "model.name=resnet20"], {"blocks": 1}),
+        (["optim.name=adam"], {"width": 16}),
+    ],
+)
+def test_a_new_name_does_not_take_over_the_arguments_of_the_old_one(tmp_path, typed, args):
+    base, above = tmp_path / "base.yaml", tmp_path / "above.yaml"
+    base.write_text("model: {name: simple_cnn, args: {dropout: 0.1}}\noptim: {name: sgd}\n")
+    above.write_text("base: base.yaml\nmodel: {name: resnet9, args: {width: 16}}\n")
+    assert load_config(above, typed)[0].model.args == args
+    above.write_text("base: base.yaml\nmodel: {name: resnet9}\n")
+    assert load_config(above)[0].model.args == {}
+
+
 def test_a_mistake_in_the_base_names_the_base(tmp_path):
     write(tmp_path, "\nsed: 1", "base.yaml")
     assert refusal(write(tmp_path, "base: base.yaml")).startswith("base.yaml:2: sed: no such key")

@@ -14,20 +14,28 @@ import pytest
 import torch
 from archives import MARKER, changed
 from conftest import ROOT, TINY
+from PIL import Image
 
 import export as script
+import predict as predict_script
 import train as train_script
 from cnn.config import ModelConfig
 from cnn.inference import export
 from cnn.models.build import build_model
+from cnn.utils.checkpoint import load_checkpoint
 
 COLOUR = "data.args={num_images: 40, num_test: 20, num_classes: 4, image_size: 16, channels: 3}"
 RUNS = {
     "simple_cnn": ["model.args={width: 4}"],
     "resnet9": ["model.name=resnet9", "model.args={width: 4}", COLOUR, "train.ema_decay=0.5"],
 }
-LARGE = {name: [f"model.name={name}", "model.args={}", COLOUR.replace("16", "64")]
-         for name in ("resnet18", "swin_t")}  # fmt: skip
+LARGE = {
+    "resnet18": 64,
+    "convnext_tiny": 64,
+    "vit_b_16": 64,
+    "swin_t": 64,
+    "efficientnet_lite0": 33,
+}
 FILES = {"torch": "best.pt2", "onnx": "best.onnx", "weights": "best_weights.pt"}
 
 
@@ -140,10 +148,19 @@ def test_an_exported_file_answers_as_the_model_does_for_any_number_of_images(
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", LARGE)
-def test_so_do_the_files_of_large_models(train, capfd, name):
-    assert train(*LARGE[name], "train.epochs=1") == 0
+def test_a_large_network_trains_resumes_is_exported_and_predicts(train, capfd, name):
+    size = LARGE[name]
+    args = "{image_size: 64}" if name == "vit_b_16" else "{}"
+    words = [f"model.name={name}", f"model.args={args}", COLOUR.replace("16", str(size))]
+    assert train(*words, "train.epochs=1", "data.batch_size=18") == 0
+    assert load_checkpoint(Path("checkpoints/last.pth"))["step"] == 2
+    assert train("--resume", "train.epochs=2") == 0
+    assert load_checkpoint(Path("checkpoints/last.pth"))["step"] == 4
     for form in ("torch", "onnx"):
         export_and_check(Path("checkpoints/best.pth"), form, capfd)
+    Image.new("RGB", (size, size)).save("one.png")
+    assert predict_script.main(["one.png"]) == 0
+    assert re.search(r"one.png.*pattern \d", capfd.readouterr().out)
 
 
 BRANCHES = """

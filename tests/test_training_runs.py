@@ -119,6 +119,17 @@ def test_a_finished_run_says_so_and_tests_nothing_again(train, capfd):
     assert Path("checkpoints/last.pth").read_bytes() == saved
 
 
+def test_of_equally_good_epochs_best_pth_is_the_one_with_the_lowest_loss(train):
+    """Six validation images know few accuracies: four epochs are equal, neither end is the best."""
+    assert train("checkpoint.monitor=val_acc", "train.epochs=10") == 0
+    rows = {int(row["epoch"]): row for row in history(".")}
+    highest = max(float(row["val_acc"]) for row in rows.values())
+    equal = [epoch for epoch, row in rows.items() if float(row["val_acc"]) == highest]
+    best = min(equal, key=lambda epoch: float(rows[epoch]["val_loss"]))
+    assert best not in (equal[0], equal[-1])
+    assert load_checkpoint(Path("checkpoints/best.pth"))["best"]["epoch"] == best
+
+
 def test_best_pth_is_the_best_epoch_and_resumes(train):
     assert train("train.epochs=4", "optim.lr=0.8") == 0
     rows = history(".")

@@ -75,11 +75,13 @@ def load_config(
     mistakes: list[str] = []
     entries: dict[str, Entry] = {}
     if base is not None:
-        entries |= read_entries(compose(dump(dict(base)), base_name), base_name, mistakes)
+        entries = read_entries(compose(dump(dict(base)), base_name), base_name, mistakes)
     if path is not None:
-        entries |= read_file(path, mistakes)
+        entries = replaced(entries, read_file(path, mistakes))
+    typed: dict[str, Entry] = {}
     for override in overrides:
-        entries |= read_override(override, mistakes)
+        typed |= read_override(override, mistakes)
+    entries = replaced(entries, typed)
     cfg = build(Config, entries, mistakes)
     if mistakes:
         raise Refused("\n".join(mistakes))
@@ -149,7 +151,23 @@ def read_file(path: Path, mistakes: list[str], seen: tuple[Path, ...] = ()) -> d
     if not isinstance(base.node, yaml.ScalarNode) or not os.path.isfile(base_path):
         got = describe_node(base.node)
         raise Refused(f"{base.where}: base: expected a file beside this one, got {got}")
-    return read_file(base_path, mistakes, (*seen, path.resolve())) | entries
+    return replaced(read_file(base_path, mistakes, (*seen, path.resolve())), entries)
+
+
+def replaced(entries: dict[str, Entry], later: dict[str, Entry]) -> dict[str, Entry]:
+    """Returns the entries, with later ones in their place.
+
+    The arguments of a model, dataset or other named thing belong to its name. If `later` gives
+    another name, such as "model.name", and no "model.args", the earlier arguments are left out.
+
+    Args:
+        entries: the entries by dotted key.
+        later: the entries that replace those with the same key.
+    """
+    renamed = {key for key in entries.keys() & later.keys() if key.endswith(".name")}
+    renamed = {key for key in renamed if entries[key].node.value != later[key].node.value}
+    old = {key.removesuffix("name") + "args" for key in renamed}
+    return {key: entry for key, entry in entries.items() if key not in old} | later
 
 
 def read_text(path: Path) -> str:

@@ -258,7 +258,8 @@ class TrainingState:
 
         Args:
             metrics: the metrics of the validation, such as {"loss": 0.1, "acc": 0.98}.
-            monitor: the metric by which the best epoch is chosen, such as "val_acc".
+            monitor: the metric by which the best epoch is chosen, such as "val_acc". Of epochs that
+                are equally good, the one with the lowest validation loss is chosen.
             val_seconds: the duration of the validation in seconds.
             predictions: the predicted class of every validation image, and the probability of the
                 class. The predictions are kept if the epoch is the best one so far. None means no
@@ -279,6 +280,9 @@ class TrainingState:
             self.schedule.end_epoch(value)
         self.batch, self.seconds, self.running_metrics = 0, 0.0, RunningMetrics(self.device)
         improved = improves(monitor, value, self.best and self.best["value"])
+        if self.best and value == self.best["value"]:  # of equally good epochs, the lower loss
+            of_best = self.history[self.best["epoch"] - 1]["val_loss"]
+            improved = improves("val_loss", row["val_loss"], of_best)
         if improved:
             self.best = {"metric": monitor, "value": value, "epoch": self.epoch}
             self.predictions = {} if predictions is None else {"val": predictions}
