@@ -61,6 +61,13 @@ def test_the_file_shipped_is_a_sweep_of_digits_that_downloads_nothing():
     ]
 
 
+def test_another_model_than_that_of_the_common_file_has_not_its_arguments():
+    words = "search: grid\nspace: {optim.lr: [0.1, 0.2]}\n"
+    assert load_sweep(write(words)).base.model.args == {"width": 4, "dropout": 0.3}
+    another = load_sweep(write(words + "settings: {model.name: resnet20}\n"))
+    assert (another.base.model.name, another.base.model.args) == ("resnet20", {})
+
+
 def test_all_mistakes_are_told_at_once_each_with_its_line():
     said = refusal("""search: gird
 trails: 3

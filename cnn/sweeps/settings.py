@@ -231,7 +231,8 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
     cfg = reader.build(SweepConfig, entries, mistakes)
     places = {key: entries[key].where if key in entries else str(path) for key in sweep_keys}
     changes = reader.read_entries(*_mapping(entries, "settings"), mistakes) | for_trials
-    common = _read_config(path.parent / cfg.config, places["config"], mistakes) | changes
+    of_file = _read_config(path.parent / cfg.config, places["config"], mistakes)
+    common = reader.replaced(of_file, changes)
     space = _read_space(*_mapping(entries, "space"), mistakes)
     name = cfg.name or path.stem
     mistakes += _check_sweep(cfg, name, changes, space, places)
@@ -396,4 +397,4 @@ def _check_combinations(common: dict[str, Entry], space: Space, mistakes: list[s
     if size > MAX_CHECKED:
         indices = [generator.randrange(size) for _ in range(MAX_CHECKED)]
     for index in indices:
-        reader.build(Config, common | combination(options, index), mistakes)
+        reader.build(Config, reader.replaced(common, combination(options, index)), mistakes)
