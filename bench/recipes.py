@@ -8,7 +8,8 @@
 train/CLASS/* and test/CLASS/*, of which 1,000 images train, 300 others of train validate and 2,000
 test. Each contestant (recipe_contestants.py) gets as many epochs as fit into the CPU time of its row,
 that of the whole command with imports, validation, test and worker processes: two short runs say
-what an epoch takes. The order of contestants alternates, seed by seed. Ours begins each run without a
+what an epoch takes. Each computes with one thread, since threads that wait for each other spend CPU
+time, too. The order of contestants alternates, seed by seed. Ours begins each run without a
 cache, and looks through and decodes all photographs anew.
 """
 
@@ -130,7 +131,7 @@ def measure(name: str, task: tuple, epochs: int, seed: int) -> dict:
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"XDG_CACHE_HOME": cache},
+            env=os.environ | {"XDG_CACHE_HOME": cache, "OMP_NUM_THREADS": "1"},
         )
         said = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)

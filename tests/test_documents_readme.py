@@ -476,6 +476,13 @@ class Trouble:
         assert "weights from" in self.train(*FOLDER, *QUICK, "model.weights=unnamed.pt", status=0)
         return said
 
+    def weights_of_another_model(self) -> str:
+        other = ["model.args={width: 8}", "model.weights=checkpoints/last.pth"]
+        assert "weights from" in self.train(
+            *FOLDER, *QUICK, *other, "model.partial_weights=true", "run=part", status=0
+        )
+        return self.train(*FOLDER, *other)
+
     def not_replaced(self) -> str:
         Image.open("photo.jpg").save("photo.png")
         self.capfd.readouterr()
