@@ -35,6 +35,7 @@ logger = logging.getLogger("cnn.evaluate")
 # Settings that say where the images are and how they are loaded; none of them defines the model.
 SOURCE = (
     *("data.name", "data.root", "data.layout", "data.args", "data.download", "data.on_bad_image"),
+    "data.group",
 )
 LOADING = ("data.batch_size", "data.num_workers", "data.in_memory", "train.precision")
 SETTINGS = ("device", *SOURCE, *LOADING, "log.every_seconds")

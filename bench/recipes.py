@@ -7,7 +7,7 @@
 --clothing has train/, validation/ and test/CLASS/*.jpg of photographs; --cifar has CIFAR-10 as
 train/CLASS/* and test/CLASS/*, of which 1,000 images train, 300 others of train validate and 2,000
 test. Each contestant (recipe_contestants.py) gets as many epochs as fit into the CPU time of its row,
-that of the whole command with imports, validation, test and worker processes: two short runs say
+that of the whole command with imports, validation, test and worker processes: two shorter runs say
 what an epoch takes. Each computes with one thread, since threads that wait for each other spend CPU
 time, too. The order of contestants alternates, seed by seed. Ours begins each run without a
 cache, and looks through and decodes all photographs anew.
@@ -38,6 +38,7 @@ ROWS = {
 OF_CIFAR = {"train": ("train", 0, 100), "validation": ("train", 100, 30), "test": ("test", 0, 200)}
 FEW = {"train": ("train", 0, 25), "validation": ("validation", 0, 3), "test": ("test", 0, 3)}
 SHORT_RUNS = (2, 4)  # epochs; fine_tune of fastai needs two
+LONGER = 0.4  # of the time, for the second of the two runs, if that is more epochs
 MARGIN = 0.95  # of the time, where only a few of the images were timed
 
 
@@ -106,16 +107,18 @@ def spread(accuracies: list[float]) -> str:
 
 
 def epochs_in(seconds: float, name: str, task: tuple) -> int:
-    """How many epochs fit into the time: by two short runs, when fine-tuning on a few images."""
+    """How many epochs fit into the time: by two shorter runs, when fine-tuning on a few images."""
     folder, side, fine_tune = task
     with tempfile.TemporaryDirectory() as scratch:
         timed = some_of(folder, Path(scratch), FEW) if fine_tune else folder
-        few, more = (
-            measure(name, (timed, side, fine_tune), epochs, 0)["cpu"] for epochs in SHORT_RUNS
-        )
         share = len(list(timed.glob("train/*/*"))) / len(list(folder.glob("train/*/*")))
-    per_epoch = (more - few) / (SHORT_RUNS[1] - SHORT_RUNS[0])
-    started = few - SHORT_RUNS[0] * per_epoch
+        first, second = SHORT_RUNS
+        few = measure(name, (timed, side, fine_tune), first, 0)["cpu"]
+        if share == 1:
+            second = max(second, int(LONGER * seconds / few * first))
+        more = measure(name, (timed, side, fine_tune), second, 0)["cpu"]
+    per_epoch = (more - few) / (second - first)
+    started = few - first * per_epoch
     left = seconds * (1 if share == 1 else MARGIN) - started
     return max(SHORT_RUNS[0], int(left / (per_epoch / share)))
 

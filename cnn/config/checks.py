@@ -39,6 +39,15 @@ def check_config(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
     if cfg.data.value_range is not None and not is_value_range(cfg.data.value_range):
         expected = f"two numbers, the smaller one first, got {cfg.data.value_range}"
         yield f"{at('data.value_range')}: expected {expected}"
+    if (cfg.data.folds is None) != (cfg.data.fold is None):
+        missing, given = ("folds", "fold") if cfg.data.folds is None else ("fold", "folds")
+        yield f"{at('data.' + given)}: needs data.{missing}, too; with 5 folds, fold 0 to fold 4"
+    elif cfg.data.folds is not None and cfg.data.fold >= cfg.data.folds:
+        last = cfg.data.folds - 1
+        yield f"{at('data.fold')}: expected at most {last} (data.folds - 1), got {cfg.data.fold}"
+    if cfg.data.group is not None and cfg.data.name not in ("folder", "csv"):
+        advice = "data.name=folder or csv, whose images are files"
+        yield f"{at('data.group')}: expected {advice}, got data.name={cfg.data.name}"
     yield from _check_augment(cfg, at)
     yield from _check_patterns(cfg, at)
 
@@ -74,7 +83,8 @@ def _check_patterns(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
         if (group.part is None) == (group.match is None):
             yield f"{groups}[{number}]: expected part (head or backbone) or match, one of the two"
     patterns = {f"{groups}[{n}].match": g.match or "" for n, g in enumerate(cfg.optim.groups)}
-    for where, pattern in (patterns | {freeze: cfg.optim.freeze or ""}).items():
+    patterns |= {freeze: cfg.optim.freeze or "", at("data.group"): cfg.data.group or ""}
+    for where, pattern in patterns.items():
         if len(pattern) > MAX_PATTERN:
             yield f"{where}: expected at most {MAX_PATTERN} characters, got {len(pattern)}"
             continue

@@ -158,6 +158,11 @@ class DataConfig:
         "drop", "copies in several splits; ignore: do not look for them", FIXED, choices=DUPLICATES
     )
     verify: bool = setting(False, "read every file at the start, though it seems unchanged", FREE)
+    group: str | None = setting(
+        None, "regular expression on paths: what it finds names a group to keep together", FIXED
+    )
+    folds: int | None = setting(None, "folds of the training images", FIXED, least=2)
+    fold: int | None = setting(None, "the fold that is the test, from 0 on", FIXED, least=0)
     tag: str | None = setting(None, "name of the data, for file names", FREE, experiment=True)
 
 

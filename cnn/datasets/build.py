@@ -181,7 +181,7 @@ def build_data(cfg: DataConfig, seed: int, preprocessing: Preprocessing | None =
     findings = Findings()
     splits, classes = read_splits(cfg, findings)
     _tell_copies(cfg, splits, classes, findings)
-    splits = divide(splits, cfg, seed)
+    splits = divide(splits, cfg, seed, findings)
     _tell_cut(cfg, splits, findings)
     for split, images in splits.items():
         present = set(images.labels.tolist())

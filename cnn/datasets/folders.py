@@ -64,7 +64,9 @@ def list_folder(cfg: DataConfig, findings: Findings, *, needs_train: bool = True
         check_labels(part.path, dict(zip(names, names)), findings)
     _report_left_out(top, list(parts.values()), findings)
     return {
-        split: [(Path(file), each.name) for each in part.folders for file in each.all_images()]
+        split: [
+            (Path(file), each.name, None) for each in part.folders for file in each.all_images()
+        ]
         for split, part in parts.items()
     }
 

@@ -43,12 +43,15 @@ class Images:
             false, the run ends with an error.
         may_draw: whether reading an image can draw from the global random generators.
         num_decoded: the number of images of the whole dataset; 0 if they cannot be kept in memory.
+        group_names: the name of each image's group (N), all images of which stay in one split; None
+            without groups.
     """
 
     labels: np.ndarray
     rows: np.ndarray
     skip = may_draw = False
     num_decoded = 0
+    group_names: np.ndarray | None = None
     _name: str
 
     def __len__(self) -> int:
@@ -213,6 +216,7 @@ class Files:
         cache_gb: how many GB of pictures the cache may contain.
         ranged: the rows as in `scans`, with sums that follow from `value_range`. None if no image
             has more than 8 bits.
+        groups: the name of the group of each file. None without groups.
     """
 
     root: Path
@@ -223,6 +227,7 @@ class Files:
     value_range: ValueRange = PER_IMAGE
     cache_gb: float | None = None
     ranged: np.ndarray | None = None
+    groups: np.ndarray | None = None
 
     @property
     def form(self) -> Form:
@@ -237,7 +242,9 @@ class Files:
         """
         paths = [self.paths[row] for row in rows]
         pictures = [pictures.subset(rows) for pictures in self.pictures]
-        return replace(self, paths=paths, scans=self.scans[rows], pictures=pictures)
+        groups = None if self.groups is None else self.groups[rows]
+        changes = {"paths": paths, "pictures": pictures, "groups": groups}
+        return replace(self, scans=self.scans[rows], **changes)
 
 
 class FileImages(Images):
@@ -256,6 +263,11 @@ class FileImages(Images):
         self.num_decoded = len(files.paths)
         self.rows = np.arange(self.num_decoded) if rows is None else rows
         self.labels = np.asarray(labels, dtype=np.int64)
+
+    @property
+    def group_names(self) -> np.ndarray | None:
+        """The name of each image's group (N). None without groups."""
+        return None if self.files.groups is None else self.files.groups[self.rows]
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return self._decode(index)

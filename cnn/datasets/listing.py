@@ -11,6 +11,7 @@ import numpy as np
 
 from cnn.config import DataConfig
 from cnn.config.values import suggest
+from cnn.datasets import grouping
 from cnn.datasets.copies import Item, check_copies
 from cnn.datasets.findings import Findings
 from cnn.datasets.images import FileImages, Files
@@ -24,7 +25,8 @@ MASKS = re.compile(r"/(masks|annotations)/[^/]*$|_(mask|seg|gt)\.\w+$", re.IGNOR
 DEFAULT_IMAGE_SIZE = 224  # pixels, for images of several sizes if the user sets no size
 MAX_NAMED = 20  # classes listed in a message
 
-Listing = dict[str, list[tuple[Path, str]]]  # by split, (file, class name) for every image
+# By split, for every image: the file, the class name and, in a table with groups, the group's.
+Listing = dict[str, list[tuple[Path, str, str | None]]]
 FileSplits = dict[str, FileImages]
 
 
@@ -34,7 +36,7 @@ def read_listing(
     """Scans image files and builds the splits of a dataset.
 
     Args:
-        listing: a dict from "train", "val" or "test" to a list of (image file, class name).
+        listing: a dict from "train", "val" or "test" to a list of (image file, class, group).
         cfg: the section `data` of the settings.
         findings: gets the facts that the user has to know, such as files that do not decode.
         model_classes: the class names of a model to evaluate, in the order of the model's outputs.
@@ -47,18 +49,21 @@ def read_listing(
 
     Raises:
         Refused: there are fewer than two classes, or files do not decode. All files of a split are
-            left out. An image has a class that is unknown to the model or to the training.
+            left out. An image has a class that is unknown to the model or to the training. A group
+            is in several splits.
     """
-    classes = model_classes or sorted({label for _, label in listing["train"]})
+    classes = model_classes or sorted({label for _, label, _ in listing["train"]})
     _check_classes(cfg.root, listing, classes, of_model=model_classes is not None)
-    items = [(path, label, split) for split, part in listing.items() for path, label in part]
+    items = [(path, label, split) for split, part in listing.items() for path, label, _ in part]
     masks = [path.name for path, *_ in items if MASKS.search(path.as_posix())]
     findings.add_all("image", masks, "named like masks; a mask is no picture of a class")
     paths, root = [path for path, *_ in items], Path(cfg.root)
+    groups = _read_groups(cfg, listing, paths)
     plan = partial(_plan_forms, cfg, np.array([split for *_, split in items]))
     scans, bad, pictures = scan(root, paths, plan, verify=cfg.verify, cache_gb=cfg.cache_gb)
     _tell_bad(bad, cfg.on_bad_image == "skip", findings)
-    files = Files(root, paths, scans, pictures, cfg.on_bad_image == "skip", cache_gb=cfg.cache_gb)
+    skip = cfg.on_bad_image == "skip"
+    files = Files(root, paths, scans, pictures, skip, cache_gb=cfg.cache_gb, groups=groups)
     files, items = _keep(files, items, np.array([path not in bad for path in paths]))
     if cfg.on_duplicate != "ignore":
         match_scaled(files.scans, files.paths)
@@ -73,6 +78,17 @@ def read_listing(
             raise Refused(f"data.root: no image of {split} is left")
         splits[split] = FileImages(files, labels[rows], rows)
     return splits, classes
+
+
+def _read_groups(cfg: DataConfig, listing: Listing, paths: list[Path]) -> np.ndarray | None:
+    """Returns the name of the group of each file (N), by data.group or a table; None without."""
+    names = [name for part in listing.values() for *_, name in part]
+    if cfg.group is not None:
+        names = grouping.names_from_paths(cfg.group, Path(cfg.root), paths)
+    elif None in names:
+        return None
+    grouping.refuse_divided(names, [split for split, part in listing.items() for _ in part])
+    return np.array(names)
 
 
 def _tell_bad(bad: dict[Path, str], skips: bool, findings: Findings) -> None:
@@ -124,7 +140,7 @@ def _plan_forms(
 
 def _check_classes(root: str, listing: Listing, classes: list[str], *, of_model: bool) -> None:
     for split, items in listing.items():
-        if unknown := sorted({label for _, label in items} - set(classes)):
+        if unknown := sorted({label for _, label, _ in items} - set(classes)):
             owner = "the model" if of_model else "train"
             raise Refused(unknown_classes(f"data.root: {split}", unknown, owner, classes))
     if len(classes) < 2:

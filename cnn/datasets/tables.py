@@ -21,7 +21,12 @@ COLUMNS = {
     "path": r"paths?|(file|image|img)(file)?(s|paths?|names?|id)?|路径|(文件|图片|图像)(名|路径)?",
     "label": r"labels?|(class|category)(name)?|target|diagnosis|dx|标签|类别|分类",
     "split": r"splits?|(sub|data)?set|partition|数据集|划分|子集|集合",
+    "group": r"groups?(id|name)?|分组|组别",
 }
+# Columns whose pictures should perhaps not be divided.
+LIKE_GROUPS = re.compile(
+    r"(patient|subject|case|person|study|lesion|病人|患者|受试者|病例)(s|id|name|编号|号)?"
+)
 # How programs write a missing value.
 NO_LABEL = ("", "nan", "na", "n/a", "<na>", "null", "#n/a", "#ref!", "#value!")
 CHINESE = re.compile("[\u2010-\u2026\u3000-\u303f\u3400-\u9fff\uff00-\uffef·×]+")
@@ -33,8 +38,8 @@ def list_table(cfg: DataConfig, findings: Findings, *, needs_train: bool = True)
     """Lists the images that a CSV file names.
 
     The CSV file has a column for the path, a column for the label and, optionally, a column for the
-    split. A path is relative to the folder of the CSV file. A split is train, val or test. If the
-    split is empty or there is no such column, the image is for training.
+    split and a column for the group. A path is relative to the folder of the CSV file. A split is
+    train, val or test. If the split is empty or there is no such column, the image is for training.
 
     Args:
         cfg: the section `data` of the settings. `cfg.root` is the CSV file.
@@ -80,13 +85,14 @@ def _read_images(file: Path, cfg: DataConfig, findings: Findings) -> Listing:
             if not os.path.isfile(image) and cfg.on_bad_image == "stop":
                 missing = f"a path that leads to no file ({advice})"
                 mistakes[missing].append(f"line {line} ({path})")
-        place = f"{label} in {split}"
+        group = None if cfg.group else row.get("group")
+        place = f"{label} in {split}" + (f" of {group}" if group else "")
         earlier, before = seen.setdefault(os.path.normpath(image), (line, place))
         if before != place:
             twice = f"line {line} ({path} is {place}, but line {earlier} says {before})"
-            mistakes["another label or split for the same image"].append(twice)
+            mistakes["another label, split or group for the same image"].append(twice)
         first_lines.setdefault(label, f"{label} (line {line})")
-        listing.setdefault(split, []).append((Path(image), label))
+        listing.setdefault(split, []).append((Path(image), label, group))
     if mistakes:
         kinds = [f"{len(at):,} with {what}: {list_some(at)}" for what, at in mistakes.items()]
         raise Refused(f"{file}: rows that cannot be used: {'; '.join(kinds)}")
@@ -107,6 +113,7 @@ def _mistake(row: dict[str, str], surplus: int) -> str | None:
         "fewer cells than the header": surplus < 0,
         "no path": not path,
         "no label": label.strip("?\ufffd").lower() in NO_LABEL,
+        "no group": row.get("group", "1").lower() in NO_LABEL,
         "a line break or a zero byte (a quote that is not closed?)": {*path, *label} & {*"\n\r\0"},
         "a split other than train, val and test": not split_of(row.get("split") or "train"),
     }
@@ -123,10 +130,10 @@ def _read_table(file: Path, findings: Findings) -> tuple[list[str], Rows]:
         findings: gets the columns that are not used, and an encoding that is not UTF-8.
 
     Returns:
-        Two values. The first value is a list of the columns, with the names "path", "label" and
-        "split" for those that are used. The second value yields (line number, cells) for each row
-        below the header that is not blank. Reading the rows raises Refused where quotes do not
-        match.
+        Two values. The first value is a list of the columns, with the names "path", "label",
+        "split" and "group" for those that are used. The second value yields (line number, cells)
+        for each row below the header that is not blank. Reading the rows raises Refused where
+        quotes do not match.
 
     Raises:
         Refused: the file cannot be read, is no CSV file or is in an unknown encoding. The header
@@ -146,15 +153,22 @@ def _read_table(file: Path, findings: Findings) -> tuple[list[str], Rows]:
         fault = f"several columns for {list_some(twice)}, got {header.strip()[:100]!r}"
         raise Refused(f"{file}:1: {fault}; rename all but one")
     unused = [column or "(no name)" for column in columns if column not in COLUMNS]
-    findings.add_all("column", unused, f"not used: {list_some(unused)} (only path, label, split)")
+    findings.add_all("column", unused, f"not used: {list_some(unused)} (only {', '.join(COLUMNS)})")
+    like_groups = [name for name in unused if LIKE_GROUPS.fullmatch(_key(name))]
+    if like_groups and "group" not in columns:
+        advice = f"if pictures with one {like_groups[0]} belong together, name that column group"
+        findings.add(f"{file}: {advice}; else they stand in train and in test", level=WARNING)
     return columns, _read_rows(file, lines, separator)
 
 
 def _meaning(name: str) -> str:
-    """Returns "path", "label" or "split" if a column's name stands for it, or else the name."""
-    key = re.sub(r"[\s_-]", "", name).lower()
-    found = (meaning for meaning, names in COLUMNS.items() if re.fullmatch(names, key))
+    """Returns the key of COLUMNS for which a column's name stands, or else the name."""
+    found = (meaning for meaning, names in COLUMNS.items() if re.fullmatch(names, _key(name)))
     return next(found, name.strip())
+
+
+def _key(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).lower()
 
 
 def _read_rows(file: Path, lines: Iterator[str], separator: str) -> Rows:

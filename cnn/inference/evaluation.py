@@ -96,7 +96,7 @@ def _divide_as_trained(
     if "train" not in splits or classes != trained.classes:
         return None
     try:
-        parts = divide(splits, cfg, trained.cfg.seed)
+        parts = divide(splits, cfg, trained.cfg.seed, Findings())
     except Refused:  # too few images to hold any out
         return None
     data = Data(parts["train"], parts["val"], parts["test"], classes, trained.preprocessing)
@@ -114,7 +114,7 @@ def _choose_other_images(
     if split not in splits:
         if "train" not in splits:
             raise Refused(f"data.root: expected {split} or train in {source}, got neither")
-        splits = divide(splits, cfg, trained.cfg.seed)
+        splits = divide(splits, replace(cfg, folds=None), trained.cfg.seed, Findings())
     return splits[split], f"{split} of {source}"
 
 

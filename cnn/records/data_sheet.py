@@ -73,7 +73,7 @@ def sheet(run: Run) -> str:
 def division(run: Run) -> str:
     """Returns the text of division.csv, with a row per image: image, label, split and group.
 
-    Copies of an image are a group, which has a number. An image without copies has no group.
+    Without groups, copies of an image are a group, which has a number, and other images have none.
     """
     parts = run.data.splits
     identities = np.concatenate([images.identities() for images in parts.values()])
@@ -83,5 +83,7 @@ def division(run: Run) -> str:
         for index, label in enumerate(part.labels)
     )
     groups = number_groups(identities).tolist()
+    if run.data.train.group_names is not None:
+        groups = np.concatenate([images.group_names for images in parts.values()]).tolist()
     rows = ((*image, group or "") for image, group in zip(images, groups, strict=True))
     return csv_text(["image", "label", "split", "group"], rows)

@@ -98,8 +98,9 @@ def log_start(run: Run, flops: int | None) -> None:
     facts = data_sheet.facts(run)
     logger.info("data %s: images %s, %d classes", facts["source"], shape, len(data.classes))
     for split, images in data.splits.items():
-        counts = _class_counts(images.labels, data.classes)
-        logger.info("  %-5s %6d  %s", split, len(images), counts)
+        counts, names = _class_counts(images.labels, data.classes), images.group_names
+        groups = "" if names is None else f"  in {len(set(names))} groups"
+        logger.info("  %-5s %6d  %s%s", split, len(images), counts, groups)
     if "formats" in facts:  # images in memory have none
         logger.info(
             "  %s",
