@@ -20,7 +20,7 @@ from typing import Any
 
 from cnn import cli, config
 from cnn.errors import Failed, Refused
-from cnn.metrics.scores import mode, with_interval
+from cnn.metrics.scores import mode, wilson, with_interval
 from cnn.records import figures
 from cnn.records.figures import COLOURS, Curve, Panel
 from cnn.records.pages import render
@@ -300,7 +300,10 @@ def accuracy_of(run: RunRecord, split: str) -> str:
         split: "val" or "test".
     """
     value, number = final_metric(run, f"{split}_acc"), run.result.get("images", {}).get(split, 0)
-    return with_interval(value, number) if number else format_value(value)
+    ends = final_metric(run, f"{split}_acc_95")
+    if ends is None and value is not None:  # validation images, or a run of an earlier version
+        ends = wilson(value * number, number)
+    return with_interval(value, ends)
 
 
 def format_value(value: float | None) -> str:

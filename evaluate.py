@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from cnn.inference.evaluation import EvaluationData
     from cnn.inference.trained_model import TrainedModel
+    from cnn.metrics.intervals import Interval
     from cnn.metrics.scores import Metrics
 
 logger = logging.getLogger("cnn.evaluate")
@@ -116,6 +117,7 @@ def evaluate_checkpoint(command: Command) -> None:
     from cnn.datasets.loader import build_loader
     from cnn.inference import evaluation
     from cnn.inference.trained_model import load_trained_model
+    from cnn.metrics.intervals import intervals
     from cnn.metrics.running import EvaluationMetrics
     from cnn.metrics.scores import result_metrics
     from cnn.training.engine import evaluate
@@ -135,19 +137,25 @@ def evaluate_checkpoint(command: Command) -> None:
     pre = trained.preprocessing
     loader = build_loader(cfg.data, subject.images, pre, device, cfg.seed, training=False)
     loss = evaluation.build_training_loss(trained, subject)
-    evaluation_metrics = EvaluationMetrics(device, len(classes), result_metrics(len(classes)))
+    names = result_metrics(len(classes))
+    evaluation_metrics = EvaluationMetrics(device, len(classes), names, keeps_probabilities=True)
     batches = show_progress(loader.batches(), split, len(loader), 0, cfg.log.every_seconds)
     key = {"seed": cfg.seed, "epoch": trained.seed_epoch(split)}
     values = evaluate(trained.model, batches, loss, trained.autocast, evaluation_metrics, **key)
     metrics = {f"{split}_{name}": value for name, value in values.items()}
-    matrix = evaluation_metrics.confusion().numpy()
+    matrix, ends = evaluation_metrics.confusion().numpy(), {}
+    found = evaluation_metrics.predictions()
+    if len(found["prediction"]) == number:  # else images were left out, and the labels are unknown
+        columns = found["prediction"].numpy(), found["probabilities"].numpy()
+        ends = intervals(subject.images.labels, *columns, subject.images.group_names)
+    ends = {f"{split}_{name}": pair for name, pair in ends.items()}
     reported = reported_metrics(trained, split) if subject.is_same_data else None
-    text = "\n" + as_text(metrics, matrix, classes)
+    text = "\n" + as_text(metrics, ends, matrix, classes)
     if reported is not None:
         text += "\n" + compare_with_training(trained, metrics, reported) + "\n"
     write_stdout(text)
     if command.json:
-        text = as_json(trained, subject, split, metrics, matrix, reported)
+        text = as_json(trained, subject, split, metrics, ends, matrix, reported)
         write_output(command.json, text.encode("utf-8", "backslashreplace"))
     if command.figure:
         draw(command.figure, matrix, classes, f"{subject.description}, {command.checkpoint}")
@@ -243,7 +251,12 @@ def draw(path: Path, matrix: "np.ndarray", classes: list[str], title: str) -> No
         logger.warning("%s is left out (pip install matplotlib)", path)
 
 
-def as_text(metrics: "Metrics", matrix: "np.ndarray", classes: list[str]) -> str:
+def as_text(
+    metrics: "Metrics",
+    ends: "dict[str, Interval]",
+    matrix: "np.ndarray",
+    classes: list[str],
+) -> str:
     """Formats the results of an evaluation as text for the screen.
 
     The text lists the metrics, the metrics of each class, and the most confused pairs of classes.
@@ -251,6 +264,7 @@ def as_text(metrics: "Metrics", matrix: "np.ndarray", classes: list[str]) -> str
 
     Args:
         metrics: the metrics by name, such as "test_acc". An undefined metric is None.
+        ends: the lower and upper ends of the metrics' 95 % intervals, by the same names.
         matrix: the numbers of images, integers of shape (classes, classes). Each row is for a
             label, and each column is for a predicted class.
         classes: the names of the classes, in the order of the rows.
@@ -262,10 +276,8 @@ def as_text(metrics: "Metrics", matrix: "np.ndarray", classes: list[str]) -> str
     from cnn.utils.screen import align_columns, escape_unprintable
 
     names = [escape_unprintable(name) for name in classes]
-    values = {name: "n/a" if v is None else f"{v:.4f}" for name, v in metrics.items()}
-    for name in values.keys() & {"val_acc", "test_acc"}:
-        values[name] = scores.with_interval(metrics[name], int(matrix.sum()))
-    lines = align_columns(list(values.items()))
+    values = [(name, scores.with_interval(v, ends.get(name))) for name, v in metrics.items()]
+    lines = align_columns(values)
     if len(classes) == 2:
         lines.append(f"positive: {names[1]}")
     rows, means = class_rows(matrix, names)
@@ -288,6 +300,7 @@ def as_json(
     subject: "EvaluationData",
     split: str,
     metrics: "Metrics",
+    ends: "dict[str, Interval]",
     matrix: "np.ndarray",
     reported: "Metrics | None",
 ) -> str:
@@ -300,6 +313,7 @@ def as_json(
         subject: the images of the evaluation.
         split: "val" or "test".
         metrics: the metrics by name, such as "test_acc". An undefined metric is None.
+        ends: the lower and upper ends of the metrics' 95 % intervals, by the same names.
         matrix: the numbers of images, integers of shape (classes, classes). Each row is for a
             label, and each column is for a predicted class.
         reported: the metrics from training for the same weights and images; None if there are none.
@@ -310,6 +324,7 @@ def as_json(
     values = scores.per_class(matrix)
     values["images"] = values.pop("support")
     content, number = trained.content, int(matrix.sum())
+    with_ends = {f"{name}_95": pair for name, pair in ends.items()}
     result = {
         "checkpoint": str(trained.path),
         "epoch": content["epoch"],
@@ -319,8 +334,7 @@ def as_json(
         "split": split,
         "images": number,
         "own_data": subject.is_same_data,
-        "metrics": {name: _finite(value) for name, value in metrics.items()},
-        "acc_interval": scores.wilson(matrix.trace().item(), number),
+        "metrics": {name: _finite(value) for name, value in metrics.items()} | with_ends,
         "reported": reported,
         "classes": [
             {"class": name} | {key: _finite(v[row].item()) for key, v in values.items()}

@@ -180,7 +180,7 @@ def train(
             test(run, saver)
         else:
             summary.log_finished(cfg, run.state)
-        summary.log_test(run.state, len(run.data.test))
+        summary.log_test(run)
         records.finish()
 
 

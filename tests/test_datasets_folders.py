@@ -37,7 +37,7 @@ def listed(root="photos", layout="auto", findings=None, **options):
     """Returns {split: {class: number of images}}."""
     cfg = DataConfig("folder", root, layout=layout)
     found = list_folder(cfg, findings or Findings(), **options)
-    return {split: dict(Counter(label for _, label in items)) for split, items in found.items()}
+    return {split: dict(Counter(label for _, label, _ in items)) for split, items in found.items()}
 
 
 def refusal(root="photos", layout="auto", **options):

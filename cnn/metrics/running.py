@@ -133,13 +133,22 @@ class EvaluationMetrics(RunningMetrics):
     Args:
         device: the device of the logits.
         num_classes: the number of classes.
-        names: the metrics that `compute` returns, such as "acc" and "auc". The probabilities of all
-            classes are stored only if a chosen metric needs them.
+        names: the metrics that `compute` returns, such as "acc" and "auc".
+        keeps_probabilities: whether `predictions` returns the probabilities of all classes. They
+            are stored only for this, or if a chosen metric needs them.
     """
 
-    def __init__(self, device: torch.device, num_classes: int, names: Sequence[str]):
+    def __init__(
+        self,
+        device: torch.device,
+        num_classes: int,
+        names: Sequence[str],
+        *,
+        keeps_probabilities: bool = False,
+    ):
         super().__init__(device)
         self.num_classes, self.names = num_classes, tuple(names)
+        self.keeps_probabilities = keeps_probabilities
         self._batches: list[dict[str, Any]] = []
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor, weight: Weight = None) -> None:
@@ -166,7 +175,7 @@ class EvaluationMetrics(RunningMetrics):
         if scores.TOP_K_ACC in self.names:
             top = logits.topk(scores.TOP_K).indices  # N, 5
             batch["is_in_top"] = (top == labels[:, None]).any(1)
-        if set(self.names) & set(scores.FROM_PROBABILITIES):
+        if self.keeps_probabilities or set(self.names) & set(scores.FROM_PROBABILITIES):
             batch["probabilities"] = probabilities
         self._batches.append(batch)
 
@@ -204,7 +213,7 @@ class EvaluationMetrics(RunningMetrics):
         values = super().compute() | scores.from_confusion_matrix(self.confusion().numpy())
         if "is_in_top" in self._batches[0]:
             values[scores.TOP_K_ACC] = self._per_image("is_in_top").numpy().mean().item()
-        if "probabilities" in self._batches[0]:
+        if set(self.names) & set(scores.FROM_PROBABILITIES):
             labels = self._per_image("cells") // self.num_classes
             probabilities = self._per_image("probabilities")
             values |= scores.from_probabilities(labels.numpy(), probabilities.numpy())
@@ -222,17 +231,21 @@ class EvaluationMetrics(RunningMetrics):
         return self._per_image("cells").bincount(minlength=number**2).view(number, number)
 
     def predictions(self) -> dict[str, Tensor]:
-        """Returns the predicted class of each image, and the probability of the predicted class.
+        """Returns the predicted class of each image, and probabilities.
 
         Returns:
-            A dict of two tensors on the CPU. The class indices are under "prediction", an int32
-            tensor (N). The probabilities are under "probability", a float32 tensor (N). N is the
-            number of all images. The images are in the order of the batches.
+            A dict of tensors on the CPU. The class indices are under "prediction", an int32 tensor
+            (N). Their probabilities are under "probability", a float32 tensor (N). N is the number
+            of all images. The images are in the order of the batches. If `keeps_probabilities` is
+            set, those of all classes are under "probabilities", a float32 tensor (N, classes).
         """
-        return {
+        found = {
             "prediction": (self._per_image("cells") % self.num_classes).to(torch.int32),
             "probability": self._per_image("confidences"),
         }
+        if self.keeps_probabilities:
+            found["probabilities"] = self._per_image("probabilities")
+        return found
 
 
 def compute_loss(function: nn.Module, logits: Tensor, labels: Tensor) -> Tensor:

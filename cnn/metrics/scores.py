@@ -5,6 +5,7 @@ with scikit-learn (`zero_division=nan`). Nothing here imports torch.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -79,39 +80,38 @@ def improves(metric: str, value: float | None, best: float | None) -> bool:
     return best is None or (value < best if mode(metric) == "min" else value > best)
 
 
-def wilson(correct: float, count: int) -> tuple[float, float] | None:
+def wilson(correct: float, count: float, z: float = Z_95) -> tuple[float, float] | None:
     """Returns the 95 % confidence interval of a proportion (Wilson, 1927).
 
     Args:
         correct: the number of correct cases.
         count: the number of all cases.
+        z: the quantile of the normal distribution, for another interval than that of 95 %.
 
     Returns:
         The lower and the upper end of the interval, from 0 to 1. None if `count` is 0.
     """
     if count == 0:
         return None
-    p, z2 = correct / count, Z_95**2
+    p, z2 = correct / count, z**2
     center = (p + z2 / (2 * count)) / (1 + z2 / count)
-    half = Z_95 / (1 + z2 / count) * math.sqrt(p * (1 - p) / count + z2 / (4 * count**2))
+    half = z / (1 + z2 / count) * math.sqrt(p * (1 - p) / count + z2 / (4 * count**2))
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def with_interval(accuracy: float | None, count: int) -> str:
-    """Returns an accuracy and its 95 % confidence interval as text.
+def with_interval(value: float | None, ends: Sequence[float] | None) -> str:
+    """Returns a metric and its 95 % confidence interval as text.
 
     Args:
-        accuracy: the fraction of correct images. None means that the accuracy is unknown.
-        count: the number of images.
+        value: the metric. None means that the metric is undefined.
+        ends: the lower and the upper end of the interval. None leaves out the interval.
 
     Returns:
-        A text such as "0.9833 (95 %: 0.9726 to 0.9899)". The text is "n/a" if the accuracy is None
-        or the count is 0.
+        A text such as "0.9833 (95 %: 0.9726 to 0.9899)", or "n/a" for an undefined metric.
     """
-    if accuracy is None or count == 0:
+    if value is None:
         return "n/a"
-    low, high = wilson(accuracy * count, count)
-    return f"{accuracy:.4f} (95 %: {low:.4f} to {high:.4f})"
+    return f"{value:.4f}" + (f" (95 %: {ends[0]:.4f} to {ends[1]:.4f})" if ends else "")
 
 
 # -- from a confusion matrix: a row per labelled class, a column per predicted class ------------

@@ -10,13 +10,15 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 from cnn.config import Config
 from cnn.errors import first_line
 from cnn.records import best_hparams, figures
-from cnn.records.history import csv_text, write_history
+from cnn.records.evaluation import intervals_of, predictions_table
+from cnn.records.history import write_history
 from cnn.training.run import Run
 from cnn.utils.files import warn_unwritten, write_text
 
@@ -43,7 +45,7 @@ class Records:
 
     def __init__(self, run: Run):
         self.folder, self.run, self.state = run.folder, run, run.state
-        self._epoch_of_predictions: int | None = None  # the epoch in predictions_val.csv
+        self._epochs: dict[Path, int | None] = {}  # of the predictions in each file
         self._next_report = time.monotonic() + REPORT_PAUSE * FIRST_REPORT
         self._tensorboard = None
         self._reasons: dict[Path | str, str] = {}  # why the last write of a record failed
@@ -82,14 +84,19 @@ class Records:
     def _write_tables(self) -> None:
         logs, state = self.folder.logs, self.state
         self._attempt(logs.history, lambda: write_history(logs.history, state.history))
-        path, epoch = logs.val_predictions, state.best and state.best["epoch"]
-        if "val" not in state.predictions:  # a file would be of an epoch that the state lacks
-            self._attempt(path, lambda: path.unlink(missing_ok=True))
-        elif epoch != self._epoch_of_predictions:
-            written = self._attempt(path, lambda: write_text(path, self._predictions()))
-            self._epoch_of_predictions = epoch if written else None
+        self._write_predictions("val", logs.val_predictions)
+        self._write_predictions("test", logs.test_predictions)
         if self.run.cfg.log.tensorboard and has_tensorboard():
             self._attempt("logs/tensorboard", self._write_tensorboard)
+
+    def _write_predictions(self, split: str, path: Path) -> None:
+        epoch = self.state.best and self.state.best["epoch"]
+        if split not in self.state.predictions:  # a file would be of an epoch that the state lacks
+            self._attempt(path, lambda: path.unlink(missing_ok=True))
+        elif epoch != self._epochs.get(path):
+            text = partial(predictions_table, self.run, split)
+            written = self._attempt(path, lambda: write_text(path, text()))
+            self._epochs[path] = epoch if written else None
 
     def _write_tensorboard(self) -> None:
         from cnn.records.tensorboard import TensorBoard
@@ -97,39 +104,21 @@ class Records:
         self._tensorboard = self._tensorboard or TensorBoard(self.run)
         self._tensorboard.append()
 
-    def _predictions(self) -> str:
-        """Returns the text of predictions_val.csv, which has a row per validation image.
-
-        A row contains the name of the image, the true class, the predicted class, and its
-        probability.
-
-        Raises:
-            ValueError: some validation images could not be read and have no prediction.
-        """
-        images, classes = self.run.data.val, self.run.data.classes
-        saved = self.state.predictions["val"]
-        if len(saved["prediction"]) != len(images):  # the order would differ
-            raise ValueError("some images were left out of the validation (data.on_bad_image=skip)")
-        columns = images.labels, saved["prediction"].tolist(), saved["probability"].tolist()
-        rows = (
-            (images.name(number), classes[label], classes[prediction], f"{probability:.6g}")
-            for number, (label, prediction, probability) in enumerate(zip(*columns, strict=True))
-        )
-        return csv_text(["image", "label", "prediction", "probability"], rows)
-
     def _write_result(self) -> None:
         """Writes the file result.json.
 
         The file contains the number of classes and the number of images in each split. The file
         also contains the best epoch and the test metrics. Before the test, the best epoch and the
-        test metrics are null.
+        test metrics are null. A metric's 95 % interval stands beside it, as in "test_acc_95".
         """
         data, state = self.run.data, self.state
+        ends = intervals_of(self.run, "test") if state.test is not None else {}
+        with_ends = {f"test_{name}_95": pair for name, pair in ends.items()}
         result = {
             "classes": len(data.classes),
             "images": {split: len(images) for split, images in data.splits.items()},
             "best": state.best if state.test is not None else None,
-            "test": state.test,
+            "test": state.test and state.test | with_ends,
         }
         text, path = json.dumps(result, indent=2) + "\n", self.folder.logs.result
         self._attempt(path, lambda: write_text(path, text))

@@ -19,6 +19,7 @@ from cnn.config import as_text, to_yaml
 from cnn.datasets.order import EVALUATION
 from cnn.metrics import scores
 from cnn.records import data_sheet, figures
+from cnn.records.evaluation import confusion, intervals_of
 from cnn.records.figures import COLOURS, ORANGE, Curve, Panel
 from cnn.records.pages import CLASS_HEAD, class_rows, format_metric, render
 from cnn.training.run import Run
@@ -137,10 +138,11 @@ class Report:
         majority = int(np.bincount(data.train.labels, minlength=len(data.classes)).argmax())
         val_acc = state.best and state.history[state.best["epoch"] - 1]["val_acc"]
         test_acc = state.test and state.test["test_acc"]
+        ends = {name: intervals_of(self.run, name).get("acc") for name in ("val", "test")}
         return {
             "best": state.best,
-            "val_acc": state.best and scores.with_interval(val_acc, len(data.val)),
-            "test_acc": state.test and scores.with_interval(test_acc, len(data.test)),
+            "val_acc": state.best and scores.with_interval(val_acc, ends["val"]),
+            "test_acc": state.test and scores.with_interval(test_acc, ends["test"]),
             "num_val": len(data.val),
             "majority": data.classes[majority],
             "majority_acc": f"{(labels == majority).mean():.4f} of {len(labels)} {split} images",
@@ -164,9 +166,14 @@ class Report:
         matrix, classes = confusion(self.run, split), self.run.data.classes
         rows, means = class_rows(matrix, classes)
         names = [shorten_name(name) for name in classes]
+        ends, test = intervals_of(self.run, split), self.state.test or {}
         return {
             "split": split,
             "num_images": matrix.sum(),
+            "figures": [
+                (name[5:], scores.with_interval(value, ends.get(name[5:])))
+                for name, value in test.items()
+            ],
             "is_small": len(classes) <= figures.MAX_CLASSES_WITH_NUMBERS,
             "matrix": figures.svg(figures.draw_confusion, matrix, classes),
             "rows": rows,
@@ -207,17 +214,6 @@ class Report:
                 for number in worst
             ],
         }
-
-
-def confusion(run: Run, split: str) -> np.ndarray:
-    """Returns the confusion matrix of an evaluation, an int64 array (classes, classes).
-
-    Args:
-        run: the run, whose state has the predictions of the evaluation.
-        split: "val" for the validation of the best epoch, or "test" for the final test.
-    """
-    predictions = run.state.predictions[split]["prediction"].numpy()
-    return scores.confusion(run.data.splits[split].labels, predictions, len(run.data.classes))
 
 
 def confusion_png(run: Run, split: str) -> bytes:

@@ -13,9 +13,11 @@ import numpy as np
 from cnn.config import Config, to_yaml
 from cnn.config.settings import LOSSES
 from cnn.datasets.augment import DRAWS
+from cnn.metrics.intervals import FEW_GROUPS
 from cnn.metrics.scores import with_interval
 from cnn.models.flops import count_flops
 from cnn.records import data_sheet
+from cnn.records.evaluation import intervals_of
 from cnn.training.optim import FREEZE
 from cnn.training.resume import Checkpoint
 from cnn.training.run import Run
@@ -35,6 +37,8 @@ MAX_LISTED = 140  # the most characters of the line with the number of images pe
 # A run diverges if its loss is this many times the loss of guessing. For a model that learns
 # nothing, or overfits, it stays below 100 times.
 DIVERGED = 1000
+# Metrics of the test, beside the accuracy, that are in the log.
+SAID, SAID_OF_TWO = ("auc", "f1", "balanced_acc"), ("auc", "sensitivity", "specificity")
 # Metrics that are in history.csv and not in the log's line on an epoch.
 HISTORY_ONLY = {"val_balanced_acc", "val_f1", "val_top5_acc"}
 
@@ -199,19 +203,21 @@ def log_finished(cfg: Config, state: TrainingState) -> None:
     logger.info("this run is finished: %s", why)
 
 
-def log_test(state: TrainingState, num_images: int) -> None:
-    """Logs the loss and the accuracy of the final test.
-
-    The accuracy is logged with a 95 % interval.
+def log_test(run: Run) -> None:
+    """Logs the loss, the accuracy and further metrics of the final test, with 95 % intervals.
 
     Args:
-        state: the state of the run after the test.
-        num_images: the number of test images, which determines the width of the interval.
+        run: the run after the test.
     """
-    best, test = state.best, state.test
-    accuracy = with_interval(test["test_acc"], num_images)
+    best, test, ends = run.state.best, run.state.test, intervals_of(run, "test")
+    accuracy = with_interval(test["test_acc"], ends.get("acc"))
     epoch = f"  (epoch {best['epoch']}, {best['metric']} {best['value']:.4f})" if best else ""
     logger.info("test_loss %.4f  test_acc %s%s", test["test_loss"], accuracy, epoch)
+    for name in SAID_OF_TWO if len(run.data.classes) == 2 else SAID:
+        logger.info("  %-13s %s", name, with_interval(test[f"test_{name}"], ends.get(name)))
+    groups = run.data.test.group_names
+    if groups is not None and (number := len(set(groups))) < FEW_GROUPS:
+        logger.info("test has %d groups; below %d, the intervals are rough", number, FEW_GROUPS)
 
 
 def model_text(run: Run, flops: int | None) -> str:

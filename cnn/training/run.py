@@ -17,6 +17,8 @@ from cnn.training.state import TrainingState
 from cnn.utils import environment as env
 from cnn.utils.run_folder import RunFolder
 
+MAX_PROBABILITIES = 5_000_000  # of an evaluation, images times classes, to keep in a checkpoint
+
 
 @dataclass(frozen=True)
 class Run:
@@ -64,13 +66,17 @@ class Run:
     def evaluation_metrics(self, *, of_result: bool = False) -> EvaluationMetrics:
         """Returns a new `EvaluationMetrics` without batches.
 
+        The probabilities of all classes are kept, unless there are very many.
+
         Args:
             of_result: if True, the metrics of the final test are computed. If False, the fewer
                 metrics of the validation after an epoch are computed.
         """
         number, monitor = len(self.data.classes), self.cfg.checkpoint.monitor
         names = result_metrics(number) if of_result else epoch_metrics(number, monitor)
-        return EvaluationMetrics(self.state.device, number, names)
+        images = self.data.test if of_result else self.data.val
+        keeps = len(images) * number <= MAX_PROBABILITIES
+        return EvaluationMetrics(self.state.device, number, names, keeps_probabilities=keeps)
 
     def train_batches(self) -> Iterator[Batch]:
         """Yields the share of this process in each remaining batch of the current epoch."""

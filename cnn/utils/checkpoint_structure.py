@@ -73,7 +73,7 @@ VECTOR = Leaf("a tensor (N) of real numbers", lambda value: is_real(value, 1))
 # In the tables below, a dict is a mapping: `name?` may be missing, and "*" stands for all other
 # names. A list of one kind is a list of any length. A tuple contains alternatives.
 WEIGHTS = {"*_extra_state": ANY, "*": TENSOR}
-PREDICTIONS = {"prediction": VECTOR, "probability": VECTOR}
+PREDICTIONS = {"prediction": VECTOR, "probability": VECTOR, "probabilities?": TENSOR}
 SUMS = {"loss": SCALAR, "correct": SCALAR, "weight?": (AMOUNT, SCALAR), "count": WHOLE}
 SCALING = dict.fromkeys(("scale", "growth_factor", "backoff_factor"), AMOUNT)
 SCALING |= dict.fromkeys(("growth_interval", "_growth_tracker"), WHOLE)
@@ -160,6 +160,9 @@ def check_content(content: dict[str, Any]) -> None:
         predicted, num_images = columns["prediction"].tolist(), len(columns["probability"])
         if len(predicted) != num_images or not set(predicted) <= set(range(len(classes))):
             raise InvalidValue(f"predictions.{split}: expected a class of these for each image")
+        of_all, shape = columns.get("probabilities"), (num_images, len(classes))
+        if of_all is not None and (tuple(of_all.shape) != shape or not of_all.is_floating_point()):
+            raise InvalidValue(f"predictions.{split}.probabilities: expected numbers of {shape}")
 
 
 def check(value: Any, kind: Any, key: str = "") -> None:

@@ -49,6 +49,7 @@ class RunLogs:
         self.division = folder / "division.csv"
         self.result = folder / "result.json"
         self.val_predictions = folder / "predictions_val.csv"
+        self.test_predictions = folder / "predictions_test.csv"
         self.report = folder / "report.html"
         self.curves = folder / "curves.png"
         self.confusion_matrix = folder / "confusion_matrix.png"
