@@ -138,7 +138,8 @@ def evaluate_checkpoint(command: Command) -> None:
     loader = build_loader(cfg.data, subject.images, pre, device, cfg.seed, training=False)
     loss = evaluation.build_training_loss(trained, subject)
     names = result_metrics(len(classes))
-    evaluation_metrics = EvaluationMetrics(device, len(classes), names, keeps_probabilities=True)
+    options = {"keeps_probabilities": True, "temperature": trained.temperature}
+    evaluation_metrics = EvaluationMetrics(device, len(classes), names, **options)
     batches = show_progress(loader.batches(), split, len(loader), 0, cfg.log.every_seconds)
     key = {"seed": cfg.seed, "epoch": trained.seed_epoch(split)}
     values = evaluate(trained.model, batches, loss, trained.autocast, evaluation_metrics, **key)
@@ -175,6 +176,7 @@ def reported_metrics(trained: "TrainedModel", split: str) -> "Metrics | None":
         The metrics by name, such as "val_acc". The result is None if training did not evaluate the
         weights on the split. The result is also None if no readable file has the metrics.
     """
+    from cnn.metrics.scores import FROM_PROBABILITIES
     from cnn.utils.checkpoint import read_checkpoint
     from cnn.utils.run_folder import LAST
 
@@ -183,7 +185,12 @@ def reported_metrics(trained: "TrainedModel", split: str) -> "Metrics | None":
         return None
     if split == "val":
         row = content["history"][-1] if content["history"] else {}
-        metrics = {name: value for name, value in row.items() if name.startswith("val_")}
+        hidden = () if trained.temperature == 1 else FROM_PROBABILITIES  # it came afterwards
+        metrics = {
+            name: value
+            for name, value in row.items()
+            if name.startswith("val_") and name.removeprefix("val_") not in hidden
+        }
         return metrics if row.get("epoch") == content["epoch"] else None
     if content["test"] is None:  # best.pth is saved before the test, last.pth after it
         try:

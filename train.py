@@ -215,12 +215,19 @@ def train_epoch(run: "Run", saver: "Saver") -> None:
 def test(run: "Run", saver: "Saver") -> None:
     """Evaluates the weights of the best epoch on the test images.
 
-    The metrics are saved in a checkpoint. A run is tested once, after the last epoch. If there is
-    no best epoch, the latest weights are tested.
+    First, the temperature is fitted to the validation images. The metrics are saved in a
+    checkpoint. A run is tested once, after the last epoch. If there is no best epoch, the latest
+    weights are tested.
     """
+    from cnn.metrics.calibration import fit_temperature
     from cnn.training.engine import evaluate
     from cnn.utils.module_state import state_preserved
 
+    if (saved := run.state.predictions.get("val")) and "probabilities" in saved:
+        val, given = run.data.val, saved["probabilities"].numpy()
+        if len(given) == len(val):
+            run.state.temperature = fit_temperature(val.labels, given, val.group_names)
+            saver.save_temperature()
     logger.info("testing the best epoch, once")
     state, model = run.state, run.state.evaluated_model()
     metrics = run.evaluation_metrics(of_result=True)

@@ -158,6 +158,9 @@ class DataConfig:
         "drop", "copies in several splits; ignore: do not look for them", FIXED, choices=DUPLICATES
     )
     verify: bool = setting(False, "read every file at the start, though it seems unchanged", FREE)
+    positive: str | None = setting(
+        None, "of two classes, the one that is looked for; null: the second by name", FIXED
+    )
     group: str | None = setting(
         None, "regular expression on paths: what it finds names a group to keep together", FIXED
     )

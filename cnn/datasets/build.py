@@ -24,6 +24,7 @@ from cnn.datasets.tables import list_table
 from cnn.datasets.value_range import MAX_OF_16_BITS, range_of_levels
 from cnn.errors import Refused
 from cnn.utils.importing import import_object
+from cnn.utils.screen import list_some
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +181,9 @@ def build_data(cfg: DataConfig, seed: int, preprocessing: Preprocessing | None =
     """
     findings = Findings()
     splits, classes = read_splits(cfg, findings)
+    if cfg.positive is not None and (len(classes) != 2 or cfg.positive not in classes):
+        got = f"{cfg.positive!r} of {list_some(classes)}"
+        raise Refused(f"data.positive: expected one of two classes, got {got}")
     _tell_copies(cfg, splits, classes, findings)
     splits = divide(splits, cfg, seed, findings)
     _tell_cut(cfg, splits, findings)
@@ -241,7 +245,8 @@ def read_splits(
 
     Returns:
         Two values. The first value is a dict from "train", "val" or "test" to the images. The
-        second value is a list of the class names in the order of the labels.
+        second value is a list of the class names in the order of the labels. Of two classes, the
+        second one is positive.
 
     Raises:
         Refused: the data cannot be read, or the dataset does not accept a keyword in `cfg.args`.
@@ -250,12 +255,18 @@ def read_splits(
         line = f"data.root: {cfg.root} is not used by data.name={cfg.name}"
         findings.add(f"{line}; data.name=folder reads a folder, csv a table", level=logging.WARNING)
     try:
-        if not is_import_path(cfg.name):
-            return DATASETS[cfg.name](cfg, model_classes, findings)
-        found = import_object(cfg.name, "data.name")(root=cfg.root, **cfg.args)
+        if is_import_path(cfg.name):
+            found = import_object(cfg.name, "data.name")(root=cfg.root, **cfg.args)
+            splits, classes = _check_user_dataset(cfg, found)
+        else:
+            splits, classes = DATASETS[cfg.name](cfg, model_classes, findings)
     except TypeError as error:  # a keyword that the function does not take
         raise Refused(f"data.args: {cfg.name}: {error}") from error
-    return _check_user_dataset(cfg, found)
+    if len(classes) == 2 and classes[0] == cfg.positive:
+        for images in splits.values():
+            images.labels = 1 - images.labels
+        classes = classes[::-1]
+    return splits, classes
 
 
 def _check_user_dataset(cfg: DataConfig, found: Any) -> tuple[Splits, list[str]]:

@@ -35,6 +35,7 @@ NORMALIZED_INSIDE = "in 0..1; mean and std are applied inside"
 # For the metadata: the side that is resized, by `Preprocessing.fit`, and scaled decoding.
 SIDES = {"crop": "the shorter side", "pad": "the longer side", "stretch": "each side"}
 SCALED = "JPEG in full, or at {} pixels or more (shorter side): photographs 0.4 of 255 levels apart"
+DIVIDED = "after a division by temperature"
 METADATA = "metadata.json"  # the name of the metadata within a .pt2 file
 SHAPES = {"images": {0: torch.export.Dim("batch", min=1)}}  # any batch size
 SEED = 2**62 + 1  # for initial weights that differ from those of the training
@@ -53,11 +54,12 @@ class Deployed(nn.Module):
         model: a network for normalized images (N, C, H, W). The network returns logits (N,
             classes).
         preprocessing: contains the mean and the standard deviation of each channel.
+        temperature: divides the logits.
     """
 
-    def __init__(self, model: nn.Module, preprocessing: Preprocessing):
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing, temperature: float):
         super().__init__()
-        self.model = model
+        self.model, self.temperature = model, temperature
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(preprocessing.std).view(1, -1, 1, 1))
 
@@ -70,7 +72,7 @@ class Deployed(nn.Module):
         Returns:
             The logits (N, classes).
         """
-        return self.model((images - self.mean) / self.std)
+        return self.model((images - self.mean) / self.std) / self.temperature
 
 
 def export_model(trained: TrainedModel, file_format: str, opset: int | None) -> tuple[bytes, str]:
@@ -210,6 +212,7 @@ def to_weights(trained: TrainedModel) -> bytes:
         trained: a model on the CPU.
     """
     content = metadata(trained, "(pixels in 0..1 - mean) / std")
+    content |= {"temperature": trained.temperature, "output": f"{content['output']} {DIVIDED}"}
     buffer = io.BytesIO()
     write_archive({"model_state_dict": trained.model.state_dict()} | content, buffer)
     return buffer.getvalue()
@@ -228,7 +231,7 @@ def from_weights(content: bytes) -> Inference:
     pre = Preprocessing(**saved["preprocessing"])
     model, _ = build_model(cfg, saved["classes"], pre.channels, pre.image_size, SEED)
     model.load_state_dict(saved["model_state_dict"])
-    return Deployed(model.eval(), pre)
+    return Deployed(model.eval(), pre, saved["temperature"])
 
 
 FORMATS: dict[str, tuple[Callable[[TrainedModel], bytes], Callable[[bytes], Inference]]] = {
@@ -250,7 +253,7 @@ def _program(trained: TrainedModel) -> torch.export.ExportedProgram:
         Refused: torch.export cannot export the model.
     """
     pre = trained.preprocessing
-    deployed = Deployed(trained.model, pre).eval()
+    deployed = Deployed(trained.model, pre, trained.temperature).eval()
     example = torch.zeros(2, *pre.shape)
     with _refusing(f"model.name: torch.export cannot export {trained.cfg.model.name}", GRAPHS_ONLY):
         return torch.export.export(deployed, (example,), dynamic_shapes=SHAPES)
@@ -406,5 +409,6 @@ def compare_logits(
     normalize = Normalize(trained.preprocessing, trained.device)
     pixels = images.float() / 255 if images.dtype == torch.uint8 else images.float()
     expected = torch.cat([trained.model(normalize(images[-size:])) for size in BATCH_SIZES])
+    expected = expected / trained.temperature
     logits = torch.cat([inference(pixels[-size:].contiguous()) for size in BATCH_SIZES])
     return (logits - expected).abs().max().item(), expected.abs().max().item()

@@ -219,7 +219,7 @@ class Predictor:
             logits = self.model(batch).float()
         # Sorted by logits, since rounding may make probabilities equal: the first is the argmax.
         order = logits.sort(dim=1, descending=True, stable=True).indices[:, :top]
-        probabilities = logits.softmax(1).gather(1, order).tolist()
+        probabilities = (logits / trained.temperature).softmax(1).gather(1, order).tolist()
         classes = [[self.classes[index] for index in indices] for indices in order.tolist()]
         return list(map(Prediction, classes, probabilities))
 

@@ -62,6 +62,11 @@ class TrainedModel:
         return self.content["classes"]
 
     @property
+    def temperature(self) -> float:
+        """The number by which the logits are divided before the softmax."""
+        return self.content.get("temperature") or 1.0
+
+    @property
     def is_within_epoch(self) -> bool:
         """Whether the checkpoint was saved in the middle of an epoch.
 
@@ -88,7 +93,8 @@ class TrainedModel:
     def __str__(self) -> str:
         averaged = ", averaged weights" if self.content["ema_state_dict"] else ""
         trained = f"{self.cfg.model.name} {position_text(self.content)}{averaged}"
-        return f"{self.path}: {trained}, {len(self.classes)} classes"
+        positive = f", positive: {self.classes[1]}" if len(self.classes) == 2 else ""
+        return f"{self.path}: {trained}, {len(self.classes)} classes{positive}"
 
 
 def load_trained_model(path: Path, settings: Sequence[str] = ()) -> TrainedModel:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cnn.metrics import scores
+from cnn.metrics.calibration import scaled
 from cnn.metrics.scores import Metrics
 
 Weight = float | Tensor | None
@@ -136,6 +137,7 @@ class EvaluationMetrics(RunningMetrics):
         names: the metrics that `compute` returns, such as "acc" and "auc".
         keeps_probabilities: whether `predictions` returns the probabilities of all classes. They
             are stored only for this, or if a chosen metric needs them.
+        temperature: divides the logits before the softmax.
     """
 
     def __init__(
@@ -145,10 +147,11 @@ class EvaluationMetrics(RunningMetrics):
         names: Sequence[str],
         *,
         keeps_probabilities: bool = False,
+        temperature: float = 1.0,
     ):
         super().__init__(device)
         self.num_classes, self.names = num_classes, tuple(names)
-        self.keeps_probabilities = keeps_probabilities
+        self.keeps_probabilities, self.temperature = keeps_probabilities, temperature
         self._batches: list[dict[str, Any]] = []
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor, weight: Weight = None) -> None:
@@ -163,7 +166,7 @@ class EvaluationMetrics(RunningMetrics):
         """
         super().add(loss, logits, labels, weight)
         weight = len(labels) if weight is None else weight
-        probabilities = logits.float().softmax(1)  # N, classes
+        probabilities = (logits.float() / self.temperature).softmax(1)  # N, classes
         predictions = logits.argmax(1)
         batch = {
             "loss": loss.detach() * weight,
@@ -208,7 +211,8 @@ class EvaluationMetrics(RunningMetrics):
         """Returns the values of the metrics that the constructor received.
 
         Returns:
-            A dict such as {"acc": 0.98, "auc": None}. None means that the metric is undefined.
+            A dict such as {"acc": 0.98, "auc": None}. None means that the metric is undefined. With
+            a temperature, "log_loss_before" and "ece_before" are the metrics without.
         """
         values = super().compute() | scores.from_confusion_matrix(self.confusion().numpy())
         if "is_in_top" in self._batches[0]:
@@ -216,8 +220,13 @@ class EvaluationMetrics(RunningMetrics):
         if set(self.names) & set(scores.FROM_PROBABILITIES):
             labels = self._per_image("cells") // self.num_classes
             probabilities = self._per_image("probabilities")
-            values |= scores.from_probabilities(labels.numpy(), probabilities.numpy())
-        return {name: values.get(name) for name in self.names}
+            labels, probabilities = labels.numpy(), probabilities.numpy()
+            values |= scores.from_probabilities(labels, probabilities)
+        chosen = {name: values.get(name) for name in self.names}
+        if self.temperature != 1 and "ece" in chosen:
+            without = scores.from_probabilities(labels, scaled(probabilities, 1 / self.temperature))
+            chosen |= {f"{name}_before": without[name] for name in ("log_loss", "ece")}
+        return chosen
 
     def _per_image(self, name: str) -> Tensor:
         return torch.cat([batch[name] for batch in self._batches]).cpu()

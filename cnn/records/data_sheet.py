@@ -24,6 +24,7 @@ def facts(run: Run) -> dict[str, str]:
         **(_facts_of_files(data) if is_files else {}),
         "resized to": f"{pre.image_size} x {pre.image_size} pixels; channels: {pre.channels}",
         "data.fit": pre.fit,
+        **({"positive": data.classes[1]} if len(data.classes) == 2 else {}),
     }
 
 

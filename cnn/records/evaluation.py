@@ -1,8 +1,10 @@
 """What a run's evaluations say: confusion matrices, intervals, and a prediction per image."""
 
 import numpy as np
+import torch
 
 from cnn.metrics import scores
+from cnn.metrics.calibration import scaled
 from cnn.metrics.intervals import Interval, intervals
 from cnn.records.history import csv_text
 from cnn.training.run import Run
@@ -46,7 +48,7 @@ def predictions_table(run: Run, split: str) -> str:
     """Returns the text of predictions_val.csv or predictions_test.csv, with a row per image.
 
     A row contains the name of the image, the true class, the predicted class with its probability,
-    and the probability of every class. They have all digits.
+    and the probability of every class. They have all digits, and the temperature if it is fixed.
 
     Args:
         run: the run, whose state has the predictions of the evaluation.
@@ -61,7 +63,11 @@ def predictions_table(run: Run, split: str) -> str:
     columns, of_all = ["image", "label", "prediction", "probability"], [[]] * len(images)
     if "probabilities" in saved:
         columns += [f"p_{name}" for name in classes]
-        of_all = saved["probabilities"].tolist()
+        of_all = saved["probabilities"]
+        if split == "val":  # those of the test have the temperature already
+            of_all = torch.from_numpy(scaled(of_all.numpy(), run.state.temperature or 1.0))
+        saved = saved | {"probability": of_all.max(1).values}
+        of_all = of_all.tolist()
     cells = images.labels, saved["prediction"].tolist(), saved["probability"].tolist(), of_all
     rows = (
         (

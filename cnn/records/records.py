@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from cnn.config import Config
 from cnn.errors import first_line
@@ -45,7 +45,7 @@ class Records:
 
     def __init__(self, run: Run):
         self.folder, self.run, self.state = run.folder, run, run.state
-        self._epochs: dict[Path, int | None] = {}  # of the predictions in each file
+        self._written: dict[Path, Any] = {}  # epoch and temperature of each file's predictions
         self._next_report = time.monotonic() + REPORT_PAUSE * FIRST_REPORT
         self._tensorboard = None
         self._reasons: dict[Path | str, str] = {}  # why the last write of a record failed
@@ -90,13 +90,13 @@ class Records:
             self._attempt("logs/tensorboard", self._write_tensorboard)
 
     def _write_predictions(self, split: str, path: Path) -> None:
-        epoch = self.state.best and self.state.best["epoch"]
+        of = self.state.best and self.state.best["epoch"], self.state.temperature
         if split not in self.state.predictions:  # a file would be of an epoch that the state lacks
             self._attempt(path, lambda: path.unlink(missing_ok=True))
-        elif epoch != self._epochs.get(path):
+        elif of != self._written.get(path):
             text = partial(predictions_table, self.run, split)
             written = self._attempt(path, lambda: write_text(path, text()))
-            self._epochs[path] = epoch if written else None
+            self._written[path] = of if written else None
 
     def _write_tensorboard(self) -> None:
         from cnn.records.tensorboard import TensorBoard

@@ -39,6 +39,7 @@ MAX_LISTED = 140  # the most characters of the line with the number of images pe
 DIVERGED = 1000
 # Metrics of the test, beside the accuracy, that are in the log.
 SAID, SAID_OF_TWO = ("auc", "f1", "balanced_acc"), ("auc", "sensitivity", "specificity")
+CALIBRATED = ("ece", "log_loss")
 # Metrics that are in history.csv and not in the log's line on an epoch.
 HISTORY_ONLY = {"val_balanced_acc", "val_f1", "val_top5_acc"}
 
@@ -105,6 +106,10 @@ def log_start(run: Run, flops: int | None) -> None:
         counts, names = _class_counts(images.labels, data.classes), images.group_names
         groups = "" if names is None else f"  in {len(set(names))} groups"
         logger.info("  %-5s %6d  %s%s", split, len(images), counts, groups)
+    if len(data.classes) == 2:
+        negative, positive = map(escape_unprintable, data.classes)
+        hint = "" if cfg.data.positive else f" (the second by name; else data.positive={negative})"
+        logger.info("  positive: %s%s", positive, hint)
     if "formats" in facts:  # images in memory have none
         logger.info(
             "  %s",
@@ -215,6 +220,13 @@ def log_test(run: Run) -> None:
     logger.info("test_loss %.4f  test_acc %s%s", test["test_loss"], accuracy, epoch)
     for name in SAID_OF_TWO if len(run.data.classes) == 2 else SAID:
         logger.info("  %-13s %s", name, with_interval(test[f"test_{name}"], ends.get(name)))
+    if "test_ece_before" in test:
+        changes = [
+            f"{n} {test[f'test_{n}_before']:.4f} → {test[f'test_{n}']:.4f}" for n in CALIBRATED
+        ]
+        logger.info(
+            "  calibrated on val: temperature %.3f, %s", run.state.temperature, ", ".join(changes)
+        )
     groups = run.data.test.group_names
     if groups is not None and (number := len(set(groups))) < FEW_GROUPS:
         logger.info("test has %d groups; below %d, the intervals are rough", number, FEW_GROUPS)

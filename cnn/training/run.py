@@ -66,7 +66,8 @@ class Run:
     def evaluation_metrics(self, *, of_result: bool = False) -> EvaluationMetrics:
         """Returns a new `EvaluationMetrics` without batches.
 
-        The probabilities of all classes are kept, unless there are very many.
+        The probabilities of all classes are kept, unless there are very many. Those of the final
+        test have the temperature of the state.
 
         Args:
             of_result: if True, the metrics of the final test are computed. If False, the fewer
@@ -76,7 +77,9 @@ class Run:
         names = result_metrics(number) if of_result else epoch_metrics(number, monitor)
         images = self.data.test if of_result else self.data.val
         keeps = len(images) * number <= MAX_PROBABILITIES
-        return EvaluationMetrics(self.state.device, number, names, keeps_probabilities=keeps)
+        temperature = self.state.temperature or 1.0 if of_result else 1.0
+        options = {"keeps_probabilities": keeps, "temperature": temperature}
+        return EvaluationMetrics(self.state.device, number, names, **options)
 
     def train_batches(self) -> Iterator[Batch]:
         """Yields the share of this process in each remaining batch of the current epoch."""

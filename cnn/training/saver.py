@@ -160,6 +160,21 @@ class Saver:
         advice = "a lower optim.lr, schedule.warmup_epochs or train.clip_grad_norm may help"
         raise Failed(f"{reason}: {place}; the checkpoints are from before; {advice}")
 
+    def save_temperature(self) -> None:
+        """Writes the temperature of the state into best.pth, if it is not 1.
+
+        A failure to write is logged, and the file stays as it was.
+        """
+        self.writer.wait()
+        if self.state.temperature == 1 or not self.run.group.is_rank0:
+            return
+        content = self.writer.pending_best or self._read_best(self.state.best["epoch"])
+        content["temperature"] = self.state.temperature
+        try:
+            checkpoint.save_checkpoint(content, self.folder.best)
+        except OSError as error:
+            logger.warning("%s: its temperature cannot be saved: %s", self.folder.best, error)
+
     def load_best(self, model: nn.Module) -> None:
         """Loads the weights of the best epoch into a model.
 

@@ -16,7 +16,9 @@ from cnn.utils.checkpoint import clone_tree
 from cnn.utils.module_state import load_state
 
 # Attributes that are plain values and stand in a checkpoint under their own names.
-PLAIN_ATTRIBUTES = ("epoch", "step", "lr", "group_lrs", "best", "history", "test", "predictions")
+PLAIN_ATTRIBUTES = (
+    *("epoch", "step", "lr", "group_lrs", "best", "history", "test", "predictions", "temperature"),
+)
 TIME_COLUMNS = ("images_per_second", "seconds")  # last ones of history; they differ between runs
 
 
@@ -84,6 +86,7 @@ class TrainingState:
         self.history: list[Metrics] = []
         self.test: Metrics | None = None
         self.predictions: dict[str, dict[str, torch.Tensor]] = {}
+        self.temperature: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state for a checkpoint, as a dict of tensors and plain values."""

@@ -65,6 +65,7 @@ TEXT = Leaf("text", lambda value: type(value) is str)
 WHOLE = Leaf("a whole number of at least 0", lambda v: type(v) is int and 0 <= v < MAX_INT)
 NUMBER = Leaf("a number", lambda v: type(v) in (int, float) and v >= -math.inf)  # but not NaN
 AMOUNT = Leaf("a finite number of at least 0", lambda v: NUMBER.matches(v) and 0 <= v < math.inf)
+FACTOR = Leaf("a finite number above 0", lambda v: AMOUNT.matches(v) and v > 0)
 METRIC = Leaf("a number or null", lambda value: type(value) in (int, float, NoneType))
 TENSOR = Leaf("a tensor", lambda value: isinstance(value, torch.Tensor))
 SCALAR = Leaf("a tensor () of real numbers", lambda value: is_real(value, 0))
@@ -113,6 +114,7 @@ CHECKPOINT = {
     "best": (NULL, {"metric": TEXT, "value": NUMBER, "epoch": WHOLE}),
     "history": [EPOCH | {"*": METRIC}],
     "test": (NULL, {"*": METRIC}),
+    "temperature?": (NULL, FACTOR),
     "predictions?": {"val?": PREDICTIONS, "test?": PREDICTIONS},
     "*": PLAIN,  # entries of a later version
 }
