@@ -298,5 +298,5 @@ def test_predictions_are_not_written_beside_other_images_than_their_own(train, c
     words = [*FOLDER, "data.on_bad_image=skip", "data.val_fraction=0.3", "train.epochs=1"]
     assert train(*words) == 0
     said = capfd.readouterr().err
-    assert "predictions_val.csv" in said and "some images were left out of the validation" in said
+    assert "predictions_val.csv" in said and "some images were left out of the evaluation" in said
     assert not Path("logs/predictions_val.csv").exists()

@@ -107,7 +107,7 @@ def test_what_is_undefined_is_none_and_not_0():
     assert scores.from_probabilities(one_class, np.full((5, 2), np.nan)) == dict.fromkeys(
         scores.FROM_PROBABILITIES
     )
-    assert scores.wilson(0, 0) is None and scores.with_interval(0.0, 0) == "n/a"
+    assert scores.wilson(0, 0) is None and scores.with_interval(None, None) == "n/a"
 
 
 def test_scores_in_any_layout_are_left_as_they_are():
