@@ -7,19 +7,22 @@ Commands:
     python evaluate.py --checkpoint checkpoints/a/best.pth
     python evaluate.py data.root=photos2               on other images of the same classes
     python evaluate.py --json result.json --figure confusion.png
+    python evaluate.py --sensitivity 0.95              at the threshold that reaches it on val
 
-All other settings come from the checkpoint. Only the files that are named here are written.
+All other settings come from the checkpoint. Only the files that are named here are written, and,
+with --save-threshold, the threshold into the checkpoint.
 """
 
 import json
 import logging
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cnn import cli
-from cnn.errors import Refused
+from cnn.errors import Failed, Refused
 from cnn.utils.outputs import check_output, write_output
 from cnn.utils.screen import write_stdout
 
@@ -44,6 +47,7 @@ TITLE = "Confusion matrix of evaluate.py"  # within the PNG file
 # The files of --json and of --figure.
 RESULT = (rb'\{\n  "checkpoint": "', b'\n  "confusion_matrix": ')
 FIGURE = (rb"\x89PNG", TITLE.encode())
+POINTS = ("sensitivity", "specificity")  # that can choose a threshold
 MAX_ROWS = 40  # classes in the printed table
 MAX_PAIRS = 5  # pairs of confused classes in the printed list
 
@@ -55,11 +59,19 @@ class Command(cli.Command):
         split: the images for the evaluation, "val" or "test".
         json: the JSON file for all metrics; None for no file.
         figure: the .png file for the confusion matrix; None for no file.
+        sensitivity, specificity: what the threshold for the positive class shall reach on the
+            validation images. At most one is not None.
+        prevalence: the share of positives for the predictive values; None for that of the images.
+        save_threshold: whether to write the threshold into the checkpoint.
     """
 
     split: str
     json: Path | None
     figure: Path | None
+    sensitivity: float | None
+    specificity: float | None
+    prevalence: float | None
+    save_threshold: bool
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,9 +106,21 @@ def parse(argv: list[str]) -> Command:
     add("--split", choices=("val", "test"), default="test", help="which images (default: test)")
     add("--json", type=Path, metavar="FILE", help="write every figure with all digits to FILE")
     add("--figure", type=Path, metavar="FILE", help="draw the confusion matrix to FILE (.png)")
+    either = parser.add_mutually_exclusive_group()
+    for name in POINTS:
+        text = f"choose the threshold of the positive class that reaches this {name} on val"
+        either.add_argument(f"--{name}", type=float, metavar="X", help=text)
+    add("--prevalence", type=float, metavar="X", help="share of positives, for ppv and npv")
+    add("--save-threshold", action="store_true", help="write the threshold into the checkpoint")
     parser.add_settings(", ".join(SETTINGS))
     command = parser.parse_intermixed_args(argv, Command())
     cli.check_settings(command.settings, SETTINGS)
+    for name in (*POINTS, "prevalence"):
+        value = getattr(command, name)
+        if value is not None and not 0 < value < 1:
+            raise Refused(f"--{name}: expected a share above 0 and below 1, got {value:g}")
+    if command.save_threshold and command.sensitivity is command.specificity is None:
+        raise Refused("--save-threshold: expected --sensitivity X or --specificity X, too")
     if command.figure and command.figure.suffix.lower() != ".png":
         raise Refused(f"--figure: expected a name that ends with .png, got {command.figure}")
     if command.json is not None:
@@ -111,55 +135,176 @@ def evaluate_checkpoint(command: Command) -> None:
     """Evaluates the model of a checkpoint, and prints the metrics.
 
     The evaluation is the same as during training. With --json, the metrics are written to a JSON
-    file, too. With --figure, the confusion matrix is drawn in a PNG file.
+    file, too. With --figure, the confusion matrix is drawn in a PNG file. With --save-threshold,
+    the threshold is written into the checkpoint.
     """
     from cnn.datasets.decode import silence_pillow
-    from cnn.datasets.loader import build_loader
-    from cnn.inference import evaluation
     from cnn.inference.trained_model import load_trained_model
-    from cnn.metrics.intervals import intervals
-    from cnn.metrics.running import EvaluationMetrics
-    from cnn.metrics.scores import result_metrics
-    from cnn.training.engine import evaluate
     from cnn.utils.environment import make_deterministic
-    from cnn.utils.progress import show_progress
 
     silence_pillow()
-    split, trained = command.split, load_trained_model(command.checkpoint, command.settings)
+    trained = load_trained_model(command.checkpoint, command.settings)
     command.places.update(trained.places)
-    cfg, classes, device = trained.cfg, trained.classes, trained.device
-    if cfg.train.deterministic:
+    if trained.cfg.train.deterministic:
         make_deterministic()
     logger.info("%s", trained)
-    subject = evaluation.choose_images(trained, split)
-    number = len(subject.images)
-    logger.info("%s: %d images; %s on %s", subject.description, number, trained.precision, device)
-    pre = trained.preprocessing
-    loader = build_loader(cfg.data, subject.images, pre, device, cfg.seed, training=False)
-    loss = evaluation.build_training_loss(trained, subject)
-    names = result_metrics(len(classes))
-    options = {"keeps_probabilities": True, "temperature": trained.temperature}
-    evaluation_metrics = EvaluationMetrics(device, len(classes), names, **options)
-    batches = show_progress(loader.batches(), split, len(loader), 0, cfg.log.every_seconds)
-    key = {"seed": cfg.seed, "epoch": trained.seed_epoch(split)}
-    values = evaluate(trained.model, batches, loss, trained.autocast, evaluation_metrics, **key)
-    metrics = {f"{split}_{name}": value for name, value in values.items()}
-    matrix, ends = evaluation_metrics.confusion().numpy(), {}
-    found = evaluation_metrics.predictions()
-    if len(found["prediction"]) == number:  # else images were left out, and the labels are unknown
-        columns = found["prediction"].numpy(), found["probabilities"].numpy()
-        ends = intervals(subject.images.labels, *columns, subject.images.group_names)
-    ends = {f"{split}_{name}": pair for name, pair in ends.items()}
-    reported = reported_metrics(trained, split) if subject.is_same_data else None
-    text = "\n" + as_text(metrics, ends, matrix, classes)
+    found = evaluate_split(trained, command.split)
+    point = operating_point(trained, command, found)
+    metrics, matrix, classes = found.metrics, found.matrix, trained.classes
+    reported = reported_metrics(trained, found.split) if found.subject.is_same_data else None
+    text = "\n" + as_text(metrics, found.ends, matrix, classes)
+    if point is not None:
+        text += "\n" + point_as_text(point, classes[1])
     if reported is not None:
         text += "\n" + compare_with_training(trained, metrics, reported) + "\n"
     write_stdout(text)
     if command.json:
-        text = as_json(trained, subject, split, metrics, ends, matrix, reported)
+        text = as_json(trained, found, reported, point)
         write_output(command.json, text.encode("utf-8", "backslashreplace"))
     if command.figure:
-        draw(command.figure, matrix, classes, f"{subject.description}, {command.checkpoint}")
+        draw(command.figure, matrix, classes, f"{found.subject.description}, {command.checkpoint}")
+    if command.save_threshold:
+        save_threshold(trained, point["threshold"])
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The result of an evaluation.
+
+    Attributes:
+        subject: the images.
+        split: "val" or "test".
+        metrics: the metrics by name, such as "test_acc". An undefined metric is None.
+        ends: the lower and upper ends of the metrics' 95 % intervals, by the same names.
+        matrix: the numbers of images, integers of shape (classes, classes). Each row is for a
+            label, and each column is for a predicted class.
+        probabilities: the probability of each class for each image (N, classes). None if images
+            were left out, so that it is unknown which image is which.
+    """
+
+    subject: "EvaluationData"
+    split: str
+    metrics: "Metrics"
+    ends: "dict[str, Interval]"
+    matrix: "np.ndarray"
+    probabilities: "np.ndarray | None"
+
+
+def evaluate_split(trained: "TrainedModel", split: str) -> Evaluated:
+    """Evaluates a model on the images of a split, "val" or "test"."""
+    from cnn.datasets.loader import build_loader
+    from cnn.inference import evaluation
+    from cnn.metrics.intervals import intervals
+    from cnn.metrics.running import EvaluationMetrics
+    from cnn.metrics.scores import result_metrics
+    from cnn.training.engine import evaluate
+    from cnn.utils.progress import show_progress
+
+    cfg, device, num_classes = trained.cfg, trained.device, len(trained.classes)
+    subject = evaluation.choose_images(trained, split)
+    images = subject.images
+    facts = subject.description, len(images), trained.precision, device
+    logger.info("%s: %d images; %s on %s", *facts)
+    pre = trained.preprocessing
+    loader = build_loader(cfg.data, images, pre, device, cfg.seed, training=False)
+    loss = evaluation.build_training_loss(trained, subject)
+    options = {"keeps_probabilities": True, "temperature": trained.temperature}
+    running = EvaluationMetrics(device, num_classes, result_metrics(num_classes), **options)
+    batches = show_progress(loader.batches(), split, len(loader), 0, cfg.log.every_seconds)
+    key = {"seed": cfg.seed, "epoch": trained.seed_epoch(split)}
+    values = evaluate(trained.model, batches, loss, trained.autocast, running, **key)
+    columns, ends = [column.numpy() for column in running.predictions().values()], {}
+    predictions, _, probabilities = columns
+    if len(predictions) == len(images):
+        ends = intervals(images.labels, predictions, probabilities, images.group_names)
+    metrics, ends = ({f"{split}_{k}": v for k, v in named.items()} for named in (values, ends))
+    matrix = running.confusion().numpy()
+    return Evaluated(subject, split, metrics, ends, matrix, probabilities if ends else None)
+
+
+# -- the operating point ---------------------------------------------------------------------------
+
+
+def operating_point(
+    trained: "TrainedModel", command: Command, found: Evaluated
+) -> dict[str, Any] | None:
+    """Returns the threshold for the positive class, and its figures.
+
+    With --sensitivity or --specificity, the threshold is chosen on the validation images of the
+    training. Otherwise it is that of the checkpoint.
+
+    Args:
+        trained: the model with the checkpoint.
+        command: the command line.
+        found: the evaluation of the split that the command line names.
+
+    Returns:
+        A dict with "threshold", "chosen" (how), "prevalence" and the splits. A split has a dict of
+        (value, interval) by name. None without a threshold.
+
+    Raises:
+        Refused: the model has not two classes, images were left out, or the command line names
+            other data than those of the training.
+    """
+    from cnn.metrics.threshold import at_threshold, choose_threshold
+
+    wanted = {name: getattr(command, name) for name in POINTS if getattr(command, name) is not None}
+    if not wanted and (trained.threshold is None or found.probabilities is None):
+        return None
+    if len(trained.classes) != 2:
+        raise Refused(f"--{min(wanted)}: is for two classes, got {len(trained.classes)}")
+    evaluations = [found]
+    if wanted:
+        if not found.subject.is_same_data:
+            advice = "choose it first, with --save-threshold and without naming other data"
+            raise Refused(f"--{min(wanted)}: chosen on the validation of the training; {advice}")
+        evaluations = [evaluate_split(trained, "val"), found][: 1 + (found.split == "test")]
+    for each in evaluations:
+        if each.probabilities is None or not 0 < each.subject.images.labels.mean() < 1:
+            raise Refused(f"{each.subject.description}: expected images of both classes, all read")
+    columns = [(e.subject.images.labels, e.probabilities[:, 1]) for e in evaluations]
+    threshold = choose_threshold(*columns[0], **wanted) if wanted else trained.threshold
+    chosen = " ".join(f"{name} {value:g} on val" for name, value in wanted.items())
+    point = {"threshold": threshold, "chosen": chosen or "saved", "prevalence": command.prevalence}
+    for each, column in zip(evaluations, columns):
+        groups = each.subject.images.group_names
+        point[each.split] = at_threshold(*column, threshold, groups, command.prevalence)
+    return point
+
+
+def point_as_text(point: dict[str, Any], positive: str) -> str:
+    """Formats an operating point as text for the screen.
+
+    Args:
+        point: the result of `operating_point`.
+        positive: the name of the positive class.
+    """
+    from cnn.metrics.scores import with_interval
+    from cnn.utils.screen import align_columns, escape_unprintable
+
+    splits = [split for split in ("val", "test") if split in point]
+    rows = [[point["chosen"], *splits]]
+    for name in point[splits[0]]:
+        rows.append([name, *(with_interval(*point[split][name]) for split in splits)])
+    at = f"{escape_unprintable(positive)} from probability {point['threshold']:.4f} on"
+    given = point["prevalence"]
+    of = "" if given is None else f"; ppv and npv at a prevalence of {given:g}"
+    return "\n".join([f"{at}{of}", *align_columns(rows)]) + "\n"
+
+
+def save_threshold(trained: "TrainedModel", threshold: float) -> None:
+    """Writes a threshold into the checkpoint of a model. All else in the file stays.
+
+    Raises:
+        Failed: the file cannot be written, and stays as it was.
+    """
+    from cnn.utils.checkpoint import save_checkpoint
+
+    try:
+        save_checkpoint(trained.content | {"threshold": threshold}, trained.path)
+    except OSError as error:
+        raise Failed(f"{trained.path}: cannot be written: {error.strerror or error}") from None
+    logger.info("%s: predict.py and export.py use the threshold %.4f", trained.path, threshold)
 
 
 # -- what training reported ------------------------------------------------------------------------
@@ -304,50 +449,52 @@ def as_text(
 
 def as_json(
     trained: "TrainedModel",
-    subject: "EvaluationData",
-    split: str,
-    metrics: "Metrics",
-    ends: "dict[str, Interval]",
-    matrix: "np.ndarray",
+    found: Evaluated,
     reported: "Metrics | None",
+    point: dict[str, Any] | None,
 ) -> str:
     """Formats the results of an evaluation as JSON, with all digits of each metric.
 
-    An undefined metric becomes null.
+    An undefined metric becomes null. The 95 % interval of a metric has "_95" after its name.
 
     Args:
         trained: the model with the checkpoint.
-        subject: the images of the evaluation.
-        split: "val" or "test".
-        metrics: the metrics by name, such as "test_acc". An undefined metric is None.
-        ends: the lower and upper ends of the metrics' 95 % intervals, by the same names.
-        matrix: the numbers of images, integers of shape (classes, classes). Each row is for a
-            label, and each column is for a predicted class.
+        found: the evaluation.
         reported: the metrics from training for the same weights and images; None if there are none.
+        point: the operating point; None without a threshold.
     """
     from cnn.metrics import scores
     from cnn.utils import environment as env
 
-    values = scores.per_class(matrix)
+    values = scores.per_class(found.matrix)
     values["images"] = values.pop("support")
-    content, number = trained.content, int(matrix.sum())
-    with_ends = {f"{name}_95": pair for name, pair in ends.items()}
+    content, number = trained.content, int(found.matrix.sum())
+    metrics = {name: _finite(value) for name, value in found.metrics.items()}
+    metrics |= {f"{name}_95": pair for name, pair in found.ends.items()}
+    if point is not None:
+        by_split = {name: each for name, each in point.items() if isinstance(each, dict)}
+        point = {name: each for name, each in point.items() if name not in by_split}
+        for split, figures in by_split.items():
+            for name, (value, ends) in figures.items():
+                point |= {f"{split}_{name}": value, f"{split}_{name}_95": ends}
     result = {
         "checkpoint": str(trained.path),
         "epoch": content["epoch"],
         "step": content["step"],
         "model": trained.cfg.model.name,
         "data": {"name": trained.cfg.data.name, "root": trained.cfg.data.root},
-        "split": split,
+        "split": found.split,
         "images": number,
-        "own_data": subject.is_same_data,
-        "metrics": {name: _finite(value) for name, value in metrics.items()} | with_ends,
+        "own_data": found.subject.is_same_data,
+        "temperature": trained.temperature,
+        "metrics": metrics,
+        "operating_point": point,
         "reported": reported,
         "classes": [
             {"class": name} | {key: _finite(v[row].item()) for key, v in values.items()}
             for row, name in enumerate(trained.classes)
         ],
-        "confusion_matrix": matrix.tolist(),
+        "confusion_matrix": found.matrix.tolist(),
         "environment": env.describe(trained.device, trained.precision),
     }
     return json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -44,7 +44,8 @@ class Prediction:
     """The most probable classes of a picture, with their probabilities.
 
     Attributes:
-        classes: the names of the classes. The most probable class comes first.
+        classes: the names of the classes. The predicted class comes first. It is the most probable
+            class, unless the checkpoint has a threshold for the positive class.
         probabilities: the probability of each class in `classes`, from 0 to 1.
     """
 
@@ -219,7 +220,11 @@ class Predictor:
             logits = self.model(batch).float()
         # Sorted by logits, since rounding may make probabilities equal: the first is the argmax.
         order = logits.sort(dim=1, descending=True, stable=True).indices[:, :top]
-        probabilities = (logits / trained.temperature).softmax(1).gather(1, order).tolist()
+        probabilities = (logits / trained.temperature).softmax(1)
+        if trained.threshold is not None:  # the positive class is the second one
+            is_positive = (probabilities[:, 1] >= trained.threshold).long()[:, None]
+            order = torch.cat([is_positive, 1 - is_positive], 1)[:, :top]
+        probabilities = probabilities.gather(1, order).tolist()
         classes = [[self.classes[index] for index in indices] for indices in order.tolist()]
         return list(map(Prediction, classes, probabilities))
 

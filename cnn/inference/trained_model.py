@@ -67,6 +67,14 @@ class TrainedModel:
         return self.content.get("temperature") or 1.0
 
     @property
+    def threshold(self) -> float | None:
+        """The least probability of a positive prediction; None if the likelier class is predicted.
+
+        With the option --save-threshold, evaluate.py writes it into a checkpoint.
+        """
+        return self.content.get("threshold")
+
+    @property
     def is_within_epoch(self) -> bool:
         """Whether the checkpoint was saved in the middle of an epoch.
 
@@ -94,6 +102,8 @@ class TrainedModel:
         averaged = ", averaged weights" if self.content["ema_state_dict"] else ""
         trained = f"{self.cfg.model.name} {position_text(self.content)}{averaged}"
         positive = f", positive: {self.classes[1]}" if len(self.classes) == 2 else ""
+        if self.threshold is not None:
+            positive += f" from probability {self.threshold:.4f} on"
         return f"{self.path}: {trained}, {len(self.classes)} classes{positive}"
 
 

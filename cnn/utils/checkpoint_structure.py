@@ -114,7 +114,7 @@ CHECKPOINT = {
     "best": (NULL, {"metric": TEXT, "value": NUMBER, "epoch": WHOLE}),
     "history": [EPOCH | {"*": METRIC}],
     "test": (NULL, {"*": METRIC}),
-    "temperature?": (NULL, FACTOR),
+    **dict.fromkeys(("temperature?", "threshold?"), (NULL, FACTOR)),
     "predictions?": {"val?": PREDICTIONS, "test?": PREDICTIONS},
     "*": PLAIN,  # entries of a later version
 }
