@@ -7,6 +7,7 @@ Commands:
     python sweep.py configs/sweep.yaml trials=20       8 more trials, after the first 12
     python sweep.py configs/sweep.yaml name=b search=random train.epochs=20
     python sweep.py configs/sweep.yaml --skip 7        leave out trial 7
+    python sweep.py configs/folds.yaml data.root=photos    cross-validation
 
 After any stop, even kill -9, the same command resumes the same trials, each from its latest
 checkpoint. Needs Optuna: pip install -r requirements-sweep.txt
@@ -193,6 +194,8 @@ def log_ranking(study: "Study") -> int:
     if not ranking:
         logger.error("no trial is complete; their output is in %s/trials", study.folder)
         return cli.FAILED
+    if study.sweep.is_cross_validation:
+        return log_folds(study)
     shown = ranking[:NUM_SHOWN]
     rows = [["trial", monitor, "epoch", *study.sweep.space]]
     for trial in shown:
@@ -204,6 +207,26 @@ def log_ranking(study: "Study") -> int:
     runs = [study.sweep.run_name(trial.number) for trial in shown]
     logger.info("compare: python compare.py %s", " ".join(runs))
     log_best_settings(study, ranking[0])
+    return cli.DONE
+
+
+def log_folds(study: "Study") -> int:
+    """Logs the result of a cross-validation, and writes the predictions of all its folds.
+
+    Returns:
+        The exit status: cli.FAILED if folds are not complete, otherwise cli.DONE.
+    """
+    from cnn.sweeps.folds import summarize
+    from cnn.utils.screen import align_columns
+
+    number, done = study.sweep.trials, len(study.ranking())
+    if done < number:
+        logger.error("%d of %d folds are not complete: no figures", number - done, number)
+        return cli.FAILED
+    file = study.folder / "predictions_oof.csv"
+    for line in align_columns(summarize(study.sweep, file)):
+        logger.info("  %s", line)
+    logger.info("each image's prediction by a model that was not trained on it: %s", file)
     return cli.DONE
 
 

@@ -85,7 +85,9 @@ def share(hits: np.ndarray, of: np.ndarray, groups: np.ndarray | None = None) ->
     value, assumed = successes.sum() / number, (sizes**2).sum() / number
     spread = ((successes - value * sizes) ** 2).sum() * count / max(count - 1, 1)
     shrunk = (successes.sum() + 2) / (number + 4)  # as Agresti and Coull (1998), never 0 or 1
-    effect = max(1, _average(spread / (number * shrunk * (1 - shrunk)), assumed, count))
+    # If hits or misses are in few groups, these say little of how alike a group's images are.
+    known = min(count, int((successes > 0).sum()), int((successes < sizes).sum()))
+    effect = max(1, _average(spread / (number * shrunk * (1 - shrunk)), assumed, known))
     return wilson(value * number / effect, number / effect, _quantile(count))
 
 

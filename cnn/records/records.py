@@ -70,11 +70,12 @@ class Records:
         """Updates the files of the run after the final test.
 
         If the result is the best so far for the model and data, the settings are saved in
-        configs/best_hparams.
+        configs/best_hparams, except those of a fold.
         """
         self._write_result()
         self.write()
-        if self.state.best is not None and not self.folder.scratch:
+        is_fold = self.run.cfg.data.folds is not None  # its figures are of other test images
+        if self.state.best is not None and not self.folder.scratch and not is_fold:
             self._attempt("configs/best_hparams", self._update_best_hparams)
 
     def __exit__(self, *_: object) -> None:

@@ -32,6 +32,7 @@ FORMS = "[a, b, ...], {between: [low, high]} or {log: [low, high]}"
 MAX_GRID = 10_000
 MAX_CHECKED = 2_000  # combinations that are checked before a sweep starts, a millisecond each
 
+FOLD = "data.fold"  # a sweep that tries nothing else is a cross-validation
 # Settings that cannot be in the search space.
 NOT_TRIED = {
     "run": "each trial has a run of its own",
@@ -137,6 +138,11 @@ class Sweep:
         return self.base.checkpoint.monitor
 
     @property
+    def is_cross_validation(self) -> bool:
+        """Whether the sweep tries nothing but folds."""
+        return list(self.space) == [FOLD]
+
+    @property
     def trials(self) -> int:
         """The number of trials in the sweep.
 
@@ -237,10 +243,14 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
     name = cfg.name or path.stem
     mistakes += _check_sweep(cfg, name, changes, space, places)
     _check_combinations(common, space, mistakes)
+    base = reader.build(Config, common, [])
+    if list(space) == [FOLD] and num_combinations(space) != base.data.folds:
+        where, all_of = space[FOLD].written[0].where, list(range(base.data.folds or 0))
+        mistakes.append(f"{where}: {FOLD}: expected all folds, {all_of}, got {space[FOLD]}")
     if mistakes:
         raise Refused("\n".join(dict.fromkeys(mistakes)))
     typed_words = [word for word in words if word.partition("=")[0] in for_trials]
-    return Sweep(cfg, name, path, reader.build(Config, common, []), typed_words, space)
+    return Sweep(cfg, name, path, base, typed_words, space)
 
 
 def _read_config(file: Path, where: str, mistakes: list[str]) -> dict[str, Entry]:
