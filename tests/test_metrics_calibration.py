@@ -10,14 +10,16 @@ import pytest
 import torch
 
 import evaluate
+import export
+from cnn.datasets import synthetic
 from cnn.inference import load
 from cnn.metrics import scores
 from cnn.metrics.calibration import fit_temperature, scaled
 from cnn.utils.checkpoint import load_checkpoint, save_checkpoint
 from tests.conftest import assert_same_run, finish
 
-SMOOTHED = ("data.name=digits", "data.args={}", "loss.label_smoothing=0.1", "optim.lr=0.1")
-DIGITS = (*SMOOTHED, "train.epochs=12")
+IMAGES = {"num_images": 300, "num_test": 60, "num_classes": 3, "image_size": 8, "noise": 20}
+SMOOTHED = (f"data.args={IMAGES}", "data.val_fraction=0.3", "loss.label_smoothing=0.2")
 
 
 def draw(number, temperature, seed=0, num_classes=5):
@@ -79,7 +81,7 @@ def rows(name):
 
 @pytest.fixture
 def smoothed(train):
-    assert train(*DIGITS, "train.epochs=12") == 0
+    assert train(*SMOOTHED, "optim.lr=0.1", "train.epochs=4") == 0
 
 
 def test_a_run_fits_its_temperature_before_the_test(smoothed, capsys):
@@ -111,9 +113,7 @@ def test_the_tables_are_what_the_figures_are_computed_from(smoothed):
 
 def test_a_prediction_and_an_export_have_the_temperature(smoothed):
     predictor = load("checkpoints/best.pth")
-    from cnn.datasets.digits import load as digits
-
-    splits, _ = digits()
+    splits, _ = synthetic.load(**IMAGES)
     table = {row["image"]: row for row in rows("predictions_val.csv")}
     for name in list(table)[:5]:
         index = int(name.partition("[")[2].rstrip("]"))
@@ -121,8 +121,6 @@ def test_a_prediction_and_an_export_have_the_temperature(smoothed):
         found = predictor(picture)
         assert found.classes[0] == table[name]["prediction"]
         assert found.probabilities[0] == pytest.approx(float(table[name]["probability"]), abs=1e-6)
-    import export
-
     assert export.main([]) == 0
     module = torch.export.load("checkpoints/best.pt2").module()
     with torch.no_grad():
@@ -146,15 +144,15 @@ def test_a_stop_before_the_temperature_changes_nothing(smoothed, train):
 
 def test_more_epochs_fit_another_temperature(smoothed, train):
     first = load_checkpoint(Path("checkpoints/last.pth"))["temperature"]
-    assert train("--resume", "train.epochs=13", "loss.label_smoothing=0.3") == 0
+    assert train("--resume", "train.epochs=5", "loss.label_smoothing=0.3") == 0
     last = load_checkpoint(Path("checkpoints/last.pth"))
-    assert last["temperature"] is not None and last["epoch"] == 13
-    assert (last["temperature"] == first) == (last["best"]["epoch"] <= 12)
+    assert last["temperature"] is not None and last["epoch"] == 5
+    assert (last["temperature"] == first) == (last["best"]["epoch"] <= 4)
 
 
 def test_a_temperature_that_is_none_is_refused(smoothed):
     path = Path("checkpoints/best.pth")
     content = torch.load(path, weights_only=True)
     torch.save(content | {"temperature": 0.0}, path)
-    status, said = finish("--resume", str(path), "train.epochs=13")
+    status, said = finish("--resume", str(path), "train.epochs=5")
     assert status == 2 and "temperature" in said and "Traceback" not in said
