@@ -24,6 +24,7 @@ from cnn.metrics.scores import mode, wilson, with_interval
 from cnn.records import figures
 from cnn.records.figures import COLOURS, Curve, Panel
 from cnn.records.pages import render
+from cnn.records.paired import paired_rows
 from cnn.records.run_record import RunRecord, format_setting, read_run
 from cnn.utils.files import make_folder, raising_failed
 from cnn.utils.outputs import check_output, write_output
@@ -117,6 +118,8 @@ def write_comparison(runs: Sequence[RunRecord], page: Path) -> str:
     if len(groups) < len(runs):
         metrics = list(dict.fromkeys([metric, "val_acc", "val_loss"]))
         tables["Groups, mean ± standard deviation"] = group_table(groups, names, metrics)
+    if paired := paired_rows(runs):
+        tables["Differences on the same test images"] = paired
     values = [values_of(group, metric) for group in groups]
     verdicts = [
         verdict((name, other), (of_name, of_other), metric)

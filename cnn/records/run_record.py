@@ -26,6 +26,7 @@ class RunRecord:
         history: a dict of metrics per completed epoch.
         result: the content of result.json. {} if there is no result.json.
         status: "finished", "running" or "broken off".
+        folder: the log folder of the run.
     """
 
     name: str
@@ -33,6 +34,7 @@ class RunRecord:
     history: list[Metrics]
     result: dict[str, Any]
     status: str
+    folder: Path
 
     @property
     def monitor(self) -> str:
@@ -82,7 +84,8 @@ def read_run(where: str) -> RunRecord:
         raise Refused(f"{where}: cannot be read as a run: {error}") from None
     if status != "finished" and is_running(logs.folder):
         status = "running"
-    return RunRecord(escape_unprintable(where.rstrip("/\\")), settings, history, result, status)
+    name = escape_unprintable(where.rstrip("/\\"))
+    return RunRecord(name, settings, history, result, status, logs.folder)
 
 
 def format_setting(value: Any) -> str:

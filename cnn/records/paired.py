@@ -1,0 +1,59 @@
+"""Comparisons of runs on the same test images, by the files predictions_test.csv."""
+
+import csv
+from collections.abc import Sequence
+
+import numpy as np
+
+from cnn.metrics.comparison import compare_areas, compare_hits, holm
+from cnn.records.run_record import RunRecord
+from cnn.utils.run_folder import RunLogs
+
+Table = dict[str, dict[str, str]]  # a row by image
+
+
+def paired_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
+    """Returns a table that compares runs with the first run, on the same test images.
+
+    Args:
+        runs: the records of the runs. Runs without predictions of the same images are left out.
+
+    Returns:
+        A row per run and metric, after a row with the names of the columns. The list is empty if
+        there is nothing to compare.
+    """
+    tables = [_read(run) for run in runs]
+    images, found = list(tables[0]), []
+    for run, table in zip(runs[1:], tables[1:]):
+        pairs = [(tables[0][image], table.get(image, {})) for image in images]
+        if len(table) != len(images) or any(a["label"] != b.get("label") for a, b in pairs):
+            continue
+        names = [row["group"] for row, _ in pairs]  # copies have one, other images have none
+        groups = np.unique(names, return_inverse=True)[1] if all(names) else None
+        hits = np.array([[row["prediction"] == row["label"] for row in pair] for pair in pairs])
+        found.append((run.name, "acc", compare_hits(*hits.T, groups)))
+        columns = [name for name in pairs[0][0] if name.startswith("p_")]
+        if len(columns) == 2 and columns[1] in pairs[0][1]:
+            positives = np.array(["p_" + row["label"] == columns[1] for row, _ in pairs])
+            scores = np.array([[float(row[columns[1]]) for row in pair] for pair in pairs])
+            found.append((run.name, "auc", compare_areas(positives, *scores.T, groups)))
+    found = [each for each in found if each[2] is not None]
+    corrected = holm([p_value for *_, (*_, p_value) in found])
+    head = [f"against {runs[0].name}", "metric", "difference (95 %)", "p", "p by Holm"]
+    rows = [
+        [name, metric, f"{value:+.4f} ({ends[0]:+.4f} to {ends[1]:+.4f})", f"{p:.3g}", f"{by:.3g}"]
+        for (name, metric, (value, ends, p)), by in zip(found, corrected)
+    ]
+    return [head, *rows] if rows else []
+
+
+def _read(run: RunRecord) -> Table:
+    logs = RunLogs(run.folder)
+    tables = []
+    for path in (logs.test_predictions, logs.division):
+        if not path.is_file():
+            return {}
+        with open(path, encoding="utf-8", newline="") as file:
+            tables.append({row["image"]: row for row in csv.DictReader(file)})
+    predictions, places = tables
+    return {image: row | {"group": places[image]["group"]} for image, row in predictions.items()}
