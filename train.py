@@ -177,11 +177,24 @@ def train(
             saver.lap()  # the time that records took does not count for the next epoch
 
         if run.state.test is None:
+            if run.state.epoch < cfg.train.epochs:
+                log_early_stop(run)
             test(run, saver)
         else:
             summary.log_finished(cfg, run.state)
         summary.log_test(run)
         records.finish()
+
+
+def log_early_stop(run: "Run") -> None:
+    """Logs that the run ends before its last epoch, and why."""
+    cfg, best, epoch = run.cfg, run.state.best, run.state.epoch
+    where = (
+        f"best {best['metric']} {best['value']:.4f} in epoch {best['epoch']}" if best else "none"
+    )
+    reason = f"no improvement in {cfg.train.early_stop_patience} epochs ({where})"
+    advice = f"train.early_stop_patience=null goes on to epoch {cfg.train.epochs}"
+    logger.info("stopped early after epoch %d: %s; %s", epoch, reason, advice)
 
 
 def train_epoch(run: "Run", saver: "Saver") -> None:

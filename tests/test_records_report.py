@@ -93,7 +93,8 @@ def test_names_are_text_whatever_they_are(unbroken):
     page = Page(report(unbroken))
     assert not {"b", "i"} & page.tags
     for name in CLASSES:
-        assert Page(sections(unbroken)["val"]).texts.count(name) == 3, name  # table and both axes
+        texts = Page(sections(unbroken)["val"]).texts
+        assert texts.count(name) >= 3, name  # table and both axes
     assert any(text.endswith('&".png') for text in page.texts)
 
 

@@ -82,7 +82,7 @@ def test_every_picture_is_predicted_once_and_the_figures_are_of_the_predictions(
 
     Path("logs/cv_0001/predictions_test.csv").unlink()
     assert script.main([file, *SETTINGS]) == 1
-    assert "logs/cv_0001: cannot be read as a fold that is done" in capfd.readouterr().err
+    assert "logs/cv_0001: expected a fold that is tested" in capfd.readouterr().err
 
 
 @pytest.mark.soak

@@ -5,6 +5,8 @@ The logits are divided by one number, the temperature, before the softmax. No pr
 
 import numpy as np
 
+from cnn.metrics.scores import log_loss
+
 SPREAD = 0.7  # standard deviation of the logarithm of the temperature, before anything is known
 LEAST_GAIN = 4.0  # of the log-likelihood; twice what the 95 % quantile of the ratio asks for
 FARTHEST = 4 * SPREAD
@@ -30,25 +32,22 @@ def fit_temperature(
         as much more as the images of a group are alike (Kish, 1965).
     """
     logs = np.log(np.maximum(probabilities.astype(np.float64), TINY))
-    of_labels, numbers = logs[np.arange(len(labels)), labels], np.arange(len(labels))
+    of_labels = logs[np.arange(len(labels)), labels]
 
     def slope(log: float) -> np.ndarray:  # of each image's loss, by the inverse of the temperature
         return (_softmax(logs * np.exp(-log)) * logs).sum(1) - of_labels
-
-    def loss(log: float) -> float:
-        return -np.log(np.maximum(_softmax(logs * np.exp(-log))[numbers, labels], TINY)).sum()
 
     low, high = -FARTHEST, FARTHEST
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         rises = middle / SPREAD**2 > slope(middle).sum() * np.exp(-middle)
         low, high = (low, middle) if rises else (middle, high)
-    gaps = slope(0.0)
-    effect = 1.0
+    found, gaps, effect = float(np.exp(low)), slope(0.0), 1.0
+    before, after = (log_loss(labels, scaled(probabilities, each)) for each in (1.0, found))
     if groups is not None and gaps.any():
         sums = np.bincount(np.unique(groups, return_inverse=True)[1], gaps)
         effect = max(1.0, (sums**2).sum() / (gaps**2).sum())
-    return float(np.exp(low)) if loss(0.0) - loss(low) > LEAST_GAIN * effect else 1.0
+    return found if (before - after) * len(labels) > LEAST_GAIN * effect else 1.0
 
 
 def scaled(probabilities: np.ndarray, temperature: float) -> np.ndarray:

@@ -113,20 +113,17 @@ def auc_interval(
     if not all(map(len, sides)):
         return None
     groups = np.arange(len(scores)) if groups is None else groups
-    influence, effective, counts = np.empty(len(scores)), [], []
+    influence, values, effective, counts = np.empty(len(scores)), [], [], []
     for side, other in (sides, sides[::-1]):
-        ordered = np.sort(scores[other])
-        below = ordered.searchsorted(scores[side], "left") + ordered.searchsorted(
-            scores[side], "right"
-        )
+        ordered, sizes = np.sort(scores[other]), np.bincount(groups[side])
+        below = sum(ordered.searchsorted(scores[side], end) for end in ("left", "right"))
         shares = below / (2 * len(other))  # of the other images, those below this one
-        value = shares.mean() if side is sides[0] else 1 - shares.mean()
-        sizes = np.bincount(groups[side])
+        values.append(shares.mean())
         effective.append(len(side) ** 2 / (sizes**2).sum())
         counts.append(int((sizes > 0).sum()))
         factor = math.sqrt(counts[-1] / max(counts[-1] - 1, 1)) / len(side)
-        sign = 1 if side is sides[0] else -1
-        influence[side] = sign * factor * (shares - shares.mean())
+        influence[side] = factor * (shares - shares.mean())
+    value, influence[sides[1]] = values[0], -influence[sides[1]]
     numbers, count = [len(side) for side in sides], min(counts)
     margin = 0.5 / max(numbers)
     inner = min(max(value, margin), 1 - margin)

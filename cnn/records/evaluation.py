@@ -1,11 +1,12 @@
 """What a run's evaluations say: confusion matrices, intervals, and a prediction per image."""
 
 import numpy as np
-import torch
 
 from cnn.metrics import scores
 from cnn.metrics.calibration import scaled
 from cnn.metrics.intervals import Interval, intervals
+from cnn.records.curves import evaluation_panels
+from cnn.records.figures import Panel
 from cnn.records.history import csv_text
 from cnn.training.run import Run
 
@@ -32,16 +33,24 @@ def intervals_of(run: Run, split: str) -> dict[str, Interval]:
         The lower and the upper end by metric, such as "acc". The dict is empty if the state has no
         predictions, or if images were left out.
     """
-    images, saved = run.data.splits[split], run.state.predictions.get(split)
-    if saved is None or len(saved["prediction"]) != len(images):
+    images, saved = run.data.splits[split], _saved(run, split)
+    if not saved:
         return {}
-    probabilities = saved.get("probabilities")
-    return intervals(
-        images.labels,
-        saved["prediction"].numpy(),
-        None if probabilities is None else probabilities.numpy(),
-        images.group_names,
-    )
+    columns = saved["prediction"], saved.get("probabilities")
+    return intervals(images.labels, *columns, images.group_names)
+
+
+def panels_of(run: Run, split: str) -> list[Panel]:
+    """Returns charts of the probabilities of an evaluation; [] where they are not known.
+
+    Args:
+        run: the run.
+        split: "val" for the validation of the best epoch, or "test" for the final test.
+    """
+    saved, labels = _saved(run, split), run.data.splits[split].labels
+    if "probabilities" not in saved:
+        return []
+    return evaluation_panels(labels, saved["probabilities"], run.data.classes)
 
 
 def predictions_table(run: Run, split: str) -> str:
@@ -57,25 +66,30 @@ def predictions_table(run: Run, split: str) -> str:
     Raises:
         ValueError: some images could not be read and have no prediction.
     """
-    images, classes, saved = run.data.splits[split], run.data.classes, run.state.predictions[split]
-    if len(saved["prediction"]) != len(images):  # the order would differ
+    images, classes, saved = run.data.splits[split], run.data.classes, _saved(run, split)
+    if not saved:
         raise ValueError("some images were left out of the evaluation (data.on_bad_image=skip)")
     columns, of_all = ["image", "label", "prediction", "probability"], [[]] * len(images)
     if "probabilities" in saved:
         columns += [f"p_{name}" for name in classes]
-        of_all = saved["probabilities"]
-        if split == "val":  # those of the test have the temperature already
-            of_all = torch.from_numpy(scaled(of_all.numpy(), run.state.temperature or 1.0))
-        saved = saved | {"probability": of_all.max(1).values}
-        of_all = of_all.tolist()
+        of_all = saved["probabilities"].tolist()
     cells = images.labels, saved["prediction"].tolist(), saved["probability"].tolist(), of_all
     rows = (
-        (
-            images.name(number),
-            classes[label],
-            classes[prediction],
-            *(f"{p:.9g}" for p in [one, *all]),
-        )
-        for number, (label, prediction, one, all) in enumerate(zip(*cells, strict=True))
+        (images.name(number), classes[label], classes[said], *(f"{p:.9g}" for p in [one, *every]))
+        for number, (label, said, one, every) in enumerate(zip(*cells, strict=True))
     )
     return csv_text(columns, rows)
+
+
+def _saved(run: Run, split: str) -> dict[str, np.ndarray]:
+    """Returns the predictions of an evaluation, with the temperature of the state if it has one.
+
+    The dict is empty if the state has none, or if images were left out, so that the order differs.
+    """
+    saved = {name: part.numpy() for name, part in run.state.predictions.get(split, {}).items()}
+    if not saved or len(saved["prediction"]) != len(run.data.splits[split]):
+        return {}
+    if split == "val" and "probabilities" in saved:  # those of the test have it already
+        saved["probabilities"] = scaled(saved["probabilities"], run.state.temperature or 1.0)
+        saved["probability"] = saved["probabilities"].max(1)
+    return saved

@@ -29,6 +29,10 @@ SVG_INK, SVG_GRID = "#010203", "#040506"  # replaced by the page's colours in th
 PNG_INK, PNG_GRID = "#222222", "#dddddd"
 MAX_CLASSES_WITH_NUMBERS, MAX_CLASSES_WITH_NAMES = 20, 120
 IMAGES_PER_ROW = 8
+USUAL, CUT_OFF = (
+    0.8,
+    5,
+)  # a chart ends above this quantile of values, if one is so many times higher
 STYLE = Path(__file__).with_name("templates") / "figures.mplstyle"
 
 # The first of these fonts that is installed draws the letters that DejaVu Sans lacks, in a PNG.
@@ -72,7 +76,7 @@ class Panel:
         marks: the x coordinates of vertical dotted lines.
         mark_label: the name of the vertical lines in the legend.
         xlabel: the label of the x axis.
-        xscale: the scale of the x axis, "linear" or "log".
+        xscale: the scale of the x axis, "linear", "log", or "share" for both axes from 0 to 1.
     """
 
     title: str
@@ -182,15 +186,23 @@ def _draw_panel(axes: "Axes", panel: Panel) -> None:
     for number, x in enumerate(panel.marks):
         label = panel.mark_label if number == 0 else None
         axes.axvline(x, color="#8a8a8a", linestyle=":", linewidth=1, label=label)
-    axes.set(title=panel.title, xlabel=panel.xlabel, xscale=panel.xscale)
+    scale = "log" if panel.xscale == "log" else "linear"
+    axes.set(title=panel.title, xlabel=panel.xlabel, xscale=scale)
     axes.grid(True)
-    if panel.xscale == "log":
+    if panel.xscale == "share":
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    elif scale == "log":
         # The default labels, powers of ten, are math text, which figures.mplstyle turns off.
         axes.xaxis.set_major_formatter("{x:g}")
     else:
         axes.xaxis.get_major_locator().set_params(integer=True)
         longest = max((curve.xs[-1] for curve in panel.curves if len(curve.xs)), default=1)
         axes.set_xlim(1 - 0.03 * longest, max(longest * 1.03, 1.5))
+        values = np.array([y for curve in panel.curves for y in curve.ys], dtype=float)
+        usual = np.nanquantile(values, USUAL) if np.isfinite(values).any() else 0.0
+        if np.nanmax(values, initial=0.0) > CUT_OFF * usual > 0:  # one epoch shot up
+            axes.set_ylim(top=2 * usual)
+            axes.set_title(f"{panel.title}, cut off: up to {np.nanmax(values):.3g}")
     if len(panel.curves) > 1 or panel.marks:
         axes.legend()
 

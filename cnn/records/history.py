@@ -24,13 +24,18 @@ def read_history(path: Path) -> list[Metrics]:
     Raises:
         ValueError: a cell is not a number.
     """
+    return [
+        {name: float(cell) if cell else None for name, cell in row.items()}
+        for row in read_rows(path)
+    ]
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Returns the rows of a CSV file by column; [] if the file does not exist."""
     if not path.is_file():
         return []
     with open(path, encoding="utf-8", newline="") as file:
-        return [
-            {name: float(cell) if cell else None for name, cell in row.items()}
-            for row in csv.DictReader(file)
-        ]
+        return list(csv.DictReader(file))
 
 
 def write_history(path: Path, history: list[Metrics]) -> None:

@@ -1,15 +1,11 @@
 """Comparisons of runs on the same test images, by the files predictions_test.csv."""
 
-import csv
 from collections.abc import Sequence
 
 import numpy as np
 
 from cnn.metrics.comparison import compare_areas, compare_hits, holm
-from cnn.records.run_record import RunRecord
-from cnn.utils.run_folder import RunLogs
-
-Table = dict[str, dict[str, str]]  # a row by image
+from cnn.records.run_record import RunRecord, numbers_of_groups
 
 
 def paired_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
@@ -22,14 +18,13 @@ def paired_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
         A row per run and metric, after a row with the names of the columns. The list is empty if
         there is nothing to compare.
     """
-    tables = [_read(run) for run in runs]
+    tables = [{row["image"]: row for row in run.predictions()} for run in runs]
     images, found = list(tables[0]), []
     for run, table in zip(runs[1:], tables[1:]):
         pairs = [(tables[0][image], table.get(image, {})) for image in images]
         if len(table) != len(images) or any(a["label"] != b.get("label") for a, b in pairs):
             continue
-        names = [row["group"] for row, _ in pairs]  # copies have one, other images have none
-        groups = np.unique(names, return_inverse=True)[1] if all(names) else None
+        groups = numbers_of_groups([row for row, _ in pairs])
         hits = np.array([[row["prediction"] == row["label"] for row in pair] for pair in pairs])
         found.append((run.name, "acc", compare_hits(*hits.T, groups)))
         columns = [name for name in pairs[0][0] if name.startswith("p_")]
@@ -45,15 +40,3 @@ def paired_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
         for (name, metric, (value, ends, p)), by in zip(found, corrected)
     ]
     return [head, *rows] if rows else []
-
-
-def _read(run: RunRecord) -> Table:
-    logs = RunLogs(run.folder)
-    tables = []
-    for path in (logs.test_predictions, logs.division):
-        if not path.is_file():
-            return {}
-        with open(path, encoding="utf-8", newline="") as file:
-            tables.append({row["image"]: row for row in csv.DictReader(file)})
-    predictions, places = tables
-    return {image: row | {"group": places[image]["group"]} for image, row in predictions.items()}

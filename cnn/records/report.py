@@ -19,7 +19,7 @@ from cnn.config import as_text, to_yaml
 from cnn.datasets.order import EVALUATION
 from cnn.metrics import scores
 from cnn.records import data_sheet, figures
-from cnn.records.evaluation import confusion, intervals_of
+from cnn.records.evaluation import confusion, intervals_of, panels_of
 from cnn.records.figures import COLOURS, ORANGE, Curve, Panel
 from cnn.records.pages import CLASS_HEAD, class_rows, format_metric, render
 from cnn.training.run import Run
@@ -53,16 +53,17 @@ class Report:
         write_text(self.logs.report, render("report.jinja", **self._content()))
 
     def write_pictures(self) -> None:
-        """Writes the pictures curves.png and confusion_matrix.png.
+        """Writes the pictures curves.png, confusion_matrix.png and roc.png.
 
-        After the final test, the confusion matrix is the matrix of the test. Before the test, the
-        matrix of the best epoch's validation is used. Without predictions, confusion_matrix.png is
-        not written.
+        After the final test, the last two are of the test. Before the test, they are of the best
+        epoch's validation. Without predictions, they are not written.
         """
         write_output(self.logs.curves, figures.png(figures.draw_panels, self._panels()))
         split = "test" if "test" in self.state.predictions else "val"
         if split in self.state.predictions:
             write_output(self.logs.confusion_matrix, confusion_png(self.run, split))
+            if panels := panels_of(self.run, split):
+                write_output(self.logs.roc, figures.png(figures.draw_panels, panels))
 
     # -- from the state -------------------------------------------------------------------------
 
@@ -176,6 +177,7 @@ class Report:
             ],
             "is_small": len(classes) <= figures.MAX_CLASSES_WITH_NUMBERS,
             "matrix": figures.svg(figures.draw_confusion, matrix, classes),
+            "charts": figures.panel_svgs(panels_of(self.run, split)),
             "rows": rows,
             "means": means,
             "confused": [

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from cnn import config
 from cnn.config import Config
 from cnn.errors import Refused
 from cnn.metrics.scores import Metrics, mode
-from cnn.records.history import read_history
+from cnn.records.history import read_history, read_rows
 from cnn.utils.run_folder import RunLogs, is_running
 from cnn.utils.screen import escape_unprintable
 
@@ -52,6 +53,24 @@ class RunRecord:
         rows = [row for row in self.history if row.get(self.monitor) is not None]
         choose = min if mode(self.monitor) == "min" else max
         return choose(rows, key=lambda row: row[self.monitor], default={})
+
+    def predictions(self) -> list[dict[str, str]]:
+        """Returns the rows of predictions_test.csv, with the column group of division.csv.
+
+        The list is empty if the run has no predictions of test images.
+        """
+        logs = RunLogs(self.folder)
+        groups = {row["image"]: row["group"] for row in read_rows(logs.division)}
+        return [
+            row | {"group": groups.get(row["image"], "")}
+            for row in read_rows(logs.test_predictions)
+        ]
+
+
+def numbers_of_groups(rows: list[dict[str, str]]) -> np.ndarray | None:
+    """Returns the number of the group of each row (N), from 0 on; None without groups."""
+    names = [row["group"] for row in rows]  # copies have one, other images have none
+    return np.unique(names, return_inverse=True)[1] if all(names) else None
 
 
 def read_run(where: str) -> RunRecord:

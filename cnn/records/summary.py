@@ -39,7 +39,6 @@ MAX_LISTED = 140  # the most characters of the line with the number of images pe
 DIVERGED = 1000
 # Metrics of the test, beside the accuracy, that are in the log.
 SAID, SAID_OF_TWO = ("auc", "f1", "balanced_acc"), ("auc", "sensitivity", "specificity")
-CALIBRATED = ("ece", "log_loss")
 # Metrics that are in history.csv and not in the log's line on an epoch.
 HISTORY_ONLY = {"val_balanced_acc", "val_f1", "val_top5_acc"}
 
@@ -221,12 +220,11 @@ def log_test(run: Run) -> None:
     for name in SAID_OF_TWO if len(run.data.classes) == 2 else SAID:
         logger.info("  %-13s %s", name, with_interval(test[f"test_{name}"], ends.get(name)))
     if "test_ece_before" in test:
-        changes = [
-            f"{n} {test[f'test_{n}_before']:.4f} → {test[f'test_{n}']:.4f}" for n in CALIBRATED
-        ]
-        logger.info(
-            "  calibrated on val: temperature %.3f, %s", run.state.temperature, ", ".join(changes)
+        ece, loss = (
+            f"{test[f'test_{n}_before']:.4f} → {test[f'test_{n}']:.4f}" for n in ("ece", "log_loss")
         )
+        text = "  calibrated on val: temperature %.3f, ece %s, log_loss %s"
+        logger.info(text, run.state.temperature, ece, loss)
     groups = run.data.test.group_names
     if groups is not None and (number := len(set(groups))) < FEW_GROUPS:
         logger.info("test has %d groups; below %d, the intervals are rough", number, FEW_GROUPS)

@@ -1,6 +1,5 @@
 """The result of a cross-validation, which is a sweep over the setting data.fold alone."""
 
-import csv
 import statistics
 from pathlib import Path
 
@@ -10,10 +9,9 @@ from cnn.errors import Failed
 from cnn.metrics.intervals import share
 from cnn.metrics.scores import with_interval
 from cnn.records.history import csv_text
-from cnn.records.run_record import read_run
+from cnn.records.run_record import numbers_of_groups, read_run
 from cnn.sweeps.settings import FOLD, Sweep
 from cnn.utils.files import write_text
-from cnn.utils.run_folder import RunLogs
 
 
 def summarize(sweep: Sweep, file: Path) -> list[list[str]]:
@@ -29,19 +27,18 @@ def summarize(sweep: Sweep, file: Path) -> list[list[str]]:
         of images the share of the images of all folds, with its 95 % interval.
 
     Raises:
-        Failed: files of a fold are missing or cannot be read.
+        Refused: the files of a fold cannot be read.
+        Failed: a fold is not tested, or its predictions are missing.
     """
     tests, rows = [], []
     for number in range(sweep.trials):
-        logs = RunLogs(Path("logs", sweep.run_name(number)))
-        try:
-            tests.append(read_run(str(logs.folder)).result["test"])
-            groups = {row["image"]: row["group"] for row in _read(logs.division)}
-            of_fold = {FOLD: sweep.combination(number)[FOLD]}
-            for row in _read(logs.test_predictions):
-                rows.append(row | {"group": groups[row["image"]]} | of_fold)
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise Failed(f"{logs.folder}: cannot be read as a fold that is done: {error}") from None
+        run = read_run(f"logs/{sweep.run_name(number)}")
+        predictions = run.predictions()
+        if run.status != "finished" or not predictions:
+            raise Failed(f"{run.name}: expected a fold that is tested, with its predictions")
+        tests.append(run.result["test"])
+        fold = sweep.combination(number)[FOLD]
+        rows += [row | {FOLD: fold} for row in predictions]
     write_text(file, csv_text(list(rows[0]), (list(row.values()) for row in rows)))
     pooled, table = _pool(rows), [["", "mean ± sd over folds", "all images"]]
     for name in (name.removeprefix("test_") for name in tests[0] if not name.endswith("_95")):
@@ -61,16 +58,8 @@ def _pool(rows: list[dict[str, str]]) -> dict[str, str]:
     of = {"acc": np.ones(len(rows), bool)}
     if len(names) == 2:
         of |= {"sensitivity": labels == names[1], "specificity": labels == names[0]}
-    groups = None
-    if all(row["group"] for row in rows):  # copies have numbers, and other images have none
-        groups = np.unique([row["group"] for row in rows], return_inverse=True)[1]
-    hits, found = labels == said, {}
+    hits, found, groups = labels == said, {}, numbers_of_groups(rows)
     for name, counts in of.items():
         ends = share(hits, counts, groups)
         found[name] = with_interval(hits[counts].mean().item() if ends else None, ends)
     return found
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))

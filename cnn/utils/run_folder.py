@@ -53,6 +53,7 @@ class RunLogs:
         self.report = folder / "report.html"
         self.curves = folder / "curves.png"
         self.confusion_matrix = folder / "confusion_matrix.png"
+        self.roc = folder / "roc.png"
         self.tensorboard = folder / "tensorboard"
 
     def paths(self) -> list[Path]:
