@@ -29,17 +29,8 @@ SVG_INK, SVG_GRID = "#010203", "#040506"  # replaced by the page's colours in th
 PNG_INK, PNG_GRID = "#222222", "#dddddd"
 MAX_CLASSES_WITH_NUMBERS, MAX_CLASSES_WITH_NAMES = 20, 120
 IMAGES_PER_ROW = 8
-USUAL, CUT_OFF = (
-    0.8,
-    5,
-)  # a chart ends above this quantile of values, if one is so many times higher
-STYLE = Path(__file__).with_name("templates") / "figures.mplstyle"
-
-# The first of these fonts that is installed draws the letters that DejaVu Sans lacks, in a PNG.
-CJK_FONTS = (
-    "Noto Sans CJK SC, Noto Sans SC, Source Han Sans SC, WenQuanYi Micro Hei, SimHei,"
-    " Microsoft YaHei, PingFang SC, Hiragino Sans GB, Arial Unicode MS, Noto Sans CJK JP"
-)
+# A chart is cut off above this quantile of its values, if one is so many times higher.
+USUAL, CUT_OFF = 0.8, 30
 
 
 def is_available() -> bool:
