@@ -31,6 +31,13 @@ MAX_CLASSES_WITH_NUMBERS, MAX_CLASSES_WITH_NAMES = 20, 120
 IMAGES_PER_ROW = 8
 # A chart is cut off above this quantile of its values, if one is so many times higher.
 USUAL, CUT_OFF = 0.8, 30
+STYLE = Path(__file__).with_name("templates") / "figures.mplstyle"
+
+# The first of these fonts that is installed draws the letters that DejaVu Sans lacks, in a PNG.
+CJK_FONTS = (
+    "Noto Sans CJK SC, Noto Sans SC, Source Han Sans SC, WenQuanYi Micro Hei, SimHei,"
+    " Microsoft YaHei, PingFang SC, Hiragino Sans GB, Arial Unicode MS, Noto Sans CJK JP"
+)
 
 
 def is_available() -> bool:
