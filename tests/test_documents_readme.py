@@ -36,6 +36,7 @@ from cnn.records import figures
 
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 CLASSES = {"猫": 180, "汽车": 110, "船": 40}  # and how bright they are
+FEW = ("model.name=simple_cnn", "log.report=false")
 
 # ---------------------------------------------------------------------------------------------
 # What is in a README
@@ -157,7 +158,7 @@ def workshop(tmp_path_factory) -> Path:
         write_mnist(Path("data"), [number % 10 for number in range(40)])
         shutil.copy(ROOT / "cnn/models/simple_cnn.py", ".")
         run_python(patch, "train.py", "train.epochs=1", "log.report=false")
-        few = ["train.epochs=1", "model.name=simple_cnn"]
+        few = ["train.epochs=1", *FEW]
         run_python(patch, "train.py", "--config", "configs/folder.yaml", "data.root=photos", *few)
         return Path.cwd()
 
@@ -189,6 +190,15 @@ def a_script(patch: pytest.MonkeyPatch, script: str, rest: str) -> None:
         fewer = [f"train.epochs={2 if '--resume' in words else 1}", "log.report=false"]
     if script == "sweep.py":
         fewer = ["trials=1", "train.epochs=1"]
+    if "configs/folds.yaml" in words:
+        fewer = ["data.folds=2", "space={data.fold: [0, 1]}", "train.epochs=1", *FEW]
+    if any("data.group" in word for word in words):
+        for number, path in enumerate(sorted(Path("photos").glob("*/*.jpg"))):
+            path.rename(path.with_name(f"patient{number // 2}_{path.name}"))
+    if "--sensitivity" in words:  # of two classes
+        shutil.rmtree("photos/船")
+        two = ["--config", "configs/folder.yaml", "data.root=photos", "train.epochs=1", *FEW]
+        assert run_python(patch, "train.py", *two) == 0
     if "configs/finetune.yaml" in words:
         fewer += ["data.image_size=32", "data.num_workers=0"]
         torch.save(torchvision.models.resnet18().state_dict(), "resnet18-f37072fd.pth")
