@@ -292,6 +292,15 @@ def point_as_text(point: dict[str, Any], positive: str) -> str:
     return "\n".join([f"{at}{of}", *align_columns(rows)]) + "\n"
 
 
+def flat_point(point: dict[str, Any]) -> dict[str, Any]:
+    """Returns an operating point with a key for each figure and interval, such as "test_ppv_95"."""
+    flat = {name: each for name, each in point.items() if not isinstance(each, dict)}
+    for split in (name for name in point if name not in flat):
+        for name, (value, ends) in point[split].items():
+            flat |= {f"{split}_{name}": value, f"{split}_{name}_95": ends}
+    return flat
+
+
 def save_threshold(trained: "TrainedModel", threshold: float) -> None:
     """Writes a threshold into the checkpoint of a model. All else in the file stays.
 
@@ -471,12 +480,6 @@ def as_json(
     content, number = trained.content, int(found.matrix.sum())
     metrics = {name: _finite(value) for name, value in found.metrics.items()}
     metrics |= {f"{name}_95": pair for name, pair in found.ends.items()}
-    if point is not None:
-        by_split = {name: each for name, each in point.items() if isinstance(each, dict)}
-        point = {name: each for name, each in point.items() if name not in by_split}
-        for split, figures in by_split.items():
-            for name, (value, ends) in figures.items():
-                point |= {f"{split}_{name}": value, f"{split}_{name}_95": ends}
     result = {
         "checkpoint": str(trained.path),
         "epoch": content["epoch"],
@@ -488,7 +491,7 @@ def as_json(
         "own_data": found.subject.is_same_data,
         "temperature": trained.temperature,
         "metrics": metrics,
-        "operating_point": point,
+        "operating_point": point and flat_point(point),
         "reported": reported,
         "classes": [
             {"class": name} | {key: _finite(v[row].item()) for key, v in values.items()}

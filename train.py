@@ -177,8 +177,6 @@ def train(
             saver.lap()  # the time that records took does not count for the next epoch
 
         if run.state.test is None:
-            if run.state.epoch < cfg.train.epochs:
-                log_early_stop(run)
             test(run, saver)
         else:
             summary.log_finished(cfg, run.state)
@@ -236,6 +234,8 @@ def test(run: "Run", saver: "Saver") -> None:
     from cnn.training.engine import evaluate
     from cnn.utils.module_state import state_preserved
 
+    if run.state.epoch < run.cfg.train.epochs:
+        log_early_stop(run)
     if (saved := run.state.predictions.get("val")) and "probabilities" in saved:
         val, given = run.data.val, saved["probabilities"].numpy()
         if len(given) == len(val):

@@ -17,7 +17,11 @@ from cnn.utils.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 # sweep.py's file is none: it says what is tried, not what a run is.
-RECIPES = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.stem != "sweep"]
+RECIPES = [
+    path
+    for path in sorted((ROOT / "configs").glob("*.yaml"))
+    if path.stem not in ("sweep", "folds")
+]
 TINY = ["--config", str(ROOT / "tests" / "tiny.yaml")]
 
 torch.set_num_threads(1)  # another number changes bits, and the machine may be shared

@@ -34,7 +34,8 @@ def test_a_run_leaves_its_records(train):
     left = {str(path) for folder in ("logs", "checkpoints") for path in Path(folder).glob("[!.]*")}
     assert left == {
         *("logs/train.log", "logs/history.csv", "logs/config.yaml", "logs/model.txt"),
-        *("logs/predictions_val.csv", "logs/result.json", "logs/data.txt", "logs/division.csv"),
+        *("logs/predictions_val.csv", "logs/predictions_test.csv", "logs/result.json"),
+        *("logs/data.txt", "logs/division.csv"),
         *("checkpoints/best.pth", "checkpoints/last.pth"),
         *("checkpoints/epoch_001.pth", "checkpoints/epoch_002.pth"),
     }
@@ -167,7 +168,8 @@ def test_a_new_run_moves_the_earlier_one_aside(train):
     (logs,) = Path("logs/archive").iterdir()
     assert {path.name for path in logs.iterdir()} == {
         *("train.log", "history.csv", "config.yaml", "model.txt"),
-        *("predictions_val.csv", "result.json", "data.txt", "division.csv"),
+        *("predictions_val.csv", "predictions_test.csv", "result.json"),
+        *("data.txt", "division.csv"),
     }
     assert kept.name == logs.name
 

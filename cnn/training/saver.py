@@ -166,14 +166,15 @@ class Saver:
         A failure to write is logged, and the file stays as it was.
         """
         self.writer.wait()
-        if self.state.temperature == 1 or not self.run.group.is_rank0:
-            return
-        content = self.writer.pending_best or self._read_best(self.state.best["epoch"])
-        content["temperature"] = self.state.temperature
-        try:
-            checkpoint.save_checkpoint(content, self.folder.best)
-        except OSError as error:
-            logger.warning("%s: its temperature cannot be saved: %s", self.folder.best, error)
+        with self.run.group.agreement():
+            if self.state.temperature == 1 or not self.run.group.is_rank0:
+                return
+            content = self.writer.pending_best or self._read_best(self.state.best["epoch"])
+            content["temperature"] = self.state.temperature
+            try:
+                checkpoint.save_checkpoint(content, self.folder.best)
+            except OSError as error:
+                logger.warning("%s: its temperature cannot be saved: %s", self.folder.best, error)
 
     def load_best(self, model: nn.Module) -> None:
         """Loads the weights of the best epoch into a model.
