@@ -249,7 +249,9 @@ def operating_point(
     from cnn.metrics.threshold import at_threshold, choose_threshold
 
     wanted = {name: getattr(command, name) for name in POINTS if getattr(command, name) is not None}
-    if not wanted and (trained.threshold is None or found.probabilities is None):
+    if not wanted and trained.threshold is None:
+        if command.prevalence is not None:
+            raise Refused("--prevalence: is for a threshold; expected --sensitivity X, too")
         return None
     if len(trained.classes) != 2:
         raise Refused(f"--{min(wanted)}: is for two classes, got {len(trained.classes)}")
@@ -260,10 +262,15 @@ def operating_point(
             raise Refused(f"--{min(wanted)}: chosen on the validation of the training; {advice}")
         evaluations = [evaluate_split(trained, "val"), found][: 1 + (found.split == "test")]
     for each in evaluations:
-        if each.probabilities is None or not 0 < each.subject.images.labels.mean() < 1:
-            raise Refused(f"{each.subject.description}: expected images of both classes, all read")
+        if each.probabilities is None:
+            raise Refused(f"{each.subject.description}: images were left out: no threshold")
+        if wanted and not 0 < each.subject.images.labels.mean() < 1:
+            raise Refused(f"{each.subject.description}: expected images of both classes")
     columns = [(e.subject.images.labels, e.probabilities[:, 1]) for e in evaluations]
     threshold = choose_threshold(*columns[0], **wanted) if wanted else trained.threshold
+    if not 0 < threshold < 1:
+        reached = f"--{min(wanted)}: only a threshold of {threshold:g} would reach it"
+        raise Refused(f"{reached}; the probabilities are all near 0 and 1")
     chosen = " ".join(f"{name} {value:g} on val" for name, value in wanted.items())
     point = {"threshold": threshold, "chosen": chosen or "saved", "prevalence": command.prevalence}
     for each, column in zip(evaluations, columns):
@@ -354,8 +361,15 @@ def reported_metrics(trained: "TrainedModel", split: str) -> "Metrics | None":
         if content["started"] != trained.content["started"]:
             return None
     best = content["best"]
-    is_best = best is None or best["epoch"] == trained.content["epoch"]
-    return content["test"] if is_best else None
+    if best is not None and best["epoch"] != trained.content["epoch"]:
+        return None
+    if (content.get("temperature") or 1.0) == trained.temperature:
+        return content["test"]
+    return {
+        name: value
+        for name, value in content["test"].items()
+        if not name.removeprefix("test_").startswith(FROM_PROBABILITIES)
+    }
 
 
 def compare_with_training(trained: "TrainedModel", metrics: "Metrics", reported: "Metrics") -> str:

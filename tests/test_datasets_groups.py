@@ -11,11 +11,12 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 import evaluate
 from cnn.config import DataConfig
-from cnn.datasets.build import build_data
+from cnn.datasets.build import as_trained, build_data
 from cnn.datasets.division import divide
 from cnn.datasets.findings import Findings
 from cnn.datasets.grouping import assign, hold_out, join
 from cnn.datasets.images import ArrayImages
+from cnn.datasets.preprocessing import Preprocessing
 from cnn.errors import Refused
 
 NUM_SEEDS = 20
@@ -212,8 +213,32 @@ def test_an_image_without_a_group_is_refused(photos):
         build_data(DataConfig("folder", "photos", group="p1\\d", image_size=8), seed=0)
 
 
+def test_a_part_of_a_path_that_is_empty_is_no_group(photos):
+    with pytest.raises(Refused, match="nothing that matches .* in 56 of 96 paths: ill/p00"):
+        build_data(DataConfig("folder", "photos", group=r"(p1\d|$)", image_size=8), seed=0)
+
+
+def test_a_table_may_name_files_anywhere(photos):
+    write_table("path", "label")
+    Path("tables").mkdir()
+    text = Path("table.csv").read_text().replace("photos/", f"{Path('photos').resolve()}/")
+    Path("tables/table.csv").write_text(text)
+    cfg = DataConfig("csv", "tables/table.csv", group=r"p\d\d_", image_size=8)
+    assert "p00_" in {*build_data(cfg, seed=0).train.group_names}
+
+
+def test_checkpoints_from_before_groups_are_read_without(photos):
+    write_table("path", "label", "group")
+    cfg, pre = DataConfig("csv", "table.csv", image_size=8), Preprocessing(8, 3, [0.5] * 3, [1] * 3)
+    data = build_data(cfg, seed=0)
+    assert as_trained(cfg, data.fingerprint(), pre).group is None
+    before = {key: value for key, value in data.fingerprint().items() if key != "groups"}
+    old = build_data(as_trained(cfg, before, pre), seed=0)
+    assert data.train.group_names is not None and old.train.group_names is None
+
+
 def test_too_few_groups_are_refused(photos):
-    for pattern, fault in ((".*/", "too few groups"), ("^", "too few groups \\(1\\)")):
+    for pattern, fault in ((".*/", "too few groups"), ("^(?=.)(?:ill|well)", "too few groups")):
         with pytest.raises(Refused, match=fault):
             build_data(DataConfig("folder", "photos", group=pattern, image_size=8), seed=0)
 

@@ -13,6 +13,7 @@ import evaluate
 import export
 from cnn.datasets import synthetic
 from cnn.inference import load
+from cnn.inference.trained_model import load_trained_model
 from cnn.metrics import scores
 from cnn.metrics.calibration import fit_temperature, scaled
 from cnn.utils.checkpoint import load_checkpoint, save_checkpoint
@@ -135,8 +136,11 @@ def test_a_stop_before_the_temperature_changes_nothing(smoothed, train):
         content = load_checkpoint(Path("checkpoints", name))
         content.update(test=None, temperature=None)
         content["predictions"].pop("test", None)
-        save_checkpoint(content, Path("checkpoints", name))
+        save_checkpoint(content | {"threshold": 0.3}, Path("checkpoints", name))
     assert train("--resume") == 0
+    best = load_checkpoint(Path("checkpoints/best.pth"))
+    assert best.pop("threshold") is None, "it was chosen for other probabilities"
+    save_checkpoint(best, Path("checkpoints/best.pth"))
     assert_same_run("whole", ".")
     for name in ("result.json", "predictions_val.csv", "predictions_test.csv"):
         assert Path("logs", name).read_bytes() == Path("whole/logs", name).read_bytes()
@@ -148,6 +152,18 @@ def test_more_epochs_fit_another_temperature(smoothed, train):
     last = load_checkpoint(Path("checkpoints/last.pth"))
     assert last["temperature"] is not None and last["epoch"] == 5
     assert (last["temperature"] == first) == (last["best"]["epoch"] <= 4)
+
+
+def test_other_weights_than_those_of_the_best_epoch_have_no_temperature(smoothed):
+    content = load_checkpoint(Path("checkpoints/last.pth"))
+    assert content["temperature"] != 1
+    assert load_trained_model(Path("checkpoints/best.pth")).temperature == content["temperature"]
+    save_checkpoint(content | {"temperature": None}, Path("checkpoints/kept.pth"))
+    assert load_trained_model(Path("checkpoints/kept.pth")).temperature == 1
+    content["best"] |= {"epoch": 1, "value": content["history"][0]["val_loss"]}
+    content["early_stop"]["waited"] = content["epoch"] - 1
+    save_checkpoint(content, Path("checkpoints/last.pth"))
+    assert load_trained_model(Path("checkpoints/last.pth")).temperature == 1
 
 
 def test_a_temperature_that_is_none_is_refused(smoothed):

@@ -40,7 +40,10 @@ def test_the_p_value_of_areas_is_delongs():
     assert value == pytest.approx(theirs)
     assert p_value == pytest.approx(2 * norm.sf(abs(theirs) / np.sqrt(spread)))
     assert (high - low) / 2 == pytest.approx(1.96 * np.sqrt(spread), rel=1e-3)
-    assert compare_areas(np.ones(5, bool), one[:5], other[:5]) is None
+    assert compare_areas(np.ones(50, bool), one[:50], other[:50]) is None
+    few = np.arange(200) < 9  # the normal approximation does not hold
+    assert compare_areas(few, one, other) is None
+    assert compare_areas(np.arange(200) < 50, one, other, np.arange(200) // 6) is None
 
 
 @pytest.mark.parametrize("size", [1, 5])
@@ -57,6 +60,11 @@ def test_equal_models_differ_in_5_percent_of_sets(size):
         found.append((compare_hits(*hits, every)[2], compare_areas(labels, *scores, every)[2]))
     wrong = (np.array(found) < 0.05).mean(0)
     assert (wrong < 0.09).all() and wrong[1] > 0.02, wrong
+
+
+def test_many_images_take_no_time():
+    each = np.arange(60_000) % 2 == 0
+    assert compare_hits(each, ~each)[2] == 1
 
 
 def test_holm_corrects_for_the_number_of_comparisons():
@@ -80,6 +88,9 @@ def test_compare_says_whether_runs_differ_on_the_same_test(train, capsys):
     with_other = paired_rows([read_run(name) for name in ("bad", "other", "good")])
     assert [row[:2] for row in with_other[1:]] == [["good", "acc"], ["good", "auc"]]
     assert "Differences on the same test images" in Path("page.html").read_text()
-    Path("logs/good/predictions_test.csv").unlink()
-    assert compare.main(["bad", "good"]) == 0
-    assert "Differences on" not in capsys.readouterr().out
+    assert train(*words, "data.args={num_test: 40, num_classes: 2, image_size: 8}", "run=new") == 0
+    assert not paired_rows([read_run(name) for name in ("bad", "new")])
+    for name in ("good", "bad"):
+        Path(f"logs/{name}/predictions_test.csv").unlink()
+        assert compare.main(["bad", "good"]) == 0
+        assert "Differences on" not in capsys.readouterr().out

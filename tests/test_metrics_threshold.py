@@ -14,6 +14,7 @@ import evaluate
 import export
 import predict
 from cnn.inference import load
+from cnn.metrics import threshold as threshold_module
 from cnn.metrics.threshold import at_threshold, choose_threshold
 from cnn.utils.checkpoint import load_checkpoint
 
@@ -48,6 +49,26 @@ def test_equal_scores_are_not_divided():
     assert choose_threshold(labels, scores, sensitivity=0.5) == pytest.approx(0.3)
     assert choose_threshold(labels, scores, specificity=0.75) == pytest.approx(0.7)
     assert choose_threshold(labels, scores, sensitivity=0.25) == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize("wanted", [0.5, 0.95, 0.99])
+def test_neighbours_among_numbers_are_told_apart(wanted):
+    rng = np.random.default_rng(4)
+    labels = rng.integers(0, 2, 200)
+    near = (1 - 6e-8 * np.arange(200)).astype(np.float32)  # with many equal ones
+    for given in (near, rng.permutation(near), np.nextafter(near, 0, dtype=np.float32)):
+        for name in ("sensitivity", "specificity"):
+            threshold = choose_threshold(labels, given, **{name: wanted})
+            assert at_threshold(labels, given, threshold)[name][0] >= wanted or threshold == 1
+
+
+def test_a_threshold_of_0_or_1_is_refused(trained, monkeypatch, capsys):
+    before = Path("checkpoints/best.pth").read_bytes()
+    monkeypatch.setattr(threshold_module, "choose_threshold", lambda *_, **__: at)
+    for at in (0.0, 1.0):
+        assert evaluate.main(["--sensitivity", "0.9", "--save-threshold"]) == 2
+        assert f"only a threshold of {at:g} would reach it" in capsys.readouterr().err
+    assert Path("checkpoints/best.pth").read_bytes() == before
 
 
 def test_the_figures_are_shares():
@@ -168,6 +189,7 @@ def test_a_saved_threshold_is_used_by_all(trained, train, capsys, wanted):
         (["--sensitivity", "1.5"], "--sensitivity: expected a share above 0 and below 1, got 1.5"),
         (["--save-threshold"], "--save-threshold: expected --sensitivity X or"),
         (["--sensitivity", "0.9", "--specificity", "0.9"], "not allowed with"),
+        (["--prevalence", "0.5"], "--prevalence: is for a threshold"),
         (["--sensitivity", "0.9", "data.root=other"], "chosen on the validation of the training"),
     ],
 )

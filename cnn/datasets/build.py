@@ -107,7 +107,8 @@ class Data:
             The numbers of images under "train", "val" and "test", and a CRC-32 under "checksum".
             The CRC-32 covers the labels and names of all images. Of a path, only the file name
             counts. Except for a user's own dataset class, the CRC-32 depends on the pixels, too.
-            Another CRC-32, under "content", depends on every single pixel.
+            Another CRC-32, under "content", depends on every single pixel, and one under "groups"
+            on the names of the groups.
         """
         splits, checksum = self.splits, self.train.checksum()
         for images in splits.values():
@@ -117,7 +118,11 @@ class Data:
             checksum = zlib.crc32(os.fsencode(names), zlib.crc32(images.labels.tobytes(), checksum))
         identities = np.concatenate([images.identities() for images in splits.values()])
         numbers = {split: len(images) for split, images in splits.items()}
-        return numbers | {"checksum": checksum, "content": zlib.crc32(identities)}
+        names = [
+            name for i in splits.values() if i.group_names is not None for name in i.group_names
+        ]
+        numbers |= {"checksum": checksum, "content": zlib.crc32(identities)}
+        return numbers | {"groups": zlib.crc32("\0".join(names).encode())}
 
 
 def _some_of_each(labels: np.ndarray, number: int) -> np.ndarray:
@@ -142,7 +147,7 @@ def as_trained(
 ) -> DataConfig:
     """Returns the settings with which the data of a checkpoint are read again.
 
-    Earlier versions did not look for copies, and decoded all pixels of JPEG files.
+    Earlier versions did not look for copies, decoded all pixels of JPEG files, and had no groups.
 
     Args:
         cfg: the section `data` of the settings.
@@ -156,6 +161,7 @@ def as_trained(
         fit=preprocessing.fit,
         decode="scaled" if preprocessing.scaled else "full",
         on_duplicate=cfg.on_duplicate if "content" in fingerprint else "ignore",
+        group=cfg.group if "groups" in fingerprint else "",
     )
 
 

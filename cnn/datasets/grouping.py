@@ -29,9 +29,9 @@ def names_from_paths(pattern: str, root: Path, paths: Sequence[Path]) -> list[st
         Refused: nothing is found in some paths.
     """
     folder = root if root.is_dir() else root.parent
-    texts = [path.relative_to(folder).as_posix() for path in paths]
+    texts = [path.as_posix().removeprefix(f"{folder.as_posix()}/") for path in paths]
     found = [re.search(pattern, text) for text in texts]
-    if missing := [text for text, match in zip(texts, found) if not match]:
+    if missing := [text for text, match in zip(texts, found) if not match or not match[0]]:
         where = f"in {len(missing)} of {len(texts)} paths: {list_some(missing)}"
         raise Refused(f"data.group: nothing that matches {pattern!r} {where}")
     return ["/".join(match.groups("")) or match[0] for match in found]
@@ -97,12 +97,13 @@ def hold_out(
     ranks = np.argsort(order)[free]
     parts = assign(groups[free], labels[free], [1 - fraction, fraction], np.argsort(ranks))
     held[free] = parts == 1
+    sizes = np.bincount(np.unique(groups, return_inverse=True)[1])
     for label in np.setdiff1d(labels[free], labels[held]):
-        numbers, sizes = np.unique(groups[free], return_counts=True)
-        for number in numbers[np.argsort(sizes, kind="stable")]:
+        numbers = np.intersect1d(groups[free], groups[labels == label])
+        places = np.searchsorted(np.unique(groups), numbers)
+        for number in numbers[np.argsort(sizes[places], kind="stable")]:
             is_group = groups == number
-            kept = labels[~held & ~is_group]
-            if label in labels[is_group] and not np.setdiff1d(labels[is_group], kept).size:
+            if not np.setdiff1d(labels[is_group], labels[~held & ~is_group]).size:
                 held |= is_group
                 break
     return held

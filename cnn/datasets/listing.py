@@ -83,7 +83,7 @@ def read_listing(
 def _read_groups(cfg: DataConfig, listing: Listing, paths: list[Path]) -> np.ndarray | None:
     """Returns the name of the group of each file (N), by data.group or a table; None without."""
     names = [name for part in listing.values() for *_, name in part]
-    if cfg.group is not None:
+    if cfg.group:  # "" is for none, whatever a table has
         names = grouping.names_from_paths(cfg.group, Path(cfg.root), paths)
     elif None in names:
         return None

@@ -85,7 +85,7 @@ def _read_images(file: Path, cfg: DataConfig, findings: Findings) -> Listing:
             if not os.path.isfile(image) and cfg.on_bad_image == "stop":
                 missing = f"a path that leads to no file ({advice})"
                 mistakes[missing].append(f"line {line} ({path})")
-        group = None if cfg.group else row.get("group")
+        group = row.get("group") if cfg.group is None else None
         place = f"{label} in {split}" + (f" of {group}" if group else "")
         earlier, before = seen.setdefault(os.path.normpath(image), (line, place))
         if before != place:

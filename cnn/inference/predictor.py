@@ -222,7 +222,7 @@ class Predictor:
         order = logits.sort(dim=1, descending=True, stable=True).indices[:, :top]
         probabilities = (logits / trained.temperature).softmax(1)
         if trained.threshold is not None:  # the positive class is the second one
-            is_positive = (probabilities[:, 1] >= trained.threshold).long()[:, None]
+            is_positive = (probabilities[:, 1].double() >= trained.threshold).long()[:, None]
             order = torch.cat([is_positive, 1 - is_positive], 1)[:, :top]
         probabilities = probabilities.gather(1, order).tolist()
         classes = [[self.classes[index] for index in indices] for indices in order.tolist()]

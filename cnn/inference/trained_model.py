@@ -63,8 +63,13 @@ class TrainedModel:
 
     @property
     def temperature(self) -> float:
-        """The number by which the logits are divided before the softmax."""
-        return self.content.get("temperature") or 1.0
+        """The number by which the logits are divided before the softmax.
+
+        It belongs to the best epoch; in last.pth, the weights can be those of another epoch.
+        """
+        best, temperature = self.content["best"], self.content.get("temperature")
+        is_best = best is not None and best["epoch"] == self.content["epoch"]
+        return temperature if temperature and is_best and not self.is_within_epoch else 1.0
 
     @property
     def threshold(self) -> float | None:

@@ -8,6 +8,7 @@ import numpy as np
 from cnn.metrics.intervals import auc_interval
 from cnn.metrics.scores import Z_95
 
+LEAST_COUNT = 10  # positives and negatives, or groups of them
 Difference = tuple[float, tuple[float, float], float]  # value, ends of the interval, p-value
 
 
@@ -29,7 +30,10 @@ def compare_hits(
     value, ends, _ = _of_influence(each.mean(), (each - each.mean()) / len(each), None)
     wins, losses = int((each > 0).sum()), int((each < 0).sum())
     number, fewer = wins + losses, min(wins, losses)
-    tail = sum(math.comb(number, k) for k in range(fewer + 1))
+    term = tail = 1
+    for k in range(fewer):  # the binomial coefficients one after another
+        term = term * (number - k) // (k + 1)
+        tail += term
     return value, ends, min(1.0, 2 * tail / 2**number)
 
 
@@ -46,11 +50,13 @@ def compare_areas(
         groups: the number of the group of each image, integers from 0 (N), or None.
 
     Returns:
-        The difference. None without positives or without negatives.
+        The difference. None if fewer than 10 images, or groups, are positive or negative: the
+        p-value would be too small.
     """
-    parts = [auc_interval(positives, scores, groups) for scores in (first, second)]
-    if None in parts:
+    every = np.arange(len(positives)) if groups is None else groups
+    if min(len(np.unique(every[side])) for side in (positives, ~positives)) < LEAST_COUNT:
         return None
+    parts = [auc_interval(positives, scores, groups) for scores in (first, second)]
     (before, _, one), (after, _, other) = parts
     return _of_influence(after - before, other - one, groups)
 

@@ -49,7 +49,7 @@ def intervals(
     if groups is not None:
         groups = np.unique(groups, return_inverse=True)[1]
     hits, classes = labels == predictions, np.unique([labels, predictions])
-    recalls = [_share_of(hits, labels == number, groups) for number in np.unique(labels)]
+    recalls = (_share_of(hits, labels == number, groups) for number in np.unique(labels))
     found = {
         "acc": share(hits, np.ones(len(labels), bool), groups),
         "balanced_acc": _of_mean(recalls, groups),

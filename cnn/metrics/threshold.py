@@ -18,7 +18,7 @@ def choose_threshold(
     """Returns the threshold that reaches a sensitivity, or a specificity, on given images.
 
     Of all such thresholds it is the one with the best of the other. It lies in the middle between
-    two scores, so that rounding changes no prediction.
+    two scores. It is 0, or 1, if that is what it takes.
 
     Args:
         labels: 1 for a positive image, 0 for a negative one (N).
@@ -26,16 +26,16 @@ def choose_threshold(
         sensitivity: the share of the positive images that shall reach the threshold.
         specificity: the share of the negative images that shall stay below, instead.
     """
-    ordered, edges = np.sort(scores.astype(np.float64)), [-math.inf, math.inf]
+    scores = scores.astype(np.float64)
     if sensitivity is not None:
         positives = np.sort(scores[labels == 1])[::-1]
-        edges[1] = positives[math.ceil(sensitivity * len(positives) - SMALLEST) - 1]
-        edges[0] = max(ordered[ordered < edges[1]], default=0.0)
+        above = positives[math.ceil(sensitivity * len(positives) - SMALLEST) - 1]
+        below = max(scores[scores < above], default=0.0)
     else:
         negatives = np.sort(scores[labels == 0])
-        edges[0] = negatives[math.ceil(specificity * len(negatives) - SMALLEST) - 1]
-        edges[1] = min(ordered[ordered > edges[0]], default=1.0 + SMALLEST)
-    return float(edges[0] / 2 + edges[1] / 2)
+        below = negatives[math.ceil(specificity * len(negatives) - SMALLEST) - 1]
+        above = min(scores[scores > below], default=2.0 - below)
+    return float(below + above) / 2
 
 
 def at_threshold(
@@ -60,7 +60,7 @@ def at_threshold(
     """
     if groups is not None:
         groups = np.unique(groups, return_inverse=True)[1]
-    said, true = scores >= threshold, labels == 1
+    said, true = scores.astype(np.float64) >= threshold, labels == 1
     parts = {"sensitivity": (said, true), "specificity": (~said, ~true)}
     if prevalence is None:
         parts |= {"ppv": (true, said), "npv": (~true, ~said)}

@@ -7,6 +7,8 @@ import numpy as np
 from cnn.metrics.comparison import compare_areas, compare_hits, holm
 from cnn.records.run_record import RunRecord, numbers_of_groups
 
+OF_IMAGES = ("data.name", "data.args")  # settings by which equal names may be of other images
+
 
 def paired_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
     """Returns a table that compares runs with the first run, on the same test images.
@@ -20,9 +22,11 @@ def paired_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
     """
     tables = [{row["image"]: row for row in run.predictions()} for run in runs]
     images, found = list(tables[0]), []
-    for run, table in zip(runs[1:], tables[1:]):
+    for run, table in zip(runs[1:], tables[1:]) if images else ():
         pairs = [(tables[0][image], table.get(image, {})) for image in images]
-        if len(table) != len(images) or any(a["label"] != b.get("label") for a, b in pairs):
+        has_other_data = any(run.settings[key] != runs[0].settings[key] for key in OF_IMAGES)
+        has_other_labels = any(one["label"] != other.get("label") for one, other in pairs)
+        if has_other_data or has_other_labels or len(table) != len(images):
             continue
         groups = numbers_of_groups([row for row, _ in pairs])
         hits = np.array([[row["prediction"] == row["label"] for row in pair] for pair in pairs])

@@ -98,6 +98,8 @@ class Records:
             text = partial(predictions_table, self.run, split)
             written = self._attempt(path, lambda: write_text(path, text()))
             self._written[path] = of if written else None
+            if not written:
+                self._attempt(path, lambda: path.unlink(missing_ok=True))
 
     def _write_tensorboard(self) -> None:
         from cnn.records.tensorboard import TensorBoard

@@ -220,11 +220,9 @@ def log_test(run: Run) -> None:
     for name in SAID_OF_TWO if len(run.data.classes) == 2 else SAID:
         logger.info("  %-13s %s", name, with_interval(test[f"test_{name}"], ends.get(name)))
     if "test_ece_before" in test:
-        ece, loss = (
-            f"{test[f'test_{n}_before']:.4f} → {test[f'test_{n}']:.4f}" for n in ("ece", "log_loss")
-        )
-        text = "  calibrated on val: temperature %.3f, ece %s, log_loss %s"
-        logger.info(text, run.state.temperature, ece, loss)
+        names = ("test_ece_before", "test_ece", "test_log_loss_before", "test_log_loss")
+        text = "  calibrated on val: temperature %.3f, ece %s → %s, log_loss %s → %s"
+        logger.info(text, run.state.temperature, *(with_interval(test[n], None) for n in names))
     groups = run.data.test.group_names
     if groups is not None and (number := len(set(groups))) < FEW_GROUPS:
         logger.info("test has %d groups; below %d, the intervals are rough", number, FEW_GROUPS)

@@ -170,6 +170,11 @@ class Saver:
             if self.state.temperature == 1 or not self.run.group.is_rank0:
                 return
             content = self.writer.pending_best or self._read_best(self.state.best["epoch"])
+            if content.get("threshold") and content.get("temperature") != self.state.temperature:
+                content["threshold"] = None
+                logger.warning(
+                    "%s: its threshold is of other probabilities: removed", self.folder.best
+                )
             content["temperature"] = self.state.temperature
             try:
                 checkpoint.save_checkpoint(content, self.folder.best)

@@ -96,7 +96,7 @@ CHECKPOINT = {
         "scaled?": FLAG,
     },
     "class_weights?": (NULL, [AMOUNT]),
-    "data": dict.fromkeys(("train", "val", "test", "checksum", "content?"), WHOLE),
+    "data": dict.fromkeys(("train", "val", "test", "checksum", "content?", "groups?"), WHOLE),
     "environment": {"precision": TEXT, "*": PLAIN},
     "model_state_dict": WEIGHTS,
     "ema_state_dict": (NULL, WEIGHTS),
