@@ -253,14 +253,7 @@ def operating_point(
         if command.prevalence is not None:
             raise Refused("--prevalence: is for a threshold; expected --sensitivity X, too")
         return None
-    if len(trained.classes) != 2:
-        raise Refused(f"--{min(wanted)}: is for two classes, got {len(trained.classes)}")
-    evaluations = [found]
-    if wanted:
-        if not found.subject.is_same_data:
-            advice = "choose it first, with --save-threshold and without naming other data"
-            raise Refused(f"--{min(wanted)}: chosen on the validation of the training; {advice}")
-        evaluations = [evaluate_split(trained, "val"), found][: 1 + (found.split == "test")]
+    evaluations = evaluations_for_threshold(trained, found, min(wanted)) if wanted else [found]
     for each in evaluations:
         if each.probabilities is None:
             raise Refused(f"{each.subject.description}: images were left out: no threshold")
@@ -277,6 +270,22 @@ def operating_point(
         groups = each.subject.images.group_names
         point[each.split] = at_threshold(*column, threshold, groups, command.prevalence)
     return point
+
+
+def evaluations_for_threshold(
+    trained: "TrainedModel", found: Evaluated, option: str
+) -> list[Evaluated]:
+    """Returns the evaluation of the validation images and, unless it is the same, another one.
+
+    Raises:
+        Refused: the model has not two classes, or the command line names other data.
+    """
+    if len(trained.classes) != 2:
+        raise Refused(f"--{option}: is for two classes, got {len(trained.classes)}")
+    if not found.subject.is_same_data:
+        advice = "choose it first, with --save-threshold and without naming other data"
+        raise Refused(f"--{option}: chosen on the validation of the training; {advice}")
+    return [found] if found.split == "val" else [evaluate_split(trained, "val"), found]
 
 
 def point_as_text(point: dict[str, Any], positive: str) -> str:
