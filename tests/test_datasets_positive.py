@@ -75,13 +75,18 @@ def test_a_class_that_is_not_there_is_refused(train, name, capsys):
 
 
 def test_a_dataset_with_fixed_labels_can_be_turned_round(train):
-    Path("mine.py").write_text(
+    Path("light_and_dark.py").write_text(
         "import numpy as np\n"
         "def data(root):\n"
         "    images = [(np.full((8, 8, 3), 200 * (i % 2), np.uint8), i % 2) for i in range(60)]\n"
         "    return {'train': images, 'classes': ['dark', 'light']}\n"
     )
-    words = ("data.name=mine:data", "data.args={}", "data.positive=dark", "train.epochs=1")
+    words = (
+        "data.name=light_and_dark:data",
+        "data.args={}",
+        "data.positive=dark",
+        "train.epochs=1",
+    )
     assert train(*words) == 0
     assert "p_light,p_dark" in text("predictions_test.csv")
     assert evaluate.main([]) == 0

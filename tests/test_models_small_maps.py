@@ -45,8 +45,10 @@ def test_the_gradients_are_those_of_torchs_convolution(number, height, width, ke
     expected, found = gradients(theirs, images), gradients(ours, images)
     assert used(found[0]) and not used(expected[0])
     assert found[0].equal(expected[0]) and found[1].equal(expected[1])
-    # Of the weight only the order of the sum is another, before it is rounded to bf16.
-    torch.testing.assert_close(found[2], expected[2], rtol=2**-7, atol=0.02)
+    # Of the weight only the order of the sum is another, before it is rounded to bf16; without
+    # instructions for bf16, what torch adds up is rounded on the way.
+    exact = environment.cpu_has("avx512_bf16", "amx_bf16")
+    torch.testing.assert_close(found[2], expected[2], rtol=2**-7, atol=0.02 if exact else 0.5)
     again = copy.deepcopy(ours)
     again.weight.grad = None
     assert gradients(again, images)[2].equal(found[2])
