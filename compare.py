@@ -18,14 +18,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cnn import cli, config
 from cnn.errors import Failed, Refused
+from cnn.metrics.comparison import LEAST_COUNT, compare_areas, compare_hits, holm
+from cnn.metrics.intervals import share
 from cnn.metrics.scores import mode, wilson, with_interval
 from cnn.records import figures
 from cnn.records.figures import COLOURS, Curve, Panel
 from cnn.records.pages import render
-from cnn.records.paired import paired_rows
-from cnn.records.run_record import RunRecord, format_setting, read_run
+from cnn.records.run_record import RunRecord, format_setting, numbers_of_groups, read_run
 from cnn.utils.files import make_folder, raising_failed
 from cnn.utils.outputs import check_output, write_output
 from cnn.utils.progress import format_duration
@@ -38,6 +41,7 @@ COMPARISON = (rb"<!DOCTYPE html>", b"<title>Comparison</title>")
 FIGURE = (rb"\x89PNG", TITLE.encode())
 OLD_FIGURE = (rb"\x89PNG", b"Matplotlib version")  # of the page by default, in earlier versions
 SEED = "seed"
+OF_IMAGES = ("data.name", "data.args")  # settings by which equal names may be of other images
 CHARTS = {
     "Validation accuracy": "val_acc",
     "Validation loss": "val_loss",
@@ -293,6 +297,45 @@ def run_table(runs: Sequence[RunRecord]) -> list[list[str]]:
     return rows
 
 
+def paired_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
+    """Returns a table that compares runs with the first run, on the same test images.
+
+    Args:
+        runs: the records of the runs.
+
+    Returns:
+        A row per run and metric, after a row with the names of the columns. A row without a p-value
+        says why there is none. The list is empty if the first run has no predictions.
+    """
+    tables = [{row["image"]: row for row in run.predictions()} for run in runs]
+    images, found, left_out = list(tables[0]), [], []
+    for run, table in zip(runs[1:], tables[1:]) if images else ():
+        pairs = [(tables[0][image], table.get(image, {})) for image in images]
+        has_other_data = any(run.settings[key] != runs[0].settings[key] for key in OF_IMAGES)
+        has_other_labels = any(one["label"] != other.get("label") for one, other in pairs)
+        if has_other_data or has_other_labels or len(table) != len(images):
+            left_out.append([run.name, "", "other test images", "", ""])
+            continue
+        groups = numbers_of_groups([row for row, _ in pairs])
+        hits = np.array([[row["prediction"] == row["label"] for row in pair] for pair in pairs])
+        found.append((run.name, "acc", compare_hits(*hits.T, groups)))
+        columns = [name for name in pairs[0][0] if name.startswith("p_")]
+        if len(columns) == 2 and columns[1] in pairs[0][1]:
+            positives = np.array(["p_" + row["label"] == columns[1] for row, _ in pairs])
+            scores = np.array([[float(row[columns[1]]) for row in pair] for pair in pairs])
+            found.append((run.name, "auc", compare_areas(positives, *scores.T, groups)))
+    few = f"fewer than {LEAST_COUNT} positives or negatives, or groups of them"
+    left_out += [[name, metric, few, "", ""] for name, metric, each in found if each is None]
+    found = [each for each in found if each[2] is not None]
+    corrected = holm([p_value for *_, (*_, p_value) in found])
+    head = [f"against {runs[0].name}", "metric", "difference (95 %)", "p", "p by Holm"]
+    rows = [
+        [name, metric, f"{value:+.4f} ({ends[0]:+.4f} to {ends[1]:+.4f})", f"{p:.3g}", f"{by:.3g}"]
+        for (name, metric, (value, ends, p)), by in zip(found, corrected)
+    ]
+    return [head, *rows, *left_out] if rows or left_out else []
+
+
 def accuracy_of(run: RunRecord, split: str) -> str:
     """Formats the accuracy of a run, with a 95 % interval if possible.
 
@@ -305,7 +348,13 @@ def accuracy_of(run: RunRecord, split: str) -> str:
     value, number = final_metric(run, f"{split}_acc"), run.result.get("images", {}).get(split, 0)
     ends = final_metric(run, f"{split}_acc_95")
     if ends is None and value is not None:  # validation images, or a run of an earlier version
-        ends = wilson(value * number, number)
+        rows = run.predictions(split)
+        groups = numbers_of_groups(rows) if rows else None
+        if groups is not None:
+            hits = np.array([row["label"] == row["prediction"] for row in rows])
+            ends = share(hits, np.ones(len(rows), bool), groups)
+        else:
+            ends = wilson(value * number, number)
     return with_interval(value, ends)
 
 

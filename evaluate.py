@@ -148,11 +148,13 @@ def evaluate_checkpoint(command: Command) -> None:
     if trained.cfg.train.deterministic:
         make_deterministic()
     logger.info("%s", trained)
+    check_threshold(trained, command)
     found = evaluate_split(trained, command.split)
+    tell_trained_on(command.checkpoint, found)
     point = operating_point(trained, command, found)
     metrics, matrix, classes = found.metrics, found.matrix, trained.classes
     reported = reported_metrics(trained, found.split) if found.subject.is_same_data else None
-    text = "\n" + as_text(metrics, found.ends, matrix, classes)
+    text = "\n" + as_text(metrics, found.ends, matrix, classes, found.num_groups)
     if point is not None:
         text += "\n" + point_as_text(point, classes[1])
     if reported is not None:
@@ -189,6 +191,12 @@ class Evaluated:
     matrix: "np.ndarray"
     probabilities: "np.ndarray | None"
 
+    @property
+    def num_groups(self) -> int | None:
+        """The number of groups of images, such as patients; None without groups."""
+        names = self.subject.images.group_names
+        return None if names is None else len(set(names))
+
 
 def evaluate_split(trained: "TrainedModel", split: str) -> Evaluated:
     """Evaluates a model on the images of a split, "val" or "test"."""
@@ -222,7 +230,39 @@ def evaluate_split(trained: "TrainedModel", split: str) -> Evaluated:
     return Evaluated(subject, split, metrics, ends, matrix, probabilities if ends else None)
 
 
+def tell_trained_on(checkpoint: Path, found: Evaluated) -> None:
+    """Logs how many images of other data than those of the training were trained on.
+
+    Copies are found by their pixels, if the data of the training can still be read.
+    """
+    import numpy as np
+
+    from cnn.inference.evaluation import choose_images
+    from cnn.inference.trained_model import load_trained_model
+
+    images = found.subject.images
+    if found.subject.is_same_data:
+        return
+    try:
+        train = choose_images(load_trained_model(checkpoint, []), "test").train
+    except Refused:
+        logger.warning("the data of the training is not there: are these images new to the model?")
+        return
+    number = int(np.isin(images.identities(), train.identities()).sum())
+    if number:
+        logger.warning("%d of %d images were trained on: not a test", number, len(images))
+
+
 # -- the operating point ---------------------------------------------------------------------------
+
+
+def check_threshold(trained: "TrainedModel", command: Command) -> None:
+    """Raises Refused if the model can have no threshold that the command line asks for."""
+    wanted = [name for name in POINTS if getattr(command, name) is not None]
+    if wanted and len(trained.classes) != 2:
+        raise Refused(f"--{wanted[0]}: is for two classes, got {len(trained.classes)}")
+    if command.prevalence is not None and not wanted and trained.threshold is None:
+        raise Refused("--prevalence: is for a threshold; expected --sensitivity X, too")
 
 
 def operating_point(
@@ -243,15 +283,13 @@ def operating_point(
         (value, interval) by name. None without a threshold.
 
     Raises:
-        Refused: the model has not two classes, images were left out, or the command line names
-            other data than those of the training.
+        Refused: images were left out, or the command line names other data than those of the
+            training.
     """
     from cnn.metrics.threshold import at_threshold, choose_threshold
 
     wanted = {name: getattr(command, name) for name in POINTS if getattr(command, name) is not None}
     if not wanted and trained.threshold is None:
-        if command.prevalence is not None:
-            raise Refused("--prevalence: is for a threshold; expected --sensitivity X, too")
         return None
     evaluations = evaluations_for_threshold(trained, found, min(wanted)) if wanted else [found]
     for each in evaluations:
@@ -259,6 +297,11 @@ def operating_point(
             raise Refused(f"{each.subject.description}: images were left out: no threshold")
         if wanted and not 0 < each.subject.images.labels.mean() < 1:
             raise Refused(f"{each.subject.description}: expected images of both classes")
+    for name, value in wanted.items():
+        labels = evaluations[0].subject.images.labels
+        number = int((labels == (name == "sensitivity")).sum())
+        if number * (1 - value) < 1:
+            logger.warning("--%s %g of %d validation images is all of them", name, value, number)
     columns = [(e.subject.images.labels, e.probabilities[:, 1]) for e in evaluations]
     threshold = choose_threshold(*columns[0], **wanted) if wanted else trained.threshold
     if not 0 < threshold < 1:
@@ -278,10 +321,8 @@ def evaluations_for_threshold(
     """Returns the evaluation of the validation images and, unless it is the same, another one.
 
     Raises:
-        Refused: the model has not two classes, or the command line names other data.
+        Refused: the command line names other data.
     """
-    if len(trained.classes) != 2:
-        raise Refused(f"--{option}: is for two classes, got {len(trained.classes)}")
     if not found.subject.is_same_data:
         advice = "choose it first, with --save-threshold and without naming other data"
         raise Refused(f"--{option}: chosen on the validation of the training; {advice}")
@@ -302,7 +343,7 @@ def point_as_text(point: dict[str, Any], positive: str) -> str:
     rows = [[point["chosen"], *splits]]
     for name in point[splits[0]]:
         rows.append([name, *(with_interval(*point[split][name]) for split in splits)])
-    at = f"{escape_unprintable(positive)} from probability {point['threshold']:.4f} on"
+    at = f"with a threshold: {escape_unprintable(positive)} from {point['threshold']:.4f} on"
     given = point["prevalence"]
     of = "" if given is None else f"; ppv and npv at a prevalence of {given:g}"
     return "\n".join([f"{at}{of}", *align_columns(rows)]) + "\n"
@@ -440,6 +481,7 @@ def as_text(
     ends: "dict[str, Interval]",
     matrix: "np.ndarray",
     classes: list[str],
+    num_groups: int | None,
 ) -> str:
     """Formats the results of an evaluation as text for the screen.
 
@@ -452,10 +494,12 @@ def as_text(
         matrix: the numbers of images, integers of shape (classes, classes). Each row is for a
             label, and each column is for a predicted class.
         classes: the names of the classes, in the order of the rows.
+        num_groups: the number of groups of images; None without groups.
     """
     import numpy as np
 
     from cnn.metrics import scores
+    from cnn.metrics.intervals import FEW_GROUPS
     from cnn.records.pages import CLASS_HEAD, class_rows
     from cnn.utils.screen import align_columns, escape_unprintable
 
@@ -464,6 +508,9 @@ def as_text(
     lines = align_columns(values)
     if len(classes) == 2:
         lines.append(f"positive: {names[1]}")
+    if num_groups is not None:
+        rough = f"; below {FEW_GROUPS}, the intervals are rough" if num_groups < FEW_GROUPS else ""
+        lines.append(f"groups: {num_groups}{rough}")
     rows, means = class_rows(matrix, names)
     if len(rows) > MAX_ROWS:
         worst = np.argsort(np.nan_to_num(scores.per_class(matrix)["f1"], nan=2), kind="stable")
@@ -511,6 +558,8 @@ def as_json(
         "data": {"name": trained.cfg.data.name, "root": trained.cfg.data.root},
         "split": found.split,
         "images": number,
+        "groups": found.num_groups,
+        "positive": trained.classes[1] if len(trained.classes) == 2 else None,
         "own_data": found.subject.is_same_data,
         "temperature": trained.temperature,
         "metrics": metrics,

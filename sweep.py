@@ -8,6 +8,7 @@ Commands:
     python sweep.py configs/sweep.yaml name=b search=random train.epochs=20
     python sweep.py configs/sweep.yaml --skip 7        leave out trial 7
     python sweep.py configs/folds.yaml data.root=photos    cross-validation
+    python sweep.py configs/folds.yaml data.root=photos --sensitivity 0.95    with thresholds
 
 After any stop, even kill -9, the same command resumes the same trials, each from its latest
 checkpoint. Needs Optuna: pip install -r requirements-sweep.txt
@@ -44,10 +45,20 @@ class Command(cli.Command):
     Attributes:
         file: the YAML file of the sweep.
         skip: the indices of the trials to leave out.
+        sensitivity, specificity: what the threshold of each fold of a cross-validation shall reach
+            on the validation images. At most one is not None.
     """
 
     file: Path
     skip: list[int]
+    sensitivity: float | None
+    specificity: float | None
+
+    @property
+    def wanted(self) -> dict[str, float]:
+        """What a threshold shall reach, such as {"sensitivity": 0.95}; {} for no threshold."""
+        each = {"sensitivity": self.sensitivity, "specificity": self.specificity}
+        return {name: value for name, value in each.items() if value is not None}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,10 +87,19 @@ def prepare(argv: list[str]) -> cli.Task:
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="settings of the sweep, such as configs/sweep.yaml")
     add("--skip", type=int, action="append", default=[], metavar="N", help="leave out trial N")
+    either = parser.add_mutually_exclusive_group()
+    for name in ("sensitivity", "specificity"):
+        text = f"choose each fold's threshold of the positive class that reaches this {name} on val"
+        either.add_argument(f"--{name}", type=float, metavar="X", help=text)
     parser.add_settings("of the sweep, or of all its trials")
     command = parser.parse_intermixed_args(argv, Command())
     check_packages()
     sweep = load_sweep(command.file, command.settings)
+    for name, value in command.wanted.items():
+        if not 0 < value < 1:
+            raise Refused(f"--{name}: expected a share above 0 and below 1, got {value:g}")
+        if not sweep.is_cross_validation:
+            raise Refused(f"--{name}: is for a cross-validation, such as configs/folds.yaml")
     hint = "; the same command resumes"
     return cli.Task(
         lambda log, stop: run(sweep, command, log, stop), module="cnn.sweeps.study", hint=hint
@@ -127,7 +147,7 @@ def run(sweep: Sweep, command: Command, log: "Log", stop: "StopSignals") -> int:
                 result = run_trial(trial, stop)
                 study.end(trial.number, result)
                 log_result(trial, result)
-        return log_ranking(study)
+        return log_ranking(study, command.wanted)
 
 
 # -- what is logged ------------------------------------------------------------------------------
@@ -173,11 +193,11 @@ def num_finished(study: "Study") -> int:
     return sum(trial.state.is_finished() for trial in study.trials())
 
 
-def log_ranking(study: "Study") -> int:
+def log_ranking(study: "Study", wanted: dict[str, float]) -> int:
     """Logs the best trials of a sweep, with commands for further work.
 
     One command compares the best trials. Another command trains with the settings of the best
-    trial.
+    trial. A cross-validation ends with its figures instead, `wanted` for a threshold among them.
 
     Returns:
         The exit status: cli.FAILED if no trial is complete, otherwise cli.DONE.
@@ -195,7 +215,7 @@ def log_ranking(study: "Study") -> int:
         logger.error("no trial is complete; their output is in %s/trials", study.folder)
         return cli.FAILED
     if study.sweep.is_cross_validation:
-        return log_folds(study)
+        return log_folds(study, wanted)
     shown = ranking[:NUM_SHOWN]
     rows = [["trial", monitor, "epoch", *study.sweep.space]]
     for trial in shown:
@@ -210,7 +230,7 @@ def log_ranking(study: "Study") -> int:
     return cli.DONE
 
 
-def log_folds(study: "Study") -> int:
+def log_folds(study: "Study", wanted: dict[str, float]) -> int:
     """Logs the result of a cross-validation, and writes the predictions of all its folds.
 
     Returns:
@@ -224,7 +244,7 @@ def log_folds(study: "Study") -> int:
         logger.error("%d of %d folds are not complete: no figures", number - done, number)
         return cli.FAILED
     file = study.folder / "predictions_oof.csv"
-    for line in align_columns(summarize(study.sweep, file)):
+    for line in align_columns(summarize(study.sweep, file, wanted)):
         logger.info("  %s", line)
     logger.info("each image's prediction by a model that was not trained on it: %s", file)
     return cli.DONE

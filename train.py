@@ -91,6 +91,9 @@ def prepare(argv: list[str]) -> cli.Task | None:
         return None
 
     def run(log: "Log", stop: "StopSignals") -> None:
+        weights = cfg.model.weights
+        if weights and command.resume is None and not Path(weights).is_file():
+            raise Refused(f"model.weights: {weights}: no such file")  # before the data are read
         if command.dry_run:
             dry_run(cfg, log, stop)
         elif command.drill:
@@ -205,7 +208,7 @@ def train_epoch(run: "Run", saver: "Saver") -> None:
     label, every_seconds = f"epoch {state.epoch + 1}/{cfg.train.epochs}", cfg.log.every_seconds
 
     steps = train_one_epoch(run, run.train_batches())
-    if state.epoch == 0:
+    if state.epoch == cfg.optim.freeze_epochs:  # epochs before are quicker
         steps = log_pace(run, steps)
     done, steps_per_epoch = state.batch // cfg.train.accumulate, state.schedule.steps_per_epoch
     for _ in show_progress(steps, label, steps_per_epoch, done, every_seconds):

@@ -123,6 +123,7 @@ def fastai(args: argparse.Namespace) -> dict[str, float]:
     from fastai.callback.tracker import SaveModelCallback
     from fastai.vision.all import (
         ImageDataLoaders,
+        Normalize,
         Resize,
         aug_transforms,
         get_image_files,
@@ -133,12 +134,14 @@ def fastai(args: argparse.Namespace) -> dict[str, float]:
     from torchvision.models import resnet18
 
     set_seed(args.seed)
+    half = [0.5] * 3  # what the weights expect; vision_learner adds it to weights of its own alone
+    more = [Normalize.from_stats(half, half)] if args.fine_tune else []
     dls = ImageDataLoaders.from_folder(
         args.folder,
         train="train",
         valid="validation",
         item_tfms=Resize(args.side),
-        batch_tfms=aug_transforms(),
+        batch_tfms=[*aug_transforms(), *more],
         device=torch.device("cpu"),
         seed=args.seed,
     )

@@ -295,8 +295,15 @@ def test_predictions_are_not_written_beside_other_images_than_their_own(train, c
 
     monkeypatch.setattr(setup, "build_loader", remember)
     monkeypatch.setattr(engine, "evaluate", lose_one)
-    words = [*FOLDER, "data.on_bad_image=skip", "data.val_fraction=0.3", "train.epochs=1"]
+    words = [
+        *FOLDER,
+        "data.on_bad_image=skip",
+        "data.val_fraction=0.3",
+        "train.epochs=1",
+        "log.report=true",
+    ]
     assert train(*words) == 0
     said = capfd.readouterr().err
     assert "predictions_val.csv" in said and "some images were left out of the evaluation" in said
     assert not Path("logs/predictions_val.csv").exists()
+    assert "report.html" not in said and Path("logs/report.html").exists()

@@ -1,6 +1,8 @@
 """Groups of images that stay together, such as a patient's, and folds (data.group, data.folds)."""
 
 import csv
+import json
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -143,7 +145,9 @@ def test_no_patient_is_in_two_splits(train, photos):
         assert row["group"] == Path(row["image"]).name[:3]
         splits[row["group"]].add(row["split"])
     assert len(splits) == 24 and all(len(found) == 1 for found in splits.values())
-    assert "in 6 groups" in Path("logs/train.log").read_text()
+    log = Path("logs/train.log").read_text()
+    assert "groups: 6" in log and re.search(r"group (p\d\d): \S+/\1_\d.png, ", log)
+    assert "groups" in Path("logs/data.txt").read_text() and "is this meant" not in log
 
 
 def test_a_run_with_groups_resumes_and_is_evaluated_as_trained(train, photos, capsys):
@@ -151,8 +155,37 @@ def test_a_run_with_groups_resumes_and_is_evaluated_as_trained(train, photos, ca
     before = division()
     assert train("--resume", "train.epochs=3") == 0
     assert division() == before
-    assert evaluate.main([]) == 0
-    assert "the same figures, to the last digit" in capsys.readouterr().out
+    assert evaluate.main(["--json", "figures.json"]) == 0
+    out = capsys.readouterr().out
+    assert "the same figures, to the last digit" in out and "groups: 6; below 30, the" in out
+    figures = json.loads(Path("figures.json").read_text())
+    assert figures["groups"] == 6 and figures["positive"] == "well"
+
+
+def test_groups_of_one_image_each_are_told(train, photos):
+    assert train(*WORDS, "data.group='p.*'") == 0
+    assert "no group has two images: is this meant?" in Path("logs/train.log").read_text()
+
+
+def test_pictures_of_another_hospital_have_groups_of_their_own(train, photos, capsys):
+    assert train(*WORDS, *BY_PATIENT) == 0
+    for path in sorted(Path("photos").glob("*/p1*.png")):
+        other = Path("others", path.parent.name, path.name.replace("p", "H"))
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_bytes(path.read_bytes())
+    capsys.readouterr()
+    assert evaluate.main(["data.root=others"]) == 2
+    assert "type data.group=REGEX for these files, or null" in capsys.readouterr().err
+    assert evaluate.main(["data.root=others", "data.group=H\\d+"]) == 0
+    said = capsys.readouterr()
+    number = len(list(Path("others").glob("*/*")))
+    trained = sum(row["split"] == "train" and "/p1" in row["image"] for row in division())
+    assert f"{trained} of {number} images were trained on: not a test" in said.err
+    assert "groups: 10; below 30" in said.out
+    Path("photos").rename("away")
+    assert evaluate.main(["data.root=others", "data.group=null"]) == 0
+    said = capsys.readouterr()
+    assert "are these images new to the model?" in said.err and "groups" not in said.out
 
 
 @pytest.mark.parametrize(
@@ -298,6 +331,7 @@ def test_fewer_groups_than_folds_are_refused(photos):
         (["data.folds=1", "data.fold=0"], "data.folds: expected a whole number of at least 2"),
         (["data.name=folder", "data.group=(p"], "data.group: expected a regular expression"),
         (["data.group=p"], "data.group: expected data.name=folder or csv"),
+        (["data.positive=0"], "data.positive: expected one of two classes; there are 3"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(train, words, message, capsys):

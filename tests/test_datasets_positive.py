@@ -71,7 +71,7 @@ def test_other_data_have_the_positive_class_of_the_model(train, capsys):
 def test_a_class_that_is_not_there_is_refused(train, name, capsys):
     words = WORDS if name == "folder" else ("data.name=digits", "data.args={}")
     assert train(*words, "data.positive=Covid") == 2
-    assert "data.positive: expected one of two classes, got 'Covid' of" in capsys.readouterr().err
+    assert "data.positive: expected one of " in capsys.readouterr().err
 
 
 def test_a_dataset_with_fixed_labels_can_be_turned_round(train):

@@ -91,7 +91,10 @@ def test_a_run_fits_its_temperature_before_the_test(smoothed, capsys):
     assert test["test_log_loss"] < test["test_log_loss_before"]
     best = load_checkpoint(Path("checkpoints/best.pth"))
     assert best["temperature"] == load_checkpoint(Path("checkpoints/last.pth"))["temperature"] < 1
-    assert f"temperature {best['temperature']:.3f}, ece" in Path("logs/train.log").read_text()
+    assert (
+        f"temperature {best['temperature']:.3f} (fitted on val): ece"
+        in Path("logs/train.log").read_text()
+    )
     for split in ("val", "test"):
         assert evaluate.main(["--split", split, "--json", f"{split}.json"]) == 0
         assert "the same figures, to the last digit" in capsys.readouterr().out

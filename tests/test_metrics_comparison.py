@@ -8,8 +8,8 @@ from scipy.stats import binomtest, norm
 
 import compare
 from cnn.metrics.comparison import compare_areas, compare_hits, holm
-from cnn.records.paired import paired_rows
 from cnn.records.run_record import read_run
+from compare import paired_rows
 
 
 def test_the_p_value_of_accuracies_is_mcnemars():
@@ -86,10 +86,13 @@ def test_compare_says_whether_runs_differ_on_the_same_test(train, capsys):
     ]
     assert float(part[1].split()[-2]) < 0.05 and float(part[1].split()[2]) > 0.1
     with_other = paired_rows([read_run(name) for name in ("bad", "other", "good")])
-    assert [row[:2] for row in with_other[1:]] == [["good", "acc"], ["good", "auc"]]
+    assert [row[:2] for row in with_other[1:]] == [["good", "acc"], ["good", "auc"], ["other", ""]]
+    assert with_other[-1][2] == "other test images"
     assert "Differences on the same test images" in Path("page.html").read_text()
     assert train(*words, "data.args={num_test: 40, num_classes: 2, image_size: 8}", "run=new") == 0
-    assert not paired_rows([read_run(name) for name in ("bad", "new")])
+    assert [row[2] for row in paired_rows([read_run(n) for n in ("bad", "new")])[1:]] == [
+        "other test images"
+    ]
     for name in ("good", "bad"):
         Path(f"logs/{name}/predictions_test.csv").unlink()
         assert compare.main(["bad", "good"]) == 0

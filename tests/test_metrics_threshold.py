@@ -128,7 +128,7 @@ def test_evaluate_chooses_on_val_and_reports_the_test(trained, capsys):
     out = capsys.readouterr().out
     point = json.loads(Path("point.json").read_text())["operating_point"]
     assert point["chosen"] == "sensitivity 0.95 on val" and point["val_sensitivity"] >= 0.95
-    assert f"ill from probability {point['threshold']:.4f} on; ppv and npv at" in out
+    assert f"with a threshold: ill from {point['threshold']:.4f} on; ppv and npv at" in out
     rows = predictions()
     said = {row["image"]: float(row["p_ill"]) >= point["threshold"] for row in rows}
     hits = [said[row["image"]] for row in rows if row["label"] == "ill"]

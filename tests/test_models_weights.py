@@ -1,6 +1,7 @@
 """Weights that other programs wrote: taken, or refused with the reason."""
 
 import logging
+import math
 import re
 import sys
 
@@ -308,13 +309,57 @@ def test_a_network_of_timm_is_built_by_name():
 @pytest.mark.parametrize(
     "name, args, part",
     [
-        ("timm:resnet81", {}, "timm has no model resnet81; it has"),
+        ("timm:resnet81", {}, "timm has no model 'resnet81'; did you mean one of resnet18"),
         ("timm:resnet18", {"widht": 3}, "model.args: timm:resnet18"),
     ],
 )
 def test_a_network_that_timm_has_not_is_refused(name, args, part):
     with pytest.raises(Refused, match=part):
         build_model(ModelConfig(name, args=args), CLASSES, 3, 32, 0)
+
+
+def test_a_download_that_fails_says_how_to_do_without(monkeypatch):
+    import timm
+
+    def fail(*_, **__):
+        raise OSError("no connection")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(Refused, match="no connection; without a download: .*model.weights=FILE"):
+        build_model(ModelConfig("timm:resnet18", pretrained=True), CLASSES, 3, 32, 0)
+
+
+def test_a_function_that_returns_no_network_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "forgets_return.py").write_text("def net(num_classes, in_channels):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Refused, match="expected a torch.nn.Module, got NoneType"):
+        build_model(ModelConfig("forgets_return:net"), CLASSES, 3, 32, 0)
+
+
+@pytest.mark.parametrize(
+    "spoil, fault",
+    [
+        (
+            lambda state: {k: v for k, v in state.items() if "running_" not in k},
+            "lacks bn1.running",
+        ),
+        (lambda state: state | {"conv1.weight": state["conv1.weight"] * math.inf}, "infinite"),
+        (lambda state: {k: (100 * v).char() for k, v in state.items()}, "no tensor in"),
+    ],
+    ids=["no statistics", "infinite", "whole numbers"],
+)
+def test_weights_that_would_be_wrong_in_silence_are_refused(resnet18, spoil, fault):
+    torch.save(spoil(resnet18.state_dict()), "spoilt.pth")
+    with pytest.raises(Refused, match=fault):
+        build("spoilt.pth")
+
+
+def test_a_file_that_contains_itself_is_refused():
+    content = {}
+    content["model"] = content
+    torch.save(content, "endless.pth")
+    with pytest.raises(Refused, match="model.weights: endless.pth"):
+        build("endless.pth")
 
 
 def test_without_timm_the_error_says_what_to_install(monkeypatch):

@@ -85,6 +85,42 @@ def test_every_picture_is_predicted_once_and_the_figures_are_of_the_predictions(
     assert "logs/cv_0001: expected a fold that is tested" in capfd.readouterr().err
 
 
+def test_each_fold_has_a_threshold_of_its_validation(file, capfd):
+    words = [file, *SETTINGS, "data.val_fraction=0.3"]
+    assert script.main([*words, "--sensitivity", "0.9"]) == 0
+    said = capfd.readouterr().err
+    rows = read("logs/sweeps/cv/predictions_oof.csv")
+    for fold in range(NUM_FOLDS):
+        val = read(f"logs/cv_000{fold}/predictions_val.csv")
+        ill = sorted(float(row["p_ill"]) for row in val if row["label"] == "ill")
+        (threshold,) = {float(r["threshold"]) for r in rows if r["data.fold"] == str(fold)}
+        assert np.mean(np.array(ill) >= threshold) >= 0.9
+    found = [float(row["p_ill"]) >= float(row["threshold"]) for row in rows]
+    labels = [row["label"] == "ill" for row in rows]
+    groups = np.unique([row["group"] for row in rows], return_inverse=True)[1]
+    low, high = share(np.array(found), np.array(labels), groups)
+    after = said.split("threshold for sensitivity 0.9 on val")[1]
+    value = recall_score(labels, found)
+    lines = {line.split()[0]: line for line in after.splitlines() if line.startswith("  ")}
+    assert f"{value:.4f} (95 %: {low:.4f} to {high:.4f})" in lines["sensitivity"]
+
+    assert script.main(words) == 0  # without: no threshold in the file
+    assert "threshold" not in read("logs/sweeps/cv/predictions_oof.csv")[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sensitivity", "1"], "--sensitivity: expected a share above 0 and below 1, got 1"),
+        (["--specificity", "0.9"], "--specificity: is for a cross-validation"),
+        (["--specificity", "0.9", "--sensitivity", "0.9"], "not allowed with"),
+    ],
+)
+def test_a_threshold_that_cannot_be_is_refused(words, message, capfd):
+    assert script.main([str(ROOT / "configs/sweep.yaml"), *words]) == 2
+    assert message in capfd.readouterr().err
+
+
 @pytest.mark.soak
 def test_a_cross_validation_that_is_killed_and_resumed_is_as_the_unbroken_one(file):
     words = (file, *SETTINGS, "train.epochs=20")
@@ -110,9 +146,13 @@ def test_the_file_shipped_is_a_cross_validation_of_a_folder():
         )
 
 
-@pytest.mark.parametrize(
-    "words", [["data.folds=10"], ["space={data.fold: [0, 1]}"], ["data.folds=2"]]
-)
-def test_folds_that_lack_or_are_too_many_are_refused(file, words):
-    with pytest.raises(Refused, match="fold"):
-        load_sweep(Path(file), [*SETTINGS, *words])
+@pytest.mark.parametrize("words", [[], ["space={data.fold: [0, 1]}"]])
+@pytest.mark.parametrize("number", [2, 3, 10])
+def test_all_folds_are_tried_however_many_are_written(file, words, number):
+    sweep = load_sweep(Path(file), [*SETTINGS, *words, f"data.folds={number}"])
+    assert sweep.trials == number and sweep.combination(number - 1) == {"data.fold": number - 1}
+
+
+def test_folds_of_unknown_number_are_refused(file):
+    with pytest.raises(Refused, match="data.fold: needs data.folds"):
+        load_sweep(Path(file), [*SETTINGS, "data.folds=null"])

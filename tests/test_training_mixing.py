@@ -56,10 +56,18 @@ def test_cutmix_is_a_box_of_the_other_image_with_the_share_of_its_pixels(step):
     assert 0.5 <= share <= 1
     for index in moved.tolist():
         assert is_own[index].float().mean().item() == pytest.approx(share)
-        rows, columns = (~is_own[index]).nonzero(as_tuple=True)
+        rows, columns = (mixed[index, 0] != labels[index]).nonzero(as_tuple=True)
         if len(rows):
             box = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
             assert box == len(rows), "one box"
+
+
+def test_boxes_are_as_large_as_in_the_paper():
+    cfg, images = TrainConfig(cutmix=1.0), batch(4, 32)
+    drawn = [mix_batch(cfg, images, ALONE, 0, 8, step, 0)[1] for step in range(2000)]
+    assert np.mean([rest for _, (rest, _) in drawn]) == pytest.approx(0.278, abs=0.01)
+    others = [not first.equal(images[1]) for (_, first), _ in drawn]
+    assert 0.2 < np.mean(others) < 0.4, "a box can be most of the image"
 
 
 def test_both_are_taken_by_chance_and_the_step_decides():

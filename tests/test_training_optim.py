@@ -450,6 +450,8 @@ def test_what_is_new_is_the_head(caplog):
     rates = lr_of(cfg, model(), new)
     assert rates["0.weight"] == pytest.approx(0.01) and all(rates[name] == 0.1 for name in new)
     assert not caplog.messages
+    rates = lr_of(cfg, model(), ["0.weight"])  # the last layer came from weights, and is the head
+    assert rates["3.weight"] == rates["0.weight"] == 0.1 and rates["1.weight"] < 0.1
 
 
 @pytest.mark.parametrize(
@@ -464,6 +466,15 @@ def test_what_is_new_is_the_head(caplog):
 def test_a_group_that_holds_the_new_head_back_is_told(settings, said, caplog):
     build_optimizer(OptimConfig(**settings), model(), ["3.weight", "3.bias"])
     assert said in caplog.text
+
+
+def test_freeze_without_epochs_is_told_and_a_slip_is_refused(caplog):
+    build_optimizer(OptimConfig(freeze="backbone"), model())
+    assert "no effect, since optim.freeze_epochs is 0" in caplog.text
+    with pytest.raises(Refused, match="optim.freeze: .*'backbon'.*head or backbone"):
+        build_optimizer(OptimConfig(freeze="backbon"), model())
+    groups = [GroupConfig(lr_scale=0, part="backbone")]  # frozen for good already
+    build_optimizer(OptimConfig(groups=groups, freeze="backbone", freeze_epochs=1), model())
 
 
 @pytest.mark.parametrize("part", ["backbone", "body"])
@@ -497,6 +508,21 @@ def test_the_layers_of_a_transformer_are_its_blocks():
     assert {
         layers[name] for name in ("class_token", "conv_proj.weight", "encoder.pos_embedding")
     } == {13}
+
+
+def test_branches_are_one_layer():
+    layers = layers_of(models.inception_v3(init_weights=False), 0.9)
+    assert (
+        layers["Mixed_7c.branch_pool.conv.weight"] == layers["Mixed_7c.branch1x1.conv.weight"] == 1
+    )
+    assert max(layers.values()) < 20
+
+
+def test_blocks_within_stages_are_layers():
+    timm = pytest.importorskip("timm")
+    layers = layers_of(timm.create_model("convnext_atto"), 0.9)
+    assert layers["stages.3.blocks.1.mlp.fc1.weight"] == 1
+    assert layers["stages.3.blocks.0.mlp.fc1.weight"] == 2
 
 
 def test_layers_without_numbers_are_refused():

@@ -18,6 +18,7 @@ from conftest import ROOT, TINY, assert_same_run, finish, history
 from PIL import Image
 from processes import run
 
+from cnn.records.run_record import read_run
 from cnn.utils.checkpoint import load_checkpoint
 from cnn.utils.run_folder import is_running
 
@@ -130,6 +131,7 @@ def test_of_equally_good_epochs_best_pth_is_the_one_with_the_lowest_loss(train):
     best = min(equal, key=lambda epoch: float(rows[epoch]["val_loss"]))
     assert best not in (equal[0], equal[-1])
     assert load_checkpoint(Path("checkpoints/best.pth"))["best"]["epoch"] == best
+    assert read_run(".").best()["epoch"] == best, "compare.py and sweeps say the same"
 
 
 def test_best_pth_is_the_best_epoch_and_resumes(train):

@@ -45,9 +45,6 @@ def check_config(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
     elif cfg.data.folds is not None and cfg.data.fold >= cfg.data.folds:
         last = cfg.data.folds - 1
         yield f"{at('data.fold')}: expected at most {last} (data.folds - 1), got {cfg.data.fold}"
-    if cfg.data.group is not None and cfg.data.name not in ("folder", "csv"):
-        advice = "data.name=folder or csv, whose images are files"
-        yield f"{at('data.group')}: expected {advice}, got data.name={cfg.data.name}"
     yield from _check_augment(cfg, at)
     yield from _check_patterns(cfg, at)
 

@@ -258,7 +258,7 @@ class TrainConfig:
         None, "average the weights: share kept per step, such as 0.999", ASKED, **SHARE
     )
     early_stop_patience: int | None = setting(
-        None, "stop after epochs without improvement", FREE, least=1, experiment=True, scratch=None
+        None, "stop after epochs without a new best", FREE, least=1, experiment=True, scratch=None
     )
 
 

@@ -118,9 +118,7 @@ class Data:
             checksum = zlib.crc32(os.fsencode(names), zlib.crc32(images.labels.tobytes(), checksum))
         identities = np.concatenate([images.identities() for images in splits.values()])
         numbers = {split: len(images) for split, images in splits.items()}
-        names = [
-            name for i in splits.values() if i.group_names is not None for name in i.group_names
-        ]
+        names = [n for i in splits.values() if i.group_names is not None for n in i.group_names]
         numbers |= {"checksum": checksum, "content": zlib.crc32(identities)}
         return numbers | {"groups": zlib.crc32("\0".join(names).encode())}
 
@@ -188,8 +186,8 @@ def build_data(cfg: DataConfig, seed: int, preprocessing: Preprocessing | None =
     findings = Findings()
     splits, classes = read_splits(cfg, findings)
     if cfg.positive is not None and (len(classes) != 2 or cfg.positive not in classes):
-        got = f"{cfg.positive!r} of {list_some(classes)}"
-        raise Refused(f"data.positive: expected one of two classes, got {got}")
+        of = list_some(classes) if len(classes) == 2 else f"two classes; there are {len(classes)}"
+        raise Refused(f"data.positive: expected one of {of}, got {cfg.positive!r}")
     _tell_copies(cfg, splits, classes, findings)
     splits = divide(splits, cfg, seed, findings)
     _tell_cut(cfg, splits, findings)
@@ -260,6 +258,9 @@ def read_splits(
     if cfg.name in ("digits", "synthetic") and cfg.root != DataConfig.root:
         line = f"data.root: {cfg.root} is not used by data.name={cfg.name}"
         findings.add(f"{line}; data.name=folder reads a folder, csv a table", level=logging.WARNING)
+    if cfg.group and cfg.name not in ("folder", "csv"):
+        expected = "data.name=folder or csv, whose images are files"
+        raise Refused(f"data.group: expected {expected}, got data.name={cfg.name}")
     try:
         if is_import_path(cfg.name):
             found = import_object(cfg.name, "data.name")(root=cfg.root, **cfg.args)

@@ -10,6 +10,7 @@ from cnn.datasets.findings import Findings
 from cnn.datasets.images import Images
 from cnn.errors import Refused
 from cnn.utils import seeding
+from cnn.utils.screen import list_some
 
 Splits = dict[str, Images]
 
@@ -102,8 +103,8 @@ def _choose(images: Images, fraction: float, seed: int, use: str, groups: np.nda
     if images.group_names is not None:
         held = grouping.hold_out(groups, images.labels, fraction, order)
         if not held.any():
-            number = len(np.unique(groups))
-            raise Refused(f"data.group: too few groups ({number}) to hold {use} out of them")
+            some = list_some(list(dict.fromkeys(images.group_names.tolist())))
+            raise Refused(f"data.group: too few groups to hold {use} out of them: {some}")
         return held
     order = order[np.sort(np.unique(groups[order], return_index=True)[1])]  # one of all copies
     held = np.zeros(len(images), bool)

@@ -33,7 +33,8 @@ def names_from_paths(pattern: str, root: Path, paths: Sequence[Path]) -> list[st
     found = [re.search(pattern, text) for text in texts]
     if missing := [text for text, match in zip(texts, found) if not match or not match[0]]:
         where = f"in {len(missing)} of {len(texts)} paths: {list_some(missing)}"
-        raise Refused(f"data.group: nothing that matches {pattern!r} {where}")
+        advice = "type data.group=REGEX for these files, or null if none belong together"
+        raise Refused(f"data.group: nothing that matches {pattern!r} {where}; {advice}")
     return ["/".join(match.groups("")) or match[0] for match in found]
 
 
@@ -50,7 +51,7 @@ def refuse_divided(names: Sequence[str], splits: Sequence[str]) -> None:
     divided = [f"{name} in {' and '.join(at)}" for name, at in where.items() if len(at) > 1]
     if divided:
         fault = f"{len(divided)} of {len(where)} groups are in several splits: {list_some(divided)}"
-        raise Refused(f"data.group: {fault}; a group must be in one; move its images")
+        raise Refused(f"data.group: {fault}; a group must be in one")
 
 
 def join(names: np.ndarray, identities: np.ndarray) -> np.ndarray:
@@ -97,11 +98,10 @@ def hold_out(
     ranks = np.argsort(order)[free]
     parts = assign(groups[free], labels[free], [1 - fraction, fraction], np.argsort(ranks))
     held[free] = parts == 1
-    sizes = np.bincount(np.unique(groups, return_inverse=True)[1])
+    sizes = np.bincount(groups)
     for label in np.setdiff1d(labels[free], labels[held]):
         numbers = np.intersect1d(groups[free], groups[labels == label])
-        places = np.searchsorted(np.unique(groups), numbers)
-        for number in numbers[np.argsort(sizes[places], kind="stable")]:
+        for number in numbers[np.argsort(sizes[numbers], kind="stable")]:
             is_group = groups == number
             if not np.setdiff1d(labels[is_group], labels[~held & ~is_group]).size:
                 held |= is_group

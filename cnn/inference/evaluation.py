@@ -29,19 +29,18 @@ class EvaluationData:
 
     Attributes:
         images: the images. A label is an index into the classes of the model.
-        train_labels: the labels of the training images, int64 (number of training images). None if
-            `images` and the training images come from different datasets.
+        train: the training images. None if `images` come from another dataset.
         description: a text about `images` for messages, such as "test of digits".
     """
 
     images: Images
-    train_labels: np.ndarray | None
+    train: Images | None
     description: str
 
     @property
     def is_same_data(self) -> bool:
         """Whether the images and the model's training images come from the same dataset."""
-        return self.train_labels is not None
+        return self.train is not None
 
 
 def choose_images(trained: TrainedModel, split: str) -> EvaluationData:
@@ -60,11 +59,13 @@ def choose_images(trained: TrainedModel, split: str) -> EvaluationData:
             command line names the data.
     """
     cfg = as_trained(trained.cfg.data, trained.content["data"], trained.preprocessing)
+    if "data.group" in trained.typed:  # also where the training had no groups
+        cfg = replace(cfg, group=trained.cfg.data.group)
     splits, classes = read_splits(cfg, Findings(), trained.classes)
     source = cfg.name if cfg.name not in ("folder", "csv") else cfg.root
     parts = _divide_as_trained(trained, cfg, splits, classes)
     if parts is not None:
-        images, labels, description = parts[split], parts["train"].labels, f"{split} of {source}"
+        images, train, description = parts[split], parts["train"], f"{split} of {source}"
     elif not trained.typed & OTHER_DATA:
         raise Refused(
             f"{trained.path}: the data in {source} has changed since the training; images that were"
@@ -72,10 +73,10 @@ def choose_images(trained: TrainedModel, split: str) -> EvaluationData:
         )
     else:
         images, description = _choose_other_images(trained, splits, split, source)
-        images, labels = _with_model_labels(images, classes, trained.classes), None
+        images, train = _with_model_labels(images, classes, trained.classes), None
         description += ", other data than in training"
     set_decoding(trained, images)
-    return EvaluationData(images, labels, description)
+    return EvaluationData(images, train, description)
 
 
 def _divide_as_trained(
@@ -180,7 +181,8 @@ def build_training_loss(trained: TrainedModel, data: EvaluationData) -> nn.Modul
     elif cfg.class_weights == "balanced" and not data.is_same_data:  # an old checkpoint
         logger.warning("%s has no class weights; the loss is computed without", trained.path)
         cfg = replace(cfg, class_weights=None)
-    loss = build_loss(cfg, data.train_labels, trained.classes).to(trained.device)
+    labels = data.train.labels if data.is_same_data else None
+    loss = build_loss(cfg, labels, trained.classes).to(trained.device)
     if has_state(loss):
         try:
             loss.load_state_dict(trained.content.get("loss_state_dict", {}))

@@ -349,6 +349,7 @@ def metadata(trained: TrainedModel, pixels: str = NORMALIZED_INSIDE) -> dict[str
         "input": f"images: float32 (N, {shape}), {pixels}",
         "output": f"logits: float32 (N, {len(trained.classes)}); softmax makes them probabilities",
         "classes": list(trained.classes),
+        **({"positive": trained.classes[1]} if len(trained.classes) == 2 else {}),
         **({"threshold": trained.threshold} if trained.threshold is not None else {}),
         "preprocessing": asdict(pre),
         "colors": {1: "gray", 3: "RGB"}.get(pre.channels, "as the data have them"),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cnn.metrics.intervals import auc_interval
+from cnn.metrics.intervals import auc_interval, squares
 from cnn.metrics.scores import Z_95
 
 LEAST_COUNT = 10  # positives and negatives, or groups of them
@@ -71,7 +71,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def _of_influence(value: float, influence: np.ndarray, groups: np.ndarray | None) -> Difference:
-    sums = influence if groups is None else np.bincount(groups, influence)
-    error = math.sqrt((sums**2).sum())
+    error = math.sqrt(squares(influence, groups))
     p_value = math.erfc(abs(value) / error / math.sqrt(2)) if error else 1.0
     return value, (value - Z_95 * error, value + Z_95 * error), p_value

@@ -7,7 +7,7 @@ becomes one of Student's t. The assumed variance is that of groups whose images 
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -56,8 +56,11 @@ def intervals(
         "f1": _of_mean((_f1(labels, predictions, number, groups) for number in classes), groups),
     }
     if probabilities is not None and np.isfinite(probabilities).all():
-        found["auc"] = _of_mean(_areas(labels, probabilities, groups), groups)
-        if probabilities.shape[1] == 2:
+        number = probabilities.shape[1]
+        counted = range(number) if number > 2 else [1]  # with two classes, the positive one
+        areas = (auc_interval(labels == k, probabilities[:, k], groups) for k in counted)
+        found["auc"] = _of_mean(filter(None, areas), groups)
+        if number == 2:
             found["specificity"] = share(hits, labels == 0, groups)
             found["sensitivity"] = share(hits, labels == 1, groups)
     return {name: interval for name, interval in found.items() if interval is not None}
@@ -128,7 +131,7 @@ def auc_interval(
     margin = 0.5 / max(numbers)
     inner = min(max(value, margin), 1 - margin)
     usual = _auc_variance(inner, *numbers)
-    observed, assumed = _squares(influence, groups), _auc_variance(inner, *effective)
+    observed, assumed = squares(influence, groups), _auc_variance(inner, *effective)
     factor = max(LEAST, _average(observed, assumed, count) / usual) * _quantile(count) ** 2
     ends = [_end(value, bound, factor, numbers) for bound in (0.0, 1.0)]
     return value, (ends[0], ends[1]), influence
@@ -151,15 +154,6 @@ def _auc_variance(area: float, num_positives: float, num_negatives: float) -> fl
     number = (num_positives + num_negatives) / 2 - 1
     spread = 1 + number * ((1 - area) / (2 - area) + area / (1 + area))
     return area * (1 - area) * spread / (num_positives * num_negatives)
-
-
-def _areas(labels: np.ndarray, probabilities: np.ndarray, groups: np.ndarray | None) -> Iterator:
-    """Yields the area under the ROC curve of each class that counts in the mean."""
-    number = probabilities.shape[1]
-    for label in range(number) if number > 2 else [1]:
-        part = auc_interval(labels == label, probabilities[:, label], groups)
-        if part is not None:
-            yield part
 
 
 def _share_of(hits: np.ndarray, of: np.ndarray, groups: np.ndarray | None) -> Part:
@@ -185,18 +179,22 @@ def _of_mean(parts: Iterable[Part], groups: np.ndarray | None) -> Interval | Non
     for value, (low, high), influence in parts:
         values.append(value)
         below, above = below + (value - low) ** 2, above + (high - value) ** 2
-        together, apart = together + influence, apart + _squares(influence, groups)
+        together, apart = together + influence, apart + squares(influence, groups)
     if not values:
         return None
-    mean, factor = (
-        np.mean(values).item(),
-        max(1, _squares(together, groups) / apart if apart else 1),
-    )
+    mean = np.mean(values).item()
+    factor = max(1, squares(together, groups) / apart if apart else 1)
     low, high = (math.sqrt(factor * square) / len(values) for square in (below, above))
     return max(0.0, mean - low), min(1.0, mean + high)
 
 
-def _squares(influence: np.ndarray, groups: np.ndarray | None) -> float:
+def squares(influence: np.ndarray, groups: np.ndarray | None) -> float:
+    """Returns the variance of a metric, by the influence of each image and the groups of images.
+
+    Args:
+        influence: what each image contributes to the deviation of the metric (N).
+        groups: the number of the group of each image, integers from 0 (N), or None.
+    """
     sums = influence if groups is None else np.bincount(groups, influence)
     return float((sums**2).sum())
 

@@ -80,6 +80,21 @@ def improves(metric: str, value: float | None, best: float | None) -> bool:
     return best is None or (value < best if mode(metric) == "min" else value > best)
 
 
+def is_better(monitor: str, row: Metrics, best: Metrics) -> bool:
+    """Returns whether an epoch is better than the best one so far.
+
+    Of epochs with equal values, the one with the lower validation loss is better.
+
+    Args:
+        monitor: the metric by which epochs are compared, such as "val_acc".
+        row: the metrics of the epoch, by name.
+        best: the metrics of the best epoch so far; {} before the first.
+    """
+    value, of_best = row.get(monitor), best.get(monitor)
+    name = "val_loss" if value is not None and value == of_best else monitor
+    return improves(name, row.get(name), best.get(name))
+
+
 def wilson(correct: float, count: float, z: float = Z_95) -> tuple[float, float] | None:
     """Returns the 95 % confidence interval of a proportion (Wilson, 1927).
 

@@ -136,6 +136,9 @@ def _build(cfg: ModelConfig, num_classes: int, shape: tuple[int, ...]) -> nn.Mod
         is_timm = cfg.name.startswith(timm_models.PREFIX)
         build = timm_models.build if is_timm else torchvision_models.build
         model = build(cfg.name, num_classes, shape[0], cfg.args)
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise Refused(f"model.name: {cfg.name}: expected a torch.nn.Module, got {kind}")
     # Before weights are loaded, because lazy layers have no shapes before the first images.
     _try_out(model, cfg.name, num_classes, shape)
     return model

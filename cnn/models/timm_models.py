@@ -1,5 +1,6 @@
 """The models of the package timm, adapted to the number of classes and of image channels."""
 
+import difflib
 from typing import Any
 
 from torch import nn
@@ -47,9 +48,13 @@ def _create(name: str, key: str, words: dict[str, Any]) -> nn.Module:
         raise Refused(f"model.name: {name} needs a package: pip install timm") from None
     own = name.removeprefix(PREFIX)
     if not timm.is_model(own):
-        near = ", ".join(timm.list_models(f"*{own.partition('.')[0][:6]}*")[:5])
-        raise Refused(f"model.name: timm has no model {own}{f'; it has {near}' if near else ''}")
+        near = difflib.get_close_matches(own.partition(".")[0], timm.list_models(), 5)
+        advice = f"; did you mean one of {', '.join(near)}?" if near else ""
+        raise Refused(f"model.name: timm has no model {own!r}{advice}")
     try:
         return timm.create_model(own, **words)
     except Exception as error:  # noqa: BLE001  a model, or a download, can raise anything
-        raise Refused(f"{key}: {name}: {first_line(error)}") from None
+        reason = f"{key}: {name}: {first_line(error)}"
+        if key == "model.pretrained":
+            reason += "; without a download: model.pretrained=false, or a file: model.weights=FILE"
+        raise Refused(reason) from None

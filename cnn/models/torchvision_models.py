@@ -37,8 +37,7 @@ def build(name: str, num_classes: int, in_channels: int, args: dict[str, Any]) -
         model = models.get_model(name, weights=None, num_classes=num_classes, **args)
     except (TypeError, ValueError) as error:
         raise Refused(f"model.args: {name}: {error}") from None
-    if in_channels != 3:
-        adapt_first_convolution(model, in_channels)
+    adapt_first_convolution(model, in_channels)
     return model
 
 

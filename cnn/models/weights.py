@@ -30,6 +30,7 @@ ENTRIES = (
 PREFIXES = re.compile(r"^(?:(?:module|_orig_mod|model|backbone|net|encoder)\.)+")
 DENSE_LAYERS = re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)")  # in torchvision's files
 COUNTER = "num_batches_tracked"  # of batch norm; some files lack it, and nothing depends on it
+STATISTICS = ("running_mean", "running_var")  # of batch norm
 MIN_SHARE = 0.9  # of the parameters of the model's backbone, that a file has to fit
 NUM_PAIRS = 3  # names of the model and of the file side by side in a message
 
@@ -50,17 +51,18 @@ def read_weights(path: Path) -> tuple[Tensors, list[str]]:
     """
     try:
         content = _read_file(path)
+        state = _find_weights(content) if isinstance(content, dict) else {}
     except Exception as error:  # noqa: BLE001  whatever torch raises on a foreign file
-        foreign = f"{path}: not a file of torch.save, or a damaged one ({type(error).__name__})"
+        foreign = f"{path}: not a file of torch.save, or a damaged one"
         reason = error if isinstance(error, Refused) else foreign
-        raise Refused(f"model.weights: {reason}") from None
+        advice = "expected what torch.save(model.state_dict(), FILE) writes"
+        raise Refused(f"model.weights: {reason}; {advice}") from None
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise Refused(f"model.weights: {path}: expected weights by name, got {kind}")
-    state = _find_weights(content)
-    invalid = [k for k, v in state.items() if v.is_floating_point() and v.isnan().any()]
+    invalid = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     if invalid:
-        raise Refused(f"model.weights: {path}: {invalid[0]} contains NaN")
+        raise Refused(f"model.weights: {path}: {invalid[0]} contains NaN or infinite numbers")
     names = content.get("classes")
     is_known = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return state, names if is_known and len(set(names)) == len(names) else []
@@ -186,26 +188,34 @@ def load_weights(
 
     Raises:
         Refused: no weights fit. Or `partial` is false, and less than 90 % of the parameters outside
-            of the head fit, or the file has further blocks.
+            of the head fit, the file has further blocks, or it lacks statistics of batch norm.
     """
     expected = model.state_dict()
     first = f"{_first_convolution(model)[0]}.weight"
     if first in state and first in expected and state[first].ndim == expected[first].ndim == 4:
         state = {**state, first: _adapt_channels(state[first], expected[first].shape[1])}
-    fitting = {k: v for k, v in state.items() if k in expected and expected[k].shape == v.shape}
+    fitting = {k: v for k, v in state.items() if k in expected and _fits(v, expected[k])}
     new = [name for name, _ in model.named_parameters() if name not in fitting]
     if len(new) == len([*model.parameters()]):
         raise Refused(f"model.weights: no tensor in {source} fits the model")
     left = [k for k in state if k not in fitting and not k.endswith(COUNTER)]
     if not partial:
         _check_fit(model, source, state, new, left)
+        lacking = [k for k in expected if k.endswith(STATISTICS) and k not in fitting]
+        if lacking := [k for k in lacking if f"{k.rpartition('.')[0]}.weight" in fitting]:
+            advice = "to begin without: model.partial_weights=true"
+            raise Refused(f"model.weights: {source} lacks {list_some(lacking)}; {advice}")
     model.load_state_dict(fitting, strict=False)
     fresh = [k for k in expected if k not in fitting and not k.endswith(COUNTER)]
-    fit = (
-        f"{len(fitting)} of {len(state)} tensors{f', left over: {list_some(left)}' if left else ''}"
-    )
-    logger.info("weights from %s: %s; new: %s%s", source, fit, list_some(fresh) or "nothing", note)
+    over, news = f", left over: {list_some(left)}" if left else "", list_some(fresh) or "nothing"
+    fit = f"{len(fitting)} of {len(state)} tensors{over}"
+    logger.info("weights from %s: %s; new: %s%s", source, fit, news, note)
     return new
+
+
+def _fits(tensor: torch.Tensor, own: torch.Tensor) -> bool:
+    is_float = tensor.is_floating_point()  # a whole number can be a quantized weight
+    return tensor.shape == own.shape and is_float == own.is_floating_point()
 
 
 def _check_fit(
@@ -236,10 +246,10 @@ def _check_fit(
         theirs = f"{near[0]} ({_shape(state[near[0]])})" if near else "nothing"
         pairs.append(f"{name} ({_shape(parameters[name])}) here, {theirs} there")
     pairs += [f"{name} there, nothing here" for name in blocks[:NUM_PAIRS]]
-    raise Refused(
-        f"model.weights: {source} seems to be of another model: {share:.0%} of the parameters of"
-        f" the backbone fit: {'; '.join(pairs)}; to take what fits: model.partial_weights=true"
-    )
+    found = f"{share:.0%} of the parameters of the backbone are there, {len(further)} more tensors"
+    advice = "to take what fits: model.partial_weights=true"
+    reason = f"{source} seems to be of another model: {found}: {'; '.join(pairs)}; {advice}"
+    raise Refused(f"model.weights: {reason}")
 
 
 def last_linear(model: nn.Module) -> list[str]:

@@ -19,11 +19,14 @@ def facts(run: Run) -> dict[str, str]:
     """Returns the facts about the images of a run, such as their sizes, as texts by name."""
     cfg, data, pre = run.cfg.data, run.data, run.data.preprocessing
     is_files = isinstance(data.train, FileImages)
+    groups = {split: images.group_names for split, images in data.splits.items()}
+    of = [f"{split} {len(set(names))}" for split, names in groups.items() if names is not None]
     return {
         "source": f"{cfg.name} {cfg.root}" if is_files else cfg.name,
         **(_facts_of_files(data) if is_files else {}),
         "resized to": f"{pre.image_size} x {pre.image_size} pixels; channels: {pre.channels}",
         "data.fit": pre.fit,
+        **({"groups": ", ".join(of)} if of else {}),
         **({"positive": data.classes[1]} if len(data.classes) == 2 else {}),
     }
 

@@ -18,7 +18,7 @@ def confusion(run: Run, split: str) -> np.ndarray:
         run: the run, whose state has the predictions of the evaluation.
         split: "val" for the validation of the best epoch, or "test" for the final test.
     """
-    predictions = run.state.predictions[split]["prediction"].numpy()
+    predictions = saved_predictions(run, split)["prediction"]
     return scores.confusion(run.data.splits[split].labels, predictions, len(run.data.classes))
 
 
@@ -33,7 +33,7 @@ def intervals_of(run: Run, split: str) -> dict[str, Interval]:
         The lower and the upper end by metric, such as "acc". The dict is empty if the state has no
         predictions, or if images were left out.
     """
-    images, saved = run.data.splits[split], _saved(run, split)
+    images, saved = run.data.splits[split], saved_predictions(run, split)
     if not saved:
         return {}
     columns = saved["prediction"], saved.get("probabilities")
@@ -47,7 +47,7 @@ def panels_of(run: Run, split: str) -> list[Panel]:
         run: the run.
         split: "val" for the validation of the best epoch, or "test" for the final test.
     """
-    saved, labels = _saved(run, split), run.data.splits[split].labels
+    saved, labels = saved_predictions(run, split), run.data.splits[split].labels
     if "probabilities" not in saved:
         return []
     return evaluation_panels(labels, saved["probabilities"], run.data.classes)
@@ -66,7 +66,8 @@ def predictions_table(run: Run, split: str) -> str:
     Raises:
         ValueError: some images could not be read and have no prediction.
     """
-    images, classes, saved = run.data.splits[split], run.data.classes, _saved(run, split)
+    images, classes = run.data.splits[split], run.data.classes
+    saved = saved_predictions(run, split)
     if not saved:
         raise ValueError("some images were left out of the evaluation (data.on_bad_image=skip)")
     columns, of_all = ["image", "label", "prediction", "probability"], [[]] * len(images)
@@ -81,10 +82,16 @@ def predictions_table(run: Run, split: str) -> str:
     return csv_text(columns, rows)
 
 
-def _saved(run: Run, split: str) -> dict[str, np.ndarray]:
+def saved_predictions(run: Run, split: str) -> dict[str, np.ndarray]:
     """Returns the predictions of an evaluation, with the temperature of the state if it has one.
 
-    The dict is empty if the state has none, or if images were left out, so that the order differs.
+    Args:
+        run: the run.
+        split: "val" for the validation of the best epoch, or "test" for the final test.
+
+    Returns:
+        Arrays as EvaluationMetrics.predictions names them. The dict is empty if the state has none,
+        or if images were left out, so that the order differs.
     """
     saved = {name: part.numpy() for name, part in run.state.predictions.get(split, {}).items()}
     if not saved or len(saved["prediction"]) != len(run.data.splits[split]):

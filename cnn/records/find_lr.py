@@ -72,16 +72,15 @@ def train_with_rising_lr(run: Run) -> tuple[list[float], list[float]]:
         run: the run to train. The state of the run is changed in place.
 
     Returns:
-        Two lists with an entry per step: the learning rates and the smoothed losses. A step that
-        ends the training early has no entry. A smoothed loss is the exponential mean of the losses
-        so far. The bias of the mean is corrected as in Adam (Kingma and Ba, ICLR 2015).
+        Two lists with an entry per step: the values of `optim.lr` and the smoothed losses. A step
+        that ends the training early has no entry. A smoothed loss is the exponential mean of the
+        losses so far. The bias of the mean is corrected as in Adam (Kingma and Ba, ICLR 2015).
     """
     lrs, losses, state, steps = [], [], run.state, endless_steps(run)
     mean, groups = 0.0, state.optimizer.param_groups
-    highest = max(group["initial_lr"] for group in groups)
     for number, lr in enumerate(np.geomspace(FIRST_LR, LAST_LR, STEPS).tolist()):
         for group in groups:
-            group["lr"] = lr * group["initial_lr"] / highest
+            group["lr"] = lr * group["initial_lr"] / run.cfg.optim.lr
         next(steps)
         mean = SMOOTHING * mean + (1 - SMOOTHING) * state.running_metrics.compute()["loss"]
         state.running_metrics = RunningMetrics(state.device)  # for the next step

@@ -19,7 +19,7 @@ from cnn.config import as_text, to_yaml
 from cnn.datasets.order import EVALUATION
 from cnn.metrics import scores
 from cnn.records import data_sheet, figures
-from cnn.records.evaluation import confusion, intervals_of, panels_of
+from cnn.records.evaluation import confusion, intervals_of, panels_of, saved_predictions
 from cnn.records.figures import COLOURS, ORANGE, Curve, Panel
 from cnn.records.pages import CLASS_HEAD, class_rows, format_metric, render
 from cnn.training.run import Run
@@ -44,6 +44,7 @@ class Report:
 
     def __init__(self, run: Run):
         self.logs, self.run, self.state = run.folder.logs, run, run.state
+        self._evaluated = [split for split in ("val", "test") if saved_predictions(run, split)]
 
     def write(self) -> None:
         """Writes report.html, a page about the present state of the run.
@@ -59,8 +60,7 @@ class Report:
         epoch's validation. Without predictions, they are not written.
         """
         write_output(self.logs.curves, figures.png(figures.draw_panels, self._panels()))
-        split = "test" if "test" in self.state.predictions else "val"
-        if split in self.state.predictions:
+        for split in self._evaluated[-1:]:  # the test, if there is one
             write_output(self.logs.confusion_matrix, confusion_png(self.run, split))
             if panels := panels_of(self.run, split):
                 write_output(self.logs.roc, figures.png(figures.draw_panels, panels))
@@ -109,10 +109,10 @@ class Report:
         return self._headline() | {
             "title": f"{cfg.run + ': ' if cfg.run else ''}{cfg.model.name} on {cfg.data.name}",
             "curves": figures.panel_svgs(self._panels()),
-            "evaluations": [self._evaluation(split) for split in self.state.predictions],
+            "evaluations": [self._evaluation(split) for split in self._evaluated],
             "test": self.state.test,
             "class_head": CLASS_HEAD,
-            "mistakes": self._mistakes() if "val" in self.state.predictions else None,
+            "mistakes": self._mistakes() if "val" in self._evaluated else None,
             "training": [(thumbnail(image), name) for image, name in training],
             "augmentations": as_text(cfg.data.augment)[1:-1] or "none",
             "counts": data_sheet.class_table(data),
@@ -198,8 +198,8 @@ class Report:
             24 dicts, the worst mistake first. Each dict describes a mistake and its image.
         """
         images, classes = self.run.data.val, self.run.data.classes
-        predictions = self.state.predictions["val"]["prediction"].numpy()
-        confidences = self.state.predictions["val"]["probability"].numpy()
+        saved = saved_predictions(self.run, "val")
+        predictions, confidences = saved["prediction"], saved["probability"]
         wrong = np.flatnonzero(predictions != images.labels)
         worst = wrong[np.argsort(-confidences[wrong], kind="stable")][:NUM_MISTAKES].tolist()
         return {

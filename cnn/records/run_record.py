@@ -11,7 +11,7 @@ import yaml
 from cnn import config
 from cnn.config import Config
 from cnn.errors import Refused
-from cnn.metrics.scores import Metrics, mode
+from cnn.metrics.scores import Metrics, is_better
 from cnn.records.history import read_history, read_rows
 from cnn.utils.run_folder import RunLogs, is_running
 from cnn.utils.screen import escape_unprintable
@@ -45,32 +45,50 @@ class RunRecord:
     def best(self) -> Metrics:
         """Returns the metrics of the best epoch.
 
-        The best epoch has the best value of the monitored metric.
+        The best epoch has the best value of the monitored metric and, of several such, the lowest
+        validation loss.
 
         Returns:
             The metrics by name. {} if no epoch has a value of the monitored metric.
         """
-        rows = [row for row in self.history if row.get(self.monitor) is not None]
-        choose = min if mode(self.monitor) == "min" else max
-        return choose(rows, key=lambda row: row[self.monitor], default={})
+        best: Metrics = {}
+        for row in self.history:
+            best = row if is_better(self.monitor, row, best) else best
+        return best
 
-    def predictions(self) -> list[dict[str, str]]:
+    def predictions(self, split: str = "test") -> list[dict[str, str]]:
         """Returns the rows of predictions_test.csv, with the column group of division.csv.
 
-        The list is empty if the run has no predictions of test images.
+        Args:
+            split: "test", or "val" for predictions_val.csv.
+
+        Returns:
+            A dict per image. The list is empty if the run has no predictions of these images.
         """
         logs = RunLogs(self.folder)
+        file = logs.test_predictions if split == "test" else logs.val_predictions
         groups = {row["image"]: row["group"] for row in read_rows(logs.division)}
-        return [
-            row | {"group": groups.get(row["image"], "")}
-            for row in read_rows(logs.test_predictions)
-        ]
+        return [row | {"group": groups.get(row["image"], "")} for row in read_rows(file)]
 
 
 def numbers_of_groups(rows: list[dict[str, str]]) -> np.ndarray | None:
     """Returns the number of the group of each row (N), from 0 on; None without groups."""
     names = [row["group"] for row in rows]  # copies have one, other images have none
     return np.unique(names, return_inverse=True)[1] if all(names) else None
+
+
+def of_positive_class(rows: list[dict[str, str]]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns the labels and the scores of rows of predictions for the positive class.
+
+    Returns:
+        Whether each row is of the positive class, bool (N), and the probability of that class (N).
+        None unless there are two classes.
+    """
+    columns = [name for name in rows[0] if name.startswith("p_")] if rows else []
+    if len(columns) != 2:
+        return None
+    scores = np.array([float(row[columns[1]]) for row in rows])
+    return np.array(["p_" + row["label"] == columns[1] for row in rows]), scores
 
 
 def read_run(where: str) -> RunRecord:
@@ -87,9 +105,7 @@ def read_run(where: str) -> RunRecord:
     candidates = [RunLogs(path) for path in (Path(where), Path(where, "logs"), Path("logs", where))]
     logs = next((logs for logs in candidates if logs.config.is_file()), None)
     if logs is None:
-        raise Refused(
-            f"{where}: no run there: expected a run's name, or its folder with config.yaml"
-        )
+        raise Refused(f"{where}: no run there: expected a name, or a folder with config.yaml")
     try:
         settings = config.flat(config.to_dict(Config()))  # keys that an older file lacks
         settings |= config.flat(yaml.safe_load(logs.config.read_text(encoding="utf-8")))

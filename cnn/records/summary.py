@@ -5,6 +5,7 @@ import math
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -25,7 +26,7 @@ from cnn.training.state import TrainingState
 from cnn.utils.environment import environment_changes
 from cnn.utils.files import write_record
 from cnn.utils.progress import format_duration
-from cnn.utils.screen import escape_unprintable
+from cnn.utils.screen import escape_unprintable, list_some
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +81,7 @@ def _log_resume(run: Run, checkpoint: Checkpoint) -> None:
     if different:
         logger.warning("not as before: %s; the run resumes, equal up to rounding", different)
     if run.group.size != saved["environment"].get("world_size", 1):
-        logger.warning(
-            "the next images are the same; dropout and BatchNorm depend on each process's share"
-        )
+        logger.warning("the next images are the same; dropout and BatchNorm go by process")
 
 
 def log_start(run: Run, flops: int | None) -> None:
@@ -103,31 +102,36 @@ def log_start(run: Run, flops: int | None) -> None:
     logger.info("data %s: images %s, %d classes", facts["source"], shape, len(data.classes))
     for split, images in data.splits.items():
         counts, names = _class_counts(images.labels, data.classes), images.group_names
-        groups = "" if names is None else f"  in {len(set(names))} groups"
+        groups = "" if names is None else f"  groups: {len(set(names))}"
         logger.info("  %-5s %6d  %s%s", split, len(images), counts, groups)
+    if (names := data.train.group_names) is not None:
+        largest = Counter(names.tolist()).most_common(1)[0][0]
+        some = list_some([data.train.name(row) for row in np.flatnonzero(names == largest)], 3)
+        alone = "; no group has two images: is this meant?" if len(set(names)) == len(names) else ""
+        logger.info("  group %s: %s%s", *map(escape_unprintable, (largest, some)), alone)
     if len(data.classes) == 2:
         negative, positive = map(escape_unprintable, data.classes)
         hint = "" if cfg.data.positive else f" (the second by name; else data.positive={negative})"
         logger.info("  positive: %s%s", positive, hint)
     if "formats" in facts:  # images in memory have none
-        logger.info(
-            "  %s",
-            "; ".join(f"{name} {facts[name]}" for name in data_sheet.IN_LOG if name in facts),
-        )
+        told = [f"{name} {facts[name]}" for name in data_sheet.IN_LOG if name in facts]
+        logger.info("  %s", "; ".join(told))
     size = f"{sum(p.numel() for p in state.model.parameters()):,} parameters"
     logger.info("model %s: %s, %s per image", cfg.model.name, size, _format_flops(flops))
     frozen = max(group.get(FREEZE, 0) for group in state.optimizer.param_groups)
     if state.epoch < frozen:
-        logger.info("frozen for the first %d epochs: %s", frozen, cfg.optim.freeze)
+        logger.info("frozen in the first %d of the epochs: %s", frozen, cfg.optim.freeze)
     images = f"{len(data.train)} images in batches of {cfg.data.batch_size * cfg.train.accumulate}"
     schedule = f"{cfg.schedule.name}, {cfg.train.epochs} epochs of {images}"
-    logger.info("%s lr %g, %s", cfg.optim.name, cfg.optim.lr, schedule)
+    rates = [group["initial_lr"] for group in state.optimizer.param_groups]
+    slow = f" ({min(rates):.3g} to {max(rates):.3g} by part)" if min(rates) < max(rates) else ""
+    logger.info("%s lr %g%s, %s", cfg.optim.name, cfg.optim.lr, slow, schedule)
     if cfg.train.mixup or cfg.train.cutmix:
         logger.info("of two mixed images, train_acc counts the label with the larger share")
 
 
 def log_pace(run: Run, steps: Iterable[T]) -> Iterator[T]:
-    """Yields the steps of the first epoch, and logs once how long the run will take.
+    """Yields the steps of an epoch, and logs once how long the run will take.
 
     The line comes after `PACE_AFTER` seconds, if the epoch is not over by then.
 
@@ -144,7 +148,7 @@ def log_pace(run: Run, steps: Iterable[T]) -> Iterator[T]:
             is_told, epochs = True, run.cfg.train.epochs
             epoch = seconds / number * run.state.schedule.steps_per_epoch
             whole = f"train.epochs={epochs} about {format_duration(epoch * epochs)}"
-            logger.info("an epoch takes about %s, %s", format_duration(epoch), whole)
+            logger.info("an epoch's training takes about %s, %s", format_duration(epoch), whole)
 
 
 def _class_counts(labels: np.ndarray, classes: list[str]) -> str:
@@ -221,7 +225,7 @@ def log_test(run: Run) -> None:
         logger.info("  %-13s %s", name, with_interval(test[f"test_{name}"], ends.get(name)))
     if "test_ece_before" in test:
         names = ("test_ece_before", "test_ece", "test_log_loss_before", "test_log_loss")
-        text = "  calibrated on val: temperature %.3f, ece %s → %s, log_loss %s → %s"
+        text = "  by the temperature %.3f (fitted on val): ece %s → %s, log_loss %s → %s"
         logger.info(text, run.state.temperature, *(with_interval(test[n], None) for n in names))
     groups = run.data.test.group_names
     if groups is not None and (number := len(set(groups))) < FEW_GROUPS:

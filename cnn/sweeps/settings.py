@@ -240,13 +240,12 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
     of_file = _read_config(path.parent / cfg.config, places["config"], mistakes)
     common = reader.replaced(of_file, changes)
     space = _read_space(*_mapping(entries, "space"), mistakes)
-    name = cfg.name or path.stem
+    base, name = reader.build(Config, common, []), cfg.name or path.stem
+    if list(space) == [FOLD] and base.data.folds:  # all folds, however many are written
+        numbers = yaml.compose(f"{list(range(base.data.folds))}")
+        space[FOLD] = _read_dimension(FOLD, numbers, space[FOLD].written[0].where)
     mistakes += _check_sweep(cfg, name, changes, space, places)
     _check_combinations(common, space, mistakes)
-    base = reader.build(Config, common, [])
-    if list(space) == [FOLD] and num_combinations(space) != base.data.folds:
-        where, all_of = space[FOLD].written[0].where, list(range(base.data.folds or 0))
-        mistakes.append(f"{where}: {FOLD}: expected all folds, {all_of}, got {space[FOLD]}")
     if mistakes:
         raise Refused("\n".join(dict.fromkeys(mistakes)))
     typed_words = [word for word in words if word.partition("=")[0] in for_trials]

@@ -117,9 +117,7 @@ class TakenTrial(contextlib.AbstractContextManager):
         True.
         """
         space = self.study.sweep.space
-        self.values = self.study.retry(
-            lambda: {key: self._suggest(key, space[key]) for key in space}
-        )
+        self.values = self.study.retry(lambda: {k: self._suggest(k, space[k]) for k in space})
         self._reported = set(self.study.frozen(self.number).intermediate_values)
         self.is_resumed = "run" in self.trial.user_attrs
         if not self.is_resumed:  # once "run" is set, the run of this name belongs to the trial

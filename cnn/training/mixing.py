@@ -21,8 +21,8 @@ def mix_batch(cfg: TrainConfig, batch: Batch, group: Group, *words: int) -> Mixe
     In mixup (Zhang et al., 2018), the pixels are weighted means. In CutMix (Yun et al., 2019), a
     box of the image is replaced by that of the other. If the settings ask for both, a batch gets
     one of them by chance. The share of an image is drawn from Beta(s, s), where s is the strength,
-    once per batch. The larger part is always that of the image itself, which changes nothing, as
-    every image is also the other one of a pair.
+    once per batch. In mixup, the larger part is always that of the image itself, which changes
+    nothing, as every image is also the other one of a pair.
 
     The draws and the pairs depend on the batch of all processes together, and not on the number of
     processes, which exchange their images.
@@ -47,11 +47,13 @@ def mix_batch(cfg: TrainConfig, batch: Batch, group: Group, *words: int) -> Mixe
     if not count:  # this process has no share, and its images do not count
         return images, [(1, labels)], count
     pairs = pairs.to(images.device)
-    mixed, share = mix(images, others[pairs], max(share, 1 - share), rng)
-    return mixed, [(share, labels), (1 - share, other_labels[pairs])], count
+    mixed, share = mix(images, others[pairs], share, rng)
+    targets = [(share, labels), (1 - share, other_labels[pairs])]
+    return mixed, sorted(targets, key=lambda target: -target[0]), count
 
 
 def _mixup(images: Tensor, others: Tensor, share: float, _: object) -> tuple[Tensor, float]:
+    share = max(share, 1 - share)
     return images.lerp(others, 1 - share), share
 
 

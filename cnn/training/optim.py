@@ -34,18 +34,13 @@ OPTIMIZERS = {
 }
 PER_GROUP = {"lr", "weight_decay"}  # keyword arguments whose values differ from group to group
 FREEZE = "freeze_epochs"  # key of the optimizer's groups that are frozen during the first epochs
-NO_KEYWORDS = {
-    "name",
-    "groups",
-    "layer_decay",
-    "freeze",
-    FREEZE,
-    "args",
-}  # settings that are no keyword arguments
+# Settings that are no keyword arguments.
+NO_KEYWORDS = {"name", "groups", "layer_decay", "freeze", FREEZE, "args"}
 MATCH_TIMEOUT = 10  # seconds; some regular expressions would take longer than any run
 
-# A block of a network, such as layer1.0 or encoder_layer_3: the name up to the first numbers.
-BLOCK = re.compile(r"((?:.*?[._-])?\d+(?:\.\d+)*)\.")
+# A block of a network: what comes before branches, such as inception3a, or the name up to the first
+# numbers, such as layer1.0, encoder_layer_3 or stages.0.blocks.1.
+BLOCK = re.compile(r"(?:(.*?)\.branch|((?:.*?[._-])?\d+(?:\.(?:blocks\.)?\d+)*)\.)")
 
 Groups = list[dict[str, Any]]  # as torch's optimizers take them
 Parameters = dict[str, nn.Parameter]  # by name
@@ -59,8 +54,8 @@ def build_optimizer(cfg: OptimConfig, model: nn.Module, new: Sequence[str] = ())
     Args:
         cfg: the settings of the optimizer.
         model: the model whose parameters are trained.
-        new: the names of the parameters that do not come from weights. These parameters are the
-            head. Without weights, the head is the last linear layer.
+        new: the names of the parameters that do not come from weights. These parameters and the
+            last linear layer are the head.
 
     Raises:
         Refused: a pattern matches no parameter, or takes too long to match. All parameters are
@@ -153,7 +148,7 @@ def _group_parameters(cfg: OptimConfig, model: nn.Module, new: Sequence[str]) ->
     Raises:
         Refused: a pattern matches no parameter, or all parameters are frozen.
     """
-    parameters, head = dict(model.named_parameters()), new or last_linear(model)
+    parameters, head = dict(model.named_parameters()), {*new, *last_linear(model)}
     lr_scales = _choose_scales(cfg, parameters, head)
     for name, parameter in parameters.items():
         if lr_scales[name] == 0:
@@ -161,10 +156,9 @@ def _group_parameters(cfg: OptimConfig, model: nn.Module, new: Sequence[str]) ->
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
     if not trained:
         raise Refused("optim.groups: every parameter is frozen; leave something to train")
-    frozen_first = _match_frozen_first(cfg, trained, head)
-    slow = [
-        name for name in new if lr_scales[name] < 1 or (name in frozen_first and cfg.freeze_epochs)
-    ]
+    frozen_first = _match_frozen_first(cfg, parameters, trained, head)
+    frozen = frozen_first if cfg.freeze_epochs else []
+    slow = [name for name in new if lr_scales[name] < 1 or name in frozen]
     if slow:
         which = "parameters without weights train slowly, or are frozen at first"
         logger.warning("optim: %s: %s; part: backbone leaves them out", which, list_some(slow))
@@ -213,7 +207,7 @@ def _layer_decays(parameters: Parameters, head: Collection[str], decay: float) -
     block = ""
     for name in (name for name in parameters if name not in head):
         found = BLOCK.match(name)
-        block = found[1] if found else block
+        block = found[1] or found[2] if found else block
         blocks.setdefault(block, []).append(name)
     layers: list[list[str]] = []
     for names in blocks.values():
@@ -228,7 +222,7 @@ def _layer_decays(parameters: Parameters, head: Collection[str], decay: float) -
 
 
 def _match_frozen_first(
-    cfg: OptimConfig, trained: Collection[str], head: Collection[str]
+    cfg: OptimConfig, parameters: Parameters, trained: Parameters, head: Collection[str]
 ) -> Collection[str]:
     """Returns the names of the parameters that match `optim.freeze`.
 
@@ -236,54 +230,47 @@ def _match_frozen_first(
 
     Args:
         cfg: the settings of the optimizer.
-        trained: the names of the trainable parameters.
+        parameters: all parameters of the model.
+        trained: the trainable parameters.
         head: the names of the parameters of the head.
 
-    Returns:
-        The names. The result is empty if neither `optim.freeze` nor `optim.freeze_epochs` is set.
-
     Raises:
-        Refused: `optim.freeze_epochs` is above 0, but `optim.freeze` is not set, matches no
-            parameter, or matches all parameters.
+        Refused: `optim.freeze` matches no parameter. Or `optim.freeze_epochs` is above 0, but
+            `optim.freeze` is not set or matches all trainable parameters.
     """
-    if cfg.freeze is None and cfg.freeze_epochs:
-        raise Refused("optim.freeze_epochs: expected optim.freeze, such as backbone, got none")
+    if cfg.freeze is None:
+        if cfg.freeze_epochs:
+            raise Refused("optim.freeze_epochs: expected optim.freeze, such as backbone, got none")
+        return []
+    matching = _match("optim.freeze", cfg.freeze, parameters, head)
     if not cfg.freeze_epochs:
-        return [] if cfg.freeze is None else _find(cfg.freeze, trained, head)
-    matching = _match("optim.freeze", cfg.freeze, trained, head)
-    if len(matching) == len(trained):
+        logger.warning("optim.freeze: no effect, since optim.freeze_epochs is 0")
+    elif trained.keys() <= set(matching):
         raise Refused("optim.freeze: matches every parameter; leave something to train")
     return matching
 
 
-def _find(pattern: str, names: Collection[str], head: Collection[str]) -> list[str]:
-    """Returns the names of a part of the model, or those in which a regular expression is found.
-
-    Args:
-        pattern: "head", "backbone", "body", or the regular expression.
-        names: the names of parameters, such as "fc.weight".
-        head: the names of the parameters of the head.
-    """
-    if pattern in PARTS:
-        return [name for name in names if (name in head) == (pattern == "head")]
-    return [name for name in names if re.search(pattern, name)]
-
-
 def _match(key: str, pattern: str, names: Collection[str], head: Collection[str]) -> list[str]:
-    """Returns what `_find` returns.
+    """Returns the names of a part of the model, or those in which a regular expression is found.
 
     Args:
         key: the setting that contains the pattern, such as "optim.groups[0].match". The error
             message begins with the key.
-        pattern, names, head: as for `_find`.
+        pattern: "head", "backbone", "body", or the regular expression.
+        names: the names of parameters, such as "fc.weight".
+        head: the names of the parameters of the head.
 
     Raises:
         Refused: there are no such names.
     """
-    matching = _find(pattern, names, head)
+    if pattern in PARTS:
+        matching = [name for name in names if (name in head) == (pattern == "head")]
+    else:
+        matching = [name for name in names if re.search(pattern, name)]
     if not matching:
-        some = ", ".join(list(names)[-4:])
-        raise Refused(f"{key}: no parameter's name matches {pattern!r}; names are such as {some}")
+        some, advice = ", ".join(list(names)[-4:]), "a part is head or backbone"
+        reason = f"no parameter's name matches {pattern!r}; names are such as {some}; {advice}"
+        raise Refused(f"{key}: {reason}")
     return matching
 
 

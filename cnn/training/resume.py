@@ -289,9 +289,8 @@ def restore(state: TrainingState, checkpoint: Checkpoint, data: Data, loader: Lo
         what = "does not fit the model or optimizer as configured"
         raise Refused(f"{path}: {what}: {reason_of(error)}") from None
     if not state.is_finished(checkpoint.cfg.train):
-        state.test = state.temperature = (
-            None  # there are more epochs now, and another one may become the best
-        )
+        # There are more epochs now, and another one may become the best.
+        state.test = state.temperature = None
         state.predictions.pop("test", None)
 
 

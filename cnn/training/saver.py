@@ -172,9 +172,8 @@ class Saver:
             content = self.writer.pending_best or self._read_best(self.state.best["epoch"])
             if content.get("threshold") and content.get("temperature") != self.state.temperature:
                 content["threshold"] = None
-                logger.warning(
-                    "%s: its threshold is of other probabilities: removed", self.folder.best
-                )
+                path = self.folder.best
+                logger.warning("%s: its threshold is of other probabilities: removed", path)
             content["temperature"] = self.state.temperature
             try:
                 checkpoint.save_checkpoint(content, self.folder.best)

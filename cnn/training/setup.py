@@ -175,12 +175,7 @@ def _build_loaders(cfg: Config, data: Data, device: torch.device, group: Group) 
 
 
 def _build_state(
-    cfg: Config,
-    model: nn.Module,
-    new: list[str],
-    loss: nn.Module,
-    num_batches: int,
-    precision: str,
+    cfg: Config, model: nn.Module, new: list[str], loss: nn.Module, num_batches: int, precision: str
 ) -> TrainingState:
     device, optimizer = next(model.parameters()).device, build_optimizer(cfg.optim, model, new)
     steps, better = -(-num_batches // cfg.train.accumulate), mode(cfg.checkpoint.monitor)

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cnn.config.settings import TrainConfig
 from cnn.metrics.running import RunningMetrics
-from cnn.metrics.scores import Metrics, improves
+from cnn.metrics.scores import Metrics, is_better
 from cnn.training.schedule import Schedule
 from cnn.utils.checkpoint import clone_tree
 from cnn.utils.module_state import load_state
@@ -156,10 +156,9 @@ class TrainingState:
                     check_like(tensor, weights[name], f"{part}.{name}")
         parameters, of_optimizer = self.parameters(), saved["optimizer_state_dict"]
         indices = [i for group in of_optimizer["param_groups"] for i in group["params"]]
-        if indices != list(range(len(parameters))):
-            raise ValueError(
-                f"optimizer_state_dict: expected {len(parameters)} parameters in order"
-            )
+        number = len(parameters)
+        if indices != list(range(number)):
+            raise ValueError(f"optimizer_state_dict: expected {number} parameters in order")
         if self._is_own_optimizer():
             return  # its state may hold anything
         expected = state_of_one_parameter(self.optimizer)
@@ -282,10 +281,8 @@ class TrainingState:
         if value is not None:
             self.schedule.end_epoch(value)
         self.batch, self.seconds, self.running_metrics = 0, 0.0, RunningMetrics(self.device)
-        improved = improves(monitor, value, self.best and self.best["value"])
-        if self.best and value == self.best["value"]:  # of equally good epochs, the lower loss
-            of_best = self.history[self.best["epoch"] - 1]["val_loss"]
-            improved = improves("val_loss", row["val_loss"], of_best)
+        best = self.history[self.best["epoch"] - 1] if self.best else {}
+        improved = is_better(monitor, row, best)
         if improved:
             self.best = {"metric": monitor, "value": value, "epoch": self.epoch}
             self.predictions = {} if predictions is None else {"val": predictions}
