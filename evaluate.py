@@ -481,7 +481,7 @@ def as_text(
     ends: "dict[str, Interval]",
     matrix: "np.ndarray",
     classes: list[str],
-    num_groups: int | None,
+    num_groups: int | None = None,
 ) -> str:
     """Formats the results of an evaluation as text for the screen.
 

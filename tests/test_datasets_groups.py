@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from sklearn.model_selection import StratifiedGroupKFold
 
+import compare
 import evaluate
 from cnn.config import DataConfig
 from cnn.datasets.build import as_trained, build_data
@@ -20,6 +21,8 @@ from cnn.datasets.grouping import assign, hold_out, join
 from cnn.datasets.images import ArrayImages
 from cnn.datasets.preprocessing import Preprocessing
 from cnn.errors import Refused
+from cnn.metrics.intervals import share
+from cnn.metrics.scores import wilson
 
 NUM_SEEDS = 20
 WORDS = ("data.name=folder", "data.root=photos", "data.args={}", "data.image_size=8")
@@ -162,6 +165,20 @@ def test_a_run_with_groups_resumes_and_is_evaluated_as_trained(train, photos, ca
     assert figures["groups"] == 6 and figures["positive"] == "well"
 
 
+def test_compare_counts_groups_in_validation_too(train, photos, capsys):
+    assert train(*WORDS, *BY_PATIENT) == 0
+    capsys.readouterr()
+    assert compare.main(["."]) == 0
+    text = Path("logs/predictions_val.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(text.splitlines()))
+    hits = np.array([row["label"] == row["prediction"] for row in rows])
+    groups = np.unique([Path(row["image"]).name[:3] for row in rows], return_inverse=True)[1]
+    low, high = share(hits, np.ones(len(hits), bool), groups)
+    assert (low, high) != wilson(int(hits.sum()), len(hits))
+    expected = f"{hits.mean():.4f} (95 %: {low:.4f} to {high:.4f})"
+    assert expected in capsys.readouterr().out
+
+
 def test_groups_of_one_image_each_are_told(train, photos):
     assert train(*WORDS, "data.group='p.*'") == 0
     assert "no group has two images: is this meant?" in Path("logs/train.log").read_text()
@@ -170,7 +187,7 @@ def test_groups_of_one_image_each_are_told(train, photos):
 def test_pictures_of_another_hospital_have_groups_of_their_own(train, photos, capsys):
     assert train(*WORDS, *BY_PATIENT) == 0
     for path in sorted(Path("photos").glob("*/p1*.png")):
-        other = Path("others", path.parent.name, path.name.replace("p", "H"))
+        other = Path("others", path.parent.name, path.name.replace("p1", "H1"))
         other.parent.mkdir(parents=True, exist_ok=True)
         other.write_bytes(path.read_bytes())
     capsys.readouterr()

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_run, history
+from conftest import ROOT, TINY, assert_same_run, history
 from PIL import Image
 from test_training_runs import move_to, write_folder
 
+from cnn.config import load_config
+from cnn.records import find_lr
+from cnn.training.setup import build_run
 from cnn.utils.checkpoint import load_checkpoint
 
 TWO = ["data.args={num_images: 70, num_test: 20, num_classes: 2, image_size: 8, noise: 200}"]
@@ -138,6 +141,20 @@ def test_without_matplotlib_and_tensorboard_a_run_says_what_it_leaves_out(
     assert said == [f"left out: {left_out} (pip install matplotlib tensorboard)"]
     assert not Path("logs/report.html").exists() and not Path("logs/tensorboard").exists()
     assert train("--find-lr") == 0
+
+
+def test_a_range_test_is_of_optim_lr_where_parts_have_other_rates():
+    cfg, _ = load_config(ROOT / TINY[1], ["optim.groups=[{match: ., lr_scale: 0.1}]"])
+    run, used = build_run(cfg), []
+    optimizer, step = run.state.optimizer, run.state.optimizer.step
+
+    def remember(*args, **keywords):
+        used.append(optimizer.param_groups[0]["lr"])
+        return step(*args, **keywords)
+
+    optimizer.step = remember
+    lrs, _ = find_lr.train_with_rising_lr(run)
+    assert len(lrs) > 50 and used[: len(lrs)] == pytest.approx([lr / 10 for lr in lrs])
 
 
 def test_a_range_test_suggests_a_learning_rate_and_touches_nothing_of_the_run(train, capfd):
