@@ -310,6 +310,8 @@ def paired_rows(runs: Sequence[RunRecord]) -> list[list[str]]:
     tables = [{row["image"]: row for row in run.predictions()} for run in runs]
     images, found, left_out = list(tables[0]), [], []
     for run, table in zip(runs[1:], tables[1:]) if images else ():
+        if not table:
+            continue
         pairs = [(tables[0][image], table.get(image, {})) for image in images]
         has_other_data = any(run.settings[key] != runs[0].settings[key] for key in OF_IMAGES)
         has_other_labels = any(one["label"] != other.get("label") for one, other in pairs)

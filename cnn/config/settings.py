@@ -220,7 +220,7 @@ class OptimConfig:
         1.0, "factor on the learning rate per layer, from the head down", FIXED, above=0, most=1
     )
     freeze: str | None = setting(
-        None, "parameters to freeze at first: backbone, head, or a regular expression", FIXED
+        None, "to be frozen at first: head, a regular expression, or null: backbone", FIXED
     )
     freeze_epochs: int = setting(0, "epochs to freeze them for", ASKED, least=0)
     args: dict[str, Any] = setting({}, "keyword arguments of the optimizer", ASKED)

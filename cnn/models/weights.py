@@ -246,7 +246,7 @@ def _check_fit(
         theirs = f"{near[0]} ({_shape(state[near[0]])})" if near else "nothing"
         pairs.append(f"{name} ({_shape(parameters[name])}) here, {theirs} there")
     pairs += [f"{name} there, nothing here" for name in blocks[:NUM_PAIRS]]
-    found = f"{share:.0%} of the parameters of the backbone are there, {len(further)} more tensors"
+    found = f"{share:.0%} of the parameters of the backbone fit, {len(further)} tensors are more"
     advice = "to take what fits: model.partial_weights=true"
     reason = f"{source} seems to be of another model: {found}: {'; '.join(pairs)}; {advice}"
     raise Refused(f"model.weights: {reason}")

@@ -120,7 +120,7 @@ def log_start(run: Run, flops: int | None) -> None:
     logger.info("model %s: %s, %s per image", cfg.model.name, size, _format_flops(flops))
     frozen = max(group.get(FREEZE, 0) for group in state.optimizer.param_groups)
     if state.epoch < frozen:
-        logger.info("frozen in the first %d of the epochs: %s", frozen, cfg.optim.freeze)
+        logger.info("frozen for the first %d epochs: %s", frozen, cfg.optim.freeze or "backbone")
     images = f"{len(data.train)} images in batches of {cfg.data.batch_size * cfg.train.accumulate}"
     schedule = f"{cfg.schedule.name}, {cfg.train.epochs} epochs of {images}"
     rates = [group["initial_lr"] for group in state.optimizer.param_groups]

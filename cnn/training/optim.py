@@ -226,7 +226,8 @@ def _match_frozen_first(
 ) -> Collection[str]:
     """Returns the names of the parameters that match `optim.freeze`.
 
-    The matching parameters are frozen during the first `optim.freeze_epochs` epochs.
+    The matching parameters are frozen during the first `optim.freeze_epochs` epochs. Without
+    `optim.freeze`, they are those of the backbone.
 
     Args:
         cfg: the settings of the optimizer.
@@ -235,14 +236,12 @@ def _match_frozen_first(
         head: the names of the parameters of the head.
 
     Raises:
-        Refused: `optim.freeze` matches no parameter. Or `optim.freeze_epochs` is above 0, but
-            `optim.freeze` is not set or matches all trainable parameters.
+        Refused: `optim.freeze` matches no parameter. Or `optim.freeze_epochs` is above 0, and
+            `optim.freeze` matches all trainable parameters.
     """
-    if cfg.freeze is None:
-        if cfg.freeze_epochs:
-            raise Refused("optim.freeze_epochs: expected optim.freeze, such as backbone, got none")
+    if cfg.freeze is None and not cfg.freeze_epochs:
         return []
-    matching = _match("optim.freeze", cfg.freeze, parameters, head)
+    matching = _match("optim.freeze", cfg.freeze or "backbone", parameters, head)
     if not cfg.freeze_epochs:
         logger.warning("optim.freeze: no effect, since optim.freeze_epochs is 0")
     elif trained.keys() <= set(matching):
