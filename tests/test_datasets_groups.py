@@ -199,6 +199,11 @@ def test_pictures_of_another_hospital_have_groups_of_their_own(train, photos, ca
     trained = sum(row["split"] == "train" and "/p1" in row["image"] for row in division())
     assert f"{trained} of {number} images were trained on: not a test" in said.err
     assert "groups: 10; below 30" in said.out
+    assert train(*WORDS, "run=without") == 0
+    capsys.readouterr()
+    words = ["--checkpoint", "checkpoints/without/best.pth", "data.root=others"]
+    assert evaluate.main([*words, "data.group=H\\d+"]) == 0
+    assert "groups: 10; below 30" in capsys.readouterr().out, "also where the training had none"
     Path("photos").rename("away")
     assert evaluate.main(["data.root=others", "data.group=null"]) == 0
     said = capsys.readouterr()
