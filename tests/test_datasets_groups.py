@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -290,6 +291,7 @@ def test_checkpoints_from_before_groups_are_read_without(photos):
     before = {key: value for key, value in data.fingerprint().items() if key != "groups"}
     old = build_data(as_trained(cfg, before, pre), seed=0)
     assert data.train.group_names is not None and old.train.group_names is None
+    assert as_trained(replace(cfg, group="p."), before, pre).group == "p.", "typed for other data"
 
 
 def test_too_few_groups_are_refused(photos):

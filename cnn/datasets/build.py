@@ -159,7 +159,7 @@ def as_trained(
         fit=preprocessing.fit,
         decode="scaled" if preprocessing.scaled else "full",
         on_duplicate=cfg.on_duplicate if "content" in fingerprint else "ignore",
-        group=cfg.group if "groups" in fingerprint else "",
+        group=cfg.group if cfg.group or "groups" in fingerprint else "",
     )
 
 

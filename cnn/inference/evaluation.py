@@ -58,10 +58,8 @@ def choose_images(trained: TrainedModel, split: str) -> EvaluationData:
             does not have. Data that have changed since the training are refused, too, unless the
             command line names the data.
     """
-    # Groups also where the training had none; and no pictures are decoded for random crops.
-    typed = {"group": trained.cfg.data.group} if "data.group" in trained.typed else {}
     cfg = as_trained(trained.cfg.data, trained.content["data"], trained.preprocessing)
-    cfg = replace(cfg, augment=[], **typed)
+    cfg = replace(cfg, augment=[])  # no pictures are decoded for random crops
     splits, classes = read_splits(cfg, Findings(), trained.classes)
     source = cfg.name if cfg.name not in ("folder", "csv") else cfg.root
     parts = _divide_as_trained(trained, cfg, splits, classes)
