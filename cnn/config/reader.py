@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 
 from cnn.config.checks import check_config
+from cnn.config.hints import suggest_key
 from cnn.config.settings import SECTIONS, Config, keys_of, nested, with_values
-from cnn.config.values import describe_node, is_null, read_value, suggest
+from cnn.config.values import describe_node, is_null, read_value
 from cnn.config.writer import dump
 from cnn.errors import InvalidValue, Refused
 
@@ -78,6 +79,8 @@ def load_config(
         entries = read_entries(compose(dump(dict(base)), base_name), base_name, mistakes)
     if path is not None:
         entries = replaced(entries, read_file(path, mistakes))
+        if "space" in entries:
+            raise Refused(f"{path}: is a file of sweep.py: python sweep.py {path}")
     typed: dict[str, Entry] = {}
     for override in overrides:
         typed |= read_override(override, mistakes)
@@ -104,7 +107,7 @@ def build(cls: type, entries: dict[str, Entry], mistakes: list[str]) -> Any:
     values, found = {}, []
     for key, entry in entries.items():
         if key not in known:
-            found.append(f"{entry.where}: {key}: no such key{suggest(key, known)}")
+            found.append(f"{entry.where}: {key}: no such key{suggest_key(key, known)}")
             continue
         try:
             values[key] = read_value(entry.node, known[key].type, known[key].metadata)

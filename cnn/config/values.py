@@ -309,21 +309,17 @@ def choices_of(meta: Metadata) -> list[str]:
 def suggest(word: str, known: Iterable[str]) -> str:
     """Returns a question that suggests a known word for an unknown word.
 
-    The question suggests the most similar known word, in upper or lower case. If no known word is
-    similar, the question suggests a known word with the same part after the last dot, such as
-    "optim.lr" for "schedule.lr".
+    The question suggests the most similar known word, in upper or lower case.
 
     Args:
         word: the unknown word.
         known: the known words.
 
     Returns:
-        The question, such as " — did you mean 'optim.lr'?"; "" if there is nothing to suggest.
+        The question, such as " — did you mean 'adam'?"; "" if there is nothing to suggest.
     """
     folded = {fold(name): name for name in known}
     near = difflib.get_close_matches(fold(word), folded, n=1)
-    if not near:  # perhaps the right key in the wrong section
-        near = [name for name in folded if name.split(".")[-1] == fold(word).split(".")[-1]]
     return f" — did you mean '{folded[near[0]]}'?" if near else ""
 
 

@@ -41,7 +41,7 @@ def choose_threshold(
 def at_threshold(
     labels: np.ndarray,
     scores: np.ndarray,
-    threshold: float,
+    threshold: float | np.ndarray,
     groups: np.ndarray | None = None,
     prevalence: float | None = None,
 ) -> dict[str, tuple[float | None, Interval | None]]:
@@ -50,7 +50,7 @@ def at_threshold(
     Args:
         labels: 1 for a positive image, 0 for a negative one (N).
         scores: the probability of the positive class (N).
-        threshold: the least score of a positive prediction.
+        threshold: the least score of a positive prediction, for all images or for each (N).
         groups: the name or number of the group of each image (N). None if images are independent.
         prevalence: the share of positives for the predictive values. None for that of the images.
 

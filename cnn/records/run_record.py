@@ -13,8 +13,8 @@ from cnn.config import Config
 from cnn.errors import Refused
 from cnn.metrics.scores import Metrics, is_better
 from cnn.records.history import read_history, read_rows
-from cnn.utils.run_folder import RunLogs, is_running
-from cnn.utils.screen import escape_unprintable
+from cnn.utils.run_folder import RunLogs, is_running, names_of_runs
+from cnn.utils.screen import escape_unprintable, list_some
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ def read_run(where: str) -> RunRecord:
     candidates = [RunLogs(path) for path in (Path(where), Path(where, "logs"), Path("logs", where))]
     logs = next((logs for logs in candidates if logs.config.is_file()), None)
     if logs is None:
-        raise Refused(f"{where}: no run there: expected a name, or a folder with config.yaml")
+        some = list_some(names_of_runs()) or "none in logs/"
+        expected = f"expected a name ({some}), or a folder with config.yaml"
+        raise Refused(f"{where}: no run there: {expected}")
     try:
         settings = config.flat(config.to_dict(Config()))  # keys that an older file lacks
         settings |= config.flat(yaml.safe_load(logs.config.read_text(encoding="utf-8")))

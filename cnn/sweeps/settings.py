@@ -22,9 +22,10 @@ from typing import Any, TypeVar
 import yaml
 
 from cnn.config import Config, as_text, reader
+from cnn.config.hints import suggest_key
 from cnn.config.reader import Entry
 from cnn.config.settings import FIXED, FREE, SECTIONS, keys_of, plain, setting
-from cnn.config.values import describe_node, read_list, read_value, suggest
+from cnn.config.values import describe_node, read_list, read_value
 from cnn.errors import InvalidValue, Refused
 
 SEARCHES = ("grid", "random", "tpe")
@@ -234,6 +235,8 @@ def load_sweep(path: Path, words: Sequence[str] = ()) -> Sweep:
     run_keys -= sweep_keys  # `seed` without a section is the seed of the sweep
     for_trials = {key: item for key, item in typed.items() if "." in key or key in run_keys}
     entries |= {key: item for key, item in typed.items() if key not in for_trials}
+    if "space" not in entries and any(key in dict(keys_of(Config)) for key in entries):
+        raise Refused(f"{path}: is a file of train.py: python train.py --config {path}")
     cfg = reader.build(SweepConfig, entries, mistakes)
     places = {key: entries[key].where if key in entries else str(path) for key in sweep_keys}
     changes = reader.read_entries(*_mapping(entries, "settings"), mistakes) | for_trials
@@ -308,7 +311,7 @@ def _read_dimension(key: str, node: yaml.Node, where: str) -> Choice | Range:
     if key in NOT_TRIED:
         raise InvalidValue(f": cannot be tried: {NOT_TRIED[key]}")
     if key not in known:
-        raise InvalidValue(f": no such key{suggest(key, known)}")
+        raise InvalidValue(f": no such key{suggest_key(key, known)}")
     kind, metadata = known[key].type, known[key].metadata
     if isinstance(node, yaml.MappingNode):
         return _read_range(node, kind, metadata, where)

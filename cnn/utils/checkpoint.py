@@ -17,7 +17,8 @@ from cnn.errors import InvalidValue, Refused, describe
 from cnn.utils import checkpoint_structure as structure
 from cnn.utils.checked_zip import read_archive, read_plain_values, write_archive
 from cnn.utils.files import write_atomically
-from cnn.utils.run_folder import checkpoints_in
+from cnn.utils.run_folder import RunFolder, checkpoints_in, names_of_runs
+from cnn.utils.screen import list_some
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,9 @@ def _advice(path: Path, option: str) -> str:
     for other in others:
         with contextlib.suppress(Refused):
             return f"{other} is whole ({position_text(read_checkpoint(other))}): {option} {other}"
-    return "there is no other file beside it that is whole; a copy elsewhere may be"
+    runs = [RunFolder(name).last for name in (None, *names_of_runs())]
+    some = list_some([str(file) for file in runs if file.is_file() and file != path])
+    return f"there is no other file beside it that is whole; other runs have {some or 'none'}"
 
 
 def _check_kind(path: Path, content: Any) -> None:

@@ -319,6 +319,11 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return [path for name in names for path in sorted(folder.glob(name), reverse=True)]
 
 
+def names_of_runs() -> list[str]:
+    """Returns the names of the runs in the current folder, those with a log folder."""
+    return sorted(path.parent.name for path in Path("logs").glob("*/config.yaml"))
+
+
 def is_running(logs: Path) -> bool:
     """Returns whether a process is writing the files of a run.
 
