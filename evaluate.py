@@ -246,7 +246,7 @@ def tell_trained_on(checkpoint: Path, found: Evaluated) -> None:
     try:
         train = choose_images(load_trained_model(checkpoint, []), "test").train
     except Refused:
-        logger.warning("the data of the training is not there: are these images new to the model?")
+        logger.warning("the training's data cannot be read: are these images new to the model?")
         return
     number = int(np.isin(images.identities(), train.identities()).sum())
     if number:
