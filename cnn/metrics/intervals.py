@@ -16,7 +16,7 @@ from cnn.metrics.scores import Z_95, wilson
 Interval = tuple[float, float]
 Part = tuple[float, Interval, np.ndarray]  # a class's value, interval, and influence of each image
 
-PRIOR = 5  # groups by which the assumed variance counts
+PRIOR = 2  # groups by which the assumed variance counts
 LEAST = 0.6  # of Newcombe's variance; near 1, an area's observed variance is often far too small
 FEW_GROUPS = 30  # with fewer, an interval of 95 % can be one of 90 %
 HALVINGS = 50  # of an interval, to find its ends
@@ -210,5 +210,6 @@ def _quantile(count: int) -> float:
         (z**3 + z) / 4,
         (5 * z**5 + 16 * z**3 + 3 * z) / 96,
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
     return z + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
