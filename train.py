@@ -126,8 +126,9 @@ def start(cfg: Config, command: Command, log: "Log", stop: "StopSignals") -> Non
         name = checkpoint = None
         with group.agreement():
             if group.is_rank0:
-                name = run_name(command, cfg)
-        with locked_folder(group, group.broadcast(name)) as folder:
+                name = run_name(command, cfg, resumes=command.resume is not None)
+        cfg = with_values(cfg, run=group.broadcast(name))
+        with locked_folder(group, cfg.run) as folder:
             with group.agreement():
                 if group.is_rank0 and command.resume is not None:
                     checkpoint = find_checkpoint_to_resume(command, cfg)
@@ -178,13 +179,13 @@ def train(
             records.write()
             summary.log_epoch(run)
             saver.lap()  # the time that records took does not count for the next epoch
-
         if run.state.test is None:
             test(run, saver)
         else:
             summary.log_finished(cfg, run.state)
         summary.log_test(run)
         records.finish()
+    summary.log_next(run)
 
 
 def log_early_stop(run: "Run") -> None:

@@ -76,7 +76,7 @@ def watch_memory(runs: int) -> dict[str, list[list[float]]]:
         taken: list[float] = []
 
         def look(process: int, line: str, taken: list[float] = taken) -> None:
-            if re.match(rf"epoch \d+/{EPOCHS}  train_loss", line):
+            if re.match(rf"epoch \d+/{EPOCHS}  train loss", line):
                 pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
                 taken.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
 

@@ -138,13 +138,14 @@ def _log_error(error: BaseException, task: Task, stop: "StopSignals") -> int:
 
     If a signal interrupted the task, the signal is logged instead of the error. But a Refused or a
     RunError is logged even then. A RefusedElsewhere is not logged, since another process logs the
-    cause.
+    cause. The notes of the error follow, such as the command that goes on with the run.
 
     Args:
         error: the exception that ended the task.
         task: the task. Its `places` and its `hint` complete the message.
         stop: the signal handlers.
     """
+    notes = getattr(error, "__notes__", [])
     if stop.was_raised and not isinstance(error, (Refused, RunError)):
         error = Stopped(stop.received)  # the signal may have made a clean-up fail
     if isinstance(error, Stopped):
@@ -162,6 +163,9 @@ def _log_error(error: BaseException, task: Task, stop: "StopSignals") -> int:
         logger.error("train.deterministic: %s; take another model, or say false", reason)
     else:
         logger.error("failed", exc_info=error)
+        notes = []  # they stand below the traceback
+    for note in notes:
+        logger.warning("%s", note)
     return error.status if isinstance(error, (Refused, RunError, Stopped)) else FAILED
 
 

@@ -96,6 +96,22 @@ def test_single_images_are_batches_where_that_is_asked_for():
 
 
 @BOTH
+def test_a_last_batch_that_is_not_full_can_be_left_out(way, data):
+    dropping = loader(data, drop_last=True, **way)
+    assert dropping.sizes == [8] * 5 and len(data.train) == 41
+    images, labels, sizes = whole(dropping.train_batches(1))
+    assert sizes == [8] * 5
+    # The images before are those of an epoch that drops nothing.
+    every, their_labels, _ = whole(loader(data, **way).train_batches(1))
+    assert images.equal(every[:40]) and labels.equal(their_labels[:40])
+
+
+def test_no_full_batch_is_refused(train, capfd):
+    assert train("data.drop_last=true", "data.batch_size=65") == 2
+    assert "data.drop_last: 64 training images are no full batch of 65" in capfd.readouterr().err
+
+
+@BOTH
 def test_an_epoch_has_every_image_once_in_an_order_of_seed_and_epoch(way, data):
     inorder, labels, _ = whole(loader(data, **way).batches())
     assert labels.tolist() == data.train.labels.tolist()

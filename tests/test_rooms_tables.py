@@ -96,7 +96,8 @@ def test_what_is_logged_makes_no_other_experiment():
 
 
 def test_the_keys_that_may_name_code_are_known():
-    assert code_keys() == ["data.name", "data.augment", "model.name", "loss.name", "optim.name"]
+    names = ["data.name", "data.augment", "model.name", "loss.name", "optim.name", "log.trackers"]
+    assert code_keys() == names
 
 
 def test_what_is_ours_cannot_be_named_as_code_by_a_file():

@@ -330,8 +330,28 @@ def test_warm_up_rises_in_equal_steps_to_what_comes_after(name):
     assert lrs[8] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("name", ["constant", "cosine", "step", "multistep", "plateau"])
+def test_a_warm_up_may_be_given_in_steps(name):
+    settings = {"step_epochs": 7, "milestones": [7]}
+    in_steps = lrs_of(name, warmup_steps=2 * STEPS, **settings)
+    assert in_steps == lrs_of(name, warmup_epochs=2, **settings) != lrs_of(name, **settings)
+
+
 def test_onecycle_rises_by_itself_and_takes_no_warm_up():
-    assert lrs_of("onecycle", warmup_epochs=2) == lrs_of("onecycle")
+    for warmup in ({"warmup_epochs": 2}, {"warmup_steps": 7}):
+        assert lrs_of("onecycle", **warmup) == lrs_of("onecycle")
+
+
+def test_a_warm_up_in_steps_and_in_epochs_is_refused(train, capfd):
+    assert train("schedule.warmup_epochs=1", "schedule.warmup_steps=9") == 2
+    said = capfd.readouterr().err
+    assert "command line: schedule.warmup_steps: there are schedule.warmup_epochs, too" in said
+    assert "schedule.warmup_epochs=0" in said
+
+
+def test_a_warm_up_longer_than_the_run_is_told(train, capfd):
+    assert train("schedule.warmup_steps=1000", "train.epochs=1") == 0
+    assert "the warm-up takes 1000 steps of 4" in capfd.readouterr().err
 
 
 def test_cosine_falls_over_what_is_left_after_the_warm_up():

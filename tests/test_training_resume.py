@@ -235,7 +235,7 @@ def test_the_log_is_one_story_and_marks_each_resume(unbroken, tmp_path):
     resume_to_the_end(tmp_path)
     log = (tmp_path / "logs/train.log").read_text()
     assert log.count("==== resumed from checkpoints/last.pth: epoch 2, ") == 1
-    assert [log.count(f"epoch {epoch}/3  train_loss") for epoch in (1, 2, 3)] == [1, 1, 1]
+    assert [log.count(f"epoch {epoch}/3  train loss") for epoch in (1, 2, 3)] == [1, 1, 1]
     assert history(tmp_path) == history(unbroken)
 
 

@@ -47,7 +47,7 @@ def test_a_run_leaves_its_records(train):
     )
     assert [row.split(",")[:2] for row in rows[1:]] == [["1", "4"], ["2", "8"]]
     log = Path("logs/train.log").read_text(encoding="utf-8")
-    assert log.count("epoch 1/2  train_loss") == 1 and "test_acc" in log
+    assert log.count("epoch 1/2  train loss") == 1 and "test_acc" in log
     assert all(line[24:].startswith("INFO") for line in log.splitlines()), log
     assert "classifier.weight" in Path("logs/model.txt").read_text()
 
@@ -335,7 +335,8 @@ def test_an_error_while_running_is_in_the_log_with_its_traceback():
         "from torch import nn\n"
         "class Fails(nn.CrossEntropyLoss):\n"
         "    def forward(self, logits, labels):\n"
-        "        assert not self.training, 'the first batch'\n"
+        "        assert len(labels) < 4, 'the first batch'\n"
+        "        return super().forward(logits, labels)\n"
     )
     status, output = run(Path.cwd(), *TINY, "loss.name=mine:Fails")
     assert status == 1, output

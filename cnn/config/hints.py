@@ -28,7 +28,7 @@ ALIASES = {
     "loss.label_smoothing": "smoothing smooth label_smooth",
     "loss.class_weights": "class_weight weight pos_weight",
     "schedule.name": "scheduler lr_scheduler lr_schedule sched",
-    "schedule.warmup_epochs": "warmup warmup_steps warmup_epoch warm_up",
+    "schedule.warmup_epochs": "warmup warmup_epoch warm_up",
     "train.epochs": "epoch num_epochs max_epochs n_epochs num_epoch",
     "train.precision": "amp fp16 bf16 half mixed_precision use_amp",
     "train.early_stop_patience": "patience early_stop early_stopping",

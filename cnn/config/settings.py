@@ -81,6 +81,7 @@ PARTS = ("head", "backbone", "body")  # body is another word for backbone
 OPTIMIZERS = ("sgd", "adam", "adamw", "nadam", "radam", "rmsprop", "adagrad", "adamax")
 LOSSES = ("cross_entropy",)
 SCHEDULES = ("constant", "step", "multistep", "cosine", "onecycle", "plateau")
+TRACKERS = ("mlflow",)
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 # f1 and auc are means over the classes. With two classes, auc belongs to class 1, the positive one.
 METRICS = ("acc", "loss", "balanced_acc", "f1", "auc", "log_loss", "ece")
@@ -130,6 +131,7 @@ class DataConfig:
     val_fraction: float = setting(0.1, "share of train held out if there is no val", FIXED, **SHARE)
     test_fraction: float = setting(0.2, "share held out if there is no test", FIXED, **SHARE)
     limit: int | None = setting(None, "use only this many training images", FIXED, least=1)
+    drop_last: bool = setting(False, "leave out the last batch of an epoch if not full", FIXED)
     sampler: str = setting(
         "shuffle", "each image once, or each class equally often", FIXED, choices=SAMPLERS
     )
@@ -234,6 +236,9 @@ class ScheduleConfig:
     warmup_epochs: float = setting(
         0.0, "linear rise from 0 first, per step; not for onecycle", ASKED, least=0, most=10**6
     )
+    warmup_steps: int | None = setting(
+        None, "the rise in optimizer steps, in place of warmup_epochs", ASKED, least=0
+    )
     gamma: float = setting(0.1, "factor of step, multistep and plateau", ASKED, **SHARE)
     step_epochs: int = setting(30, "step: epochs between two drops", ASKED, least=1)
     milestones: list[int] = setting([], "multistep: epochs of the drops", ASKED, least=1)
@@ -284,6 +289,12 @@ class LogConfig:
     every_seconds: float = setting(30.0, "seconds between progress lines in a log", FREE, above=0)
     report: bool = setting(True, "report.html and figures; needs matplotlib", FREE, scratch=False)
     tensorboard: bool = setting(False, "logs/tensorboard; needs tensorboard", FREE, scratch=False)
+    trackers: list[str] = setting(
+        [], "also send epochs there", FREE, scratch=[], choices=TRACKERS, names_code=True
+    )
+    artifacts: bool = setting(
+        False, "send trackers report, settings and best.pth, too", FREE, scratch=False
+    )
 
 
 @dataclass(frozen=True)
@@ -291,7 +302,9 @@ class Config:
     """The whole configuration of a run: three top-level keys and the sections."""
 
     seed: int = setting(0, "seed of everything random", FIXED, least=0, most=2**63 - 1)
-    run: str | None = setting(None, "name: logs/NAME/ and checkpoints/NAME/", FREE, scratch=None)
+    run: str | None = setting(
+        None, "name: logs/NAME/, checkpoints/NAME/; {time} is that of the start", FREE, scratch=None
+    )
     device: str = setting(
         "auto", "auto, cpu, cuda, cuda:1, mps", FREE, pattern=r"auto|cpu|mps|cuda(:\d+)?"
     )

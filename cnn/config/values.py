@@ -52,6 +52,8 @@ def read_value(node: yaml.Node, kind: Any, meta: Metadata, place: str = "") -> A
         with contextlib.suppress(ValueError):
             return _read_as(node, each, meta, place)
     near = suggest(node.value.lower(), meta["choices"]) if isinstance(node, yaml.ScalarNode) else ""
+    if isinstance(node, yaml.MappingNode) and str in kinds:
+        near = "; text in braces needs quotes around it"
     got = f"{describe_node(node)}{near}"
     raise InvalidValue(f"{place}: expected {_expected(kind, meta)}, got {got}")
 

@@ -146,10 +146,12 @@ class Loader:
         augmentation: resizes the images, and augments the images in training.
         rank: the rank of this process, from 0 on.
         num_ranks: the number of processes.
+        drop_last: whether a last batch that is not full is left out.
 
     Attributes:
         sizes: number of images in each batch of an epoch, in all processes together.
-        starts: first position of each batch in the epoch, and at the end the number of images.
+        starts: first position of each batch in the epoch, and at the end that of the images
+            in batches.
     """
 
     images: Images
@@ -161,10 +163,11 @@ class Loader:
     augmentation: Augmentation
     rank: int
     num_ranks: int
+    drop_last: bool
 
     def __post_init__(self):
         self.balanced = self.sampler == "balanced"
-        self.sizes = split_epoch(len(self.images), self.batch_size)
+        self.sizes = split_epoch(len(self.images), self.batch_size, drop_last=self.drop_last)
         self.starts = np.cumsum([0, *self.sizes]).tolist()
         self._normalize = Normalize(self.preprocessing, self.device)
         # A GPU normalizes, which quarters the bytes copied to it; for a CPU the workers do it.
@@ -366,15 +369,19 @@ def build_loader(
 
     Raises:
         Refused: an image file can no longer be decoded. Or `cfg.in_memory` is true, but the images
-            cannot be kept in memory. Or an augmentation cannot be built.
+            cannot be kept in memory. Or an augmentation cannot be built. Or `cfg.drop_last` leaves
+            no batch.
     """
     batch_size = cfg.batch_size
+    if training and cfg.drop_last and len(images) < batch_size:
+        few = f"{len(images)} training images are no full batch of {batch_size}"
+        raise Refused(f"data.drop_last: {few}; a smaller data.batch_size, or say false")
     if not training:  # not too large, so that every process has batches to evaluate
         batch_size = min(EVALUATION_BATCHES * batch_size, max(batch_size, LARGEST_EVALUATION_BATCH))
     form = preprocessing.form
     augmentation = Augmentation(cfg.augment if training else [], images, form.size, seed)
     common = (images, preprocessing, batch_size, device, seed, cfg.sampler, augmentation)
-    common += (rank, num_ranks)
+    common += (rank, num_ranks, training and cfg.drop_last)
     form = replace(form, margin=augmentation.needs_margin(int(training)))
     if _is_in_memory(cfg, images, form, augmentation):
         if form.margin:

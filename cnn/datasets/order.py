@@ -8,7 +8,7 @@ Key = tuple[int, int] | tuple[int, int, int]
 EVALUATION = 0  # stands in place of the epoch in the keys of images that are not augmented
 
 
-def split_epoch(number: int, batch_size: int) -> list[int]:
+def split_epoch(number: int, batch_size: int, *, drop_last: bool = False) -> list[int]:
     """Returns the number of images in each batch of an epoch.
 
     The last batch contains the rest of the images. If the rest is a single image, the image joins
@@ -17,10 +17,11 @@ def split_epoch(number: int, batch_size: int) -> list[int]:
     Args:
         number: how many images the epoch has.
         batch_size: images per batch.
+        drop_last: whether the rest is left out.
     """
     # BatchNorm cannot train on a single image.
     sizes = [batch_size] * (number // batch_size)
-    rest = number % batch_size
+    rest = 0 if drop_last else number % batch_size
     if rest == 1 and sizes:
         sizes[-1] += 1
     elif rest:

@@ -76,10 +76,11 @@ def run_drill(cfg: Config, stop: StopSignals, train: Train) -> None:
         Stopped: this process has received a signal.
     """
     batches = STEPS * cfg.train.accumulate - (cfg.train.accumulate > 1)  # the last step is shorter
+    rise = cfg.schedule.warmup_steps and min(cfg.schedule.warmup_steps, STEPS)
     short = for_scratch(
         cfg,
         train={"epochs": EPOCHS},
-        schedule={"warmup_epochs": min(cfg.schedule.warmup_epochs, 1)},
+        schedule={"warmup_epochs": min(cfg.schedule.warmup_epochs, 1), "warmup_steps": rise},
         checkpoint={"every_steps": 1},
     )
     with tempfile.TemporaryDirectory(prefix="drill_") as scratch:

@@ -181,7 +181,7 @@ def build_training_loss(trained: TrainedModel, data: EvaluationData) -> nn.Modul
         logger.warning("%s has no class weights; the loss is computed without", trained.path)
         cfg = replace(cfg, class_weights=None)
     labels = data.train.labels if data.is_same_data else None
-    loss = build_loss(cfg, labels, trained.classes).to(trained.device)
+    loss = build_loss(cfg, labels, trained.classes, trained.device)
     if has_state(loss):
         try:
             loss.load_state_dict(trained.content.get("loss_state_dict", {}))

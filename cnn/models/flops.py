@@ -1,4 +1,4 @@
-"""A count of the floating-point operations of a model, made while the model computes.
+"""A count of the floating-point operations of a model, and the shapes of its layers' outputs.
 
 torch.utils.flop_counter does the same, but importing and using it loads Triton and torch._dynamo,
 which takes 1.2 seconds of a run's start.
@@ -6,6 +6,7 @@ which takes 1.2 seconds of a run's start.
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,15 +29,40 @@ def count_flops(model: nn.Module, shape: tuple[int, ...]) -> int | None:
     Returns:
         The number of operations, or None if the model cannot be copied or fails.
     """
-    device = next(model.parameters()).device
+    return trace_model(model, shape)[0]
+
+
+def trace_model(
+    model: nn.Module, shape: tuple[int, ...]
+) -> tuple[int | None, list[tuple[str, tuple[int, ...]]]]:
+    """Returns what `count_flops` does, and the shape of each layer's output for one image.
+
+    Args:
+        model: the model, on any device, which stays unchanged.
+        shape: the shape of the image, (channels, height, width).
+
+    Returns:
+        The number of operations, or None if it is unknown. A list of the name of each layer without
+        sublayers and the shape of its output, in the order of the computation.
+    """
+    device, outputs = next(model.parameters()).device, []
+
+    def keep(name: str, _layer: nn.Module, _images: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            outputs.append((name, tuple(output.shape)))
+
     try:
+        # The meta device would need no copy, but torch first loads decompositions for it, which
+        # takes as long as loading torch.
+        copied = copy.deepcopy(model).eval()
+        for name, layer in copied.named_modules():
+            if not list(layer.children()):
+                layer.register_forward_hook(partial(keep, name))
         with torch.no_grad(), _Counter() as counter:
-            # The meta device would need no copy, but torch first loads decompositions for it, which
-            # takes as long as loading torch.
-            copy.deepcopy(model).eval()(torch.zeros(1, *shape, device=device))
+            copied(torch.zeros(1, *shape, device=device))
     except Exception:  # noqa: BLE001  the user's code, and no figure is worth a failed training
-        return None
-    return counter.total
+        return None, outputs
+    return counter.total, outputs
 
 
 class _Counter(TorchDispatchMode):

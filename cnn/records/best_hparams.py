@@ -3,9 +3,9 @@
 With `--config`, the settings are read from such a file, and the results in the file are ignored.
 """
 
+import datetime
 import logging
 import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def update(
         earlier = _read(path)
         if earlier is not None and not _is_beaten(path, earlier["best_metrics"], best):
             return None
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         values = {"monitor": best["metric"], "value": best["value"], "epoch": best["epoch"]}
         records = {
             "best_metrics": {**values, "metrics": dict(metrics), "timestamp": now},

@@ -19,6 +19,7 @@ from cnn.errors import first_line
 from cnn.records import best_hparams, figures
 from cnn.records.evaluation import intervals_of, predictions_table
 from cnn.records.history import write_history
+from cnn.records.trackers import Sender
 from cnn.training.run import Run
 from cnn.utils.files import warn_unwritten, write_text
 
@@ -35,7 +36,8 @@ class Records:
 
     The training must take place in a `with` block over this object. The start of the block writes
     all files except the report and its pictures. The end of the block writes the report and its
-    pictures if an epoch is complete. An exception in the block does not prevent the last write.
+    pictures if an epoch is complete, and sends the rest to the trackers. An exception in the block
+    does not prevent the last write.
 
     In a run of several processes, only the object in the process of rank 0 writes files.
 
@@ -49,6 +51,8 @@ class Records:
         self._next_report = time.monotonic() + REPORT_PAUSE * FIRST_REPORT
         self._tensorboard = None
         self._reasons: dict[Path | str, str] = {}  # why the last write of a record failed
+        trackers = run.cfg.log.trackers if run.group.is_rank0 else []
+        self._senders = [Sender(name, run, self._attempt) for name in trackers]
         log_left_out(run.cfg)
 
     def __enter__(self) -> Self:
@@ -63,6 +67,8 @@ class Records:
         kept.
         """
         self._write_tables()
+        for sender in self._senders:
+            sender.wake()
         if time.monotonic() >= self._next_report:
             self._write_report()
 
@@ -81,6 +87,9 @@ class Records:
     def __exit__(self, *_: object) -> None:
         if self.state.history:
             self._write_report(last=True)
+        files = [*self.folder.logs.paths(), self.folder.best] if self.run.cfg.log.artifacts else []
+        for sender in self._senders:
+            sender.end([file for file in files if file.is_file()])
 
     def _write_tables(self) -> None:
         logs, state = self.folder.logs, self.state
@@ -190,5 +199,7 @@ def log_left_out(cfg: Config) -> None:
         left_out["matplotlib"] = "report.html, curves.png, confusion_matrix.png"
     if cfg.log.tensorboard and not has_tensorboard():
         left_out["tensorboard"] = "logs/tensorboard"
+    if "mlflow" in cfg.log.trackers and not importlib.util.find_spec("mlflow"):
+        left_out["mlflow"] = "log.trackers: mlflow"
     if left_out:
         logger.info(f"left out: {', '.join(left_out.values())} (pip install {' '.join(left_out)})")

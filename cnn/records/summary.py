@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from cnn.config.settings import LOSSES
 from cnn.datasets.augment import DRAWS
 from cnn.metrics.intervals import FEW_GROUPS
 from cnn.metrics.scores import with_interval
-from cnn.models.flops import count_flops
+from cnn.models.flops import trace_model
 from cnn.records import data_sheet
 from cnn.records.evaluation import intervals_of
 from cnn.training.optim import FREEZE
@@ -40,8 +41,10 @@ MAX_LISTED = 140  # the most characters of the line with the number of images pe
 DIVERGED = 1000
 # Metrics of the test, beside the accuracy, that are in the log.
 SAID, SAID_OF_TWO = ("auc", "f1", "balanced_acc"), ("auc", "sensitivity", "specificity")
-# Metrics that are in history.csv and not in the log's line on an epoch.
-HISTORY_ONLY = {"val_balanced_acc", "val_f1", "val_top5_acc"}
+WIDTH = 100  # columns of the log's line on an epoch; history.csv has the rest
+LOSS_AND_ACC = ("loss", "acc")  # of training and validation, in that line
+PICTURE = "examples/digit.png"  # for models of these data:
+OF_DIGITS = ("digits", "mnist")
 
 
 def write(run: Run, checkpoint: Checkpoint | None) -> None:
@@ -56,11 +59,11 @@ def write(run: Run, checkpoint: Checkpoint | None) -> None:
     """
     if checkpoint is not None:
         _log_resume(run, checkpoint)
-    flops = count_flops(run.state.model, run.data.preprocessing.shape)
+    flops, outputs = trace_model(run.state.model, run.data.preprocessing.shape)
     log_start(run, flops)
     logs = run.folder.logs
     write_record(logs.config, to_yaml(run.cfg))
-    write_record(logs.model, model_text(run, flops))
+    write_record(logs.model, model_text(run, flops, outputs))
     write_record(logs.data, data_sheet.sheet(run))
     write_record(logs.division, data_sheet.division(run))
 
@@ -68,7 +71,10 @@ def write(run: Run, checkpoint: Checkpoint | None) -> None:
 def _log_resume(run: Run, checkpoint: Checkpoint) -> None:
     state, saved = run.state, checkpoint.content
     at = f"epoch {state.epoch + 1}, step {state.step}, batch {state.batch}"
-    logger.info("==== resumed from %s: %s of %d ====", checkpoint.path, at, len(run.train_loader))
+    at += f" of {len(run.train_loader)}"
+    if state.is_finished(run.cfg.train):
+        at = f"finished after epoch {state.epoch}, step {state.step}"
+    logger.info("==== resumed from %s: %s ====", checkpoint.path, at)
     if checkpoint.changes:
         logger.info("settings changed: %s", "; ".join(checkpoint.changes))
     draws = saved.get("draws", 1)  # older files lack it
@@ -126,6 +132,22 @@ def log_start(run: Run, flops: int | None) -> None:
     rates = [group["initial_lr"] for group in state.optimizer.param_groups]
     slow = f" ({min(rates):.3g} to {max(rates):.3g} by part)" if min(rates) < max(rates) else ""
     logger.info("%s lr %g%s, %s", cfg.optim.name, cfg.optim.lr, slow, schedule)
+    _log_hints(run)
+
+
+def _log_hints(run: Run) -> None:
+    """Logs what the settings make of the rates and the metrics, where this may surprise."""
+    cfg, data, state = run.cfg, run.data, run.state
+    if state.schedule.warmup_steps >= state.schedule.steps:
+        rise = f"{state.schedule.warmup_steps} steps of {state.schedule.steps}"
+        logger.warning("the warm-up takes %s: the run ends before lr is reached", rise)
+    if (share := cfg.loss.label_smoothing) and cfg.loss.name in LOSSES:
+        rest = share / len(data.classes)
+        targets = np.array([1 - share + rest, *[rest] * (len(data.classes) - 1)])
+        least = -(targets * np.log(targets)).sum()
+        logger.info(
+            "with label smoothing %g, no loss is below %.4f, and none goes to 0", share, least
+        )
     if cfg.train.mixup or cfg.train.cutmix:
         logger.info("of two mixed images, train_acc counts the label with the larger share")
 
@@ -171,21 +193,8 @@ def log_epoch(run: Run) -> None:
     Args:
         run: the run, with at least one completed epoch.
     """
-    state, epochs = run.state, run.cfg.train.epochs
-    row, best = state.history[-1], state.best
-    monitor = best["metric"] if best else None
-    metrics = "  ".join(
-        f"{name} {'n/a' if value is None else format(value, '.4f')}"
-        for name, value in row.items()
-        if name.startswith(("train_", "val_")) and name not in HISTORY_ONLY - {monitor}
-    )
-    so_far = f"best {monitor} {best['value']:.4f} (epoch {best['epoch']})" if best else "no best"
-    left = np.mean([r["seconds"] for r in state.history[-5:]]) * (epochs - state.epoch)
-    times = f"{format_duration(row['seconds'])}  ETA {format_duration(left)}"
-    logger.info(
-        f"epoch {state.epoch}/{epochs}  {metrics}  {so_far}  lr {row['lr']:.3g}"
-        f"  {row['images_per_second']:.0f} images/s  {times}"
-    )
+    state, row = run.state, run.state.history[-1]
+    logger.info("%s", epoch_line(run))
     limit = DIVERGED * math.log(max(2, len(run.data.classes)))  # guessing has loss ln(classes)
     diverged = [row["epoch"] for row in state.history if row["val_loss"] > limit]
     is_ours = run.cfg.loss.name in LOSSES  # else the loss of guessing is unknown
@@ -194,6 +203,31 @@ def log_epoch(run: Run) -> None:
             f"val_loss {row['val_loss']:.3g} is over {DIVERGED} times that of guessing: the run"
             f" diverges; a lower optim.lr, a warm-up or train.clip_grad_norm may help"
         )
+
+
+def epoch_line(run: Run) -> str:
+    """Returns a text of at most 100 columns on the latest epoch.
+
+    The number of the best epoch, and then the estimated time to the end, are left out if they do
+    not fit.
+    """
+    state, epochs = run.state, run.cfg.train.epochs
+    row, best = state.history[-1], state.best
+
+    def of(split: str, names: Iterable[str]) -> str:
+        values = ((name, row.get(f"{split}_{name}")) for name in names)
+        texts = (f"{name} {'n/a' if value is None else f'{value:.4f}'}" for name, value in values)
+        return " ".join([split, *texts])
+
+    monitored = run.cfg.checkpoint.monitor.removeprefix("val_")
+    third = monitored if monitored not in LOSS_AND_ACC or "val_auc" not in row else "auc"
+    left = np.mean([r["seconds"] for r in state.history[-5:]]) * (epochs - state.epoch)
+    parts = [f"epoch {state.epoch}/{epochs}", of("train", LOSS_AND_ACC)]
+    parts += [of("val", dict.fromkeys([*LOSS_AND_ACC, third])), f"lr {row['lr']:.3g}"]
+    parts += [f"ETA {format_duration(left)}", f"best {best['epoch']}" if best else "no best"]
+    while len("  ".join(parts)) > WIDTH:
+        parts.pop()
+    return "  ".join(parts)
 
 
 def log_finished(cfg: Config, state: TrainingState) -> None:
@@ -232,19 +266,40 @@ def log_test(run: Run) -> None:
         logger.info("test has %d groups; below %d, the intervals are rough", number, FEW_GROUPS)
 
 
-def model_text(run: Run, flops: int | None) -> str:
+def log_next(run: Run) -> None:
+    """Logs where the report and the best checkpoint are, and a command that uses the model."""
+    folder, data = run.folder, run.cfg.data
+    if folder.scratch:
+        return
+    if folder.logs.report.is_file():
+        logger.info("report: %s", folder.logs.report)
+    if run.state.best is None or not folder.best.is_file():
+        return
+    logger.info("best checkpoint: %s (epoch %d)", folder.best, run.state.best["epoch"])
+    picture = PICTURE if data.name in OF_DIGITS else "PICTURE"
+    if Path(run.data.test.name(0)).is_file():
+        picture = run.data.test.name(0)
+    model = ["--checkpoint", folder.best.as_posix()] if run.cfg.run else []
+    logger.info("next: %s", shlex.join(["python", "predict.py", *model, picture]))
+
+
+def model_text(run: Run, flops: int | None, outputs: list[tuple[str, tuple[int, ...]]]) -> str:
     """Returns the text of model.txt.
 
-    The text lists the layers and the parameters of the model. The FLOPs of a forward pass, the
+    The text lists the layers, the shapes of their outputs for one image, and the parameters of the
+    model. The FLOPs of a forward pass, the
     environment and the command line follow.
 
     Args:
         run: the run, which contains the model and the environment.
         flops: the floating-point operations of a forward pass per image. None if the number is
             unknown.
+        outputs: the name and the output's shape of each layer.
     """
     model = run.state.model
-    lines = [str(model), ""]
+    lines = [str(model), "", f"{'layer':<48} output"]
+    lines += [f"{name:<48} {'x'.join(map(str, shape))}" for name, shape in outputs]
+    lines += ["", f"{'parameter':<48} {'shape':<16} {'number':>12}"]
     for name, parameter in model.named_parameters():
         frozen = "" if parameter.requires_grad else "  frozen"
         shape = "x".join(map(str, parameter.shape))

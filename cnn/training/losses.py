@@ -1,5 +1,6 @@
 """The loss function: cross-entropy, or one of the user's."""
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -7,29 +8,41 @@ import torch
 from torch import nn
 
 from cnn.config import LossConfig
-from cnn.errors import Refused
+from cnn.errors import Refused, describe
 from cnn.utils.importing import import_object
+from cnn.utils.module_state import state_preserved
+
+FITS = "cross_entropy fits, or torch.nn:MultiMarginLoss, or one such as examples.own_loss:Focal"
+EQUAL_LOGIT = 5.0  # of every class in a trial; with it, a loss of log-probabilities is negative
 
 
-def build_loss(cfg: LossConfig, labels: np.ndarray, classes: list[str]) -> nn.Module:
-    """Builds the loss function.
+def build_loss(
+    cfg: LossConfig, labels: np.ndarray, classes: list[str], device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Builds the loss function, and tries one of the user's on two or three images.
 
     Args:
         cfg: the settings of the loss.
         labels: the class index of each training image, an int64 array (N). The labels are used only
             for the setting `class_weights: balanced`.
         classes: the names of the classes, in the order of the logits.
+        device: the device of the logits.
 
     Returns:
         A module that takes logits (N, classes) and labels (N), and returns the mean loss ().
 
     Raises:
         Refused: the number of class weights differs from the number of classes, or the user's own
-            loss function cannot be used. For example, it has trainable parameters or does not take
-            the keywords in `loss.args`.
+            loss function cannot be used. For example, it has trainable parameters, does not take
+            the keywords in `loss.args`, or needs other targets than the index of a class.
     """
     weights = _class_weights(cfg.class_weights, labels, classes)
-    return LOSSES[cfg.name](cfg, weights) if cfg.name in LOSSES else _build_user_loss(cfg)
+    if cfg.name in LOSSES:
+        return LOSSES[cfg.name](cfg, weights).to(device)
+    loss = _build_user_loss(cfg).to(device)
+    with state_preserved(loss):
+        _try(loss, cfg.name, len(classes), device)
+    return loss
 
 
 # Each builds a loss from its settings and the weights of the classes.
@@ -71,6 +84,40 @@ def _build_user_loss(cfg: LossConfig) -> nn.Module:
         advice = "only the model's are trained; make them part of the model, or buffers"
         raise Refused(f"loss.name: {cfg.name} has parameters, and {advice}")
     return loss
+
+
+def _try(loss: nn.Module, name: str, num_classes: int, device: torch.device | str) -> None:
+    """Raises Refused if a loss function cannot compute the mean loss of a few images.
+
+    Args:
+        loss: the loss function.
+        name: the value of the setting `loss.name`.
+        num_classes: the number of classes. The number of images differs from it, since otherwise a
+            loss of equal shapes would take the labels for one number per class.
+        device: the device of the loss function.
+    """
+    number = 3 if num_classes == 2 else 2
+    shape, options = (number, num_classes), {"device": device, "requires_grad": True}
+    logits = torch.full(shape, EQUAL_LOGIT, **options)
+    labels = torch.arange(number, device=device) % num_classes
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about shapes, before an error about them
+            value = loss(logits, labels)
+    except Exception as error:
+        given = f"logits {shape} and the index of each image's class ({number},)"
+        if "deterministic implementation" in str(error):
+            raise  # whatever is given
+        fault = f"does not take {given}; {FITS}"
+        raise Refused(f"loss.name: {name} {fault} ({describe(error)})") from None
+    if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
+        got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        what = "the mean loss () with a gradient"
+        if getattr(loss, "reduction", "mean") != "mean":
+            what += "; loss.args={reduction: mean} gives it"
+        raise Refused(f"loss.name: {name}: expected {what}, got {got}")
+    if value < 0:
+        fault = f"is {value:.3g} where all classes are equally likely, as if logits were logarithms"
+        raise Refused(f"loss.name: {name}: {fault} of probabilities; {FITS}")
 
 
 def _class_weights(

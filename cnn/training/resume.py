@@ -20,7 +20,14 @@ from cnn.training.state import TrainingState
 from cnn.utils.checkpoint import is_end_of_epoch, load_checkpoint, read_checkpoint, read_metadata
 from cnn.utils.files import write_atomically
 from cnn.utils.importing import is_outside_code
-from cnn.utils.run_folder import ARCHIVE, RunFolder, checkpoints_in
+from cnn.utils.run_folder import (
+    ARCHIVE,
+    TIME,
+    RunFolder,
+    checkpoints_in,
+    latest_name,
+    new_name,
+)
 from cnn.utils.screen import align_columns
 
 logger = logging.getLogger(__name__)
@@ -47,15 +54,18 @@ class Checkpoint:
     changes: tuple[str, ...] = ()
 
 
-def run_name(command: Command, cfg: Config) -> str | None:
+def run_name(command: Command, cfg: Config, *, resumes: bool) -> str | None:
     """Returns the name of the run that a command trains, such as "first".
 
     A name on the command line (`run=NAME`) is preferred. With `--resume FILE` and without
     `--config`, the next choice is the name in the checkpoint. Otherwise, the name is `cfg.run`.
+    With {time} in the name, it is the latest such run that a plain `--resume` goes on with, if
+    there is one, and a new name otherwise.
 
     Args:
         command: the command line.
         cfg: the settings from the command line and the configuration file.
+        resumes: whether the command line has `--resume`.
 
     Returns:
         The name. The run writes to logs/NAME and checkpoints/NAME. If None, the run writes directly
@@ -64,15 +74,17 @@ def run_name(command: Command, cfg: Config) -> str | None:
     Raises:
         Refused: the checkpoint does not exist or is damaged, or a setting is not valid.
     """
-    path = command.checkpoint
-    if path is None or command.config:
-        return cfg.run
-    try:
-        saved = read_metadata(path)
-    except Refused:
-        saved = load_checkpoint(path)  # its message names a readable file
-    check_version(path, saved)
-    return command.load_config(saved["config"], f"checkpoint {path}")[0].run
+    path, name = command.checkpoint, cfg.run
+    if path is not None and not command.config:
+        try:
+            saved = read_metadata(path)
+        except Refused:
+            saved = load_checkpoint(path)  # its message names a readable file
+        check_version(path, saved)
+        name = command.load_config(saved["config"], f"checkpoint {path}")[0].run
+    if name is None or TIME not in name:
+        return name
+    return (resumes and path is None and latest_name(name)) or new_name(name)
 
 
 def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | None:
@@ -87,7 +99,7 @@ def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | Non
         command: the command line. Its attribute `places`, which tells where each setting was
             found, is updated in place.
         cfg: the settings from the command line and the configuration file. The name of the run is
-            `cfg.run`.
+            `cfg.run`, without {time}.
 
     Returns:
         An object with the checkpoint and the settings. None if no file is given after `--resume`
@@ -113,7 +125,9 @@ def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | Non
         check_code(path, base, command.typed())
         if command.checkpoint is None:
             base = base | {"run": cfg.run}  # the run may have been renamed with its folder
+    name = cfg.run
     cfg, places = command.load_config(base, f"checkpoint {path}")
+    cfg = config.with_values(cfg, run=name)
     command.places.clear()
     command.places.update(places)
     changes = check_settings(path, content["config"], cfg, command.typed(), places)

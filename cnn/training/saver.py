@@ -60,8 +60,12 @@ class Saver:
             raise Failed(f"{what}. {self._newest_readable()}") from error
         can_resume = folder.last.exists() and not folder.scratch and group.is_rank0
         if error is not None and not isinstance(error, Failed) and can_resume:
+            if is_whole:
+                batch = {"unfinished_epoch": {"batch": self.state.batch}}
+                position = {"epoch": self.state.epoch, "step": self.state.step} | batch
+                error.add_note(f"saved: {folder.last}, {checkpoint.position_text(position)}")
             words = launch.command(sys.argv[0], "--resume", folder.last.as_posix())
-            logger.warning("go on with: %s", shlex.join(words))
+            error.add_note(f"go on with: {shlex.join(words)}")
 
     def _newest_readable(self) -> str:
         """Returns a sentence that names the checkpoint from which to resume.

@@ -32,6 +32,8 @@ class Schedule:
 
     Attributes:
         steps_per_epoch: the number of optimizer steps per epoch.
+        steps: the number of optimizer steps of the whole run.
+        warmup_steps: the number of optimizer steps in which the learning rate rises.
     """
 
     def __init__(
@@ -42,9 +44,11 @@ class Schedule:
         epochs: int,
         mode: str,
     ):
-        # The schedule onecycle contains a warm-up.
-        warmup_epochs = 0 if cfg.name == "onecycle" else cfg.warmup_epochs
-        self.warmup_steps = round(warmup_epochs * steps_per_epoch)
+        self.warmup_steps = cfg.warmup_steps
+        if cfg.name == "onecycle":  # it contains a warm-up
+            self.warmup_steps = 0
+        elif cfg.warmup_steps is None:
+            self.warmup_steps = round(cfg.warmup_epochs * steps_per_epoch)
         self.cfg, self.optimizer = cfg, optimizer
         self.steps_per_epoch, self.steps = steps_per_epoch, epochs * steps_per_epoch
         self.highest_lr = max(group["lr"] for group in optimizer.param_groups)

@@ -64,7 +64,7 @@ def build_run(
     if max_batches is not None:
         data = data.head(max_batches * cfg.data.batch_size)
     model, new = _build_model(cfg, data, device, precision, group, checkpoint)
-    loss = build_loss(cfg.loss, data.train.labels, data.classes).to(device)
+    loss = build_loss(cfg.loss, data.train.labels, data.classes, device)
     loaders = _build_loaders(cfg, data, device, group)
     state = _build_state(cfg, model, new, loss, len(loaders[0]), precision)
     train_model = group.wrap(torch.compile(model) if cfg.train.compile else model)

@@ -23,9 +23,11 @@ EXPORTS = {"torch": ".pt2", "onnx": ".onnx", "weights": "_weights.pt"}
 LAST = "last.pth"
 
 OWNER, LOCK = ".run.json", ".run.lock"
+TIME = "{time}"  # in the setting `run`: when the run began
 ARCHIVE = "archive"
 # A file in checkpoints/archive/ that exists while files are moved, with the new folder's name.
 UNFINISHED = ".unfinished"
+CLAIMED: set[Path] = set()  # folders that `new_name` has created
 PATIENCE = 10.0  # seconds; loader processes notice within 5 seconds that their run was killed
 
 logger = logging.getLogger(__name__)
@@ -128,9 +130,11 @@ class RunFolder:
     def _make(self, folder: Path) -> None:
         """Creates a folder and all missing parent folders, and adds each to `_made`.
 
-        The list `_made` contains the folders that this process has created.
+        The list `_made` contains the folders that this process has created. It contains the folder
+        that `new_name` has created, too.
         """
-        self._made += [f for f in (*folder.parents[::-1], folder) if not os.path.lexists(f)]
+        folders = (*folder.parents[::-1], folder)
+        self._made += [f for f in folders if not os.path.lexists(f) or f.absolute() in CLAIMED]
         make_folder(folder)
 
     def _acquire(self) -> None:
@@ -317,6 +321,41 @@ def checkpoints_in(folder: Path) -> list[Path]:
     """
     names = [f"{name}.pth" for name in CHECKPOINTS]
     return [path for name in names for path in sorted(folder.glob(name), reverse=True)]
+
+
+def new_name(pattern: str) -> str:
+    """Returns the name of a run that begins now, and creates checkpoints/NAME.
+
+    Args:
+        pattern: the setting `run`, in which {time} stands for the time, as in 20261120_184501.
+
+    Raises:
+        Refused: the folder cannot be created.
+    """
+    folder = Path("checkpoints")
+    while True:
+        name = pattern.replace(TIME, time.strftime("%Y%m%d_%H%M%S"))
+        new = {path.absolute() for path in (folder, folder / name) if not path.exists()}
+        try:
+            make_folder(folder)
+            (folder / name).mkdir()
+            CLAIMED.update(new)
+            return name
+        except FileExistsError:
+            time.sleep(0.1)  # another run began in this second
+        except OSError as error:
+            raise Refused(f"{folder / name}: cannot be written: {error.strerror}") from None
+
+
+def latest_name(pattern: str) -> str | None:
+    """Returns the name of the latest run with checkpoints; None without one.
+
+    Args:
+        pattern: the setting `run`, in which {time} stands for the time that the run began.
+    """
+    names = re.compile(re.escape(pattern).replace(re.escape(TIME), r"\d{8}_\d{6}"))
+    folders = [path for path in Path("checkpoints").glob("*") if names.fullmatch(path.name)]
+    return max((path.name for path in folders if checkpoints_in(path)), default=None)
 
 
 def names_of_runs() -> list[str]:
