@@ -7,6 +7,7 @@ Commands:
     python predict.py "new_photos/**/*.png" --top 1    a pattern, in quotes
     find . -name "*.jpg" | python predict.py -         a list of files from another program
     python predict.py new_photos --csv predictions.csv
+    python predict.py new_photos --cam maps            where the network looks (Grad-CAM)
     python predict.py new_photos --checkpoint checkpoints/a/best.pth device=cpu
 
 Images that cannot be read are named and skipped; the exit status is then 1.
@@ -33,6 +34,8 @@ from cnn.utils.outputs import check_output
 from cnn.utils.screen import display_width, escape_unprintable, pad, shorten_name, write_stdout
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cnn.inference.predictor import Prediction
 
 logger = logging.getLogger("cnn.predict")
@@ -43,6 +46,7 @@ IS_SETTING = re.compile(r"(device|[a-z]+\.[a-z_]+)=")
 # The table of --csv, whose head has two columns for each class asked for.
 TABLE = (rb"image,prediction,probability(,prediction_\d+,probability_\d+)*\n", b"")
 TOP = 3
+MAP = re.compile(r"\d{5,}_.*\.png")  # the name of a picture of --cam
 BYTES = "surrogateescape"  # writes a file name that is not valid text as its original bytes
 MAX_PATH = 60  # columns reserved for a path; a longer one shifts its line to the right
 
@@ -65,6 +69,7 @@ class Command(cli.Command):
         missing: a message for each path without an image.
         top: the number of classes to write per image.
         csv: the CSV file for the predictions; None for no file.
+        cam: the folder for pictures with class activation maps; None for no pictures.
     """
 
     paths: list[str]
@@ -72,6 +77,7 @@ class Command(cli.Command):
     missing: list[str]
     top: int
     csv: Path | None
+    cam: Path | None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,6 +114,12 @@ def parse(argv: list[str]) -> Command:
     )
     add("--top", type=int, default=TOP, metavar="K", help=f"classes per image (default: {TOP})")
     add("--csv", type=Path, metavar="FILE", help="write the predictions to FILE")
+    add(
+        "--cam",
+        type=Path,
+        metavar="FOLDER",
+        help="write where the network looks (Grad-CAM)",
+    )
     parser.add_settings(", ".join(SETTINGS))
     command = parser.parse_intermixed_args(argv, Command())
     is_setting = {
@@ -122,6 +134,8 @@ def parse(argv: list[str]) -> Command:
     cli.check_settings(command.settings, SETTINGS)
     if command.csv is not None:
         check_output("--csv", command.csv, TABLE, [command.checkpoint])
+    if command.cam is not None:
+        check_folder(command.cam)
     listed = read_list(sys.stdin.buffer.read()) if "-" in paths else []
     found = []
     for path in paths:
@@ -134,6 +148,21 @@ def parse(argv: list[str]) -> Command:
         raise Refused("\n".join(command.missing[:20]))
     cli.check_checkpoint(command.checkpoint)
     return command
+
+
+def check_folder(folder: Path) -> None:
+    """Creates the folder of --cam.
+
+    Raises:
+        Refused: the folder cannot be created, or contains other files than earlier maps.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        other = next((path for path in folder.iterdir() if not MAP.fullmatch(path.name)), None)
+    except OSError as error:
+        raise Refused(f"--cam: {folder}: expected a folder for maps: {error.strerror}") from None
+    if other is not None:
+        raise Refused(f"--cam: {folder}: has other files, such as {other.name}; name a new one")
 
 
 def read_list(data: bytes) -> list[str]:
@@ -207,6 +236,7 @@ def predict_images(command: Command) -> int:
     """Predicts the classes of images, and writes each prediction to the screen.
 
     With --csv, the predictions are written to a CSV file, too. Each prediction is written at once.
+    With --cam, a picture of where the network sees the predicted class is written for each image.
 
     Args:
         command: the command line, which names the images and the checkpoint.
@@ -232,17 +262,32 @@ def predict_images(command: Command) -> int:
         table.write_head()
         predictions = predictor.predict_each(images, top)
         shown = show_progress(predictions, "predicting", len(images))
-        for path, prediction in zip(images, shown, strict=True):
+        for number, (path, prediction) in enumerate(zip(images, shown, strict=True), 1):
             if isinstance(prediction, BadImage):
                 num_bad += 1
                 logger.error("%s", escape_unprintable(prediction))
             else:
                 table.write_row(path, prediction)
                 file.write_row(path, prediction)
+                if command.cam is not None:
+                    picture = predictor.look(path, prediction.classes[0])
+                    write_map(command.cam / f"{number:05}_{path.stem[:100]}.png", picture)
     if not num_bad:
         return cli.DONE
     logger.error("%d of %d could not be read", num_bad, len(images) + len(command.missing))
     return cli.FAILED
+
+
+def write_map(path: Path, picture: "Tensor") -> None:
+    """Writes a picture with a map, uint8 (3, H, W), as a PNG file.
+
+    Raises:
+        Failed: the file cannot be written.
+    """
+    from PIL import Image
+
+    with raising_failed(path):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
 
 
 class Table:

@@ -22,7 +22,11 @@ def lines_of(capfd) -> list[str]:
 
 @pytest.mark.parametrize("monitor", ["val_loss", "val_auc", "val_sensitivity", "val_balanced_acc"])
 def test_a_line_on_an_epoch_fits_100_columns(train, capfd, monitor):
-    words = ["data.args={num_images: 40, num_classes: 2, image_size: 8}", "train.epochs=100", f"checkpoint.monitor={monitor}"]
+    words = [
+        "data.args={num_images: 40, num_classes: 2, image_size: 8}",
+        "train.epochs=100",
+        f"checkpoint.monitor={monitor}",
+    ]
     assert train(*words, "data.limit=8", "optim.lr=0.0123456") == 0
     told = [line for line in lines_of(capfd) if line.startswith("epoch ")]
     assert len(told) == 100 and max(map(len, told)) <= 100

@@ -30,6 +30,7 @@ from cnn.datasets.preprocessing import Normalize
 from cnn.errors import BadImage, DataFailed, Refused
 from cnn.inference import host
 from cnn.inference.trained_model import TrainedModel, load_trained_model
+from cnn.models.cam import grad_cam, overlay
 from cnn.utils import seeding
 from cnn.utils.cpus import usable_cpus
 
@@ -143,6 +144,28 @@ class Predictor:
             predictions = iter(host.call_after_fork(predict) if good else [])
             for image in images:
                 yield image if isinstance(image, BadImage) else next(predictions)
+
+    def look(self, picture: Picture, name: str) -> torch.Tensor:
+        """Returns a picture with a map of where the network sees a class (Grad-CAM).
+
+        Args:
+            picture: a picture of one of the types that `__call__` takes.
+            name: the name of the class.
+
+        Returns:
+            The picture in the size of the model, uint8 (3, size, size).
+
+        Raises:
+            BadImage: the picture cannot be read.
+            Refused: the model is not a convolutional network.
+        """
+        image, device = self._prepare(picture), self.trained.device
+        if isinstance(image, BadImage):
+            raise image
+        index = torch.tensor([self.classes.index(name)], device=device)
+        with self.trained.autocast():
+            maps = grad_cam(self.model, self._normalize(image[None].to(device)), index)
+        return overlay(image, maps[0])
 
     def _decode_batches(self, pictures: list[Picture]) -> Iterator[list[torch.Tensor | BadImage]]:
         """Decodes pictures and yields the decoded pictures in batches.

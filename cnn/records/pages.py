@@ -34,15 +34,15 @@ def format_metric(value: float | None) -> str:
         value: the metric. None and NaN mean that the metric is undefined.
 
     Returns:
-        "n/a" for an undefined metric. An int is written in full. A float above 0.001 has four
-        decimals, such as "0.9833". Any other float has three significant digits, such as
-        "0.000123".
+        "n/a" for an undefined metric. An int is written in full. A float from 0.001 to 1000 has
+        four decimals, such as "0.9833". A smaller one has three significant digits, as "0.000123",
+        and a larger one no decimals.
     """
     if value is None or math.isnan(value):
         return "n/a"
     if isinstance(value, int):
         return str(value)
-    return f"{value:.4f}" if value > 1e-3 else f"{value:.3g}"
+    return f"{value:.4f}" if 1e-3 < value < 1e3 else f"{value:.3g}" if value < 1 else f"{value:.0f}"
 
 
 def class_rows(matrix: np.ndarray, classes: list[str]) -> tuple[list[list[str]], list[list[str]]]:

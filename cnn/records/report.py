@@ -5,6 +5,7 @@ and the data of the run. Only the steps at which the run was resumed come from t
 """
 
 import base64
+import contextlib
 import io
 import re
 import shlex
@@ -17,13 +18,18 @@ from PIL import Image
 
 from cnn.config import as_text, to_yaml
 from cnn.datasets.order import EVALUATION
+from cnn.datasets.preprocessing import Normalize
+from cnn.errors import Refused
 from cnn.metrics import scores
+from cnn.models.cam import grad_cam, overlay
 from cnn.records import data_sheet, figures
 from cnn.records.evaluation import confusion, intervals_of, panels_of, saved_predictions
 from cnn.records.figures import COLOURS, ORANGE, Curve, Panel
 from cnn.records.pages import CLASS_HEAD, class_rows, format_metric, render
 from cnn.training.run import Run
+from cnn.utils.checkpoint import is_end_of_epoch, read_checkpoint, validated_weights
 from cnn.utils.files import write_text
+from cnn.utils.module_state import load_state, state_preserved
 from cnn.utils.outputs import write_output
 from cnn.utils.progress import format_duration
 from cnn.utils.screen import shorten_name
@@ -112,7 +118,7 @@ class Report:
             "evaluations": [self._evaluation(split) for split in self._evaluated],
             "test": self.state.test,
             "class_head": CLASS_HEAD,
-            "mistakes": self._mistakes() if "val" in self._evaluated else None,
+            "mistakes": [self._mistakes(split) for split in self._evaluated],
             "training": [(thumbnail(image), name) for image, name in training],
             "augmentations": as_text(cfg.data.augment)[1:-1] or "none",
             "counts": data_sheet.class_table(data),
@@ -186,36 +192,70 @@ class Report:
             ],
         }
 
-    def _mistakes(self) -> dict[str, Any]:
-        """Returns the worst mistakes of the best epoch on the validation images.
+    def _mistakes(self, split: str) -> dict[str, Any]:
+        """Returns the worst mistakes of the best epoch on the images of a split.
 
-        The worst mistakes are the wrong predictions with the highest probabilities. Mistakes on
-        test images are not shown, so that users do not tune the model on test images.
+        The worst mistakes are the wrong predictions with the highest probabilities.
+
+        Args:
+            split: "val" or "test".
 
         Returns:
-            A dict with three entries. The entry "total" is the number of all mistakes. The entry
-            "num_images" is the number of validation images. The entry "images" is a list of at most
-            24 dicts, the worst mistake first. Each dict describes a mistake and its image.
+            A dict with four entries. The entry "total" is the number of all mistakes. The entry
+            "num_images" is the number of images, and "split" the word for them. The entry "images"
+            is a list of at most 24 dicts, the worst mistake first. Each dict describes a mistake
+            and its image.
         """
-        images, classes = self.run.data.val, self.run.data.classes
-        saved = saved_predictions(self.run, "val")
+        images, classes = self.run.data.splits[split], self.run.data.classes
+        loader = self.run.test_loader if split == "test" else self.run.val_loader
+        saved = saved_predictions(self.run, split)
         predictions, confidences = saved["prediction"], saved["probability"]
         wrong = np.flatnonzero(predictions != images.labels)
         worst = wrong[np.argsort(-confidences[wrong], kind="stable")][:NUM_MISTAKES].tolist()
+        pictures = [loader.image((EVALUATION, number)) for number in worst]
+        maps = self._maps(pictures, predictions[worst]) or [None] * len(worst)
         return {
+            "split": "test" if split == "test" else "validation",
             "total": len(wrong),
             "num_images": len(images),
             "images": [
                 {
-                    "address": thumbnail(self.run.val_loader.image((EVALUATION, number))),
+                    "address": thumbnail(picture),
+                    "map": None if seen is None else thumbnail(seen),
                     "name": images.name(number),
                     "prediction": f"{classes[predictions[number]]} {confidences[number]:.1%}",
                     "label": classes[images.labels[number]],
                     "short": "/".join(Path(images.name(number)).parts[-2:]),
                 }
-                for number in worst
+                for number, picture, seen in zip(worst, pictures, maps)
             ],
         }
+
+    def _maps(self, pictures: list[torch.Tensor], classes: np.ndarray) -> list[torch.Tensor]:
+        """Returns pictures with maps of where the best epoch's model sees the classes.
+
+        Args:
+            pictures: the pictures, each (C, size, size).
+            classes: the index of a class for each picture, an array (N).
+
+        Returns:
+            A list of the pictures, uint8 (3, size, size). [] before the end of the run, for a model
+            that has no such maps, or if the weights of the best epoch are not in best.pth.
+        """
+        run, best = self.run, self.state.best
+        if not pictures or best is None or self.state.test is None:
+            return []
+        model, device = self.state.evaluated_model(), self.state.device
+        with contextlib.suppress(Refused, RuntimeError, OSError), state_preserved(model):
+            content = read_checkpoint(run.folder.best)
+            if is_end_of_epoch(content, run.metadata["started"], best["epoch"]):
+                load_state(model.eval(), validated_weights(content))
+                batch = Normalize(run.data.preprocessing, device)(torch.stack(pictures).to(device))
+                with run.autocast():
+                    maps = grad_cam(model, batch, torch.from_numpy(classes).to(device))
+                pixels = (torch.from_numpy(as_pixels(p)).permute(2, 0, 1) for p in pictures)
+                return list(map(overlay, pixels, maps))
+        return []
 
 
 def confusion_png(run: Run, split: str) -> bytes:

@@ -1,0 +1,120 @@
+"""Grad-CAM: the map's maximum lies on what the class depends on; other networks are refused."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+import predict
+from cnn.config import ModelConfig
+from cnn.errors import Refused
+from cnn.models.build import build_model
+from cnn.models.cam import grad_cam, overlay
+
+SIDE, MARK = 48, 14
+
+
+def marked(number: int, seed: int):
+    """Noise with a mark of stripes: lying in class 0, standing in class 1; and where it is."""
+    generator = torch.Generator().manual_seed(seed)
+    images = 0.3 * torch.randn(number, 1, SIDE, SIDE, generator=generator)
+    corners = torch.randint(0, SIDE - MARK, (number, 2), generator=generator)
+    labels = torch.arange(number) % 2
+    stripes = (torch.arange(MARK) // 2 % 2 * 2.0 - 1).expand(MARK, MARK)
+    for image, (top, left), label in zip(images, corners.tolist(), labels):
+        image[0, top : top + MARK, left : left + MARK] += stripes if label else stripes.T
+    return images, labels, corners
+
+
+def trained(name: str) -> nn.Module:
+    model, _ = build_model(ModelConfig(name, args={"width": 16}), ["lying", "standing"], 1, SIDE, 0)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for step in range(60):
+        images, labels, _ = marked(32, step)
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def test_the_maximum_lies_on_the_mark():
+    model = trained("simple_cnn")
+    images, labels, corners = marked(200, 1000)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        assert (model(images).argmax(1) == labels).float().mean() > 0.95
+        maps = grad_cam(model, images, labels)
+    assert maps.shape == (200, SIDE, SIDE) and maps.min() >= 0 and maps.max() <= 1
+    tops, lefts = maps.flatten(1).argmax(1) // SIDE, maps.flatten(1).argmax(1) % SIDE
+    within = [
+        (at >= corners[:, k]) & (at < corners[:, k] + MARK) for k, at in ((0, tops), (1, lefts))
+    ]
+    assert (within[0] & within[1]).float().mean() >= 0.9
+    assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+    assert not any(layer._forward_hooks for layer in model.modules())
+
+
+def transformers():
+    from torchvision.models import SwinTransformer, VisionTransformer
+
+    yield VisionTransformer(32, 16, 1, 1, 8, 8, num_classes=2), "MultiheadAttention"
+    yield SwinTransformer([4, 4], 8, [2], [1], [4, 4], num_classes=2), "ShiftedWindowAttention"
+
+
+def test_a_transformer_is_refused_by_name():
+    for model, attention in transformers():
+        with pytest.raises(Refused, match=f"convolutional networks, .* {attention}"):
+            grad_cam(model.eval(), torch.zeros(1, 3, 32, 32), torch.tensor([0]))
+
+
+def test_a_network_without_height_and_width_is_refused():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    with pytest.raises(Refused, match="no layer of this model has height and width"):
+        grad_cam(model, torch.zeros(1, 1, 4, 4), torch.tensor([0]))
+
+
+def test_frozen_layers_have_maps_too():
+    model = trained("simple_cnn").requires_grad_(False)
+    assert grad_cam(model, marked(2, 0)[0], torch.tensor([0, 1])).amax((1, 2)).max() == 1
+
+
+def test_where_the_map_is_0_the_picture_stays_gray():
+    image = torch.full((1, 2, 2), 100, dtype=torch.uint8)
+    shown = overlay(image, torch.tensor([[0.0, 1.0], [0.5, 0.0]]))
+    assert shown.shape == (3, 2, 2) and shown.dtype == torch.uint8
+    assert shown[:, 0, 0].tolist() == shown[:, 1, 1].tolist() == [100] * 3
+    assert shown[0, 0, 1] > shown[0, 1, 0] > 100
+
+
+def test_predict_writes_a_map_of_each_picture(train, capfd):
+    assert train("data.args={num_images: 40, num_classes: 2, image_size: 32}") == 0
+    Path("photos").mkdir()
+    for name in ("a", "b"):
+        pixels = np.random.default_rng(0).integers(0, 255, (40, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(f"photos/{name}.jpg")
+    for _ in range(2):  # earlier maps are replaced
+        assert predict.main(["photos", "--cam", "maps"]) == 0
+    names = sorted(path.name for path in Path("maps").iterdir())
+    assert names == ["00001_a.png", "00002_b.png"]
+    with Image.open(Path("maps", names[0])) as shown:
+        assert shown.size == (32, 32)
+    capfd.readouterr()
+    assert predict.main(["photos", "--cam", "photos"]) == 2
+    assert "--cam: photos: has other files, such as" in capfd.readouterr().err
+    assert sorted(path.name for path in Path("photos").iterdir()) == ["a.jpg", "b.jpg"]
+
+
+def test_the_report_shows_the_tests_mistakes_with_maps(train):
+    assert train("log.report=true", "data.args={num_classes: 3, image_size: 16, noise: 90}") == 0
+    page = Path("logs/report.html").read_text(encoding="utf-8")
+    section = page[page.index('id="mistakes"') : page.index('id="training"')]
+    told = re.findall(r"of (\d+) mistakes among \d+ (\w+) images; in colour", section)
+    assert [split for _, split in told] == ["validation", "test"]
+    shown = sum(min(24, int(total)) for total, _ in told)
+    assert section.count("<figure>") == shown and section.count("<img") == 2 * shown
