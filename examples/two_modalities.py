@@ -48,9 +48,11 @@ def load(root: str, modalities: tuple[str, ...] = ("A", "P")) -> dict:
     folders = [Path(root, modality) for modality in modalities]
     found = [{path.relative_to(folder) for path in folder.glob("*/*.png")} for folder in folders]
     names = sorted(set.union(*found))
+    if not names:
+        raise Refused(f"data.root: expected {folders[0] / 'CLASS' / 'NAME.png'}, found none")
     for folder, present in zip(folders, found):
         if missing := [str(folder / name) for name in names if name not in present]:
             few = ", ".join(missing[:5])
-            raise Refused(f"data.root: {few}: no such file, and {len(missing)} such cases in all")
+            raise Refused(f"data.root: missing, {len(missing)} of {len(names)} cases: {few}")
     classes = sorted({name.parent.name for name in names})
     return {"train": Cases(folders, names, classes), "classes": classes}

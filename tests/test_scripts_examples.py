@@ -12,6 +12,10 @@ from conftest import ROOT, assert_same_run
 from PIL import Image
 from test_training_runs import move_to
 
+from cnn.config import DataConfig
+from cnn.config.settings import AugmentationConfig
+from cnn.datasets.build import build_data
+from cnn.datasets.loader import build_loader
 from cnn.utils.checkpoint import load_checkpoint
 from cnn.utils.importing import import_object
 
@@ -22,6 +26,7 @@ NAMES = {
     "own_loss": "Focal",
     "own_optimizer": "Lion",
     "own_augmentation": "noise",
+    "two_modalities": "load",
 }
 
 
@@ -47,11 +52,23 @@ def make_photos() -> None:
         Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(name)
 
 
+def make_cases() -> None:
+    """Makes pictures in modality A, and the same ones inverted in P. No pixel is black in either."""
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        pixels = rng.integers(1, 255, (12, 12), dtype=np.uint8)
+        for modality, image in (("A", pixels), ("P", 255 - pixels)):
+            folder = Path("cases", modality, ["benign", "malignant"][number % 2])
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{number:02}.png")
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_an_example_trains_as_it_says_and_resumes_exactly(train, path):
     make_photos()
+    make_cases()
     words = [*command(path), "train.epochs=2"]
-    if path.stem == "own_data":
+    if path.stem in ("own_data", "two_modalities"):
         words += [
             "data.image_size=12",
             "data.args={}",
@@ -68,6 +85,8 @@ def test_an_example_trains_as_it_says_and_resumes_exactly(train, path):
     used = load_checkpoint(Path("checkpoints/last.pth"))
     if path.stem == "own_data":
         assert used["classes"] == ["cat", "dog"] and used["data"]["train"] > 12
+    if path.stem == "two_modalities":
+        assert used["classes"] == ["benign", "malignant"] and used["preprocessing"]["channels"] == 2
 
 
 def test_an_example_is_short():
@@ -75,7 +94,7 @@ def test_an_example_is_short():
     for path in FILES:
         code = re.sub(r'^""".*?"""', "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
         lines = [line for line in code.splitlines() if line.strip() and "import" not in line]
-        assert len(lines) <= 15, path.name
+        assert len(lines) <= (30 if path.stem == "two_modalities" else 15), path.name
 
 
 def test_the_loss_and_the_augmentation_do_what_they_say():
@@ -90,3 +109,52 @@ def test_the_loss_and_the_augmentation_do_what_they_say():
     changed = [other for other in made if not other.equal(image)]
     assert 3 < len(changed) < 17
     assert all(8 < other.float().std() < 12 and other.dtype == torch.uint8 for other in changed)
+
+
+@pytest.mark.parametrize("cut", ["crop", "resized_crop"])
+def test_both_modalities_of_a_case_get_the_same_crop_and_flip(cut):
+    make_cases()
+    augment = [AugmentationConfig(name) for name in (cut, "flip", "vflip")]
+    cfg = DataConfig("examples.two_modalities:load", "cases", batch_size=32, augment=augment)
+    data = build_data(cfg, 0)
+    device = torch.device("cpu")
+    loader = build_loader(cfg, data.train, data.preprocessing, device, 0, training=True)
+    mean, std = (
+        torch.tensor(each)[:, None, None]
+        for each in (loader.preprocessing.mean, loader.preprocessing.std)
+    )
+    epochs = []
+    for epoch in (1, 2, 3):
+        ((images, labels, _),) = loader.train_batches(epoch)
+        pixels = ((images * std + mean) * 255).round()  # N, 2, S, S
+        arterial, portal = pixels.unbind(1)
+        padding = (arterial == 0) & (portal == 0)
+        # Resizing rounds each of both channels.
+        assert (((arterial + portal - 255).abs() <= 1) | padding).all()
+        assert padding.any() == (cut == "crop") and not padding.flatten(1).all(1).any()
+        epochs.append(pixels[loader.order(epoch).argsort()])
+    plain = torch.stack([data.train[index] for index in range(len(data.train))])
+    for one, other in ((plain, epochs[0]), (epochs[0], epochs[1]), (epochs[1], epochs[2])):
+        assert (one != other).flatten(1).any(1).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("modality", ["A", "P"])
+def test_a_case_without_one_of_its_pictures_is_named_and_nothing_is_lost(train, capfd, modality):
+    make_cases()
+    words = ["data.name=examples.two_modalities:load", "data.root=cases", "data.args={}"]
+    assert train(*words, "train.epochs=2") == 0
+    whole = move_to("whole")
+    assert train(*words, "train.epochs=1") == 0
+    folders = [Path(name) for name in ("checkpoints", "logs")]
+    left = {path: path.read_bytes() for folder in folders for path in folder.rglob("*.*")}
+    gone = Path("cases", modality, "malignant", "03.png")
+    gone.rename("elsewhere.png")
+    capfd.readouterr()
+    for start in (words, ["--resume", words[0], "train.epochs=2"]):
+        assert train(*start) == 2
+        assert f"data.root: missing, 1 of 24 cases: {gone}\n" in capfd.readouterr().err
+    kept = {path: path.read_bytes() for folder in folders for path in folder.rglob("*.*")}
+    assert kept == left
+    Path("elsewhere.png").rename(gone)
+    assert train("--resume", words[0], "train.epochs=2") == 0
+    assert_same_run(whole, ".")
