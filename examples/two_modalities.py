@@ -5,7 +5,8 @@ Both are channels of one image, for one model; they must cover each other pixel 
 python train.py data.name=examples.two_modalities:load data.root=cases data.image_size=64
 
 A case is one item. So its pictures are in the same split, and get the same crop and flip. Other
-modalities, two or three: data.args="{modalities: [T1, T2, FLAIR]}".
+modalities, two or three: data.args="{modalities: [T1, T2, FLAIR]}". Use evaluate.py and export.py
+with such a model, but not predict.py, which makes all channels from one file.
 
 One model for each modality needs no code. The best settings are then in
 configs/best_hparams/simple_cnn_A.yaml and simple_cnn_P.yaml:

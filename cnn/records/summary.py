@@ -280,7 +280,9 @@ def log_next(run: Run) -> None:
     if Path(run.data.test.name(0)).is_file():
         picture = run.data.test.name(0)
     model = ["--checkpoint", folder.best.as_posix()] if run.cfg.run else []
-    logger.info("next: %s", shlex.join(["python", "predict.py", *model, picture]))
+    is_picture = run.data.preprocessing.channels in (1, 3)
+    script = ["predict.py", *model, picture] if is_picture else ["evaluate.py", *model]
+    logger.info("next: %s", shlex.join(["python", *script]))
 
 
 def model_text(run: Run, flops: int | None, outputs: list[tuple[str, tuple[int, ...]]]) -> str:
