@@ -20,6 +20,7 @@ from pathlib import Path
 class WandB:
     def open(self, key: str, name: str, settings: dict) -> int:
         os.environ.setdefault("WANDB_SILENT", "true")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # would delay the end of training
         import wandb
 
         self.run = wandb.init(
@@ -28,7 +29,7 @@ class WandB:
             name=name,
             config=settings,
             reinit="create_new",  # a sweep has several runs in one process
-            settings=wandb.Settings(console="off"),
+            settings=wandb.Settings(console="off", init_timeout=10),
         )
         self.run.define_metric("*", step_metric="epoch")  # W&B's own steps cannot be added to
         return self.run.summary.get("epoch", 0)  # 0 offline

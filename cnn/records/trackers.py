@@ -21,7 +21,8 @@ from cnn.utils.importing import import_object
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 10.0  # seconds that a run waits at its end
+PATIENCE = 20.0  # seconds that a run waits at its end; importing MLflow takes some
+MOST_PARAMS = 100  # that MLflow takes at a time
 
 
 class MLflow:
@@ -39,6 +40,7 @@ class MLflow:
             settings: the settings by dotted key.
         """
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns of each new attempt
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
@@ -49,8 +51,9 @@ class MLflow:
         runs = client.search_runs([place], f"tags.started = '{key}'")
         run = runs[0] if runs else client.create_run(place, tags={"started": key}, run_name=name)
         self.id = run.info.run_id
-        if not run.data.params:  # at most 100 at a time
-            client.log_batch(self.id, params=[Param(k, str(v)) for k, v in settings.items()])
+        new = [Param(k, str(v)) for k, v in settings.items() if k not in run.data.params]
+        for start in range(0, len(new), MOST_PARAMS):
+            client.log_batch(self.id, params=new[start : start + MOST_PARAMS])
         client.update_run(self.id, "RUNNING")
         steps = [metric.step for metric in client.get_metric_history(self.id, "val_loss")]
         return max(steps, default=0)
@@ -87,14 +90,14 @@ class Sender(threading.Thread):
 
     def __init__(self, name: str, run: Run, attempt: Callable[..., object]):
         super().__init__(daemon=True)
-        make = TRACKERS.get(name) or import_object(name, "log.trackers")
-        self._of, self._tracker, self._run, self._attempt = name, make(), run, attempt
+        self._make = TRACKERS.get(name) or import_object(name, "log.trackers")
+        self._of, self._run, self._attempt = name, run, attempt
         self._news, self._files, self._is_ending = threading.Event(), [], False
         self._sent: int | None = None
 
     def wake(self) -> None:
         """Makes the thread send what is new."""
-        if not self.is_alive():  # only now, since loader processes shall be forked before
+        if self.ident is None:  # only now, since loader processes shall be forked before
             self.start()
         self._news.set()
 
@@ -119,6 +122,7 @@ class Sender(threading.Thread):
     def _send(self, *, is_last: bool) -> None:
         cfg, state = self._run.cfg, self._run.state
         if self._sent is None:
+            self._tracker = self._make()
             name = cfg.run or f"{cfg.model.name} on {cfg.data.name}"
             key = self._run.metadata["started"]
             self._sent = self._tracker.open(key, name, flat(to_dict(cfg)))
