@@ -46,7 +46,7 @@ IS_SETTING = re.compile(r"(device|[a-z]+\.[a-z_]+)=")
 # The table of --csv, whose head has two columns for each class asked for.
 TABLE = (rb"image,prediction,probability(,prediction_\d+,probability_\d+)*\n", b"")
 TOP = 3
-MAP = re.compile(r"\d{5,}_.*\.png")  # the name of a picture of --cam
+LEAST_MAP = 256  # pixels of a map's side
 BYTES = "surrogateescape"  # writes a file name that is not valid text as its original bytes
 MAX_PATH = 60  # columns reserved for a path; a longer one shifts its line to the right
 
@@ -151,18 +151,13 @@ def parse(argv: list[str]) -> Command:
 
 
 def check_folder(folder: Path) -> None:
-    """Creates the folder of --cam.
+    """Checks that the folder of --cam does not exist yet, or is empty.
 
     Raises:
-        Refused: the folder cannot be created, or contains other files than earlier maps.
+        Refused: there is something else.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        other = next((path for path in folder.iterdir() if not MAP.fullmatch(path.name)), None)
-    except OSError as error:
-        raise Refused(f"--cam: {folder}: expected a folder for maps: {error.strerror}") from None
-    if other is not None:
-        raise Refused(f"--cam: {folder}: has other files, such as {other.name}; name a new one")
+    if os.path.lexists(folder) and (not folder.is_dir() or os.listdir(folder)):
+        raise Refused(f"--cam: {folder}: expected a new folder, got one with files, or a file")
 
 
 def read_list(data: bytes) -> list[str]:
@@ -256,6 +251,10 @@ def predict_images(command: Command) -> int:
     predictor, images = Predictor(trained), command.images
     for line in command.missing:
         logger.error("%s", line)
+    if command.cam is not None:
+        predictor.check_maps()
+        with raising_failed(command.cam):
+            command.cam.mkdir(parents=True, exist_ok=True)
     num_bad, top = len(command.missing), min(command.top, len(predictor.classes))
     with CsvFile(command.csv, top) as file:
         table = Table(images, predictor.classes, top)
@@ -270,24 +269,34 @@ def predict_images(command: Command) -> int:
                 table.write_row(path, prediction)
                 file.write_row(path, prediction)
                 if command.cam is not None:
-                    picture = predictor.look(path, prediction.classes[0])
-                    write_map(command.cam / f"{number:05}_{path.stem[:100]}.png", picture)
+                    found = prediction.classes[0]
+                    name = f"{number:05}_{path.stem}_{found}"
+                    write_map(command.cam, name, predictor.look(path, found))
     if not num_bad:
         return cli.DONE
     logger.error("%d of %d could not be read", num_bad, len(images) + len(command.missing))
     return cli.FAILED
 
 
-def write_map(path: Path, picture: "Tensor") -> None:
-    """Writes a picture with a map, uint8 (3, H, W), as a PNG file.
+def write_map(folder: Path, name: str, picture: "Tensor") -> None:
+    """Writes a picture with a map, uint8 (3, H, W), as a PNG file of at least 256 pixels a side.
+
+    Args:
+        folder: the folder of the file.
+        name: the name of the file. What some file system does not take is replaced or cut off.
+        picture: the picture.
 
     Raises:
         Failed: the file cannot be written.
     """
     from PIL import Image
 
+    name = re.sub(r"[^\w.\-]+", "-", name).encode(errors="replace")[:200].decode(errors="ignore")
+    path = folder / f"{name}.png"
     with raising_failed(path):
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        factor = -(-LEAST_MAP // image.width)
+        image.resize((factor * image.width, factor * image.height)).save(path)
 
 
 class Table:

@@ -166,14 +166,14 @@ def train(
 
     with group.agreement():
         run = build_run(cfg, folder, group, checkpoint, max_batches, trace)
+        records = Records(run)
     with group.agreement():
         if group.is_rank0:
             prepare_folder(folder, checkpoint)
     log.open_file(folder.logs.log)
     if group.is_rank0:
         summary.write(run, checkpoint)
-
-    with Records(run) as records, Saver(run, stop) as saver:
+    with records, Saver(run, stop) as saver:
         while not run.state.is_finished(cfg.train):
             train_epoch(run, saver)
             records.write()

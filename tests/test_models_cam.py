@@ -96,9 +96,51 @@ def test_a_transformer_is_refused_by_name():
             grad_cam(model.eval(), torch.zeros(1, 3, 32, 32), torch.tensor([0]))
 
 
+class Tokens(nn.Module):
+    """A stem of patches, and then no convolution, as in MLP-Mixer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mix, self.head = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, images):
+        return self.head(self.mix(self.stem(images).flatten(2).transpose(1, 2)).mean(1))
+
+
+class ChannelAttention(nn.Sequential):
+    """A part of a convolutional network."""
+
+
+def test_what_counts_is_how_a_network_computes_and_not_its_names():
+    images, classes = torch.rand(1, 3, 32, 32), torch.tensor([0])
+    with pytest.raises(Refused, match="convolutional networks, .* Linear layers on tokens"):
+        grad_cam(Tokens().eval(), images, classes)
+    layers = ChannelAttention(nn.Conv2d(3, 4, 3), nn.ReLU()), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    assert grad_cam(nn.Sequential(*layers, nn.Linear(4, 2)).eval(), images, classes).shape[1:] == (
+        *(32, 32),
+    )
+
+
+class Apart(nn.Module):
+    """A convolution that the classes do not depend on."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.aside = nn.Linear(48, 2), nn.Conv2d(3, 4, 1)
+
+    def forward(self, images):
+        self.aside(images)
+        return self.head(images.flatten(1))
+
+
+def test_a_layer_that_decides_nothing_has_no_map():
+    with pytest.raises(Refused, match="no layer with height and width decides"):
+        grad_cam(Apart().eval(), torch.rand(1, 3, 4, 4), torch.tensor([0]))
+
+
 def test_a_network_without_height_and_width_is_refused():
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-    with pytest.raises(Refused, match="no layer of this model has height and width"):
+    with pytest.raises(Refused, match="no layer with height and width decides"):
         grad_cam(model, torch.zeros(1, 1, 4, 4), torch.tensor([0]))
 
 
@@ -121,15 +163,17 @@ def test_predict_writes_a_map_of_each_picture(train, capfd):
     for name in ("a", "b"):
         pixels = np.random.default_rng(0).integers(0, 255, (40, 30, 3), np.uint8)
         Image.fromarray(pixels).save(f"photos/{name}.jpg")
-    for _ in range(2):  # earlier maps are replaced
-        assert predict.main(["photos", "--cam", "maps"]) == 0
-    names = sorted(path.name for path in Path("maps").iterdir())
-    assert names == ["00001_a.png", "00002_b.png"]
-    with Image.open(Path("maps", names[0])) as shown:
-        assert shown.size == (32, 32)
-    capfd.readouterr()
-    assert predict.main(["photos", "--cam", "photos"]) == 2
-    assert "--cam: photos: has other files, such as" in capfd.readouterr().err
+    assert predict.main(["photos", "--cam", "new/maps"]) == 0
+    rows = capfd.readouterr().out.splitlines()[1:]
+    first, second = sorted(Path("new/maps").iterdir())
+    for path, picture, row in ((first, "00001_a", rows[0]), (second, "00002_b", rows[1])):
+        name = re.fullmatch(rf"{picture}_pattern-(\d).png", path.name)
+        assert f"pattern {name[1]}" in row[:30], "the predicted class"
+    with Image.open(first) as shown:
+        assert shown.size == (256, 256)
+    for other in ("photos", "new/maps", "photos/a.jpg"):
+        assert predict.main(["photos", "--cam", other]) == 2
+        assert f"--cam: {other}: expected a new folder" in capfd.readouterr().err
     assert sorted(path.name for path in Path("photos").iterdir()) == ["a.jpg", "b.jpg"]
 
 

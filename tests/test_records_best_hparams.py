@@ -117,3 +117,15 @@ def test_a_run_leaves_its_settings_and_the_next_one_trains_the_same_with_them(tr
 def test_dry_runs_and_drills_leave_none(train):
     assert train("--dry-run") == 0
     assert not Path("configs").exists()
+
+
+def test_the_losses_of_two_functions_are_not_comparable(caplog):
+    caplog.set_level("INFO")
+    update(FOLDER, settings("loss.label_smoothing=0.1"), *result(0.5, "val_loss"))
+    for other in ("loss.label_smoothing=0", "loss.name=torch.nn:MultiMarginLoss"):
+        assert update(FOLDER, settings(other), *result(0.1, "val_loss")) is None
+    assert "the best by val_loss of another loss" in caplog.text
+    assert update(FOLDER, settings("loss.label_smoothing=0.1"), *result(0.4, "val_loss"))
+    # An accuracy is one, whatever the loss.
+    update(FOLDER, settings("data.tag=a", "loss.label_smoothing=0.1"), *result(0.5))
+    assert update(FOLDER, settings("data.tag=a"), *result(0.6))

@@ -83,6 +83,19 @@ def test_a_finished_run_is_not_in_a_further_epoch(train, capfd):
     assert "epoch 3" not in said
 
 
+def test_fewer_epochs_than_are_done_are_told(train, capfd):
+    assert train("train.epochs=3") == 0
+    assert train("--resume", "train.epochs=2") == 0
+    assert (
+        "3 epochs are done, more than train.epochs=2: nothing is trained" in capfd.readouterr().err
+    )
+
+
+def test_a_folder_that_these_data_do_not_use_is_told(train, capfd):
+    assert train("data.root=photos") == 0
+    assert "warning: data.root is not used by data.name=synthetic" in capfd.readouterr().err
+
+
 def test_the_least_loss_under_label_smoothing_is_told(train, capfd):
     assert train("loss.label_smoothing=0.1") == 0
     # Of 3 classes: the entropy of 0.9333, 0.0333 and 0.0333.
@@ -138,6 +151,10 @@ def test_a_file_has_the_time_in_quotes(train, capfd):
     Path("a.yaml").write_text(f"base: {TINY[1]}\nrun: {{time}}\n")
     assert train("--config", "a.yaml") == 2
     assert "text in braces needs quotes around it" in capfd.readouterr().err
+    assert train("run={tiem}") == 2
+    assert "expected a name of letters, digits, '_', '-', inner '.' and {time}, got" in (
+        capfd.readouterr().err
+    )
     Path("a.yaml").write_text(f'base: {TINY[1]}\nrun: "{{time}}"\n')
     assert train("--config", "a.yaml") == 0
 

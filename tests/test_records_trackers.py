@@ -245,6 +245,27 @@ def test_a_tracker_that_does_not_exist_is_refused(train, capfd, name):
 # -- files -----------------------------------------------------------------------------------------
 
 
+def test_a_refused_tracker_leaves_an_earlier_run_where_it_is(train):
+    assert train() == 0
+    assert train("log.trackers=[nowhere:Store]") == 2
+    assert Path("checkpoints/last.pth").is_file() and not Path("checkpoints/archive").exists()
+
+
+def test_epochs_of_before_that_stay_are_told(train, capfd):
+    words = ["log.trackers=[store:Store]", "checkpoint.every_epochs=1"]
+    assert train(*words, "train.epochs=3") == 0
+    capfd.readouterr()
+    resume = [
+        "--resume",
+        "checkpoints/epoch_001.pth",
+        "optim.lr=0.01",
+        "log.trackers=[store:Store]",
+    ]
+    assert train(*resume) == 0
+    said = capfd.readouterr().err
+    assert "log.trackers: store:Store has epoch 3 already, and keeps it; run=NAME" in said
+
+
 @pytest.mark.parametrize("report", [True, False])
 def test_artifacts_are_files_that_exist(train, report):
     words = [STORED, "log.artifacts=true", f"log.report={report}".lower()]

@@ -64,3 +64,31 @@ def test_a_run_is_refused_before_the_first_epoch(train, capfd):
     said = capfd.readouterr().err
     assert "loss.name: torch.nn:MSELoss does not take logits (2, 3)" in said
     assert "Traceback" not in said and "epoch 1" not in said
+
+
+LAZY = """
+import torch
+from torch import nn
+
+class Lazy(nn.CrossEntropyLoss):
+    def __init__(self):
+        super().__init__()
+        self.calls, self.mean = 0, None
+
+    def forward(self, logits, labels):
+        self.calls += 1
+        self.mean = logits.mean().detach() if self.mean is None else self.mean
+        return super().forward(logits, labels)
+
+def negative(logits, labels):
+    return -torch.softmax(logits, 1).gather(1, labels[:, None]).mean()
+"""
+
+
+def test_what_a_loss_makes_in_its_first_call_is_made_in_training(monkeypatch):
+    monkeypatch.syspath_prepend(".")
+    with open("lazy_loss.py", "w") as file:
+        file.write(LAZY)
+    loss = build("lazy_loss:Lazy", 3)
+    assert loss.calls == 0 and loss.mean is None
+    build("lazy_loss:negative", 3)  # a loss may be below 0

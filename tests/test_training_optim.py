@@ -342,16 +342,18 @@ def test_onecycle_rises_by_itself_and_takes_no_warm_up():
         assert lrs_of("onecycle", **warmup) == lrs_of("onecycle")
 
 
-def test_a_warm_up_in_steps_and_in_epochs_is_refused(train, capfd):
-    assert train("schedule.warmup_epochs=1", "schedule.warmup_steps=9") == 2
-    said = capfd.readouterr().err
-    assert "command line: schedule.warmup_steps: there are schedule.warmup_epochs, too" in said
-    assert "schedule.warmup_epochs=0" in said
+def test_a_warm_up_in_steps_takes_the_place_of_one_in_epochs(train, capfd):
+    assert lrs_of("cosine", warmup_steps=9, warmup_epochs=1) == lrs_of("cosine", warmup_steps=9)
+    assert lrs_of("cosine", warmup_steps=0, warmup_epochs=1) == lrs_of("cosine")
+    assert train("schedule.warmup_epochs=1", "schedule.warmup_steps=3", "train.epochs=1") == 0
+    assert "constant after 3 steps of warm-up, 1 epochs of" in capfd.readouterr().err
 
 
 def test_a_warm_up_longer_than_the_run_is_told(train, capfd):
     assert train("schedule.warmup_steps=1000", "train.epochs=1") == 0
-    assert "the warm-up takes 1000 steps of 4" in capfd.readouterr().err
+    assert (
+        "the warm-up takes 1000 steps: lr is not reached in the 4 steps" in capfd.readouterr().err
+    )
 
 
 def test_cosine_falls_over_what_is_left_after_the_warm_up():

@@ -33,9 +33,6 @@ def check_config(cfg: Config, at: Callable[[str], str]) -> Iterator[str]:
         yield from _check_run(cfg.run, at("run"))
     if cfg.schedule.name == "multistep" and not cfg.schedule.milestones:
         yield f"{at('schedule.milestones')}: missing; multistep needs the epochs, such as [30, 60]"
-    if cfg.schedule.warmup_steps is not None and cfg.schedule.warmup_epochs:
-        advice = "expected one of the two; schedule.warmup_epochs=0 leaves the steps"
-        yield f"{at('schedule.warmup_steps')}: there are schedule.warmup_epochs, too; {advice}"
     if cfg.data.sampler == "balanced" and cfg.loss.class_weights == "balanced":
         where = at("loss.class_weights")  # with both, a rare class would be weighted twice
         yield f"{where}: balanced cannot go with data.sampler: balanced; choose one"

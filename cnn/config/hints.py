@@ -46,6 +46,7 @@ ALIASES = {
 ELSEWHERE = {
     "num_classes n_classes nc": "it comes from the data",
     "dropout drop_rate width": "an argument of the model: model.args={NAME: VALUE}",
+    "modalities modality": "data.tag names one; for several, see examples/two_modalities.py",
     "gpus ngpu num_gpus world_size": "torchrun --nproc_per_node=NUMBER train.py",
     "resume go_on_train": "an option: --resume",
     "config cfg": "an option: --config FILE",

@@ -222,7 +222,7 @@ def read_override(text: str, mistakes: list[str]) -> dict[str, Entry]:
     if key in SECTIONS:
         mistakes.append(f"command line: {key}: is a section; write {key}.KEY=value")
         return {}
-    if value[:1] in ("[", "{", "'", '"') and not value.startswith("{time}"):
+    if value[:1] in ("[", "{", "'", '"') and not (key == "run" and value[0] == "{"):
         node = compose(value, f"command line: {key}")
     else:  # not parsed as YAML, since a path may contain ': ' or ' #'
         node = yaml.ScalarNode("tag:yaml.org,2002:str", value.strip())

@@ -54,6 +54,8 @@ def read_value(node: yaml.Node, kind: Any, meta: Metadata, place: str = "") -> A
     near = suggest(node.value.lower(), meta["choices"]) if isinstance(node, yaml.ScalarNode) else ""
     if isinstance(node, yaml.MappingNode) and str in kinds:
         near = "; text in braces needs quotes around it"
+    elif isinstance(node, yaml.ScalarNode) and node.value in meta["choices"]:
+        near = f"; write [{node.value}]"  # a list is expected
     got = f"{describe_node(node)}{near}"
     raise InvalidValue(f"{place}: expected {_expected(kind, meta)}, got {got}")
 

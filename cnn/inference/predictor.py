@@ -76,7 +76,9 @@ class Predictor:
         self.trained, self.model, self.classes = trained, trained.model, trained.classes
         self._pre, self._form = trained.preprocessing, trained.preprocessing.form
         if self._pre.channels not in (1, 3):
-            raise Refused(f"{trained.path}: expected 1 or 3 channels, got {self._pre.channels}")
+            advice = "a file is gray or in colour; evaluate.py takes what the model was trained on"
+            fault = f"expected a model of 1 or 3 channels, got {self._pre.channels}"
+            raise Refused(f"{trained.path}: {fault}; {advice}")
         self._normalize = Normalize(self._pre, trained.device)
         self._batch_size = EVALUATION_BATCHES * trained.cfg.data.batch_size
         typed = trained.cfg.data.num_workers if "data.num_workers" in trained.typed else None
@@ -145,8 +147,16 @@ class Predictor:
             for image in images:
                 yield image if isinstance(image, BadImage) else next(predictions)
 
+    def check_maps(self) -> None:
+        """Raises Refused if the model is not a convolutional network, so that `look` would."""
+        shape, device = self._pre.shape, self.trained.device
+        index = torch.zeros(1, dtype=torch.int64, device=device)
+        grad_cam(self.model, torch.zeros(1, *shape, device=device), index)
+
     def look(self, picture: Picture, name: str) -> torch.Tensor:
         """Returns a picture with a map of where the network sees a class (Grad-CAM).
+
+        Only one thread may call this method, and no other method meanwhile.
 
         Args:
             picture: a picture of one of the types that `__call__` takes.

@@ -114,6 +114,26 @@ def wilson(correct: float, count: float, z: float = Z_95) -> tuple[float, float]
     return max(0.0, center - half), min(1.0, center + half)
 
 
+def format_metric(value: float | None) -> str:
+    """Formats a metric for a table.
+
+    Args:
+        value: the metric. None and NaN mean that the metric is undefined.
+
+    Returns:
+        "n/a" for an undefined metric. An int is written in full. A float from 0.001 to 1000 has
+        four decimals, such as "0.9833", and one from 1000 to a million none. Any other float has
+        three significant digits, such as "0.000123".
+    """
+    if value is None or math.isnan(value):
+        return "n/a"
+    if isinstance(value, int):
+        return str(value)
+    if 1e3 <= value < 1e6:
+        return f"{value:.0f}"
+    return f"{value:.4f}" if value == 0 or 1e-3 < value < 1e3 else f"{value:.3g}"
+
+
 def with_interval(value: float | None, ends: Sequence[float] | None) -> str:
     """Returns a metric and its 95 % confidence interval as text.
 

@@ -1,11 +1,15 @@
 """Grad-CAM: where in an image a convolutional network sees a class."""
 
+import re
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cnn.errors import Refused
 
+ATTENTION = re.compile(r"(Window|Multi[Hh]ead).*Attention")
+NOT_CONVOLUTIONAL = "Grad-CAM is for convolutional networks, and this one has"
 SHOWN = 0.6  # how opaque the colour is at the maximum
 COLOUR = (255, 60, 0)
 
@@ -24,24 +28,32 @@ def grad_cam(model: nn.Module, images: Tensor, classes: Tensor) -> Tensor:
         The maps, float32 (N, H, W), from 0 to 1. A map is 0 if nothing speaks for the class.
 
     Raises:
-        Refused: the model is a transformer, or no layer has an output with a height and a width.
+        Refused: the model computes with tokens, as a transformer does, or no layer has an output
+            with a height and a width.
     """
     kinds = {type(layer).__name__ for layer in model.modules()}
-    if attention := next((kind for kind in sorted(kinds) if kind.endswith("Attention")), None):
-        raise Refused(f"Grad-CAM is for convolutional networks, and this one has {attention}")
+    if attention := next(filter(ATTENTION.search, sorted(kinds)), None):
+        raise Refused(f"{NOT_CONVOLUTIONAL} {attention}")
     last: list[Tensor] = []
 
-    def keep(_layer: nn.Module, _given: object, output: object) -> None:
+    @torch.enable_grad()
+    def keep(layer: nn.Module, _given: object, output: object) -> object:
+        if isinstance(layer, nn.Linear) and output.dim() == 3:
+            raise Refused(f"{NOT_CONVOLUTIONAL} Linear layers on tokens")
         if isinstance(output, Tensor) and output.dim() == 4 and min(output.shape[2:]) > 1:
-            last[:] = [output]
+            # What comes before needs no gradients, which would take much memory.
+            last[:] = [output.detach().requires_grad_().clone()]
+            return last[0]
+        return output
 
     hooks = [layer.register_forward_hook(keep) for layer in model.modules()]
     try:
         with torch.enable_grad():
-            logits = model(images.detach().requires_grad_())
-            if not last:
-                raise Refused("Grad-CAM: no layer of this model has height and width")
-            (slopes,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), last)
+            score, slopes = model(images).gather(1, classes[:, None]).sum(), None
+            if last and score.requires_grad:
+                (slopes,) = torch.autograd.grad(score, last, allow_unused=True)
+            if slopes is None:
+                raise Refused("Grad-CAM: no layer with height and width decides on the class")
     finally:
         for hook in hooks:
             hook.remove()

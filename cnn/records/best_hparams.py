@@ -73,7 +73,7 @@ def update(
     )
     with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_SECONDS):
         earlier = _read(path)
-        if earlier is not None and not _is_beaten(path, earlier["best_metrics"], best):
+        if earlier is not None and not _is_beaten(path, earlier, best, cfg):
             return None
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         values = {"monitor": best["metric"], "value": best["value"], "epoch": best["epoch"]}
@@ -88,23 +88,27 @@ def update(
     return path
 
 
-def _is_beaten(path: Path, earlier: dict[str, Any], best: dict[str, Any]) -> bool:
+def _is_beaten(path: Path, earlier: dict[str, Any], best: dict[str, Any], cfg: Config) -> bool:
     """Returns whether the best epoch of a run is better than an earlier result.
 
-    Two different metrics cannot be compared. For different metrics, the answer is False, and a
-    message is logged.
+    Two different metrics cannot be compared, nor the losses of two loss functions. For these, the
+    answer is False, and a message is logged.
 
     Args:
         path: the path of the file with the earlier result, for the message.
-        earlier: the earlier result, a dict with "value" and "monitor", the name of the metric.
+        earlier: the content of the file. Its entry "best_metrics" is a dict with "value" and
+            "monitor", the name of the metric.
         best: the best epoch of the run, a dict with "metric", "value" and "epoch".
+        cfg: the settings of the run.
     """
-    monitor, metric = earlier["monitor"], best["metric"]
-    if monitor == metric:
-        return improves(metric, best["value"], earlier["value"])
+    monitor, metric = earlier["best_metrics"]["monitor"], best["metric"]
+    is_other_loss = metric == "val_loss" and earlier.get("loss") != config.to_dict(cfg.loss)
+    if monitor == metric and not is_other_loss:
+        return improves(metric, best["value"], earlier["best_metrics"]["value"])
+    other = " of another loss" if monitor == metric else ""
     logger.info(
-        f"{path} is kept: it is the best by {monitor}, this run looked for {metric}; data.tag=WORD"
-        f" gives this one a file of its own"
+        f"{path} is kept: it is the best by {monitor}{other}, this run looked for {metric};"
+        f" data.tag=WORD gives this one a file of its own"
     )
     return False
 

@@ -1,12 +1,12 @@
 """HTML pages from the files in templates/, and metrics as the tables of these pages show them."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cnn.metrics import scores
+from cnn.metrics.scores import format_metric
 
 CLASS_HEAD = ["class", "precision", "recall", "specificity", "F1", "images"]
 
@@ -25,24 +25,6 @@ def render(template: str, **content: Any) -> str:
     pages = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     pages.filters["metric"] = format_metric
     return pages.get_template(template).render(content)
-
-
-def format_metric(value: float | None) -> str:
-    """Formats a metric for a table.
-
-    Args:
-        value: the metric. None and NaN mean that the metric is undefined.
-
-    Returns:
-        "n/a" for an undefined metric. An int is written in full. A float from 0.001 to 1000 has
-        four decimals, such as "0.9833". A smaller one has three significant digits, as "0.000123",
-        and a larger one no decimals.
-    """
-    if value is None or math.isnan(value):
-        return "n/a"
-    if isinstance(value, int):
-        return str(value)
-    return f"{value:.4f}" if 1e-3 < value < 1e3 else f"{value:.3g}" if value < 1 else f"{value:.0f}"
 
 
 def class_rows(matrix: np.ndarray, classes: list[str]) -> tuple[list[list[str]], list[list[str]]]:

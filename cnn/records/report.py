@@ -5,8 +5,9 @@ and the data of the run. Only the steps at which the run was resumed come from t
 """
 
 import base64
-import contextlib
 import io
+import itertools
+import logging
 import re
 import shlex
 from pathlib import Path
@@ -19,7 +20,7 @@ from PIL import Image
 from cnn.config import as_text, to_yaml
 from cnn.datasets.order import EVALUATION
 from cnn.datasets.preprocessing import Normalize
-from cnn.errors import Refused
+from cnn.errors import describe
 from cnn.metrics import scores
 from cnn.models.cam import grad_cam, overlay
 from cnn.records import data_sheet, figures
@@ -33,6 +34,8 @@ from cnn.utils.module_state import load_state, state_preserved
 from cnn.utils.outputs import write_output
 from cnn.utils.progress import format_duration
 from cnn.utils.screen import shorten_name
+
+logger = logging.getLogger(__name__)
 
 NUM_MISTAKES = 24
 NUM_TRAINING_IMAGES = 32
@@ -213,7 +216,7 @@ class Report:
         wrong = np.flatnonzero(predictions != images.labels)
         worst = wrong[np.argsort(-confidences[wrong], kind="stable")][:NUM_MISTAKES].tolist()
         pictures = [loader.image((EVALUATION, number)) for number in worst]
-        maps = self._maps(pictures, predictions[worst]) or [None] * len(worst)
+        maps = self._maps(pictures, predictions[worst])
         return {
             "split": "test" if split == "test" else "validation",
             "total": len(wrong),
@@ -221,13 +224,13 @@ class Report:
             "images": [
                 {
                     "address": thumbnail(picture),
-                    "map": None if seen is None else thumbnail(seen),
+                    "map": thumbnail(seen) if seen is not None else None,
                     "name": images.name(number),
                     "prediction": f"{classes[predictions[number]]} {confidences[number]:.1%}",
                     "label": classes[images.labels[number]],
                     "short": "/".join(Path(images.name(number)).parts[-2:]),
                 }
-                for number, picture, seen in zip(worst, pictures, maps)
+                for number, picture, seen in itertools.zip_longest(worst, pictures, maps)
             ],
         }
 
@@ -246,16 +249,19 @@ class Report:
         if not pictures or best is None or self.state.test is None:
             return []
         model, device = self.state.evaluated_model(), self.state.device
-        with contextlib.suppress(Refused, RuntimeError, OSError), state_preserved(model):
+        try:
             content = read_checkpoint(run.folder.best)
-            if is_end_of_epoch(content, run.metadata["started"], best["epoch"]):
+            if not is_end_of_epoch(content, run.metadata["started"], best["epoch"]):
+                return []
+            batch = Normalize(run.data.preprocessing, device)(torch.stack(pictures).to(device))
+            with state_preserved(model), run.autocast():
                 load_state(model.eval(), validated_weights(content))
-                batch = Normalize(run.data.preprocessing, device)(torch.stack(pictures).to(device))
-                with run.autocast():
-                    maps = grad_cam(model, batch, torch.from_numpy(classes).to(device))
-                pixels = (torch.from_numpy(as_pixels(p)).permute(2, 0, 1) for p in pictures)
-                return list(map(overlay, pixels, maps))
-        return []
+                maps = grad_cam(model, batch, torch.from_numpy(classes).to(device))
+        except Exception as error:  # noqa: BLE001  the user's code; the report is worth more
+            logger.info("report.html is without Grad-CAM: %s", describe(error))
+            return []
+        pixels = (torch.from_numpy(as_pixels(picture)).permute(2, 0, 1) for picture in pictures)
+        return list(map(overlay, pixels, maps))
 
 
 def confusion_png(run: Run, split: str) -> bytes:

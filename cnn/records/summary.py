@@ -12,11 +12,11 @@ from typing import TypeVar
 
 import numpy as np
 
-from cnn.config import Config, to_yaml
+from cnn.config import Config, DataConfig, to_yaml
 from cnn.config.settings import LOSSES
 from cnn.datasets.augment import DRAWS
 from cnn.metrics.intervals import FEW_GROUPS
-from cnn.metrics.scores import with_interval
+from cnn.metrics.scores import format_metric, with_interval
 from cnn.models.flops import trace_model
 from cnn.records import data_sheet
 from cnn.records.evaluation import intervals_of
@@ -43,8 +43,7 @@ DIVERGED = 1000
 SAID, SAID_OF_TWO = ("auc", "f1", "balanced_acc"), ("auc", "sensitivity", "specificity")
 WIDTH = 100  # columns of the log's line on an epoch; history.csv has the rest
 LOSS_AND_ACC = ("loss", "acc")  # of training and validation, in that line
-PICTURE = "examples/digit.png"  # for models of these data:
-OF_DIGITS = ("digits", "mnist")
+PICTURE = "examples/digit.png"
 
 
 def write(run: Run, checkpoint: Checkpoint | None) -> None:
@@ -75,6 +74,9 @@ def _log_resume(run: Run, checkpoint: Checkpoint) -> None:
     if state.is_finished(run.cfg.train):
         at = f"finished after epoch {state.epoch}, step {state.step}"
     logger.info("==== resumed from %s: %s ====", checkpoint.path, at)
+    if state.epoch > run.cfg.train.epochs:
+        fewer = f"more than train.epochs={run.cfg.train.epochs}"
+        logger.warning("%d epochs are done, %s: nothing is trained", state.epoch, fewer)
     if checkpoint.changes:
         logger.info("settings changed: %s", "; ".join(checkpoint.changes))
     draws = saved.get("draws", 1)  # older files lack it
@@ -127,8 +129,10 @@ def log_start(run: Run, flops: int | None) -> None:
     frozen = max(group.get(FREEZE, 0) for group in state.optimizer.param_groups)
     if state.epoch < frozen:
         logger.info("frozen for the first %d epochs: %s", frozen, cfg.optim.freeze or "backbone")
-    images = f"{len(data.train)} images in batches of {cfg.data.batch_size * cfg.train.accumulate}"
-    schedule = f"{cfg.schedule.name}, {cfg.train.epochs} epochs of {images}"
+    size, number = cfg.data.batch_size * cfg.train.accumulate, sum(run.train_loader.sizes)
+    rise = f" after {state.schedule.warmup_steps} steps of warm-up"
+    schedule = f"{cfg.schedule.name}{rise if state.schedule.warmup_steps else ''}"
+    schedule += f", {cfg.train.epochs} epochs of {number} images in batches of {size}"
     rates = [group["initial_lr"] for group in state.optimizer.param_groups]
     slow = f" ({min(rates):.3g} to {max(rates):.3g} by part)" if min(rates) < max(rates) else ""
     logger.info("%s lr %g%s, %s", cfg.optim.name, cfg.optim.lr, slow, schedule)
@@ -138,10 +142,17 @@ def log_start(run: Run, flops: int | None) -> None:
 def _log_hints(run: Run) -> None:
     """Logs what the settings make of the rates and the metrics, where this may surprise."""
     cfg, data, state = run.cfg, run.data, run.state
-    if state.schedule.warmup_steps >= state.schedule.steps:
-        rise = f"{state.schedule.warmup_steps} steps of {state.schedule.steps}"
-        logger.warning("the warm-up takes %s: the run ends before lr is reached", rise)
-    if (share := cfg.loss.label_smoothing) and cfg.loss.name in LOSSES:
+    if cfg.data.name in ("digits", "synthetic") and cfg.data.root != DataConfig().root:
+        advice = "a folder of images needs --config configs/folder.yaml or data.name=folder"
+        logger.warning("data.root is not used by data.name=%s; %s", cfg.data.name, advice)
+    if state.schedule.warmup_steps > state.schedule.steps and not run.folder.scratch:
+        advice = "a shorter schedule.warmup_steps or schedule.warmup_epochs lets it"
+        what = f"lr is not reached in the {state.schedule.steps} steps of this run"
+        logger.warning(
+            "the warm-up takes %d steps: %s; %s", state.schedule.warmup_steps, what, advice
+        )
+    share, is_weighted = cfg.loss.label_smoothing, cfg.loss.class_weights is not None
+    if share and not is_weighted and cfg.loss.name in LOSSES:
         rest = share / len(data.classes)
         targets = np.array([1 - share + rest, *[rest] * (len(data.classes) - 1)])
         least = -(targets * np.log(targets)).sum()
@@ -215,8 +226,7 @@ def epoch_line(run: Run) -> str:
     row, best = state.history[-1], state.best
 
     def of(split: str, names: Iterable[str]) -> str:
-        values = ((name, row.get(f"{split}_{name}")) for name in names)
-        texts = (f"{name} {'n/a' if value is None else f'{value:.4f}'}" for name, value in values)
+        texts = (f"{name} {format_metric(row.get(f'{split}_{name}'))}" for name in names)
         return " ".join([split, *texts])
 
     monitored = run.cfg.checkpoint.monitor.removeprefix("val_")
@@ -225,7 +235,7 @@ def epoch_line(run: Run) -> str:
     parts = [f"epoch {state.epoch}/{epochs}", of("train", LOSS_AND_ACC)]
     parts += [of("val", dict.fromkeys([*LOSS_AND_ACC, third])), f"lr {row['lr']:.3g}"]
     parts += [f"ETA {format_duration(left)}", f"best {best['epoch']}" if best else "no best"]
-    while len("  ".join(parts)) > WIDTH:
+    while len("  ".join(parts)) > WIDTH and len(parts) > 3:  # with the metrics
         parts.pop()
     return "  ".join(parts)
 
@@ -276,9 +286,8 @@ def log_next(run: Run) -> None:
     if run.state.best is None or not folder.best.is_file():
         return
     logger.info("best checkpoint: %s (epoch %d)", folder.best, run.state.best["epoch"])
-    picture = PICTURE if data.name in OF_DIGITS else "PICTURE"
-    if Path(run.data.test.name(0)).is_file():
-        picture = run.data.test.name(0)
+    wanted = [PICTURE] if data.name in ("digits", "mnist") else [run.data.test.name(0)]
+    picture = next((name for name in wanted if Path(name).is_file()), "PICTURE")
     model = ["--checkpoint", folder.best.as_posix()] if run.cfg.run else []
     is_picture = run.data.preprocessing.channels in (1, 3)
     script = ["predict.py", *model, picture] if is_picture else ["evaluate.py", *model]

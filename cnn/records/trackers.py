@@ -55,6 +55,7 @@ class MLflow:
         for start in range(0, len(new), MOST_PARAMS):
             client.log_batch(self.id, params=new[start : start + MOST_PARAMS])
         client.update_run(self.id, "RUNNING")
+        logger.info("mlflow: run %s in the experiment %s", self.id, experiment)
         steps = [metric.step for metric in client.get_metric_history(self.id, "val_loss")]
         return max(steps, default=0)
 
@@ -92,12 +93,13 @@ class Sender(threading.Thread):
         super().__init__(daemon=True)
         self._make = TRACKERS.get(name) or import_object(name, "log.trackers")
         self._of, self._run, self._attempt = name, run, attempt
+        self._begin = run.state.epoch
         self._news, self._files, self._is_ending = threading.Event(), [], False
         self._sent: int | None = None
 
     def wake(self) -> None:
         """Makes the thread send what is new."""
-        if self.ident is None:  # only now, since loader processes shall be forked before
+        if self.ident is None:  # only now, when most loader processes have been forked
             self.start()
         self._news.set()
 
@@ -126,6 +128,9 @@ class Sender(threading.Thread):
             name = cfg.run or f"{cfg.model.name} on {cfg.data.name}"
             key = self._run.metadata["started"]
             self._sent = self._tracker.open(key, name, flat(to_dict(cfg)))
+            if self._sent > self._begin:
+                what = f"has epoch {self._sent} already, and keeps it; run=NAME begins another run"
+                logger.warning("log.trackers: %s %s", self._of, what)
         new = [(row["epoch"], row) for row in list(state.history) if row["epoch"] > self._sent]
         new += [(state.epoch, state.test)] if is_last and state.test else []
         for epoch, row in new:

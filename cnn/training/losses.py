@@ -1,5 +1,6 @@
 """The loss function: cross-entropy, or one of the user's."""
 
+import copy
 import warnings
 from collections.abc import Callable
 
@@ -10,10 +11,9 @@ from torch import nn
 from cnn.config import LossConfig
 from cnn.errors import Refused, describe
 from cnn.utils.importing import import_object
-from cnn.utils.module_state import state_preserved
 
 FITS = "cross_entropy fits, or torch.nn:MultiMarginLoss, or one such as examples.own_loss:Focal"
-EQUAL_LOGIT = 5.0  # of every class in a trial; with it, a loss of log-probabilities is negative
+EQUAL_LOGIT = 5.0  # of every class in a trial; a loss that takes log-probabilities is then -5
 
 
 def build_loss(
@@ -40,8 +40,7 @@ def build_loss(
     if cfg.name in LOSSES:
         return LOSSES[cfg.name](cfg, weights).to(device)
     loss = _build_user_loss(cfg).to(device)
-    with state_preserved(loss):
-        _try(loss, cfg.name, len(classes), device)
+    _try(copy.deepcopy(loss), cfg.name, len(classes), device)
     return loss
 
 
@@ -109,15 +108,12 @@ def _try(loss: nn.Module, name: str, num_classes: int, device: torch.device | st
             raise  # whatever is given
         fault = f"does not take {given}; {FITS}"
         raise Refused(f"loss.name: {name} {fault} ({describe(error)})") from None
-    if not isinstance(value, torch.Tensor) or value.numel() != 1 or not value.requires_grad:
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
         got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        what = "the mean loss () with a gradient"
-        if getattr(loss, "reduction", "mean") != "mean":
-            what += "; loss.args={reduction: mean} gives it"
-        raise Refused(f"loss.name: {name}: expected {what}, got {got}")
-    if value < 0:
-        fault = f"is {value:.3g} where all classes are equally likely, as if logits were logarithms"
-        raise Refused(f"loss.name: {name}: {fault} of probabilities; {FITS}")
+        raise Refused(f"loss.name: {name}: expected the mean loss () (reduction: mean), got {got}")
+    if value == -EQUAL_LOGIT:
+        fault = "takes the logits for logarithms of probabilities, which they are not"
+        raise Refused(f"loss.name: {name} {fault}; {FITS}")
 
 
 def _class_weights(

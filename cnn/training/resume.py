@@ -20,14 +20,7 @@ from cnn.training.state import TrainingState
 from cnn.utils.checkpoint import is_end_of_epoch, load_checkpoint, read_checkpoint, read_metadata
 from cnn.utils.files import write_atomically
 from cnn.utils.importing import is_outside_code
-from cnn.utils.run_folder import (
-    ARCHIVE,
-    TIME,
-    RunFolder,
-    checkpoints_in,
-    latest_name,
-    new_name,
-)
+from cnn.utils.run_folder import ARCHIVE, TIME, RunFolder, checkpoints_in, latest_name, new_name
 from cnn.utils.screen import align_columns
 
 logger = logging.getLogger(__name__)
@@ -59,8 +52,8 @@ def run_name(command: Command, cfg: Config, *, resumes: bool) -> str | None:
 
     A name on the command line (`run=NAME`) is preferred. With `--resume FILE` and without
     `--config`, the next choice is the name in the checkpoint. Otherwise, the name is `cfg.run`.
-    With {time} in the name, it is the latest such run that a plain `--resume` goes on with, if
-    there is one, and a new name otherwise.
+    With {time} in the name, `--resume` goes on with the run of the file if its name is such a one,
+    or with the latest such run; otherwise the name is new.
 
     Args:
         command: the command line.
@@ -84,7 +77,7 @@ def run_name(command: Command, cfg: Config, *, resumes: bool) -> str | None:
         name = command.load_config(saved["config"], f"checkpoint {path}")[0].run
     if name is None or TIME not in name:
         return name
-    return (resumes and path is None and latest_name(name)) or new_name(name)
+    return (resumes and latest_name(name, path)) or new_name(name)
 
 
 def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | None:
@@ -123,9 +116,7 @@ def find_checkpoint_to_resume(command: Command, cfg: Config) -> Checkpoint | Non
     base = None if command.config else content["config"]
     if base is not None:
         check_code(path, base, command.typed())
-        if command.checkpoint is None:
-            base = base | {"run": cfg.run}  # the run may have been renamed with its folder
-    name = cfg.run
+    name = cfg.run  # the run may have been renamed with its folder
     cfg, places = command.load_config(base, f"checkpoint {path}")
     cfg = config.with_values(cfg, run=name)
     command.places.clear()

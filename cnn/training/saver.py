@@ -61,9 +61,8 @@ class Saver:
         can_resume = folder.last.exists() and not folder.scratch and group.is_rank0
         if error is not None and not isinstance(error, Failed) and can_resume:
             if is_whole:
-                batch = {"unfinished_epoch": {"batch": self.state.batch}}
-                position = {"epoch": self.state.epoch, "step": self.state.step} | batch
-                error.add_note(f"saved: {folder.last}, {checkpoint.position_text(position)}")
+                position = checkpoint.position_text(self.state.state_dict())
+                error.add_note(f"saved: {folder.last}, {position}")
             words = launch.command(sys.argv[0], "--resume", folder.last.as_posix())
             error.add_note(f"go on with: {shlex.join(words)}")
 

@@ -45,10 +45,10 @@ class Schedule:
         mode: str,
     ):
         self.warmup_steps = cfg.warmup_steps
+        if cfg.warmup_steps is None:
+            self.warmup_steps = round(cfg.warmup_epochs * steps_per_epoch)
         if cfg.name == "onecycle":  # it contains a warm-up
             self.warmup_steps = 0
-        elif cfg.warmup_steps is None:
-            self.warmup_steps = round(cfg.warmup_epochs * steps_per_epoch)
         self.cfg, self.optimizer = cfg, optimizer
         self.steps_per_epoch, self.steps = steps_per_epoch, epochs * steps_per_epoch
         self.highest_lr = max(group["lr"] for group in optimizer.param_groups)

@@ -347,15 +347,17 @@ def new_name(pattern: str) -> str:
             raise Refused(f"{folder / name}: cannot be written: {error.strerror}") from None
 
 
-def latest_name(pattern: str) -> str | None:
+def latest_name(pattern: str, checkpoint: Path | None = None) -> str | None:
     """Returns the name of the latest run with checkpoints; None without one.
 
     Args:
         pattern: the setting `run`, in which {time} stands for the time that the run began.
+        checkpoint: a file of the only run that counts; None for all runs.
     """
     names = re.compile(re.escape(pattern).replace(re.escape(TIME), r"\d{8}_\d{6}"))
-    folders = [path for path in Path("checkpoints").glob("*") if names.fullmatch(path.name)]
-    return max((path.name for path in folders if checkpoints_in(path)), default=None)
+    folders = [checkpoint.absolute().parent] if checkpoint else Path("checkpoints").glob("*")
+    found = [path for path in folders if names.fullmatch(path.name) and checkpoints_in(path)]
+    return max((path.name for path in found), default=None)
 
 
 def names_of_runs() -> list[str]:
