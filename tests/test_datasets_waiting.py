@@ -281,7 +281,7 @@ def test_an_error_in_a_dataset_of_the_users_is_told_in_a_line_and_the_run_saved(
     assert train(*words, f"data.num_workers={workers}") == 1
     said = capfd.readouterr().err
     assert said.count("error: ") == 1 and "Traceback" not in said, said
-    line = said.splitlines()[-1]
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     named = "error: slides:data train[" in line or "ones(3" in what
     assert named and WRONG[what] in line, said
     assert ("fewer data.num_workers need less" in line) == ("MemoryError" in what)

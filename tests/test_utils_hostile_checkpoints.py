@@ -351,12 +351,13 @@ def test_code_of_others_resumes_where_it_is_typed(train, capfd):
 
 def forms_of(key: str, name: str) -> Iterator[object]:
     """The ways in which a setting may name code, as deep as its lists and mappings go."""
-    kind = dict(keys_of(Config))[key].type
+    field = dict(keys_of(Config))[key]
+    kind, known = field.type, next(iter(field.metadata["choices"]), "flip")
     if typing.get_origin(kind) is not list:
         yield name
         return
     (item,) = typing.get_args(kind)
-    yield ["flip", name]
+    yield [known, name]
     for below, field in keys_of(item) if dataclasses.is_dataclass(item) else ():
         if field.metadata["names_code"]:
             yield ["flip", {below: name}]

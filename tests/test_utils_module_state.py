@@ -199,7 +199,7 @@ def test_what_a_module_keeps_beside_its_tensors_is_the_best_epochs_in_every_proc
     )
     words = [*TINY, "model.name=beside:Beside", "model.args={}", "train.epochs=6", "optim.lr=0.5"]
     output = run_ranks(2, tmp_path, *words)
-    assert "best val_loss" in output
+    assert "best checkpoint: checkpoints/best.pth" in output
     assert result()["best"]["epoch"] < 6, output
     tested = result()["test"]
     assert evaluate_script.main(["--json", "evaluated.json"]) == 0
