@@ -79,7 +79,7 @@ class Records:
         configs/best_hparams, except those of a fold.
         """
         self._write_result()
-        self.write()
+        self._write_tables()  # the report follows at the end of the block
         is_fold = self.run.cfg.data.folds is not None  # its figures are of other test images
         if self.state.best is not None and not self.folder.scratch and not is_fold:
             self._attempt("configs/best_hparams", self._update_best_hparams)

@@ -5,6 +5,7 @@ and the data of the run. Only the steps at which the run was resumed come from t
 """
 
 import base64
+import functools
 import io
 import itertools
 import logging
@@ -234,6 +235,13 @@ class Report:
             ],
         }
 
+    @functools.cached_property
+    def _best_weights(self) -> dict[str, Any] | None:
+        """The weights of the best epoch; None if best.pth is of another epoch or run."""
+        content = read_checkpoint(self.run.folder.best)
+        position = self.run.metadata["started"], self.state.best["epoch"]
+        return validated_weights(content) if is_end_of_epoch(content, *position) else None
+
     def _maps(self, pictures: list[torch.Tensor], classes: np.ndarray) -> list[torch.Tensor]:
         """Returns pictures with maps of where the best epoch's model sees the classes.
 
@@ -250,12 +258,11 @@ class Report:
             return []
         model, device = self.state.evaluated_model(), self.state.device
         try:
-            content = read_checkpoint(run.folder.best)
-            if not is_end_of_epoch(content, run.metadata["started"], best["epoch"]):
+            if self._best_weights is None:
                 return []
             batch = Normalize(run.data.preprocessing, device)(torch.stack(pictures).to(device))
             with state_preserved(model), run.autocast():
-                load_state(model.eval(), validated_weights(content))
+                load_state(model.eval(), self._best_weights)
                 maps = grad_cam(model, batch, torch.from_numpy(classes).to(device))
         except Exception as error:  # noqa: BLE001  the user's code; the report is worth more
             logger.info("report.html is without Grad-CAM: %s", describe(error))

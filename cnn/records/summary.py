@@ -298,8 +298,7 @@ def model_text(run: Run, flops: int | None, outputs: list[tuple[str, tuple[int, 
     """Returns the text of model.txt.
 
     The text lists the layers, the shapes of their outputs for one image, and the parameters of the
-    model. The FLOPs of a forward pass, the
-    environment and the command line follow.
+    model. The FLOPs of a forward pass, the environment and the command line follow.
 
     Args:
         run: the run, which contains the model and the environment.
