@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from test_documents_readme import run_command, run_python, scratch, workshop  # noqa: F401
+from documents import run_command, run_python, scratch, workshop  # noqa: F401
 
 ENGLISH, CHINESE = ROOT / "docs/notes.md", ROOT / "docs/zh/notes.md"
 TOOLS = ("grep", "tail", "head", "cut", "cat", "ls")  # run by the shell
