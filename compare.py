@@ -273,12 +273,13 @@ def run_table(runs: Sequence[RunRecord]) -> list[list[str]]:
     """Returns a table with a row per run.
 
     The first row has the names of the columns. The columns are the run's name, status, epochs, best
-    epoch, metrics, training time and images per second. A 95 % interval follows each accuracy.
+    epoch, metrics, training time and images per second. A 95 % interval follows each accuracy
+    and each metric of the test that has one.
     """
     monitors = list(dict.fromkeys(run.monitor for run in runs if run.monitor != "val_acc"))
-    rows = [
-        ["run", "status", "epochs", "best", *monitors, "val_acc", "test_acc", "time", "images/s"]
-    ]
+    tests = [name.replace("val_", "test_") for name in monitors]
+    metrics = [*monitors, "val_acc", *tests, "test_acc"]
+    rows = [["run", "status", "epochs", "best", *metrics, "time", "images/s"]]
     for run in runs:
         best, speeds = run.best(), [row["images_per_second"] for row in run.history]
         rows.append(
@@ -289,6 +290,10 @@ def run_table(runs: Sequence[RunRecord]) -> list[list[str]]:
                 f"{best['epoch']:.0f}" if best else "n/a",
                 *(format_value(final_metric(run, name)) for name in monitors),
                 accuracy_of(run, "val"),
+                *(
+                    with_interval(*(final_metric(run, n + end) for end in ("", "_95")))
+                    for n in tests
+                ),
                 accuracy_of(run, "test"),
                 format_duration(sum(row["seconds"] for row in run.history)),
                 f"{statistics.median(speeds):.0f}" if speeds else "n/a",

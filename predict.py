@@ -24,7 +24,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from cnn import cli
 from cnn.datasets.image_files import find_images
@@ -35,6 +35,7 @@ from cnn.utils.screen import display_width, escape_unprintable, pad, shorten_nam
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from typing_extensions import Self
 
     from cnn.inference.predictor import Prediction
 
@@ -357,7 +358,7 @@ class CsvFile:
         more = [f"{name}_{rank}" for rank in range(2, top + 1) for name in names]
         self.names = ["image", *names, *more]
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Self":
         if self.path is not None:
             with raising_failed(self.path):
                 self.file = open(self.path, "w", encoding="utf-8", errors=BYTES, newline="")

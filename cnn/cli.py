@@ -21,7 +21,7 @@ from cnn.config import Config, code_keys, load_config
 from cnn.errors import Refused, RefusedElsewhere, RunError, Stopped
 from cnn.utils import launch
 from cnn.utils.run_folder import RunFolder
-from cnn.utils.streams import open_missing_streams
+from cnn.utils.streams import discard_unwritable_stderr, open_missing_streams
 
 if TYPE_CHECKING:
     from cnn.utils.logger import Log
@@ -130,6 +130,8 @@ def run_command(task: Task, *, is_last: bool = False) -> int:
     finally:
         stop.is_outcome_known = True
         log.close()
+        if is_last:
+            discard_unwritable_stderr()
         stop.uninstall(is_last=is_last)
 
 
@@ -163,7 +165,8 @@ def _log_error(error: BaseException, task: Task, stop: "StopSignals") -> int:
         logger.error("train.deterministic: %s; take another model, or say false", reason)
     else:
         logger.error("failed", exc_info=error)
-        notes = []  # they stand below the traceback
+        if sys.version_info >= (3, 11):
+            notes = []  # they stand below the traceback
     for note in notes:
         logger.warning("%s", note)
     return error.status if isinstance(error, (Refused, RunError, Stopped)) else FAILED

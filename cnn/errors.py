@@ -82,12 +82,22 @@ class BadImage(ValueError):
     """
 
 
+# -- notes -------------------------------------------------------------------------------------
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Adds a line of text to an exception, as its method of that name does from Python 3.11."""
+    error.__notes__ = [*getattr(error, "__notes__", []), note]
+
+
 # -- errors of the user's own code ---------------------------------------------------------------
 
 # Signs of too little memory, disk space, files or threads: the system's error numbers, and words in
 # messages of torch and of the system.
 SCARCITIES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EAGAIN)
-SCARCE = re.compile("memory|MemoryError|EOFError|file <|open files|ancdata|thread|worker|AF_UNIX")
+SCARCE = re.compile(
+    "memory|MemoryError|EOFError|BrokenPipe|file <|open files|ancdata|thread|worker|AF_UNIX"
+)
 OURS = os.path.join(os.path.dirname(__file__), "")
 ADVICE = "fewer data.num_workers need less (ulimit -n, ulimit -u, df /dev/shm, a short TMPDIR)"
 

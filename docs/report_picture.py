@@ -13,7 +13,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-WIDTH, HEIGHT = 1240, 1650  # pixels of the picture
+WIDTH, HEIGHT = 1240, 1095  # pixels of the picture
 
 
 def main() -> None:

@@ -22,12 +22,12 @@ from cnn.config.settings import (  # noqa: E402
     Config,
     item_fields,
 )
-from cnn.config.values import choices_of  # noqa: E402
+from cnn.config.values import alternatives, choices_of  # noqa: E402
 from cnn.config.writer import as_text  # noqa: E402
 
 RESUME = {
     "en": {FREE: "may change", ASKED: "if typed", FIXED: "cannot change"},
-    "zh": {FREE: "可以改", ASKED: "亲手写出才改", FIXED: "不能改"},
+    "zh": {FREE: "可以改", ASKED: "写明才改", FIXED: "不能改"},
 }
 COLUMNS = {
     "en": "| key | default | values | meaning | on a resume |",
@@ -75,7 +75,8 @@ def _row(field: dataclasses.Field, key: str, language: str, chinese: dict[str, s
 
 def _values(field: dataclasses.Field) -> str:
     """Returns the choices and limits of a key."""
-    words = [f"`{word}`" for word in choices_of(field.metadata)]
+    either = ["true", "false"] if bool in alternatives(field.type) else []
+    words = [f"`{word}`" for word in [*choices_of(field.metadata), *either]]
     limits = {name: field.metadata[name] for name in SIGNS if field.name != "seed"}
     words += [f"{SIGNS[name]} {limit}" for name, limit in limits.items() if limit is not None]
     return ", ".join(words)

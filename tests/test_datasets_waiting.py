@@ -180,7 +180,7 @@ def test_what_a_loader_process_has_too_little_of_is_told_and_nothing_is_lost():
 BIRTHS = {
     "fails": (
         "def fork(): raise BlockingIOError(errno.EAGAIN, 'unavailable')\nos.fork = fork\n",
-        "the next batch: BlockingIOError: [Errno 11] unavailable (",
+        ["the next batch: BlockingIOError: [Errno 11] unavailable ("],
     ),
     "ends": (
         """from multiprocessing import resource_tracker
@@ -188,7 +188,8 @@ resource_tracker.ensure_running()
 multiprocessing.set_start_method("spawn", force=True)
 multiprocessing.set_executable("/bin/false")
 """,
-        "exit",  # told by torch or by us, whoever sees it first
+        # Told by torch or by us, or from Python 3.14 by multiprocessing, whoever sees it first.
+        ["exit", "the next batch: BrokenPipeError: [Errno 32] Broken pipe ("],
     ),
 }
 
@@ -200,12 +201,14 @@ def test_a_loader_process_that_does_not_come_up_ends_the_run_with_the_reason(bir
     with open("slides.py", "a") as file:
         file.write(what)
     status, output = run(Path.cwd(), *words)
-    assert status == 1 and expected in output.partition("error: ")[2], output
+    said = output.partition("error: ")[2]
+    assert status == 1 and any(words in said for words in expected), output
     assert output.count("error: ") == 1 and "Traceback" not in output, output
     assert "fewer data.num_workers need less" in output
     assert load_checkpoint(Path("checkpoints/last.pth"))["step"] == 0
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="Python waits for no dead process")
 def test_a_signal_ends_the_wait_for_a_dead_loader_process_to_take_its_data():
     words = [*WORKERS, *reader("pass"), "data.augment=[slides:Large]"]
     with open("slides.py", "a") as file:

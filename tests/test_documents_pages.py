@@ -130,7 +130,7 @@ def test_the_tree_has_every_file_of_the_package_and_no_other():
 def test_a_run_leaves_what_is_listed(scratch):  # noqa: F811
     words = [*FOLDER, "train.epochs=5", "checkpoint.every_epochs=5", "log.tensorboard=true"]
     assert run_python(scratch, "train.py", *words) == 0
-    files = listed(ROOT / "docs/monitoring.md", "What a run leaves")
+    files = listed(ROOT / "docs/monitoring.md", "Output files")
     for name in files:
         assert Path(name).exists(), name
     left = {path.as_posix() for kind in ("logs", "checkpoints") for path in Path(kind).iterdir()}

@@ -272,7 +272,7 @@ def test_artifacts_are_files_that_exist(train, report):
     assert train(*words, "train.epochs=1") == 0
     (close,) = noted("close")
     names = {
-        str(Path(file).relative_to(Path.cwd(), walk_up=False) if Path(file).is_absolute() else file)
+        str(Path(file).relative_to(Path.cwd()) if Path(file).is_absolute() else file)
         for file in close["files"]
     }
     assert {"checkpoints/best.pth", "logs/config.yaml", "logs/history.csv"} < names

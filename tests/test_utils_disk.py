@@ -394,10 +394,14 @@ def test_a_full_log_says_so_once_and_stops_nothing(train):
     assert "Traceback" not in output and "Logging error" not in output
 
 
-def test_a_console_that_is_gone_stops_nothing():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_console_that_is_gone_stops_nothing(unbuffered):
     with open("/dev/full", "w") as full:
         process = subprocess.run(
-            [sys.executable, str(ROOT / "train.py"), *TINY], stderr=full, check=False
+            [sys.executable, str(ROOT / "train.py"), *TINY],
+            stderr=full,
+            check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         )
     assert process.returncode == 0
     assert "test_acc" in Path("logs/train.log").read_text()

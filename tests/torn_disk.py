@@ -10,9 +10,10 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import pytest
+from typing_extensions import Self
 
 from cnn.utils import files
 

@@ -98,19 +98,29 @@ class AugmentationConfig:
     resized_crop, scale: [0.5, 1]}`.
     """
 
-    name: str = setting(MISSING, "which change", ASKED, choices=AUGMENTATIONS, names_code=True)
-    scale: list[float] | None = setting(None, "shares of the area", ASKED, above=0, most=1)
-    ratio: list[float] | None = setting(None, "width by height", ASKED, least=0.01, most=100)
+    name: str = setting(
+        MISSING, "name of the augmentation", ASKED, choices=AUGMENTATIONS, names_code=True
+    )
+    scale: list[float] | None = setting(
+        None, "range of the share of the area", ASKED, above=0, most=1
+    )
+    ratio: list[float] | None = setting(
+        None, "range of width / height", ASKED, least=0.01, most=100
+    )
     padding: int | None = setting(None, "black pixels on each side", ASKED, least=1, most=512)
     probability: float | None = setting(None, "share of the images", ASKED, least=0, most=1)
-    side: float | None = setting(None, "square by the image's side", ASKED, above=0, most=1)
+    side: float | None = setting(
+        None, "side of the square, as a share of the image's side", ASKED, above=0, most=1
+    )
     degrees: float | None = setting(None, "largest angle", ASKED, least=0, most=180)
-    brightness: float | None = setting(None, "change of the factor 1", ASKED, least=0, most=10)
+    brightness: float | None = setting(
+        None, "largest change of the factor 1", ASKED, least=0, most=10
+    )
     contrast: float | None = setting(None, "as brightness", ASKED, least=0, most=10)
     saturation: float | None = setting(None, "as brightness", ASKED, least=0, most=10)
-    num_ops: int | None = setting(None, "changes in a row", ASKED, least=1, most=100)
-    magnitude: int | None = setting(None, "strength of the changes", ASKED, least=0, most=30)
-    args: dict[str, Any] | None = setting(None, "keyword arguments of your own change", ASKED)
+    num_ops: int | None = setting(None, "augmentations in a row", ASKED, least=1, most=100)
+    magnitude: int | None = setting(None, "strength of the augmentations", ASKED, least=0, most=30)
+    args: dict[str, Any] | None = setting(None, "keyword arguments of your own augmentation", ASKED)
 
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments that were given, by name."""
@@ -127,7 +137,7 @@ class DataConfig:
     download: bool = setting(False, "download missing files of a known dataset", FREE)
     args: dict[str, Any] = setting({}, "keyword arguments of synthetic or your own dataset", FIXED)
     batch_size: int = setting(64, "images per batch, over all processes", FIXED, least=1)
-    num_workers: int = setting(0, "loader processes, 0 for none", FREE, least=0, most=1024)
+    num_workers: int = setting(0, "DataLoader workers, 0 for none", FREE, least=0, most=1024)
     val_fraction: float = setting(0.1, "share of train held out if there is no val", FIXED, **SHARE)
     test_fraction: float = setting(0.2, "share held out if there is no test", FIXED, **SHARE)
     limit: int | None = setting(None, "use only this many training images", FIXED, least=1)
@@ -142,7 +152,7 @@ class DataConfig:
     channels: int | None = setting(
         None, "1 gray, 3 colour; null: the data's own", FIXED, least=1, most=3
     )
-    augment: list[AugmentationConfig] = setting([], "random changes to training images", ASKED)
+    augment: list[AugmentationConfig] = setting([], "data augmentation of training images", ASKED)
     in_memory: bool | str = setting(
         "auto", "keep decoded images in memory; auto: if they fit", FIXED, choices=("auto",)
     )
@@ -161,7 +171,7 @@ class DataConfig:
     )
     verify: bool = setting(False, "read every file at the start, though it seems unchanged", FREE)
     positive: str | None = setting(
-        None, "of two classes, the one that is looked for; null: the second by name", FIXED
+        None, "the positive class of two; null: the second by name", FIXED
     )
     group: str | None = setting(
         None, "regular expression on paths: what it finds names a group to keep together", FIXED
@@ -204,7 +214,9 @@ class GroupConfig:
     match a regular expression.
     """
 
-    part: str | None = setting(None, "head, or the rest, the backbone", ASKED, choices=PARTS)
+    part: str | None = setting(
+        None, "head, or the rest: backbone (body is the same)", ASKED, choices=PARTS
+    )
     match: str | None = setting(None, "regular expression for names", ASKED)
     lr_scale: float = setting(MISSING, "factor on optim.lr; 0 freezes", ASKED, least=0)
 

@@ -34,14 +34,17 @@ def cache_folder() -> Path:
 
 def content_hash(file: IO[bytes]) -> int:
     """Returns a hash of 64 bits of a file that is open for reading in binary mode."""
-    return int.from_bytes(hashlib.file_digest(file, "sha256").digest()[:8])
+    digest = hashlib.sha256()
+    while block := file.read(2**18):
+        digest.update(block)
+    return int.from_bytes(digest.digest()[:8], "big")
 
 
 def array_hash(array: np.ndarray) -> int:
     """Returns a hash of 64 bits of the shape and the values of an array."""
     digest = hashlib.sha256(repr(array.shape).encode())
     digest.update(np.ascontiguousarray(array))
-    return int.from_bytes(digest.digest()[:8])
+    return int.from_bytes(digest.digest()[:8], "big")
 
 
 def make_room(needed: int, cache_gb: float | None, in_use: Collection[Path]) -> bool:

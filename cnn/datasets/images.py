@@ -12,10 +12,11 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
+from typing_extensions import Self
 
 from cnn.datasets.cache import array_hash, content_hash
 from cnn.datasets.decode import open_image, to_array

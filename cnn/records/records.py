@@ -12,7 +12,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
+
+from typing_extensions import Self
 
 from cnn.config import Config
 from cnn.errors import first_line

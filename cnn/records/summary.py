@@ -104,6 +104,7 @@ def log_start(run: Run, flops: int | None) -> None:
     device = env["device"]
     if state.device.type == "cpu":
         device += f" ({env['threads']} threads)"
+    device += f", {run.group.size} processes" if run.group.size > 1 else ""
     logger.info("torch %s on %s, %s; seed %d", env["torch"], device, env["precision"], cfg.seed)
     shape = "x".join(map(str, data.preprocessing.shape))
     facts = data_sheet.facts(run)

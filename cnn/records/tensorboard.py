@@ -155,8 +155,9 @@ class TensorBoard:
         with (
             contextlib.suppress(Exception),
             contextlib.redirect_stdout(io.StringIO()),
-            warnings.catch_warnings(action="ignore"),
+            warnings.catch_warnings(),
         ):
+            warnings.simplefilter("ignore")
             images = torch.zeros(1, *self.run.data.preprocessing.shape, device=self.state.device)
             traced, _ = graph(copy.deepcopy(self.state.model), images)
             events.append(Event(wall_time=time.time(), graph_def=traced.SerializeToString()))

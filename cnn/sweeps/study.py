@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import optuna
@@ -34,6 +34,7 @@ from filelock import FileLock
 from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from typing_extensions import Self
 
 from cnn import config
 from cnn.config import Config, as_text
@@ -440,7 +441,8 @@ class Study:
         if cfg.search == "grid":
             combination = self.sweep.combination(number)
             values = {key: _as_plain(value) for key, value in combination.items()}
-            with warnings.catch_warnings(action="ignore"):  # Optuna calls it experimental
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Optuna calls it experimental
                 return PartialFixedSampler(values, RandomSampler())
         seed = int(np.random.SeedSequence([cfg.seed, number]).generate_state(1)[0])
         if cfg.search == "random":

@@ -100,7 +100,8 @@ def _try(loss: nn.Module, name: str, num_classes: int, device: torch.device | st
     logits = torch.full(shape, EQUAL_LOGIT, **options)
     labels = torch.arange(number, device=device) % num_classes
     try:
-        with warnings.catch_warnings(action="ignore"):  # about shapes, before an error about them
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about shapes, before an error about them
             value = loss(logits, labels)
     except Exception as error:
         given = f"logits {shape} and the index of each image's class ({number},)"

@@ -68,7 +68,7 @@ def _cutmix(
         box.append(slice(start, end))
         area *= end - start
     mixed = images.clone()
-    mixed[:, :, *box] = others[:, :, *box]
+    mixed[(..., *box)] = others[(..., *box)]
     return mixed, 1 - area / images[0, 0].numel()
 
 

@@ -6,12 +6,13 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from typing_extensions import Self
 
-from cnn.errors import DataFailed, Failed, Stopped
+from cnn.errors import DataFailed, Failed, Stopped, add_note
 from cnn.training.resume import readable_checkpoints
 from cnn.training.run import Run
 from cnn.utils import checkpoint, launch
@@ -62,9 +63,9 @@ class Saver:
         if error is not None and not isinstance(error, Failed) and can_resume:
             if is_whole:
                 position = checkpoint.position_text(self.state.state_dict())
-                error.add_note(f"saved: {folder.last}, {position}")
+                add_note(error, f"saved: {folder.last}, {position}")
             words = launch.command(sys.argv[0], "--resume", folder.last.as_posix())
-            error.add_note(f"go on with: {shlex.join(words)}")
+            add_note(error, f"go on with: {shlex.join(words)}")
 
     def _newest_readable(self) -> str:
         """Returns a sentence that names the checkpoint from which to resume.

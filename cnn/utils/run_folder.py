@@ -11,7 +11,9 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
+
+from typing_extensions import Self
 
 from cnn.errors import Refused, Stopped
 from cnn.utils.files import make_folder, remove_leftovers, sync_folder, write_text

@@ -19,3 +19,16 @@ def open_missing_streams() -> None:
         if stream is None or stream.closed:
             stream = open(os.devnull, "w" if number else "r", encoding="utf-8")  # noqa: SIM115
             setattr(sys, name, stream)
+
+
+def discard_unwritable_stderr() -> None:
+    """Discards what stderr holds if it cannot be written, as on a full disk or a closed terminal.
+
+    Otherwise, Python tries to write it once more at the end of the process, and exits with 120.
+    """
+    try:
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    except ValueError:  # code of the user has closed it
+        pass
