@@ -47,7 +47,10 @@ def test_what_print_config_prints_reads_back_the_same(path, tmp_path):
 
 def test_what_is_printed_tells_the_choices():
     printed = to_yaml(Config())
-    assert "  # how lr changes: constant, step, multistep, cosine, onecycle, plateau\n" in printed
+    assert (
+        "  # learning rate schedule: constant, step, multistep, cosine, onecycle, plateau\n"
+        in printed
+    )
     assert "erase, randaugment, trivialaugment, package.module:name\n" in printed
     for key, field in keys_of(Config):
         about = f"  # {field.metadata['description']}"

@@ -113,9 +113,7 @@ class AugmentationConfig:
         None, "side of the square, as a share of the image's side", ASKED, above=0, most=1
     )
     degrees: float | None = setting(None, "largest angle", ASKED, least=0, most=180)
-    brightness: float | None = setting(
-        None, "largest change of the factor 1", ASKED, least=0, most=10
-    )
+    brightness: float | None = setting(None, "factor drawn from 1 ± this", ASKED, least=0, most=10)
     contrast: float | None = setting(None, "as brightness", ASKED, least=0, most=10)
     saturation: float | None = setting(None, "as brightness", ASKED, least=0, most=10)
     num_ops: int | None = setting(None, "augmentations in a row", ASKED, least=1, most=100)
@@ -148,7 +146,7 @@ class DataConfig:
     image_size: int | None = setting(
         None, "side in pixels to resize and crop to; null: the data's own", FIXED, least=1
     )
-    fit: str = setting("crop", "how a picture becomes a square", FIXED, choices=FITS)
+    fit: str = setting("crop", "how an image is made square", FIXED, choices=FITS)
     channels: int | None = setting(
         None, "1 gray, 3 colour; null: the data's own", FIXED, least=1, most=3
     )
@@ -160,16 +158,16 @@ class DataConfig:
         "scaled", "JPEG files: in full, or only to the pixels needed", FIXED, choices=DECODINGS
     )
     cache_gb: float | None = setting(
-        None, "limit of the cache of pictures; null: a quarter of the free space", FREE, least=0
+        None, "size limit of the image cache; null: a quarter of the free space", FREE, least=0
     )
     value_range: list[float] | None = setting(
-        None, "values that become black and white; null: found where images have over 8 bits", FIXED
+        None, "values mapped to black and white; null: found if images have more than 8 bits", FIXED
     )
     on_bad_image: str = setting("stop", "if an image is broken", FIXED, choices=("stop", "skip"))
     on_duplicate: str = setting(
         "drop", "copies in several splits; ignore: do not look for them", FIXED, choices=DUPLICATES
     )
-    verify: bool = setting(False, "read every file at the start, though it seems unchanged", FREE)
+    verify: bool = setting(False, "read every file again, even if it looks unchanged", FREE)
     positive: str | None = setting(
         None, "the positive class of two; null: the second by name", FIXED
     )
@@ -177,7 +175,7 @@ class DataConfig:
         None, "regular expression on paths: what it finds names a group to keep together", FIXED
     )
     folds: int | None = setting(None, "folds of the training images", FIXED, least=2)
-    fold: int | None = setting(None, "the fold that is the test, from 0 on", FIXED, least=0)
+    fold: int | None = setting(None, "fold that is the test set, from 0 on", FIXED, least=0)
     tag: str | None = setting(None, "name of the data, for file names", FREE, experiment=True)
 
 
@@ -187,9 +185,9 @@ class ModelConfig:
 
     name: str = setting("simple_cnn", MODEL_FORMS, FIXED, names_code=True)
     args: dict[str, Any] = setting({}, "keyword arguments of the model", FIXED)
-    pretrained: bool = setting(False, "weights for ImageNet", FREE, experiment=True)
+    pretrained: bool = setting(False, "weights pretrained on ImageNet", FREE, experiment=True)
     weights: str | None = setting(None, "file of weights to start from", FREE, experiment=True)
-    partial_weights: bool = setting(False, "go on though weights fit in part", FREE)
+    partial_weights: bool = setting(False, "load the weights that fit, ignore the rest", FREE)
 
 
 @dataclass(frozen=True)
@@ -244,7 +242,7 @@ class OptimConfig:
 class ScheduleConfig:
     """The settings of the schedule by which the learning rate changes during training."""
 
-    name: str = setting("cosine", "how lr changes", FIXED, choices=SCHEDULES)
+    name: str = setting("cosine", "learning rate schedule", FIXED, choices=SCHEDULES)
     warmup_epochs: float = setting(
         0.0, "linear rise from 0 first, per step; not for onecycle", ASKED, least=0, most=10**6
     )
@@ -265,9 +263,9 @@ class TrainConfig:
     epochs: int = setting(30, "passes over the training images", FREE, least=1, experiment=True)
     precision: str = setting("auto", "number format", ASKED, choices=PRECISIONS)
     compile: bool = setting(False, "torch.compile the model", ASKED, experiment=False)
-    deterministic: bool = setting(False, "CUDA: repeatable kernels only", ASKED)
+    deterministic: bool = setting(False, "CUDA: deterministic kernels only", ASKED)
     sync_batchnorm: bool = setting(False, "BatchNorm over the whole batch of all GPUs", ASKED)
-    clip_grad_norm: float | None = setting(None, "largest norm of the gradient", ASKED, above=0)
+    clip_grad_norm: float | None = setting(None, "limit of the gradient's norm", ASKED, above=0)
     accumulate: int = setting(1, "batches per optimizer step", FIXED, least=1)
     mixup: float = setting(0.0, "strength of mixup, such as 0.2; 0 none", ASKED, least=0, most=100)
     cutmix: float = setting(0.0, "strength of CutMix, such as 1", ASKED, least=0, most=100)
@@ -286,7 +284,7 @@ class CheckpointConfig:
     An example is the metric that determines the best checkpoint.
     """
 
-    monitor: str = setting("val_acc", "metric that best.pth is best in", FIXED, choices=MONITORED)
+    monitor: str = setting("val_acc", "metric that selects best.pth", FIXED, choices=MONITORED)
     every_epochs: int | None = setting(
         None, "keep epoch_005.pth and so on every this many epochs", FREE, least=1, scratch=None
     )
