@@ -273,7 +273,8 @@ def several(patch: pytest.MonkeyPatch, options: str, rest: str) -> None:
     words = shlex.split(rest)
     words += [f"train.epochs={2 if '--resume' in words else 1}", "log.report=false"]
     run_ranks(int(known.nproc_per_node), Path.cwd(), *words)
-    assert "rank" not in Path("logs/train.log").read_text()
+    log = Path("logs/train.log").read_text()
+    assert "rank" not in log and f", {known.nproc_per_node} processes, " in log
 
 
 WAYS: list[tuple[str, Callable]] = [

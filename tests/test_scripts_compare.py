@@ -122,3 +122,15 @@ def test_records_that_are_cut_off_are_named_and_the_others_compared(train, capsy
     said = capsys.readouterr()
     assert "b: cannot be read as a run" in said.err and "Traceback" not in said.err
     assert "test_acc" in said.out
+
+
+def test_the_test_has_the_metric_that_is_monitored_with_its_interval(train, capsys):
+    for run_name in ("a", "b"):
+        assert train(f"run={run_name}", "train.epochs=1", "checkpoint.monitor=val_f1") == 0
+    test = json.loads(Path("logs/a/result.json").read_text())["test"]
+    capsys.readouterr()
+    assert compare("a", "b") == 0
+    said = capsys.readouterr().out
+    low, high = test["test_f1_95"]
+    assert "test_f1" in said
+    assert f"{test['test_f1']:.4f} (95 %: {low:.4f} to {high:.4f})" in said
